@@ -1,0 +1,5 @@
+"""python -m squawq"""
+
+from squawq.cli import entry
+
+entry()

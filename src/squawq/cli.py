@@ -1,0 +1,269 @@
+"""The command line: parse, call, print. Results on stdout, everything else on stderr; a misuse is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from typer.exceptions import TyperException
+
+from squawq import __version__
+from squawq.config import DTYPES, GROUP_SIZES, METHODS, QuantConfig
+from squawq.errors import ConfigError, SquawqError
+from squawq.progress import LayerProgress, console, counting
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Make Llama-class models small (AWQ INT4), see what is left of them, and run them.",
+)
+Model = Annotated[str, typer.Argument(help="A model folder, or a Hub id such as meta-llama/Llama-3.1-8B-Instruct")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token; default: what the model asks for")]
+MaxTokens = Annotated[int, typer.Option(help="At most so many new tokens")]
+Seed = Annotated[int | None, typer.Option(help="The same text again")]
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version")] = False) -> None:
+    if version:
+        print(f"squawq {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to make; it appears when the work is done")],
+    calibration: Annotated[
+        str | None, typer.Option(help="A .txt or .jsonl file, or a Hub data set id; default: the built-in set")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration blocks; default: what there is, up to 128")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a block; default: 512, or the model's context")] = None,
+    group_size: Annotated[int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))}")] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero point")] = False,
+    method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "awq",
+    clip: Annotated[bool, typer.Option(help="Search a narrower range for each group")] = True,
+    skip: Annotated[list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of what stays in 16 bits: {' or '.join(DTYPES)}")] = "float16",
+    device: Device = "cpu",
+) -> None:
+    """Quantize a 16-bit model to AWQ INT4, one layer in memory at a time. Run it again to go on after a stop.
+
+    Examples: squawq quantize Llama-3.1-8B-Instruct Llama-3.1-8B-AWQ
+    | squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
+    """
+    from squawq.quantization.pipeline import quantize as run
+
+    config = QuantConfig(
+        group_size=group_size,
+        zero_point=not symmetric,
+        modules_to_not_convert=tuple(skip or ()),
+        method=method,
+        clip=clip,
+        dtype=dtype,
+        samples=samples,
+        seqlen=seqlen,
+    )
+    with LayerProgress() as observer:
+        report = run(model, out, config, calibration=calibration, device=device, observer=observer)
+    for kept in report["kept_in_16_bits"]:
+        console.print(f"{kept['name']} stays in 16 bits: {kept['reason']}")
+    console.print(f"{report['source_bytes'] / 1e6:,.1f} MB -> {report['bytes'] / 1e6:,.1f} MB")
+    console.print(f"See what was lost: squawq eval {out} --reference {model}")
+    print(out)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    reference: Annotated[str | None, typer.Option(help="The 16-bit model to compare with: KL and top-1 agreement")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file; default: the built-in evaluation text")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of context; default: 1024, or the model's context")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: half a window")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Read at most so many tokens", min=2)] = 32_768,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of the table")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG: loss per layer, KL per position")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Measure a model: perplexity, and with --reference how far it is from its 16-bit original.
+
+    Examples: squawq eval OUT --reference MODEL
+    | squawq eval OUT --reference MODEL --text wiki.txt --window 2048 --json --plot loss.png
+    """
+    from squawq.evaluation.run import evaluate as run
+
+    if plot is not None and not plot.resolve().parent.is_dir():
+        raise ConfigError(f"--plot {str(plot)!r}: there is no such folder")
+    with counting("evaluating") as progress:
+        scores = run(
+            model, reference, text=text, window=window, stride=stride, max_tokens=max_tokens, device=device, progress=progress
+        )
+    if plot is not None:
+        from squawq.evaluation.plots import save_plot
+        from squawq.format.reader import read_json
+
+        report = Path(model) / "squawq_report.json"
+        save_plot(plot, read_json(report) if report.is_file() else None, scores)
+        console.print(f"plot: {plot}")
+    if as_json:
+        print(json.dumps({"model": model, "reference": reference, **scores}))
+    else:
+        _print_scores(scores)
+
+
+def _print_scores(scores: dict[str, Any]) -> None:
+    table = Table(title=f"{scores['tokens']:,} tokens, window {scores['window']}, stride {scores['stride']}")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row("perplexity", f"{scores['perplexity']:.4f}")
+    if "kl_mean" in scores:
+        table.add_row("perplexity of the reference", f"{scores['reference_perplexity']:.4f}")
+        table.add_row("KL to the reference, mean (nats)", f"{scores['kl_mean']:.5f}")
+        table.add_row("KL to the reference, 99th percentile", f"{scores['kl_p99']:.5f}")
+        table.add_row("same likeliest token", f"{scores['top1_agreement']:.2%}")
+    from rich.console import Console
+
+    Console().print(table)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to go on from")],
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")] = None,
+    seed: Seed = None,
+    device: Device = "cpu",
+) -> None:
+    """Continue a text: the continuation on stdout, everything else on stderr.
+
+    Example: squawq generate OUT -p "Once upon a time" --max-tokens 100 --temperature 0
+    """
+    llm = _load(model, device)
+    _write(llm.stream(prompt, _sampling(llm, max_tokens, temperature, top_p, seed)))
+
+
+@app.command()
+def chat(
+    model: Model,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message")] = None,
+    seed: Seed = None,
+    device: Device = "cpu",
+) -> None:
+    """Talk to a model. An empty line is ignored; /new starts over, /exit or Ctrl-D ends.
+
+    Example: squawq chat OUT --system "You are a friendly storyteller."
+    """
+    llm = _load(model, device)
+    sampling = _sampling(llm, max_tokens, temperature, top_p, seed)
+    start = [{"role": "system", "content": system}] if system else []
+    llm.tokenizer.render([*start, {"role": "user", "content": "hello"}])  # a model without a template ends here
+    messages = list(start)
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]").strip()
+        except EOFError:
+            console.print()
+            return
+        if line == "/exit":
+            return
+        if line == "/new":
+            messages = list(start)
+        elif line:
+            question = [*messages, {"role": "user", "content": line}]
+            try:
+                answer = _write(llm.stream_chat(question, sampling))
+            except ConfigError as error:
+                console.print(f"{error}; /new starts over", style="red")
+                continue
+            except KeyboardInterrupt:
+                console.print("\n(stopped)")
+                continue
+            messages = [*question, {"role": "assistant", "content": answer}]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the quantized demo model goes")] = Path("squawq-demo"),
+) -> None:
+    """Quantize the bundled demo model, measure it, and let both versions answer the same question.
+
+    Example: squawq demo
+    """
+    from rich.console import Console
+
+    from squawq.demo import run
+
+    stdout = Console()
+    run(out, stdout)
+    stdout.print(f"The quantized model is in {out}. Talk to it:  squawq chat {out}")
+    stdout.print(f"It is a plain AWQ checkpoint; a server that reads those serves it:  vllm serve {out}")
+
+
+def _load(model: str, device: str) -> Any:
+    from squawq.llm import LLM
+    from squawq.quantization.pipeline import check_device
+
+    check_device(device)
+    with console.status(f"loading {model}"):
+        return LLM(model, device=device)
+
+
+def _sampling(llm: Any, max_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> Any:
+    from dataclasses import replace
+
+    given = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    return replace(llm.sampling_defaults(), max_tokens=max_tokens, **{k: v for k, v in given.items() if v is not None})
+
+
+def _write(pieces: Iterable[str]) -> str:
+    """Pieces to stdout as they come; returns the whole."""
+    written = []
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        written.append(piece)
+    sys.stdout.write("\n")
+    return "".join(written)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 1 for a failure of the machine, 2 for a misuse, 130 when stopped."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app(arguments, standalone_mode=False, prog_name="squawq")
+    except (TyperException, SquawqError) as error:
+        message = error.format_message() if isinstance(error, TyperException) else str(error)
+        print(f"squawq: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("squawq: stopped; run the same command again (quantize goes on where it was)", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"squawq: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

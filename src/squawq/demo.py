@@ -1,0 +1,57 @@
+"""`squawq demo`: the main job on the bundled model, in front of the user."""
+
+from __future__ import annotations
+
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from squawq.evaluation.run import evaluate
+from squawq.format.reader import Checkpoint
+from squawq.llm import LLM, SamplingParams
+from squawq.progress import LayerProgress, counting
+from squawq.quantization.pipeline import quantize
+
+QUESTION = "Tell me a story about a cat named Tom."
+EVALUATED_TOKENS = 16_384
+
+
+def demo_model() -> Path:
+    """The folder of the bundled 16-bit model."""
+    return Path(str(files("squawq") / "demo_model"))
+
+
+def run(out: Path, console: Console) -> dict[str, Any]:
+    """Quantize the bundled model into `out`, measure both, let both answer; returns what was measured."""
+    model = demo_model()
+    console.print(f"[bold]1. Quantizing[/bold] the bundled model (7.3 M parameters, TinyStories) into {out}")
+    started = time.monotonic()
+    with LayerProgress() as observer:
+        quantize(model, out, observer=observer)
+    seconds = time.monotonic() - started
+    console.print("[bold]2. Measuring[/bold] on stories that neither training nor calibration saw")
+    with counting("evaluating") as progress:
+        scores = evaluate(
+            out, model, text=model / "held_back.txt", max_tokens=EVALUATED_TOKENS, progress=progress
+        )
+    table = Table(title=f"quantized in {seconds:.0f} s, measured on {scores['tokens']:,} tokens")
+    for heading in ("", "16-bit", "AWQ INT4"):
+        table.add_column(heading, justify="right" if heading else "left")
+    sizes = [Checkpoint(folder).nbytes() for folder in (model, out)]
+    table.add_row("weights", *(f"{size / 1e6:.1f} MB" for size in sizes))
+    table.add_row("perplexity", f"{scores['reference_perplexity']:.2f}", f"{scores['perplexity']:.2f}")
+    table.add_row("KL to 16-bit, mean", "", f"{scores['kl_mean']:.4f} nats")
+    table.add_row("same likeliest token", "", f"{scores['top1_agreement']:.1%}")
+    console.print(table)
+    console.print(f"[bold]3. Asking both:[/bold] {QUESTION}")
+    answers = Table(show_lines=True)
+    for heading, folder in (("16-bit", model), ("AWQ INT4", out)):
+        answers.add_column(heading, ratio=1)
+        scores[heading] = LLM(folder).chat([{"role": "user", "content": QUESTION}], SamplingParams(max_tokens=220))
+    answers.add_row(scores["16-bit"], scores["AWQ INT4"])
+    console.print(answers)
+    return scores

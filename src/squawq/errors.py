@@ -1,0 +1,40 @@
+"""The exceptions that users meet. Each message says the value, the choices and what to do.
+
+SquawqError
+├── ConfigError         a setting that cannot work (also a ValueError)
+├── CheckpointError     a model folder that is missing, damaged, lying or of an unknown kind
+├── CalibrationError    calibration or evaluation text that is missing or too short
+├── OutputError         a target folder that is not ours or belongs to another job
+├── DependencyError     an optional package that is not installed
+└── KernelError         no kernel takes this operation; lists what was tried
+"""
+
+from __future__ import annotations
+
+
+class SquawqError(Exception):
+    """Base of every error that squawq raises for its user."""
+
+
+class ConfigError(SquawqError, ValueError):
+    """A setting that cannot work."""
+
+
+class CheckpointError(SquawqError):
+    """A model folder that is missing, damaged, lying or of an unknown kind."""
+
+
+class CalibrationError(SquawqError):
+    """Calibration or evaluation text that is missing, unreadable or too short."""
+
+
+class OutputError(SquawqError):
+    """A target folder that is not ours, or that belongs to another job."""
+
+
+class DependencyError(SquawqError, ImportError):
+    """An optional package that is not installed."""
+
+
+class KernelError(SquawqError):
+    """No kernel takes this operation."""

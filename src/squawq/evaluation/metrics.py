@@ -1,0 +1,49 @@
+"""Perplexity and divergence from logits, a few rows at a time. Pure functions on tensors and plain sums."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Score:
+    """Sums over predicted tokens. `divergence` holds KL(reference || model) in nats, one value a token."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    reference_loss: float = 0.0
+    agreed: int = 0
+    divergence: list[Tensor] = field(default_factory=list)
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
+        """logits and reference [rows, vocab], targets int64 [rows]."""
+        log_p = logits.float().log_softmax(-1)
+        self.tokens += len(targets)
+        self.loss -= float(log_p.gather(1, targets[:, None]).sum(dtype=torch.float64))
+        if reference is not None:
+            log_r = reference.float().log_softmax(-1)
+            self.reference_loss -= float(log_r.gather(1, targets[:, None]).sum(dtype=torch.float64))
+            self.agreed += int((log_p.argmax(-1) == log_r.argmax(-1)).sum())
+            self.divergence.append((log_r.exp() * (log_r - log_p)).sum(-1).clamp(min=0).cpu())
+
+    def summary(self) -> dict[str, Any]:
+        """tokens, perplexity and, against a reference, reference_perplexity, kl_mean, kl_p99 (nats), top1_agreement."""
+        result: dict[str, Any] = {"tokens": self.tokens, "perplexity": _exp(self.loss / self.tokens)}
+        if self.divergence:
+            kl = torch.cat(self.divergence)
+            result |= {
+                "reference_perplexity": _exp(self.reference_loss / self.tokens),
+                "kl_mean": float(kl.mean(dtype=torch.float64)),
+                "kl_p99": float(kl.kthvalue(math.ceil(0.99 * len(kl))).values),
+                "top1_agreement": self.agreed / self.tokens,
+            }
+        return result
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,41 @@
+"""The picture of a quantization: loss of every layer by plain rounding and as kept, and KL along the window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from squawq.errors import DependencyError
+
+
+def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mapping[str, Any]) -> None:
+    """Write a PNG. `report` is squawq_report.json if the folder has one, `scores` the result of `evaluate`."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DependencyError("--plot needs the package matplotlib: pip install 'squawq[plot]'") from error
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    layers = [row for row in (report or {}).get("layers", []) if row.get("loss_rounded") is not None]
+    if layers:
+        x = range(len(layers))
+        left.plot(x, [row["loss_rounded"] for row in layers], "o--", color="tab:gray", label="rounded to nearest")
+        left.plot(x, [row["loss"] for row in layers], "o-", color="tab:blue", label="as kept")
+        left.set(yscale="log", xlabel="decoder layer", ylabel="mean squared error of its output", title="Loss per layer")
+        left.legend()
+    else:
+        left.text(0.5, 0.5, "no losses in squawq_report.json", ha="center", transform=left.transAxes)
+    kl = scores.get("kl_by_position") or []
+    if kl:
+        step = max(1, len(kl) // 64)
+        means = [sum(kl[i : i + step]) / len(kl[i : i + step]) for i in range(0, len(kl), step)]
+        right.plot([i * step for i in range(len(means))], means, color="tab:orange")
+        title = f"KL per position (mean {scores['kl_mean']:.4g} nats)"
+        right.set(xlabel="position in the window (tokens)", ylabel="KL to the 16-bit model (nats)", title=title, ylim=(0, None))
+    else:
+        right.text(0.5, 0.5, "give --reference to see the KL", ha="center", transform=right.transAxes)
+    figure.savefig(path, dpi=120)

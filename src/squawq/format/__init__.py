@@ -1,0 +1,1 @@
+"""Checkpoints on disk: AWQ GEMM integers, nibble order, safetensors shards."""

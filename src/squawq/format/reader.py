@@ -1,0 +1,228 @@
+"""Reads checkpoint folders: config.json, safetensors headers, tensors on demand.
+
+Every header is checked against its file before anything is allocated; only safetensors is read. Tensors are
+memory-mapped, so reading one layer costs that layer, and `close` gives the pages back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from squawq.config import ModelConfig, QuantConfig
+from squawq.errors import CheckpointError
+from squawq.format.groupwise import GroupwiseTensor
+from squawq.format.packing import from_gemm
+
+MAX_HEADER = 100 * 2**20  # safetensors' own limit
+MAX_JSON = 64 * 2**20
+COMPANIONS = (
+    *("tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab", "merges.txt", "chat_template"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE", "USE_POLICY"),
+)
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": (torch.float64, 8),
+    "F32": (torch.float32, 4),
+    "F16": (torch.float16, 2),
+    "BF16": (torch.bfloat16, 2),
+    "I64": (torch.int64, 8),
+    "I32": (torch.int32, 4),
+    "I16": (torch.int16, 2),
+    "I8": (torch.int8, 1),
+    "U8": (torch.uint8, 1),
+    "BOOL": (torch.bool, 1),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, as its header says and its file confirms."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of sane size. Raises CheckpointError naming the file."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError(f"{path}: larger than {MAX_JSON} bytes; this is no configuration file")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return value
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensor names and places of one safetensors file, checked: sizes fit the file, no overlap, no gap.
+
+    Raises CheckpointError naming file and tensor.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise CheckpointError(f"{path}: damaged: the header says {length} bytes, the file has {size}")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: damaged: the header is not an object")
+    header.pop("__metadata__", None)
+    spans: list[tuple[int, int]] = []
+    infos = {name: _tensor_info(path, name, entry, spans) for name, entry in header.items()}
+    end = 0
+    for begin, stop in sorted(spans):
+        if begin != end:
+            raise CheckpointError(f"{path}: damaged: tensor data overlap or leave a gap at byte {min(begin, end)}")
+        end = stop
+    if end != size - 8 - length:
+        raise CheckpointError(f"{path}: damaged: its tensors need {end} bytes of data, the file has {size - 8 - length}")
+    return infos
+
+
+def _tensor_info(path: Path, name: str, entry: Any, spans: list[tuple[int, int]]) -> TensorInfo:
+    try:
+        dtype, itemsize = DTYPES[entry["dtype"]]
+        shape = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor {name!r}: unreadable entry or unknown dtype in the header") from error
+    if not whole or end - begin != math.prod(shape) * itemsize:
+        raise CheckpointError(f"{path}: tensor {name!r}: shape {list(shape)} and bytes {begin} to {end} disagree")
+    spans.append((begin, end))
+    return TensorInfo(path, dtype, shape, end - begin)
+
+
+class Checkpoint:
+    """A model folder, opened but not loaded.
+
+    `config` is checked on opening, and so is every shard's header. Tensors are read one at a time; call
+    `close` to drop the memory maps. Raises CheckpointError for anything missing, damaged or unknown.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: no such model folder")
+        if not (self.folder / "config.json").is_file():
+            raise CheckpointError(f"{self.folder}: has no config.json, so it is no model folder")
+        raw = read_json(self.folder / "config.json")
+        legacy = self.folder / "quant_config.json"
+        if "quantization_config" not in raw and legacy.is_file():
+            raw["quantization_config"] = {"quant_method": "awq", **read_json(legacy)}
+        self.config = ModelConfig.from_dict(raw, str(self.folder / "config.json"))
+        self._handles: dict[Path, Any] = {}
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors by name."""
+        found: dict[str, TensorInfo] = {}
+        files, promised = self._shards()
+        for file in files:
+            header = read_header(file)
+            if twice := next((n for n in header if n in found), None):
+                raise CheckpointError(f"{file}: tensor {twice!r} is also in {found[twice].file.name}")
+            found.update(header)
+        for name, shard in promised.items():
+            if name not in found or found[name].file.name != shard:
+                raise CheckpointError(f"{self.folder / INDEX}: promises tensor {name!r} in {shard}, where it is not")
+        return found
+
+    def _shards(self) -> tuple[list[Path], dict[str, str]]:
+        """The safetensors files, and what the index (if any) promises of them."""
+        if (self.folder / INDEX).is_file():
+            promised = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(promised, dict) or not all(isinstance(f, str) for f in promised.values()):
+                raise CheckpointError(f"{self.folder / INDEX}: weight_map must map tensor names to file names")
+            names = sorted(set(promised.values()))
+        else:
+            promised, names = {}, [p.name for p in sorted(self.folder.glob("*.safetensors"))]
+        if not names:
+            other = sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+            hint = f" It has {other[0]}, which squawq does not read; convert it to safetensors first." if other else ""
+            raise CheckpointError(f"{self.folder}: has no *.safetensors file.{hint}")
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{self.folder / INDEX}: {name!r} is not the name of a safetensors file here")
+            if not (self.folder / name).is_file():
+                raise CheckpointError(f"{self.folder / name}: the index names this file, and it is missing")
+        return [self.folder / name for name in names], promised
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises CheckpointError when there is no such tensor."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing")
+        return self.tensors[name]
+
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor in its own dtype, backed by the memory map; `shape` is checked if given."""
+        info = self.info(name)
+        if shape is not None and info.shape != shape:
+            raise CheckpointError(f"{info.file}: tensor {name!r} has shape {list(info.shape)}; {list(shape)} is needed")
+        if info.file not in self._handles:
+            try:
+                self._handles[info.file] = safe_open(info.file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{info.file}: cannot be read as safetensors: {error}") from error
+        tensor: Tensor = self._handles[info.file].get_tensor(name)
+        return tensor
+
+    def is_quantized(self, linear: str) -> bool:
+        """Whether this linear (full name) is stored as AWQ integers."""
+        return f"{linear}.qweight" in self.tensors
+
+    def read_quantized(self, linear: str, in_features: int, out_features: int) -> GroupwiseTensor:
+        """The integers of one linear. Raises CheckpointError naming file and tensor when they do not fit."""
+        quant = self.config.quant
+        if quant is None:
+            raise CheckpointError(f"{self.folder}: {linear} is quantized, but config.json has no quantization_config")
+        group = quant.group_of(in_features)
+        if in_features % group or out_features % 8:
+            raise CheckpointError(f"{self.folder}: {linear} [{out_features}, {in_features}] has no groups of {group}")
+        groups = in_features // group
+        qweight = self.read(f"{linear}.qweight", (in_features, out_features // 8))
+        scales = self.read(f"{linear}.scales", (groups, out_features))
+        has_zeros = quant.zero_point or f"{linear}.qzeros" in self.tensors
+        qzeros = self.read(f"{linear}.qzeros", (groups, out_features // 8)) if has_zeros else None
+        try:
+            return from_gemm(qweight, scales, qzeros)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.info(f'{linear}.qweight').file}: {linear}: {error}") from error
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def companions(self) -> Iterator[Path]:
+        """Small files that travel with the weights: tokenizer, chat template, generation config, licence."""
+        for path in sorted(self.folder.iterdir()):
+            if path.is_file() and path.name.startswith(COMPANIONS) and path.stat().st_size <= MAX_JSON:
+                yield path
+
+    def close(self) -> None:
+        """Drop the memory maps; tensors read before stay valid while they are held."""
+        self._handles.clear()
+
+
+def quantization_of(folder: str | Path) -> QuantConfig | None:
+    """The quantization of a model folder, or None for a 16-bit one."""
+    return Checkpoint(folder).config.quant

@@ -1,0 +1,64 @@
+"""Progress on stderr: bars with the time left, and a line for every layer. Knows the report's rows, no algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+
+
+def bar() -> Progress:
+    """A bar with count, time gone and time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class LayerProgress:
+    """A quantization's observer: a bar over the layers, and each layer's loss before and after."""
+
+    def __init__(self) -> None:
+        self._bar = bar()
+        self._task = self._bar.add_task("quantizing", total=None)
+
+    def __enter__(self) -> LayerProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def start(self, layers: int, tokens: int, resumed: int) -> None:
+        self._bar.reset(self._task, total=layers)
+        if tokens:
+            console.print(f"{layers} layers, {tokens:,} calibration tokens")
+        if resumed:
+            console.print(f"going on with a run that was stopped: {resumed} of {layers} layers are on disk")
+
+    def layer(self, record: Mapping[str, Any]) -> None:
+        self._bar.advance(self._task)
+        before, after = record["loss_rounded"], record["loss"]
+        if before is not None and after is not None:
+            change = f"{(after - before) / before:+.0%}" if before else "no change"
+            console.print(f"{record['name']}  loss {before:.3g} rounded, {after:.3g} with {record['method']} ({change})")
+        for note in record["notes"]:
+            console.print(f"{record['name']}  note: {note}", style="yellow")
+
+
+@contextmanager
+def counting(description: str) -> Iterator[Any]:
+    """A bar as a callback (done, total)."""
+    with bar() as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,188 @@
+"""Calibration text to token blocks: the built-in set, files, Hub data sets, lists. Knows no model.
+
+Documents are tokenized one after another into a stream that is cut into blocks, so long ones are never dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squawq.errors import CalibrationError, ConfigError, DependencyError
+from squawq.tokenizer import Tokenizer, check_messages
+
+SEPARATOR = "\n=====\n"
+DEFAULT_SAMPLES = 128
+LEAST_BLOCKS = 4
+PIECE = 1 << 16  # characters of a plain text file tokenized at once
+
+Calibration = str | Path | Sequence[str] | Sequence[Sequence[int]] | None
+
+
+def token_blocks(
+    source: Calibration,
+    tokenizer: Callable[[], Tokenizer],
+    *,
+    seqlen: int,
+    samples: int | None,
+    vocab_size: int,
+) -> Tensor:
+    """Token blocks int64 [blocks, seqlen] from `source`.
+
+    source: None for the built-in set; a .txt or .jsonl file; a Hub data set id; texts; or lists of token ids.
+    samples: exactly so many blocks; None takes what there is up to 128, and at least 4.
+    The built-in set is sampled evenly over its languages and kinds; other sources are read from the start.
+    Raises CalibrationError when there is too little text, saying how much there is and how much is needed.
+    """
+    wanted = DEFAULT_SAMPLES if samples is None else samples
+    least = LEAST_BLOCKS if samples is None else samples
+    stream: list[int] = []
+    for ids in _documents(source, tokenizer):
+        stream.extend(ids)
+        if source is not None and len(stream) >= wanted * seqlen:
+            break
+    blocks = len(stream) // seqlen
+    if blocks < least:
+        raise CalibrationError(
+            f"{_name(source)} gives {len(stream):,} tokens; {least * seqlen:,} are needed ({least} blocks of {seqlen}). "
+            "Give more text, or ask for fewer samples or a smaller seqlen."
+        )
+    tokens = torch.tensor(stream[: blocks * seqlen], dtype=torch.int64).view(blocks, seqlen)
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+        bad = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
+        raise CalibrationError(f"{_name(source)} holds token id {bad}; the model knows 0 to {vocab_size - 1}")
+    if blocks > wanted:
+        tokens = tokens[torch.linspace(0, blocks - 1, wanted).round().long()]
+    return tokens
+
+
+def _name(source: Calibration) -> str:
+    if source is None:
+        return "the built-in calibration set"
+    return repr(str(source)) if isinstance(source, str | Path) else "the calibration list"
+
+
+def _documents(source: Calibration, tokenizer: Callable[[], Tokenizer]) -> Iterator[Sequence[int]]:
+    if source is None:
+        yield from (_encode(row, tokenizer()) for row in builtin_rows())
+    elif isinstance(source, str | Path):
+        rows = _file_rows(Path(source)) if _is_file(source) else _hub_rows(str(source))
+        yield from (_encode(row, tokenizer()) for row in rows)
+    elif isinstance(source, Sequence):
+        for number, row in enumerate(source):
+            if isinstance(row, str):
+                yield _encode(row, tokenizer())
+            elif isinstance(row, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in row):
+                yield row
+            else:
+                raise CalibrationError(f"calibration row {number} is {row!r:.60}; it must be a text or a list of token ids")
+    else:
+        raise ConfigError(f"calibration is {type(source).__name__}; give a file, a Hub data set id, texts or token ids")
+
+
+def _encode(row: str | list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
+    if isinstance(row, str):
+        return tokenizer.encode(row)
+    if tokenizer.chat_template is None:
+        return tokenizer.encode("\n\n".join(f"{m['role']}: {m['content']}" for m in row))
+    return tokenizer.encode_chat(row, generation_prompt=False)
+
+
+def builtin_rows() -> Iterator[str | list[dict[str, str]]]:
+    """The built-in set: texts and chats, in a fixed order."""
+    folder = files("squawq") / "calibration_data"
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+        text = entry.read_text(encoding="utf-8")
+        if entry.name.endswith(".jsonl"):
+            yield from (_row(json.loads(line), "the built-in set") for line in text.splitlines() if line.strip())
+        elif entry.name.endswith(".txt"):
+            yield from split_documents(text)
+
+
+def split_documents(text: str) -> list[str]:
+    """Documents of a text whose separator is a line of five equals signs."""
+    return [part.strip() for part in text.split(SEPARATOR) if part.strip()]
+
+
+def _is_file(source: str | Path) -> bool:
+    path = Path(source)
+    if path.is_file():
+        return True
+    if isinstance(source, Path) or path.suffix in (".txt", ".jsonl", ".json", ".md", ".csv") or path.exists():
+        raise CalibrationError(f"{str(source)!r} is no file; give a .txt or .jsonl file, or a Hub data set id")
+    return False
+
+
+def read_text(path: Path) -> str:
+    """A whole text file. Raises CalibrationError for a missing file or bytes that are not UTF-8."""
+    return "".join(_lines(path))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{str(path)!r} is not UTF-8 text: {error.reason} (byte {error.start} of a block)") from error
+    except OSError as error:
+        raise CalibrationError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+
+
+def _file_rows(path: Path) -> Iterator[str | list[dict[str, str]]]:
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(_lines(path), 1):
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except ValueError as error:
+                    raise CalibrationError(f"{str(path)!r} line {number} is not JSON: {error}") from error
+                yield _row(value, f"{str(path)!r} line {number}")
+        return
+    piece: list[str] = []
+    size = 0
+    for line in _lines(path):
+        piece.append(line)
+        size += len(line)
+        if size >= PIECE:
+            yield "".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "".join(piece)
+
+
+def _hub_rows(name: str) -> Iterator[str | list[dict[str, str]]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DependencyError("a Hub data set needs the package datasets: pip install 'squawq[datasets]'") from error
+    try:
+        rows = iter(load_dataset(name, split="train", streaming=True))
+        first = next(rows, None)
+    except Exception as error:  # the library raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CalibrationError(f"{name!r} is no file here, and could not be read as a Hub data set: {reason}") from error
+    if first is not None:
+        yield _row(first, name)
+    yield from (_row(row, name) for row in rows)
+
+
+def _row(value: Any, where: str) -> str | list[dict[str, str]]:
+    """A text or a chat from one row: a string, {"text": ...}, or {"messages": [...]}."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        if isinstance(value.get("text"), str):
+            return str(value["text"])
+        if "messages" in value:
+            try:
+                return check_messages(value["messages"])
+            except ConfigError as error:
+                raise CalibrationError(f"{where}: {error}") from error
+    keys = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
+    raise CalibrationError(f"{where}: needs a 'text' or 'messages'; has {keys:.100}")

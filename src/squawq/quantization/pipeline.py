@@ -1,0 +1,203 @@
+"""The loop: layer in, packed layer out, renamed into place, dropped. Knows the order of things and no algorithm.
+
+Peak memory: one decoder layer in float32, its statistics, and the calibration's hidden states
+(blocks x tokens x hidden_size x 4 bytes, twice while a layer runs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from squawq import __version__
+from squawq.config import ModelConfig, QuantConfig
+from squawq.errors import CheckpointError, ConfigError
+from squawq.families import Family, family_of
+from squawq.format.reader import Checkpoint, read_json
+from squawq.format.writer import copy_file, write_index, write_json
+from squawq.hub.download import resolve
+from squawq.quantization.blocks import Blocks, read_finite
+from squawq.quantization.calibration import Calibration, token_blocks
+from squawq.quantization.job import REPORT, Job, identity
+from squawq.quantization.layer import LayerQuantizer, cast
+from squawq.tokenizer import Tokenizer
+
+
+class Observer(Protocol):
+    """Hears how the work goes on."""
+
+    def start(self, layers: int, tokens: int, resumed: int) -> None:
+        """Before the first layer; `resumed` layers lie on disk already."""
+
+    def layer(self, record: Mapping[str, Any]) -> None:
+        """After each layer, with its row of the report."""
+
+
+class _Silent:
+    def start(self, layers: int, tokens: int, resumed: int) -> None: ...
+    def layer(self, record: Mapping[str, Any]) -> None: ...
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    calibration: Calibration = None,
+    device: str = "cpu",
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Quantize a 16-bit checkpoint to AWQ INT4 and return the report that also lies in `out`/squawq_report.json.
+
+    model: a folder or a Hub id. out: a folder that does not exist, is empty, or holds this very job; a run that was
+    killed goes on where it was and ends with the same bytes. calibration: see `calibration.token_blocks`.
+    Raises SquawqError before work starts for anything that cannot work, and never leaves a half-written `out`.
+    """
+    config = config or QuantConfig()
+    observer = observer or _Silent()
+    check_device(device)
+    checkpoint = Checkpoint(resolve(model))
+    family = family_of(checkpoint.config.model_type)
+    if checkpoint.config.quant is not None:
+        raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
+    if Path(out).resolve() == checkpoint.folder.resolve():
+        raise ConfigError(f"{str(out)!r} is the model itself; choose another folder")
+    config = replace(config, seqlen=calibration_length(config, checkpoint.config))
+    _check_names(checkpoint, family)
+    tokens = None
+    if config.method != "rtn":
+        tokens = token_blocks(
+            calibration,
+            lambda: Tokenizer(checkpoint.folder),
+            seqlen=config.seqlen or 0,
+            samples=config.samples,
+            vocab_size=checkpoint.config.vocab_size,
+        )
+    job = Job(Path(out), identity(checkpoint, config, tokens), checkpoint.config.num_layers)
+    if job.finished:
+        return read_json(job.out / REPORT)
+    _quantize_layers(checkpoint, family, config, tokens, device, job, observer)
+    return _finish(checkpoint, family, config, tokens, job)
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError for a device that torch does not have here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        choices = ["cpu"]
+        if torch.cuda.is_available():
+            choices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if torch.backends.mps.is_available():
+            choices.append("mps")
+        raise ConfigError(f"device {device!r} is not there; choose one of {', '.join(choices)}") from error
+
+
+def calibration_length(config: QuantConfig, model: ModelConfig) -> int:
+    """Tokens in a calibration block. Raises ConfigError when more are asked for than the model has positions."""
+    if config.seqlen is None:
+        return min(512, model.max_positions)
+    if config.seqlen > model.max_positions:
+        raise ConfigError(f"seqlen is {config.seqlen}; the model has {model.max_positions} positions")
+    return config.seqlen
+
+
+def _check_names(checkpoint: Checkpoint, family: Family) -> None:
+    """Every tensor must have a place: nothing is dropped silently."""
+    for index in range(checkpoint.config.num_layers):
+        for linear in family.linears:
+            checkpoint.info(f"{family.layer(index)}.{linear}.weight")
+    outer = _outer_names(checkpoint, family)
+    layers = tuple(f"{family.layer(i)}." for i in range(checkpoint.config.num_layers))
+    for name, info in checkpoint.tensors.items():
+        if not name.startswith(layers) and name not in outer and "rotary_emb" not in name and name != f"{family.head}.weight":
+            raise CheckpointError(f"{info.file}: tensor {name!r} does not belong to a {family.model_type} model")
+
+
+def _outer_names(checkpoint: Checkpoint, family: Family) -> list[str]:
+    """Tensors outside the layers, in the order of use."""
+    names = [f"{family.embedding}.weight", f"{family.norm}.weight"]
+    names += [] if checkpoint.config.tied_embeddings else [f"{family.head}.weight"]
+    for name in names:
+        checkpoint.info(name)
+    return names
+
+
+def _quantize_layers(
+    checkpoint: Checkpoint,
+    family: Family,
+    config: QuantConfig,
+    tokens: Tensor | None,
+    device: str,
+    job: Job,
+    observer: Observer,
+) -> None:
+    layers = checkpoint.config.num_layers
+    done = [job.record(part) for part in range(1, layers + 1)]
+    observer.start(layers, 0 if tokens is None else tokens.numel(), sum(r is not None for r in done))
+    blocks = Blocks(checkpoint, family, device)
+    states = None if tokens is None else blocks.embed(tokens)
+    for index in range(layers):
+        record = done[index]
+        if record is not None and (states is None or all(done[index:])):
+            observer.layer(record)
+            continue
+        with blocks.open(index) as block:
+            if record is not None and states is not None:
+                states = block.run(states)
+            else:
+                worker = LayerQuantizer(block, family, config, family.layer(index))
+                if states is None:
+                    result = worker.round()
+                else:
+                    result, states = worker.search(states)
+                record = result.record
+                job.commit(index + 1, {f"{family.layer(index)}.{n}": t for n, t in result.tensors.items()}, record)
+                del result, worker
+        assert record is not None
+        observer.layer(record)
+
+
+def _finish(
+    checkpoint: Checkpoint, family: Family, config: QuantConfig, tokens: Tensor | None, job: Job
+) -> dict[str, Any]:
+    """The tensors outside the layers, the small files, config.json and the report; then OUT gets its name."""
+    dtype = getattr(torch, config.dtype)
+    names = _outer_names(checkpoint, family)
+    for part, own in ((0, names[:1]), (job.layers + 1, names[1:])):
+        if job.record(part) is None:
+            job.commit(part, {n: cast(read_finite(checkpoint, n), dtype, n) for n in own}, {})
+            checkpoint.close()
+    for path in checkpoint.companions():
+        copy_file(path, job.partial / path.name)
+    size = write_index(job.partial)
+    records = [job.record(part) or {} for part in range(1, job.layers + 1)]
+    kept = [
+        {"name": f"{record['name']}.{row['name']}", "reason": row["kept_in_16_bits"]}
+        for record in records
+        for row in record["linears"]
+        if "kept_in_16_bits" in row
+    ]
+    raw = {k: v for k, v in checkpoint.config.raw.items() if k not in ("dtype", "torch_dtype")}
+    raw["torch_dtype"] = config.dtype
+    raw["quantization_config"] = config.to_quantization_config([row["name"] for row in kept])
+    write_json(job.partial / "config.json", raw)
+    report = {
+        "squawq": __version__,
+        "method": config.method,
+        "source_bytes": checkpoint.nbytes(),
+        "bytes": size,
+        "calibration_tokens": 0 if tokens is None else tokens.numel(),
+        "kept_in_16_bits": kept,
+        "notes": [f"{record['name']}: {note}" for record in records for note in record["notes"]],
+        "layers": records,
+        "job": job.identity,
+    }
+    write_json(job.partial / REPORT, report)
+    job.finish()
+    return report

@@ -1,0 +1,143 @@
+"""The AWQ search on tensors alone: scale candidates, their loss, and the range of each group. No model, no files.
+
+Lin et al., AWQ, arXiv 2306.00978; grid, weight term and clip as in AutoAWQ (awq/quantize/quantizer.py), with what
+it leaves out: identity, ratio 1.0, both formulas, and channels without signal kept out of the normalization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squawq.format.groupwise import fake_quantize, round_to_grid, scale_and_zero
+
+SAMPLED_ROWS = 1024  # output rows that a candidate is judged on
+REFINED = 6  # candidates that go on to the loss on the inspected module
+CLIP_STEPS = 10
+CLIP_GRID = 20  # ranges shrink by steps of 1/20, down to 0.55
+CHUNK = 1 << 22  # weights handled at once in the clip search
+
+
+@dataclass(frozen=True)
+class ScaleCandidate:
+    """Scales [in_features] that multiply the weights' columns; formula "identity", "x" or "xw", ratio 0 to 1."""
+
+    formula: str
+    ratio: float
+    scales: Tensor
+
+
+def weight_importance(weights: Sequence[Tensor], group: int) -> Tensor:
+    """Mean over rows of |w| relative to the largest |w| of its group: float32 [in_features]."""
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+    for weight in weights:
+        grouped = weight.abs().view(weight.shape[0], -1, group)
+        total += (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).view(weight.shape).sum(0)
+    return total / sum(w.shape[0] for w in weights)
+
+
+def scale_candidates(x_mean: Tensor, w_mean: Tensor, n_grid: int) -> list[ScaleCandidate]:
+    """The grid: identity, x^r, and x^r / w^(1-r), for r from 0 to 1.
+
+    Channels without signal (x or w zero throughout) keep scale 1 and do not enter the normalization.
+    """
+    identity = ScaleCandidate("identity", 0.0, torch.ones_like(x_mean))
+    alive = (x_mean > 0) & (w_mean > 0) & torch.isfinite(x_mean)
+    if not bool(alive.any()):
+        return [identity]
+    x, w = x_mean[alive], w_mean[alive]
+    candidates = [identity]
+    for step in range(n_grid + 1):
+        ratio = step / n_grid
+        for formula, raw in (("x", x**ratio), ("xw", x**ratio / (w ** (1 - ratio) + 1e-4))):
+            raw = raw.clamp(min=1e-4)
+            scales = torch.ones_like(x_mean)
+            scales[alive] = raw / (raw.max() * raw.min()).sqrt()
+            if bool(torch.isfinite(scales).all()) and not (formula == "x" and step == 0):
+                candidates.append(ScaleCandidate(formula, ratio, scales))
+    return candidates
+
+
+def sample_rows(weight: Tensor) -> Tensor:
+    """At most SAMPLED_ROWS rows, evenly spread."""
+    step = -(-weight.shape[0] // SAMPLED_ROWS)
+    return weight[::step]
+
+
+def gram_loss(difference: Tensor, gram: Tensor) -> float:
+    """tr(D G D'): the squared error that a weight difference D [rows, in] makes on inputs with Gram matrix G, summed."""
+    return float(((difference @ gram) * difference).sum(dtype=torch.float64))
+
+
+def scaled_difference(weight: Tensor, scales: Tensor, group: int, zero_point: bool) -> Tensor:
+    """Q(W s) / s - W."""
+    return fake_quantize(weight * scales, group, zero_point) / scales - weight
+
+
+def best_scales(
+    candidates: list[ScaleCandidate],
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    group: int,
+    zero_point: bool,
+    inspect: Callable[[ScaleCandidate], float] | None = None,
+) -> ScaleCandidate:
+    """The candidate with the least loss.
+
+    All are ranked by the Gram loss of the linears; with `inspect` (the loss on the inspected module's output) the
+    best few and identity are judged by that instead.
+    """
+    rows = [sample_rows(w) for w in weights]
+
+    def proxy(candidate: ScaleCandidate) -> float:
+        return sum(gram_loss(scaled_difference(w, candidate.scales, group, zero_point), gram) for w in rows)
+
+    ranked = sorted(candidates, key=proxy)
+    if inspect is None or len(ranked) == 1:
+        return ranked[0]
+    finalists = ranked[:REFINED]
+    if candidates[0] not in finalists:
+        finalists.append(candidates[0])
+    return min(finalists, key=inspect)
+
+
+def clip_limits(weight: Tensor, gram_blocks: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:
+    """Range (low, high), each [out, groups], that loses least for each row and group on its own.
+
+    gram_blocks [groups, group, group]. Tries the full range, the range shrunk at both ends, and AutoAWQ's symmetric
+    clamp; a group's error is d' G d for its weight differences d.
+    """
+    out, features = weight.shape
+    group = gram_blocks.shape[1]
+    low = torch.empty(out, features // group, device=weight.device)
+    high = torch.empty_like(low)
+    step = max(1, CHUNK // features)
+    for start in range(0, out, step):
+        part = slice(start, min(out, start + step))
+        low[part], high[part] = _clip_rows(weight[part].view(-1, features // group, group), gram_blocks, zero_point)
+    return low, high
+
+
+def _clip_rows(grouped: Tensor, gram_blocks: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:
+    full_low, full_high = grouped.amin(-1), grouped.amax(-1)
+    extent = torch.maximum(full_low.abs(), full_high.abs())
+    best = torch.full_like(full_low, torch.inf)
+    low, high = full_low.clone(), full_high.clone()
+    for step in range(CLIP_STEPS):
+        shrink = 1 - step / CLIP_GRID
+        ranges = [(full_low * shrink, full_high * shrink)]
+        if zero_point and step:
+            ranges.append((torch.maximum(full_low, -extent * shrink), torch.minimum(full_high, extent * shrink)))
+        for try_low, try_high in ranges:
+            scale, zero = scale_and_zero(try_low, try_high, zero_point)
+            scale, zero = scale[..., None], zero[..., None]
+            difference = (round_to_grid(grouped, scale, zero) - zero) * scale - grouped
+            by_group = difference.transpose(0, 1)
+            error = ((by_group @ gram_blocks) * by_group).sum(-1).T
+            better = error < best
+            best = torch.where(better, error, best)
+            low, high = torch.where(better, try_low, low), torch.where(better, try_high, high)
+    return low, high
