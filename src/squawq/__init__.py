@@ -1,10 +1,10 @@
 """squawq: AWQ INT4 quantization of Llama-class models, fidelity measured, inference, in a laptop's memory.
 
-    import squawq
+import squawq
 
-    squawq.quantize("Llama-3.2-1B-Instruct", "Llama-3.2-1B-Instruct-AWQ")
-    squawq.evaluate("Llama-3.2-1B-Instruct-AWQ", reference="Llama-3.2-1B-Instruct")
-    squawq.LLM("Llama-3.2-1B-Instruct-AWQ").chat([{"role": "user", "content": "Hello!"}])
+squawq.quantize("Llama-3.2-1B-Instruct", "Llama-3.2-1B-Instruct-AWQ")
+squawq.evaluate("Llama-3.2-1B-Instruct-AWQ", reference="Llama-3.2-1B-Instruct")
+squawq.LLM("Llama-3.2-1B-Instruct-AWQ").chat([{"role": "user", "content": "Hello!"}])
 """
 
 from __future__ import annotations

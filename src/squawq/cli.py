@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Results on stdout, everything else on stderr; a misuse is one line and exit code 2."""
+"""The command line: parse, call, print.
+
+Results go to stdout, everything else to stderr; a misuse is one line and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,17 @@ app = typer.Typer(
 )
 Model = Annotated[str, typer.Argument(help="A model folder, or a Hub id such as meta-llama/Llama-3.1-8B-Instruct")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
-Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token; default: what the model asks for")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 takes the likeliest token; default: what the model asks for")
+]
 MaxTokens = Annotated[int, typer.Option(help="At most so many new tokens")]
 Seed = Annotated[int | None, typer.Option(help="The same text again")]
 
 
 @app.callback(invoke_without_command=True)
-def root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version")] = False) -> None:
+def root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version")] = False
+) -> None:
     if version:
         print(f"squawq {__version__}")
         raise typer.Exit
@@ -50,11 +57,15 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration blocks; default: what there is, up to 128")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a block; default: 512, or the model's context")] = None,
-    group_size: Annotated[int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))}")] = 128,
+    group_size: Annotated[
+        int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))}")
+    ] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero point")] = False,
     method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "awq",
     clip: Annotated[bool, typer.Option(help="Search a narrower range for each group")] = True,
-    skip: Annotated[list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"Of what stays in 16 bits: {' or '.join(DTYPES)}")] = "float16",
     device: Device = "cpu",
 ) -> None:
@@ -87,7 +98,9 @@ def quantize(
 @app.command("eval")
 def evaluate(
     model: Model,
-    reference: Annotated[str | None, typer.Option(help="The 16-bit model to compare with: KL and top-1 agreement")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The 16-bit model to compare with: KL and top-1 agreement")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="A text file; default: the built-in evaluation text")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of context; default: 1024, or the model's context")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: half a window")] = None,
@@ -107,7 +120,14 @@ def evaluate(
         raise ConfigError(f"--plot {str(plot)!r}: there is no such folder")
     with counting("evaluating") as progress:
         scores = run(
-            model, reference, text=text, window=window, stride=stride, max_tokens=max_tokens, device=device, progress=progress
+            model,
+            reference,
+            text=text,
+            window=window,
+            stride=stride,
+            max_tokens=max_tokens,
+            device=device,
+            progress=progress,
         )
     if plot is not None:
         from squawq.evaluation.plots import save_plot
@@ -243,13 +263,13 @@ def _write(pieces: Iterable[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, 1 for a failure of the machine, 2 for a misuse, 130 when stopped."""
+    """Run the command line; returns the exit code: 0, 1 when the machine fails, 2 for a misuse, 130 when stopped."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         app(arguments, standalone_mode=False, prog_name="squawq")
     except (TyperException, SquawqError) as error:
-        message = error.format_message() if isinstance(error, TyperException) else str(error)
+        message = f"{error.format_message()} (squawq --help)" if isinstance(error, TyperException) else str(error)
         print(f"squawq: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):

@@ -63,8 +63,8 @@ class QuantConfig:
         for name in ("zero_point", "clip"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
-        names = self.modules_to_not_convert
-        if isinstance(names, str) or not all(isinstance(n, str) and n for n in names):
+        names: object = self.modules_to_not_convert
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
             raise ConfigError(f"modules_to_not_convert is {names!r}; it must be a list of module names")
         object.__setattr__(self, "modules_to_not_convert", tuple(names))
 
@@ -116,7 +116,9 @@ class QuantConfig:
         """
         method = values.get("quant_method", "awq")
         if method != "awq":
-            raise CheckpointError(f"{where}: quant_method is {method!r}; squawq reads 'awq' and unquantized checkpoints")
+            raise CheckpointError(
+                f"{where}: quant_method is {method!r}; squawq reads 'awq' and unquantized checkpoints"
+            )
         names = ("bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "modules_to_not_convert")
         try:
             return cls.from_dict({k: values[k] for k in names if k in values})
@@ -131,7 +133,7 @@ def _check_version(version: object) -> None:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base `theta`, and for type "llama3" the frequency scaling of Llama 3.1, for "linear" a factor."""
+    """Rotary embedding: base `theta`; type "llama3" scales frequencies as Llama 3.1 does, "linear" by a factor."""
 
     theta: float = 10000.0
     type: str = "default"

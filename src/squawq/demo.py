@@ -35,9 +35,7 @@ def run(out: Path, console: Console) -> dict[str, Any]:
     seconds = time.monotonic() - started
     console.print("[bold]2. Measuring[/bold] on stories that neither training nor calibration saw")
     with counting("evaluating") as progress:
-        scores = evaluate(
-            out, model, text=model / "held_back.txt", max_tokens=EVALUATED_TOKENS, progress=progress
-        )
+        scores = evaluate(out, model, text=model / "held_back.txt", max_tokens=EVALUATED_TOKENS, progress=progress)
     table = Table(title=f"quantized in {seconds:.0f} s, measured on {scores['tokens']:,} tokens")
     for heading in ("", "16-bit", "AWQ INT4"):
         table.add_column(heading, justify="right" if heading else "left")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +36,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         ranges = {
-            "max_tokens": 1 <= self.max_tokens,
+            "max_tokens": self.max_tokens >= 1,
             "temperature": 0 <= self.temperature <= 100,
             "top_p": 0 < self.top_p <= 1,
-            "top_k": 0 <= self.top_k,
+            "top_k": self.top_k >= 0,
             "seed": self.seed is None or 0 <= self.seed < 2**63,
         }
         rules = {
@@ -71,8 +72,7 @@ class LLM:
         values = self._generation_config()
         if not values.get("do_sample", False):
             return SamplingParams()
-        known = {f.name for f in fields(SamplingParams)} & {"temperature", "top_p", "top_k"}
-        given = {k: values[k] for k in known if isinstance(values.get(k), int | float)}
+        given: dict[str, Any] = {k: values[k] for k in ("temperature", "top_p", "top_k") if values.get(k) is not None}
         return SamplingParams(**{"temperature": 1.0, **given})
 
     def generate(self, prompt: str, sampling: SamplingParams | None = None) -> str:
@@ -94,7 +94,7 @@ class LLM:
     def generate_ids(self, ids: list[int], sampling: SamplingParams | None = None) -> Iterator[int]:
         """New token ids one by one, the stop id not included.
 
-        Raises ConfigError for an empty prompt or one that leaves no room for a token; stops at the model's last position.
+        Stops at the model's last position. Raises ConfigError for an empty prompt or one without room for a token.
         """
         sampling = sampling or self.sampling_defaults()
         if not ids:
@@ -147,7 +147,7 @@ class LLM:
 
 
 def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
-    """A token id from logits float32 [vocab]: temperature, then top_k, then top_p (Holtzman et al., arXiv 1904.09751)."""
+    """A token id from logits float32 [vocab]: temperature, top_k, top_p (Holtzman et al., arXiv 1904.09751)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled, order = (logits.double() / sampling.temperature).sort(descending=True, stable=True)

@@ -33,7 +33,9 @@ def check_messages(messages: object) -> list[dict[str, str]]:
         role = message.get("role") if isinstance(message, Mapping) else None
         content = message.get("content") if isinstance(message, Mapping) else None
         if role not in ROLES or not isinstance(content, str):
-            raise ConfigError(f"a message must have role (one of {', '.join(ROLES)}) and content (text); got {message!r:.80}")
+            raise ConfigError(
+                f"a message must have role (one of {', '.join(ROLES)}) and content (text); got {message!r:.80}"
+            )
         checked.append({"role": str(role), "content": content})
     return checked
 

@@ -56,7 +56,9 @@ def windows_of(ids: Sequence[int], window: int, stride: int) -> Windows:
     Raises ConfigError for a stride that is not 1 to window, CalibrationError when not even one window is full.
     """
     if window < 2 or not 1 <= stride <= window:
-        raise ConfigError(f"window is {window} and stride {stride}; the window must be at least 2, the stride 1 to window")
+        raise ConfigError(
+            f"window is {window} and stride {stride}; the window must be at least 2, the stride 1 to window"
+        )
     if len(ids) < window:
         raise CalibrationError(f"the text has {len(ids)} tokens; at least {window} are needed (one window)")
     return Windows(torch.tensor(ids, dtype=torch.int64).unfold(0, window, stride).contiguous(), stride)
@@ -79,7 +81,7 @@ def evaluate(
     text: a text file (a line of five equals signs separates documents); None for the built-in text, which is apart
     from the calibration set. ids: token ids instead of a text. window: tokens of context, by default the model's
     positions up to 1,024; stride: how far windows are apart, by default half of it. max_tokens: how much is read.
-    Returns what `Score.summary` gives plus `window`, `stride` and `kl_by_position` (mean KL for each place in a window).
+    Returns what `Score.summary` gives plus `window`, `stride` and `kl_by_position` (mean KL at each place).
     Raises SquawqError for anything that cannot work.
     """
     checkpoint = Checkpoint(resolve(model))

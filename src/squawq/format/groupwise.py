@@ -53,8 +53,10 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (weight / scale).round_().add_(zero).clamp_(0, LEVELS)
 
 
-def quantize(weight: Tensor, group: int, zero_point: bool, limits: tuple[Tensor, Tensor] | None = None) -> GroupwiseTensor:
-    """Round a weight [out, in] to nearest within groups of `group`; `limits` (low, high) [out, groups] narrow the ranges."""
+def quantize(
+    weight: Tensor, group: int, zero_point: bool, limits: tuple[Tensor, Tensor] | None = None
+) -> GroupwiseTensor:
+    """Round a weight [out, in] to nearest in groups of `group`; `limits` (low, high) [out, groups] narrow ranges."""
     grouped = weight.float().view(weight.shape[0], -1, group)
     low, high = (grouped.amin(-1), grouped.amax(-1)) if limits is None else limits
     scale, zero = scale_and_zero(low, high, zero_point)

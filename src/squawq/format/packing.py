@@ -50,7 +50,9 @@ def from_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> Groupwi
     rows, out = qweight.shape[0], qweight.shape[-1] * PER_WORD
     groups = scales.shape[0]
     if qweight.dtype != torch.int32 or qweight.dim() != 2:
-        raise CheckpointError(f"qweight is {qweight.dtype} {tuple(qweight.shape)}; it must be int32 with two dimensions")
+        raise CheckpointError(
+            f"qweight is {qweight.dtype} {tuple(qweight.shape)}; it must be int32 with two dimensions"
+        )
     if scales.dim() != 2 or scales.shape[1] != out or groups == 0 or rows % groups:
         raise CheckpointError(f"scales {tuple(scales.shape)} do not fit qweight {tuple(qweight.shape)}")
     if qzeros is None:

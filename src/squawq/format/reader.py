@@ -94,7 +94,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{path}: damaged: tensor data overlap or leave a gap at byte {min(begin, end)}")
         end = stop
     if end != size - 8 - length:
-        raise CheckpointError(f"{path}: damaged: its tensors need {end} bytes of data, the file has {size - 8 - length}")
+        raise CheckpointError(
+            f"{path}: damaged: its tensors need {end} bytes of data, the file has {size - 8 - length}"
+        )
     return infos
 
 

@@ -17,7 +17,7 @@ from squawq.format.reader import INDEX, read_header
 def _commit(temporary: Path, target: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(temporary, target)
+    os.replace(temporary, target)  # noqa: PTH105 (the tests kill here)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,14 +17,18 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         return Path(model)
     name = str(model)
     if Path(model).exists() or not _ID.fullmatch(name) or name.count("/") != 1:
-        raise CheckpointError(f"{name!r} is neither a model folder nor a Hub id such as 'meta-llama/Llama-3.1-8B-Instruct'")
+        raise CheckpointError(
+            f"{name!r} is neither a model folder nor a Hub id such as 'meta-llama/Llama-3.1-8B-Instruct'"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{name!r} is not on the Hub, or needs a login (hf auth login); no such folder here either") from error
+        raise CheckpointError(
+            f"{name!r} is not on the Hub, or needs a login (hf auth login); no such folder here either"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{name!r} is no folder here, and the Hub could not be asked: {reason}") from error

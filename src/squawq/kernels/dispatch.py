@@ -31,7 +31,7 @@ CANDIDATES: list[tuple[str, Callable[[Tensor, GroupwiseTensor], str | None], Int
 
 
 def int4_matmul(x: Tensor, weight: GroupwiseTensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times a 4-bit weight [out, in] plus bias [out], in x's dtype. Raises KernelError if no kernel fits."""
+    """x [..., in] times a 4-bit weight [out, in] plus bias [out], in x's dtype. Raises KernelError if none fits."""
     refusals = []
     for name, declines, kernel in CANDIDATES:
         reason = declines(x, weight)

@@ -10,7 +10,7 @@ from squawq.format.groupwise import GroupwiseTensor
 
 
 def int4_matmul(x: Tensor, weight: GroupwiseTensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] of any float dtype times the dequantized weight [out, in], computed in float32, returned as x's dtype."""
+    """x [..., in] times the dequantized weight [out, in], computed in float32, returned as x's dtype."""
     return F.linear(x.float(), weight.dequantize(), None if bias is None else bias.float()).to(x.dtype)
 
 

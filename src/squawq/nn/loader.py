@@ -54,11 +54,12 @@ def load_layer(checkpoint: Checkpoint, index: int, device: str = "cpu") -> Layer
     family = family_of(config.model_type)
     prefix = family.layer(index)
     linears = {
-        name: load_linear(checkpoint, f"{prefix}.{name}", shape, device) for name, shape in linear_shapes(config).items()
+        name: load_linear(checkpoint, f"{prefix}.{name}", shape, device)
+        for name, shape in linear_shapes(config).items()
     }
-    norms = {n: (config.hidden_size,) for n in ("input_layernorm", "post_attention_layernorm")}
+    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (config.hidden_size,))
     if family.qk_norm:
-        norms |= {n: (config.head_dim,) for n in ("self_attn.q_norm", "self_attn.k_norm")}
+        norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (config.head_dim,))
     loaded = {n: _float(checkpoint.read(f"{prefix}.{n}.weight", shape), device) for n, shape in norms.items()}
     return Layer(config, index, linears, loaded)
 

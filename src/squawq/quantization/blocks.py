@@ -75,14 +75,21 @@ class Block:
             raise CheckpointError(f"{file}: tensor {prefix + surplus[0]!r} does not belong to this architecture")
         state = {}
         for name, shape in expected.items():
-            state[name] = read_finite(checkpoint, prefix + name, shape).to(self._blocks.device, torch.float32, copy=True)
+            state[name] = read_finite(checkpoint, prefix + name, shape).to(
+                self._blocks.device, torch.float32, copy=True
+            )
         self.module.load_state_dict(state, strict=True, assign=True)
         checkpoint.close()
 
     def weight(self, name: str) -> Tensor:
         """The weight (linear [out, in] or norm) of a module in this layer."""
-        tensor: Tensor = self.module.get_submodule(name).weight
-        return tensor
+        return self.parameter(name).data
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter behind `weight`; setting its `data` changes the layer."""
+        parameter = self.module.get_submodule(name).weight
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
 
     def state(self) -> dict[str, Tensor]:
         """All tensors of the layer by their names in it."""
@@ -130,7 +137,7 @@ class Block:
         """While open, each named module's watcher sees that module's input whenever it runs."""
 
         def hook(watch: Callable[[Tensor], None]) -> Callable[..., None]:
-            return lambda module, args, kwargs: watch(args[0] if args else kwargs["hidden_states"])
+            return lambda _, args, kwargs: watch(args[0] if args else kwargs["hidden_states"])
 
         handles = [
             self.module.get_submodule(name).register_forward_pre_hook(hook(watch), with_kwargs=True)
@@ -147,7 +154,9 @@ def read_finite(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None
     """A tensor that holds no NaN or infinity. Raises CheckpointError naming file and tensor."""
     tensor = checkpoint.read(name, shape)
     if not tensor.dtype.is_floating_point:
-        raise CheckpointError(f"{checkpoint.info(name).file}: tensor {name!r} is {tensor.dtype}; floating point is needed")
+        raise CheckpointError(
+            f"{checkpoint.info(name).file}: tensor {name!r} is {tensor.dtype}; floating point is needed"
+        )
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
         raise CheckpointError(f"{checkpoint.info(name).file}: tensor {name!r} holds {bad} values that are not finite")

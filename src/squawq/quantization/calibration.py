@@ -27,7 +27,7 @@ Calibration = str | Path | Sequence[str] | Sequence[Sequence[int]] | None
 
 def token_blocks(
     source: Calibration,
-    tokenizer: Callable[[], Tokenizer],
+    open_tokenizer: Callable[[], Tokenizer],
     *,
     seqlen: int,
     samples: int | None,
@@ -43,15 +43,15 @@ def token_blocks(
     wanted = DEFAULT_SAMPLES if samples is None else samples
     least = LEAST_BLOCKS if samples is None else samples
     stream: list[int] = []
-    for ids in _documents(source, tokenizer):
+    for ids in _documents(source, open_tokenizer):
         stream.extend(ids)
         if source is not None and len(stream) >= wanted * seqlen:
             break
     blocks = len(stream) // seqlen
     if blocks < least:
         raise CalibrationError(
-            f"{_name(source)} gives {len(stream):,} tokens; {least * seqlen:,} are needed ({least} blocks of {seqlen}). "
-            "Give more text, or ask for fewer samples or a smaller seqlen."
+            f"{_name(source)} gives {len(stream):,} tokens; {least * seqlen:,} are needed "
+            f"({least} blocks of {seqlen}). Give more text, or ask for fewer samples or a smaller seqlen."
         )
     tokens = torch.tensor(stream[: blocks * seqlen], dtype=torch.int64).view(blocks, seqlen)
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
@@ -68,22 +68,37 @@ def _name(source: Calibration) -> str:
     return repr(str(source)) if isinstance(source, str | Path) else "the calibration list"
 
 
-def _documents(source: Calibration, tokenizer: Callable[[], Tokenizer]) -> Iterator[Sequence[int]]:
-    if source is None:
-        yield from (_encode(row, tokenizer()) for row in builtin_rows())
-    elif isinstance(source, str | Path):
-        rows = _file_rows(Path(source)) if _is_file(source) else _hub_rows(str(source))
-        yield from (_encode(row, tokenizer()) for row in rows)
+def _documents(source: Calibration, open_tokenizer: Callable[[], Tokenizer]) -> Iterator[Sequence[int]]:
+    if source is None or isinstance(source, str | Path):
+        tokenizer = open_tokenizer()
+        yield from (_encode(row, tokenizer) for row in _rows(source))
     elif isinstance(source, Sequence):
+        opened: Tokenizer | None = None  # token ids need none
         for number, row in enumerate(source):
             if isinstance(row, str):
-                yield _encode(row, tokenizer())
-            elif isinstance(row, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in row):
-                yield row
+                opened = opened or open_tokenizer()
+                yield _encode(row, opened)
+            elif (ids := _token_ids(row)) is not None:
+                yield ids
             else:
-                raise CalibrationError(f"calibration row {number} is {row!r:.60}; it must be a text or a list of token ids")
+                raise CalibrationError(
+                    f"calibration row {number} is {row!r:.60}; it must be a text or a list of token ids"
+                )
     else:
         raise ConfigError(f"calibration is {type(source).__name__}; give a file, a Hub data set id, texts or token ids")
+
+
+def _token_ids(row: object) -> list[int] | None:
+    if not isinstance(row, Sequence):
+        return None
+    ids = [i for i in row if isinstance(i, int) and not isinstance(i, bool)]
+    return ids if len(ids) == len(row) else None
+
+
+def _rows(source: str | Path | None) -> Iterator[str | list[dict[str, str]]]:
+    if source is None:
+        return builtin_rows()
+    return _file_rows(Path(source)) if _is_file(source) else _hub_rows(str(source))
 
 
 def _encode(row: str | list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
@@ -129,7 +144,9 @@ def _lines(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8") as file:
             yield from file
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{str(path)!r} is not UTF-8 text: {error.reason} (byte {error.start} of a block)") from error
+        raise CalibrationError(
+            f"{str(path)!r} is not UTF-8 text: {error.reason} (byte {error.start} of a block)"
+        ) from error
     except OSError as error:
         raise CalibrationError(f"{str(path)!r} cannot be read: {error.strerror}") from error
 
@@ -166,7 +183,9 @@ def _hub_rows(name: str) -> Iterator[str | list[dict[str, str]]]:
         first = next(rows, None)
     except Exception as error:  # the library raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CalibrationError(f"{name!r} is no file here, and could not be read as a Hub data set: {reason}") from error
+        raise CalibrationError(
+            f"{name!r} is no file here, and could not be read as a Hub data set: {reason}"
+        ) from error
     if first is not None:
         yield _row(first, name)
     yield from (_row(row, name) for row in rows)

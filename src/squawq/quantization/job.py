@@ -22,6 +22,7 @@ from squawq.format.writer import shard_name, write_json, write_shard
 
 REPORT = "squawq_report.json"
 JOB = "squawq_job.json"
+PART = "squawq_part_"
 
 
 def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None) -> dict[str, Any]:
@@ -63,13 +64,16 @@ class Job:
                 f"{self.out} holds the result of another quantization (other model, settings or calibration); "
                 "choose another folder, or remove it first"
             )
+        self._tidy()  # of what a run killed at its last moment left
         return True
 
     def _claim(self) -> None:
         job = self.partial / JOB
-        if self.partial.exists() and any(self.partial.iterdir()):
+        if self.partial.exists() and any(path.name != JOB + ".tmp" for path in self.partial.iterdir()):
             if not job.is_file():
-                raise OutputError(f"{self.partial} exists and squawq did not make it; move it away or choose another OUT")
+                raise OutputError(
+                    f"{self.partial} exists and squawq did not make it; move it away or choose another OUT"
+                )
             if (begun := read_json(job)) != self.identity:
                 other = ", ".join(sorted(k for k in self.identity if begun.get(k) != self.identity[k]))
                 raise OutputError(
@@ -84,7 +88,7 @@ class Job:
         write_json(job, self.identity)
 
     def _record_path(self, part: int) -> Path:
-        return self.partial / f"squawq_part_{part:05d}.json"
+        return self.partial / f"{PART}{part:05d}.json"
 
     def shard_path(self, part: int) -> Path:
         """Part 0 is the embedding, parts 1 to `layers` the decoder layers, the last the final norm and head."""
@@ -102,12 +106,13 @@ class Job:
         write_shard(self.shard_path(part), tensors)
 
     def finish(self) -> None:
-        """Clear what only resuming needs, and give the folder its name."""
-        for path in sorted(self.partial.iterdir()):
-            if path.name == JOB or path.name.startswith("squawq_part_") or path.suffix == ".tmp":
-                path.unlink()
+        """Give the folder its name, then clear what only resuming needs."""
         if self.out.is_dir():
             self.out.rmdir()  # empty, as was checked
-        os.replace(self.partial, self.out)
+        os.replace(self.partial, self.out)  # noqa: PTH105 (the tests kill here)
+        self._tidy()
 
-
+    def _tidy(self) -> None:
+        for path in sorted(self.out.iterdir()):
+            if path.name == JOB or path.name.startswith(PART) or path.suffix == ".tmp":
+                path.unlink()

@@ -30,7 +30,7 @@ from squawq.quantization.search import (
 )
 from squawq.quantization.statistics import InputStatistics
 
-SAMPLED_TOKENS = 4096  # tokens on which the inspected modules and the whole layer are judged
+SAMPLED_TOKENS = 2048  # tokens on which the inspected modules and the whole layer are judged
 
 
 @dataclass
@@ -81,7 +81,8 @@ class LayerQuantizer:
         self.kept: dict[str, str] = {}
         self.converted: list[str] = []
         for name in family.linears:
-            reason = kept_reason(f"{prefix}.{name}", *block.weight(name).shape, config=config)
+            out_features, in_features = block.weight(name).shape
+            reason = kept_reason(f"{prefix}.{name}", out_features, in_features, config)
             if reason is None:
                 self.converted.append(name)
             else:
@@ -95,7 +96,7 @@ class LayerQuantizer:
 
     @torch.no_grad()
     def search(self, states: Tensor) -> tuple[LayerResult, Tensor]:
-        """AWQ on hidden states [blocks, tokens, hidden]; also returns the unquantized layer's output for the next one."""
+        """AWQ on hidden states [blocks, tokens, hidden]; also returns the unquantized layer's output for the next."""
         statistics = {
             g.linears[0]: InputStatistics(self.block.weight(g.linears[0]).shape[1], str(states.device))
             for g in self.family.groups
@@ -157,20 +158,21 @@ class LayerQuantizer:
             fits = previous.shape == self.block.weight(group.linears[0]).shape
         if not names or not fits or not stats.has_signal:
             return
-        modules = [self.block.module.get_submodule(n) for n in names]
-        weights = [module.weight.data for module in modules]
+        parameters = [self.block.parameter(n) for n in names]
+        weights = [parameter.data for parameter in parameters]
         size = self.config.group_of(weights[0].shape[1])
         candidates = scale_candidates(stats.mean_absolute, weight_importance(weights, size), self.config.n_grid)
         wanted = None if inputs is None else self.block.inspect(group.inspect, inputs)
 
         def inspect(candidate: ScaleCandidate) -> float:
-            assert inputs is not None and wanted is not None
-            for module, weight in zip(modules, weights, strict=True):
+            assert inputs is not None
+            assert wanted is not None
+            for parameter, weight in zip(parameters, weights, strict=True):
                 rounded = fake_quantize(weight * candidate.scales, size, self.config.zero_point)
-                module.weight.data = rounded / candidate.scales
+                parameter.data = rounded / candidate.scales
             loss = _mean_square(self.block.inspect(group.inspect, inputs), wanted)
-            for module, weight in zip(modules, weights, strict=True):
-                module.weight.data = weight
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.data = weight
             return loss
 
         best = best_scales(
@@ -202,7 +204,9 @@ class LayerQuantizer:
             limits = clip_limits(weight, stats.gram_blocks(size, chosen.columns.get(name)), self.config.zero_point)
         return quantize(weight, size, self.config.zero_point, limits)
 
-    def _linear_losses(self, chosen: _Chosen, statistics: Mapping[str, InputStatistics]) -> dict[str, tuple[float, float]]:
+    def _linear_losses(
+        self, chosen: _Chosen, statistics: Mapping[str, InputStatistics]
+    ) -> dict[str, tuple[float, float]]:
         """Per linear: mean squared output error by plain rounding and by what was chosen, on sampled rows."""
         losses = {}
         for group in self.family.groups:
@@ -226,18 +230,20 @@ class LayerQuantizer:
     def _apply(self, chosen: _Chosen) -> None:
         """Put the chosen weights into the layer, dequantized, to judge them as they will be read back."""
         for name in self.family.linears:
-            module = self.block.module.get_submodule(name)
             dense = self._scaled(name, chosen) if name in self.kept else chosen.integers[name].dequantize()
-            module.weight.data = dense
-            if name in chosen.rows and module.bias is not None:
-                module.bias.data = module.bias / chosen.rows[name]
+            self.block.parameter(name).data = dense
+            bias = self.block.module.get_submodule(name).bias
+            if name in chosen.rows and isinstance(bias, Tensor):
+                bias.data = bias.data / chosen.rows[name]
         for name, norm in chosen.norms.items():
-            self.block.module.get_submodule(name).weight.data = norm
+            self.block.parameter(name).data = norm
 
     def _round_in_place(self) -> None:
         for name in self.converted:
             weight = self.block.weight(name)
-            weight.data = fake_quantize(weight, self.config.group_of(weight.shape[1]), self.config.zero_point)
+            self.block.parameter(name).data = fake_quantize(
+                weight, self.config.group_of(weight.shape[1]), self.config.zero_point
+            )
 
     def _tensors(self, chosen: _Chosen) -> dict[str, Tensor]:
         """The tensors to write; linears without chosen integers are rounded to nearest. Needs the original weights."""

@@ -115,7 +115,12 @@ def _check_names(checkpoint: Checkpoint, family: Family) -> None:
     outer = _outer_names(checkpoint, family)
     layers = tuple(f"{family.layer(i)}." for i in range(checkpoint.config.num_layers))
     for name, info in checkpoint.tensors.items():
-        if not name.startswith(layers) and name not in outer and "rotary_emb" not in name and name != f"{family.head}.weight":
+        if (
+            not name.startswith(layers)
+            and name not in outer
+            and "rotary_emb" not in name
+            and name != f"{family.head}.weight"
+        ):
             raise CheckpointError(f"{info.file}: tensor {name!r} does not belong to a {family.model_type} model")
 
 

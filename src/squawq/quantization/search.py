@@ -14,8 +14,8 @@ from torch import Tensor
 
 from squawq.format.groupwise import fake_quantize, round_to_grid, scale_and_zero
 
-SAMPLED_ROWS = 1024  # output rows that a candidate is judged on
-REFINED = 6  # candidates that go on to the loss on the inspected module
+SAMPLED_ROWS = 512  # output rows that a candidate is judged on
+REFINED = 4  # candidates that go on to the loss on the inspected module
 CLIP_STEPS = 10
 CLIP_GRID = 20  # ranges shrink by steps of 1/20, down to 0.55
 CHUNK = 1 << 22  # weights handled at once in the clip search
@@ -68,7 +68,7 @@ def sample_rows(weight: Tensor) -> Tensor:
 
 
 def gram_loss(difference: Tensor, gram: Tensor) -> float:
-    """tr(D G D'): the squared error that a weight difference D [rows, in] makes on inputs with Gram matrix G, summed."""
+    """tr(D G D'): the summed squared error that a weight difference D [rows, in] makes on inputs of Gram matrix G."""
     return float(((difference @ gram) * difference).sum(dtype=torch.float64))
 
 

@@ -1,4 +1,4 @@
-"""What the search needs to know of a linear's inputs: mean |x| and the Gram matrix X'X, summed while the layer runs once."""
+"""What the search needs of a linear's inputs: mean |x| and the Gram matrix X'X, summed while the layer runs once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class InputStatistics:
     def gram_blocks(self, group: int, scales: Tensor | None = None) -> Tensor:
         """The Gram matrix's diagonal blocks [groups, group, group], for inputs divided by `scales` if given."""
         count = self.gram.shape[0] // group
-        blocks = torch.stack([self.gram[i * group : (i + 1) * group, i * group : (i + 1) * group] for i in range(count)])
+        blocks = torch.stack(
+            [self.gram[i * group : (i + 1) * group, i * group : (i + 1) * group] for i in range(count)]
+        )
         if scales is None:
             return blocks
         inverse = (1 / scales).view(count, group)

@@ -1,0 +1,80 @@
+"""Tiny models made on the spot: random weights, a few tokens of vocabulary, any family. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+MakeModel = Callable[..., Path]
+
+
+def shared_data(name: str) -> Path:
+    """A folder of the test data beside the checkout; the test skips where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs {name} of the shared test data, which is not on this machine")
+    return path
+
+
+def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    """A config.json of two small layers."""
+    config: dict[str, Any] = {
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "model_type": model_type,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 160,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "eos_token_id": 1,
+        "hidden_act": "silu",
+    }
+    return {**config, **changes}
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> MakeModel:
+    """A function that writes a random checkpoint by transformers' own classes and returns its folder."""
+
+    def make(model_type: str = "llama", *, name: str = "model", seed: int = 0, **changes: Any) -> Path:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        raw = tiny_config(model_type, **changes)
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(raw))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                spread = 0.2 if parameter.dim() == 2 else 0.1
+                mean = 1.0 if "norm" in parameter_name else 0.0
+                parameter.normal_(mean, spread)
+        state = {k: v.contiguous() for k, v in model.state_dict().items()}
+        if raw["tie_word_embeddings"]:
+            state.pop("lm_head.weight")
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def rows() -> list[list[int]]:
+    """Calibration rows of token ids for the tiny models."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(2, 160, (8, 32), generator=generator).tolist()

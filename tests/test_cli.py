@@ -1,0 +1,142 @@
+"""The command line as a user meets it: in a process of its own, streams apart, exit codes, one line for a misuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MakeModel
+
+from squawq.demo import demo_model
+
+DEMO = str(demo_model())
+ROWS = ["--samples", "8", "--seqlen", "64"]
+
+
+def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "error", "-m", "squawq", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, env=environment)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "demo-awq"
+    done = run("quantize", DEMO, out, *ROWS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out)
+    assert "8 layers, 512 calibration tokens" in done.stderr
+    assert "model.layers.7  loss" in done.stderr
+    assert "14.7 MB -> 5.4 MB" in done.stderr
+    return out
+
+
+def test_quantize_again_is_done_at_once(quantized: Path) -> None:
+    done = run("quantize", DEMO, quantized, *ROWS)
+    assert done.returncode == 0
+    assert "model.layers" not in done.stderr
+
+
+def test_eval_table_json_and_plot(quantized: Path, tmp_path: Path) -> None:
+    text = demo_model() / "held_back.txt"
+    plot = tmp_path / "loss.png"
+    common: list[str | Path] = ["eval", quantized, "--text", text, "--max-tokens", "1024", "--window", "128"]
+    done = run(*common, "--reference", DEMO, "--json", "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)
+    assert 0 < scores["kl_mean"] < scores["kl_p99"] < 2
+    assert 0.5 < scores["top1_agreement"] < 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    table = run(*common).stdout
+    assert "perplexity" in table
+    assert "KL" not in table
+
+
+def test_generate_gives_the_continuation_alone(quantized: Path) -> None:
+    done = run("generate", quantized, "-p", "Once upon a time", "--max-tokens", "8", "--temperature", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(", there was")
+    assert done.stdout.endswith("\n")
+
+
+def test_chat_reads_until_the_end(quantized: Path) -> None:
+    lines = "Tell me a story.\n\n/new\nTell me a story.\n/exit\n"
+    done = run("chat", quantized, "--max-tokens", "12", "--temperature", "0", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert first == second
+    assert first.startswith("Once upon a time")
+
+
+MISUSES: dict[str, tuple[list[str], str]] = {
+    "unknown command": (["quantise"], "No such command 'quantise'"),
+    "missing argument": (["quantize", DEMO], "out"),
+    "unknown option": (["quantize", DEMO, "OUT", "--groupsize", "4"], "--groupsize"),
+    "bad group size": (["quantize", DEMO, "OUT", "--group-size", "7"], "choose one of 16, 32, 64, 128, 256, -1"),
+    "bad method": (["quantize", DEMO, "OUT", "--method", "gptq"], "choose one of awq, rtn"),
+    "bad device": (["quantize", DEMO, "OUT", "--device", "gpu"], "device 'gpu' is not there; choose one of cpu"),
+    "no such model": (["quantize", "nowhere", "OUT"], "neither a model folder nor a Hub id"),
+    "hub out of reach": (["quantize", "nobody/nothing", "OUT"], "the Hub could not be asked"),
+    "no such calibration": (["quantize", DEMO, "OUT", "--calibration", "none.txt"], "'none.txt' is no file"),
+    "too many samples": (["quantize", DEMO, "OUT", "--samples", "9999"], "5,119,488 are needed"),
+    "seqlen": (["quantize", DEMO, "OUT", "--seqlen", "100000"], "the model has 4096 positions"),
+    "eval without text": (["eval", DEMO, "--text", "none.txt"], "none.txt"),
+    "eval other vocabulary": (["eval", DEMO, "--reference", "nowhere"], "nowhere"),
+    "plot nowhere": (["eval", DEMO, "--plot", "no/such/folder/x.png"], "no such folder"),
+    "temperature": (["generate", DEMO, "-p", "x", "--temperature", "-1"], "temperature is -1.0; it must be 0 to 100"),
+    "max tokens": (["generate", DEMO, "-p", "x", "--max-tokens", "0"], "max_tokens is 0"),
+    "not a number": (["generate", DEMO, "-p", "x", "--max-tokens", "many"], "--max-tokens.*valid integer"),
+}
+
+
+@pytest.mark.parametrize("case", MISUSES)
+def test_misuse_is_one_line_and_code_2(case: str, tmp_path: Path) -> None:
+    arguments, message = MISUSES[case]
+    out = tmp_path / "OUT"
+    done = run(*[str(out) if a == "OUT" else a for a in arguments])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("squawq: error: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_our_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    done = run("quantize", DEMO, tmp_path)
+    assert done.returncode == 2
+    assert "squawq did not make it" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_chat_needs_a_template(make_model: MakeModel) -> None:
+    folder = make_model(vocab_size=4096)
+    shutil.copy(demo_model() / "tokenizer.json", folder)
+    done = run("chat", folder, stdin="hello\n")
+    assert done.returncode == 2
+    assert "no chat template" in done.stderr
+
+
+def test_help_has_examples() -> None:
+    assert "quantize" in run("--help").stdout
+    for command in ("quantize", "eval", "generate", "chat", "demo"):
+        done = run(command, "--help")
+        assert done.returncode == 0
+        assert re.search(f"Examples?:\\s+squawq {command}", done.stdout)
+
+
+def test_demo(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    done = run("demo", "--out", out)
+    assert done.returncode == 0, done.stderr
+    for words in ("weights", "14.7 MB", "perplexity", "KL to 16-bit", "Once upon a time", "squawq chat"):
+        assert words in done.stdout, words
+    assert (out / "squawq_report.json").is_file()

@@ -1,0 +1,79 @@
+"""Settings: every bad value is refused with the choices; what is written is what the readers expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import tiny_config
+
+from squawq.config import ModelConfig, QuantConfig
+from squawq.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 3}, "bits is 3; choose one of 4"),
+        ({"group_size": 100}, "16, 32, 64, 128, 256, -1"),
+        ({"group_size": True}, "group_size is True"),
+        ({"method": "gptq"}, "awq, rtn"),
+        ({"dtype": "float32"}, "float16, bfloat16"),
+        ({"samples": 0}, "samples is 0"),
+        ({"seqlen": 4}, "at least 8"),
+        ({"zero_point": 1}, "zero_point is 1"),
+        ({"modules_to_not_convert": "lm_head"}, "list of module names"),
+    ],
+)
+def test_bad_values(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantConfig(**changes)
+
+
+def test_autoawq_spelling() -> None:
+    config = QuantConfig.from_dict({"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"})
+    assert config.group_size == 64
+    with pytest.raises(ConfigError, match="unknown quantization setting 'q_grop_size'"):
+        QuantConfig.from_dict({"q_grop_size": 64})
+    with pytest.raises(ConfigError, match="GEMV"):
+        QuantConfig.from_dict({"version": "GEMV"})
+
+
+def test_keys_on_disk_are_exactly_autoawqs() -> None:
+    assert QuantConfig().to_quantization_config([]) == {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    }
+
+
+def test_other_writers_add_keys() -> None:
+    written = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": False, "version": "gemm", "sym": True}
+    config = QuantConfig.from_quantization_config({**written, "desc_act": False}, "here")
+    assert (config.group_size, config.zero_point) == (32, False)
+
+
+def test_rope_in_both_spellings() -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    old = ModelConfig.from_dict(tiny_config(rope_theta=500000.0, rope_scaling=scaling))
+    raw = tiny_config(rope_parameters={**scaling, "rope_theta": 500000.0})
+    del raw["rope_theta"]
+    assert ModelConfig.from_dict(raw).rope == old.rope
+    assert old.rope.theta == 500000.0
+
+
+def test_sliding_windows() -> None:
+    assert ModelConfig.from_dict(tiny_config("mistral", sliding_window=8)).window(1) == 8
+    assert ModelConfig.from_dict(tiny_config("mistral", sliding_window=None)).window(0) is None
+    assert ModelConfig.from_dict(tiny_config("qwen2", sliding_window=8, use_sliding_window=False)).window(0) is None
+    qwen = ModelConfig.from_dict(tiny_config("qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1))
+    assert [qwen.window(0), qwen.window(1)] == [None, 8]

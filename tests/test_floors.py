@@ -1,0 +1,107 @@
+"""A file imports only from lower floors, or beside it without a loop; foreign packages have one door."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "squawq"
+FLOORS = {
+    "errors": 1,
+    "config": 2,
+    "progress": 2,
+    "format": 3,
+    "families": 4,
+    "hub.download": 4,
+    "tokenizer": 4,
+    "kernels": 5,
+    "nn": 6,
+    "quantization": 7,
+    "evaluation": 8,
+    "llm": 8,
+    "demo": 9,
+    "cli": 10,
+    "__main__": 11,
+}
+DOORS = {
+    "safetensors": ("format.",),
+    "transformers": ("quantization.blocks",),
+    "typer": ("cli",),
+    "datasets": ("quantization.calibration",),
+    "matplotlib": ("evaluation.plots",),
+    "huggingface_hub": ("hub.",),
+    "tokenizers": ("tokenizer",),
+    "jinja2": ("tokenizer",),
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def imports(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                names.add(inner if node.module == "squawq" or is_module(inner) else node.module)
+    return names
+
+
+def is_module(name: str) -> bool:
+    return (SOURCE.parent / (name.replace(".", "/") + ".py")).is_file()
+
+
+def floor(module: str) -> int:
+    module = module.removesuffix(".__init__")
+    while module and module not in FLOORS:
+        module = module.rpartition(".")[0]
+    if not module:
+        raise AssertionError("a module stands on no floor: give it one in FLOORS")
+    return FLOORS[module]
+
+
+def folder(module: str) -> str:
+    return module.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(modules()) - {"__init__", "hub.__init__"}))
+def test_imports_go_down(name: str) -> None:
+    for imported in imports(modules()[name]):
+        target = imported.removeprefix("squawq.")
+        if not imported.startswith("squawq.") or target == "__version__":
+            continue
+        beside = folder(name) and folder(name) == folder(target)
+        assert beside or floor(target) < floor(name), f"{name} imports {target}, which is not below it"
+
+
+def test_no_loops_inside_a_folder() -> None:
+    graph = {
+        name: {i.removeprefix("squawq.") for i in imports(tree) if i.startswith("squawq.")}
+        for name, tree in modules().items()
+    }
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"import loop: {' -> '.join((*path, name))}"
+        for target in graph.get(name, ()):
+            if folder(target) == folder(name):
+                visit(target, (*path, name))
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_foreign_packages_have_one_door(name: str) -> None:
+    for imported in imports(modules()[name]):
+        doors = DOORS.get(imported.partition(".")[0])
+        assert doors is None or name.startswith(doors), f"{name} imports {imported}; its door is {doors}"

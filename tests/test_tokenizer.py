@@ -1,0 +1,95 @@
+"""Text, ids, chat templates and streams of text; the templates are checked against transformers' own rendering."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import shared_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from squawq.demo import demo_model
+from squawq.errors import CheckpointError, ConfigError
+from squawq.tokenizer import TextStream, Tokenizer
+
+TOKENIZER = Tokenizer(demo_model())
+CHAT = [
+    {"role": "system", "content": " You are kind. "},
+    {"role": "user", "content": "Grüße, नमस्ते!"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Tell me a story."},
+]
+
+
+@pytest.mark.parametrize("where", ["demo", "llama3-tokenizer/hf"])
+def test_chat_equals_transformers(where: str) -> None:
+    from transformers import AutoTokenizer
+
+    folder = demo_model() if where == "demo" else shared_data(where)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer(folder)
+    assert ours.render(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    expected = theirs.apply_chat_template(CHAT, tokenize=True, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+    assert ours.encode_chat(CHAT) == expected
+    assert ours.encode("One day") == theirs("One day")["input_ids"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=60))
+def test_stream_gives_the_whole_text_and_never_half_a_character(text: str) -> None:
+    ids = TOKENIZER.encode(text, special=False)
+    stream = TextStream(TOKENIZER)
+    pieces = [stream.push(i) for i in ids]
+    assert "\ufffd" in text or all("\ufffd" not in piece for piece in pieces)
+    assert "".join(pieces) + stream.finish() == TOKENIZER.decode(ids)
+
+
+def test_stream_holds_an_unfinished_character_back() -> None:
+    ids = TOKENIZER.encode("🙂", special=False)
+    assert len(ids) > 1
+    stream = TextStream(TOKENIZER)
+    assert [stream.push(i) for i in ids[:-1]] == [""] * (len(ids) - 1)
+    assert stream.push(ids[-1]) == "🙂"
+
+
+def with_template(folder: Path, template: str) -> Tokenizer:
+    shutil.copy(demo_model() / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('no') }}",
+        "{% for",
+    ],
+)
+def test_templates_run_in_a_sandbox(template: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="template refuses"):
+        with_template(tmp_path, template).render(CHAT)
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+        Tokenizer(tmp_path)
+    shutil.copy(demo_model() / "tokenizer.json", tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match="no chat template"):
+        Tokenizer(tmp_path).render(CHAT)
+
+
+@pytest.mark.parametrize("messages", [[], "hello", [{"role": "user"}], [{"role": "king", "content": "a"}], [7]])
+def test_bad_messages(messages: object) -> None:
+    with pytest.raises(ConfigError, match="message"):
+        TOKENIZER.render(messages)  # type: ignore[arg-type]
