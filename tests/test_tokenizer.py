@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,26 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 def test_bad_messages(messages: object) -> None:
     with pytest.raises(ConfigError, match="message"):
         TOKENIZER.render(messages)  # type: ignore[arg-type]
+
+
+def test_unset_tokens_are_not_the_word_none(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{% for m in messages %}{% generation %}[{{ m.content }}]{% endgeneration %}{% endfor %}"
+    assert with_template(tmp_path, template).render(CHAT[:2]) == "[ You are kind. ][Grüße, नमस्ते!]"
+
+
+def test_the_date_can_be_fixed(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, "{{ strftime_now('%d %b %Y') }}")
+    assert tokenizer.render(CHAT, now=datetime(2024, 7, 26)) == "26 Jul 2024"
+
+
+def test_stream_knows_what_came_before(tmp_path: Path) -> None:
+    """A tokenizer that strips a space at a text's start must not lose it in the middle of one."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models
+
+    fast = Fast(models.WordLevel({"▁upon": 0, "▁a": 1, "▁time": 2}, unk_token="▁a"))
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.decode([2]) == "time"
+    assert TextStream(tokenizer, [0, 1]).push(2) == " time"

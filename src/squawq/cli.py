@@ -29,7 +29,7 @@ app = typer.Typer(
     help="Make Llama-class models small (AWQ INT4), see what is left of them, and run them.",
 )
 Model = Annotated[str, typer.Argument(help="A model folder, or a Hub id such as meta-llama/Llama-3.1-8B-Instruct")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1")]
 Temperature = Annotated[
     float | None, typer.Option(help="0 takes the likeliest token; default: what the model asks for")
 ]
@@ -116,8 +116,10 @@ def evaluate(
     """
     from squawq.evaluation.run import evaluate as run
 
-    if plot is not None and not plot.resolve().parent.is_dir():
-        raise ConfigError(f"--plot {str(plot)!r}: there is no such folder")
+    if plot is not None:
+        from squawq.evaluation.plots import check_plot
+
+        check_plot(plot)
     with counting("evaluating") as progress:
         scores = run(
             model,
@@ -132,12 +134,13 @@ def evaluate(
     if plot is not None:
         from squawq.evaluation.plots import save_plot
         from squawq.format.reader import read_json
+        from squawq.hub.download import resolve
 
-        report = Path(model) / "squawq_report.json"
+        report = resolve(model) / "squawq_report.json"
         save_plot(plot, read_json(report) if report.is_file() else None, scores)
         console.print(f"plot: {plot}")
     if as_json:
-        print(json.dumps({"model": model, "reference": reference, **scores}))
+        print(json.dumps(allow_nan=False, obj={"model": model, "reference": reference, **scores}))
     else:
         _print_scores(scores)
 
@@ -237,9 +240,7 @@ def demo(
 
 def _load(model: str, device: str) -> Any:
     from squawq.llm import LLM
-    from squawq.quantization.pipeline import check_device
 
-    check_device(device)
     with console.status(f"loading {model}"):
         return LLM(model, device=device)
 
@@ -278,8 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        print(f"squawq: error: {error}", file=sys.stderr)
+    except (OSError, MemoryError, RuntimeError) as error:  # disk full, CUDA out of memory
+        print(f"squawq: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

@@ -13,6 +13,7 @@ from squawq.errors import CheckpointError, ConfigError
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 METHODS = ("awq", "rtn")
 DTYPES = ("float16", "bfloat16")
+MAX_LAYERS = 4096
 
 
 def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -183,6 +184,11 @@ class ModelConfig:
         if not isinstance(model_type, str):
             raise CheckpointError(f"{where}: model_type is {model_type!r}; it must name the architecture")
         layers, heads = size("num_hidden_layers"), size("num_attention_heads")
+        if layers > MAX_LAYERS:
+            raise CheckpointError(f"{where}: num_hidden_layers is {layers}; more than {MAX_LAYERS} is no model")
+        activation = raw.get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise CheckpointError(f"{where}: hidden_act is {activation!r}; squawq runs silu")
         quant = raw.get("quantization_config")
         if quant is not None and not isinstance(quant, Mapping):
             raise CheckpointError(f"{where}: quantization_config must be an object")
@@ -216,21 +222,23 @@ def _number(values: Mapping[str, Any], key: str, default: float, where: str) -> 
 
 def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
     """transformers 5 keeps all in `rope_parameters`; 4 has `rope_theta` and `rope_scaling` (type or rope_type)."""
-    values = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    parts = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise CheckpointError(f"{where}: rope_scaling and rope_parameters must be objects")
+    values = {**parts[0], **parts[1]}
     values.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     kind = values.get("rope_type", values.get("type", "default"))
     if kind not in ("default", "llama3", "linear"):
         raise CheckpointError(f"{where}: rope type is {kind!r}; squawq knows default, linear and llama3")
     if raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (1, 1.0, None):
         raise CheckpointError(f"{where}: partial_rotary_factor other than 1 is not supported")
-    original = values.get("original_max_position_embeddings", 8192)
     return RopeConfig(
         theta=_number(values, "rope_theta", 10000.0, where),
         type=kind,
         factor=_number(values, "factor", 1.0, where),
         low_freq_factor=_number(values, "low_freq_factor", 1.0, where),
         high_freq_factor=_number(values, "high_freq_factor", 4.0, where),
-        original_max_position_embeddings=int(original),
+        original_max_position_embeddings=int(_number(values, "original_max_position_embeddings", 8192, where)),
     )
 
 
@@ -249,7 +257,7 @@ def _layer_types(raw: Mapping[str, Any], layers: int, window: int | None, where:
     if types is None:
         if window is None or raw.get("model_type") == "llama":
             return ("full_attention",) * layers
-        first = int(raw.get("max_window_layers", 0)) if "use_sliding_window" in raw else 0
+        first = int(raw.get("max_window_layers", 28)) if "use_sliding_window" in raw else 0
         return tuple("full_attention" if i < first else "sliding_attention" for i in range(layers))
     if not isinstance(types, list) or len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
         raise CheckpointError(f"{where}: layer_types must list full_attention or sliding_attention for {layers} layers")

@@ -32,7 +32,7 @@ def run(out: Path, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     with LayerProgress() as observer:
         quantize(model, out, observer=observer)
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - started  # next to nothing where the result was there already
     console.print("[bold]2. Measuring[/bold] on stories that neither training nor calibration saw")
     with counting("evaluating") as progress:
         scores = evaluate(out, model, text=model / "held_back.txt", max_tokens=EVALUATED_TOKENS, progress=progress)

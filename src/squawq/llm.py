@@ -16,6 +16,7 @@ from torch import Tensor
 
 from squawq.errors import ConfigError
 from squawq.hub.download import resolve
+from squawq.kernels.devices import check_device
 from squawq.nn.loader import load
 from squawq.tokenizer import Message, TextStream, Tokenizer
 
@@ -61,6 +62,7 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, *, device: str = "cpu") -> None:
+        check_device(device)
         self.folder = resolve(model)
         self.tokenizer = Tokenizer(self.folder)
         self.decoder = load(self.folder, device)
@@ -72,7 +74,7 @@ class LLM:
         values = self._generation_config()
         if not values.get("do_sample", False):
             return SamplingParams()
-        given: dict[str, Any] = {k: values[k] for k in ("temperature", "top_p", "top_k") if values.get(k) is not None}
+        given: dict[str, Any] = {k: values[k] for k in ("temperature", "top_p", "top_k") if _is_number(values.get(k))}
         return SamplingParams(**{"temperature": 1.0, **given})
 
     def generate(self, prompt: str, sampling: SamplingParams | None = None) -> str:
@@ -123,7 +125,7 @@ class LLM:
         tokens = self.generate_ids(ids, sampling)
 
         def pieces() -> Iterator[str]:
-            text = TextStream(self.tokenizer)
+            text = TextStream(self.tokenizer, ids[-8:])
             for token in tokens:
                 if piece := text.push(token):
                     yield piece
@@ -144,6 +146,10 @@ class LLM:
         value = self._generation_config().get("eos_token_id", self.config.raw.get("eos_token_id"))
         values = value if isinstance(value, list) else [value]
         return frozenset(v for v in values if isinstance(v, int))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -87,25 +89,40 @@ class Tokenizer:
             template = named.get("default")
         return template if isinstance(template, str) else None
 
-    def render(self, messages: Iterable[Message], generation_prompt: bool = True) -> str:
-        """The chat as text, as the model was trained to read it. Raises ConfigError for a chat the template refuses."""
+    def render(self, messages: Iterable[Message], generation_prompt: bool = True, now: datetime | None = None) -> str:
+        """The chat as text, as the model was trained to read it; `now` is the date that some templates print.
+
+        Raises ConfigError for a chat that the template refuses.
+        """
         if self.chat_template is None:
             raise ConfigError(f"{self.folder}: the model has no chat template; use plain text (squawq generate)")
-        tokens = {n: self.token(n) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: token for name in names if (token := self.token(name)) is not None}
+        checked = check_messages(list(messages))
         try:
-            template = _environment().from_string(self.chat_template)
-            return template.render(
-                messages=check_messages(list(messages)), add_generation_prompt=generation_prompt, tools=None, **tokens
-            )
-        except jinja2.TemplateError as error:
+            template = _environment(now).from_string(self.chat_template)
+            return template.render(messages=checked, add_generation_prompt=generation_prompt, tools=None, **tokens)
+        except Exception as error:  # a template is a program: it can fail in any way
             raise ConfigError(f"{self.folder}: the chat template refuses these messages: {error}") from error
 
-    def encode_chat(self, messages: Iterable[Message], generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Iterable[Message], generation_prompt: bool = True, now: datetime | None = None
+    ) -> list[int]:
         """Token ids of a rendered chat; the template itself writes the special tokens."""
-        return self.encode(self.render(messages, generation_prompt), special=False)
+        return self.encode(self.render(messages, generation_prompt, now), special=False)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+class _Generation(jinja2.ext.Extension):
+    """The tag {% generation %}, which marks the assistant's words for training; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment(now: datetime | None) -> ImmutableSandboxedEnvironment:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
@@ -113,10 +130,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
     environment.filters["tojson"] = tojson
     return environment
 
@@ -124,15 +141,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
 class TextStream:
     """Turns token ids into text as they come, never half a character.
 
-    Text is held back while it ends in the replacement character, which byte-level tokens give for an
-    unfinished one.
+    `before` are the last ids of what the text follows: some tokenizers drop a space at a text's start. Text is held
+    back while it ends in the replacement character, which byte-level tokens give for an unfinished one.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._ids = list(before)
         self._start = 0  # first id of the piece decoded for context
-        self._done = 0  # ids whose text has been handed out
+        self._done = len(self._ids)  # ids whose text has been handed out
 
     def push(self, token: int) -> str:
         """The text that this token completes; often empty."""

@@ -117,7 +117,7 @@ def test_misuse(make_model: MakeModel, tmp_path: Path) -> None:
         evaluate(folder, ids=ids, window=20, stride=30)
     with pytest.raises(ConfigError, match="the model has 256 positions"):
         evaluate(folder, ids=ids, window=300)
-    with pytest.raises(CalibrationError, match="the text has 100 tokens; at least 128"):
+    with pytest.raises(CalibrationError, match="100 tokens of text are read; at least 128"):
         evaluate(folder, ids=ids, window=128)
     with pytest.raises(CalibrationError, match="outside 0 to 159"):
         evaluate(folder, ids=[400] * 50, window=20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
@@ -90,3 +91,25 @@ def test_missing_file_and_wrong_kind(tmp_path: Path) -> None:
         blocks(str(tmp_path / "none.txt"))
     with pytest.raises(ConfigError, match="dict"):
         blocks({"a": 1})
+
+
+def test_equal_tokens_on_every_day_and_for_templates_without_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(demo_model())
+    monkeypatch.setattr(
+        Tokenizer,
+        "chat_template",
+        "{{ strftime_now('%f') }}{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    )
+    first, second = (token_blocks(None, lambda: tokenizer, seqlen=32, samples=None, vocab_size=4096) for _ in range(2))
+    assert torch.equal(first, second)
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(CalibrationError, match=r"row 1: .*template refuses"):
+        blocks_of_chat(tokenizer, chat)
+
+
+def blocks_of_chat(tokenizer: Tokenizer, chat: list[dict[str, str]]) -> None:
+    with NamedTemporaryFile("w", suffix=".jsonl") as file:
+        file.write(json.dumps({"messages": chat}))
+        file.flush()
+        token_blocks(file.name, lambda: tokenizer, seqlen=32, samples=None, vocab_size=4096)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from squawq.errors import DependencyError
+from squawq.errors import ConfigError, DependencyError
+
+
+def check_plot(path: str | Path) -> None:
+    """Raises DependencyError without matplotlib, ConfigError for a folder that is not there."""
+    if find_spec("matplotlib") is None:
+        raise DependencyError("--plot needs the package matplotlib: pip install 'squawq[plot]'")
+    if not Path(path).resolve().parent.is_dir():
+        raise ConfigError(f"--plot {str(path)!r}: there is no such folder")
 
 
 def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mapping[str, Any]) -> None:
     """Write a PNG. `report` is squawq_report.json if the folder has one, `scores` the result of `evaluate`."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError("--plot needs the package matplotlib: pip install 'squawq[plot]'") from error
+    check_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -45,4 +52,4 @@ def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mappin
         )
     else:
         right.text(0.5, 0.5, "give --reference to see the KL", ha="center", transform=right.transAxes)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=120)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from squawq.config import ModelConfig
-from squawq.errors import CalibrationError, ConfigError
+from squawq.errors import CalibrationError, CheckpointError, ConfigError
 from squawq.evaluation.metrics import Score
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.kernels import dispatch
+from squawq.kernels.devices import check_device
 from squawq.nn.linear import Linear
 from squawq.nn.loader import load_embedding, load_head, load_layer
 from squawq.nn.rope import cos_sin, inverse_frequencies
@@ -60,7 +61,7 @@ def windows_of(ids: Sequence[int], window: int, stride: int) -> Windows:
             f"window is {window} and stride {stride}; the window must be at least 2, the stride 1 to window"
         )
     if len(ids) < window:
-        raise CalibrationError(f"the text has {len(ids)} tokens; at least {window} are needed (one window)")
+        raise CalibrationError(f"{len(ids)} tokens of text are read; at least {window} are needed (one window)")
     return Windows(torch.tensor(ids, dtype=torch.int64).unfold(0, window, stride).contiguous(), stride)
 
 
@@ -84,6 +85,7 @@ def evaluate(
     Returns what `Score.summary` gives plus `window`, `stride` and `kl_by_position` (mean KL at each place).
     Raises SquawqError for anything that cannot work.
     """
+    check_device(device)
     checkpoint = Checkpoint(resolve(model))
     other = None if reference is None else Checkpoint(resolve(reference))
     if other is not None and other.config.vocab_size != checkpoint.config.vocab_size:
@@ -169,6 +171,8 @@ def _score(
             part = slice(start, min(span.stop, start + rows))
             targets = cut.ids[index, part.start + 1 : part.stop + 1].to(device)
             mine = logits(checkpoint, head, states[index, part])
+            if not bool(torch.isfinite(mine).all()):
+                raise CheckpointError(f"{checkpoint.folder}: the model's logits are not finite; its weights are broken")
             if other is None or other_head is None or other_states is None:
                 score.add(mine, targets)
                 continue

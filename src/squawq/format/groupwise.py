@@ -23,14 +23,14 @@ class GroupwiseTensor:
     scales: Tensor
     zeros: Tensor
 
-    @property
-    def group_size(self) -> int:
-        return self.q.shape[1] // self.scales.shape[1]
+    def rows(self, part: slice) -> GroupwiseTensor:
+        """Some of the output channels."""
+        return GroupwiseTensor(self.q[part], self.scales[part], self.zeros[part])
 
     def dequantize(self) -> Tensor:
         """float32 [out, in]."""
         out, groups = self.scales.shape
-        q = self.q.view(out, groups, -1).float()
+        q = self.q.reshape(out, groups, -1).float()
         return ((q - self.zeros[..., None].float()) * self.scales[..., None].float()).view(out, -1)
 
 

@@ -53,6 +53,8 @@ def from_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> Groupwi
         raise CheckpointError(
             f"qweight is {qweight.dtype} {tuple(qweight.shape)}; it must be int32 with two dimensions"
         )
+    if not scales.dtype.is_floating_point:
+        raise CheckpointError(f"scales are {scales.dtype}; they must be floating point")
     if scales.dim() != 2 or scales.shape[1] != out or groups == 0 or rows % groups:
         raise CheckpointError(f"scales {tuple(scales.shape)} do not fit qweight {tuple(qweight.shape)}")
     if qzeros is None:
@@ -61,4 +63,4 @@ def from_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> Groupwi
         raise CheckpointError(f"qzeros {tuple(qzeros.shape)} do not fit qweight {tuple(qweight.shape)}")
     else:
         zeros = unpack(qzeros)
-    return GroupwiseTensor(unpack(qweight).T.contiguous(), scales.half().T.contiguous(), zeros.T.contiguous())
+    return GroupwiseTensor(unpack(qweight).T.contiguous(), scales.T.contiguous(), zeros.T.contiguous())

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from squawq.config import ModelConfig, QuantConfig
+from squawq.config import ModelConfig
 from squawq.errors import CheckpointError
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.packing import from_gemm
@@ -157,7 +157,8 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder / INDEX}: weight_map must map tensor names to file names")
             names = sorted(set(promised.values()))
         else:
-            promised, names = {}, [p.name for p in sorted(self.folder.glob("*.safetensors"))]
+            found = sorted(self.folder.glob("model*.safetensors")) or sorted(self.folder.glob("*.safetensors"))
+            promised, names = {}, [path.name for path in found]
         if not names:
             other = sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
             hint = f" It has {other[0]}, which squawq does not read; convert it to safetensors first." if other else ""
@@ -223,8 +224,3 @@ class Checkpoint:
     def close(self) -> None:
         """Drop the memory maps; tensors read before stay valid while they are held."""
         self._handles.clear()
-
-
-def quantization_of(folder: str | Path) -> QuantConfig | None:
-    """The quantization of a model folder, or None for a 16-bit one."""
-    return Checkpoint(folder).config.quant

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from squawq.format.reader import INDEX, read_header
+
+TEMPORARY = ".tmp"
+
+
+def _beside(path: Path) -> Path:
+    """Where a file is written before it gets its name: in a folder that `clear_temporary` removes whole."""
+    folder = path.parent / TEMPORARY
+    folder.mkdir(exist_ok=True)
+    return folder / path.name
+
+
+def clear_temporary(folder: Path) -> None:
+    """Remove what a killed run left half written."""
+    shutil.rmtree(folder / TEMPORARY, ignore_errors=True)
 
 
 def _commit(temporary: Path, target: Path) -> None:
@@ -22,7 +38,7 @@ def _commit(temporary: Path, target: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Atomically write a text file (UTF-8)."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _beside(path)
     temporary.write_text(text, encoding="utf-8")
     _commit(temporary, path)
 
@@ -34,7 +50,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Atomically copy a small file."""
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = _beside(target)
     temporary.write_bytes(source.read_bytes())
     _commit(temporary, target)
 
@@ -45,9 +61,15 @@ def shard_name(index: int, count: int) -> str:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Atomically write one safetensors file. Peak memory: the tensors given."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: t.contiguous().cpu() for name, t in sorted(tensors.items())}, temporary, metadata={"format": "pt"})
+    """Atomically write one safetensors file. Peak memory: the tensors given. Raises OSError when the disk is full."""
+    temporary = _beside(path)
+    temporary.touch()
+    mode = temporary.stat().st_mode & 0o777  # the user's umask; save_file itself leaves 0600
+    try:
+        save_file({n: t.contiguous().cpu() for n, t in sorted(tensors.items())}, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    temporary.chmod(mode)
     _commit(temporary, path)
 
 

@@ -7,16 +7,27 @@ from pathlib import Path
 
 from squawq.errors import CheckpointError
 
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+PATTERNS = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
+OTHER_LAYOUTS = ["consolidated*", "original/*"]  # the same weights once more
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve(model: str | Path, revision: str | None = None) -> Path:
+def resolve(model: str | Path) -> Path:
     """The local folder of `model`. Raises CheckpointError when it is neither a folder nor a Hub id that can be had."""
     if Path(model).is_dir():
         return Path(model)
     name = str(model)
-    if Path(model).exists() or not _ID.fullmatch(name) or name.count("/") != 1:
+    if Path(model).exists() or not _ID.fullmatch(name):
         raise CheckpointError(
             f"{name!r} is neither a model folder nor a Hub id such as 'meta-llama/Llama-3.1-8B-Instruct'"
         )
@@ -24,7 +35,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=OTHER_LAYOUTS))
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name!r} is not on the Hub, or needs a login (hf auth login); no such folder here either"

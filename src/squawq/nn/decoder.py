@@ -67,8 +67,10 @@ class Layer:
         past = 0 if cache is None else cache.length
         if cache is not None:
             key, value = cache.extend(key, value)
-        mask = _mask(tokens, past, self.config.window(self.index), x.device)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=False, enable_gqa=True)
+        window = self.config.window(self.index)
+        plain = past == 0 and tokens > 1 and (window is None or window >= tokens)
+        mask = None if plain else _mask(tokens, past, window, x.device)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=plain, enable_gqa=True)
         return self.linears["self_attn.o_proj"](out.transpose(1, 2).reshape(batch, tokens, -1))
 
 

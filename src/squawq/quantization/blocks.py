@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from squawq.errors import CheckpointError
 from squawq.families import Family
 from squawq.format.reader import Checkpoint
+from squawq.quantization.statistics import all_finite
 
 BATCH_TOKENS = 4096
 
@@ -30,18 +31,32 @@ class Blocks:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.checkpoint, self.family, self.device = checkpoint, family, device
-        config = AutoConfig.from_pretrained(checkpoint.folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.folder)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        except Exception as error:  # transformers raises many kinds for a config.json that it cannot use
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise CheckpointError(f"{checkpoint.folder / 'config.json'}: transformers refuses it: {reason}") from error
         self.config = model.config
         base = model.get_submodule(family.layers.rpartition(".")[0])
         self.layers = base.get_submodule(family.layers.rpartition(".")[2])
         self.rotary = type(base.rotary_emb)(config=config).to(device)
 
+    def shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of a layer's linears, as the architecture has them."""
+        layer = self.layers.get_submodule(str(index))
+        found = {}
+        for name in self.family.linears:
+            weight = layer.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            found[name] = (weight.shape[0], weight.shape[1])
+        return found
+
     def embed(self, ids: Tensor) -> Tensor:
         """float32 [blocks, tokens, hidden] of ids int64 [blocks, tokens]."""
         table = self.checkpoint.read(f"{self.family.embedding}.weight")
-        return nn.functional.embedding(ids, table).float().to(self.device)
+        return nn.functional.embedding(ids, table).to(self.device, torch.float32)
 
     @contextmanager
     def open(self, index: int) -> Iterator[Block]:
@@ -113,19 +128,18 @@ class Block:
         return {"position_embeddings": self._blocks.rotary(sample, positions), "attention_mask": mask}
 
     @torch.no_grad()
-    def run(self, states: Tensor) -> Tensor:
+    def run(self, states: Tensor, in_place: bool = False) -> Tensor:
         """Hidden states [blocks, tokens, hidden] through the layer, a few blocks at a time."""
-        return self._run(self.module, states)
+        return self._run(self.module, states, states if in_place else torch.empty_like(states))
 
     @torch.no_grad()
     def inspect(self, name: str, inputs: Tensor) -> Tensor:
         """Output of one module of the layer (attention or MLP) for its own inputs [blocks, tokens, hidden]."""
-        return self._run(self.module.get_submodule(name), inputs)
+        return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs))
 
-    def _run(self, module: nn.Module, states: Tensor) -> Tensor:
+    def _run(self, module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
         accepted = signature(module.forward).parameters
         arguments = {k: v for k, v in self._arguments(states.shape[1]).items() if k in accepted}
-        out = torch.empty_like(states)
         step = max(1, BATCH_TOKENS // states.shape[1])
         for start in range(0, len(states), step):
             result = module(states[start : start + step], **arguments)
@@ -157,8 +171,8 @@ def read_finite(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None
         raise CheckpointError(
             f"{checkpoint.info(name).file}: tensor {name!r} is {tensor.dtype}; floating point is needed"
         )
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-    if bad:
+    if not all_finite(tensor):
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise CheckpointError(f"{checkpoint.info(name).file}: tensor {name!r} holds {bad} values that are not finite")
     return tensor
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from squawq.tokenizer import Tokenizer, check_messages
 SEPARATOR = "\n=====\n"
 DEFAULT_SAMPLES = 128
 LEAST_BLOCKS = 4
+DATE = datetime(2024, 7, 26)  # what templates that print today's date get: equal runs must see equal tokens
 PIECE = 1 << 16  # characters of a plain text file tokenized at once
 
 Calibration = str | Path | Sequence[str] | Sequence[Sequence[int]] | None
@@ -71,18 +73,24 @@ def _name(source: Calibration) -> str:
 def _documents(source: Calibration, open_tokenizer: Callable[[], Tokenizer]) -> Iterator[Sequence[int]]:
     if source is None or isinstance(source, str | Path):
         tokenizer = open_tokenizer()
-        yield from (_encode(row, tokenizer) for row in _rows(source))
+        for number, row in enumerate(_rows(source), 1):
+            try:
+                yield _encode(row, tokenizer)
+            except ConfigError as error:
+                if source is not None or isinstance(row, str):
+                    raise CalibrationError(f"{_name(source)}, row {number}: {error}") from error
+                yield tokenizer.encode(_plain(row))  # some templates refuse a system message
     elif isinstance(source, Sequence):
         opened: Tokenizer | None = None  # token ids need none
-        for number, row in enumerate(source):
-            if isinstance(row, str):
+        for number, given in enumerate(source):
+            if isinstance(given, str):
                 opened = opened or open_tokenizer()
-                yield _encode(row, opened)
-            elif (ids := _token_ids(row)) is not None:
+                yield _encode(given, opened)
+            elif (ids := _token_ids(given)) is not None:
                 yield ids
             else:
                 raise CalibrationError(
-                    f"calibration row {number} is {row!r:.60}; it must be a text or a list of token ids"
+                    f"calibration row {number} is {given!r:.60}; it must be a text or a list of token ids"
                 )
     else:
         raise ConfigError(f"calibration is {type(source).__name__}; give a file, a Hub data set id, texts or token ids")
@@ -105,8 +113,12 @@ def _encode(row: str | list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
     if isinstance(row, str):
         return tokenizer.encode(row)
     if tokenizer.chat_template is None:
-        return tokenizer.encode("\n\n".join(f"{m['role']}: {m['content']}" for m in row))
-    return tokenizer.encode_chat(row, generation_prompt=False)
+        return tokenizer.encode(_plain(row))
+    return tokenizer.encode_chat(row, generation_prompt=False, now=DATE)
+
+
+def _plain(chat: list[dict[str, str]]) -> str:
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in chat)
 
 
 def builtin_rows() -> Iterator[str | list[dict[str, str]]]:
@@ -127,9 +139,11 @@ def split_documents(text: str) -> list[str]:
 
 def _is_file(source: str | Path) -> bool:
     path = Path(source)
+    if path.suffix in (".json", ".csv", ".parquet"):
+        raise CalibrationError(f"{str(source)!r}: give a .txt or .jsonl file, or a Hub data set id")
     if path.is_file():
         return True
-    if isinstance(source, Path) or path.suffix in (".txt", ".jsonl", ".json", ".md", ".csv") or path.exists():
+    if isinstance(source, Path) or path.suffix in (".txt", ".jsonl", ".md") or path.exists():
         raise CalibrationError(f"{str(source)!r} is no file; give a .txt or .jsonl file, or a Hub data set id")
     return False
 
@@ -179,16 +193,17 @@ def _hub_rows(name: str) -> Iterator[str | list[dict[str, str]]]:
     except ImportError as error:
         raise DependencyError("a Hub data set needs the package datasets: pip install 'squawq[datasets]'") from error
     try:
-        rows = iter(load_dataset(name, split="train", streaming=True))
-        first = next(rows, None)
+        splits = load_dataset(name, streaming=True)
+        split = "train" if "train" in splits else next(iter(splits))
+        for row in splits[split]:
+            yield _row(row, name)
+    except CalibrationError:
+        raise
     except Exception as error:  # the library raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CalibrationError(
             f"{name!r} is no file here, and could not be read as a Hub data set: {reason}"
         ) from error
-    if first is not None:
-        yield _row(first, name)
-    yield from (_row(row, name) for row in rows)
 
 
 def _row(value: Any, where: str) -> str | list[dict[str, str]]:

@@ -8,42 +8,56 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
 from squawq import __version__
 from squawq.config import QuantConfig
-from squawq.errors import OutputError
-from squawq.format.reader import Checkpoint, read_json
-from squawq.format.writer import shard_name, write_json, write_shard
+from squawq.errors import CheckpointError, OutputError
+from squawq.format.reader import Checkpoint, read_header, read_json
+from squawq.format.writer import TEMPORARY, clear_temporary, shard_name, write_json, write_shard
 
 REPORT = "squawq_report.json"
 JOB = "squawq_job.json"
 PART = "squawq_part_"
 
 
-def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None) -> dict[str, Any]:
+def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None, device: str) -> dict[str, Any]:
     """What must be equal for a run to go on from another's files."""
     source = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        status = file.stat()
-        source.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        source.update(f"{file.name} {file.stat().st_size}\n".encode())
+        source.update(_samples(file))
     calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     return {
         "squawq": __version__,
         "source": source.hexdigest(),
         "calibration": calibration,
         "config": config.to_dict(),
+        "device": device.partition(":")[0],
     }
+
+
+def _samples(file: Path) -> bytes:
+    """Pieces evenly spread over a file: enough to tell two checkpoints apart without reading all of them."""
+    size, count = file.stat().st_size, 32
+    with file.open("rb") as handle:
+        pieces = []
+        for index in range(count):
+            handle.seek(size * index // count)
+            pieces.append(handle.read(1 << 14))
+    return b"".join(pieces)
 
 
 class Job:
     """The folders of one job. `finished` says that OUT already holds its result.
 
-    Raises OutputError when OUT or OUT.partial belongs to something else.
+    Holds a lock on OUT.partial while it lives. Raises OutputError when OUT or OUT.partial belongs to something else,
+    or another run works there.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], layers: int) -> None:
@@ -52,6 +66,7 @@ class Job:
         self.finished = self._is_finished()
         if not self.finished:
             self._claim()
+            self._lock = self._take_lock()
 
     def _is_finished(self) -> bool:
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
@@ -61,24 +76,23 @@ class Job:
             raise OutputError(f"{self.out} exists and squawq did not make it; choose another folder")
         if read_json(report).get("job") != self.identity:
             raise OutputError(
-                f"{self.out} holds the result of another quantization (other model, settings or calibration); "
-                "choose another folder, or remove it first"
+                f"{self.out} holds the result of another quantization (other model, settings, calibration, device or "
+                "squawq version); choose another folder, or remove it first"
             )
+        assert Checkpoint(self.out).tensors  # raises when a file of it has gone or is damaged
         self._tidy()  # of what a run killed at its last moment left
         return True
 
     def _claim(self) -> None:
         job = self.partial / JOB
-        if self.partial.exists() and any(path.name != JOB + ".tmp" for path in self.partial.iterdir()):
+        if self.partial.exists() and any(path.name != TEMPORARY for path in self.partial.iterdir()):
             if not job.is_file():
-                raise OutputError(
-                    f"{self.partial} exists and squawq did not make it; move it away or choose another OUT"
-                )
+                raise OutputError(f"{self.partial} exists and squawq did not make it; move it, or choose another OUT")
             if (begun := read_json(job)) != self.identity:
                 other = ", ".join(sorted(k for k in self.identity if begun.get(k) != self.identity[k]))
                 raise OutputError(
                     f"{self.partial} holds an unfinished quantization with another {other}; "
-                    "run that one again to finish it, or remove the folder, or choose another OUT"
+                    "remove that folder to start anew, or choose another OUT"
                 )
             return
         try:
@@ -86,6 +100,31 @@ class Job:
         except OSError as error:
             raise OutputError(f"{self.partial} cannot be made: {error.strerror}") from error
         write_json(job, self.identity)
+
+    def _take_lock(self) -> IO[bytes] | None:
+        """One run at a time; the lock goes with the process, however it ends."""
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            return None
+        handle = (self.partial / JOB).open("rb")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.close()
+            raise OutputError(f"another run is working in {self.partial}; wait for it or stop it") from error
+        clear_temporary(self.partial)
+        return handle
+
+    def close(self) -> None:
+        """Let the lock go."""
+        if not self.finished and self._lock is not None:
+            self._lock.close()
+
+    def abandon(self) -> None:
+        """Remove OUT.partial if no layer lies in it: nothing is lost, and other settings may be tried at once."""
+        if not any(self.shard_path(part).exists() for part in range(1, self.layers + 1)):
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def _record_path(self, part: int) -> Path:
         return self.partial / f"{PART}{part:05d}.json"
@@ -98,7 +137,11 @@ class Job:
         """What was noted of a part that is on disk; None for one that is not."""
         if not self.shard_path(part).is_file() or not self._record_path(part).is_file():
             return None
-        return read_json(self._record_path(part))
+        try:
+            read_header(self.shard_path(part))
+            return read_json(self._record_path(part))
+        except CheckpointError:  # damaged since: done again
+            return None
 
     def commit(self, part: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Put a part on disk. The shard comes last: where it lies, the part is done."""
@@ -107,6 +150,7 @@ class Job:
 
     def finish(self) -> None:
         """Give the folder its name, then clear what only resuming needs."""
+        clear_temporary(self.partial)
         if self.out.is_dir():
             self.out.rmdir()  # empty, as was checked
         os.replace(self.partial, self.out)  # noqa: PTH105 (the tests kill here)
@@ -114,5 +158,5 @@ class Job:
 
     def _tidy(self) -> None:
         for path in sorted(self.out.iterdir()):
-            if path.name == JOB or path.name.startswith(PART) or path.suffix == ".tmp":
+            if path.name == JOB or path.name.startswith(PART):
                 path.unlink()

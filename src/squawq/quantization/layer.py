@@ -24,11 +24,11 @@ from squawq.quantization.search import (
     best_scales,
     clip_limits,
     gram_loss,
-    sample_rows,
+    sampled_rows,
     scale_candidates,
     weight_importance,
 )
-from squawq.quantization.statistics import InputStatistics
+from squawq.quantization.statistics import InputStatistics, all_finite
 
 SAMPLED_TOKENS = 2048  # tokens on which the inspected modules and the whole layer are judged
 
@@ -53,40 +53,49 @@ class _Chosen:
     notes: list[str] = field(default_factory=list)
 
 
-def kept_reason(name: str, out_features: int, in_features: int, config: QuantConfig) -> str | None:
-    """Why this linear (full name) stays in 16 bits, or None."""
-    if config.skips(name):
-        return "listed in modules_to_not_convert"
-    if in_features % config.group_of(in_features):
-        return f"in_features {in_features} is not a multiple of group size {config.group_size}"
-    if out_features % PER_WORD:
-        return f"out_features {out_features} is not a multiple of {PER_WORD}"
-    return None
+class LayerPlan:
+    """Which linears of a layer are converted, and why the others are `kept` in 16 bits.
+
+    shapes: (out_features, in_features) by name. prefix: the layer's full name. Linears that share an input are kept
+    together, since engines fuse them and refuse a mixture.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], family: Family, config: QuantConfig, prefix: str) -> None:
+        self.family, self.config, self.prefix = family, config, prefix
+        self.kept: dict[str, str] = {}
+        for group in family.groups:
+            reasons = {n: r for n in group.linears if (r := self._kept_reason(n, *shapes[n])) is not None}
+            if reasons:
+                first = next(iter(reasons))
+                for name in group.linears:
+                    self.kept[name] = reasons.get(name, f"shares its input with {first}, which stays in 16 bits")
+        self.converted = [name for name in family.linears if name not in self.kept]
+
+    def _kept_reason(self, name: str, out_features: int, in_features: int) -> str | None:
+        if self.config.skips(f"{self.prefix}.{name}"):
+            return "listed in modules_to_not_convert"
+        if in_features % self.config.group_of(in_features):
+            return f"in_features {in_features} is not a multiple of group size {self.config.group_size}"
+        if out_features % PER_WORD:
+            return f"out_features {out_features} is not a multiple of {PER_WORD}"
+        return None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """To the 16-bit dtype on disk. Raises CheckpointError where a finite value would become infinite."""
     result = tensor.to(dtype)
-    if not bool(torch.isfinite(result).all()):
+    if not all_finite(result):
         raise CheckpointError(f"tensor {name!r} holds values beyond {dtype}; use dtype bfloat16 (--dtype bfloat16)")
     return result
 
 
 class LayerQuantizer:
-    """One layer's run through the algorithm. `prefix` is the layer's full name; `dtype` that of 16-bit tensors."""
+    """One layer's run through the algorithm, by its plan."""
 
-    def __init__(self, block: Block, family: Family, config: QuantConfig, prefix: str) -> None:
-        self.block, self.family, self.config, self.prefix = block, family, config, prefix
-        self.dtype = getattr(torch, config.dtype)
-        self.kept: dict[str, str] = {}
-        self.converted: list[str] = []
-        for name in family.linears:
-            out_features, in_features = block.weight(name).shape
-            reason = kept_reason(f"{prefix}.{name}", out_features, in_features, config)
-            if reason is None:
-                self.converted.append(name)
-            else:
-                self.kept[name] = reason
+    def __init__(self, block: Block, plan: LayerPlan) -> None:
+        self.block, self.family, self.config, self.prefix = block, plan.family, plan.config, plan.prefix
+        self.kept, self.converted = plan.kept, plan.converted
+        self.dtype = getattr(torch, plan.config.dtype)
 
     @torch.no_grad()
     def round(self) -> LayerResult:
@@ -96,18 +105,20 @@ class LayerQuantizer:
 
     @torch.no_grad()
     def search(self, states: Tensor) -> tuple[LayerResult, Tensor]:
-        """AWQ on hidden states [blocks, tokens, hidden]; also returns the unquantized layer's output for the next."""
+        """AWQ on hidden states [blocks, tokens, hidden], which become the unquantized layer's output, also returned."""
         statistics = {
             g.linears[0]: InputStatistics(self.block.weight(g.linears[0]).shape[1], str(states.device))
             for g in self.family.groups
         }
-        with self.block.watching({name: s.update for name, s in statistics.items()}):
-            output = self.block.run(states)
         count = max(1, min(len(states), SAMPLED_TOKENS // states.shape[1]))
         picked = torch.linspace(0, len(states) - 1, count).round().long()
-        sample, wanted = states[picked], output[picked]
+        sample = states[picked]
+        with self.block.watching({name: s.update for name, s in statistics.items()}):
+            output = self.block.run(states, in_place=True)
+        wanted = output[picked]
         chosen = self._choose(statistics, sample)
         losses = self._linear_losses(chosen, statistics)
+        statistics.clear()  # the Gram matrices are large
         self._apply(chosen)
         after = _mean_square(self.block.run(sample), wanted)
         self.block.reload()
@@ -213,17 +224,18 @@ class LayerQuantizer:
             stats = statistics[group.linears[0]]
             for name in (n for n in group.linears if n in self.converted and stats.rows):
                 weight = self.block.weight(name)
-                rounded = fake_quantize(weight, self.config.group_of(weight.shape[1]), self.config.zero_point)
-                found = chosen.integers[name].dequantize()
+                part = sampled_rows(weight)
+                rows = weight[part]
+                rounded = fake_quantize(rows, self.config.group_of(rows.shape[1]), self.config.zero_point)
+                found = chosen.integers[name].rows(part).dequantize()
                 if name in chosen.rows:
-                    found *= chosen.rows[name][:, None]
+                    found *= chosen.rows[name][part, None]
                 if name in chosen.columns:
                     found /= chosen.columns[name]
-                rows = sample_rows(weight)
                 scale = 1 / (stats.rows * len(rows))
                 losses[name] = (
-                    gram_loss(sample_rows(rounded) - rows, stats.gram) * scale,
-                    gram_loss(sample_rows(found) - rows, stats.gram) * scale,
+                    gram_loss(rounded - rows, stats.gram) * scale,
+                    gram_loss(found - rows, stats.gram) * scale,
                 )
         return losses
 
@@ -259,7 +271,10 @@ class LayerQuantizer:
                 size = self.config.group_of(tensor.shape[1])
                 integers = chosen.integers.get(module) or quantize(tensor, size, self.config.zero_point)
                 packed = to_gemm(integers)
-                cast(packed["scales"], torch.float16, f"{self.prefix}.{module}.scales")
+                if not all_finite(packed["scales"]):
+                    raise CheckpointError(
+                        f"tensor {full!r} holds values too large for float16 scales; use --skip {module}"
+                    )
                 tensors |= {f"{module}.{kind}": t for kind, t in packed.items()}
                 continue
             elif module in self.kept:

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.config import ModelConfig, QuantConfig
-from squawq.errors import CheckpointError, ConfigError
+from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
 from squawq.families import Family, family_of
 from squawq.format.reader import Checkpoint, read_json
 from squawq.format.writer import copy_file, write_index, write_json
 from squawq.hub.download import resolve
+from squawq.kernels.devices import check_device
 from squawq.quantization.blocks import Blocks, read_finite
 from squawq.quantization.calibration import Calibration, token_blocks
 from squawq.quantization.job import REPORT, Job, identity
-from squawq.quantization.layer import LayerQuantizer, cast
+from squawq.quantization.layer import LayerPlan, LayerQuantizer, cast
 from squawq.tokenizer import Tokenizer
 
 
@@ -65,10 +66,11 @@ def quantize(
     family = family_of(checkpoint.config.model_type)
     if checkpoint.config.quant is not None:
         raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
-    if Path(out).resolve() == checkpoint.folder.resolve():
-        raise ConfigError(f"{str(out)!r} is the model itself; choose another folder")
+    folder = _target(out, checkpoint)
     config = replace(config, seqlen=calibration_length(config, checkpoint.config))
     _check_names(checkpoint, family)
+    blocks = Blocks(checkpoint, family, device)
+    _check_choice(blocks, family, config)
     tokens = None
     if config.method != "rtn":
         tokens = token_blocks(
@@ -78,24 +80,44 @@ def quantize(
             samples=config.samples,
             vocab_size=checkpoint.config.vocab_size,
         )
-    job = Job(Path(out), identity(checkpoint, config, tokens), checkpoint.config.num_layers)
+    elif calibration is not None:
+        raise ConfigError("method 'rtn' rounds without looking at text; leave the calibration out, or use 'awq'")
+    job = Job(folder, identity(checkpoint, config, tokens, device), checkpoint.config.num_layers)
     if job.finished:
         return read_json(job.out / REPORT)
-    _quantize_layers(checkpoint, family, config, tokens, device, job, observer)
-    return _finish(checkpoint, family, config, tokens, job)
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError for a device that torch does not have here."""
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        choices = ["cpu"]
-        if torch.cuda.is_available():
-            choices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        if torch.backends.mps.is_available():
-            choices.append("mps")
-        raise ConfigError(f"device {device!r} is not there; choose one of {', '.join(choices)}") from error
+        _write_outer(checkpoint, family, config, job)
+        _quantize_layers(blocks, config, tokens, job, observer)
+        return _finish(checkpoint, config, tokens, job)
+    except SquawqError:
+        job.abandon()
+        raise
+    finally:
+        job.close()
+
+
+def _target(out: str | Path, checkpoint: Checkpoint) -> Path:
+    """The folder to make, as an absolute path. Raises OutputError for one that cannot appear by a rename."""
+    folder = Path(out).resolve()
+    if folder == checkpoint.folder.resolve():
+        raise ConfigError(f"{str(out)!r} is the model itself; choose another folder")
+    if not folder.name or folder.is_mount():
+        raise OutputError(f"{str(out)!r} is a mount point; give a folder inside it")
+    return folder
+
+
+def _check_choice(blocks: Blocks, family: Family, config: QuantConfig) -> None:
+    """Raises ConfigError when a name to skip matches nothing, or when nothing would be quantized."""
+    layers = [
+        LayerPlan(blocks.shapes(index), family, config, family.layer(index)) for index in range(len(blocks.layers))
+    ]
+    names = [f"{plan.prefix}.{name}" for plan in layers for name in family.linears]
+    for skip in config.modules_to_not_convert:
+        if not any(skip in name for name in names):
+            raise ConfigError(f"modules_to_not_convert: {skip!r} is in no name; names are like {names[0]}, {names[-1]}")
+    if not any(plan.converted for plan in layers):
+        reason = next(iter(layers[0].kept.values()))
+        raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
 
 
 def calibration_length(config: QuantConfig, model: ModelConfig) -> int:
@@ -112,40 +134,41 @@ def _check_names(checkpoint: Checkpoint, family: Family) -> None:
     for index in range(checkpoint.config.num_layers):
         for linear in family.linears:
             checkpoint.info(f"{family.layer(index)}.{linear}.weight")
-    outer = _outer_names(checkpoint, family)
+    outer = _outer_shapes(checkpoint, family)
     layers = tuple(f"{family.layer(i)}." for i in range(checkpoint.config.num_layers))
     for name, info in checkpoint.tensors.items():
-        if (
-            not name.startswith(layers)
-            and name not in outer
-            and "rotary_emb" not in name
-            and name != f"{family.head}.weight"
-        ):
+        known = name.startswith(layers) or name in outer or name == f"{family.head}.weight" or "rotary_emb" in name
+        if not known:
             raise CheckpointError(f"{info.file}: tensor {name!r} does not belong to a {family.model_type} model")
 
 
-def _outer_names(checkpoint: Checkpoint, family: Family) -> list[str]:
-    """Tensors outside the layers, in the order of use."""
-    names = [f"{family.embedding}.weight", f"{family.norm}.weight"]
-    names += [] if checkpoint.config.tied_embeddings else [f"{family.head}.weight"]
-    for name in names:
-        checkpoint.info(name)
-    return names
+def _outer_shapes(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[int, ...]]:
+    """Tensors outside the layers and their shapes, in the order of use. Raises CheckpointError for one that differs."""
+    config = checkpoint.config
+    table = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {f"{family.embedding}.weight": table, f"{family.norm}.weight": table[1:]}
+    if not config.tied_embeddings:
+        shapes[f"{family.head}.weight"] = table
+    for name, shape in shapes.items():
+        if (info := checkpoint.info(name)).shape != shape:
+            raise CheckpointError(f"{info.file}: tensor {name!r} has shape {list(info.shape)}; {list(shape)} is needed")
+    return shapes
 
 
-def _quantize_layers(
-    checkpoint: Checkpoint,
-    family: Family,
-    config: QuantConfig,
-    tokens: Tensor | None,
-    device: str,
-    job: Job,
-    observer: Observer,
-) -> None:
-    layers = checkpoint.config.num_layers
+def _write_outer(checkpoint: Checkpoint, family: Family, config: QuantConfig, job: Job) -> None:
+    """The embedding, and the final norm and head: first of all, so that what is wrong with them shows at once."""
+    dtype = getattr(torch, config.dtype)
+    names = list(_outer_shapes(checkpoint, family))
+    for part, own in ((0, names[:1]), (job.layers + 1, names[1:])):
+        if job.record(part) is None:
+            job.commit(part, {n: cast(read_finite(checkpoint, n), dtype, n) for n in own}, {})
+            checkpoint.close()
+
+
+def _quantize_layers(blocks: Blocks, config: QuantConfig, tokens: Tensor | None, job: Job, observer: Observer) -> None:
+    layers, family = job.layers, blocks.family
     done = [job.record(part) for part in range(1, layers + 1)]
     observer.start(layers, 0 if tokens is None else tokens.numel(), sum(r is not None for r in done))
-    blocks = Blocks(checkpoint, family, device)
     states = None if tokens is None else blocks.embed(tokens)
     for index in range(layers):
         record = done[index]
@@ -154,9 +177,9 @@ def _quantize_layers(
             continue
         with blocks.open(index) as block:
             if record is not None and states is not None:
-                states = block.run(states)
+                states = block.run(states, in_place=True)
             else:
-                worker = LayerQuantizer(block, family, config, family.layer(index))
+                worker = LayerQuantizer(block, LayerPlan(blocks.shapes(index), family, config, family.layer(index)))
                 if states is None:
                     result = worker.round()
                 else:
@@ -168,16 +191,8 @@ def _quantize_layers(
         observer.layer(record)
 
 
-def _finish(
-    checkpoint: Checkpoint, family: Family, config: QuantConfig, tokens: Tensor | None, job: Job
-) -> dict[str, Any]:
-    """The tensors outside the layers, the small files, config.json and the report; then OUT gets its name."""
-    dtype = getattr(torch, config.dtype)
-    names = _outer_names(checkpoint, family)
-    for part, own in ((0, names[:1]), (job.layers + 1, names[1:])):
-        if job.record(part) is None:
-            job.commit(part, {n: cast(read_finite(checkpoint, n), dtype, n) for n in own}, {})
-            checkpoint.close()
+def _finish(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None, job: Job) -> dict[str, Any]:
+    """The small files, the index, config.json and the report; then OUT gets its name."""
     for path in checkpoint.companions():
         copy_file(path, job.partial / path.name)
     size = write_index(job.partial)

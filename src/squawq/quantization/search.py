@@ -14,7 +14,8 @@ from torch import Tensor
 
 from squawq.format.groupwise import fake_quantize, round_to_grid, scale_and_zero
 
-SAMPLED_ROWS = 512  # output rows that a candidate is judged on
+SAMPLED_ROWS = 512  # output rows that a candidate is judged on, fewer where rows are long: rows * in^2 stays below
+SAMPLED_WORK = 1 << 34
 REFINED = 4  # candidates that go on to the loss on the inspected module
 CLIP_STEPS = 10
 CLIP_GRID = 20  # ranges shrink by steps of 1/20, down to 0.55
@@ -61,10 +62,11 @@ def scale_candidates(x_mean: Tensor, w_mean: Tensor, n_grid: int) -> list[ScaleC
     return candidates
 
 
-def sample_rows(weight: Tensor) -> Tensor:
-    """At most SAMPLED_ROWS rows, evenly spread."""
-    step = -(-weight.shape[0] // SAMPLED_ROWS)
-    return weight[::step]
+def sampled_rows(weight: Tensor) -> slice:
+    """Which rows of [out, in] stand for all: at most SAMPLED_ROWS, 64 or more by SAMPLED_WORK, evenly spread."""
+    most = min(SAMPLED_ROWS, max(64, SAMPLED_WORK // weight.shape[1] ** 2))
+    step = -(-weight.shape[0] // most)
+    return slice(None, None, step)
 
 
 def gram_loss(difference: Tensor, gram: Tensor) -> float:
@@ -90,10 +92,12 @@ def best_scales(
     All are ranked by the Gram loss of the linears; with `inspect` (the loss on the inspected module's output) the
     best few and identity are judged by that instead.
     """
-    rows = [sample_rows(w) for w in weights]
+    rows = [w[sampled_rows(w)] for w in weights]
+    shares = [len(w) / len(r) for w, r in zip(weights, rows, strict=True)]
 
     def proxy(candidate: ScaleCandidate) -> float:
-        return sum(gram_loss(scaled_difference(w, candidate.scales, group, zero_point), gram) for w in rows)
+        losses = (gram_loss(scaled_difference(r, candidate.scales, group, zero_point), gram) for r in rows)
+        return sum(share * loss for share, loss in zip(shares, losses, strict=True))
 
     ranked = sorted(candidates, key=proxy)
     if inspect is None or len(ranked) == 1:

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; one pass and no copy, unlike torch.isfinite."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 class InputStatistics:
     """Sums over all calibration tokens of one input [tokens, features]. Memory: features^2 float32.
 
@@ -21,8 +26,8 @@ class InputStatistics:
     def update(self, x: Tensor) -> None:
         """Add inputs of any leading shape."""
         x = x.reshape(-1, x.shape[-1]).float()
-        finite = torch.isfinite(x).all(-1)
-        if not bool(finite.all()):
+        if not all_finite(x):
+            finite = torch.isfinite(x).all(-1)
             self.dropped += int((~finite).sum())
             x = x[finite]
         self.rows += len(x)
@@ -37,7 +42,7 @@ class InputStatistics:
     @property
     def has_signal(self) -> bool:
         """Whether any input was ever finite and not zero."""
-        return self.rows > 0 and bool((self.absolute > 0).any()) and bool(torch.isfinite(self.gram).all())
+        return self.rows > 0 and bool((self.absolute > 0).any()) and all_finite(self.gram)
 
     def gram_blocks(self, group: int, scales: Tensor | None = None) -> Tensor:
         """The Gram matrix's diagonal blocks [groups, group, group], for inputs divided by `scales` if given."""

@@ -1,0 +1,15 @@
+"""Which devices can be used here."""
+
+from __future__ import annotations
+
+import torch
+
+from squawq.errors import ConfigError
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError, with the choices, for a device that is not there: cpu, cuda, cuda:1 ..."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    choices = ["cpu", *(["cuda"] if cuda else []), *cuda]
+    if device not in choices:
+        raise ConfigError(f"device {device!r} is not there; choose one of {', '.join(choices)}")
