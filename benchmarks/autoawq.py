@@ -25,6 +25,7 @@ from squawq.format.reader import Checkpoint
 from squawq.quantization.calibration import token_blocks
 from squawq.tokenizer import Tokenizer
 
+WINDOW = 256
 PEERS = Path(__file__).parent / "peers"
 
 
@@ -74,9 +75,7 @@ def main() -> None:
                 script = str(PEERS / "squawq_quantize.py")
                 command = [sys.executable, script, *common, out, str(work / "rows.json"), json.dumps(settings)]
             seconds[name] = run(command)
-            scores = squawq.evaluate(
-                out, args.model, ids=held_ids, window=args.seqlen, stride=args.seqlen, max_tokens=20_000
-            )
+            scores = squawq.evaluate(out, args.model, ids=held_ids, window=WINDOW, stride=WINDOW, max_tokens=20_000)
             rows.append([name, f"{scores['perplexity']:.4f}", f"{scores['kl_mean']:.5f}", f"{seconds[name]:.1f}"])
         rows.insert(0, ["32 bits", f"{scores['reference_perplexity']:.4f}", "0", ""])
     title = f"{args.model.name}, {args.rows} x {args.seqlen} calibration tokens, {scores['tokens']:,} tokens measured"

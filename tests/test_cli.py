@@ -142,6 +142,14 @@ def test_demo(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     done = run("demo", "--out", out)
     assert done.returncode == 0, done.stderr
-    for words in ("weights", "14.7 MB", "perplexity", "KL to 16-bit", "Once upon a time", "squawq chat"):
+    for words in (
+        "weights",
+        "14.7 MB",
+        "perplexity",
+        "KL to 16-bit",
+        "Once upon a time",
+        f" chat {out}",
+        f"vllm serve {out}",
+    ):
         assert words in done.stdout, words
     assert (out / "squawq_report.json").is_file()

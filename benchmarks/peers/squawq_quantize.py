@@ -23,5 +23,5 @@ rows = json.loads(Path(rows_path).read_text())
 config = QuantConfig(**json.loads(settings), samples=len(rows), seqlen=len(rows[0]))
 quantize = squawq.quantize
 started = time.monotonic()
-quantize(model, out, config, calibration=rows)
+quantize(model, out, config, calibration=None if config.method == "rtn" else rows)
 print(f"seconds {time.monotonic() - started:.2f}")

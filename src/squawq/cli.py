@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -234,8 +235,11 @@ def demo(
 
     stdout = Console()
     run(out, stdout)
-    stdout.print(f"The quantized model is in {out}. Talk to it:  squawq chat {out}")
-    stdout.print(f"It is a plain AWQ checkpoint; a server that reads those serves it:  vllm serve {out}")
+    squawq = "squawq" if shutil.which("squawq") else sys.argv[0]  # as it was called, where it is not on the PATH
+    stdout.print(f"The quantized model is in {out}. Talk to it:  {squawq} chat {out}", soft_wrap=True)
+    stdout.print(
+        f"It is a plain AWQ checkpoint; a server that reads those serves it:  vllm serve {out}", soft_wrap=True
+    )
 
 
 def _load(model: str, device: str) -> Any:

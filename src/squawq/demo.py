@@ -16,7 +16,7 @@ from squawq.llm import LLM, SamplingParams
 from squawq.progress import LayerProgress, counting
 from squawq.quantization.pipeline import quantize
 
-QUESTION = "Tell me a story about a cat named Tom."
+QUESTION = "Tell me a story."
 EVALUATED_TOKENS = 16_384
 
 

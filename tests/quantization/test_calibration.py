@@ -49,6 +49,7 @@ def test_long_rows_are_cut_not_dropped(tmp_path: Path) -> None:
     assert found.flatten().tolist() == ids[: found.numel()]
     assert len(found) == len(ids) // 32
     assert torch.equal(blocks([text]), found)
+    assert torch.equal(blocks(path, samples=5), found[:5])
     assert torch.equal(blocks([ids[:50], ids[50:]]), found)
 
 

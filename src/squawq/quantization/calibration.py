@@ -60,7 +60,8 @@ def token_blocks(
         bad = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
         raise CalibrationError(f"{_name(source)} holds token id {bad}; the model knows 0 to {vocab_size - 1}")
     if blocks > wanted:
-        tokens = tokens[torch.linspace(0, blocks - 1, wanted).round().long()]
+        spread = torch.linspace(0, blocks - 1, wanted).round().long()
+        tokens = tokens[spread] if source is None else tokens[:wanted]
     return tokens
 
 

@@ -1,7 +1,7 @@
 """The loop: layer in, packed layer out, renamed into place, dropped. Knows the order of things and no algorithm.
 
 Peak memory: one decoder layer in float32, its statistics, and the calibration's hidden states
-(blocks x tokens x hidden_size x 4 bytes, twice while a layer runs).
+(blocks x tokens x hidden_size x 4 bytes).
 """
 
 from __future__ import annotations
