@@ -30,8 +30,9 @@ class GroupwiseTensor:
     def dequantize(self) -> Tensor:
         """float32 [out, in]."""
         out, groups = self.scales.shape
-        q = self.q.reshape(out, groups, -1).float()
-        return ((q - self.zeros[..., None].float()) * self.scales[..., None].float()).view(out, -1)
+        weight = self.q.reshape(out, groups, -1).float()
+        weight.sub_(self.zeros[..., None].float()).mul_(self.scales[..., None].float())  # in place: these are large
+        return weight.view(out, -1)
 
 
 def scale_and_zero(low: Tensor, high: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:

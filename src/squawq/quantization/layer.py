@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squawq.config import QuantConfig
 from squawq.errors import CheckpointError
-from squawq.families import Family, ScalingGroup
+from squawq.families import ScalingGroup
 from squawq.format.groupwise import GroupwiseTensor, fake_quantize, quantize
-from squawq.format.packing import PER_WORD, to_gemm
+from squawq.format.packing import to_gemm
 from squawq.quantization.blocks import Block
 from squawq.quantization.fold import norm_scales
+from squawq.quantization.plan import LayerPlan
 from squawq.quantization.search import (
     ScaleCandidate,
     best_scales,
@@ -51,34 +51,6 @@ class _Chosen:
     norms: dict[str, Tensor] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-class LayerPlan:
-    """Which linears of a layer are converted, and why the others are `kept` in 16 bits.
-
-    shapes: (out_features, in_features) by name. prefix: the layer's full name. Linears that share an input are kept
-    together, since engines fuse them and refuse a mixture.
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], family: Family, config: QuantConfig, prefix: str) -> None:
-        self.family, self.config, self.prefix = family, config, prefix
-        self.kept: dict[str, str] = {}
-        for group in family.groups:
-            reasons = {n: r for n in group.linears if (r := self._kept_reason(n, *shapes[n])) is not None}
-            if reasons:
-                first = next(iter(reasons))
-                for name in group.linears:
-                    self.kept[name] = reasons.get(name, f"shares its input with {first}, which stays in 16 bits")
-        self.converted = [name for name in family.linears if name not in self.kept]
-
-    def _kept_reason(self, name: str, out_features: int, in_features: int) -> str | None:
-        if self.config.skips(f"{self.prefix}.{name}"):
-            return "listed in modules_to_not_convert"
-        if in_features % self.config.group_of(in_features):
-            return f"in_features {in_features} is not a multiple of group size {self.config.group_size}"
-        if out_features % PER_WORD:
-            return f"out_features {out_features} is not a multiple of {PER_WORD}"
-        return None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -180,7 +152,7 @@ class LayerQuantizer:
             assert wanted is not None
             for parameter, weight in zip(parameters, weights, strict=True):
                 rounded = fake_quantize(weight * candidate.scales, size, self.config.zero_point)
-                parameter.data = rounded / candidate.scales
+                parameter.data = rounded.div_(candidate.scales)
             loss = _mean_square(self.block.inspect(group.inspect, inputs), wanted)
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.data = weight

@@ -25,7 +25,8 @@ from squawq.kernels.devices import check_device
 from squawq.quantization.blocks import Blocks, read_finite
 from squawq.quantization.calibration import Calibration, token_blocks
 from squawq.quantization.job import REPORT, Job, identity
-from squawq.quantization.layer import LayerPlan, LayerQuantizer, cast
+from squawq.quantization.layer import LayerQuantizer, cast
+from squawq.quantization.plan import LayerPlan
 from squawq.tokenizer import Tokenizer
 
 
