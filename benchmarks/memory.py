@@ -23,6 +23,9 @@ import torch
 from common import print_table
 from safetensors.torch import save_file
 
+from squawq.config import ModelConfig
+from squawq.nn.loader import linear_shapes
+
 SHAPES = {
     "llama-3.2-1b": (2048, 8192, 32, 8),
     "llama-3.1-8b": (4096, 14336, 32, 8),
@@ -45,7 +48,6 @@ print(json.dumps({"peak": peak, "seconds": time.monotonic() - started}))
 def write_checkpoint(folder: Path, shape: tuple[int, int, int, int], layers: int) -> int:
     """A random Llama checkpoint; returns its bytes."""
     hidden, inner, heads, kv_heads = shape
-    key = kv_heads * (hidden // heads)
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -78,15 +80,7 @@ def write_checkpoint(folder: Path, shape: tuple[int, int, int, int], layers: int
 
     write({"model.embed_tokens.weight": matrix(128256, hidden)})
     for index in range(layers):
-        sizes = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (key, hidden),
-            "self_attn.v_proj": (key, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
+        sizes = linear_shapes(ModelConfig.from_dict(config))
         layer = {f"model.layers.{index}.{name}.weight": matrix(*size) for name, size in sizes.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
             layer[f"model.layers.{index}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from conftest import MakeModel, shared_data
 
-from squawq.config import ModelConfig, QuantConfig, RopeConfig
-from squawq.format.reader import Checkpoint
+from squawq.config import QuantConfig, RopeConfig
 from squawq.nn.loader import load
 from squawq.nn.rope import inverse_frequencies
 from squawq.quantization.pipeline import quantize
@@ -138,4 +137,3 @@ def test_quantized_folder_runs_as_its_dequantized_self(
     assert (decoder(ids) - dense(ids)).abs().max() < 1e-5
     original = load(folder)(ids)
     assert 1e-3 < (decoder(ids) - original).abs().mean() < original.abs().mean()
-    assert isinstance(Checkpoint(tmp_path / "out").config, ModelConfig)
