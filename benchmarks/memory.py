@@ -19,74 +19,22 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from checkpoints import SHAPES, write_checkpoint
 from common import print_table
-from safetensors.torch import save_file
 
-from squawq.config import ModelConfig
-from squawq.nn.loader import linear_shapes
-
-SHAPES = {
-    "llama-3.2-1b": (2048, 8192, 32, 8),
-    "llama-3.1-8b": (4096, 14336, 32, 8),
-    "llama-3.1-70b": (8192, 28672, 64, 8),
-}
 CHILD = """
 import json, random, resource, sys, time
 import squawq
 from squawq import QuantConfig
-model, out, samples, seqlen = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+model, out = sys.argv[1:3]
+samples, seqlen, vocab = map(int, sys.argv[3:])
 random.seed(0)
-rows = [[random.randrange(128256) for _ in range(seqlen)] for _ in range(samples)]
+rows = [[random.randrange(vocab) for _ in range(seqlen)] for _ in range(samples)]
 started = time.monotonic()
 squawq.quantize(model, out, QuantConfig(samples=samples, seqlen=seqlen), calibration=rows)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"peak": peak, "seconds": time.monotonic() - started}))
 """
-
-
-def write_checkpoint(folder: Path, shape: tuple[int, int, int, int], layers: int) -> int:
-    """A random Llama checkpoint; returns its bytes."""
-    hidden, inner, heads, kv_heads = shape
-    folder.mkdir(parents=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "num_hidden_layers": layers,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, dtype=torch.bfloat16) * 0.02
-
-    shard, total = 0, 0
-
-    def write(tensors: dict[str, torch.Tensor]) -> None:
-        nonlocal shard, total
-        shard += 1
-        path = folder / f"model-{shard:05d}-of-{layers + 2:05d}.safetensors"
-        save_file(tensors, path)
-        total += path.stat().st_size
-
-    write({"model.embed_tokens.weight": matrix(128256, hidden)})
-    for index in range(layers):
-        sizes = linear_shapes(ModelConfig.from_dict(config))
-        layer = {f"model.layers.{index}.{name}.weight": matrix(*size) for name, size in sizes.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            layer[f"model.layers.{index}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-        write(layer)
-    write({"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16), "lm_head.weight": matrix(128256, hidden)})
-    return total
 
 
 def main() -> None:
@@ -98,14 +46,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the temporary folder goes")
     args = parser.parse_args()
 
+    shape = SHAPES[args.shape]
     rows, peaks = [], []
     for layers in args.layers:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             model = Path(folder) / "model"
-            size = write_checkpoint(model, SHAPES[args.shape], layers)
+            size = write_checkpoint(model, shape, layers, quantized=False)
             started = time.monotonic()
             command = [sys.executable, "-c", CHILD, str(model), str(Path(folder) / "out")]
-            done = subprocess.run([*command, str(args.samples), str(args.seqlen)], capture_output=True, text=True)
+            command += map(str, (args.samples, args.seqlen, shape.vocab))
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr[-2000:])
             found = json.loads(done.stdout.splitlines()[-1])

@@ -11,7 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from squawq.engine.request import Chunk
+from squawq.engine.runner import DecoderRunner
+from squawq.nn.loader import Options, load
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+EXACT = Options(exact=True)
 MakeModel = Callable[..., Path]
 
 
@@ -44,6 +49,16 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
         "hidden_act": "silu",
     }
     return {**config, **changes}
+
+
+def logits(folder: Path, ids: torch.Tensor, options: Options = EXACT) -> torch.Tensor:
+    """Our logits [batch, tokens, vocab] of windows of ids, each a sequence of its own in scattered pages."""
+    runner = DecoderRunner(load(folder, options), kv_tokens=4096)
+    size = -(-ids.shape[1] // 16)
+    order = torch.randperm(runner.num_pages, generator=torch.Generator().manual_seed(3)).tolist()
+    tables = [order[size * i : size * (i + 1)] for i in range(len(ids))]
+    rows = [Chunk(row, 0, table, len(row)) for row, table in zip(ids.tolist(), tables, strict=True)]
+    return torch.stack([torch.from_numpy(found) for found in runner.run(rows)])
 
 
 @pytest.fixture

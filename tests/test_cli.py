@@ -74,6 +74,22 @@ def test_chat_reads_until_the_end(quantized: Path) -> None:
     assert first.startswith("Once upon a time")
 
 
+def test_bench_measures_a_folder_without_a_tokenizer(make_model: MakeModel) -> None:
+    folder = make_model()
+    sizes = ["--prompt-tokens", "20", "--new-tokens", "8", "--streams", "3"]
+    done = run("bench", folder, *sizes, "--threads", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for name in ("prefill_tok_s", "decode_tok_s", "ttft_ms", "itl_ms_p50", "itl_ms_p99", "peak_rss_bytes", "load_s"):
+        assert found[name] > 0, name
+    assert found["itl_ms_p50"] <= found["itl_ms_p99"]
+    assert (found["streams"], found["prompt_tokens"], found["new_tokens"], found["threads"]) == (3, 20, 8, 2)
+    assert found["isa"] in ("avx512", "avx2", "neon", "scalar", "torch")
+    table = run("bench", folder, *sizes).stdout
+    assert "prefill" in table
+    assert "tokens/s" in table
+
+
 MISUSES: dict[str, tuple[list[str], str]] = {
     "unknown command": (["quantise"], "No such command 'quantise'"),
     "missing argument": (["quantize", DEMO], "out"),
@@ -94,6 +110,10 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     "skip nothing": (["quantize", DEMO, "OUT", "--skip", "down_porj"], "'down_porj' is in no name"),
     "json calibration": (["quantize", DEMO, "OUT", "--calibration", "x.json"], "give a .txt or .jsonl file"),
     "plot nowhere": (["eval", DEMO, "--plot", "no/such/folder/x.png"], "no such folder"),
+    "bench streams": (["bench", DEMO, "--streams", "0"], "streams is 0; it must be at least 1"),
+    "bench positions": (["bench", DEMO, "--prompt-tokens", "5000"], "5128 together; the model has 4096 positions"),
+    "bench nowhere": (["bench", "nowhere"], "'nowhere' is neither a model folder"),
+    "threads": (["generate", DEMO, "-p", "x", "--threads", "0"], "--threads"),
     "temperature": (["generate", DEMO, "-p", "x", "--temperature", "-1"], "temperature is -1.0; it must be 0 to 100"),
     "max tokens": (["generate", DEMO, "-p", "x", "--max-tokens", "0"], "max_tokens is 0"),
     "not a number": (["generate", DEMO, "-p", "x", "--max-tokens", "many"], "--max-tokens.*valid integer"),
@@ -132,7 +152,7 @@ def test_chat_needs_a_template(make_model: MakeModel) -> None:
 
 def test_help_has_examples() -> None:
     assert "quantize" in run("--help").stdout
-    for command in ("quantize", "eval", "generate", "chat", "demo"):
+    for command in ("quantize", "eval", "generate", "chat", "bench", "demo"):
         done = run(command, "--help")
         assert done.returncode == 0
         assert re.search(f"Examples?:\\s+squawq {command}", done.stdout)

@@ -18,9 +18,11 @@ FLOORS = {
     "tokenizer": 4,
     "kernels": 5,
     "nn": 6,
+    "engine": 7,
     "quantization": 7,
     "evaluation": 8,
     "llm": 8,
+    "bench": 8,
     "demo": 9,
     "cli": 10,
     "__main__": 11,
@@ -34,6 +36,7 @@ DOORS = {
     "huggingface_hub": ("hub.",),
     "tokenizers": ("tokenizer",),
     "jinja2": ("tokenizer",),
+    "llguidance": ("engine.grammar",),
 }
 
 

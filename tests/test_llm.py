@@ -1,23 +1,32 @@
-"""Generation: greedy text against transformers, sampling by its definition, limits and streams."""
+"""LLM over the engine: greedy text against transformers, streams, lists, limits, and what a folder says of itself."""
 
 from __future__ import annotations
 
-from collections import Counter
+import gc
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import MakeModel
 
 from squawq.demo import demo_model
-from squawq.errors import ConfigError
-from squawq.llm import LLM, SamplingParams, sample
+from squawq.engine.request import FinishReason, Grammar, SamplingParams
+from squawq.errors import ConfigError, EngineClosed, GenerationError
+from squawq.llm import LLM
+from squawq.progress import console
 
 CHAT = [{"role": "user", "content": "Tell me a story about a cat named Tom."}]
 GREEDY = SamplingParams(max_tokens=40)
 
 
 @pytest.fixture(scope="module")
-def llm() -> LLM:
-    return LLM(demo_model())
+def llm() -> Iterator[LLM]:
+    with LLM(demo_model(), exact=True, kv_tokens=8192) as loaded:
+        yield loaded
 
 
 def test_greedy_equals_transformers(llm: LLM) -> None:
@@ -39,11 +48,46 @@ def test_stream_is_generate_in_pieces(llm: LLM) -> None:
     assert "".join(pieces) == llm.generate("Once upon a time", GREEDY)
 
 
+def test_a_list_gives_what_each_gives_alone(llm: LLM) -> None:
+    prompts = ["Once upon a time", "The dog", "One day, a girl named Sue"]
+    assert llm.generate(prompts, GREEDY) == [llm.generate(prompt, GREEDY) for prompt in prompts]
+    chats = [CHAT, [{"role": "user", "content": "Tell me a story."}]]
+    assert llm.chat(chats, GREEDY) == [llm.chat(chat, GREEDY) for chat in chats]
+    assert llm.generate([], GREEDY) == []
+
+
 def test_ends_at_a_stop_token(llm: LLM) -> None:
     text = llm.chat(CHAT, SamplingParams(max_tokens=1000))
     assert text.endswith(("again.", "after.", ".", "!"))
     assert len(llm.tokenizer.encode(text)) < 500
     assert "<|" not in text
+
+
+def test_complete_tells_all(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=500, n=2, temperature=0.8, seed=3, logprobs=2, prompt_logprobs=0, stop="Tom")
+    ids = llm.tokenizer.encode_chat(CHAT)
+    (sequences,) = llm.complete([ids], params)
+    assert [output.index for output in sequences] == [0, 1]
+    for output in sequences:
+        assert output.finish == FinishReason.STOP
+        assert "Tom" not in output.text
+        assert [item.token for item in output.logprobs or ()] == list(output.ids)
+        assert all(len(item.top) == 2 for item in output.logprobs or ())
+    assert len(sequences[0].prompt_logprobs or ()) == len(ids)
+    assert sequences[1].prompt_logprobs is None
+    single = llm.complete([ids], SamplingParams(max_tokens=500, temperature=0.8, seed=3, stop="Tom"))
+    assert single[0][0].ids == sequences[0].ids
+
+
+def test_structured_output(llm: LLM) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"animal": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "maximum": 9, "minimum": 1}},
+        "required": ["animal", "legs"],
+        "additionalProperties": False,
+    }
+    text = llm.chat(CHAT, SamplingParams(max_tokens=200, grammar=Grammar("json_schema", json.dumps(schema))))
+    assert json.loads(text)["animal"] in ("cat", "dog")
 
 
 def test_seed(llm: LLM) -> None:
@@ -62,39 +106,77 @@ def test_prompt_limits(llm: LLM) -> None:
         llm.generate_ids([5] * 5000)
     with pytest.raises(ConfigError, match="empty"):
         llm.generate_ids([])
+    with pytest.raises(ConfigError, match="message"):
+        llm.chat([])
 
 
-def draws(logits: list[float], count: int = 2000, **settings: float) -> Counter[int]:
-    generator = torch.Generator().manual_seed(0)
-    sampling = SamplingParams(**settings)  # type: ignore[arg-type]
-    return Counter(sample(torch.tensor(logits), sampling, generator) for _ in range(count))
+def test_leaving_a_stream_stops_the_work(llm: LLM) -> None:
+    pieces = llm.stream_chat(CHAT, SamplingParams(max_tokens=None, ignore_eos=True))
+    next(pieces)
+    pieces.close()
+    for _ in range(5000):
+        if not llm.engine.stats().running:
+            break
+        threading.Event().wait(0.005)
+    assert llm.engine.stats().pages_used == 0
 
 
-def test_sampling_follows_the_softmax() -> None:
-    found = draws([0.0, 1.0, 2.0], temperature=2.0)
-    expected = torch.tensor([0.0, 0.5, 1.0]).softmax(0)
-    for token in range(3):
-        assert found[token] / 2000 == pytest.approx(float(expected[token]), abs=0.05)
+def test_a_bar_on_a_terminal_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = SamplingParams(max_tokens=2)
+    llm.generate(["a", "b"], few)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(console, "_force_terminal", True)
+    llm.generate(["a", "b"], few, progress=False)
+    assert capsys.readouterr() == ("", "")
+    llm.generate(["a", "b"], few)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "2/2" in err
 
 
-def test_top_k_and_top_p_cut_the_tail() -> None:
-    assert set(draws([0.0, 1.0, 2.0, 3.0], temperature=5.0, top_k=2)) == {2, 3}
-    assert set(draws([0.0, 0.0, 10.0], temperature=1.0, top_p=0.5)) == {2}
-    assert set(draws([0.0, 0.1, 0.0], temperature=1.0, top_p=0.01)) == {1}
-    assert set(draws([0.0, 5.0, 0.0])) == {1}
+def test_closing() -> None:
+    loaded = LLM(demo_model(), kv_tokens=1024)
+    stream = loaded.stream_chat(CHAT, SamplingParams(max_tokens=None, ignore_eos=True))
+    next(stream)
+    loaded.close()
+    loaded.close()
+    with pytest.raises(GenerationError, match="the engine was closed"):
+        list(stream)
+    with pytest.raises(EngineClosed):
+        loaded.generate("a")
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"temperature": -1},
-        {"top_p": 0},
-        {"top_p": 1.5},
-        {"max_tokens": 0},
-        {"top_k": -1},
-        {"temperature": float("nan")},
-    ],
-)
-def test_bad_settings(bad: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(bad))):
-        SamplingParams(**bad)  # type: ignore[arg-type]
+def test_a_dropped_llm_ends_its_worker() -> None:
+    before = threading.active_count()
+    loaded = LLM(demo_model(), kv_tokens=1024)
+    assert threading.active_count() == before + 1
+    del loaded
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_the_interpreter_ends_in_the_middle_of_a_text() -> None:
+    code = (
+        "from squawq import LLM, SamplingParams; from squawq.demo import demo_model\n"
+        "stream = LLM(demo_model()).stream('Once', SamplingParams(max_tokens=None, ignore_eos=True))\n"
+        "print(next(stream)); kept = LLM(demo_model()); print(kept.generate('The', SamplingParams(max_tokens=1)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_the_folder_says_of_sampling(make_model: MakeModel) -> None:
+    from shutil import copy
+
+    folder = make_model(vocab_size=4096)
+    copy(demo_model() / "tokenizer.json", folder)
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [7, 9999], "temperature": 0.5, "repetition_penalty": 1.1, "top_k": None})
+    )
+    with LLM(folder, exact=True, kv_tokens=256) as loaded:
+        assert loaded.sampling_defaults() == SamplingParams(repetition_penalty=1.1)
+        (output,) = loaded.complete([[5, 6]], SamplingParams(logit_bias={7: 100}))[0]
+        assert (output.ids, output.finish, output.stop_reason) == ((7,), FinishReason.STOP, 7)
+        assert list(loaded.generate_ids([5, 6], SamplingParams(logit_bias={7: 100}))) == []

@@ -11,6 +11,7 @@ import squawq
 def test_public_names() -> None:
     assert squawq.__all__ == [
         "LLM",
+        "Grammar",
         "QuantConfig",
         "SamplingParams",
         "SquawqError",

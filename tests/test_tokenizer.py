@@ -1,4 +1,4 @@
-"""Text, ids, chat templates and streams of text; the templates are checked against transformers' own rendering."""
+"""Text, ids and chat templates; the templates are checked against transformers' own rendering."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import shared_data
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError
-from squawq.tokenizer import TextStream, Tokenizer
+from squawq.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(demo_model())
 CHAT = [
@@ -38,24 +36,6 @@ def test_chat_equals_transformers(where: str) -> None:
     ]
     assert ours.encode_chat(CHAT) == expected
     assert ours.encode("One day") == theirs("One day")["input_ids"]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(max_size=60))
-def test_stream_gives_the_whole_text_and_never_half_a_character(text: str) -> None:
-    ids = TOKENIZER.encode(text, special=False)
-    stream = TextStream(TOKENIZER)
-    pieces = [stream.push(i) for i in ids]
-    assert "\ufffd" in text or all("\ufffd" not in piece for piece in pieces)
-    assert "".join(pieces) + stream.finish() == TOKENIZER.decode(ids)
-
-
-def test_stream_holds_an_unfinished_character_back() -> None:
-    ids = TOKENIZER.encode("🙂", special=False)
-    assert len(ids) > 1
-    stream = TextStream(TOKENIZER)
-    assert [stream.push(i) for i in ids[:-1]] == [""] * (len(ids) - 1)
-    assert stream.push(ids[-1]) == "🙂"
 
 
 def with_template(folder: Path, template: str) -> Tokenizer:
@@ -104,16 +84,3 @@ def test_unset_tokens_are_not_the_word_none(tmp_path: Path) -> None:
 def test_the_date_can_be_fixed(tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, "{{ strftime_now('%d %b %Y') }}")
     assert tokenizer.render(CHAT, now=datetime(2024, 7, 26)) == "26 Jul 2024"
-
-
-def test_stream_knows_what_came_before(tmp_path: Path) -> None:
-    """A tokenizer that strips a space at a text's start must not lose it in the middle of one."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models
-
-    fast = Fast(models.WordLevel({"▁upon": 0, "▁a": 1, "▁time": 2}, unk_token="▁a"))
-    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    fast.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.decode([2]) == "time"
-    assert TextStream(tokenizer, [0, 1]).push(2) == " time"

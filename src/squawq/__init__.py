@@ -16,21 +16,23 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from squawq.config import QuantConfig as QuantConfig
+    from squawq.engine.request import Grammar as Grammar
+    from squawq.engine.request import SamplingParams as SamplingParams
     from squawq.errors import SquawqError as SquawqError
     from squawq.evaluation.run import evaluate as evaluate
     from squawq.llm import LLM as LLM
-    from squawq.llm import SamplingParams as SamplingParams
     from squawq.quantization.pipeline import quantize as quantize
 
 _HOMES = {
+    "Grammar": "squawq.engine.request",
     "LLM": "squawq.llm",
     "QuantConfig": "squawq.config",
-    "SamplingParams": "squawq.llm",
+    "SamplingParams": "squawq.engine.request",
     "SquawqError": "squawq.errors",
     "evaluate": "squawq.evaluation.run",
     "quantize": "squawq.quantization.pipeline",
 }
-__all__ = ["LLM", "QuantConfig", "SamplingParams", "SquawqError", "__version__", "evaluate", "quantize"]
+__all__ = ["LLM", "Grammar", "QuantConfig", "SamplingParams", "SquawqError", "__version__", "evaluate", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

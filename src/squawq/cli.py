@@ -10,7 +10,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,8 @@ Temperature = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(help="At most so many new tokens")]
 Seed = Annotated[int | None, typer.Option(help="The same text again")]
+Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels; default: the machine's", min=1)]
+Exact = Annotated[bool, typer.Option("--exact", help="32-bit activations: slower, for comparison")]
 
 
 @app.callback(invoke_without_command=True)
@@ -170,12 +173,14 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")] = None,
     seed: Seed = None,
     device: Device = "cpu",
+    threads: Threads = None,
+    exact: Exact = False,
 ) -> None:
     """Continue a text: the continuation on stdout, everything else on stderr.
 
     Example: squawq generate OUT -p "Once upon a time" --max-tokens 100 --temperature 0
     """
-    llm = _load(model, device)
+    llm = _load(model, device=device, threads=threads, exact=exact)
     _write(llm.stream(prompt, _sampling(llm, max_tokens, temperature, top_p, seed)))
 
 
@@ -188,12 +193,14 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message")] = None,
     seed: Seed = None,
     device: Device = "cpu",
+    threads: Threads = None,
+    exact: Exact = False,
 ) -> None:
     """Talk to a model. An empty line is ignored; /new starts over, /exit or Ctrl-D ends.
 
     Example: squawq chat OUT --system "You are a friendly storyteller."
     """
-    llm = _load(model, device)
+    llm = _load(model, device=device, threads=threads, exact=exact)
     sampling = _sampling(llm, max_tokens, temperature, top_p, seed)
     start = [{"role": "system", "content": system}] if system else []
     llm.tokenizer.render([*start, {"role": "user", "content": "hello"}])  # a model without a template ends here
@@ -222,6 +229,56 @@ def chat(
 
 
 @app.command()
+def bench(
+    model: Model,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after it")] = 128,
+    streams: Annotated[int, typer.Option(help="Requests at once")] = 1,
+    threads: Threads = None,
+    exact: Exact = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the table")] = False,
+) -> None:
+    """Measure how fast a model runs on this CPU: random token ids, no early stop; it needs no tokenizer.
+
+    Examples: squawq bench OUT
+    | squawq bench OUT --prompt-tokens 128 --new-tokens 128 --streams 8 --json
+    """
+    from squawq.bench import bench as run
+
+    with console.status(f"measuring {model}"):
+        found = run(
+            model,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            streams=streams,
+            threads=threads,
+            exact=exact,
+        )
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print_speed(found)
+
+
+def _print_speed(found: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    title = f"{found['streams']} x ({found['prompt_tokens']} in, {found['new_tokens']} out), {found['threads']} threads"
+    table = Table(title=f"{title}, {found['isa']}")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row("prefill", f"{found['prefill_tok_s']:,.1f} tokens/s")
+    table.add_row("decode, all streams", f"{found['decode_tok_s']:,.1f} tokens/s")
+    table.add_row("time to first token", f"{found['ttft_ms']:,.1f} ms")
+    table.add_row("between tokens, median", f"{found['itl_ms_p50']:.2f} ms")
+    table.add_row("between tokens, 99th percentile", f"{found['itl_ms_p99']:.2f} ms")
+    table.add_row("engine's share of the time", f"{found['overhead']:.1%}")
+    table.add_row("peak memory", f"{found['peak_rss_bytes'] / 2**30:.2f} GiB")
+    table.add_row("load", f"{found['load_s']:.2f} s")
+    Console().print(table)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the quantized demo model goes")] = Path("squawq-demo"),
 ) -> None:
@@ -242,11 +299,11 @@ def demo(
     )
 
 
-def _load(model: str, device: str) -> Any:
+def _load(model: str, **options: Any) -> Any:
     from squawq.llm import LLM
 
     with console.status(f"loading {model}"):
-        return LLM(model, device=device)
+        return LLM(model, **options)
 
 
 def _sampling(llm: Any, max_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> Any:
@@ -256,13 +313,14 @@ def _sampling(llm: Any, max_tokens: int, temperature: float | None, top_p: float
     return replace(llm.sampling_defaults(), max_tokens=max_tokens, **{k: v for k, v in given.items() if v is not None})
 
 
-def _write(pieces: Iterable[str]) -> str:
-    """Pieces to stdout as they come; returns the whole."""
+def _write(pieces: Generator[str]) -> str:
+    """Pieces to stdout as they come; returns the whole. Interrupted, it stops the work behind them."""
     written = []
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-        written.append(piece)
+    with closing(pieces):
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            written.append(piece)
     sys.stdout.write("\n")
     return "".join(written)
 

@@ -165,6 +165,11 @@ class ModelConfig:
     quant: QuantConfig | None
     raw: Mapping[str, Any]
 
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """(query heads, key-value heads, head_dim)."""
+        return self.num_heads, self.num_kv_heads, self.head_dim
+
     def window(self, layer: int) -> int | None:
         """Tokens that this layer's attention looks back over; None for all."""
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None

@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from squawq.engine.request import SamplingParams
 from squawq.evaluation.run import evaluate
 from squawq.format.reader import Checkpoint
-from squawq.llm import LLM, SamplingParams
+from squawq.llm import LLM
 from squawq.progress import LayerProgress, counting
 from squawq.quantization.pipeline import quantize
 

@@ -6,7 +6,10 @@ SquawqError
 ├── CalibrationError    calibration or evaluation text that is missing or too short
 ├── OutputError         a target folder that is not ours or belongs to another job
 ├── DependencyError     an optional package that is not installed
-└── KernelError         no kernel takes this operation; lists what was tried
+├── KernelError         no kernel takes this operation; lists what was tried
+├── QueueFull           the engine has as many requests waiting as it may have; try again later
+├── EngineClosed        the engine was closed, or has failed, and takes no more requests
+└── GenerationError     a request failed while it ran; says why
 """
 
 from __future__ import annotations
@@ -38,3 +41,15 @@ class DependencyError(SquawqError, ImportError):
 
 class KernelError(SquawqError):
     """No kernel takes this operation."""
+
+
+class QueueFull(SquawqError):  # noqa: N818 (as queue.Full)
+    """The engine has as many requests waiting as it may have."""
+
+
+class EngineClosed(SquawqError):  # noqa: N818
+    """The engine takes no more requests."""
+
+
+class GenerationError(SquawqError):
+    """A request failed while it ran."""

@@ -1,140 +1,185 @@
-"""LLM: a model folder that talks. Loads it, turns text to ids and back, samples token by token.
+"""LLM: a model folder that talks. Turns text and chats into requests for the engine and its outputs into text.
 
-One request at a time over plain torch; correct first, batching and speed come with the engine.
+Knows what a folder says of stop ids and sampling; knows no logits. Batches, pages and sampling are the engine's.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import torch
-from torch import Tensor
-
-from squawq.errors import ConfigError
+from squawq.engine.engine import Engine
+from squawq.engine.request import FinishReason, Output, Request, SamplingParams
+from squawq.engine.runner import load_runner
+from squawq.engine.sequence import join
+from squawq.errors import ConfigError, GenerationError
 from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
-from squawq.nn.loader import load
-from squawq.tokenizer import Message, TextStream, Tokenizer
+from squawq.progress import console, counting
+from squawq.tokenizer import Message, Tokenizer
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen. temperature 0 takes the likeliest; top_p 1 and top_k 0 leave all in.
-
-    max_tokens: at most so many new tokens. seed: the same text again; None for another each time.
-    Raises ConfigError for values out of range.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "max_tokens": self.max_tokens >= 1,
-            "temperature": 0 <= self.temperature <= 100,
-            "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
-            "seed": self.seed is None or 0 <= self.seed < 2**63,
-        }
-        rules = {
-            "max_tokens": "at least 1",
-            "temperature": "0 to 100",
-            "top_p": "above 0, at most 1",
-            "top_k": "0 (off) or more",
-            "seed": "0 to 2^63 - 1",
-        }
-        for name, good in ranges.items():
-            if not good:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {rules[name]}")
+Chat = Sequence[Message]
+Texts = list[str] | tuple[str, ...]  # a text is a sequence of texts too
+_SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 class LLM:
     """A folder or Hub id, loaded: 16-bit or AWQ. Raises SquawqError for what cannot be run.
 
-    `generate` continues a text, `chat` answers messages, `stream` and `stream_chat` give the text piece by piece.
+    `generate` continues texts, `chat` answers messages, `stream` and `stream_chat` give one text piece by piece, and
+    `complete` gives all there is to know. All may be called from several threads. Without settings a model's own
+    (`sampling_defaults`) hold. threads, exact, head, kv_tokens: see `squawq.engine.runner.load_runner`.
+    Close it, or leave its `with` block, to free its memory at once.
     """
 
-    def __init__(self, model: str | Path, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        exact: bool = False,
+        head: str = "int8",
+        kv_tokens: int | None = None,
+    ) -> None:
         check_device(device)
         self.folder = resolve(model)
         self.tokenizer = Tokenizer(self.folder)
-        self.decoder = load(self.folder, device)
-        self.config = self.decoder.config
-        self._stop_ids = self._read_stop_ids()
+        runner = load_runner(self.folder, device=device, threads=threads, exact=exact, head=head, kv_tokens=kv_tokens)
+        self.config = runner.config
+        self._eos_ids = self._read_eos_ids()
+        self.engine = Engine(runner, self.tokenizer, eos_ids=sorted(self._eos_ids))
+        self._names = itertools.count()
+        self._close = weakref.finalize(self, self.engine.close)  # at the interpreter's end too
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop what is running and take no more. Idempotent."""
+        self._close()
 
     def sampling_defaults(self) -> SamplingParams:
         """What generation_config.json asks for."""
         values = self._generation_config()
-        if not values.get("do_sample", False):
-            return SamplingParams()
-        given: dict[str, Any] = {k: values[k] for k in ("temperature", "top_p", "top_k") if _is_number(values.get(k))}
-        return SamplingParams(**{"temperature": 1.0, **given})
+        given: dict[str, Any] = {"temperature": 1.0} if values.get("do_sample", False) else {}
+        for name in (*(_SAMPLED if given else ()), "repetition_penalty"):
+            if _is_number(values.get(name)):
+                given[name] = values[name]
+        return SamplingParams(**given)
 
-    def generate(self, prompt: str, sampling: SamplingParams | None = None) -> str:
-        """The text that follows `prompt`."""
-        return "".join(self.stream(prompt, sampling))
+    @overload
+    def generate(self, prompt: str, params: SamplingParams | None = None, *, progress: bool = True) -> str: ...
+    @overload
+    def generate(self, prompt: Texts, params: SamplingParams | None = None, *, progress: bool = True) -> list[str]: ...
+    def generate(
+        self, prompt: str | Texts, params: SamplingParams | None = None, *, progress: bool = True
+    ) -> str | list[str]:
+        """The text that follows a prompt, or a list of them, which run together with a bar on a terminal's stderr.
 
-    def chat(self, messages: Iterable[Message], sampling: SamplingParams | None = None) -> str:
-        """The assistant's answer to messages of {"role", "content"}, by the model's chat template."""
-        return "".join(self.stream_chat(messages, sampling))
+        Of n sequences the first. Raises ConfigError for what cannot be run, GenerationError for what failed.
+        """
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, params))
+        return self._texts([self.tokenizer.encode(text) for text in prompt], params, progress)
 
-    def stream(self, prompt: str, sampling: SamplingParams | None = None) -> Iterator[str]:
-        """`generate` in pieces as they come, never half a character."""
-        return self._text(self.tokenizer.encode(prompt), sampling)
+    @overload
+    def chat(self, messages: Chat, params: SamplingParams | None = None, *, progress: bool = True) -> str: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Chat], params: SamplingParams | None = None, *, progress: bool = True
+    ) -> list[str]: ...
+    def chat(
+        self, messages: Chat | Sequence[Chat], params: SamplingParams | None = None, *, progress: bool = True
+    ) -> str | list[str]:
+        """The assistant's answer to messages of {"role", "content"} by the model's chat template, or to each of a list
+        of such chats. Otherwise as `generate`."""
+        if messages and all(isinstance(chat, list | tuple) for chat in messages):
+            return self._texts([self.tokenizer.encode_chat(chat) for chat in messages], params, progress)  # type: ignore[arg-type]
+        return "".join(self.stream_chat(messages, params))  # type: ignore[arg-type]
 
-    def stream_chat(self, messages: Iterable[Message], sampling: SamplingParams | None = None) -> Iterator[str]:
+    def stream(self, prompt: str, params: SamplingParams | None = None) -> Generator[str]:
+        """`generate` in pieces as they come, never half a character. Closing it stops the work."""
+        return self._pieces(self.tokenizer.encode(prompt), params)
+
+    def stream_chat(self, messages: Chat, params: SamplingParams | None = None) -> Generator[str]:
         """`chat` in pieces."""
-        return self._text(self.tokenizer.encode_chat(messages), sampling)
+        return self._pieces(self.tokenizer.encode_chat(messages), params)
 
-    def generate_ids(self, ids: list[int], sampling: SamplingParams | None = None) -> Iterator[int]:
-        """New token ids one by one, the stop id not included.
+    def generate_ids(self, ids: Sequence[int], params: SamplingParams | None = None) -> Generator[int]:
+        """New token ids one by one, an ending one not included.
 
         Stops at the model's last position. Raises ConfigError for an empty prompt or one without room for a token.
         """
-        sampling = sampling or self.sampling_defaults()
-        if not ids:
-            raise ConfigError("the prompt is empty; give at least one token")
-        if len(ids) >= self.config.max_positions:
-            raise ConfigError(f"the prompt has {len(ids)} tokens; the model has {self.config.max_positions} positions")
-        return self._generate(ids, sampling)
+        params = self._one(params)
+        ending = {*params.stop_ids, *(() if params.ignore_eos else self._eos_ids)}
+        outputs = self._outputs([ids], params)
+        return (token for output in outputs for token in output.ids if token not in ending)
 
-    def _generate(self, ids: list[int], sampling: SamplingParams) -> Iterator[int]:
-        device = self.decoder.embedding.device
-        generator = torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
-        cache = self.decoder.new_cache()
-        step = torch.tensor([ids], device=device)
-        for _ in range(min(sampling.max_tokens, self.config.max_positions - len(ids))):
-            token = sample(self.decoder(step, cache, last_only=True)[0, -1].cpu(), sampling, generator)
-            if token in self._stop_ids:
-                return
-            yield token
-            step = torch.tensor([[token]], device=device)
+    def complete(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[list[Output]]:
+        """For each prompt, a text or token ids, its n sequences: ids, text, log probabilities and why they ended.
 
-    def _text(self, ids: list[int], sampling: SamplingParams | None) -> Iterator[str]:
-        tokens = self.generate_ids(ids, sampling)
+        A sequence that failed says so in its `finish`. Raises ConfigError for what cannot be run.
+        """
+        params = self.sampling_defaults() if params is None else params
+        ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        requests = self._requests(ids, params)
+        found: dict[tuple[str, int], list[Output]] = {
+            (request.id, index): [] for request in requests for index in range(params.n)
+        }
+        outputs = self.engine.generate(requests)
+        with _bar(len(found), progress) as ended:
+            for output in outputs:
+                found[output.request, output.index].append(output)
+                if output.finish:
+                    ended()
+        return [[join(found[request.id, index]) for index in range(params.n)] for request in requests]
 
-        def pieces() -> Iterator[str]:
-            text = TextStream(self.tokenizer, ids[-8:])
-            for token in tokens:
-                if piece := text.push(token):
-                    yield piece
-            if piece := text.finish():
-                yield piece
+    def _texts(self, prompts: list[list[int]], params: SamplingParams | None, progress: bool) -> list[str]:
+        texts = []
+        for (output,) in self.complete(prompts, self._one(params), progress=progress):
+            _check(output)
+            texts.append(output.text)
+        return texts
 
-        return pieces()
+    def _pieces(self, ids: Sequence[int], params: SamplingParams | None) -> Generator[str]:
+        outputs = self._outputs([ids], self._one(params))
+        return (output.text for output in outputs if output.text)
 
-    def _generation_config(self) -> dict[str, object]:
+    def _one(self, params: SamplingParams | None) -> SamplingParams:
+        """The settings for who wants one text; best_of stays."""
+        params = self.sampling_defaults() if params is None else params
+        return replace(params, n=1)
+
+    def _requests(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
+        return [Request(f"llm-{next(self._names)}", ids, params) for ids in prompts]
+
+    def _outputs(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Output]:
+        """Outputs as they come; a failure is raised."""
+        return self._checked(self.engine.generate(self._requests(prompts, params)))
+
+    def _checked(self, outputs: Iterator[Output]) -> Iterator[Output]:
+        """A method, so that a stream keeps the model that it comes from."""
+        for output in outputs:
+            _check(output)
+            yield output
+
+    def _generation_config(self) -> Mapping[str, object]:
         path = self.folder / "generation_config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -142,24 +187,28 @@ class LLM:
             raise ConfigError(f"{path} is not JSON: {error}") from error
         return values if isinstance(values, dict) else {}
 
-    def _read_stop_ids(self) -> frozenset[int]:
+    def _read_eos_ids(self) -> frozenset[int]:
         value = self._generation_config().get("eos_token_id", self.config.raw.get("eos_token_id"))
         values = value if isinstance(value, list) else [value]
-        return frozenset(v for v in values if isinstance(v, int))
+        return frozenset(v for v in values if isinstance(v, int) and 0 <= v < self.config.vocab_size)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
-    """A token id from logits float32 [vocab]: temperature, top_k, top_p (Holtzman et al., arXiv 1904.09751)."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    scaled, order = (logits.double() / sampling.temperature).sort(descending=True, stable=True)
-    probabilities = scaled.softmax(0)
-    keep = probabilities.cumsum(0) - probabilities < sampling.top_p
-    if sampling.top_k:
-        keep[sampling.top_k :] = False
-    probabilities[~keep] = 0
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+def _check(output: Output) -> None:
+    if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
+        raise GenerationError(f"the text was not finished: {output.stop_reason}")
+
+
+@contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
+    """A bar over `total` texts on a terminal; what it gives is called at the end of each."""
+    if not wanted or total < 2 or not console.is_terminal:
+        yield lambda: None
+        return
+    done = itertools.count(1)
+    with counting("generating") as update:
+        update(0, total)
+        yield lambda: update(next(done), total)

@@ -136,34 +136,3 @@ def _environment(now: datetime | None) -> ImmutableSandboxedEnvironment:
     environment.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
     environment.filters["tojson"] = tojson
     return environment
-
-
-class TextStream:
-    """Turns token ids into text as they come, never half a character.
-
-    `before` are the last ids of what the text follows: some tokenizers drop a space at a text's start. Text is held
-    back while it ends in the replacement character, which byte-level tokens give for an unfinished one.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(before)
-        self._start = 0  # first id of the piece decoded for context
-        self._done = len(self._ids)  # ids whose text has been handed out
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; often empty."""
-        self._ids.append(token)
-        return self._emit(final=False)
-
-    def finish(self) -> str:
-        """What was held back."""
-        return self._emit(final=True)
-
-    def _emit(self, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._done])
-        text = self._tokenizer.decode(self._ids[self._start :])
-        if not final and text.endswith("\ufffd"):
-            return ""
-        self._start, self._done = self._done, len(self._ids)
-        return text[len(before) :]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel, shared_data
+from conftest import MakeModel, logits, shared_data
 from safetensors.torch import load_file, save_file
 
 import squawq
@@ -20,7 +20,6 @@ from squawq.config import QuantConfig
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
 from squawq.format.reader import Checkpoint
-from squawq.nn.loader import load
 
 Rows = list[list[int]]
 SMALL = {"group_size": 32, "seqlen": 32, "samples": 8}
@@ -74,8 +73,10 @@ def test_every_family(
     if changes.get("num_key_value_heads") == 4:
         assert any(s["linears"] == ["self_attn.o_proj"] for layer in report["layers"] for s in layer["scales"])
     ids = torch.randint(0, 160, (1, 32), generator=torch.Generator().manual_seed(9))
-    original = load(folder)(ids)
-    assert (load(tmp_path / "out")(ids) - original).abs().mean() < 0.5 * original.abs().mean()  # unrelated logits: 1.4
+    original = logits(folder, ids)
+    assert (
+        logits(tmp_path / "out", ids) - original
+    ).abs().mean() < 0.5 * original.abs().mean()  # unrelated logits: 1.4
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -107,7 +108,7 @@ def test_linears_that_engines_fuse_stay_together(skip: str, make_model: MakeMode
         assert names == {"layers.1.mlp.gate_proj", "layers.1.mlp.up_proj"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert len(config["quantization_config"]["modules_to_not_convert"]) == len(names)
-    load(tmp_path / "out")(torch.tensor(rows[:1]))
+    logits(tmp_path / "out", torch.tensor(rows[:1]))
 
 
 def test_what_does_not_fit_stays_in_16_bits_and_is_listed(make_model: MakeModel, rows: Rows, tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_what_does_not_fit_stays_in_16_bits_and_is_listed(make_model: MakeModel,
     assert "in_features 88" in report["kept_in_16_bits"][0]["reason"]
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert written["modules_to_not_convert"] == names
-    load(tmp_path / "out")(torch.zeros(1, 4, dtype=torch.int64))
+    logits(tmp_path / "out", torch.zeros(1, 4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 64, -1])
@@ -128,8 +129,10 @@ def test_group_sizes_and_symmetry(
     folder = make_model(intermediate_size=128)
     quantize(folder, tmp_path / "out", rows, group_size=group_size, zero_point=zero_point)
     ids = torch.tensor(rows[:1])
-    original = load(folder)(ids)
-    assert (load(tmp_path / "out")(ids) - original).abs().mean() < 0.5 * original.abs().mean()  # unrelated logits: 1.4
+    original = logits(folder, ids)
+    assert (
+        logits(tmp_path / "out", ids) - original
+    ).abs().mean() < 0.5 * original.abs().mean()  # unrelated logits: 1.4
 
 
 def test_plain_rounding_needs_no_text(make_model: MakeModel, tmp_path: Path) -> None:
@@ -216,7 +219,7 @@ def test_dead_channels_and_layers_without_signal(make_model: MakeModel, rows: Ro
     notes = "\n".join(report["notes"])
     assert "layers.0: mlp.down_proj: 8 input channels without signal" in notes
     assert "layers.1: mlp.gate_proj: no calibration signal; rounded to nearest" in notes
-    assert torch.isfinite(load(tmp_path / "out")(torch.tensor(rows[:1]))).all()
+    assert torch.isfinite(logits(tmp_path / "out", torch.tensor(rows[:1]))).all()
 
 
 def test_activations_that_are_not_finite(make_model: MakeModel, rows: Rows, tmp_path: Path) -> None:

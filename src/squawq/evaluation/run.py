@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from squawq.evaluation.metrics import Score
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
-from squawq.kernels import dispatch
+from squawq.kernels import dispatch, reference
 from squawq.kernels.devices import check_device
+from squawq.nn.decoder import causal_attention
 from squawq.nn.linear import Linear
-from squawq.nn.loader import load_embedding, load_head, load_layer
-from squawq.nn.rope import cos_sin, inverse_frequencies
+from squawq.nn.loader import Options, load_dense_layer, load_embedding, load_head
+from squawq.nn.rope import inverse_frequencies
 from squawq.quantization.calibration import read_text, split_documents
 from squawq.tokenizer import Tokenizer
 
@@ -131,12 +133,14 @@ def final_states(checkpoint: Checkpoint, ids: Tensor, device: str, step: Callabl
     config: ModelConfig = checkpoint.config
     states = load_embedding(checkpoint, family_of(config.model_type))[ids].float().to(device)
     frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
-    rotary = cos_sin(frequencies, torch.arange(ids.shape[1], device=device))
+    rotary = reference.rotary(torch.arange(ids.shape[1], device=device), frequencies)
+    attend = partial(causal_attention, rotary=rotary)
     batch = max(1, BATCH_TOKENS // ids.shape[1])
     for index in range(config.num_layers):
-        layer = load_layer(checkpoint, index, device).dequantized()
+        layer = load_dense_layer(checkpoint, index, device)
         for start in range(0, len(states), batch):
-            states[start : start + batch] = layer(states[start : start + batch], rotary)
+            part = states[start : start + batch]
+            part += layer(part, None, attend)
         del layer
         checkpoint.close()
         step()
@@ -155,7 +159,7 @@ def _score(
     """Heads over the scored positions, a slice of rows at a time."""
 
     def head_of(of: Checkpoint) -> tuple[Tensor, Linear]:
-        return load_head(of, family_of(of.config.model_type), device)
+        return load_head(of, family_of(of.config.model_type), Options(device, packed=False))
 
     def logits(of: Checkpoint, head: tuple[Tensor, Linear], rows: Tensor) -> Tensor:
         return head[1](dispatch.rms_norm(rows, head[0], of.config.norm_eps))

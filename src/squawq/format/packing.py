@@ -42,11 +42,8 @@ def to_gemm(tensor: GroupwiseTensor) -> dict[str, Tensor]:
     }
 
 
-def from_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> GroupwiseTensor:
-    """The inverse of to_gemm. `qzeros` may be missing in symmetric checkpoints: 8 is meant.
-
-    Raises CheckpointError when dtypes or shapes do not belong together.
-    """
+def check_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> None:
+    """Raises CheckpointError when dtypes or shapes do not belong together."""
     rows, out = qweight.shape[0], qweight.shape[-1] * PER_WORD
     groups = scales.shape[0]
     if qweight.dtype != torch.int32 or qweight.dim() != 2:
@@ -57,10 +54,16 @@ def from_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> Groupwi
         raise CheckpointError(f"scales are {scales.dtype}; they must be floating point")
     if scales.dim() != 2 or scales.shape[1] != out or groups == 0 or rows % groups:
         raise CheckpointError(f"scales {tuple(scales.shape)} do not fit qweight {tuple(qweight.shape)}")
-    if qzeros is None:
-        zeros = torch.full((groups, out), SYMMETRIC_ZERO, dtype=torch.uint8)
-    elif qzeros.dtype != torch.int32 or tuple(qzeros.shape) != (groups, out // PER_WORD):
+    if qzeros is not None and (qzeros.dtype != torch.int32 or tuple(qzeros.shape) != (groups, out // PER_WORD)):
         raise CheckpointError(f"qzeros {tuple(qzeros.shape)} do not fit qweight {tuple(qweight.shape)}")
-    else:
-        zeros = unpack(qzeros)
+
+
+def from_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> GroupwiseTensor:
+    """The inverse of to_gemm. `qzeros` may be missing in symmetric checkpoints: 8 is meant.
+
+    Raises CheckpointError when dtypes or shapes do not belong together.
+    """
+    check_gemm(qweight, scales, qzeros)
+    shape = tuple(scales.shape)
+    zeros = torch.full(shape, SYMMETRIC_ZERO, dtype=torch.uint8) if qzeros is None else unpack(qzeros)
     return GroupwiseTensor(unpack(qweight).T.contiguous(), scales.T.contiguous(), zeros.T.contiguous())

@@ -22,7 +22,7 @@ from torch import Tensor
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError
 from squawq.format.groupwise import GroupwiseTensor
-from squawq.format.packing import from_gemm
+from squawq.format.packing import check_gemm, from_gemm
 
 MAX_HEADER = 100 * 2**20  # safetensors' own limit
 MAX_JSON = 64 * 2**20
@@ -193,23 +193,35 @@ class Checkpoint:
         """Whether this linear (full name) is stored as AWQ integers."""
         return f"{linear}.qweight" in self.tensors
 
-    def read_quantized(self, linear: str, in_features: int, out_features: int) -> GroupwiseTensor:
-        """The integers of one linear. Raises CheckpointError naming file and tensor when they do not fit."""
-        quant = self.config.quant
-        if quant is None:
-            raise CheckpointError(f"{self.folder}: {linear} is quantized, but config.json has no quantization_config")
-        group = quant.group_of(in_features)
+    def group_of(self, in_features: int) -> int:
+        """The group size of quantized linears with this many inputs. Raises CheckpointError where none is stated."""
+        if self.config.quant is None:
+            raise CheckpointError(f"{self.folder}: has quantized tensors, but config.json has no quantization_config")
+        return self.config.quant.group_of(in_features)
+
+    def read_gemm(self, linear: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """qweight, scales and qzeros (None: 8 is meant) of one linear, as stored; shapes checked.
+
+        Raises CheckpointError naming file and tensor.
+        """
+        group = self.group_of(in_features)
         if in_features % group or out_features % 8:
             raise CheckpointError(f"{self.folder}: {linear} [{out_features}, {in_features}] has no groups of {group}")
         groups = in_features // group
         qweight = self.read(f"{linear}.qweight", (in_features, out_features // 8))
         scales = self.read(f"{linear}.scales", (groups, out_features))
-        has_zeros = quant.zero_point or f"{linear}.qzeros" in self.tensors
+        needs_zeros = self.config.quant is not None and self.config.quant.zero_point
+        has_zeros = needs_zeros or f"{linear}.qzeros" in self.tensors
         qzeros = self.read(f"{linear}.qzeros", (groups, out_features // 8)) if has_zeros else None
         try:
-            return from_gemm(qweight, scales, qzeros)
+            check_gemm(qweight, scales, qzeros)
         except CheckpointError as error:
             raise CheckpointError(f"{self.info(f'{linear}.qweight').file}: {linear}: {error}") from error
+        return qweight, scales, qzeros
+
+    def read_quantized(self, linear: str, in_features: int, out_features: int) -> GroupwiseTensor:
+        """The integers of one linear. Raises CheckpointError naming file and tensor when they do not fit."""
+        return from_gemm(*self.read_gemm(linear, in_features, out_features))
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""

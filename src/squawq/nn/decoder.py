@@ -1,87 +1,69 @@
-"""The decoder of Llama-like families as plain functions over a layer's weights, with a key-value cache."""
+"""The decoder of Llama-like families: fused layers as plain functions, with attention passed in.
+
+Hidden states run as rows of tokens. A layer adds what the layer before it left (`delta`) while it norms, so that
+every residual addition is part of a norm. Attention is over the paged cache (`Decoder`) or over the rows themselves
+(`causal_attention`, for whoever runs whole windows through one layer).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from squawq.config import ModelConfig
-from squawq.kernels import dispatch
+from squawq.kernels import dispatch, reference
+from squawq.nn.cache import Batch, Cache
 from squawq.nn.linear import Linear
-from squawq.nn.rope import cos_sin, inverse_frequencies, rotate
+from squawq.nn.rope import inverse_frequencies
 
-
-@dataclass
-class Cache:
-    """Keys and values of one layer, [batch, kv_heads, tokens, head_dim]; grows as tokens come."""
-
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append and return all keys and values so far."""
-        self.keys = keys if self.keys is None else torch.cat((self.keys, keys), 2)
-        self.values = values if self.values is None else torch.cat((self.values, values), 2)
-        return self.keys, self.values
-
-    @property
-    def length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
+QKV, OUT, GATE_UP, DOWN = "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its linears by name, its norms, and how far its attention looks back."""
+    """One decoder layer: its four fused linears and its norms by name."""
 
     config: ModelConfig
     index: int
     linears: dict[str, Linear]
     norms: dict[str, Tensor]
 
-    def __call__(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
-        """hidden [batch, tokens, hidden_size] -> the same shape; rotary is cos_sin of these tokens' positions."""
-        hidden = hidden + self._attention(self._norm("input_layernorm", hidden), rotary, cache)
-        x = self._norm("post_attention_layernorm", hidden)
-        gate = F.silu(self.linears["mlp.gate_proj"](x))
-        return hidden + self.linears["mlp.down_proj"](gate * self.linears["mlp.up_proj"](x))
+    def __call__(self, hidden: Tensor, delta: Tensor | None, attend: Callable[[Layer, Tensor], Tensor]) -> Tensor:
+        """hidden [..., hidden_size] += delta, in place, and then what attention gives; returns the MLP's output, which
+        is still to be added. attend: queries, keys and values [..., (query + 2 kv) * head_dim] to attention's output.
+        """
+        eps = self.config.norm_eps
+        x = dispatch.add_rms_norm(hidden, delta, self.norms["input_layernorm"], eps)
+        y = self.linears[OUT](attend(self, self.linears[QKV](x)))
+        x = dispatch.add_rms_norm(hidden, y, self.norms["post_attention_layernorm"], eps)
+        return self.linears[DOWN](dispatch.silu_mul(self.linears[GATE_UP](x)))
 
-    def dequantized(self) -> Layer:
-        """The same layer with dense float32 weights, for whoever runs many tokens through it."""
-        return replace(self, linears={name: linear.dequantized() for name, linear in self.linears.items()})
-
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        return dispatch.rms_norm(x, self.norms[name], self.config.norm_eps)
-
-    def _attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
-        batch, tokens, _ = x.shape
-
-        def heads(name: str) -> Tensor:
-            y: Tensor = self.linears[f"self_attn.{name}_proj"](x).view(batch, tokens, -1, self.config.head_dim)
-            norm = self.norms.get(f"self_attn.{name}_norm")
-            return (y if norm is None else dispatch.rms_norm(y, norm, self.config.norm_eps)).transpose(1, 2)
-
-        query, key, value = rotate(heads("q"), *rotary), rotate(heads("k"), *rotary), heads("v")
-        past = 0 if cache is None else cache.length
-        if cache is not None:
-            key, value = cache.extend(key, value)
-        window = self.config.window(self.index)
-        plain = past == 0 and tokens > 1 and (window is None or window >= tokens)
-        mask = None if plain else _mask(tokens, past, window, x.device)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=plain, enable_gqa=True)
-        return self.linears["self_attn.o_proj"](out.transpose(1, 2).reshape(batch, tokens, -1))
+    @property
+    def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """Norms of queries and keys, in families that have them."""
+        return self.norms.get("self_attn.q_norm"), self.norms.get("self_attn.k_norm")
 
 
-def _mask(tokens: int, past: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where a query may look: at itself and before, `window` tokens at most. None when all of it is allowed."""
-    if tokens == 1 and (window is None or past < window):
-        return None
-    query = torch.arange(past, past + tokens, device=device)[:, None]
-    key = torch.arange(past + tokens, device=device)[None, :]
-    mask = key <= query
-    return mask if window is None else mask & (key > query - window)
+def causal_attention(layer: Layer, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention of windows over themselves, in qkv's dtype: [batch, tokens, ...] -> [batch, tokens, query * head_dim].
+
+    rotary: cos and sin of the windows' positions, [tokens, head_dim / 2].
+    """
+    config = layer.config
+    q, k, v = reference.split_heads(qkv, config.heads)
+    query_norm, key_norm = layer.head_norms
+    if query_norm is not None and key_norm is not None:
+        q, k = reference.rms_norm(q, query_norm, config.norm_eps), reference.rms_norm(k, key_norm, config.norm_eps)
+    q, k, v = (t.transpose(1, 2) for t in (reference.rotate(q, *rotary), reference.rotate(k, *rotary), v))
+    window, tokens = config.window(layer.index), qkv.shape[1]
+    mask = None if window is None or window >= tokens else reference.causal_mask(tokens, 0, window, qkv.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2).flatten(2)
 
 
 @dataclass
@@ -96,22 +78,27 @@ class Decoder:
     frequencies: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.frequencies = inverse_frequencies(self.config.rope, self.config.head_dim).to(self.embedding.device)
-
-    def new_cache(self) -> list[Cache]:
-        """An empty cache for every layer."""
-        return [Cache() for _ in self.layers]
+        self.frequencies = inverse_frequencies(self.config.rope, self.config.head_dim).to(self.norm.device)
 
     @torch.inference_mode()
-    def __call__(self, ids: Tensor, cache: list[Cache] | None = None, last_only: bool = False) -> Tensor:
-        """Logits float32 [batch, tokens, vocab] of ids int64 [batch, tokens] that follow what `cache` holds.
+    def __call__(self, batch: Batch, cache: Cache) -> Tensor:
+        """Run the batch's tokens, write their keys and values to `cache`; logits float32 [outputs, vocab]."""
+        hidden = self.embedding[batch.ids.to(self.embedding.device)].to(self.norm.device, torch.float32)
+        attend = partial(_paged_attention, batch, cache, dispatch.rotary(batch.positions, self.frequencies))
+        delta: Tensor | None = None
+        for layer in self.layers:
+            delta = layer(hidden, delta, attend)
+        if delta is not None:
+            hidden += delta
+        if not len(batch.outputs):
+            return hidden.new_empty(0, self.config.vocab_size)
+        rows = hidden if len(batch.outputs) == len(hidden) else hidden[batch.outputs]
+        return self.head(dispatch.add_rms_norm(rows, None, self.norm, self.config.norm_eps))
 
-        `last_only` gives the last position's alone: [batch, 1, vocab].
-        """
-        past = 0 if cache is None else cache[0].length
-        positions = torch.arange(past, past + ids.shape[1], device=ids.device)
-        rotary = cos_sin(self.frequencies, positions)
-        hidden = self.embedding[ids].float()
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rotary, None if cache is None else cache[index])
-        return self.head(dispatch.rms_norm(hidden[:, -1:] if last_only else hidden, self.norm, self.config.norm_eps))
+
+def _paged_attention(batch: Batch, cache: Cache, rotary: tuple[Tensor, Tensor], layer: Layer, qkv: Tensor) -> Tensor:
+    config, heads = layer.config, layer.config.heads
+    keys, values = cache.layer(layer.index)
+    dispatch.rotate_and_store(qkv, heads, rotary, layer.head_norms, config.norm_eps, batch.slots, keys, values)
+    window = config.window(layer.index)
+    return dispatch.attention(qkv, heads, batch.sequences, batch.pages, window, keys, values)

@@ -1,21 +1,51 @@
 """From a checkpoint to our decoder: the whole of it, or one layer at a time for whoever streams.
 
-Peak memory of `load_layer`: that layer's weights. `load` keeps 16-bit weights as float32 where they are multiplied.
+With the native kernels AWQ tensors go from the memory map straight into the kernels' layout. Peak memory of `load`: the
+packed weights, one layer's shards, and the embedding's rows as they are used. Of `load_layer`: that layer's weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from squawq.config import ModelConfig
+from squawq.errors import ConfigError
 from squawq.families import Family, family_of
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
-from squawq.nn.decoder import Decoder, Layer
+from squawq.kernels import cpu
+from squawq.nn.decoder import DOWN, GATE_UP, OUT, QKV, Decoder, Layer
 from squawq.nn.linear import Linear
+
+HEADS = ("int8", "16-bit")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How weights are held. device: where. exact: activations stay float32 in products with 4-bit weights.
+
+    head: "int8" rounds the head's rows to 8 bits (native kernels only), "16-bit" leaves it as it is stored; `exact`
+    leaves it too. packed: use the native kernels where they fit; False gives plain tensors, dense ones in float32.
+    Raises ConfigError for another head.
+    """
+
+    device: str = "cpu"
+    exact: bool = False
+    head: str = "int8"
+    packed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ConfigError(f"head is {self.head!r}; choose one of {', '.join(HEADS)}")
+
+    @property
+    def native(self) -> bool:
+        return self.packed and self.device == "cpu" and cpu.load() is not None
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -33,35 +63,89 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+FUSED = {
+    QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    OUT: ("self_attn.o_proj",),
+    GATE_UP: ("mlp.gate_proj", "mlp.up_proj"),
+    DOWN: ("mlp.down_proj",),
+}
+
+
 def _float(tensor: Tensor, device: str) -> Tensor:
     return tensor.to(device=device, dtype=torch.float32)
 
 
-def load_linear(checkpoint: Checkpoint, name: str, shape: tuple[int, int], device: str = "cpu") -> Linear:
-    """A linear by its full name, 4-bit or dense, with its bias if it has one."""
-    bias = f"{name}.bias"
-    loaded_bias = _float(checkpoint.read(bias, shape[:1]), device) if bias in checkpoint.tensors else None
-    if not checkpoint.is_quantized(name):
-        return Linear(_float(checkpoint.read(f"{name}.weight", shape), device), loaded_bias)
-    tensor = checkpoint.read_quantized(name, in_features=shape[1], out_features=shape[0])
-    moved = GroupwiseTensor(tensor.q.to(device), tensor.scales.to(device), tensor.zeros.to(device))
-    return Linear(moved, loaded_bias)
+def load_linear(checkpoint: Checkpoint, parts: Mapping[str, int], in_features: int, options: Options) -> Linear:
+    """Linears that read the same input as one, stacked: full name -> out_features, each 4-bit or dense."""
+    quantized = [checkpoint.is_quantized(name) for name in parts]
+    bias = _bias(checkpoint, parts, options.device)
+    if all(quantized):
+        return _load_int4(checkpoint, parts, in_features, bias, options)
+    if not any(quantized):
+        weights = [checkpoint.read(f"{name}.weight", (out, in_features)) for name, out in parts.items()]
+    else:  # a checkpoint that quantized only some of them
+        weights = [_dense(checkpoint, name, out, in_features) for name, out in parts.items()]
+    if options.native:
+        same = len({w.dtype for w in weights}) == 1
+        return Linear(cpu.PackedDense(weights if same else [w.float() for w in weights], bias=bias))
+    return Linear(torch.cat([_float(w, options.device) for w in weights]), bias)
 
 
-def load_layer(checkpoint: Checkpoint, index: int, device: str = "cpu") -> Layer:
+def _load_int4(
+    checkpoint: Checkpoint, parts: Mapping[str, int], in_features: int, bias: Tensor | None, options: Options
+) -> Linear:
+    group = checkpoint.group_of(in_features)
+    if options.native and cpu.kernel_group(group) is not None:
+        packed = cpu.PackedInt4(sum(parts.values()), in_features, group, bias=bias, exact=options.exact)
+        row = 0
+        for name, out in parts.items():
+            packed.fill(row, *checkpoint.read_gemm(name, in_features, out))
+            row += out
+        return Linear(packed)
+    tensors = [checkpoint.read_quantized(name, in_features, out) for name, out in parts.items()]
+    fields = [torch.cat([getattr(t, f) for t in tensors]).to(options.device) for f in ("q", "scales", "zeros")]
+    return Linear(GroupwiseTensor(*fields), bias)
+
+
+def _dense(checkpoint: Checkpoint, name: str, out: int, in_features: int) -> Tensor:
+    if checkpoint.is_quantized(name):
+        return checkpoint.read_quantized(name, in_features, out).dequantize()
+    return checkpoint.read(f"{name}.weight", (out, in_features)).float()
+
+
+def _bias(checkpoint: Checkpoint, parts: Mapping[str, int], device: str) -> Tensor | None:
+    if not any(f"{name}.bias" in checkpoint.tensors for name in parts):
+        return None
+    biases = [
+        checkpoint.read(f"{name}.bias", (out,)).float() if f"{name}.bias" in checkpoint.tensors else torch.zeros(out)
+        for name, out in parts.items()
+    ]
+    return torch.cat(biases).to(device)
+
+
+def load_layer(checkpoint: Checkpoint, index: int, options: Options) -> Layer:
     """One decoder layer."""
     config = checkpoint.config
     family = family_of(config.model_type)
-    prefix = family.layer(index)
+    prefix, shapes = family.layer(index), linear_shapes(config)
     linears = {
-        name: load_linear(checkpoint, f"{prefix}.{name}", shape, device)
-        for name, shape in linear_shapes(config).items()
+        fused: load_linear(checkpoint, {f"{prefix}.{n}": shapes[n][0] for n in names}, shapes[names[0]][1], options)
+        for fused, names in FUSED.items()
     }
     norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (config.hidden_size,))
     if family.qk_norm:
         norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (config.head_dim,))
-    loaded = {n: _float(checkpoint.read(f"{prefix}.{n}.weight", shape), device) for n, shape in norms.items()}
+    loaded = {n: _float(checkpoint.read(f"{prefix}.{n}.weight", shape), options.device) for n, shape in norms.items()}
     return Layer(config, index, linears, loaded)
+
+
+def load_dense_layer(checkpoint: Checkpoint, index: int, device: str = "cpu") -> Layer:
+    """One layer with dense float32 weights, for whoever runs many tokens through it."""
+    layer = load_layer(checkpoint, index, Options(device, packed=False))
+    for name, linear in layer.linears.items():
+        if isinstance(linear.weight, GroupwiseTensor):
+            layer.linears[name] = Linear(linear.weight.dequantize(), linear.bias)
+    return layer
 
 
 def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:
@@ -70,21 +154,28 @@ def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:
     return checkpoint.read(f"{family.embedding}.weight", (config.vocab_size, config.hidden_size))
 
 
-def load_head(checkpoint: Checkpoint, family: Family, device: str = "cpu") -> tuple[Tensor, Linear]:
+def load_head(checkpoint: Checkpoint, family: Family, options: Options) -> tuple[Tensor, Linear]:
     """The final norm [hidden] and the head, which is the embedding where the two are tied."""
     config = checkpoint.config
-    shape = (config.vocab_size, config.hidden_size)
-    norm = _float(checkpoint.read(f"{family.norm}.weight", (config.hidden_size,)), device)
-    if config.tied_embeddings:
-        return norm, Linear(_float(load_embedding(checkpoint, family), device))
-    return norm, load_linear(checkpoint, family.head, shape, device)
+    norm = _float(checkpoint.read(f"{family.norm}.weight", (config.hidden_size,)), options.device)
+    name = family.embedding if config.tied_embeddings else family.head
+    if options.native and options.head == "int8" and not options.exact and not checkpoint.is_quantized(name):
+        weight = checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
+        if cpu.kernel_group(config.hidden_size) is not None and weight.dtype in cpu.DENSE_TYPES:
+            return norm, Linear(cpu.PackedInt8(weight))
+    return norm, load_linear(checkpoint, {name: config.vocab_size}, config.hidden_size, options)
 
 
-def load(folder: str | Path, device: str = "cpu") -> Decoder:
+def load(folder: str | Path, options: Options | None = None) -> Decoder:
     """The whole model. Raises CheckpointError or ConfigError for a folder that cannot be run."""
+    options = options or Options()
     checkpoint = Checkpoint(folder)
     family = family_of(checkpoint.config.model_type)
-    embedding = load_embedding(checkpoint, family).to(device)
-    layers = [load_layer(checkpoint, i, device) for i in range(checkpoint.config.num_layers)]
-    norm, head = load_head(checkpoint, family, device)
-    return Decoder(checkpoint.config, embedding, layers, norm, head)
+    layers = []
+    for index in range(checkpoint.config.num_layers):
+        layers.append(load_layer(checkpoint, index, options))
+        checkpoint.close()  # the pages of this layer's shard go back
+    norm, head = load_head(checkpoint, family, options)
+    checkpoint.close()
+    embedding = load_embedding(checkpoint, family)
+    return Decoder(checkpoint.config, embedding.to(options.device), layers, norm, head)

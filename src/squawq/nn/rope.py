@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) with Llama 3.1's frequency scaling."""
+"""Frequencies of the rotary position embedding (Su et al., arXiv 2104.09864) with Llama 3.1's scaling."""
 
 from __future__ import annotations
 
@@ -25,16 +25,3 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = keep.clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / rope.factor
-
-
-def cos_sin(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [len(positions), head_dim]; both halves alike, as Llama checkpoints on the Hub want."""
-    angles = positions.float()[:, None] * frequencies[None, :]
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [batch, heads, tokens, head_dim] by cos and sin [tokens, head_dim]."""
-    first, second = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), -1) * sin.to(x.dtype)

@@ -1,0 +1,150 @@
+"""Random-weight checkpoints of named shapes, AWQ INT4 or 16-bit, to measure on where no real model is at hand.
+
+    python benchmarks/checkpoints.py llama-3.2-1b FOLDER [--layers 4] [--dense]
+
+Tensors, layout and config.json are a real checkpoint's (docs/format.md), the weights are noise of standard deviation
+0.02; there is no tokenizer. One shard a layer, and no more than one layer (or the embedding) in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from squawq.config import ModelConfig, QuantConfig
+from squawq.format.packing import PER_WORD
+from squawq.format.writer import clear_temporary, shard_name, write_index, write_json, write_shard
+from squawq.nn.loader import linear_shapes
+
+STD = 0.02
+LEVEL_STD = 4.64  # of a nibble uniform in 0 to 15 less a zero of 7 or 8
+QUANT = QuantConfig()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes; `head_dim` is always hidden / heads."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    vocab: int = 128256
+    tied: bool = False
+
+    def config(self, layers: int) -> dict[str, Any]:
+        """config.json with this many layers."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.hidden // self.heads,
+            "num_hidden_layers": layers,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": self.tied,
+        }
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of every linear in a layer."""
+        return linear_shapes(ModelConfig.from_dict(self.config(self.layers)))
+
+
+SHAPES = {
+    "tiny": Shape(layers=2, hidden=256, inner=512, heads=4, kv_heads=2, vocab=1024, tied=True),
+    "llama-3.2-1b": Shape(layers=16, hidden=2048, inner=8192, heads=32, kv_heads=8, tied=True),
+    "llama-3.1-8b": Shape(layers=32, hidden=4096, inner=14336, heads=32, kv_heads=8),
+    "llama-3.1-70b": Shape(layers=80, hidden=8192, inner=28672, heads=64, kv_heads=8),
+}
+
+
+class Noise:
+    """Random tensors; the same for the same seed."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        self.dtype = dtype
+        self._torch = torch.Generator().manual_seed(seed)
+        self._numpy = np.random.default_rng(seed)
+
+    def matrix(self, out_features: int, in_features: int) -> dict[str, Tensor]:
+        """A 16-bit linear or embedding."""
+        return {"weight": torch.randn(out_features, in_features, dtype=self.dtype, generator=self._torch).mul_(STD)}
+
+    def quantized(self, out_features: int, in_features: int) -> dict[str, Tensor]:
+        """An AWQ GEMM linear: any nibbles, zeros of 7 or 8, scales within a fifth of each other."""
+        groups, words = in_features // QUANT.group_of(in_features), out_features // PER_WORD
+        scales = self._numpy.uniform(0.9, 1.1, (groups, out_features)) * (STD / LEVEL_STD)
+        zeros = (self._words(groups, words) & 0x11111111) + 0x77777777
+        return {
+            "qweight": torch.from_numpy(self._words(in_features, words).view(np.int32)),
+            "qzeros": torch.from_numpy(zeros.view(np.int32)),
+            "scales": torch.from_numpy(scales.astype(np.float16)),
+        }
+
+    def _words(self, rows: int, columns: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint32]]:
+        return self._numpy.integers(0, 2**32, (rows, columns), np.uint32)
+
+
+def write_checkpoint(folder: Path, shape: Shape, layers: int, *, quantized: bool) -> int:
+    """AWQ INT4 with float16 for the rest, or bfloat16 throughout, in a folder that is not there yet.
+
+    Returns the bytes of all tensors.
+    """
+    folder.mkdir(parents=True)
+    noise = Noise(torch.float16 if quantized else torch.bfloat16)
+    config = shape.config(layers) | {"torch_dtype": str(noise.dtype).removeprefix("torch.")}
+    if quantized:
+        config["quantization_config"] = QUANT.to_quantization_config([])
+    write_json(folder / "config.json", config)
+
+    def write(shard: int, modules: dict[str, dict[str, Tensor]]) -> None:
+        tensors = {f"{name}.{part}": tensor for name, parts in modules.items() for part, tensor in parts.items()}
+        write_shard(folder / shard_name(shard, layers + 2), tensors)
+
+    def norm() -> dict[str, Tensor]:
+        return {"weight": torch.ones(shape.hidden, dtype=noise.dtype)}
+
+    write(1, {"model.embed_tokens": noise.matrix(shape.vocab, shape.hidden)})
+    linear = noise.quantized if quantized else noise.matrix
+    for index in range(layers):
+        prefix = f"model.layers.{index}"
+        modules = {f"{prefix}.{name}": linear(*size) for name, size in shape.linears().items()}
+        modules |= {f"{prefix}.{name}": norm() for name in ("input_layernorm", "post_attention_layernorm")}
+        write(index + 2, modules)
+        del modules  # before the next layer is made
+    head = {} if shape.tied else {"lm_head": noise.matrix(shape.vocab, shape.hidden)}
+    write(layers + 2, {"model.norm": norm()} | head)
+    total = write_index(folder)
+    clear_temporary(folder)
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path, help="the folder to make")
+    parser.add_argument("--layers", type=int, help="default: as many as the model has")
+    parser.add_argument("--dense", action="store_true", help="bfloat16 instead of INT4")
+    args = parser.parse_args()
+    if args.folder.exists():
+        parser.error(f"{args.folder} is there already")
+    shape = SHAPES[args.shape]
+    size = write_checkpoint(args.folder, shape, args.layers or shape.layers, quantized=not args.dense)
+    print(f"{args.folder}: {size / 1e6:,.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

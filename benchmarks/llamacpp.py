@@ -1,0 +1,195 @@
+"""squawq against llama.cpp's Q4_K_M: same shape, same threads, random weights, taking turns in one run.
+
+    python benchmarks/llamacpp.py --peer-python PYTHON [--shape llama-3.2-1b] [--threads 2] [--rounds 3]
+        [--cases decode prefill streams] [--folder DIR]
+
+PYTHON is the interpreter of an environment with llama-cpp-python, gguf and numpy. Every round measures plain reading of
+memory, llama.cpp and squawq, one after the other; the figures are medians over the rounds. The models are made in
+--folder and used again if they are there (2 GB for the 1B shape, 4.5 GB on the way). "of limit" is the share of what
+plain reading of memory would allow, on either side: the bytes of weights and cache that a step needs, by the bandwidth.
+All that takes memory runs in a process of its own, because a child's ru_maxrss starts at its parent's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkpoints import QUANT, SHAPES, Shape
+from common import print_table
+
+HERE = Path(__file__).parent
+PEER = HERE / "peers" / "llamacpp_measure.py"
+READ_BYTES = 2**31
+READ_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run does."""
+
+    prompt_tokens: int
+    new_tokens: int
+    streams: int
+
+    def flags(self, threads: int) -> list[str]:
+        """The flags, the same on both sides."""
+        values = {"prompt-tokens": self.prompt_tokens, "new-tokens": self.new_tokens, "streams": self.streams}
+        return [part for name, value in (values | {"threads": threads}).items() for part in (f"--{name}", str(value))]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A figure of a run and how many times llama.cpp's it shall be."""
+
+    title: str
+    load: Load
+    key: str
+    target: float
+
+
+CASES = {
+    "decode": Case("decode, 1 stream, tok/s", Load(512, 128, 1), "decode_tok_s", 1.4),
+    "prefill": Case("prefill of 512, tok/s", Load(512, 128, 1), "prefill_tok_s", 1.7),
+    "streams": Case("decode, 8 streams, tok/s", Load(128, 128, 8), "decode_tok_s", 2.5),
+}
+
+
+def run(command: Sequence[str]) -> str:
+    """The child's last line; its errors end this run too."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not done.stdout.strip():
+        sys.exit(f"{' '.join(command[:4])} failed:\n{done.stderr[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def prepare(name: str, folder: Path, peer_python: str) -> tuple[Path, Path]:
+    """The two models, made where they are missing; neither has its name before it is whole."""
+    checkpoint, gguf = folder / f"{name}-awq", folder / f"{name}.gguf"
+    if not gguf.exists():
+        subprocess.run([peer_python, str(PEER), "make", name, str(gguf)], check=True)
+    if not checkpoint.exists():
+        part = folder / f"{name}-awq.part"
+        shutil.rmtree(part, ignore_errors=True)
+        run([sys.executable, str(HERE / "checkpoints.py"), name, str(part)])
+        part.rename(checkpoint)
+    return checkpoint, gguf
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second of summing an array much larger than the caches; the best of a few passes."""
+    parts = np.array_split(np.ones(READ_BYTES // 8, np.int64), threads)
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(READ_PASSES):
+            started = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            seconds.append(time.perf_counter() - started)
+    return READ_BYTES / min(seconds)
+
+
+def weight_bytes(shape: Shape) -> int:
+    """What squawq reads a step: nibbles, scales and zeros of every linear, and a head of 8 bits with a scale a row."""
+    total = shape.vocab * (shape.hidden + 4)
+    for out_features, in_features in shape.linears().values():
+        groups = in_features // QUANT.group_of(in_features)
+        total += shape.layers * (out_features * in_features // 2 + out_features * groups * 5 // 2)
+    return total
+
+
+def parameters(shape: Shape) -> int:
+    """All weights, tied embeddings once."""
+    layer = sum(prod(size) for size in shape.linears().values()) + 2 * shape.hidden
+    return shape.layers * layer + shape.vocab * shape.hidden * (1 if shape.tied else 2) + shape.hidden
+
+
+def limit(weights: int, shape: Shape, load: Load, bandwidth: float) -> float:
+    """Tokens a second of all streams if a decode step took as long as reading its weights and 16-bit cache."""
+    position = shape.layers * 2 * shape.kv_heads * (shape.hidden // shape.heads) * 2
+    cache = load.streams * position * (load.prompt_tokens + load.new_tokens / 2)
+    return load.streams * bandwidth / (weights + cache)
+
+
+def table(
+    shape: Shape, cases: Sequence[Case], found: dict[tuple[Load, str], list[dict[str, Any]]], bandwidth: float
+) -> list[list[str]]:
+    """A row a case, then what else each kind of run says."""
+
+    def pair(load: Load, key: str) -> tuple[float, float]:
+        peer, ours = ([float(one[key]) for one in found[load, side]] for side in ("peer", "squawq"))
+        return statistics.median(peer), statistics.median(ours)
+
+    rows = []
+    for case in cases:
+        peer, ours = pair(case.load, case.key)
+        shares = ""
+        if case.key == "decode_tok_s":
+            sides = ((peer, int(found[case.load, "peer"][0]["weight_bytes"])), (ours, weight_bytes(shape)))
+            shares = " / ".join(f"{speed / limit(size, shape, case.load, bandwidth):.0%}" for speed, size in sides)
+        rows.append([case.title, f"{peer:.1f}", f"{ours:.1f}", f"{ours / peer:.2f}", f">= {case.target}", shares])
+    extras = (("time to first token, ms", "ttft_ms", 1.0), ("peak memory, GiB", "peak_rss_bytes", 2.0**30))
+    for load in dict.fromkeys(case.load for case in cases):
+        for title, key, unit in (*extras, ("load, s", "load_s", 1.0)):
+            peer, ours = (value / unit for value in pair(load, key))
+            title = f"{title} ({load.streams} x {load.prompt_tokens})"
+            rows.append([title, f"{peer:.2f}", f"{ours:.2f}", f"{ours / peer:.2f}", "", ""])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", required=True, help="python of the environment with llama-cpp-python")
+    parser.add_argument("--shape", choices=("llama-3.2-1b", "tiny"), default="llama-3.2-1b")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--folder", type=Path, help="keeps the models; default: a temporary one")
+    args = parser.parse_args()
+
+    shape, cases = SHAPES[args.shape], [CASES[name] for name in args.cases]
+    found: dict[tuple[Load, str], list[dict[str, Any]]] = {}
+    bandwidths = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint, gguf = prepare(args.shape, folder, args.peer_python)
+        commands = {
+            "peer": [args.peer_python, str(PEER), "measure", str(gguf)],
+            "squawq": [sys.executable, "-m", "squawq", "bench", str(checkpoint), "--json"],
+        }
+        for turn in range(args.rounds):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                bandwidths.append(pool.submit(read_bandwidth, args.threads).result())
+            for load in dict.fromkeys(case.load for case in cases):
+                for side, command in commands.items():
+                    one = json.loads(run([*command, *load.flags(args.threads)]))
+                    found.setdefault((load, side), []).append(one)
+                    speeds = f"prefill {one['prefill_tok_s']:.1f}, decode {one['decode_tok_s']:.1f} tok/s"
+                    print(f"round {turn + 1}, {side}: {speeds}", file=sys.stderr, flush=True)
+    peer, ours = (found[cases[0].load, side][0] for side in commands)
+    if peer["parameters"] != parameters(shape):
+        sys.exit(f"llama.cpp ran {peer['parameters']:,} parameters, squawq {parameters(shape):,}: not the same shape")
+    bandwidth = statistics.median(bandwidths)
+    settings = f"{args.threads} threads, median of {args.rounds}, plain reading {bandwidth / 1e9:.1f} GB/s"
+    title = f"{args.shape} shape, Q4_K_M and AWQ INT4, {settings}"
+    headings = ["", "llama.cpp", "squawq", "ratio", "target", "of limit"]
+    print_table(title, headings, table(shape, cases, found, bandwidth))
+    print(f"llama-cpp-python {peer['version']}: {peer['system']}\nsquawq: {ours['isa']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+// Rotary embedding, the paged key-value cache, and attention over it. A query's result is built block of 64 tokens by
+// block, in order from the start of its context (or window), whatever chunk or batch it comes in.
+#include "pool.h"
+#include "simd.h"
+
+namespace squawq::SQUAWQ_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 64;    // tokens per softmax update; a multiple of a page
+constexpr int64_t ROWS = 16;     // queries of a unit
+constexpr int GROUP = 4;         // queries that share a loaded key or value
+constexpr float LOWEST = -1e30f;
+
+SIMD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// RMS norm of one head in place.
+SIMD void norm_head(float* x, const float* weight, float eps, int64_t dim) {
+    F squares = set1(0.f);
+    for (int64_t d = 0; d < dim; d += LANES) squares = fma(load(x + d), load(x + d), squares);
+    const F scale = set1(1.f / std::sqrt(sum(squares) / float(dim) + eps));
+    for (int64_t d = 0; d < dim; d += LANES) store(x + d, mul(mul(load(x + d), scale), load(weight + d)));
+}
+
+// The two halves of a head are the coordinates that turn together; dim is a multiple of 16, so a half one of 8.
+SIMD void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
+    for (int64_t d = 0; d < half; ++d) {
+        const float first = x[d], second = x[half + d];
+        x[d] = first * cos[d] - second * sin[d];
+        x[half + d] = second * cos[d] + first * sin[d];
+    }
+}
+
+SIMD F to_finite_half(F x) { return max(min(x, set1(65504.f)), set1(-65504.f)); }
+
+struct Job {
+    const float* q;  // first query row's q of this kv head's first query head
+    int64_t stride;  // floats between tokens
+    Heads heads;
+    int64_t tokens, start, window;
+    const int32_t* pages;
+    int64_t page_size, head_offset;  // halves of a page, offset of the kv head in it
+    const uint16_t *keys, *values;
+    float* y;
+    int64_t y_stride;
+};
+
+// Asks for a page that will be read soon: pages lie apart, so the hardware does not see them coming.
+SIMD void fetch(const uint16_t* page, int64_t dim) {
+    for (int64_t i = 0; i < dim * LANES; i += 32) prefetch(page + i);
+}
+
+// Scores of `count` queries against one page: [16] each.
+template <int G>
+SIMD void score_page(const float* const* q, const uint16_t* keys, int64_t dim, float scale, float* const* scores) {
+    F s[G];
+    for (int r = 0; r < G; ++r) s[r] = set1(0.f);
+    for (int64_t d = 0; d < dim; ++d) {
+        const F key = load_f16(keys + d * LANES);
+        for (int r = 0; r < G; ++r) s[r] = fma(set1(q[r][d]), key, s[r]);
+    }
+    for (int r = 0; r < G; ++r) store(scores[r], mul(s[r], set1(scale)));
+}
+
+// y += sum over a page of weight * value, 16 coordinates at a time.
+template <int G>
+SIMD void add_page(float* const* y, const uint16_t* values, int64_t dim, const float* const* weights) {
+    for (int64_t d = 0; d < dim; d += LANES) {
+        F total[G];
+        for (int r = 0; r < G; ++r) total[r] = load(y[r] + d);
+        for (int t = 0; t < LANES; ++t) {
+            const F value = load_f16(values + t * dim + d);
+            for (int r = 0; r < G; ++r) total[r] = fma(set1(weights[r][t]), value, total[r]);
+        }
+        for (int r = 0; r < G; ++r) store(y[r] + d, total[r]);
+    }
+}
+
+template <class Function>
+SIMD void in_groups(int64_t rows, Function function) {
+    int64_t r = 0;
+    for (; r + GROUP <= rows; r += GROUP) function(r, std::integral_constant<int, GROUP>());
+    for (; r < rows; ++r) function(r, std::integral_constant<int, 1>());
+}
+
+void attend(const Job& job) {
+    const int64_t dim = job.heads.dim, share = job.heads.query / job.heads.kv, rows = job.tokens * share;
+    const float scale = 1.f / std::sqrt(float(dim));
+    alignas(64) float scores[ROWS][BLOCK];
+    float most[ROWS];
+    F weight_sum[ROWS];
+    const float* q[ROWS];
+    float* y[ROWS];
+    int64_t position[ROWS], from[ROWS];
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t token = r / share, head = r % share;
+        q[r] = job.q + token * job.stride + head * dim;
+        y[r] = job.y + token * job.y_stride + head * dim;
+        position[r] = job.start + token;
+        from[r] = job.window > 0 && position[r] >= job.window ? position[r] - job.window + 1 : 0;
+        most[r] = LOWEST;
+        weight_sum[r] = set1(0.f);
+        for (int64_t d = 0; d < dim; d += LANES) store(y[r] + d, set1(0.f));
+    }
+    const int64_t last = position[rows - 1];
+    for (int64_t block = from[0] / BLOCK * BLOCK; block <= last; block += BLOCK) {
+        const int64_t pages = least(BLOCK, last + 1 - block + LANES - 1) / LANES;
+        for (int64_t p = 0; p < pages; ++p) {
+            const int64_t here = job.pages[block / LANES + p] * job.page_size + job.head_offset;
+            const uint16_t* keys = job.keys + here;
+            fetch(job.values + here, dim);
+            if (block + (p + 1) * LANES <= last) {
+                fetch(job.keys + job.pages[block / LANES + p + 1] * job.page_size + job.head_offset, dim);
+            }
+            in_groups(rows, [&](int64_t r, auto group) {
+                constexpr int G = decltype(group)::value;
+                float* out[G];
+                for (int i = 0; i < G; ++i) out[i] = scores[r + i] + p * LANES;
+                score_page<G>(q + r, keys, dim, scale, out);
+            });
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            const F lowest = set1(LOWEST);
+            F peak = lowest;
+            for (int64_t p = 0; p < pages; ++p) {
+                const int64_t at = block + p * LANES;
+                const F s = keep(load(scores[r] + p * LANES), lowest, from[r] - at, position[r] + 1 - at);
+                store(scores[r] + p * LANES, s);
+                peak = max(peak, s);
+            }
+            const float found = largest(peak), next = found > most[r] ? found : most[r];
+            const F change = exp(set1(most[r] - next));
+            most[r] = next;
+            weight_sum[r] = mul(weight_sum[r], change);
+            for (int64_t p = 0; p < pages; ++p) {
+                const int64_t at = block + p * LANES;
+                const F s = load(scores[r] + p * LANES);
+                const F weight = keep(exp(sub(s, set1(next))), set1(0.f), from[r] - at, position[r] + 1 - at);
+                store(scores[r] + p * LANES, weight);
+                weight_sum[r] = add(weight_sum[r], weight);
+            }
+            for (int64_t d = 0; d < dim; d += LANES) store(y[r] + d, mul(load(y[r] + d), change));
+        }
+        for (int64_t p = 0; p < pages; ++p) {
+            const uint16_t* values = job.values + job.pages[block / LANES + p] * job.page_size + job.head_offset;
+            in_groups(rows, [&](int64_t r, auto group) {
+                constexpr int G = decltype(group)::value;
+                const float* weights[G];
+                for (int i = 0; i < G; ++i) weights[i] = scores[r + i] + p * LANES;
+                add_page<G>(y + r, values, dim, weights);
+            });
+        }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        const F inverse = set1(1.f / sum(weight_sum[r]));
+        for (int64_t d = 0; d < dim; d += LANES) store(y[r] + d, mul(load(y[r] + d), inverse));
+    }
+}
+
+}  // namespace
+
+void rotate_and_store(float* qkv, int64_t m, Heads heads, const float* cos, const float* sin, const float* q_norm,
+                      const float* k_norm, float eps, const int64_t* slots, uint16_t* keys, uint16_t* values) {
+    const int64_t dim = heads.dim, half = dim / 2, width = (heads.query + 2 * heads.kv) * dim;
+    const auto token = [=](int64_t i) {
+        float* row = qkv + i * width;
+        for (int64_t h = 0; h < heads.query + heads.kv; ++h) {
+            const float* norm = h < heads.query ? q_norm : k_norm;
+            if (norm != nullptr) norm_head(row + h * dim, norm, eps, dim);
+            rotate_head(row + h * dim, cos + i * half, sin + i * half, half);
+        }
+        const int64_t page = slots[i] / LANES, place = slots[i] % LANES;
+        alignas(64) uint16_t halves[LANES];
+        for (int64_t h = 0; h < heads.kv; ++h) {
+            const float* k = row + (heads.query + h) * dim;
+            const float* v = k + heads.kv * dim;
+            uint16_t* key = keys + (page * heads.kv + h) * dim * LANES + place;
+            uint16_t* value = values + ((page * heads.kv + h) * LANES + place) * dim;
+            for (int64_t d = 0; d < dim; d += LANES) {
+                store_f16(halves, to_finite_half(load(k + d)));
+                for (int64_t j = 0; j < LANES; ++j) key[(d + j) * LANES] = halves[j];
+                store_f16(value + d, to_finite_half(load(v + d)));
+            }
+        }
+    };
+    if (m * width <= 16384) {
+        for (int64_t i = 0; i < m; ++i) token(i);
+    } else {
+        parallel_for(m, token);
+    }
+}
+
+void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, int64_t window,
+               const uint16_t* keys, const uint16_t* values, float* y) {
+    const int64_t share = heads.query / heads.kv, dim = heads.dim;
+    const int64_t tile = share < ROWS ? ROWS / share : 1;
+    int64_t units = 0;
+    int64_t* first = static_cast<int64_t*>(scratch(1, sizeof(int64_t) * size_t(count + 1)));
+    for (int64_t s = 0; s < count; ++s) {
+        first[s] = units;
+        units += ceil_div(sequences[s].rows, tile) * heads.kv;
+    }
+    first[count] = units;
+    parallel_for(units, [=](int64_t u) {
+        int64_t s = 0;
+        for (int64_t high = count; high - s > 1;) {
+            const int64_t middle = (s + high) / 2;
+            (first[middle] <= u ? s : high) = middle;
+        }
+        const Sequence& sequence = sequences[s];
+        // Later tiles look back further: they go first, so that the threads end together.
+        const int64_t tiles = ceil_div(sequence.rows, tile), local = u - first[s];
+        const int64_t kv = local % heads.kv, token = (tiles - 1 - local / heads.kv) * tile;
+        const int64_t stride = (heads.query + 2 * heads.kv) * dim;
+        const int64_t row = sequence.first_row + token;
+        attend({qkv + row * stride + kv * share * dim, stride, heads, least(tile, sequence.rows - token),
+                sequence.start + token, window, sequence.pages, heads.kv * dim * LANES, kv * dim * LANES, keys, values,
+                y + row * heads.query * dim + kv * share * dim, heads.query * dim});
+    });
+}
+
+}  // namespace squawq::SQUAWQ_ISA

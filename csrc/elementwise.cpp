@@ -1,0 +1,50 @@
+// Norms and activations: one row at a time, the same operations for a row wherever it stands.
+#include "pool.h"
+#include "simd.h"
+
+namespace squawq::SQUAWQ_ISA {
+namespace {
+
+// Rows to threads, unless the work is smaller than waking one.
+template <class Row>
+void for_rows(int64_t m, int64_t n, Row row) {
+    if (m * n <= 16384) {
+        for (int64_t i = 0; i < m; ++i) row(i);
+    } else {
+        parallel_for(m, row);
+    }
+}
+
+}  // namespace
+
+// x += delta where given; y = x / sqrt(mean(x^2) + eps) * weight. n is a multiple of 16.
+void rms_norm(float* x, const float* delta, const float* weight, float eps, int64_t m, int64_t n, float* y) {
+    for_rows(m, n, [=](int64_t i) {
+        float* row = x + i * n;
+        F squares = set1(0.f);
+        for (int64_t j = 0; j < n; j += LANES) {
+            F value = load(row + j);
+            if (delta != nullptr) {
+                value = add(value, load(delta + i * n + j));
+                store(row + j, value);
+            }
+            squares = fma(value, value, squares);
+        }
+        const F scale = set1(1.f / std::sqrt(sum(squares) / float(n) + eps));
+        for (int64_t j = 0; j < n; j += LANES) store(y + i * n + j, mul(mul(load(row + j), scale), load(weight + j)));
+    });
+}
+
+// gate_up [m][2n]: y = gate * sigmoid(gate) * up. n is a multiple of 16.
+void silu_mul(const float* gate_up, int64_t m, int64_t n, float* y) {
+    for_rows(m, n, [=](int64_t i) {
+        const float* gate = gate_up + i * 2 * n;
+        for (int64_t j = 0; j < n; j += LANES) {
+            const F g = load(gate + j), one = set1(1.f);
+            const F activated = div(g, add(one, exp(sub(set1(0.f), g))));
+            store(y + i * n + j, mul(activated, load(gate + n + j)));
+        }
+    });
+}
+
+}  // namespace squawq::SQUAWQ_ISA

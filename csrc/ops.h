@@ -1,0 +1,76 @@
+// The operations, declared once for every instruction set. Each ISA's translation units define them in a namespace
+// of its own (avx512, avx2, neon, scalar); dispatch.cpp picks one namespace at run time.
+//
+// Layouts. Lanes are output channels: a weight is cut into blocks of 16 output channels ("rows").
+//   int4   [blocks][in/8][16][4] bytes: byte j of row r holds in its low nibble input 8s + j, in its high 8s + 4 + j
+//   int8   [blocks][in/4][16][4] bytes, signed
+//   dense  [blocks][in][16] values of 16 or 32 bits
+//   scales [blocks][groups][16] float16, zeros [blocks][groups][16] bytes; int8 weights have one float32 scale a row
+// Keys and values live in pages of 16 tokens: keys [page][kv_head][head_dim][16], values [page][kv_head][16][head_dim],
+// float16. Rows beyond the last one are zero.
+//
+// Batch invariance: every output row is computed by the same operations in the same order whatever else is in the batch.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace squawq {
+
+constexpr int LANES = 16;  // rows of a block, tokens of a page
+
+enum class Dense : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+struct Int4 {
+    const uint8_t* weight;
+    const uint16_t* scales;
+    const uint8_t* zeros;
+    const float* bias;  // [out] or null
+    int64_t out, in, group;
+};
+
+struct Int8 {
+    const int8_t* weight;
+    const float* scales;  // [blocks][16]
+    const float* bias;
+    int64_t out, in, group;  // group: inputs that share an activation scale
+};
+
+struct DenseWeight {
+    const void* weight;
+    const float* bias;
+    int64_t out, in;
+    Dense type;
+};
+
+// One sequence's share of a step: rows first_row .. first_row + rows of the batch are its tokens at positions start ...
+struct Sequence {
+    int64_t first_row, rows, start;
+    const int32_t* pages;
+};
+
+struct Heads {
+    int64_t query, kv, dim;
+};
+
+#define SQUAWQ_OPS(ISA)                                                                                                \
+    namespace ISA {                                                                                                    \
+    void int4_matmul(const float* x, int64_t m, const Int4& w, float* y);                                              \
+    void int4_matmul_exact(const float* x, int64_t m, const Int4& w, float* y);                                        \
+    void int8_matmul(const float* x, int64_t m, const Int8& w, float* y);                                              \
+    void dense_matmul(const float* x, int64_t m, const DenseWeight& w, float* y);                                      \
+    void rms_norm(float* x, const float* delta, const float* weight, float eps, int64_t m, int64_t n, float* y);       \
+    void silu_mul(const float* gate_up, int64_t m, int64_t n, float* y);                                               \
+    void rotate_and_store(float* qkv, int64_t m, Heads heads, const float* cos, const float* sin, const float* q_norm, \
+                          const float* k_norm, float eps, const int64_t* slots, uint16_t* keys, uint16_t* values);     \
+    void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, int64_t window,            \
+                   const uint16_t* keys, const uint16_t* values, float* y);                                            \
+    }
+
+SQUAWQ_OPS(avx512)
+SQUAWQ_OPS(avx2)
+SQUAWQ_OPS(neon)
+SQUAWQ_OPS(scalar)
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace squawq

@@ -1,0 +1,137 @@
+// A job is a ticket: epoch and next unit in one word. Whoever claims a unit by compare-and-swap runs it, so the caller
+// never waits for a worker that is asleep or descheduled, only for units that were claimed. After fork() the child has
+// no workers and simply does all units itself. Workers spin for some microseconds (between two operations of a step),
+// then sleep, so that an idle process uses no CPU and other libraries' threads find the cores free.
+#include "pool.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace squawq {
+namespace {
+
+constexpr int SPINS = 4000;  // some 50 to 100 microseconds
+constexpr uint64_t INDEX = 0xffffffffu;
+
+struct Pool {
+    std::atomic<uint64_t> ticket{0};  // epoch << 32 | next unit
+    std::atomic<uint32_t> epoch{0};   // what sleepers wait on
+    std::atomic<int64_t> units{0}, done{0};
+    std::atomic<Unit> unit{nullptr};
+    std::atomic<void*> context{nullptr};
+    std::atomic<bool> stop{false};
+    std::vector<std::thread> workers;
+    int threads = 1;
+};
+
+Pool& pool() {
+    static Pool* the = new Pool;  // never destroyed: workers may outlive static destruction
+    return *the;
+}
+
+inline void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Claims and runs units until the current job has none left; true if there was at least one.
+bool work(Pool& p) {
+    bool any = false;
+    uint64_t seen = p.ticket.load(std::memory_order_acquire);
+    for (;;) {
+        const int64_t index = int64_t(seen & INDEX);
+        const Unit unit = p.unit.load(std::memory_order_relaxed);
+        void* context = p.context.load(std::memory_order_relaxed);
+        if (index >= p.units.load(std::memory_order_relaxed)) return any;
+        // Success means that the job seen is still open, so the fields read above belong to it.
+        if (!p.ticket.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+        unit(context, index);
+        p.done.fetch_add(1, std::memory_order_release);
+        any = true;
+        seen = p.ticket.load(std::memory_order_acquire);
+    }
+}
+
+void worker(Pool& p) {
+    uint32_t last = p.epoch.load(std::memory_order_acquire);
+    while (!p.stop.load(std::memory_order_acquire)) {
+        work(p);
+        uint32_t now = last;
+        for (int spin = 0; spin < SPINS && now == last; ++spin) {
+            relax();
+            now = p.epoch.load(std::memory_order_acquire);
+        }
+        if (now == last) {
+            p.epoch.wait(last);
+            now = p.epoch.load(std::memory_order_acquire);
+        }
+        last = now;
+    }
+}
+
+}  // namespace
+
+void parallel(int64_t units, Unit unit, void* context) {
+    Pool& p = pool();
+    if (units <= 1 || p.workers.empty()) {
+        for (int64_t i = 0; i < units; ++i) unit(context, i);
+        return;
+    }
+    // Close the old job for late readers before its fields change, then open the new one.
+    p.units.store(0, std::memory_order_relaxed);
+    const uint32_t epoch = p.epoch.load(std::memory_order_relaxed) + 1;
+    p.ticket.store(uint64_t(epoch) << 32 | INDEX, std::memory_order_seq_cst);
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // the fields' stores must not overtake the closing
+    p.done.store(0, std::memory_order_relaxed);
+    p.unit.store(unit, std::memory_order_relaxed);
+    p.context.store(context, std::memory_order_relaxed);
+    p.units.store(units, std::memory_order_relaxed);
+    p.ticket.store(uint64_t(epoch) << 32, std::memory_order_seq_cst);
+    p.epoch.store(epoch, std::memory_order_seq_cst);
+    p.epoch.notify_all();
+    work(p);
+    for (int spin = 0; p.done.load(std::memory_order_acquire) != units; ++spin) {
+        if (spin < SPINS) relax();
+        else std::this_thread::yield();
+    }
+}
+
+void set_threads(int threads) {
+    Pool& p = pool();
+    if (threads == p.threads) return;
+    p.stop.store(true, std::memory_order_release);
+    p.epoch.fetch_add(1);
+    p.epoch.notify_all();
+    for (std::thread& t : p.workers) t.join();
+    p.workers.clear();
+    p.stop.store(false);
+    p.threads = threads;
+    for (int i = 1; i < threads; ++i) p.workers.emplace_back([&p] { worker(p); });
+}
+
+int threads() { return pool().threads; }
+
+void* scratch(int slot, size_t bytes) {
+    static void* memory[2] = {nullptr, nullptr};
+    static size_t size[2] = {0, 0};
+    if (size[slot] < bytes) {
+        std::free(memory[slot]);
+        size[slot] = 0;
+        memory[slot] = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+        if (memory[slot] == nullptr) throw std::bad_alloc();
+        size[slot] = bytes;
+    }
+    return memory[slot];
+}
+
+}  // namespace squawq

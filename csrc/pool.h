@@ -1,0 +1,25 @@
+// The threads, and scratch memory that is kept between calls. Callers hold the library's lock (dispatch.cpp), so one
+// operation runs at a time.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace squawq {
+
+using Unit = void (*)(void* context, int64_t index);
+
+// Runs unit(context, i) for i in [0, units), each once, on the caller and the workers; returns when all are done.
+void parallel(int64_t units, Unit unit, void* context);
+
+template <class Function>
+void parallel_for(int64_t units, Function function) {
+    parallel(units, [](void* context, int64_t index) { (*static_cast<Function*>(context))(index); }, &function);
+}
+
+void set_threads(int threads);
+int threads();
+
+// Grow-only, aligned to 64 bytes; slot 0 or 1; the contents are undefined. Throws std::bad_alloc.
+void* scratch(int slot, size_t bytes);
+
+}  // namespace squawq

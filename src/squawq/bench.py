@@ -1,0 +1,122 @@
+"""How fast a folder runs here: prefill and decode through the engine, on random token ids, with no early stop."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from squawq.engine.engine import Engine
+from squawq.engine.request import FinishReason, Output, Request, SamplingParams
+from squawq.engine.runner import load_runner
+from squawq.errors import ConfigError, GenerationError
+from squawq.hub.download import resolve
+from squawq.kernels import cpu
+
+MOST_STREAMS = 256
+
+
+def bench(
+    model: str | Path,
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    streams: int = 1,
+    threads: int | None = None,
+    exact: bool = False,
+    head: str = "int8",
+) -> dict[str, Any]:
+    """Load `model` and measure it; streams run together, each on a random prompt of its own.
+
+    Returns load_s; prefill_tok_s: all prompts' tokens by the time until the last stream's first token; ttft_ms: mean
+    time to a stream's first token; decode_tok_s: tokens of all streams from then on; itl_ms_p50 and itl_ms_p99: time
+    between a stream's tokens in that phase; overhead: the share of the engine's time outside of the model;
+    peak_rss_bytes (of the process so far), threads and isa.
+    Raises ConfigError for numbers that cannot be, CheckpointError for a folder that cannot be run.
+    """
+    for name, value, least in (
+        ("prompt_tokens", prompt_tokens, 1),
+        ("new_tokens", new_tokens, 2),
+        ("streams", streams, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name} is {value}; it must be at least {least}")
+    if streams > MOST_STREAMS:
+        raise ConfigError(f"streams is {streams}; it must be at most {MOST_STREAMS}")
+    began = time.perf_counter()
+    room = (prompt_tokens + new_tokens + 16) * streams
+    runner = load_runner(resolve(model), threads=threads, exact=exact, head=head, kv_tokens=room)
+    load_s = time.perf_counter() - began
+    if prompt_tokens + new_tokens > runner.max_positions:
+        raise ConfigError(
+            f"prompt_tokens and new_tokens are {prompt_tokens + new_tokens} together; "
+            f"the model has {runner.max_positions} positions"
+        )
+    ids = np.random.default_rng(0).integers(0, runner.vocab_size, (streams, prompt_tokens)).tolist()
+    engine = Engine(runner, max_sequences=streams, max_batch_tokens=max(512, 2 * streams), prefix_caching=False)
+    try:
+        _run(engine, [prompt[:16] for prompt in ids], 2)  # threads and pages awake
+        before = engine.stats()
+        started, times = _run(engine, ids, new_tokens)
+        after = engine.stats()
+    finally:
+        engine.close()
+    step_seconds = after.step_seconds - before.step_seconds
+    return {
+        **_figures(started, times, prompt_tokens),
+        "overhead": 1 - (after.runner_seconds - before.runner_seconds) / step_seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        "load_s": load_s,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "streams": streams,
+        "threads": cpu.threads(),
+        "isa": cpu.isa(),
+    }
+
+
+def _run(engine: Engine, prompts: Sequence[list[int]], new_tokens: int) -> tuple[float, list[list[float]]]:
+    """Start time, and for each prompt the times of its tokens."""
+    times: list[list[float]] = [[] for _ in prompts]
+    left = len(prompts)
+    failure: Output | None = None
+    done = threading.Event()
+
+    def sink(output: Output) -> None:
+        nonlocal left, failure
+        times[int(output.request)].extend([time.perf_counter()] * len(output.ids))
+        if output.finish:
+            failure = failure if output.finish is FinishReason.LENGTH else output
+            left -= 1
+            if not left:
+                done.set()
+
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    started = time.perf_counter()
+    for index, prompt in enumerate(prompts):
+        engine.submit(Request(str(index), prompt, params), sink)
+    done.wait()
+    if failure is not None:
+        raise GenerationError(f"a stream ended early: {failure.finish}: {failure.stop_reason}")
+    return started, times
+
+
+def _figures(started: float, times: list[list[float]], prompt_tokens: int) -> dict[str, float]:
+    firsts = [stream[0] for stream in times]
+    together, end = max(firsts), max(stream[-1] for stream in times)
+    later = [[t for t in stream if t >= together] for stream in times]
+    gaps = np.concatenate([np.diff(stream) for stream in later]) * 1e3
+    return {
+        "prefill_tok_s": len(times) * prompt_tokens / (together - started),
+        "decode_tok_s": sum(sum(t > together for t in stream) for stream in times) / (end - together),
+        "ttft_ms": float(np.mean(firsts) - started) * 1e3,
+        "itl_ms_p50": float(np.percentile(gaps, 50)),
+        "itl_ms_p99": float(np.percentile(gaps, 99)),
+    }

@@ -1,0 +1,261 @@
+"""The engine: requests come in from any thread, their outputs go to their sinks, one worker thread does all the work.
+
+Checks what comes in against the model; knows threads, the queue and its bound. What a step does is loop.py's.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from squawq.engine.grammar import GrammarCompiler, Matcher
+from squawq.engine.loop import Loop
+from squawq.engine.request import FinishReason, Output, Request, Runner, Sink
+from squawq.engine.sequence import Job, new_job
+from squawq.errors import ConfigError, EngineClosed, QueueFull
+from squawq.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the engine did and has; counts since its start, seconds of wall time.
+
+    running, waiting: sequences. prefix_hits of prefix_queries tokens were found in the cache. runner_seconds of
+    step_seconds were spent in the runner.
+    """
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages: int
+    prefix_hits: int
+    prefix_queries: int
+    preemptions: int
+    tokens_generated: int
+    prompt_tokens_computed: int
+    steps: int
+    runner_seconds: float
+    step_seconds: float
+
+
+class Engine:
+    """Serves requests on a runner. Without a tokenizer it speaks ids alone.
+
+    max_batch_tokens: tokens of a step at most, twice max_sequences at least. max_sequences: under way together.
+    max_waiting: requests that have not begun. eos_ids: tokens that end a text. Raises ConfigError for sizes that cannot
+    work.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None = None,
+        *,
+        eos_ids: Sequence[int] = (),
+        max_batch_tokens: int = 512,
+        max_sequences: int = 64,
+        max_waiting: int = 1024,
+        prefix_caching: bool = True,
+    ) -> None:
+        if max_sequences < 1 or max_waiting < 1:
+            raise ConfigError(f"max_sequences is {max_sequences}, max_waiting {max_waiting}; each must be at least 1")
+        if max_batch_tokens < 2 * max_sequences:
+            raise ConfigError(
+                f"max_batch_tokens is {max_batch_tokens}; it must be at least twice max_sequences ({max_sequences})"
+            )
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._eos_ids = frozenset(eos_ids)
+        self._max_waiting = max_waiting
+        self._caching = prefix_caching
+        self._room = min(runner.max_positions, runner.num_pages * runner.page_size)
+        self._compiler: GrammarCompiler | None = None
+        self._loop = Loop(
+            runner,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            prefix_caching=prefix_caching,
+            started=self._on_start,
+            ended=self._on_end,
+        )
+        self._changed = threading.Condition()  # guards what follows
+        self._inbox: list[Callable[[], None]] = []
+        self._live: set[str] = set()
+        self._queued = 0
+        self._arrivals = 0
+        self._closed = False
+        self._stop = False
+        self._worker = threading.Thread(target=self._work, name="squawq-engine", daemon=True)
+        self._worker.start()
+
+    def check(self, request: Request) -> Matcher | None:
+        """Raise ConfigError if the request can never be run; its grammar, compiled, if it has one."""
+        params, prompt, vocab = request.params, request.prompt, self._runner.vocab_size
+        if not prompt:
+            raise ConfigError("the prompt is empty; give at least one token")
+        if bad := [i for i in prompt if not isinstance(i, int) or not 0 <= i < vocab]:
+            raise ConfigError(f"the prompt has the token id {bad[0]!r}; the model has ids 0 to {vocab - 1}")
+        if len(prompt) >= self._runner.max_positions:
+            raise ConfigError(
+                f"the prompt has {len(prompt)} tokens; the model has {self._runner.max_positions} positions"
+            )
+        if len(prompt) >= self._room:
+            raise ConfigError(f"the prompt has {len(prompt)} tokens; the cache holds {self._room} (kv_tokens)")
+        for name, ids in (("stop_ids", params.stop_ids), ("logit_bias", params.logit_bias or ())):
+            if ids and max(ids) >= vocab:
+                raise ConfigError(f"{name} has the token id {max(ids)}; the model has ids 0 to {vocab - 1}")
+        if self._tokenizer is None and (params.stop or params.grammar):
+            raise ConfigError("stop strings and grammars need a tokenizer; the model has none")
+        return None if params.grammar is None else self._grammars().compile(params.grammar)
+
+    def submit(self, request: Request, sink: Sink, *, wait: bool = False) -> None:
+        """Queue a request. `sink` gets its outputs in order, from the worker thread; raising there aborts the request.
+
+        wait: for room in the queue (not from a sink). Raises ConfigError for a request that can never be run or whose
+        id is under way, QueueFull, EngineClosed.
+        """
+        matcher = self.check(request)
+        limit = self._room
+        if request.params.max_tokens is not None:
+            limit = min(limit, len(request.prompt) + request.params.max_tokens)
+        with self._changed:
+            arrival = self._arrivals
+            self._arrivals += request.params.sequences
+        job = new_job(
+            request,
+            sink,
+            limit=limit,
+            arrival=arrival,
+            matcher=matcher,
+            tokenizer=self._tokenizer,
+            eos_ids=self._eos_ids,
+            share=self._caching,
+        )
+        with self._changed:
+            while wait and self._queued >= self._max_waiting and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                raise EngineClosed("the engine is closed")
+            if request.id in self._live:
+                raise ConfigError(f"request id {request.id!r} is under way; give each request its own")
+            if self._queued >= self._max_waiting:
+                raise QueueFull(f"{self._queued} requests are waiting, as many as may; try again later")
+            self._live.add(request.id)
+            self._queued += 1
+            self._tell(lambda: self._loop.add(job))
+
+    def abort(self, request_id: str) -> None:
+        """End a request with the reason "abort", from any thread, at any moment; one that is not under way is left."""
+        self._tell(lambda: self._loop.abort(request_id))
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
+        """Run requests and give their outputs as they come, those of one sequence in order.
+
+        All are checked first: raises ConfigError. Requests that do not fit into the queue are handed in as it empties.
+        Leaving the iterator early aborts what is under way.
+        """
+        for request in requests:
+            self.check(request)
+        return self._generate(deque(requests))
+
+    def stats(self) -> Stats:
+        """The figures of this moment."""
+        loop, scheduler, pool = self._loop, self._loop.scheduler, self._loop.pool
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=pool.num_pages - pool.available,
+            pages=pool.num_pages,
+            prefix_hits=scheduler.prefix_hits,
+            prefix_queries=scheduler.prefix_queries,
+            preemptions=scheduler.preemptions,
+            tokens_generated=loop.tokens_generated,
+            prompt_tokens_computed=loop.prompt_tokens_computed,
+            steps=loop.steps,
+            runner_seconds=loop.runner_seconds,
+            step_seconds=loop.step_seconds,
+        )
+
+    def close(self, drain: bool = False, timeout: float | None = None) -> None:
+        """Take no more requests and end the worker. drain: let those under way end by themselves, for `timeout` seconds
+        at most; the others are aborted. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            if drain and threading.current_thread() is not self._worker:
+                self._changed.wait_for(lambda: not self._live, timeout)
+            self._stop = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._worker:
+            self._worker.join()
+
+    def _generate(self, pending: deque[Request]) -> Iterator[Output]:
+        outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        open_sequences: dict[str, int] = {}
+        try:
+            while pending or open_sequences:
+                while pending:
+                    try:
+                        self.submit(pending[0], outputs.put, wait=not open_sequences)
+                    except QueueFull:
+                        break
+                    request = pending.popleft()
+                    open_sequences[request.id] = request.params.n
+                output = outputs.get()
+                if output.finish:
+                    open_sequences[output.request] -= 1
+                    if not open_sequences[output.request]:
+                        del open_sequences[output.request]
+                yield output
+        finally:
+            for request_id in open_sequences:
+                self.abort(request_id)
+
+    def _grammars(self) -> GrammarCompiler:
+        with self._changed:
+            if self._compiler is None:
+                assert self._tokenizer is not None
+                self._compiler = GrammarCompiler(self._tokenizer, self._runner.vocab_size, sorted(self._eos_ids))
+            return self._compiler
+
+    def _tell(self, command: Callable[[], None]) -> None:
+        with self._changed:
+            self._inbox.append(command)
+            self._changed.notify_all()
+
+    def _on_start(self, _: Job) -> None:
+        with self._changed:
+            self._queued -= 1
+            self._changed.notify_all()
+
+    def _on_end(self, job: Job) -> None:
+        with self._changed:
+            self._queued -= not job.started
+            self._live.discard(job.request.id)
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        reason, why = FinishReason.ABORT, "the engine was closed"
+        try:
+            while self._listen():
+                self._loop.step()
+        except Exception as error:  # a mistake of ours: nobody may be left waiting
+            reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
+        with self._changed:
+            self._closed = True
+            self._stop = True
+        self._listen()
+        self._loop.end_all(reason, why)
+
+    def _listen(self) -> bool:
+        """Do what other threads asked for, waiting while there is nothing to do; False when it is time to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._inbox or self._loop.jobs or self._stop)
+            commands, self._inbox = self._inbox, []
+            stop = self._stop
+        for command in commands:
+            command()
+        return not stop

@@ -1,0 +1,111 @@
+"""Who holds which page of keys and values, and which pages hold what prefix. Knows page numbers and token ids;
+knows nothing of requests, of steps or of the memory behind a page.
+
+A full page is found again by a digest over all tokens up to its end, as in vLLM's automatic prefix caching.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+ROOT = b""
+
+
+def chain(parent: bytes, ids: Sequence[int]) -> bytes:
+    """The digest of a page that holds `ids` after pages of digest `parent` (ROOT for the first); 32 bytes.
+
+    A cryptographic hash: a prompt made to collide would read another user's keys and values.
+    """
+    return blake2b(parent + array("q", ids).tobytes(), digest_size=32).digest()
+
+
+class PagePool:
+    """Pages 0 to `num_pages` - 1 of `page_size` tokens. Each is free, referenced, or idle: cached without a reference.
+
+    An idle page is found by its digest until `take` evicts it, the one that was let go first.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._references = [0] * num_pages
+        self._digests: list[bytes | None] = [None] * num_pages
+        self._found: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give: free or idle."""
+        return len(self._free) + len(self._idle)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-tokens // self.page_size)
+
+    def take(self) -> int:
+        """A page for new content, referenced once; the longest idle one loses its content when none is free."""
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._idle.popitem(last=False)
+            digest = self._digests[page]
+            assert digest is not None
+            del self._found[digest]
+            self._digests[page] = None
+        self._references[page] = 1
+        return page
+
+    def match(self, digests: Iterable[bytes]) -> list[int]:
+        """Pages of the longest run of `digests` from the first on. They are not referenced yet."""
+        pages = []
+        for digest in digests:
+            page = self._found.get(digest)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def idle(self, pages: Iterable[int]) -> int:
+        """How many of these have no reference."""
+        return sum(not self._references[page] for page in pages)
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more reference for each."""
+        for page in pages:
+            self._idle.pop(page, None)
+            self._references[page] += 1
+
+    def register(self, page: int, digest: bytes) -> None:
+        """Let a referenced page, now full and computed, be found, unless one of the same content is."""
+        if digest not in self._found:
+            self._found[digest] = page
+            self._digests[page] = digest
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One reference less for each of a sequence's pages, given in their order.
+
+        The last goes first, so that a prefix outlives what follows it.
+        """
+        for page in reversed(pages):
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                if self._digests[page] is None:
+                    self._free.append(page)
+                else:
+                    self._idle[page] = None
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Assert that every page is exactly one of free, idle, referenced, given all page tables under way."""
+        references = Counter(page for table in tables for page in table)
+        assert all(self._references[page] == references[page] for page in range(self.num_pages))
+        free, idle, held = set(self._free), set(self._idle), set(references)
+        assert len(free) == len(self._free), "a page is free twice"
+        assert not free & idle and not free & held and not idle & held  # noqa: PT018
+        assert free | idle | held == set(range(self.num_pages)), "a page leaked"
+        assert all(self._digests[page] is not None for page in idle)
+        assert all(self._digests[page] is None for page in free)
+        assert self._found == {d: p for p, d in enumerate(self._digests) if d is not None}

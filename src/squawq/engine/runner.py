@@ -1,0 +1,115 @@
+"""Runs one step of the engine on our decoder: chunks of sequences in, logits out. Knows no requests and no text.
+
+With the native kernels a row's logits are the same bits in any batch, in any chunking, with or without cached pages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from squawq.config import ModelConfig
+from squawq.engine.request import Chunk
+from squawq.errors import ConfigError
+from squawq.kernels import cpu
+from squawq.kernels.reference import PAGE
+from squawq.nn.cache import Batch, Cache
+from squawq.nn.decoder import Decoder
+from squawq.nn.loader import Options, load
+
+CACHE_SHARE = 0.25  # of the memory that is free, for keys and values, unless told
+MOST_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
+
+
+class DecoderRunner:
+    """A loaded decoder and its pages. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
+
+    page_size = PAGE
+
+    def __init__(self, decoder: Decoder, kv_tokens: int | None = None) -> None:
+        self.config: ModelConfig = decoder.config
+        self.vocab_size = self.config.vocab_size
+        self.max_positions = self.config.max_positions
+        device = decoder.norm.device
+        tokens = default_kv_tokens(self.config, device) if kv_tokens is None else kv_tokens
+        if tokens < PAGE:
+            raise ConfigError(f"kv_tokens is {tokens}; the key-value cache needs at least one page of {PAGE} tokens")
+        self.num_pages = tokens // PAGE
+        self._decoder, self._device = decoder, device
+        self._cache = Cache(self.config, self.num_pages, str(device))
+
+    def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
+        """Logits float32 [chunk.logits, vocab] for each chunk; keys and values go to the chunks' pages."""
+        ids: list[int] = []
+        pages: list[int] = []
+        outputs: list[int] = []
+        sequences, positions, slots = [], [], []
+        for chunk in batch:
+            rows, first = len(chunk.ids), len(ids)
+            sequences.append((first, rows, chunk.start, len(pages)))
+            at = np.arange(chunk.start, chunk.start + rows)
+            table = np.asarray(chunk.pages[: -(-(chunk.start + rows) // PAGE)])
+            positions.append(at)
+            slots.append(table[at // PAGE] * PAGE + at % PAGE)
+            outputs.extend(range(first + rows - chunk.logits, first + rows))
+            ids.extend(chunk.ids)
+            pages.extend(table.tolist())
+        step = Batch(
+            ids=self._tensor(ids),
+            positions=self._tensor(np.concatenate(positions)),
+            slots=self._tensor(np.concatenate(slots)),
+            sequences=self._tensor(sequences),
+            pages=self._tensor(pages).int(),
+            outputs=self._tensor(outputs),
+        )
+        logits: NDArray[np.float32] = self._decoder(step, self._cache).cpu().numpy()
+        ends = np.cumsum([chunk.logits for chunk in batch])
+        return np.split(logits, ends[:-1].tolist())
+
+    def _tensor(self, values: Sequence[object] | NDArray[np.int64]) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.int64, device=self._device)
+
+
+def default_kv_tokens(config: ModelConfig, device: torch.device) -> int:
+    """Tokens that fit a quarter of the free memory: at least one context if half of it can hold that, at most 16."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    each = Cache.token_bytes(config)
+    wanted = min(int(free * CACHE_SHARE) // each, MOST_CONTEXTS * config.max_positions)
+    return max(min(config.max_positions, int(free * 2 * CACHE_SHARE) // each), wanted, PAGE) // PAGE * PAGE
+
+
+def _free_memory() -> int:
+    """Bytes that the machine can still give without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES")) // 2
+
+
+def load_runner(
+    folder: Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    exact: bool = False,
+    head: str = "int8",
+    kv_tokens: int | None = None,
+) -> DecoderRunner:
+    """Load a folder for the engine.
+
+    threads: of the CPU kernels, for the whole process; None leaves them. exact: float32 activations in 4-bit products.
+    head: "int8" or "16-bit". kv_tokens: how many tokens of keys and values fit at once; None takes a share of the
+    free memory. Raises SquawqError for a folder or a value that cannot be.
+    """
+    options = Options(device, exact, head)
+    if threads is not None:
+        cpu.set_threads(threads)
+    return DecoderRunner(load(folder, options), kv_tokens)

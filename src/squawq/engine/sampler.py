@@ -1,0 +1,201 @@
+"""From a row of logits to a token and its log probability, in numpy on the calling thread. Knows one sequence's
+settings and history; knows no batch, so that a request's tokens cannot depend on what runs beside it.
+
+numpy and not torch, whose OpenMP threads would fight the kernels' own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from squawq.engine.request import SamplingParams, TokenLogprob
+
+Row = NDArray[np.float32]
+Ids = NDArray[np.int64]
+GREEDY_BELOW = 1e-6  # a temperature under this would overflow float32 where it does not change the outcome
+# Logits this far under the top are sorted, those further down only when they matter.
+_DEPTHS = (2.0, 4.0, 6.0, 9.0, 14.0, 24.0, math.inf)
+_SLACK = 1e-9  # of the whole mass: far above float64's rounding, so that a sum in another order decides the same
+
+
+class NoTokenError(ValueError):
+    """Every token is forbidden, or the model gave something that is not a number."""
+
+
+def token_logprob(row: Row, token: int, top: int) -> TokenLogprob:
+    """A token's log probability by float32 logits [vocab] and the `top` likeliest, ties in the order of ids."""
+    peak = row.max()
+    shifted = row - peak
+    log_total = float(np.log(np.exp(shifted).sum(dtype=np.float64)))
+    best: list[tuple[int, float]] = []
+    if top:
+        ids = _descending(shifted, lambda found, _: len(found) >= top)[:top]
+        best = [(int(i), float(shifted[i]) - log_total) for i in ids]
+    return TokenLogprob(token, float(shifted[token]) - log_total, tuple(best))
+
+
+def draw(row: Row, params: SamplingParams, uniform: float) -> int:
+    """A token of float32 logits [vocab] by temperature, top_k, typical_p, top_p, min_p and a number in [0, 1).
+
+    The tokens that are left stand in descending order, ties by id; the first whose cumulated probability is above
+    `uniform` is taken. Weights are float32, sums float64. Only as much of the order is sorted as the outcome needs.
+    """
+    scaled = (row - row.max()) / np.float32(params.temperature)
+    weights = np.exp(scaled)
+    total = float(weights.sum(dtype=np.float64))
+    need = (params.top_p if params.top_p < 1 else uniform) * total + _SLACK * total
+
+    mean = _mean(scaled, weights, total) if params.typical_p < 1 else 0.0
+
+    def enough(ids: Ids, depth: float) -> bool:
+        if params.top_k:
+            return len(ids) >= params.top_k
+        if params.typical_p < 1:  # what lies deeper is farther from the mean than these
+            near = ids[np.abs(mean - scaled[ids].astype(np.float64)) < mean + depth]
+            return float(weights[near].sum(dtype=np.float64)) > params.typical_p * total + _SLACK * total
+        if math.exp(-depth) < 0.99 * params.min_p:
+            return True  # what min_p leaves is all there
+        if params.min_p and params.top_p == 1:
+            return False
+        return float(weights[ids].sum(dtype=np.float64)) > need
+
+    ids = _descending(scaled, enough)
+    if params.top_k:
+        ids = ids[: params.top_k]
+        total = float(weights[ids].sum(dtype=np.float64))
+        mean = _mean(scaled[ids], weights[ids], total) if params.typical_p < 1 else 0.0
+    if params.typical_p < 1:
+        ids = ids[_typical(scaled[ids], weights[ids], mean, params.typical_p * total)]
+        total = float(weights[ids].sum(dtype=np.float64))
+    mass = np.cumsum(weights[ids], dtype=np.float64)
+    count = len(ids)
+    if params.top_p < 1:
+        count = min(int(np.searchsorted(mass, params.top_p * total)) + 1, count)
+    if params.min_p:
+        count = int(np.count_nonzero(weights[ids[:count]] >= np.float32(params.min_p) * weights[ids[0]]))
+    if params.top_p < 1 or params.min_p:
+        total = float(mass[count - 1])
+    return int(ids[min(int(np.searchsorted(mass[:count], uniform * total, side="right")), count - 1)])
+
+
+def _mean(scaled: Row, weights: Row, total: float) -> float:
+    """The mean scaled logit by its own distribution; a token's information less the entropy is this less its logit."""
+    return float((weights * np.where(weights > 0, scaled, np.float32(0))).sum(dtype=np.float64)) / total
+
+
+def _typical(scaled: Row, weights: Row, mean: float, mass: float) -> NDArray[np.bool_]:
+    """Which tokens have the information nearest to the entropy, the first so many that reach `mass`."""
+    order = np.argsort(np.abs(mean - scaled.astype(np.float64)), kind="stable")
+    count = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), mass)) + 1
+    kept = np.zeros(len(weights), dtype=np.bool_)
+    kept[order[:count]] = True
+    return kept
+
+
+def _descending(scaled: Row, enough: Callable[[Ids, float], bool]) -> Ids:
+    """Ids by descending value, ties by id, of float32 [vocab] whose greatest is 0: the first so many that are `enough`.
+
+    Everything above a depth is a beginning of the whole order, so cutting by value and sorting less changes nothing.
+    """
+    for depth in _DEPTHS:
+        ids = np.flatnonzero(scaled > -depth)
+        if depth == math.inf or enough(ids, depth):
+            break
+    return ids[np.argsort(-scaled[ids], kind="stable")]
+
+
+class _Counts:
+    """How often each of a growing set of ids was seen: O(1) to add, arrays to compute with."""
+
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        self._slots: dict[int, int] = {}
+        self._ids = np.zeros(64, dtype=np.int64)
+        self._counts = np.zeros(64, dtype=np.float32)
+        for token in ids:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        slot = self._slots.setdefault(token, len(self._slots))
+        if slot == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._ids[slot] = token
+        self._counts[slot] += 1
+
+    @property
+    def ids(self) -> Ids:
+        return self._ids[: len(self._slots)]
+
+    @property
+    def counts(self) -> Row:
+        return self._counts[: len(self._slots)]
+
+
+class Sampler:
+    """Chooses one sequence's tokens and remembers what its penalties and its random stream need.
+
+    prompt: token ids. ending: ids that min_tokens forbids. seed, index: the request's seed and which of its sequences
+    this is; their pair names the random stream (Philox, Salmon et al., SC 2011), of which each token takes one number.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt: Iterable[int], ending: Iterable[int], seed: int, index: int
+    ) -> None:
+        self._params = params
+        self._greedy = params.temperature < GREEDY_BELOW
+        self._random = None if self._greedy else np.random.Generator(np.random.Philox(seed=[seed, index]))
+        bias = params.logit_bias or {}
+        self._bias_ids = np.fromiter(bias, dtype=np.int64, count=len(bias))
+        self._bias = np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
+        self._ending = np.fromiter(ending, dtype=np.int64)
+        self._repeats = params.repetition_penalty != 1
+        self._counted = bool(params.frequency_penalty or params.presence_penalty)
+        self._seen = _Counts(dict.fromkeys(prompt) if self._repeats else ())
+        self._output = _Counts()
+        self._chosen = 0
+
+    def choose(self, row: Row, allowed: NDArray[np.bool_] | None = None, complete: bool = False) -> int:
+        """The next token from float32 logits [vocab], which stay as they are.
+
+        allowed: what the grammar allows, bool [vocab]. complete: the grammar allows nothing but an end, which goes
+        before min_tokens. Raises NoTokenError when nothing can be chosen.
+        """
+        early = self._chosen < self._params.min_tokens and not complete
+        changed = len(self._bias) or self._repeats or self._counted or early or allowed is not None
+        logits = self._adjusted(row, allowed, early) if changed else row
+        token = int(logits.argmax())
+        if not np.isfinite(logits[token]):  # argmax finds a NaN first
+            raise NoTokenError("no token can be chosen: the model's logits are not finite, or all tokens are forbidden")
+        if self._random is not None:
+            with np.errstate(over="ignore"):  # far tokens become -inf, whose weight is 0
+                token = draw(logits, self._params, float(self._random.random()))
+        self._remember(token)
+        return token
+
+    def _adjusted(self, row: Row, allowed: NDArray[np.bool_] | None, early: bool) -> Row:
+        params = self._params
+        logits = row.astype(np.float32)
+        logits[self._bias_ids] += self._bias
+        if self._repeats:
+            penalty = np.float32(params.repetition_penalty)
+            seen = logits[self._seen.ids]
+            logits[self._seen.ids] = np.where(seen > 0, seen / penalty, seen * penalty)
+        if self._counted:
+            counts = self._output.counts
+            logits[self._output.ids] -= params.frequency_penalty * counts + np.float32(params.presence_penalty)
+        if early:
+            logits[self._ending] = -np.inf
+        if allowed is not None:
+            logits[~allowed] = -np.inf
+        return logits
+
+    def _remember(self, token: int) -> None:
+        self._chosen += 1
+        if self._repeats:
+            self._seen.add(token)
+        if self._counted:
+            self._output.add(token)

@@ -1,0 +1,50 @@
+"""Keys and values in pages of 16 tokens, and the batch of one step that reads and writes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squawq.config import ModelConfig
+from squawq.kernels.reference import PAGE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's tokens, a row each, sequence after sequence.
+
+    ids, positions, slots: int64 [rows]; a slot is page * 16 + place. sequences int64 [sequences, 4] and pages int32:
+    see kernels/reference.py. outputs: int64, the rows whose logits are wanted.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    sequences: Tensor
+    pages: Tensor
+    outputs: Tensor
+
+
+class Cache:
+    """Pages of all layers, float16, zeros at first. On a CPU a page takes memory when it is first written.
+
+    Memory: pages * 16 * token_bytes(config).
+    """
+
+    def __init__(self, config: ModelConfig, pages: int, device: str = "cpu") -> None:
+        _, kv, dim = config.heads
+        # One allocation: the system's zero pages are not touched until they are written.
+        store = torch.zeros(config.num_layers, 2, pages, kv * dim * PAGE, dtype=torch.float16, device=device)
+        self._layers = [(k.view(pages, kv, dim, PAGE), v.view(pages, kv, PAGE, dim)) for k, v in store]
+        self.pages = pages
+
+    @staticmethod
+    def token_bytes(config: ModelConfig) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return config.num_layers * 2 * config.num_kv_heads * config.head_dim * 2
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """keys [pages, kv_heads, head_dim, 16] and values [pages, kv_heads, 16, head_dim] of a layer."""
+        return self._layers[index]

@@ -1,0 +1,160 @@
+"""The engine on a real decoder with the native kernels: tokens and log probabilities are the same bits alone and in any
+crowd, with and without cached prefixes, in any chunks, on however few pages."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from fakes import collect
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from squawq.config import QuantConfig
+from squawq.engine.loop import Loop
+from squawq.engine.request import FinishReason, Output, Request, SamplingParams
+from squawq.engine.runner import DecoderRunner, default_kv_tokens
+from squawq.engine.sequence import new_job
+from squawq.kernels import cpu
+from squawq.nn.cache import Cache
+from squawq.nn.decoder import Decoder
+from squawq.nn.loader import load
+from squawq.quantization.pipeline import quantize
+
+if cpu.load() is None:
+    pytest.skip("the native kernels are not built on this machine", allow_module_level=True)
+
+names = itertools.count()
+PREFIX = torch.randint(2, 160, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module", params=["llama, AWQ", "mistral, 16 bits, window"])
+def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder: Path = tmp_path_factory.mktemp("model")
+    awq = "AWQ" in request.param
+    raw = tiny_config("llama") if awq else tiny_config("mistral", sliding_window=24)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**raw)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder / "dense")
+    if not awq:
+        return load(folder / "dense")
+    quantize(folder / "dense", folder / "awq", QuantConfig(group_size=32, method="rtn"))
+    return load(folder / "awq")
+
+
+class Crowd:
+    """A loop over a runner of so many pages, driven by hand."""
+
+    def __init__(self, decoder: Decoder, pages: int = 32, tokens: int = 512, caching: bool = True) -> None:
+        runner = DecoderRunner(decoder, kv_tokens=16 * pages)
+        self.room = min(runner.max_positions, 16 * pages)
+        self.outputs: list[Output] = []
+        self.loop = Loop(runner, max_batch_tokens=tokens, max_sequences=5, prefix_caching=caching)
+        self._caching = caching
+        self._arrivals = 0
+
+    def add(self, asked: Request) -> None:
+        limit = min(self.room, len(asked.prompt) + (asked.params.max_tokens or self.room))
+        eos = frozenset([1])
+        job = new_job(
+            asked,
+            self.outputs.append,
+            limit=limit,
+            arrival=self._arrivals,
+            matcher=None,
+            tokenizer=None,
+            eos_ids=eos,
+            share=self._caching,
+        )
+        self._arrivals += asked.params.sequences
+        self.loop.add(job)
+
+    def finish(self) -> dict[tuple[str, int], Output]:
+        for _ in range(5000):
+            if not self.loop.jobs:
+                break
+            self.loop.step()
+            self.loop.scheduler.check()
+        assert not self.loop.jobs
+        assert self.loop.pool.available == self.loop.pool.num_pages, "pages are gone"
+        return collect(self.outputs)
+
+
+@st.composite
+def asked(draw: st.DrawFn) -> Request:
+    shared = PREFIX[: draw(st.sampled_from([0, 1, 16, 33, 64]))]
+    own = draw(st.lists(st.integers(2, 159), min_size=0 if shared else 1, max_size=40))
+    params = SamplingParams(
+        max_tokens=draw(st.integers(1, 20)),
+        temperature=draw(st.sampled_from([0.0, 1.0])),
+        seed=draw(st.integers(0, 3)),
+        n=draw(st.sampled_from([1, 1, 2])),
+        logprobs=2,
+        prompt_logprobs=draw(st.sampled_from([None, None, 1])),
+        ignore_eos=draw(st.booleans()),
+    )
+    return Request(f"q{next(names)}", [*shared, *own], params)
+
+
+def alone(decoder: Decoder, request: Request, room: int) -> Iterator[Output]:
+    """The request by itself on fresh pages, its prompt in one chunk, nothing cached."""
+    crowd = Crowd(decoder, caching=False)
+    crowd.room = room
+    crowd.add(request)
+    found = crowd.finish()
+    return (found[request.id, index] for index in range(request.params.n))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    coming=st.lists(
+        st.tuples(asked(), st.integers(0, 8), st.sampled_from([None, None, None, 2, 5])), min_size=1, max_size=6
+    ),
+    pages=st.sampled_from([9, 12, 32]),
+    tokens=st.sampled_from([10, 17, 64, 512]),
+    caching=st.booleans(),
+)
+def test_the_same_bits_alone_and_in_a_crowd(
+    decoder: Decoder, coming: list[tuple[Request, int, int | None]], pages: int, tokens: int, caching: bool
+) -> None:
+    crowd = Crowd(decoder, pages, tokens, caching)
+    for step in range(14):
+        for request, arrives, leaves in coming:
+            if arrives == step:
+                crowd.add(request)
+            if leaves is not None and arrives + leaves == step:
+                crowd.loop.abort(request.id)
+        crowd.loop.step()
+        crowd.loop.scheduler.check()
+    found = crowd.finish()
+    for request, _, leaves in coming:
+        for index, expected in enumerate(alone(decoder, request, crowd.room)):
+            output = found[request.id, index]
+            if leaves is not None and output.finish is FinishReason.ABORT:
+                assert output.ids == expected.ids[: len(output.ids)]
+            else:
+                assert output == expected
+
+
+def test_preemption_and_cached_prefixes_happen_here(decoder: Decoder) -> None:
+    """The property above would be empty if neither ever took place."""
+    crowd = Crowd(decoder, pages=9)
+    for seed in range(4):
+        crowd.add(
+            Request(f"p{seed}", [*PREFIX[:33], seed + 2], SamplingParams(max_tokens=40, seed=seed, ignore_eos=True))
+        )
+    crowd.finish()
+    assert crowd.loop.scheduler.preemptions > 0
+    assert crowd.loop.scheduler.prefix_hits > 0
+
+
+def test_the_cache_fits_the_memory(decoder: Decoder) -> None:
+    tokens = default_kv_tokens(decoder.config, torch.device("cpu"))
+    assert tokens == 16 * decoder.config.max_positions  # a tiny model: all that is useful
+    assert Cache.token_bytes(decoder.config) == 2 * 2 * 2 * 16 * 2
