@@ -8,7 +8,6 @@ namespace {
 
 constexpr int64_t BLOCK = 64;    // tokens per softmax update; a multiple of a page
 constexpr int64_t ROWS = 16;     // queries of a unit
-constexpr int GROUP = 4;         // queries that share a loaded key or value
 constexpr float LOWEST = -1e30f;
 
 SIMD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -49,36 +48,50 @@ SIMD void fetch(const uint16_t* page, int64_t dim) {
     for (int64_t i = 0; i < dim * LANES; i += 32) prefetch(page + i);
 }
 
-// Scores of `count` queries against one page: [16] each.
+// Scores of G queries against one page, [16] each. Even and odd coordinates are summed apart: twice as many additions
+// are under way at once.
 template <int G>
 SIMD void score_page(const float* const* q, const uint16_t* keys, int64_t dim, float scale, float* const* scores) {
-    F s[G];
-    for (int r = 0; r < G; ++r) s[r] = set1(0.f);
-    for (int64_t d = 0; d < dim; ++d) {
-        const F key = load_f16(keys + d * LANES);
-        for (int r = 0; r < G; ++r) s[r] = fma(set1(q[r][d]), key, s[r]);
+    F even[G], odd[G];
+    for (int r = 0; r < G; ++r) even[r] = odd[r] = set1(0.f);
+    for (int64_t d = 0; d < dim; d += 2) {
+        const F first = load_f16(keys + d * LANES), second = load_f16(keys + (d + 1) * LANES);
+        for (int r = 0; r < G; ++r) even[r] = fma(set1(q[r][d]), first, even[r]);
+        for (int r = 0; r < G; ++r) odd[r] = fma(set1(q[r][d + 1]), second, odd[r]);
     }
-    for (int r = 0; r < G; ++r) store(scores[r], mul(s[r], set1(scale)));
+    for (int r = 0; r < G; ++r) store(scores[r], mul(add(even[r], odd[r]), set1(scale)));
 }
 
-// y += sum over a page of weight * value, 16 coordinates at a time.
+// y += sum over a page of weight * value, for 16 * B coordinates from d on.
+template <int G, int B>
+SIMD void add_values(float* const* y, const uint16_t* values, int64_t dim, int64_t d, const float* const* weights) {
+    F total[G][B];
+    for (int r = 0; r < G; ++r)
+        for (int b = 0; b < B; ++b) total[r][b] = load(y[r] + d + b * LANES);
+    for (int t = 0; t < LANES; ++t) {
+        F value[B];
+        for (int b = 0; b < B; ++b) value[b] = load_f16(values + t * dim + d + b * LANES);
+        for (int r = 0; r < G; ++r)
+            for (int b = 0; b < B; ++b) total[r][b] = fma(set1(weights[r][t]), value[b], total[r][b]);
+    }
+    for (int r = 0; r < G; ++r)
+        for (int b = 0; b < B; ++b) store(y[r] + d + b * LANES, total[r][b]);
+}
+
 template <int G>
 SIMD void add_page(float* const* y, const uint16_t* values, int64_t dim, const float* const* weights) {
-    for (int64_t d = 0; d < dim; d += LANES) {
-        F total[G];
-        for (int r = 0; r < G; ++r) total[r] = load(y[r] + d);
-        for (int t = 0; t < LANES; ++t) {
-            const F value = load_f16(values + t * dim + d);
-            for (int r = 0; r < G; ++r) total[r] = fma(set1(weights[r][t]), value, total[r]);
-        }
-        for (int r = 0; r < G; ++r) store(y[r] + d, total[r]);
-    }
+    int64_t d = 0;
+    for (; d + 2 * LANES <= dim; d += 2 * LANES) add_values<G, 2>(y, values, dim, d, weights);
+    for (; d < dim; d += LANES) add_values<G, 1>(y, values, dim, d, weights);
 }
 
 template <class Function>
 SIMD void in_groups(int64_t rows, Function function) {
     int64_t r = 0;
-    for (; r + GROUP <= rows; r += GROUP) function(r, std::integral_constant<int, GROUP>());
+    for (; r + QUERIES <= rows; r += QUERIES) function(r, std::integral_constant<int, QUERIES>());
+    if constexpr (QUERIES > 4) {
+        for (; r + 4 <= rows; r += 4) function(r, std::integral_constant<int, 4>());
+    }
     for (; r < rows; ++r) function(r, std::integral_constant<int, 1>());
 }
 

@@ -8,7 +8,8 @@ namespace squawq::SQUAWQ_ISA {
 namespace {
 
 constexpr int64_t UNIT_BLOCKS = 4;        // blocks of a unit: a tile of tokens is read once for all of them
-constexpr int64_t UNIT_BYTES = 64 << 10;  // of weights in a unit, where there are few tokens: the threads end together
+constexpr int64_t UNIT_BYTES = 1 << 19;   // of weights in a unit at most, where there are few tokens: the longer a unit
+constexpr int64_t UNITS_A_THREAD = 4;     // reads on, the faster; but the threads should end together
 
 // Calls function(first token, tile) with tile a compile-time constant.
 template <class Function>
@@ -86,7 +87,8 @@ SIMD void finish(float* y, const float* bias, int64_t n, int64_t block, F value)
 template <class Block>
 void for_blocks(int64_t m, int64_t n, int64_t block_bytes, Block block) {
     const int64_t blocks = ceil_div(n, LANES);
-    const int64_t unit = m >= TILE ? UNIT_BLOCKS : ceil_div(UNIT_BYTES, block_bytes);
+    const int64_t share = ceil_div(blocks, UNITS_A_THREAD * threads()), most = ceil_div(UNIT_BYTES, block_bytes);
+    const int64_t unit = m >= TILE ? UNIT_BLOCKS : (share < most ? share : most);
     parallel_for(ceil_div(blocks, unit), [&](int64_t u) {
         const int64_t from = u * unit;
         block(from, from + unit < blocks ? from + unit : blocks);

@@ -12,6 +12,7 @@ struct I {
 };
 constexpr int TILE = 4;
 constexpr int BLOCKS = 1;
+constexpr int QUERIES = 2;
 constexpr int PREFETCH = 2048;
 
 SIMD void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

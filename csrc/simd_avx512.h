@@ -8,6 +8,7 @@ using F = __m512;
 using I = __m512i;
 constexpr int TILE = 8;         // tokens that share an unpacked weight
 constexpr int BLOCKS = 2;      // blocks of rows that share a token's broadcast word
+constexpr int QUERIES = 8;     // that share a loaded key or value
 constexpr int PREFETCH = 1024;  // bytes ahead
 
 SIMD void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

@@ -12,6 +12,7 @@ struct I {
 };
 constexpr int TILE = 4;
 constexpr int BLOCKS = 1;
+constexpr int QUERIES = 4;
 constexpr int PREFETCH = 2048;
 
 #define EACH for (int i = 0; i < 4; ++i)

@@ -11,6 +11,7 @@ struct I {
 };
 constexpr int TILE = 4;
 constexpr int BLOCKS = 1;
+constexpr int QUERIES = 4;
 
 #define EACH for (int i = 0; i < LANES; ++i)
 SIMD void prefetch(const void* p) { (void)p; }
