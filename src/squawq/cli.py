@@ -38,6 +38,7 @@ Temperature = Annotated[
 MaxTokens = Annotated[int, typer.Option(help="At most so many new tokens")]
 Seed = Annotated[int | None, typer.Option(help="The same text again")]
 Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels; default: the machine's", min=1)]
+Head = Annotated[str, typer.Option(help="The output layer: int8, int4 (smaller, less exact) or 16-bit")]
 Exact = Annotated[bool, typer.Option("--exact", help="32-bit activations: slower, for comparison")]
 
 
@@ -175,12 +176,13 @@ def generate(
     device: Device = "cpu",
     threads: Threads = None,
     exact: Exact = False,
+    head: Head = "int8",
 ) -> None:
     """Continue a text: the continuation on stdout, everything else on stderr.
 
     Example: squawq generate OUT -p "Once upon a time" --max-tokens 100 --temperature 0
     """
-    llm = _load(model, device=device, threads=threads, exact=exact)
+    llm = _load(model, device=device, threads=threads, exact=exact, head=head)
     _write(llm.stream(prompt, _sampling(llm, max_tokens, temperature, top_p, seed)))
 
 
@@ -195,12 +197,13 @@ def chat(
     device: Device = "cpu",
     threads: Threads = None,
     exact: Exact = False,
+    head: Head = "int8",
 ) -> None:
     """Talk to a model. An empty line is ignored; /new starts over, /exit or Ctrl-D ends.
 
     Example: squawq chat OUT --system "You are a friendly storyteller."
     """
-    llm = _load(model, device=device, threads=threads, exact=exact)
+    llm = _load(model, device=device, threads=threads, exact=exact, head=head)
     sampling = _sampling(llm, max_tokens, temperature, top_p, seed)
     start = [{"role": "system", "content": system}] if system else []
     llm.tokenizer.render([*start, {"role": "user", "content": "hello"}])  # a model without a template ends here
@@ -236,6 +239,7 @@ def bench(
     streams: Annotated[int, typer.Option(help="Requests at once")] = 1,
     threads: Threads = None,
     exact: Exact = False,
+    head: Head = "int8",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the table")] = False,
 ) -> None:
     """Measure how fast a model runs on this CPU: random token ids, no early stop; it needs no tokenizer.
@@ -253,6 +257,7 @@ def bench(
             streams=streams,
             threads=threads,
             exact=exact,
+            head=head,
         )
     if as_json:
         print(json.dumps(found))

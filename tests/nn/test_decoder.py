@@ -173,6 +173,17 @@ def test_quantized_folder_runs_as_its_dequantized_self(
         assert 1e-3 < (found - original).abs().mean() < original.abs().mean()
 
 
+def test_smaller_heads_cost_what_their_bits_say(make_model: MakeModel) -> None:
+    """Mean error of the logits against the head as stored: int4 some ten times int8's, both far from unrelated."""
+    if cpu.load() is None:
+        pytest.skip("the native kernels are not built on this machine")
+    folder = make_model()
+    ids = torch.randint(0, 160, (1, 32), generator=torch.Generator().manual_seed(1))
+    base = logits(folder, ids, Options(head="16-bit"))
+    errors = {head: float((logits(folder, ids, Options(head=head)) - base).abs().mean()) for head in ("int8", "int4")}
+    assert 0 < 4 * errors["int8"] < errors["int4"] < 0.2 * float(base.abs().mean())
+
+
 def test_partly_quantized_groups_run(make_model: MakeModel, tmp_path: Path) -> None:
     """A writer that left only q_proj in 16 bits: the three that are fused become dense."""
     folder = make_model("llama")
@@ -192,8 +203,8 @@ def test_partly_quantized_groups_run(make_model: MakeModel, tmp_path: Path) -> N
 
 
 def test_bad_options(make_model: MakeModel) -> None:
-    with pytest.raises(ConfigError, match="head is 'int4'; choose one of int8, 16-bit"):
-        Options(head="int4")
+    with pytest.raises(ConfigError, match="head is 'int2'; choose one of int8, int4, 16-bit"):
+        Options(head="int2")
     with pytest.raises(ConfigError, match="kv_tokens is 3"):
         DecoderRunner(load(make_model()), kv_tokens=3)
     with pytest.raises(CheckpointError, match="no such model folder"):

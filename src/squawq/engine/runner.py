@@ -106,8 +106,8 @@ def load_runner(
     """Load a folder for the engine.
 
     threads: of the CPU kernels, for the whole process; None leaves them. exact: float32 activations in 4-bit products.
-    head: "int8" or "16-bit". kv_tokens: how many tokens of keys and values fit at once; None takes a share of the
-    free memory. Raises SquawqError for a folder or a value that cannot be.
+    head: "int8", "int4" or "16-bit". kv_tokens: how many tokens of keys and values fit at once; None takes a share of
+    the free memory. Raises SquawqError for a folder or a value that cannot be.
     """
     options = Options(device, exact, head)
     if threads is not None:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from squawq.errors import ConfigError, KernelError
+from squawq.format.groupwise import quantize
+from squawq.format.packing import to_gemm
 
 logger = logging.getLogger("squawq")
 ABI = 1
@@ -28,6 +30,7 @@ LARGE_PAGE = 2 << 20
 LANES = 16  # output rows of a packed block, tokens of a page
 ISAS = ("avx512", "avx2", "neon", "scalar", "torch")
 GROUPS = (128, 64, 32, 16)  # inputs that share an activation scale
+ROUNDED_ROWS = 4096
 MOST_SHARED_HEADS = 16  # query heads for each key-value head
 DENSE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -236,6 +239,16 @@ class PackedInt4:
                 *map(_address, (self._weight, self._scales, self._zeros)),
             )
         )
+
+    @classmethod
+    def rounded(cls, weight: Tensor, group: int) -> PackedInt4:
+        """A dense weight [out, in] rounded to nearest. Memory beside the result: a slice of some thousand rows."""
+        out, in_ = weight.shape
+        packed = cls(out, in_, group)
+        for row in range(0, out, ROUNDED_ROWS):
+            gemm = to_gemm(quantize(weight[row : row + ROUNDED_ROWS], group, zero_point=True))
+            packed.fill(row, gemm["qweight"], gemm["scales"], gemm["qzeros"])
+        return packed
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [rows, in] -> float32 [rows, out]."""

@@ -22,15 +22,17 @@ from squawq.kernels import cpu
 from squawq.nn.decoder import DOWN, GATE_UP, OUT, QKV, Decoder, Layer
 from squawq.nn.linear import Linear
 
-HEADS = ("int8", "16-bit")
+HEADS = ("int8", "int4", "16-bit")
+HEAD_GROUP = 32  # of an int4 head: finer than the layers', since nothing was searched for it
 
 
 @dataclass(frozen=True)
 class Options:
     """How weights are held. device: where. exact: activations stay float32 in products with 4-bit weights.
 
-    head: "int8" rounds the head's rows to 8 bits (native kernels only), "16-bit" leaves it as it is stored; `exact`
-    leaves it too. packed: use the native kernels where they fit; False gives plain tensors, dense ones in float32.
+    head: "int8" rounds the head's rows to 8 bits, "int4" to 4 bits in groups of 32 (both with the native kernels only),
+    "16-bit" leaves it as it is stored; `exact` leaves it too. packed: use the native kernels where they fit; False gives
+    plain tensors, dense ones in float32.
     Raises ConfigError for another head.
     """
 
@@ -159,8 +161,10 @@ def load_head(checkpoint: Checkpoint, family: Family, options: Options) -> tuple
     config = checkpoint.config
     norm = _float(checkpoint.read(f"{family.norm}.weight", (config.hidden_size,)), options.device)
     name = family.embedding if config.tied_embeddings else family.head
-    if options.native and options.head == "int8" and not options.exact and not checkpoint.is_quantized(name):
+    if options.native and options.head != "16-bit" and not options.exact and not checkpoint.is_quantized(name):
         weight = checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
+        if options.head == "int4" and config.hidden_size % HEAD_GROUP == 0 and config.vocab_size % 8 == 0:
+            return norm, Linear(cpu.PackedInt4.rounded(weight, HEAD_GROUP))
         if cpu.kernel_group(config.hidden_size) is not None and weight.dtype in cpu.DENSE_TYPES:
             return norm, Linear(cpu.PackedInt8(weight))
     return norm, load_linear(checkpoint, {name: config.vocab_size}, config.hidden_size, options)
