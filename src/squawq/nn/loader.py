@@ -31,8 +31,8 @@ class Options:
     """How weights are held. device: where. exact: activations stay float32 in products with 4-bit weights.
 
     head: "int8" rounds the head's rows to 8 bits, "int4" to 4 bits in groups of 32 (with the native kernels only),
-    "16-bit" leaves it as it is stored; `exact` leaves it too. packed: use the native kernels where they fit; False gives
-    plain tensors, dense ones in float32.
+    "16-bit" leaves it as it is stored; `exact` leaves it too. packed: use the native kernels where they fit; False
+    gives plain tensors, dense ones in float32.
     Raises ConfigError for another head.
     """
 
