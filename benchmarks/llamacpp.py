@@ -1,7 +1,7 @@
 """squawq against llama.cpp's Q4_K_M: same shape, same threads, random weights, taking turns in one run.
 
     python benchmarks/llamacpp.py --peer-python PYTHON [--shape llama-3.2-1b] [--threads 2] [--rounds 3]
-        [--cases decode prefill streams] [--folder DIR]
+        [--cases decode prefill streams] [--head int8] [--folder DIR]
 
 PYTHON is the interpreter of an environment with llama-cpp-python, gguf and numpy. Every round measures plain reading of
 memory, llama.cpp and squawq, one after the other; the figures are medians over the rounds. The models are made in
@@ -102,9 +102,10 @@ def read_bandwidth(threads: int) -> float:
     return READ_BYTES / min(seconds)
 
 
-def weight_bytes(shape: Shape) -> int:
-    """What squawq reads a step: nibbles, scales and zeros of every linear, and a head of 8 bits with a scale a row."""
-    total = shape.vocab * (shape.hidden + 4)
+def weight_bytes(shape: Shape, head: str) -> int:
+    """What squawq reads a step: nibbles, scales and zeros of every linear, and the head: 8 bits and a scale a row, or 4
+    bits, a scale and a zero for 32."""
+    total = shape.vocab * (shape.hidden + 4 if head == "int8" else shape.hidden // 2 + shape.hidden // 32 * 3)
     for out_features, in_features in shape.linears().values():
         groups = in_features // QUANT.group_of(in_features)
         total += shape.layers * (out_features * in_features // 2 + out_features * groups * 5 // 2)
@@ -125,7 +126,11 @@ def limit(weights: int, shape: Shape, load: Load, bandwidth: float) -> float:
 
 
 def table(
-    shape: Shape, cases: Sequence[Case], found: dict[tuple[Load, str], list[dict[str, Any]]], bandwidth: float
+    shape: Shape,
+    head: str,
+    cases: Sequence[Case],
+    found: dict[tuple[Load, str], list[dict[str, Any]]],
+    bandwidth: float,
 ) -> list[list[str]]:
     """A row a case, then what else each kind of run says."""
 
@@ -138,7 +143,7 @@ def table(
         peer, ours = pair(case.load, case.key)
         shares = ""
         if case.key == "decode_tok_s":
-            sides = ((peer, int(found[case.load, "peer"][0]["weight_bytes"])), (ours, weight_bytes(shape)))
+            sides = ((peer, int(found[case.load, "peer"][0]["weight_bytes"])), (ours, weight_bytes(shape, head)))
             shares = " / ".join(f"{speed / limit(size, shape, case.load, bandwidth):.0%}" for speed, size in sides)
         rows.append([case.title, f"{peer:.1f}", f"{ours:.1f}", f"{ours / peer:.2f}", f">= {case.target}", shares])
     extras = (("time to first token, ms", "ttft_ms", 1.0), ("peak memory, GiB", "peak_rss_bytes", 2.0**30))
@@ -157,6 +162,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--head", choices=("int8", "int4"), default="int8", help="squawq's; llama.cpp's has 6 bits")
     parser.add_argument("--folder", type=Path, help="keeps the models; default: a temporary one")
     args = parser.parse_args()
 
@@ -169,7 +175,7 @@ def main() -> None:
         checkpoint, gguf = prepare(args.shape, folder, args.peer_python)
         commands = {
             "peer": [args.peer_python, str(PEER), "measure", str(gguf)],
-            "squawq": [sys.executable, "-m", "squawq", "bench", str(checkpoint), "--json"],
+            "squawq": [sys.executable, "-m", "squawq", "bench", str(checkpoint), "--json", "--head", args.head],
         }
         for turn in range(args.rounds):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -185,9 +191,9 @@ def main() -> None:
         sys.exit(f"llama.cpp ran {peer['parameters']:,} parameters, squawq {parameters(shape):,}: not the same shape")
     bandwidth = statistics.median(bandwidths)
     settings = f"{args.threads} threads, median of {args.rounds}, plain reading {bandwidth / 1e9:.1f} GB/s"
-    title = f"{args.shape} shape, Q4_K_M and AWQ INT4, {settings}"
+    title = f"{args.shape} shape, Q4_K_M and AWQ INT4 with {args.head} head, {settings}"
     headings = ["", "llama.cpp", "squawq", "ratio", "target", "of limit"]
-    print_table(title, headings, table(shape, cases, found, bandwidth))
+    print_table(title, headings, table(shape, args.head, cases, found, bandwidth))
     print(f"llama-cpp-python {peer['version']}: {peer['system']}\nsquawq: {ours['isa']}")
 
 

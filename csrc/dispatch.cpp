@@ -5,6 +5,7 @@
 #include <mutex>
 #include <new>
 
+#include "layers.h"
 #include "ops.h"
 #include "pack.h"
 #include "pool.h"
@@ -63,6 +64,51 @@ const Ops* find(const char* name) {
 const Ops* current = find(nullptr);
 std::mutex lock;
 
+void matmul(const Ops& ops, const float* x, int64_t m, const Matrix& matrix, float* y) {
+    switch (matrix.kind) {
+        case Kind::int4: return ops.int4_matmul(x, m, *static_cast<const Int4*>(matrix.weight), y);
+        case Kind::int4_exact: return ops.int4_matmul_exact(x, m, *static_cast<const Int4*>(matrix.weight), y);
+        case Kind::int8: return ops.int8_matmul(x, m, *static_cast<const Int8*>(matrix.weight), y);
+        case Kind::dense: return ops.dense_matmul(x, m, *static_cast<const DenseWeight*>(matrix.weight), y);
+    }
+}
+
+// hidden [rows][hidden] goes through the layers in place; the same operations as Layer and Decoder in nn/decoder.py.
+void run_layers(const Ops& ops, const Layer* layers, int64_t number, const Step& step, float* hidden, float* workspace) {
+    const Heads heads = step.heads;
+    const int64_t rows = step.rows, width = (heads.query + 2 * heads.kv) * heads.dim;
+    float* x = workspace;
+    float* delta = x + rows * step.hidden;
+    float* wide = delta + rows * step.hidden;  // qkv and, when that is done with, gate and up
+    float* narrow = wide + rows * (width > 2 * step.inner ? width : 2 * step.inner);  // attention's or the MLP's inner part
+    const float* pending = nullptr;
+    for (const Layer* layer = layers; layer != layers + number; ++layer) {
+        ops.rms_norm(hidden, pending, layer->input_norm, step.eps, rows, step.hidden, x);
+        matmul(ops, x, rows, layer->qkv, wide);
+        ops.rotate_and_store(wide, rows, heads, step.cos, step.sin, layer->q_norm, layer->k_norm, step.eps, step.slots,
+                             layer->keys, layer->values);
+        ops.attention(wide, heads, step.sequences, step.count, layer->window, layer->keys, layer->values, narrow);
+        matmul(ops, narrow, rows, layer->out, delta);
+        ops.rms_norm(hidden, delta, layer->post_norm, step.eps, rows, step.hidden, x);
+        matmul(ops, x, rows, layer->gate_up, wide);
+        ops.silu_mul(wide, rows, step.inner, narrow);
+        matmul(ops, narrow, rows, layer->down, delta);
+        pending = delta;
+    }
+    if (pending != nullptr)
+        for (int64_t i = 0; i < rows * step.hidden; ++i) hidden[i] += pending[i];
+}
+
+// sequences: [count] of {first row, rows, start, place of the page table in `pages`}. Until the next call.
+const Sequence* sequence_list(const int64_t* sequences, int64_t count, const int32_t* pages) {
+    Sequence* list = static_cast<Sequence*>(scratch(2, sizeof(Sequence) * size_t(count)));
+    for (int64_t s = 0; s < count; ++s) {
+        const int64_t* from = sequences + 4 * s;
+        list[s] = {from[0], from[1], from[2], pages + from[3]};
+    }
+    return list;
+}
+
 template <class Function>
 int locked(Function function) {
     const std::lock_guard<std::mutex> guard(lock);
@@ -79,7 +125,7 @@ int locked(Function function) {
 
 using namespace squawq;
 
-EXPORT int squawq_abi() { return 1; }
+EXPORT int squawq_abi() { return 2; }
 EXPORT const char* squawq_isa() { return current->name; }
 
 // -1: not built in or not on this machine.
@@ -150,16 +196,23 @@ EXPORT int squawq_rotate_and_store(float* qkv, int64_t m, int64_t query_heads, i
     });
 }
 
-// sequences: [count] of {first row, rows, start, place of the page table in `pages`}.
 EXPORT int squawq_attention(const float* qkv, int64_t query_heads, int64_t kv_heads, int64_t dim, const int64_t* sequences,
                             int64_t count, const int32_t* pages, int64_t window, const uint16_t* keys,
                             const uint16_t* values, float* y) {
     return locked([=] {
-        Sequence* list = static_cast<Sequence*>(scratch(0, sizeof(Sequence) * size_t(count)));
-        for (int64_t s = 0; s < count; ++s) {
-            const int64_t* from = sequences + 4 * s;
-            list[s] = {from[0], from[1], from[2], pages + from[3]};
-        }
+        const Sequence* list = sequence_list(sequences, count, pages);
         current->attention(qkv, {query_heads, kv_heads, dim}, list, count, window, keys, values, y);
+    });
+}
+
+// workspace: rows * (2 * hidden + max((query + 2 * kv) * dim, 2 * inner) + max(query * dim, inner)) floats.
+EXPORT int squawq_layers(const Layer* layers, int64_t number, float* hidden, int64_t rows, int64_t hidden_size, int64_t inner,
+                         int64_t query_heads, int64_t kv_heads, int64_t dim, float eps, const float* cos, const float* sin,
+                         const int64_t* slots, const int64_t* sequences, int64_t count, const int32_t* pages,
+                         float* workspace) {
+    return locked([=] {
+        const Sequence* list = sequence_list(sequences, count, pages);
+        const Step step{rows, hidden_size, inner, {query_heads, kv_heads, dim}, eps, cos, sin, slots, list, count};
+        run_layers(*current, layers, number, step, hidden, workspace);
     });
 }

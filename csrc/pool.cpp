@@ -122,8 +122,8 @@ void set_threads(int threads) {
 int threads() { return pool().threads; }
 
 void* scratch(int slot, size_t bytes) {
-    static void* memory[2] = {nullptr, nullptr};
-    static size_t size[2] = {0, 0};
+    static void* memory[SLOTS] = {};
+    static size_t size[SLOTS] = {};
     if (size[slot] < bytes) {
         std::free(memory[slot]);
         size[slot] = 0;

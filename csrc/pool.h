@@ -19,7 +19,8 @@ void parallel_for(int64_t units, Function function) {
 void set_threads(int threads);
 int threads();
 
-// Grow-only, aligned to 64 bytes; slot 0 or 1; the contents are undefined. Throws std::bad_alloc.
+// Grow-only, aligned to 64 bytes; the contents are undefined. Throws std::bad_alloc.
+constexpr int SLOTS = 3;
 void* scratch(int slot, size_t bytes);
 
 }  // namespace squawq

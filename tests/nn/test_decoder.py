@@ -21,6 +21,7 @@ from squawq.format.reader import Checkpoint
 from squawq.format.writer import write_index
 from squawq.kernels import cpu
 from squawq.kernels.reference import rms_norm
+from squawq.nn.decoder import layer_stack
 from squawq.nn.loader import Options, load, load_head
 from squawq.nn.rope import inverse_frequencies
 from squawq.quantization.pipeline import quantize
@@ -95,6 +96,27 @@ def test_chunks_and_batches_change_no_bit(case: str, quantized: bool, make_model
         other = Chunk(ids[at - 20 : at], 0, [20, 21], 1)
         pieces.append(runner.run([other, Chunk([ids[at]], at, [1, 7, 4], 1), other])[1])
     assert (torch.cat([torch.from_numpy(p) for p in pieces]) == torch.from_numpy(whole)).all()
+
+
+@pytest.mark.parametrize("case", ["llama 3.1", "mistral, window", "qwen2, window", "qwen3", "llama, no grouped heads"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_all_layers_in_one_call_are_the_layers_one_by_one(
+    case: str, quantized: bool, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: csrc/dispatch.cpp's run_layers against Layer."""
+    if cpu.load() is None:
+        pytest.skip("the native kernels are not built on this machine")
+    model_type, changes = CASES[case]
+    folder = make_model(model_type, **changes)
+    if quantized:
+        quantize(folder, tmp_path / "out", QuantConfig(group_size=32, method="rtn"))
+        folder = tmp_path / "out"
+    ids = torch.randint(0, 160, (2, 40), generator=torch.Generator().manual_seed(6))
+    together = logits(folder, ids, Options())
+    asked: list[object] = []
+    monkeypatch.setattr("squawq.nn.decoder.layer_stack", lambda layers, cache: asked.append(layer_stack(layers, cache)))
+    assert torch.equal(logits(folder, ids, Options()), together)
+    assert isinstance(asked[0], cpu.LayerStack)
 
 
 def test_llama31_frequencies_against_the_published_formula() -> None:

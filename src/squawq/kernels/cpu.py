@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +26,7 @@ from squawq.format.groupwise import quantize
 from squawq.format.packing import to_gemm
 
 logger = logging.getLogger("squawq")
-ABI = 1
+ABI = 2
 LARGE_PAGE = 2 << 20
 LANES = 16  # output rows of a packed block, tokens of a page
 ISAS = ("avx512", "avx2", "neon", "scalar", "torch")
@@ -48,6 +49,7 @@ _SIGNATURES = {
     "squawq_silu_mul": (_POINTER, _SIZE, _SIZE, _POINTER),
     "squawq_rotary": (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER),
     "squawq_rotate_and_store": (_POINTER, *(_SIZE,) * 4, *(_POINTER,) * 4, _FLOAT, *(_POINTER,) * 3),
+    "squawq_layers": (_POINTER, _SIZE, _POINTER, *(_SIZE,) * 6, _FLOAT, *(_POINTER,) * 4, _SIZE, _POINTER, _POINTER),
     "squawq_attention": (_POINTER, *(_SIZE,) * 3, _POINTER, _SIZE, _POINTER, _SIZE, *(_POINTER,) * 3),
 }
 
@@ -207,6 +209,7 @@ class PackedInt4:
         if kernel is None or in_ % group or out % 8:
             raise KernelError(f"no native kernel for int4 weights [{out}, {in_}] in groups of {group}")
         self.shape, self.exact, self._repeat = (out, in_), exact, group // kernel
+        self.kind = 1 if exact else 0  # of csrc/layers.h
         blocks, groups = _blocks(out), in_ // kernel
         self._weight = _buffer(blocks * in_ * LANES // 2, torch.uint8)
         self._scales = torch.zeros(blocks * groups * LANES, dtype=torch.float16)
@@ -214,7 +217,7 @@ class PackedInt4:
         self._bias = _bias(bias, out)
         addresses = [_address(t) for t in (self._weight, self._scales, self._zeros, self._bias)]
         self._struct = _Int4(*addresses, out, in_, kernel)
-        self._pointer = ctypes.addressof(self._struct)
+        self.pointer = ctypes.addressof(self._struct)
 
     def fill(self, first_row: int, qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> None:
         """AWQ GEMM tensors of some rows: qweight int32 [in, n/8], scales 16-bit [groups, n], qzeros int32
@@ -253,12 +256,14 @@ class PackedInt4:
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [rows, in] -> float32 [rows, out]."""
         y = x.new_empty(x.shape[0], self.shape[0])
-        _check(_library().squawq_int4_matmul(x.data_ptr(), x.shape[0], self._pointer, self.exact, y.data_ptr()))
+        _check(_library().squawq_int4_matmul(x.data_ptr(), x.shape[0], self.pointer, self.exact, y.data_ptr()))
         return y
 
 
 class PackedInt8:
     """Weights [out, in] rounded to int8 with one scale a row, in the kernels' layout: out * in bytes."""
+
+    kind = 2
 
     def __init__(self, weight: Tensor) -> None:
         out, in_ = self.shape = (weight.shape[0], weight.shape[1])
@@ -271,17 +276,19 @@ class PackedInt8:
         arguments = (_address(source), DENSE_TYPES[weight.dtype], out, in_)
         _check(_library().squawq_pack_int8(*arguments, _address(self._weight), _address(self._scales)))
         self._struct = _Int8(_address(self._weight), _address(self._scales), None, out, in_, kernel)
-        self._pointer = ctypes.addressof(self._struct)
+        self.pointer = ctypes.addressof(self._struct)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [rows, in] -> float32 [rows, out]."""
         y = x.new_empty(x.shape[0], self.shape[0])
-        _check(_library().squawq_int8_matmul(x.data_ptr(), x.shape[0], self._pointer, y.data_ptr()))
+        _check(_library().squawq_int8_matmul(x.data_ptr(), x.shape[0], self.pointer, y.data_ptr()))
         return y
 
 
 class PackedDense:
     """float16, bfloat16 or float32 weights [out, in] in the kernels' layout; multiplied in float32."""
+
+    kind = 3
 
     def __init__(self, parts: Sequence[Tensor], *, bias: Tensor | None = None) -> None:
         out, in_ = self.shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
@@ -299,12 +306,12 @@ class PackedDense:
             row += part.shape[0]
         self._bias = _bias(bias, out)
         self._struct = _Dense(_address(self._weight), _address(self._bias), out, in_, DENSE_TYPES[dtype])
-        self._pointer = ctypes.addressof(self._struct)
+        self.pointer = ctypes.addressof(self._struct)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [rows, in] -> float32 [rows, out]."""
         y = x.new_empty(x.shape[0], self.shape[0])
-        _check(_library().squawq_dense_matmul(x.data_ptr(), x.shape[0], self._pointer, y.data_ptr()))
+        _check(_library().squawq_dense_matmul(x.data_ptr(), x.shape[0], self.pointer, y.data_ptr()))
         return y
 
 
@@ -366,3 +373,56 @@ def attention(
     batch = (sequences.data_ptr(), sequences.shape[0], pages.data_ptr(), window or 0)
     _check(_library().squawq_attention(qkv.data_ptr(), *heads, *batch, *map(_address, (keys, values, y))))
     return y
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("kind", _SIZE), ("weight", _POINTER))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, _Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, _POINTER) for name in ("keys", "values")),
+        ("window", _SIZE),
+    )
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """What one decoder layer consists of: float32 norms, packed linears, its pages, its window (None for all)."""
+
+    norms: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # input, post-attention, query, key
+    linears: tuple[Packed, Packed, Packed, Packed]  # qkv, out, gate-up, down
+    cache: tuple[Tensor, Tensor]
+    window: int | None
+
+
+class LayerStack:
+    """Decoder layers that run in one call. heads: (query, kv, head_dim); inner: the MLP's width.
+
+    Whether they fit is the caller's check (`nn/decoder.py`): every width a multiple of 16, 16-bit float pages.
+    """
+
+    def __init__(self, layers: Sequence[LayerParts], heads: tuple[int, int, int], inner: int, eps: float) -> None:
+        self._parts = tuple(layers)  # kept alive: the structures point into them
+        self._heads, self._inner, self._eps = heads, inner, eps
+        self._structs = (_Layer * len(layers))(*map(self._layer, layers))
+
+    @staticmethod
+    def _layer(parts: LayerParts) -> _Layer:
+        matrices = [_Matrix(linear.kind, linear.pointer) for linear in parts.linears]
+        return _Layer(*map(_address, parts.norms), *matrices, *map(_address, parts.cache), parts.window or 0)
+
+    def __call__(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], slots: Tensor, sequences: Tensor, pages: Tensor
+    ) -> None:
+        """hidden float32 [rows, hidden_size] goes through all layers in place; the rest as for `attention`."""
+        rows, width = hidden.shape
+        query, kv, dim = self._heads
+        floats = 2 * width + max((query + 2 * kv) * dim, 2 * self._inner) + max(query * dim, self._inner)
+        workspace = torch.empty(rows * floats)
+        sizes = (rows, width, self._inner, query, kv, dim)
+        batch = (*map(_address, (*rotary, slots, sequences)), sequences.shape[0], pages.data_ptr())
+        layers = (ctypes.addressof(self._structs), len(self._structs))
+        _check(_library().squawq_layers(*layers, hidden.data_ptr(), *sizes, self._eps, *batch, workspace.data_ptr()))

@@ -7,7 +7,7 @@ every residual addition is part of a norm. Attention is over the paged cache (`D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squawq.config import ModelConfig
-from squawq.kernels import dispatch, reference
+from squawq.kernels import cpu, dispatch, reference
 from squawq.nn.cache import Batch, Cache
 from squawq.nn.linear import Linear
 from squawq.nn.rope import inverse_frequencies
@@ -76,6 +76,7 @@ class Decoder:
     norm: Tensor
     head: Linear
     frequencies: Tensor = field(init=False)
+    _bound: tuple[Cache | None, cpu.LayerStack | None] = field(init=False, default=(None, None))
 
     def __post_init__(self) -> None:
         self.frequencies = inverse_frequencies(self.config.rope, self.config.head_dim).to(self.norm.device)
@@ -84,16 +85,48 @@ class Decoder:
     def __call__(self, batch: Batch, cache: Cache) -> Tensor:
         """Run the batch's tokens, write their keys and values to `cache`; logits float32 [outputs, vocab]."""
         hidden = self.embedding[batch.ids.to(self.embedding.device)].to(self.norm.device, torch.float32)
-        attend = partial(_paged_attention, batch, cache, dispatch.rotary(batch.positions, self.frequencies))
+        rotary = dispatch.rotary(batch.positions, self.frequencies)
+        if self._bound[0] is not cache:
+            self._bound = cache, layer_stack(self.layers, cache)
+        if (stack := self._bound[1]) is not None:
+            stack(hidden, rotary, batch.slots, batch.sequences, batch.pages)
+        else:
+            self._run(hidden, rotary, batch, cache)
+        if not len(batch.outputs):
+            return hidden.new_empty(0, self.config.vocab_size)
+        rows = hidden if len(batch.outputs) == len(hidden) else hidden[batch.outputs]
+        return self.head(dispatch.add_rms_norm(rows, None, self.norm, self.config.norm_eps))
+
+    def _run(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], batch: Batch, cache: Cache) -> None:
+        """The layers one operation at a time; `layer_stack` does the same in one call."""
+        attend = partial(_paged_attention, batch, cache, rotary)
         delta: Tensor | None = None
         for layer in self.layers:
             delta = layer(hidden, delta, attend)
         if delta is not None:
             hidden += delta
-        if not len(batch.outputs):
-            return hidden.new_empty(0, self.config.vocab_size)
-        rows = hidden if len(batch.outputs) == len(hidden) else hidden[batch.outputs]
-        return self.head(dispatch.add_rms_norm(rows, None, self.norm, self.config.norm_eps))
+
+
+def layer_stack(layers: Sequence[Layer], cache: Cache) -> cpu.LayerStack | None:
+    """The layers over this cache as one native call; None where the native kernels do not take all of it."""
+    if not layers or cpu.load() is None:
+        return None
+    config = layers[0].config
+    query, kv, dim = config.heads
+    widths = (config.hidden_size, config.intermediate_size, dim)
+    if any(width % cpu.LANES for width in widths) or query > kv * cpu.MOST_SHARED_HEADS:
+        return None
+    parts = []
+    for layer in layers:
+        linears = [layer.linears[name] for name in (QKV, OUT, GATE_UP, DOWN)]
+        packed = [linear.weight for linear in linears if isinstance(linear.weight, cpu.Packed) and linear.bias is None]
+        if len(packed) < len(linears):
+            return None
+        norms = (layer.norms["input_layernorm"], layer.norms["post_attention_layernorm"], *layer.head_norms)
+        qkv, out, gate_up, down = packed
+        keys_values = cache.layer(layer.index)
+        parts.append(cpu.LayerParts(norms, (qkv, out, gate_up, down), keys_values, config.window(layer.index)))
+    return cpu.LayerStack(parts, config.heads, config.intermediate_size, config.norm_eps)
 
 
 def _paged_attention(batch: Batch, cache: Cache, rotary: tuple[Tensor, Tensor], layer: Layer, qkv: Tensor) -> Tensor:
