@@ -3,76 +3,100 @@
     python benchmarks/activations.py [MODEL] [--text FILE] [--tokens 16384] [--window 512]
 
 MODEL is a 16-bit folder (default: the bundled demo model), quantized here with the defaults. The INT4 folder is run
-over the same windows in each way; KL in nats and agreement on the likeliest token are against the first row:
-activations in float32 and the head as stored. The last row compares that one with the 16-bit model: quantizing's loss.
+over the same windows in each way. KL in nats and agreement on the likeliest token: of the INT4 folder in float32 to the
+16-bit model, which is what quantizing costs, and of each other way to the INT4 folder in float32. "of quantizing" is
+a KL by the former one. Memory: two models and the logits of two windows.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import print_table
 from torch import Tensor
 
-from squawq.demo import demo_model
+from squawq.demo import EVALUATED_TOKENS, demo_model
 from squawq.engine.request import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.evaluation.metrics import Score
 from squawq.evaluation.run import text_ids
-from squawq.nn.loader import Options, load
+from squawq.families import family_of
+from squawq.format.reader import Checkpoint
+from squawq.kernels import cpu
+from squawq.nn.loader import Options, load, load_head
 from squawq.quantization.pipeline import quantize
 from squawq.tokenizer import Tokenizer
 
-EXACT = Options(exact=True)
-WAYS = {
-    "int8 activations, head as stored": Options(head="16-bit"),
-    "int8 activations, int8 head (default)": Options(),
-    "int8 activations, int4 head": Options(head="int4"),
+WAYS = {  # whether activations stay float32, and the head
+    "int8 activations, 16-bit head": (False, "16-bit"),
+    "float32 activations, int8 head": (True, "int8"),
+    "int8 activations, int8 head (default)": (False, "int8"),
+    "int8 activations, int4 head": (False, "int4"),
 }
 
 
-def logits_of(folder: Path, options: Options, windows: Tensor) -> list[Tensor]:
-    """Logits [window, vocab] of every window, on the CPU kernels."""
-    runner = DecoderRunner(load(folder, options), kv_tokens=windows.shape[1] + 16)
-    pages = list(range(runner.num_pages))
-    return [torch.from_numpy(runner.run([Chunk(ids, 0, pages, len(ids))])[0]) for ids in windows.tolist()]
+def runner_of(folder: Path, window: int, exact: bool, head: str) -> DecoderRunner:
+    """The folder on the CPU kernels, with pages for one window."""
+    decoder = load(folder, Options(exact=exact, head=head))
+    if exact and head != "16-bit":  # which Options leave at 16 bits
+        checkpoint = Checkpoint(folder)
+        _, decoder.head = load_head(checkpoint, family_of(checkpoint.config.model_type), Options(head=head))
+    return DecoderRunner(decoder, kv_tokens=window + DecoderRunner.page_size)
 
 
-def compare(windows: Tensor, found: list[Tensor], base: list[Tensor]) -> dict[str, float]:
-    """Perplexity of `found`, and its distance from `base`."""
+def logits_of(runner: DecoderRunner, ids: Tensor) -> Tensor:
+    """[tokens, vocab] of one window."""
+    chunk = Chunk(ids.tolist(), 0, range(runner.num_pages), len(ids))
+    return torch.from_numpy(runner.run([chunk])[0])
+
+
+def compare(runner: DecoderRunner, base: DecoderRunner, windows: Tensor) -> dict[str, Any]:
+    """What `Score.summary` gives for `runner` with `base` as the reference."""
     score = Score()
-    for ids, mine, theirs in zip(windows, found, base, strict=True):
-        score.add(mine[:-1], ids[1:], theirs[:-1])
+    for ids in windows:
+        score.add(logits_of(runner, ids)[:-1], ids[1:], logits_of(base, ids)[:-1])
     return score.summary()
+
+
+def row(title: str, found: dict[str, Any], quantizing: float) -> list[str]:
+    """Figures of one way."""
+    share, agreement = found["kl_mean"] / quantizing, found["top1_agreement"]
+    return [title, f"{found['perplexity']:.4f}", f"{found['kl_mean']:.6f}", f"{share:.1%}", f"{agreement:.2%}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=demo_model())
     parser.add_argument("--text", type=Path, default=demo_model() / "held_back.txt")
-    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=EVALUATED_TOKENS)
     parser.add_argument("--window", type=int, default=512)
     args = parser.parse_args()
+    if cpu.load() is None:
+        sys.exit("the native kernels are not built here, or SQUAWQ_ISA=torch is set; only they round activations")
     ids = text_ids(Tokenizer(args.model), args.text)[: args.tokens]
-    windows = torch.tensor(ids[: len(ids) // args.window * args.window]).view(-1, args.window)
+    count = len(ids) // args.window
+    if args.window < 2 or not count:
+        parser.error(f"{len(ids)} tokens do not fill a window of {args.window}")
+    windows = torch.tensor(ids[: count * args.window]).view(count, args.window)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "awq"
         quantize(args.model, folder)
-        base = logits_of(folder, EXACT, windows)
-        exact = compare(windows, base, base)
-        rows = [["float32 activations, head as stored", f"{exact['perplexity']:.4f}", "", ""]]
-        for name, options in WAYS.items():
-            found = compare(windows, logits_of(folder, options, windows), base)
-            cells = [f"{found['perplexity']:.4f}", f"{found['kl_mean']:.6f}", f"{found['top1_agreement']:.2%}"]
-            rows.append([name, *cells])
-        whole = compare(windows, base, logits_of(args.model, EXACT, windows))
-        cells = [f"{whole['reference_perplexity']:.4f}", f"{whole['kl_mean']:.6f}", f"{whole['top1_agreement']:.2%}"]
-        rows.append(["the 16-bit model (KL and agreement of the first row to it)", *cells])
-    title = f"{args.model.name}, {windows.numel():,} tokens in windows of {args.window}"
-    print_table(title, ["", "perplexity", "KL", "same likeliest"], rows)
+        base = runner_of(folder, args.window, True, "16-bit")
+        whole = compare(base, runner_of(args.model, args.window, True, "16-bit"), windows)
+        rows = [
+            ["16-bit model", f"{whole['reference_perplexity']:.4f}", "", "", ""],
+            row("INT4, float32 activations, 16-bit head", whole, whole["kl_mean"]),
+        ]
+        for title, (exact, head) in WAYS.items():
+            found = compare(runner_of(folder, args.window, exact, head), base, windows)
+            rows.append(row(title, found, whole["kl_mean"]))
+    title = f"{args.model.name}, {windows.numel():,} tokens in windows of {args.window}, {cpu.isa()}"
+    print_table(title, ["", "perplexity", "KL, nats", "of quantizing", "same likeliest"], rows)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """The engine on the 1B shape: what a shared prefix saves, what Python costs, what loading takes.
 
-    python benchmarks/engine.py [MODEL] [--folder DIR]
+    python benchmarks/engine.py [MODEL] [--folder DIR] [--threads 2] [--own 16] [--rounds 5] [--steps 64]
 
-MODEL is any folder; default: random weights of Llama-3.2-1B's shape, made in --folder (a temporary one) and used again.
-
-Prefix: two waves of 8 requests, each a common prefix of 512 tokens and 8 of its own; mean time to first token.
-Overhead: the share of a decode step outside of the native library. Every function of the library is wrapped by a clock;
-the clock's own cost, measured on a function that does nothing, is taken off the step.
-Load: in a process of its own, seconds and the peak of its resident memory beside the bytes of the packed weights (as
-they are read in a step) and of the embedding in the file.
+MODEL is an AWQ folder; default: random weights of Llama-3.2-1B's shape, made in --folder (a temporary one) and reused.
+Figures are medians, ratios are medians of the ratios of what was measured together.
+Prefix: in every round two waves of 8 requests with one prefix of 512 tokens, new in every round, and 16 tokens of their
+own; mean time to first token. The first wave too computes the prefix once, so 128 tokens stand against 640.
+Outside of the kernels: a clock is put around every function of the native library, and a step is what passes from one
+token of the first stream to its next, so scheduling, sampling and handing out are in it. What a clock takes and does
+not count is measured on a function that does nothing and taken off. Overhead is step less library, step by step.
+Load: in a process of its own, beside reading the files once, and the resident memory gained at its peak beside packed
+weights, int8 head and 16-bit embedding; one layer more is allowed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,63 +25,85 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-from checkpoints import SHAPES
 from common import print_table
-from llamacpp import run, weight_bytes
+from llamacpp import run
 
 from squawq.engine.engine import Engine
-from squawq.engine.request import Chunk, Output, Request, SamplingParams
+from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, load_runner
+from squawq.format.reader import Checkpoint
 from squawq.kernels import cpu
+from squawq.nn.loader import linear_shapes
 
-PREFIX, OWN, STREAMS = 512, 8, 8
-OPERATIONS = ("layers", "rms_norm", "rotary", "int8_matmul", "int4_matmul", "dense_matmul")  # of a native step
+SHAPE = "llama-3.2-1b"
+PREFIX, STREAMS, PROMPT, UNSETTLED = 512, 8, 64, 4  # unsettled: tokens of the first stream until all have begun
 LOAD = """
-import json, re, sys, time
+import re, sys, time
 from pathlib import Path
 from squawq.engine.runner import load_runner
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-before, started = peak(), time.perf_counter()
-runner = load_runner(Path(sys.argv[1]), kv_tokens=4096)
-print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak(), "before": before}))
+def memory(what):
+    return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+model, block = Path(sys.argv[1]), bytearray(1 << 20)
+started = time.perf_counter()
+for path in model.glob("*.safetensors"):
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(block):
+            pass
+read, before, started = time.perf_counter() - started, memory("VmRSS"), time.perf_counter()
+runner = load_runner(model, threads=int(sys.argv[2]), kv_tokens=4096)
+seconds = time.perf_counter() - started
+print([read, seconds, seconds / read, memory("VmHWM") - before])
 """
 
 
-def first_tokens(engine: Engine, prompts: Sequence[list[int]], wave: int) -> float:
-    """Mean milliseconds to the first token of requests that are sent together."""
-    times: list[float] = []
-    done = threading.Event()
+def serve(engine: Engine, prompts: Sequence[list[int]], new_tokens: int, heard: Callable[[Output], None]) -> None:
+    """Send requests together and wait until all have ended; `heard` gets their outputs in the worker thread."""
+    done, reasons = threading.Event(), []
 
-    def sink(_: Output) -> None:
-        times.append(time.perf_counter())
-        if len(times) == len(prompts):
-            done.set()
+    def sink(output: Output) -> None:
+        heard(output)
+        if output.finish:
+            reasons.append(output.finish)
+            if len(reasons) == len(prompts):
+                done.set()
 
-    started = time.perf_counter()
+    mark, params = time.perf_counter_ns(), SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     for index, prompt in enumerate(prompts):
-        engine.submit(Request(f"{wave}-{index}", prompt, SamplingParams(max_tokens=1, ignore_eos=True)), sink)
+        engine.submit(Request(f"{mark} {index}", prompt, params), sink)
     done.wait()
+    if set(reasons) != {FinishReason.LENGTH}:
+        sys.exit(f"requests ended with {', '.join(reasons)}")
+
+
+def first_tokens(engine: Engine, prompts: Sequence[list[int]]) -> float:
+    """Mean milliseconds to the first token of requests that are sent together."""
+    times, started = list[float](), time.perf_counter()
+    serve(engine, prompts, 1, lambda _: times.append(time.perf_counter()))
     return (statistics.mean(times) - started) * 1e3
 
 
-def prefix_row(runner: DecoderRunner) -> list[str]:
-    """Second wave against the first."""
+def prefix_row(runner: DecoderRunner, own: int, rounds: int) -> list[str]:
+    """Second waves against first ones."""
     generator = np.random.default_rng(1)
-    engine = Engine(runner, max_sequences=STREAMS)
+    engine, pairs = Engine(runner, max_sequences=STREAMS), []
+
+    def ids(*shape: int) -> Any:
+        return generator.integers(0, runner.vocab_size, shape).tolist()
+
     try:
-        first_tokens(engine, [generator.integers(0, runner.vocab_size, 32).tolist()], 0)
-        prefix = generator.integers(0, runner.vocab_size, PREFIX).tolist()
-        own = generator.integers(0, runner.vocab_size, (2, STREAMS, OWN)).tolist()
-        first, second = (
-            first_tokens(engine, [[*prefix, *tail] for tail in tails], wave) for wave, tails in enumerate(own, 1)
-        )
+        first_tokens(engine, ids(STREAMS, PROMPT))  # threads and pages awake
+        for _ in range(rounds):
+            prefix = ids(PREFIX)
+            pairs.append([first_tokens(engine, [prefix + tail for tail in ids(STREAMS, own)]) for _ in range(2)])
     finally:
         engine.close()
-    title = f"time to first token, {STREAMS} x ({PREFIX} shared + {OWN}), second wave / first"
-    return [title, f"{first:.0f} ms", f"{second:.0f} ms", f"{second / first:.3f}", "<= 0.2"]
+    first, second = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ratio = statistics.median(second / first for first, second in pairs)
+    title = f"time to first token, {STREAMS} x ({PREFIX} shared + {own}), second wave / first"
+    return [title, f"{first:.0f} ms", f"{second:.0f} ms", f"{ratio:.3f}", "<= 0.2"]
 
 
 class Clock:
@@ -101,76 +124,75 @@ class Clock:
 
 
 def clock_cost() -> float:
-    """What a wrapped call costs that is not counted in `seconds`."""
+    """Seconds that a wrapped call takes and does not count."""
     clock = Clock()
     empty = clock.wrap(lambda *_: 0)
     started = time.perf_counter()
     for _ in range(100_000):
         empty(1, 2, 3, 4, 5)
-    return (time.perf_counter() - started - clock.seconds) / 100_000
+    return (time.perf_counter() - started - clock.seconds) / clock.calls
 
 
-def overhead_row(runner: DecoderRunner, streams: int, steps: int = 64) -> list[str]:
-    """Share of the engine's decode steps outside of the library, by the engine's own clock of its steps."""
+def overhead_row(runner: DecoderRunner, streams: int, steps: int) -> list[str]:
+    """Decode steps and what of them is spent outside of the library."""
     clock, library = Clock(), cpu.load()
-    assert library is not None
-    originals = {f"squawq_{name}": getattr(library, f"squawq_{name}") for name in OPERATIONS}
+    wrapped = {name: clock.wrap(call) for name, call in vars(library).items() if name.startswith("squawq_")}
     engine = Engine(runner, max_sequences=streams, prefix_caching=False)
-    prompts = np.random.default_rng(2).integers(0, runner.vocab_size, (streams, 64)).tolist()
-    done, left = threading.Event(), streams
-    decoding: list[tuple[float, float, int]] = []  # time, seconds and calls in the library, after each output
+    prompts = np.random.default_rng(2).integers(0, runner.vocab_size, (streams, PROMPT)).tolist()
+    marks: list[tuple[float, float, int]] = []  # at each token of the first stream: now, in the library so far, calls
 
-    def sink(output: Output) -> None:
-        nonlocal left
-        decoding.append((time.perf_counter(), clock.seconds, clock.calls))
-        left -= output.finish is not None
-        if not left:
-            done.set()
+    def heard(output: Output) -> None:
+        if output.request.endswith(" 0"):
+            marks.append((time.perf_counter(), clock.seconds, clock.calls))
 
     try:
-        for name, function in originals.items():
-            setattr(library, name, clock.wrap(function))
-        for index, prompt in enumerate(prompts):
-            engine.submit(Request(str(index), prompt, SamplingParams(max_tokens=steps, ignore_eos=True)), sink)
-        done.wait()
+        with patch.dict(vars(library), wrapped):
+            serve(engine, prompts, steps + UNSETTLED + 1, heard)
     finally:
         engine.close()
-        for name, function in originals.items():
-            setattr(library, name, function)
-    (began, inside_before, calls_before), (ended, inside_after, calls_after) = decoding[2 * streams], decoding[-1]
-    step = (ended - began - (calls_after - calls_before) * clock_cost()) / (len(decoding) / streams - 2)
-    inside = (inside_after - inside_before) / (len(decoding) / streams - 2)
-    title = f"decode step outside of the kernels, {streams} stream{'s' if streams > 1 else ''}"
-    return [title, f"{step * 1e3:.2f} ms", f"{(step - inside) * 1e3:.2f} ms", f"{1 - inside / step:.3f}", "<= 0.05"]
+    step, inside, calls = np.diff(marks[UNSETTLED:], axis=0).T
+    step -= calls * clock_cost()
+    whole, outside = np.median(step) * 1e3, np.median(step - inside) * 1e3
+    title = f"decode step, {streams} stream{'s' if streams > 1 else ''}: outside of the kernels / all of it"
+    return [title, f"{whole:.2f} ms", f"{outside:.2f} ms", f"{np.median(1 - inside / step):.3f}", "<= 0.05"]
 
 
-def load_row(model: Path, shape: str | None) -> list[str]:
-    """Peak memory of loading against what the weights take."""
-    found = json.loads(subprocess.run([sys.executable, "-c", LOAD, model], capture_output=True, check=True).stdout)
-    if shape is None:
-        base = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    else:
-        base = weight_bytes(SHAPES[shape], "int8") + SHAPES[shape].vocab * SHAPES[shape].hidden * 2
-    gained = found["peak"] - found["before"]
-    title = f"memory of loading ({found['seconds']:.1f} s) / packed weights + embedding"
-    return [title, f"{base / 2**30:.2f} GiB", f"{gained / 2**30:.2f} GiB", f"{gained / base:.3f}", ""]
+def load_rows(model: Path, threads: int, rounds: int) -> list[list[str]]:
+    """Seconds beside reading the files; memory beside what has to stay."""
+    checkpoint = Checkpoint(model)
+    config, sizes = checkpoint.config, linear_shapes(checkpoint.config).values()
+    layer = sum(out * (in_ // 2 + in_ // checkpoint.group_of(in_) * 3) for out, in_ in sizes)
+    base = config.num_layers * layer + config.vocab_size * (config.hidden_size + 4 + config.hidden_size * 2)
+    found = [json.loads(run([sys.executable, "-c", LOAD, str(model), str(threads)])) for _ in range(rounds)]
+    read, seconds, ratio, gained = (statistics.median(values) for values in zip(*found, strict=True))
+    title, memory = "peak memory of loading / packed weights and embedding", (base / 2**30, gained / 2**30)
+    return [
+        ["load / reading the files", f"{read:.2f} s", f"{seconds:.2f} s", f"{ratio:.1f}", "seconds"],
+        [title, *(f"{size:.2f} GiB" for size in memory), f"{gained / base:.3f}", f"<= {1 + layer / base:.3f}"],
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--folder", type=Path, help="keeps the random model; default: a temporary one")
+    parser.add_argument("--threads", type=int, default=cpu.default_threads())
+    parser.add_argument("--own", type=int, default=16, help="tokens of a request behind the prefix")
+    parser.add_argument("--rounds", type=int, default=5, help="of prefix waves and loads")
+    parser.add_argument("--steps", type=int, default=64, help="of decode")
     args = parser.parse_args()
-    shape = None if args.model else "llama-3.2-1b"
+    if cpu.load() is None:
+        sys.exit("the native kernels are not built here, or SQUAWQ_ISA=torch is set")
     with tempfile.TemporaryDirectory() as temporary:
-        model = args.model or (args.folder or Path(temporary)) / "llama-3.2-1b-awq"
-        if not model.exists():
-            run([sys.executable, str(Path(__file__).parent / "checkpoints.py"), "llama-3.2-1b", str(model)])
-        rows = [load_row(model, shape)]
-        runner = load_runner(model, kv_tokens=2 * STREAMS * (PREFIX + OWN + 16))
-        runner.run([Chunk(list(range(16)), 0, [0], 1)])
-        rows = [prefix_row(runner), overhead_row(runner, 1), overhead_row(runner, STREAMS), *rows]
-    title = f"{model.name}, {cpu.threads()} threads, {cpu.isa()}"
+        model = args.model or (args.folder or Path(temporary)) / f"{SHAPE}-awq"
+        if not args.model and not model.exists():
+            run([sys.executable, str(Path(__file__).parent / "checkpoints.py"), SHAPE, str(model)])
+        rows = load_rows(model, args.threads, args.rounds)
+        room = STREAMS * max(2 * (PREFIX + args.own + 16), PROMPT + args.steps + 32)
+        runner = load_runner(model, threads=args.threads, kv_tokens=room)
+        rows.append(prefix_row(runner, args.own, args.rounds))
+        rows += [overhead_row(runner, streams, args.steps) for streams in (1, STREAMS)]
+    title = f"{model.name}, {args.threads} threads, {cpu.isa()}"
     print_table(title, ["", "baseline", "found", "ratio", "target"], rows)
 
 

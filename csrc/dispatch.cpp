@@ -10,6 +10,10 @@
 #include "pack.h"
 #include "pool.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace squawq {
@@ -52,7 +56,12 @@ bool runs_here(const char* name) {
     if (std::strcmp(name, "avx2") == 0)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
-    return std::strcmp(name, "scalar") == 0 || std::strcmp(name, "neon") == 0;
+#if defined(__aarch64__) && defined(__linux__)
+    if (std::strcmp(name, "neon") == 0) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__aarch64__)
+    if (std::strcmp(name, "neon") == 0) return true;  // Apple's all have the dot product
+#endif
+    return std::strcmp(name, "scalar") == 0;
 }
 
 const Ops* find(const char* name) {
