@@ -1,11 +1,11 @@
 """The engine on the 1B shape: what a shared prefix saves, what Python costs, what loading takes.
 
-    python benchmarks/engine.py [MODEL] [--folder DIR] [--threads 2] [--own 16] [--rounds 5] [--steps 64]
+    python benchmarks/engine.py [MODEL] [--folder DIR] [--threads 2] [--own 8] [--rounds 5] [--steps 64]
 
 MODEL is an AWQ folder; default: random weights of Llama-3.2-1B's shape, made in --folder (a temporary one) and reused.
 Figures are medians, ratios are medians of the ratios of what was measured together.
-Prefix: in every round two waves of 8 requests with one prefix of 512 tokens, new in every round, and 16 tokens of their
-own; mean time to first token. The first wave too computes the prefix once, so 128 tokens stand against 640.
+Prefix: in every round two waves of 8 requests with one prefix of 512 tokens, new in every round, and 8 tokens of their
+own; mean time to first token. The first wave too computes the prefix once, so 64 tokens stand against 576.
 Outside of the kernels: a clock is put around every function of the native library, and a step is what passes from one
 token of the first stream to its next, so scheduling, sampling and handing out are in it. What a clock takes and does
 not count is measured on a function that does nothing and taken off. Overhead is step less library, step by step.
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--folder", type=Path, help="keeps the random model; default: a temporary one")
     parser.add_argument("--threads", type=int, default=cpu.default_threads())
-    parser.add_argument("--own", type=int, default=16, help="tokens of a request behind the prefix")
+    parser.add_argument("--own", type=int, default=8, help="tokens of a request behind the prefix")
     parser.add_argument("--rounds", type=int, default=5, help="of prefix waves and loads")
     parser.add_argument("--steps", type=int, default=64, help="of decode")
     args = parser.parse_args()

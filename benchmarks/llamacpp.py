@@ -108,7 +108,7 @@ def weight_bytes(shape: Shape, head: str) -> int:
     total = shape.vocab * (shape.hidden + 4 if head == "int8" else shape.hidden // 2 + shape.hidden // 32 * 3)
     for out_features, in_features in shape.linears().values():
         groups = in_features // QUANT.group_of(in_features)
-        total += shape.layers * (out_features * in_features // 2 + out_features * groups * 5 // 2)
+        total += shape.layers * (out_features * in_features // 2 + out_features * groups * 3)
     return total
 
 

@@ -29,7 +29,8 @@ SIMD void rotate_head(float* x, const float* cos, const float* sin, int64_t half
     }
 }
 
-SIMD F to_finite_half(F x) { return max(min(x, set1(65504.f)), set1(-65504.f)); }
+// Infinities become the largest float16; NaN stays (the second operand wins), so that a broken row shows.
+SIMD F to_finite_half(F x) { return max(set1(-65504.f), min(set1(65504.f), x)); }
 
 struct Job {
     const float* q;  // first query row's q of this kv head's first query head
@@ -174,6 +175,15 @@ void attend(const Job& job) {
 void rotate_and_store(float* qkv, int64_t m, Heads heads, const float* cos, const float* sin, const float* q_norm,
                       const float* k_norm, float eps, const int64_t* slots, uint16_t* keys, uint16_t* values) {
     const int64_t dim = heads.dim, half = dim / 2, width = (heads.query + 2 * heads.kv) * dim;
+    // A page's new holder begins at its first place. Masked places count as 0 * value, so what its last holder left must
+    // not be NaN.
+    for (int64_t i = 0; i < m; ++i) {
+        if (slots[i] % LANES == 0) {
+            const int64_t size = heads.kv * dim * LANES;
+            std::memset(keys + slots[i] / LANES * size, 0, size_t(size) * 2);
+            std::memset(values + slots[i] / LANES * size, 0, size_t(size) * 2);
+        }
+    }
     const auto token = [=](int64_t i) {
         float* row = qkv + i * width;
         for (int64_t h = 0; h < heads.query + heads.kv; ++h) {

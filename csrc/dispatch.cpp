@@ -1,5 +1,7 @@
 // The C ABI: chooses the instruction set, holds the lock, passes on. Pointers and sizes are the caller's care
 // (src/squawq/kernels/cpu.py checks them); every function returns 0, or a negative number for what it could not do.
+#include <pthread.h>
+
 #include <cmath>
 #include <cstring>
 #include <mutex>
@@ -72,6 +74,8 @@ const Ops* find(const char* name) {
 
 const Ops* current = find(nullptr);
 std::mutex lock;
+// A child of fork() must not find the lock held by a thread that it does not have.
+const int at_fork = pthread_atfork([] { lock.lock(); }, [] { lock.unlock(); }, [] { lock.unlock(); });
 
 void matmul(const Ops& ops, const float* x, int64_t m, const Matrix& matrix, float* y) {
     switch (matrix.kind) {

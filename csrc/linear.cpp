@@ -36,8 +36,12 @@ SIMD void quantize_tile(const float* x, int64_t k, int64_t group, int32_t* words
     for (int m = 0; m < T; ++m, x += k) {
         for (int64_t g = 0; g < k / group; ++g) {
             const float* from = x + g * group;
-            F peak = set1(0.f);
-            for (int64_t i = 0; i < group; i += LANES) peak = max(peak, abs(load(from + i)));
+            F peak = set1(0.f), poison = set1(0.f);  // max loses NaN; 0 * NaN and 0 * infinity do not
+            for (int64_t i = 0; i < group; i += LANES) {
+                const F value = load(from + i);
+                peak = max(peak, abs(value));
+                poison = fma(value, set1(0.f), poison);
+            }
             const float most = largest(peak);
             const F inverse = set1(most > 0.f ? 127.f / most : 0.f);
             I total = iset1(0);
@@ -48,7 +52,7 @@ SIMD void quantize_tile(const float* x, int64_t k, int64_t group, int32_t* words
                 store_i8(bytes, q);
                 for (int64_t j = 0; j < 4; ++j) std::memcpy(to + (i / 4 + j) * T, bytes + 4 * j, 4);
             }
-            scales[g * T + m] = most / 127.f;
+            scales[g * T + m] = most / 127.f + sum(poison);
             sums[g * T + m] = isum(total);
         }
     }

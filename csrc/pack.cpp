@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <memory>
 
 #define SIMD static inline  // the scalar conversions only
 #include "simd_scalar.h"
@@ -70,18 +69,20 @@ void pack_dense(const void* source, int64_t out, int64_t in, int64_t first_row, 
 void pack_int8(const void* source, Dense type, int64_t out, int64_t in, int8_t* target, float* scales) {
     parallel_for(ceil_div(out, LANES), [=](int64_t u) {
         const int64_t to = (u + 1) * LANES < out ? (u + 1) * LANES : out;
-        const std::unique_ptr<float[]> row(new float[size_t(in)]);
         for (int64_t r = u * LANES; r < to; ++r) {
-            float most = 0.f;
+            float most = 0.f, poison = 0.f;  // not 0 where the row has NaN or infinity, and then its results are NaN
             for (int64_t i = 0; i < in; ++i) {
-                row[size_t(i)] = value(source, type, r * in + i);
-                most = std::fabs(row[size_t(i)]) > most ? std::fabs(row[size_t(i)]) : most;
+                const float v = value(source, type, r * in + i);
+                most = std::fabs(v) > most ? std::fabs(v) : most;
+                poison += v * 0.f;
             }
-            const float inverse = most > 0.f ? 127.f / most : 0.f;
-            scales[r] = most / 127.f;
+            const float inverse = most > 0.f && poison == 0.f ? 127.f / most : 0.f;
+            scales[r] = most / 127.f + poison;
             int8_t* block = target + u * in * LANES + r % LANES * 4;
-            for (int64_t i = 0; i < in; ++i)
-                block[i / 4 * 4 * LANES + i % 4] = int8_t(std::nearbyint(row[size_t(i)] * inverse));
+            for (int64_t i = 0; i < in; ++i) {
+                const float v = inverse > 0.f ? value(source, type, r * in + i) * inverse : 0.f;
+                block[i / 4 * 4 * LANES + i % 4] = int8_t(std::nearbyint(v));
+            }
         }
     });
 }

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <new>
 #include <thread>
 #include <vector>
@@ -115,8 +116,11 @@ void set_threads(int threads) {
     for (std::thread& t : p.workers) t.join();
     p.workers.clear();
     p.stop.store(false);
-    p.threads = threads;
-    for (int i = 1; i < threads; ++i) p.workers.emplace_back([&p] { worker(p); });
+    try {
+        for (int i = 1; i < threads; ++i) p.workers.emplace_back([&p] { worker(p); });
+    } catch (const std::exception&) {  // a limit on threads or memory: those that started are used
+    }
+    p.threads = int(p.workers.size()) + 1;
 }
 
 int threads() { return pool().threads; }

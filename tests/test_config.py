@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_config
 
 from squawq.config import ModelConfig, QuantConfig
-from squawq.errors import ConfigError
+from squawq.errors import CheckpointError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,17 @@ def test_sliding_windows() -> None:
     assert ModelConfig.from_dict(tiny_config("qwen2", sliding_window=8, use_sliding_window=False)).window(0) is None
     qwen = ModelConfig.from_dict(tiny_config("qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1))
     assert [qwen.window(0), qwen.window(1)] == [None, 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 7, "num_key_value_heads": 2}, "7 attention heads cannot share 2 key-value heads"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 4}, "2 attention heads cannot share 4 key-value heads"),
+        ({"head_dim": 15}, "head_dim is 15"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+    ],
+)
+def test_shapes_that_no_attention_has(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        ModelConfig.from_dict({**tiny_config(), **changes})

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
@@ -165,6 +166,29 @@ def test_the_interpreter_ends_in_the_middle_of_a_text() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_prompts_that_are_none(llm: LLM) -> None:
+    with pytest.raises(ConfigError, match="prompts is one text"):
+        llm.complete("Tom")
+    with pytest.raises(ConfigError, match="a prompt must be a text or whole numbers"):
+        llm.complete([[1.5]])  # type: ignore[list-item]
+    array = np.array([5, 6])
+    assert llm.complete([array], GREEDY)[0][0].ids == llm.complete([[5, 6]], GREEDY)[0][0].ids  # type: ignore[list-item]
+
+
+def test_settings_that_cannot_be_are_passed_over(make_model: MakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    from shutil import copy
+
+    folder = make_model(vocab_size=4096)
+    copy(demo_model() / "tokenizer.json", folder)
+    written = {"do_sample": True, "top_k": -1, "top_p": 0.5, "eos_token_id": None}
+    (folder / "generation_config.json").write_text(json.dumps(written))
+    with LLM(folder, exact=True, kv_tokens=256) as loaded:
+        assert loaded.sampling_defaults() == SamplingParams(temperature=1.0, top_p=0.5)
+        (output,) = loaded.complete([[5, 6]], SamplingParams(logit_bias={1: 100}))[0]
+        assert output.finish == FinishReason.STOP  # config.json's end token
+    assert "generation_config.json: passed over: top_k is -1" in caplog.text
 
 
 def test_what_the_folder_says_of_sampling(make_model: MakeModel) -> None:

@@ -16,6 +16,7 @@ from squawq.engine.engine import Engine
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError, GenerationError
+from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.kernels import cpu
 
@@ -49,15 +50,15 @@ def bench(
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
     if streams > MOST_STREAMS:
         raise ConfigError(f"streams is {streams}; it must be at most {MOST_STREAMS}")
+    folder = resolve(model)
+    positions = Checkpoint(folder).config.max_positions
+    if prompt_tokens + new_tokens > positions:
+        total = prompt_tokens + new_tokens
+        raise ConfigError(f"prompt_tokens and new_tokens are {total} together; the model has {positions} positions")
     began = time.perf_counter()
     room = (prompt_tokens + new_tokens + 16) * streams
-    runner = load_runner(resolve(model), threads=threads, exact=exact, head=head, kv_tokens=room)
+    runner = load_runner(folder, threads=threads, exact=exact, head=head, kv_tokens=room)
     load_s = time.perf_counter() - began
-    if prompt_tokens + new_tokens > runner.max_positions:
-        raise ConfigError(
-            f"prompt_tokens and new_tokens are {prompt_tokens + new_tokens} together; "
-            f"the model has {runner.max_positions} positions"
-        )
     ids = np.random.default_rng(0).integers(0, runner.vocab_size, (streams, prompt_tokens)).tolist()
     engine = Engine(runner, max_sequences=streams, max_batch_tokens=max(512, 2 * streams), prefix_caching=False)
     try:

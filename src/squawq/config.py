@@ -194,18 +194,25 @@ class ModelConfig:
         activation = raw.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise CheckpointError(f"{where}: hidden_act is {activation!r}; squawq runs silu")
+        kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", size("hidden_size") // heads)
+        if heads % kv_heads:
+            raise CheckpointError(f"{where}: {heads} attention heads cannot share {kv_heads} key-value heads")
+        if head_dim % 2:
+            raise CheckpointError(f"{where}: head_dim is {head_dim}; rotary embedding needs an even one")
         quant = raw.get("quantization_config")
         if quant is not None and not isinstance(quant, Mapping):
             raise CheckpointError(f"{where}: quantization_config must be an object")
         window = _sliding_window(raw)
+        if window is not None and window < 1:
+            raise CheckpointError(f"{where}: sliding_window is {window}; it must be at least 1")
         return cls(
             model_type=model_type,
             hidden_size=size("hidden_size"),
             intermediate_size=size("intermediate_size"),
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=size("num_key_value_heads", heads),
-            head_dim=size("head_dim", size("hidden_size") // heads),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
             vocab_size=size("vocab_size"),
             max_positions=size("max_position_embeddings", 2048),
             norm_eps=_number(raw, "rms_norm_eps", 1e-6, where),

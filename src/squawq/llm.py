@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import operator
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from squawq.kernels.devices import check_device
 from squawq.progress import console, counting
 from squawq.tokenizer import Message, Tokenizer
 
+logger = logging.getLogger("squawq")
 Chat = Sequence[Message]
 Texts = list[str] | tuple[str, ...]  # a text is a sequence of texts too
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -35,7 +38,7 @@ class LLM:
     `generate` continues texts, `chat` answers messages, `stream` and `stream_chat` give one text piece by piece, and
     `complete` gives all there is to know. All may be called from several threads. Without settings a model's own
     (`sampling_defaults`) hold. threads, exact, head, kv_tokens: see `squawq.engine.runner.load_runner`.
-    Close it, or leave its `with` block, to free its memory at once.
+    Close it, or leave its `with` block, to stop its thread; its memory goes with the last reference to it.
     """
 
     def __init__(
@@ -73,8 +76,17 @@ class LLM:
         values = self._generation_config()
         given: dict[str, Any] = {"temperature": 1.0} if values.get("do_sample", False) else {}
         for name in (*(_SAMPLED if given else ()), "repetition_penalty"):
-            if _is_number(values.get(name)):
-                given[name] = values[name]
+            value = values.get(name)
+            if isinstance(value, float) and value.is_integer() and name == "top_k":
+                value = int(value)
+            if value is None:
+                continue
+            try:
+                SamplingParams(**{name: value})  # type: ignore[arg-type]
+            except ConfigError as error:
+                logger.warning("%s: passed over: %s", self.folder / "generation_config.json", error)
+            else:
+                given[name] = value
         return SamplingParams(**given)
 
     @overload
@@ -136,6 +148,8 @@ class LLM:
 
         A sequence that failed says so in its `finish`. Raises ConfigError for what cannot be run.
         """
+        if isinstance(prompts, str):
+            raise ConfigError("prompts is one text; give a list of texts or of lists of token ids")
         params = self.sampling_defaults() if params is None else params
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         requests = self._requests(ids, params)
@@ -167,7 +181,11 @@ class LLM:
         return replace(params, n=1)
 
     def _requests(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
-        return [Request(f"llm-{next(self._names)}", ids, params) for ids in prompts]
+        try:
+            whole = [[operator.index(i) for i in ids] for ids in prompts]
+        except TypeError as error:
+            raise ConfigError(f"a prompt must be a text or whole numbers, token ids: {error}") from error
+        return [Request(f"llm-{next(self._names)}", ids, params) for ids in whole]
 
     def _outputs(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Output]:
         """Outputs as they come; a failure is raised."""
@@ -188,13 +206,10 @@ class LLM:
         return values if isinstance(values, dict) else {}
 
     def _read_eos_ids(self) -> frozenset[int]:
-        value = self._generation_config().get("eos_token_id", self.config.raw.get("eos_token_id"))
+        value = self._generation_config().get("eos_token_id")
+        value = self.config.raw.get("eos_token_id") if value is None else value
         values = value if isinstance(value, list) else [value]
         return frozenset(v for v in values if isinstance(v, int) and 0 <= v < self.config.vocab_size)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check(output: Output) -> None:

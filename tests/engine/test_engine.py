@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -268,6 +270,53 @@ def test_a_mistake_of_our_own_leaves_nobody_waiting(make: MakeEngine, monkeypatc
     wait_until(lambda: engine._closed)
     with pytest.raises(EngineClosed):
         engine.submit(request([1]), Sink())
+
+
+@pytest.mark.parametrize("where", ["sink", "runner"])
+def test_nothing_that_is_raised_ends_the_worker(make: MakeEngine, where: str) -> None:
+    """Cancellations and the panics of Rust's libraries are no Exceptions."""
+
+    class Panic(BaseException):
+        pass
+
+    def broken(_: object) -> None:
+        raise Panic("panicked")
+
+    runner = FakeRunner()
+    engine = make(runner)
+    bad, good = Sink(), Sink()
+    if where == "sink":
+        engine.submit(request([3], max_tokens=3, ignore_eos=True), broken)
+    else:
+        runner.fail = broken
+        engine.submit(request([3], max_tokens=3, ignore_eos=True), bad)
+        assert (bad.result().finish, bad.result().stop_reason) == (FinishReason.ERROR, "panicked")
+        runner.fail = lambda _: None
+    engine.submit(request([4], max_tokens=3, ignore_eos=True), good)
+    assert good.result().finish == FinishReason.LENGTH
+
+
+def test_an_id_can_be_used_again_when_its_last_output_came(make: MakeEngine) -> None:
+    engine = make(FakeRunner())
+    asked = request([3], max_tokens=1)
+    for _ in range(20):
+        sink = Sink()
+        engine.submit(asked, sink)
+        sink.result()
+
+
+def test_a_forked_child_is_told(make: MakeEngine) -> None:
+    engine = make(FakeRunner())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of threads and fork
+        child = os.fork()
+    if child == 0:
+        try:
+            engine.submit(request([3]), print)
+        except EngineClosed:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 class Letters:

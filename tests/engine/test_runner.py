@@ -154,6 +154,16 @@ def test_preemption_and_cached_prefixes_happen_here(decoder: Decoder) -> None:
     assert crowd.loop.scheduler.prefix_hits > 0
 
 
+def test_pages_take_no_memory_before_they_are_written(decoder: Decoder) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    runner = DecoderRunner(decoder, kv_tokens=1_600_000)  # 400 MB
+    assert Cache.token_bytes(decoder.config) * runner.num_pages * 16 > 400e6
+    assert resident() - before < 50e6
+
+
 def test_the_cache_fits_the_memory(decoder: Decoder) -> None:
     tokens = default_kv_tokens(decoder.config, torch.device("cpu"))
     assert tokens == 16 * decoder.config.max_positions  # a tiny model: all that is useful

@@ -85,3 +85,11 @@ def test_without_caching_nothing_is_found() -> None:
     planner.add(Sequence([1] * 8, 9, arrival=2))
     assert run(planner) == [(2, 8)]
     assert planner.prefix_hits == 0
+
+
+def test_rows_of_prompt_logprobs_are_bounded_in_a_step() -> None:
+    planner = scheduler(pages=256, tokens=512, sequences=8)
+    for arrival in range(3):
+        planner.add(Sequence([arrival] * 40, 60, arrival=arrival, score=True))
+    planner.add(Sequence([7] * 100, 120, arrival=3))
+    assert run(planner) == [(0, 40), (1, MAX_SCORED - 40), (3, 100)]

@@ -107,6 +107,17 @@ def test_stop_strings_cut_where_find_finds_them(text: str, stops: list[str], cut
         assert (given_out, found) == (text, None)
 
 
+def test_what_is_complete_too_early_is_passed_over() -> None:
+    matcher = StopStrings(["de", "ded"])
+    assert matcher.push("cd", ending=False) == ("c", None)
+    assert matcher.push("ex", ending=False) == ("dex", None)
+    assert matcher.push("d", ending=False) == ("", None)
+    assert matcher.push("ef") == ("", "de")  # begun too early, complete in time
+    overlapping = StopStrings(["aba"])
+    assert overlapping.push("aba", ending=False) == ("ab", None)
+    assert overlapping.push("ba") == ("", "aba")
+
+
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     matcher = StopStrings(["\n\nUser:"])
     assert matcher.push("one\n") == ("one", None)

@@ -274,6 +274,37 @@ def test_threads_change_nothing() -> None:
     assert all(torch.equal(r, results[0]) for r in results)
 
 
+def test_what_is_not_a_number_shows() -> None:
+    """NaN in one row's activations or in a weight's row gives NaN there, and nowhere else."""
+    tensor, x = quantize(random(40, 256), 128, True), random(9, 256)
+    clean = x.clone()
+    x[4, 200] = float("nan")
+    matrix = random(40, 256)
+    broken = matrix.clone()
+    broken[7, 3] = float("nan")
+    for weight in (packed(tensor, 128, exact=False), packed(tensor, 128, exact=True), cpu.PackedInt8(matrix)):
+        found = weight(x)
+        assert bool(found[4].isnan().all())
+        assert torch.equal(found[[0, 1, 2, 3, 5, 6, 7, 8]], weight(clean)[[0, 1, 2, 3, 5, 6, 7, 8]])
+    found = cpu.PackedInt8(broken)(clean)
+    assert bool(found[:, 7].isnan().all())
+    assert int(found.isnan().sum()) == 9
+
+
+def test_nothing_of_a_pages_last_holder_is_left() -> None:
+    """A page full of NaN, taken by another sequence: places that are masked count as 0 times what stands there."""
+    paged = Paged((4, 2, 32), [(0, 5)])
+    paged.keys.fill_(float("nan"))
+    paged.values.fill_(float("nan"))
+    rotary = cpu.rotary(paged.positions, torch.ones(16))
+    arguments = (paged.heads, rotary, (None, None), 1e-5, paged.slots, paged.keys, paged.values)
+    cpu.rotate_and_store(paged.qkv, *arguments)
+    assert bool(torch.isfinite(paged.attend(cpu, None)).all())
+    paged.qkv[1, -1] = float("nan")  # a value of token 1 itself is not hidden from those that look at it
+    cpu.rotate_and_store(paged.qkv, *arguments)
+    assert paged.attend(cpu, None).isnan().any(1).tolist()[1:] == [True] * 4
+
+
 def test_a_forked_child_computes_alone() -> None:
     """Threads do not survive a fork: the child's calls must end all the same."""
     weight, x = packed(quantize(random(512, 256), 128, True), 128, exact=False), random(16, 256)

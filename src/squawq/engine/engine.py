@@ -5,6 +5,7 @@ Checks what comes in against the model; knows threads, the queue and its bound. 
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections import deque
@@ -81,6 +82,7 @@ class Engine:
             started=self._on_start,
             ended=self._on_end,
         )
+        self._process = os.getpid()
         self._changed = threading.Condition()  # guards what follows
         self._inbox: list[Callable[[], None]] = []
         self._live: set[str] = set()
@@ -134,6 +136,8 @@ class Engine:
             eos_ids=self._eos_ids,
             share=self._caching,
         )
+        if os.getpid() != self._process:
+            raise EngineClosed("the engine's thread did not survive a fork; load the model in the child process")
         with self._changed:
             while wait and self._queued >= self._max_waiting and not self._closed:
                 self._changed.wait()
@@ -242,7 +246,7 @@ class Engine:
         try:
             while self._listen():
                 self._loop.step()
-        except Exception as error:  # a mistake of ours: nobody may be left waiting
+        except BaseException as error:  # a mistake of ours: nobody may be left waiting
             reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
         with self._changed:
             self._closed = True

@@ -75,7 +75,7 @@ class Loop:
         ran = time.perf_counter()
         try:
             rows = self._runner.run(batch)
-        except Exception as error:
+        except BaseException as error:  # Rust's panics too: none may end the worker
             for job in {id(job): job for job, _ in (self._owners[place] for place, _ in shares)}.values():
                 self._end(job, FinishReason.ERROR, _message(error))
             return
@@ -106,7 +106,7 @@ class Loop:
             if place.left:
                 return
             output = generation.step(logits[-1])
-        except Exception as error:
+        except BaseException as error:
             self._end(job, FinishReason.ERROR, _message(error))
             return
         self.tokens_generated += 1
@@ -117,23 +117,23 @@ class Loop:
         if output.finish:
             self.scheduler.end(generation.place)
             del self._owners[generation.place]
+        if job.ended and self.jobs.pop(job.request.id, None) is not None:
+            self._ended(job)  # before its last output: whoever gets that may use its id again
         try:
             job.give(output)
-        except Exception:
+        except BaseException:
             job.sink = _nothing
             self._end(job, FinishReason.ABORT)
-        if job.ended and self.jobs.pop(job.request.id, None) is not None:
-            self._ended(job)
 
     def _end(self, job: Job, reason: FinishReason, why: str | None = None) -> None:
         for generation in job.generations:
             if generation.finish is None:
                 try:
                     output = generation.end(reason, why)
-                except Exception:  # the tokenizer failed on what was held back
+                except BaseException:  # the tokenizer failed on what was held back
                     output = Output(job.request.id, generation.index, finish=reason, stop_reason=why)
                 self._give(job, generation, output)
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:MAX_MESSAGE]

@@ -37,11 +37,14 @@ class DecoderRunner:
         self.max_positions = self.config.max_positions
         device = decoder.norm.device
         tokens = default_kv_tokens(self.config, device) if kv_tokens is None else kv_tokens
-        if tokens < PAGE:
-            raise ConfigError(f"kv_tokens is {tokens}; the key-value cache needs at least one page of {PAGE} tokens")
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < PAGE:
+            raise ConfigError(f"kv_tokens is {tokens!r}; it must be a whole number, at least one page of {PAGE} tokens")
         self.num_pages = tokens // PAGE
         self._decoder, self._device = decoder, device
-        self._cache = Cache(self.config, self.num_pages, str(device))
+        try:
+            self._cache = Cache(self.config, self.num_pages, str(device))
+        except (MemoryError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
 
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         """Logits float32 [chunk.logits, vocab] for each chunk; keys and values go to the chunks' pages."""
@@ -84,7 +87,16 @@ def default_kv_tokens(config: ModelConfig, device: torch.device) -> int:
 
 
 def _free_memory() -> int:
-    """Bytes that the machine can still give without swapping."""
+    """Bytes that the machine, or the container's limit (cgroup v2), can still give without swapping."""
+    free = _machine_memory()
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        return min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no limit, or none of this kind
+        return free
+
+
+def _machine_memory() -> int:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -90,12 +90,14 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.left == 1 and sequence.pages and self._grow(sequence):
                 shares.append((sequence, 1))
-        budget = self._max_tokens - len(shares)
+        budget, scored = self._max_tokens - len(shares), MAX_SCORED
         decoding = {id(sequence) for sequence, _ in shares}
         for sequence in self._prompts(decoding):
-            count = min(sequence.left, budget, MAX_SCORED if sequence.score else budget)
-            shares.append((sequence, count))
+            count = min(sequence.left, budget, scored if sequence.score else budget)
+            if count:
+                shares.append((sequence, count))
             budget -= count
+            scored -= count if sequence.score else 0
             if not budget:
                 break
         return shares

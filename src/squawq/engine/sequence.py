@@ -108,7 +108,7 @@ class Generation:
             return "", None
         text = self._text.push(token)
         generated = len(self.place.tokens) - len(self._request.prompt)
-        return (text, None) if generated < params.min_tokens else self._stops.push(text)
+        return self._stops.push(text, ending=generated >= params.min_tokens)
 
     def _rest(self) -> str:
         if self._text is None:

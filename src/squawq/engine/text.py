@@ -85,13 +85,16 @@ class StopStrings:
         self._include = include
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """The text that can be given out, and the stop string if one was found; nothing may be pushed after that."""
+    def push(self, text: str, ending: bool = True) -> tuple[str, str | None]:
+        """The text that can be given out, and the stop string if one was found; nothing may be pushed after that.
+
+        ending: False passes over strings that become complete in this text.
+        """
         if not self._stops:
             return text, None
         buffer = self._held + text
         for position in range(len(self._held), len(buffer)):
-            if (stop := self._advance(buffer[position])) is not None:
+            if (stop := self._advance(buffer[position])) is not None and ending:
                 self._held = ""
                 return buffer[: position + 1 - (0 if self._include else len(stop))], stop
         ready = len(buffer) - max(self._states)
@@ -110,9 +113,10 @@ class StopStrings:
             while state and stop[state] != character:
                 state = borders[state - 1]
             state += stop[state] == character
+            if state == len(stop):
+                found = found or stop
+                state = borders[-1]
             self._states[index] = state
-            if state == len(stop) and found is None:
-                found = stop
         return found
 
 

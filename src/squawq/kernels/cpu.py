@@ -1,8 +1,9 @@
 """The native CPU kernels (csrc/), loaded by ctypes: weights in their packed layouts, and a call for each operation.
 
-Optional: without the library `load()` gives None and everything runs on torch, slower. Pointers leave Python here, so
-every shape, dtype and size is checked here. SQUAWQ_ISA forces an instruction set (avx512, avx2, neon, scalar), or
-"torch" for none; SQUAWQ_THREADS sets the number of threads, by default every core that this process may use.
+Optional: without the library `load()` gives None and everything runs on torch, slower. Pointers leave Python here:
+weights are checked here, what goes into an operation by `dispatch` and `nn/`. SQUAWQ_ISA forces an instruction set
+(avx512, avx2, neon, scalar), or "torch" for none; SQUAWQ_THREADS sets the number of threads, by default every core that
+this process may use.
 """
 
 from __future__ import annotations
@@ -75,7 +76,11 @@ def load() -> ctypes.CDLL | None:
                 "Install a C++ compiler and reinstall squawq."
             )
         return None
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("the native CPU kernels cannot be loaded; running on torch, much slower: %s", error)
+        return None
     if library.squawq_abi() != ABI:
         raise ConfigError(f"{path} is of another version of squawq; reinstall the package")
     library.squawq_isa.restype = ctypes.c_char_p
@@ -96,11 +101,21 @@ def _find() -> Path | None:
 def default_threads() -> int:
     """SQUAWQ_THREADS, or the cores that this process may use. Raises ConfigError for a number that cannot be."""
     given = os.environ.get("SQUAWQ_THREADS")
-    if given is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not given:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, _quota() or cores)
     if not given.isdecimal() or not 1 <= int(given) <= 1024:
         raise ConfigError(f"SQUAWQ_THREADS is {given!r}; it must be a whole number from 1 to 1024")
     return int(given)
+
+
+def _quota() -> int | None:
+    """Cores that a container's limit comes to (cgroup v2's cpu.max), rounded up."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):  # no limit, or none of this kind
+        return None
 
 
 def _library() -> ctypes.CDLL:
@@ -130,13 +145,15 @@ def threads() -> int:
 
 def set_threads(count: int) -> None:
     """Threads of the kernels (torch's without the library). Raises ConfigError unless it is 1 to 1024."""
-    if not 1 <= count <= 1024:
-        raise ConfigError(f"threads is {count}; it must be 1 to 1024")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
+        raise ConfigError(f"threads is {count!r}; it must be a whole number, 1 to 1024")
     library = load()
     if library is None:
         torch.set_num_threads(count)
     else:
         _check(library.squawq_set_threads(count))
+        if threads() != count:
+            raise ConfigError(f"threads is {count}; only {threads()} could be started here")
 
 
 def _check(code: int) -> None:
@@ -231,9 +248,10 @@ class PackedInt4:
             raise KernelError(
                 f"qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} do not fit {self.shape}"
             )
-        scales = scales.to(torch.float16)
-        if not bool(torch.isfinite(scales).all()):
-            raise KernelError("scales beyond float16 do not fit the native kernels")
+        if scales.dtype != torch.float16:
+            scales = scales.to(torch.float16)
+            if not bool(torch.isfinite(scales).all()):
+                raise KernelError("scales beyond float16 do not fit the native kernels")
         sources = [t if t is None else t.contiguous() for t in (qweight, qzeros, scales)]
         _check(
             _library().squawq_pack_gemm(

@@ -79,12 +79,18 @@ def rotate_and_store(
     values: Tensor,
 ) -> None:
     """Norm (where `norms` for queries and keys [head_dim] are given) and rotate queries and keys in place, and write
-    keys and values to the cache. qkv [rows, (query + 2 kv) * head_dim]; slots int64 [rows]: page * 16 + place."""
+    keys and values to the cache. qkv [rows, (query + 2 kv) * head_dim]; slots int64 [rows]: page * 16 + place.
+
+    A page is cleared when its first place is written: nothing of its last holder stays. Infinities become the largest
+    number of the cache's dtype; NaN stays.
+    """
     q, k, v = split_heads(qkv, heads)
     for part, norm in ((q, norms[0]), (k, norms[1])):
         part.copy_(rotate(part if norm is None else rms_norm(part, norm, eps), *rotary))
     page, place = slots // PAGE, slots % PAGE
     limit = torch.finfo(keys.dtype).max
+    keys[page[place == 0]] = 0
+    values[page[place == 0]] = 0
     keys[page, :, :, place] = k.clamp(-limit, limit).to(keys.dtype)
     values[page, :, place] = v.clamp(-limit, limit).to(values.dtype)
 

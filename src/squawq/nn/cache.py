@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,10 +36,12 @@ class Cache:
 
     def __init__(self, config: ModelConfig, pages: int, device: str = "cpu") -> None:
         _, kv, dim = config.heads
-        # One allocation: the system's zero pages are not touched until they are written.
-        store = torch.zeros(config.num_layers, 2, pages, kv * dim * PAGE, dtype=torch.float16, device=device)
+        shape = (config.num_layers, 2, pages, kv * dim * PAGE)
+        if device == "cpu":  # numpy's zeros are not touched until they are written, torch's are
+            store = torch.from_numpy(np.zeros(shape, np.float16))
+        else:
+            store = torch.zeros(shape, dtype=torch.float16, device=device)
         self._layers = [(k.view(pages, kv, dim, PAGE), v.view(pages, kv, PAGE, dim)) for k, v in store]
-        self.pages = pages
 
     @staticmethod
     def token_bytes(config: ModelConfig) -> int:

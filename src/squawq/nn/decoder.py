@@ -109,7 +109,7 @@ class Decoder:
 
 def layer_stack(layers: Sequence[Layer], cache: Cache) -> cpu.LayerStack | None:
     """The layers over this cache as one native call; None where the native kernels do not take all of it."""
-    if not layers or cpu.load() is None:
+    if not layers or cache.layer(0)[0].device.type != "cpu" or cpu.load() is None:
         return None
     config = layers[0].config
     query, kv, dim = config.heads

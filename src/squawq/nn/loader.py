@@ -30,7 +30,8 @@ HEAD_GROUP = 32  # of an int4 head: finer than the layers', since nothing was se
 class Options:
     """How weights are held. device: where. exact: activations stay float32 in products with 4-bit weights.
 
-    head: "int8" rounds the head's rows to 8 bits, "int4" to 4 bits in groups of 32 (with the native kernels only),
+    head: "int8" rounds the head's rows to 8 bits, "int4" to 4 bits in groups of 32 (both with the native kernels only;
+    int4 needs a vocabulary that is a multiple of 8, else int8 is used),
     "16-bit" leaves it as it is stored; `exact` leaves it too. packed: use the native kernels where they fit; False
     gives plain tensors, dense ones in float32.
     Raises ConfigError for another head.
@@ -88,7 +89,7 @@ def load_linear(checkpoint: Checkpoint, parts: Mapping[str, int], in_features: i
     else:  # a checkpoint that quantized only some of them
         weights = [_dense(checkpoint, name, out, in_features) for name, out in parts.items()]
     if options.native:
-        same = len({w.dtype for w in weights}) == 1
+        same = len({w.dtype for w in weights}) == 1 and weights[0].dtype in cpu.DENSE_TYPES
         return Linear(cpu.PackedDense(weights if same else [w.float() for w in weights], bias=bias))
     return Linear(torch.cat([_float(w, options.device) for w in weights]), bias)
 
