@@ -27,7 +27,7 @@ from squawq.evaluation.metrics import Score
 from squawq.evaluation.run import text_ids
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
-from squawq.kernels import cpu
+from squawq.kernels import library
 from squawq.nn.loader import Options, load, load_head
 from squawq.quantization.pipeline import quantize
 from squawq.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=EVALUATED_TOKENS)
     parser.add_argument("--window", type=int, default=512)
     args = parser.parse_args()
-    if cpu.load() is None:
+    if library.load() is None:
         sys.exit("the native kernels are not built here, or SQUAWQ_ISA=torch is set; only they round activations")
     ids = text_ids(Tokenizer(args.model), args.text)[: args.tokens]
     count = len(ids) // args.window
@@ -95,7 +95,7 @@ def main() -> None:
         for title, (exact, head) in WAYS.items():
             found = compare(runner_of(folder, args.window, exact, head), base, windows)
             rows.append(row(title, found, whole["kl_mean"]))
-    title = f"{args.model.name}, {windows.numel():,} tokens in windows of {args.window}, {cpu.isa()}"
+    title = f"{args.model.name}, {windows.numel():,} tokens in windows of {args.window}, {library.isa()}"
     print_table(title, ["", "perplexity", "KL, nats", "of quantizing", "same likeliest"], rows)
 
 

@@ -35,7 +35,7 @@ from squawq.engine.engine import Engine
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, load_runner
 from squawq.format.reader import Checkpoint
-from squawq.kernels import cpu
+from squawq.kernels import library
 from squawq.nn.loader import linear_shapes
 
 SHAPE = "llama-3.2-1b"
@@ -135,8 +135,8 @@ def clock_cost() -> float:
 
 def overhead_row(runner: DecoderRunner, streams: int, steps: int) -> list[str]:
     """Decode steps and what of them is spent outside of the library."""
-    clock, library = Clock(), cpu.load()
-    wrapped = {name: clock.wrap(call) for name, call in vars(library).items() if name.startswith("squawq_")}
+    clock, native = Clock(), library.load()
+    wrapped = {name: clock.wrap(call) for name, call in vars(native).items() if name.startswith("squawq_")}
     engine = Engine(runner, max_sequences=streams, prefix_caching=False)
     prompts = np.random.default_rng(2).integers(0, runner.vocab_size, (streams, PROMPT)).tolist()
     marks: list[tuple[float, float, int]] = []  # at each token of the first stream: now, in the library so far, calls
@@ -146,7 +146,7 @@ def overhead_row(runner: DecoderRunner, streams: int, steps: int) -> list[str]:
             marks.append((time.perf_counter(), clock.seconds, clock.calls))
 
     try:
-        with patch.dict(vars(library), wrapped):
+        with patch.dict(vars(native), wrapped):
             serve(engine, prompts, steps + UNSETTLED + 1, heard)
     finally:
         engine.close()
@@ -176,12 +176,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--folder", type=Path, help="keeps the random model; default: a temporary one")
-    parser.add_argument("--threads", type=int, default=cpu.default_threads())
+    parser.add_argument("--threads", type=int, default=library.default_threads())
     parser.add_argument("--own", type=int, default=8, help="tokens of a request behind the prefix")
     parser.add_argument("--rounds", type=int, default=5, help="of prefix waves and loads")
     parser.add_argument("--steps", type=int, default=64, help="of decode")
     args = parser.parse_args()
-    if cpu.load() is None:
+    if library.load() is None:
         sys.exit("the native kernels are not built here, or SQUAWQ_ISA=torch is set")
     with tempfile.TemporaryDirectory() as temporary:
         model = args.model or (args.folder or Path(temporary)) / f"{SHAPE}-awq"
@@ -192,7 +192,7 @@ def main() -> None:
         runner = load_runner(model, threads=args.threads, kv_tokens=room)
         rows.append(prefix_row(runner, args.own, args.rounds))
         rows += [overhead_row(runner, streams, args.steps) for streams in (1, STREAMS)]
-    title = f"{model.name}, {args.threads} threads, {cpu.isa()}"
+    title = f"{model.name}, {args.threads} threads, {library.isa()}"
     print_table(title, ["", "baseline", "found", "ratio", "target"], rows)
 
 

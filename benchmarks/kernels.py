@@ -25,7 +25,8 @@ from common import print_table
 from torch import Tensor
 
 from squawq.errors import ConfigError
-from squawq.kernels import cpu
+from squawq.kernels import library
+from squawq.kernels.packed import PackedInt4, PackedInt8
 
 GROUP = 128
 READ_BYTES = 2**29
@@ -40,13 +41,13 @@ def speed(amount: float, work: Callable[[], object]) -> float:
     return amount / (time.perf_counter() - started) / 1e9
 
 
-def random_int4(generator: np.random.Generator, out: int, in_: int) -> cpu.PackedInt4:
+def random_int4(generator: np.random.Generator, out: int, in_: int) -> PackedInt4:
     """Random integers and zeros, one scale."""
 
     def words(rows: int) -> Tensor:
         return torch.from_numpy(generator.integers(-(2**31), 2**31, (rows, out // 8), dtype=np.int32))
 
-    weight = cpu.PackedInt4(out, in_, GROUP)
+    weight = PackedInt4(out, in_, GROUP)
     scales = torch.full((in_ // GROUP, out), 0.004, dtype=torch.float16)
     weight.fill(0, words(in_), scales, words(in_ // GROUP))
     return weight
@@ -68,9 +69,9 @@ def torch_int4(generator: np.random.Generator, out: int, in_: int) -> Callable[[
 def instruction_sets() -> list[str]:
     """Those of this build and machine, best first."""
     found = []
-    for name in cpu.ISAS[:-1]:
+    for name in library.ISAS[:-1]:
         try:
-            cpu.set_isa(name)
+            library.set_isa(name)
             found.append(name)
         except ConfigError:
             pass
@@ -87,10 +88,10 @@ def row(title: str, unit: str, rounds: int, baseline: Speed, kernel: Speed, targ
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if cpu.load() is None:
+    if library.load() is None:
         sys.exit("the native kernels are not built here, or SQUAWQ_ISA=torch is set")
-    best, available = cpu.isa(), instruction_sets()
-    parser.add_argument("--threads", type=int, default=cpu.default_threads())
+    best, available = library.isa(), instruction_sets()
+    parser.add_argument("--threads", type=int, default=library.default_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--isa", choices=available, nargs="+", default=available)
     parser.add_argument("--weight", type=int, nargs=2, default=(14336, 4096), metavar=("OUT", "IN"))
@@ -99,13 +100,13 @@ def main() -> None:
     parser.add_argument("--head", type=int, nargs=2, default=(128256, 2048), metavar=("OUT", "IN"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cpu.set_threads(args.threads)
+    library.set_threads(args.threads)
     pool = ThreadPoolExecutor(args.threads)
     parts = np.array_split(np.ones(READ_BYTES // 8, np.int64), args.threads)
     generator = np.random.default_rng(0)
     out, in_ = args.weight
     one, many, dense = torch.randn(1, in_), torch.randn(args.tokens, in_), torch.randn(out, in_)
-    head, head_input = cpu.PackedInt8(torch.randn(*args.head)), torch.randn(1, args.head[1])
+    head, head_input = PackedInt8(torch.randn(*args.head)), torch.randn(1, args.head[1])
     head_bytes = args.head[0] * (args.head[1] + 4)
     weights = [random_int4(generator, out, in_) for _ in range(args.copies)]
     weight_bytes = args.copies * out * (in_ // 2 + in_ // GROUP * 3)
@@ -128,7 +129,7 @@ def main() -> None:
 
     rows = []
     for isa in args.isa:
-        cpu.set_isa(isa)
+        library.set_isa(isa)
         targets = (">= 0.85", ">= 2") if isa == best else ("", "")
         few = min(args.rounds, PRODUCT_ROUNDS)
         rows.append(row(f"int4, 1 token, {isa}", "GB/s", args.rounds, read, once, targets[0]))

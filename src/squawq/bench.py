@@ -18,7 +18,7 @@ from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError, GenerationError
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
-from squawq.kernels import cpu
+from squawq.kernels import library
 
 MOST_STREAMS = 256
 
@@ -78,8 +78,8 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "streams": streams,
-        "threads": cpu.threads(),
-        "isa": cpu.isa(),
+        "threads": library.threads(),
+        "isa": library.isa(),
     }
 
 

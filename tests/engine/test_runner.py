@@ -19,13 +19,13 @@ from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, default_kv_tokens
 from squawq.engine.sequence import new_job
-from squawq.kernels import cpu
+from squawq.kernels import library
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import load
 from squawq.quantization.pipeline import quantize
 
-if cpu.load() is None:
+if library.load() is None:
     pytest.skip("the native kernels are not built on this machine", allow_module_level=True)
 
 names = itertools.count()

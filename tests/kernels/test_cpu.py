@@ -17,22 +17,23 @@ from torch import Tensor
 from squawq.errors import ConfigError, KernelError
 from squawq.format.groupwise import GroupwiseTensor, quantize
 from squawq.format.packing import to_gemm
-from squawq.kernels import cpu, reference
+from squawq.kernels import cpu, library, reference
+from squawq.kernels.packed import Packed, PackedDense, PackedInt4, PackedInt8
 
-if cpu.load() is None:
+if library.load() is None:
     pytest.skip("the native kernels are not built on this machine", allow_module_level=True)
 
 
 def available() -> list[str]:
-    here = cpu.isa()
+    here = library.isa()
     found = []
     for isa in ("avx512", "avx2", "neon", "scalar"):
         try:
-            cpu.set_isa(isa)
+            library.set_isa(isa)
             found.append(isa)
         except ConfigError:
             pass
-    cpu.set_isa(here)
+    library.set_isa(here)
     return found
 
 
@@ -41,25 +42,25 @@ ISAS = available()
 
 @pytest.fixture(autouse=True, params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.isa()
-    cpu.set_isa(request.param)
+    before = library.isa()
+    library.set_isa(request.param)
     yield request.param
-    cpu.set_isa(before)
+    library.set_isa(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def packed(tensor: GroupwiseTensor, group: int, *, exact: bool, bias: Tensor | None = None) -> cpu.PackedInt4:
+def packed(tensor: GroupwiseTensor, group: int, *, exact: bool, bias: Tensor | None = None) -> PackedInt4:
     out, in_ = tensor.q.shape
-    weight = cpu.PackedInt4(out, in_, group, bias=bias, exact=exact)
+    weight = PackedInt4(out, in_, group, bias=bias, exact=exact)
     gemm = to_gemm(tensor)
     weight.fill(0, gemm["qweight"], gemm["scales"], gemm["qzeros"])
     return weight
 
 
-def row_by_row(weight: cpu.Packed, x: Tensor) -> Tensor:
+def row_by_row(weight: Packed, x: Tensor) -> Tensor:
     return torch.cat([weight(x[i : i + 1]) for i in range(len(x))])
 
 
@@ -111,7 +112,7 @@ def test_int4_extremes_do_not_overflow() -> None:
 def test_symmetric_checkpoints_have_zeros_of_8() -> None:
     tensor = quantize(random(24, 128), 32, False)
     gemm = to_gemm(tensor)
-    weight = cpu.PackedInt4(24, 128, 32, exact=True)
+    weight = PackedInt4(24, 128, 32, exact=True)
     weight.fill(0, gemm["qweight"], gemm["scales"], None)
     x = random(3, 128, seed=4)
     assert torch.allclose(weight(x), reference.int4_matmul(x, tensor), atol=1e-4)
@@ -119,7 +120,7 @@ def test_symmetric_checkpoints_have_zeros_of_8() -> None:
 
 def test_parts_are_stacked() -> None:
     parts = [quantize(random(rows, 64, seed=rows), 32, True) for rows in (24, 8, 40)]
-    weight = cpu.PackedInt4(72, 64, 32, exact=True)
+    weight = PackedInt4(72, 64, 32, exact=True)
     row = 0
     for part in parts:
         gemm = to_gemm(part)
@@ -132,7 +133,7 @@ def test_parts_are_stacked() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dense_and_int8_weights(dtype: torch.dtype) -> None:
     matrix, bias = random(40, 96).to(dtype), random(40, seed=1)
-    dense, int8 = cpu.PackedDense([matrix[:17], matrix[17:]], bias=bias), cpu.PackedInt8(matrix)
+    dense, int8 = PackedDense([matrix[:17], matrix[17:]], bias=bias), PackedInt8(matrix)
     for rows in ROWS:
         x = random(rows, 96, seed=rows)
         expected = x.double() @ matrix.double().T
@@ -147,7 +148,7 @@ def test_halves_are_read_as_the_standard_says() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
         values = torch.where(torch.isfinite(values), values, torch.zeros_like(values)).view(-1, 1)
-        found = cpu.PackedDense([torch.cat((values, torch.zeros(65536, 15, dtype=dtype)), 1)])(torch.eye(16)[:1])
+        found = PackedDense([torch.cat((values, torch.zeros(65536, 15, dtype=dtype)), 1)])(torch.eye(16)[:1])
         assert torch.equal(found[0], values[:, 0].float())
 
 
@@ -254,7 +255,7 @@ def test_isas_agree_on_integers(isa: str) -> None:
     """Integer sums are exact everywhere; the float additions differ only where fused multiply-add is missing."""
     tensor, x = quantize(random(48, 256), 128, True), random(9, 256, seed=3)
     found = packed(tensor, 128, exact=False)(x)
-    cpu.set_isa("scalar")
+    library.set_isa("scalar")
     expected = packed(tensor, 128, exact=False)(x)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -262,15 +263,15 @@ def test_isas_agree_on_integers(isa: str) -> None:
 def test_threads_change_nothing() -> None:
     tensor, x = quantize(random(200, 256), 128, True), random(37, 256, seed=3)
     weight = packed(tensor, 128, exact=False)
-    before = cpu.threads()
+    before = library.threads()
     results: list[Tensor] = []
     try:
         for count in (1, 2, 3, 5):
-            cpu.set_threads(count)
-            assert cpu.threads() == count
+            library.set_threads(count)
+            assert library.threads() == count
             results.extend(weight(x) for _ in range(20))
     finally:
-        cpu.set_threads(before)
+        library.set_threads(before)
     assert all(torch.equal(r, results[0]) for r in results)
 
 
@@ -282,11 +283,11 @@ def test_what_is_not_a_number_shows() -> None:
     matrix = random(40, 256)
     broken = matrix.clone()
     broken[7, 3] = float("nan")
-    for weight in (packed(tensor, 128, exact=False), packed(tensor, 128, exact=True), cpu.PackedInt8(matrix)):
+    for weight in (packed(tensor, 128, exact=False), packed(tensor, 128, exact=True), PackedInt8(matrix)):
         found = weight(x)
         assert bool(found[4].isnan().all())
         assert torch.equal(found[[0, 1, 2, 3, 5, 6, 7, 8]], weight(clean)[[0, 1, 2, 3, 5, 6, 7, 8]])
-    found = cpu.PackedInt8(broken)(clean)
+    found = PackedInt8(broken)(clean)
     assert bool(found[:, 7].isnan().all())
     assert int(found.isnan().sum()) == 9
 
@@ -317,8 +318,8 @@ def test_a_forked_child_computes_alone() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(KernelError, match=r"\[16, 24\] in groups of 24"):
-        cpu.PackedInt4(16, 24, 24)
-    weight = cpu.PackedInt4(16, 128, 128)
+        PackedInt4(16, 24, 24)
+    weight = PackedInt4(16, 128, 128)
     gemm = to_gemm(quantize(random(32, 128), 128, True))
     with pytest.raises(KernelError, match="do not fit"):
         weight.fill(0, gemm["qweight"], gemm["scales"], gemm["qzeros"])
@@ -326,13 +327,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(KernelError, match="beyond float16"):
         weight.fill(0, small["qweight"], small["scales"].float() * 1e9, small["qzeros"])
     with pytest.raises(ConfigError, match="'sse9'"):
-        cpu.set_isa("sse9")
+        library.set_isa("sse9")
     with pytest.raises(ConfigError, match="threads is 0"):
-        cpu.set_threads(0)
+        library.set_threads(0)
 
 
 def _isa_of_a_new_process(**environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from squawq.kernels import cpu; print(cpu.isa(), cpu.threads())"
+    code = "from squawq.kernels import library; print(library.isa(), library.threads())"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
     )
@@ -348,10 +349,10 @@ def test_environment_forces_an_isa(isa: str) -> None:
 def test_without_the_library_torch_runs_and_it_is_said_once() -> None:
     code = """
 import torch
-from squawq.kernels import cpu, dispatch
-cpu._find = lambda: None
-cpu.load(), cpu.load()
-print(cpu.isa(), dispatch.silu_mul(torch.ones(1, 32)).shape[1])
+from squawq.kernels import dispatch, library
+library._find = lambda: None
+library.load(), library.load()
+print(library.isa(), dispatch.silu_mul(torch.ones(1, 32)).shape[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["torch", "16"]

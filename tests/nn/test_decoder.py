@@ -19,7 +19,7 @@ from squawq.families import family_of
 from squawq.format.packing import from_gemm
 from squawq.format.reader import Checkpoint
 from squawq.format.writer import write_index
-from squawq.kernels import cpu
+from squawq.kernels import cpu, library
 from squawq.kernels.reference import rms_norm
 from squawq.nn.decoder import layer_stack
 from squawq.nn.loader import Options, load, load_head
@@ -81,7 +81,7 @@ def test_logits_equal_transformers(case: str, way: str, make_model: MakeModel) -
 @pytest.mark.parametrize("quantized", [False, True])
 def test_chunks_and_batches_change_no_bit(case: str, quantized: bool, make_model: MakeModel, tmp_path: Path) -> None:
     """The native kernels: a sequence in one chunk, in several, token by token, alone and beside others."""
-    if cpu.load() is None:
+    if library.load() is None:
         pytest.skip("the native kernels are not built on this machine")
     model_type, changes = CASES[case]
     folder = make_model(model_type, **changes)
@@ -104,7 +104,7 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(
     case: str, quantized: bool, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit: csrc/dispatch.cpp's run_layers against Layer."""
-    if cpu.load() is None:
+    if library.load() is None:
         pytest.skip("the native kernels are not built on this machine")
     model_type, changes = CASES[case]
     folder = make_model(model_type, **changes)
@@ -197,7 +197,7 @@ def test_quantized_folder_runs_as_its_dequantized_self(
 
 def test_smaller_heads_cost_what_their_bits_say(make_model: MakeModel) -> None:
     """Mean error of the logits against the head as stored: int4 some ten times int8's, both far from unrelated."""
-    if cpu.load() is None:
+    if library.load() is None:
         pytest.skip("the native kernels are not built on this machine")
     folder = make_model()
     ids = torch.randint(0, 160, (1, 32), generator=torch.Generator().manual_seed(1))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from squawq.config import ModelConfig
 from squawq.engine.request import Chunk
 from squawq.errors import ConfigError
-from squawq.kernels import cpu
+from squawq.kernels import library
 from squawq.kernels.reference import PAGE
 from squawq.nn.cache import Batch, Cache
 from squawq.nn.decoder import Decoder
@@ -123,5 +123,5 @@ def load_runner(
     """
     options = Options(device, exact, head)
     if threads is not None:
-        cpu.set_threads(threads)
+        library.set_threads(threads)
     return DecoderRunner(load(folder, options), kv_tokens)

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from squawq.errors import KernelError
 from squawq.format.groupwise import GroupwiseTensor
-from squawq.kernels import cpu, reference
+from squawq.kernels import cpu, library, reference
+from squawq.kernels.packed import Packed
 from squawq.kernels.reference import Heads
 
-Weight = Tensor | GroupwiseTensor | cpu.Packed
+Weight = Tensor | GroupwiseTensor | Packed
 Matmul = Callable[[Tensor, Any, Tensor | None], Tensor]
 
 
 def _native_declines(x: Tensor, weight: Weight) -> str | None:
-    if not isinstance(weight, cpu.Packed):
+    if not isinstance(weight, Packed):
         return "the weight is not packed for it"
     if x.dtype != torch.float32 or x.device.type != "cpu":
         return f"activations are {x.dtype} on {x.device.type}"
@@ -49,7 +50,7 @@ def _features(x: Tensor, features: int) -> str | None:
     return None if x.shape[-1] == features else f"activations have {x.shape[-1]} features, the weight {features}"
 
 
-def _native_matmul(x: Tensor, weight: cpu.Packed, bias: Tensor | None) -> Tensor:
+def _native_matmul(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     y = weight(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 
@@ -74,8 +75,8 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 def _native(x: Tensor, width: int) -> bool:
     """Whether the native elementwise kernels take rows x whose inner width is `width`."""
-    fits = x.dtype == torch.float32 and x.dim() == 2 and width % cpu.LANES == 0 and x.is_contiguous()
-    return fits and x.device.type == "cpu" and cpu.load() is not None
+    fits = x.dtype == torch.float32 and x.dim() == 2 and width % library.LANES == 0 and x.is_contiguous()
+    return fits and x.device.type == "cpu" and library.load() is not None
 
 
 def _native_attention(qkv: Tensor, heads: Heads, keys: Tensor) -> bool:
@@ -99,7 +100,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def rotary(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [len(positions), head_dim / 2]."""
-    native = positions.device.type == "cpu" and cpu.load() is not None
+    native = positions.device.type == "cpu" and library.load() is not None
     found: tuple[Tensor, Tensor] = (cpu if native else reference).rotary(positions, frequencies)
     return found
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squawq.config import ModelConfig
-from squawq.kernels import cpu, dispatch, reference
+from squawq.kernels import cpu, dispatch, library, reference
+from squawq.kernels.packed import Packed
 from squawq.nn.cache import Batch, Cache
 from squawq.nn.linear import Linear
 from squawq.nn.rope import inverse_frequencies
@@ -109,17 +110,17 @@ class Decoder:
 
 def layer_stack(layers: Sequence[Layer], cache: Cache) -> cpu.LayerStack | None:
     """The layers over this cache as one native call; None where the native kernels do not take all of it."""
-    if not layers or cache.layer(0)[0].device.type != "cpu" or cpu.load() is None:
+    if not layers or cache.layer(0)[0].device.type != "cpu" or library.load() is None:
         return None
     config = layers[0].config
     query, kv, dim = config.heads
     widths = (config.hidden_size, config.intermediate_size, dim)
-    if any(width % cpu.LANES for width in widths) or query > kv * cpu.MOST_SHARED_HEADS:
+    if any(width % library.LANES for width in widths) or query > kv * cpu.MOST_SHARED_HEADS:
         return None
     parts = []
     for layer in layers:
         linears = [layer.linears[name] for name in (QKV, OUT, GATE_UP, DOWN)]
-        packed = [linear.weight for linear in linears if isinstance(linear.weight, cpu.Packed) and linear.bias is None]
+        packed = [linear.weight for linear in linears if isinstance(linear.weight, Packed) and linear.bias is None]
         if len(packed) < len(linears):
             return None
         norms = (layer.norms["input_layernorm"], layer.norms["post_attention_layernorm"], *layer.head_norms)

@@ -18,7 +18,8 @@ from squawq.errors import ConfigError
 from squawq.families import Family, family_of
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
-from squawq.kernels import cpu
+from squawq.kernels import library
+from squawq.kernels.packed import DENSE_TYPES, PackedDense, PackedInt4, PackedInt8, kernel_group
 from squawq.nn.decoder import DOWN, GATE_UP, OUT, QKV, Decoder, Layer
 from squawq.nn.linear import Linear
 
@@ -48,7 +49,7 @@ class Options:
 
     @property
     def native(self) -> bool:
-        return self.packed and self.device == "cpu" and cpu.load() is not None
+        return self.packed and self.device == "cpu" and library.load() is not None
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -89,8 +90,8 @@ def load_linear(checkpoint: Checkpoint, parts: Mapping[str, int], in_features: i
     else:  # a checkpoint that quantized only some of them
         weights = [_dense(checkpoint, name, out, in_features) for name, out in parts.items()]
     if options.native:
-        same = len({w.dtype for w in weights}) == 1 and weights[0].dtype in cpu.DENSE_TYPES
-        return Linear(cpu.PackedDense(weights if same else [w.float() for w in weights], bias=bias))
+        same = len({w.dtype for w in weights}) == 1 and weights[0].dtype in DENSE_TYPES
+        return Linear(PackedDense(weights if same else [w.float() for w in weights], bias=bias))
     return Linear(torch.cat([_float(w, options.device) for w in weights]), bias)
 
 
@@ -98,8 +99,8 @@ def _load_int4(
     checkpoint: Checkpoint, parts: Mapping[str, int], in_features: int, bias: Tensor | None, options: Options
 ) -> Linear:
     group = checkpoint.group_of(in_features)
-    if options.native and cpu.kernel_group(group) is not None:
-        packed = cpu.PackedInt4(sum(parts.values()), in_features, group, bias=bias, exact=options.exact)
+    if options.native and kernel_group(group) is not None:
+        packed = PackedInt4(sum(parts.values()), in_features, group, bias=bias, exact=options.exact)
         row = 0
         for name, out in parts.items():
             packed.fill(row, *checkpoint.read_gemm(name, in_features, out))
@@ -165,9 +166,9 @@ def load_head(checkpoint: Checkpoint, family: Family, options: Options) -> tuple
     if options.native and options.head != "16-bit" and not options.exact and not checkpoint.is_quantized(name):
         weight = checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
         if options.head == "int4" and config.hidden_size % HEAD_GROUP == 0 and config.vocab_size % 8 == 0:
-            return norm, Linear(cpu.PackedInt4.rounded(weight, HEAD_GROUP))
-        if cpu.kernel_group(config.hidden_size) is not None and weight.dtype in cpu.DENSE_TYPES:
-            return norm, Linear(cpu.PackedInt8(weight))
+            return norm, Linear(PackedInt4.rounded(weight, HEAD_GROUP))
+        if kernel_group(config.hidden_size) is not None and weight.dtype in DENSE_TYPES:
+            return norm, Linear(PackedInt8(weight))
     return norm, load_linear(checkpoint, {name: config.vocab_size}, config.hidden_size, options)
 
 

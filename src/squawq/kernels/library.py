@@ -1,0 +1,156 @@
+"""The native CPU kernels' library (csrc/), loaded by ctypes: which instruction set, how many threads.
+
+Optional: without it `load()` gives None and everything runs on torch, slower. SQUAWQ_ISA forces an instruction set
+(avx512, avx2, neon, scalar), or "torch" for none; SQUAWQ_THREADS sets the number of threads, by default every core that
+this process may use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from squawq.errors import ConfigError, KernelError
+
+logger = logging.getLogger("squawq")
+ABI = 2
+LANES = 16  # output rows of a packed block, tokens of a page
+ISAS = ("avx512", "avx2", "neon", "scalar", "torch")
+
+POINTER, SIZE, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "squawq_set_isa": (ctypes.c_char_p,),
+    "squawq_set_threads": (INT,),
+    "squawq_pack_gemm": (POINTER,) * 3 + (SIZE,) * 5 + (POINTER,) * 3,
+    "squawq_pack_dense": (POINTER, SIZE, SIZE, SIZE, SIZE, POINTER),
+    "squawq_pack_int8": (POINTER, INT, SIZE, SIZE, POINTER, POINTER),
+    "squawq_int4_matmul": (POINTER, SIZE, POINTER, INT, POINTER),
+    "squawq_int8_matmul": (POINTER, SIZE, POINTER, POINTER),
+    "squawq_dense_matmul": (POINTER, SIZE, POINTER, POINTER),
+    "squawq_rms_norm": (POINTER, POINTER, POINTER, FLOAT, SIZE, SIZE, POINTER),
+    "squawq_silu_mul": (POINTER, SIZE, SIZE, POINTER),
+    "squawq_rotary": (POINTER, SIZE, POINTER, SIZE, POINTER, POINTER),
+    "squawq_rotate_and_store": (POINTER, *(SIZE,) * 4, *(POINTER,) * 4, FLOAT, *(POINTER,) * 3),
+    "squawq_layers": (POINTER, SIZE, POINTER, *(SIZE,) * 6, FLOAT, *(POINTER,) * 4, SIZE, POINTER, POINTER),
+    "squawq_attention": (POINTER, *(SIZE,) * 3, POINTER, SIZE, POINTER, SIZE, *(POINTER,) * 3),
+}
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The library, ready to run, or None where it was not built or SQUAWQ_ISA=torch.
+
+    Raises ConfigError for a SQUAWQ_ISA or SQUAWQ_THREADS that cannot be.
+    """
+    wanted = os.environ.get("SQUAWQ_ISA", "")
+    if wanted and wanted not in ISAS:
+        raise ConfigError(f"SQUAWQ_ISA is {wanted!r}; choose one of {', '.join(ISAS)}")
+    path = None if wanted == "torch" else _find()
+    if path is None:
+        if wanted not in ("", "torch"):
+            raise ConfigError(
+                f"SQUAWQ_ISA is {wanted!r}, but the native kernels are not built; reinstall with a compiler"
+            )
+        if wanted != "torch":
+            logger.warning(
+                "the native CPU kernels are not built; running on torch, much slower. "
+                "Install a C++ compiler and reinstall squawq."
+            )
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("the native CPU kernels cannot be loaded; running on torch, much slower: %s", error)
+        return None
+    if library.squawq_abi() != ABI:
+        raise ConfigError(f"{path} is of another version of squawq; reinstall the package")
+    library.squawq_isa.restype = ctypes.c_char_p
+    for name, types in _SIGNATURES.items():
+        getattr(library, name).argtypes = types
+    if wanted and library.squawq_set_isa(wanted.encode()):
+        raise ConfigError(f"SQUAWQ_ISA is {wanted!r}, which this machine or this build does not have")
+    library.squawq_set_threads(default_threads())
+    return library
+
+
+def _find() -> Path | None:
+    """The library beside this package; an editable install keeps it in a second folder of the same package."""
+    folders = import_module("squawq.kernels").__path__
+    return next((p for f in folders if (p := Path(f) / "libsquawq.so").is_file()), None)
+
+
+def default_threads() -> int:
+    """SQUAWQ_THREADS, or the cores that this process may use. Raises ConfigError for a number that cannot be."""
+    given = os.environ.get("SQUAWQ_THREADS")
+    if not given:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, _quota() or cores)
+    if not given.isdecimal() or not 1 <= int(given) <= 1024:
+        raise ConfigError(f"SQUAWQ_THREADS is {given!r}; it must be a whole number from 1 to 1024")
+    return int(given)
+
+
+def _quota() -> int | None:
+    """Cores that a container's limit comes to (cgroup v2's cpu.max), rounded up."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):  # no limit, or none of this kind
+        return None
+
+
+def required() -> ctypes.CDLL:
+    """The library, for whoever holds weights that were packed for it. Raises KernelError without one."""
+    library = load()
+    if library is None:
+        raise KernelError("the native kernels are not built here")
+    return library
+
+
+def isa() -> str:
+    """The instruction set in use: one of ISAS; "torch" without the library."""
+    library = load()
+    return "torch" if library is None else str(library.squawq_isa().decode())
+
+
+def set_isa(name: str) -> None:
+    """Switch to another instruction set. Raises ConfigError where it is not there."""
+    if required().squawq_set_isa(name.encode()):
+        raise ConfigError(f"instruction set {name!r} is not in this build or not on this machine")
+
+
+def threads() -> int:
+    """Threads of the kernels; torch's without the library."""
+    library = load()
+    return torch.get_num_threads() if library is None else int(library.squawq_threads())
+
+
+def set_threads(count: int) -> None:
+    """Threads of the kernels (torch's without the library). Raises ConfigError unless it is 1 to 1024."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
+        raise ConfigError(f"threads is {count!r}; it must be a whole number, 1 to 1024")
+    library = load()
+    if library is None:
+        torch.set_num_threads(count)
+    else:
+        check(library.squawq_set_threads(count))
+        if threads() != count:
+            raise ConfigError(f"threads is {count}; only {threads()} could be started here")
+
+
+def check(code: int) -> None:
+    """Raise MemoryError where a function of the library says so."""
+    if code:
+        raise MemoryError("the native kernels could not get memory")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's data lie; None for none, which C reads as null."""
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,195 @@
+"""Weights in the native kernels' layouts (csrc/ops.h): 4-bit, 8-bit and 16- or 32-bit, each multiplied by calling it.
+
+What is packed is checked here, since pointers leave Python; what it is multiplied by is `dispatch`'s check.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from squawq.errors import KernelError
+from squawq.format.groupwise import quantize
+from squawq.format.packing import to_gemm
+from squawq.kernels.library import INT, LANES, POINTER, SIZE, address, check, required
+
+LARGE_PAGE = 2 << 20
+GROUPS = (128, 64, 32, 16)  # inputs that share an activation scale
+ROUNDED_ROWS = 4096
+DENSE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def kernel_group(group: int) -> int | None:
+    """The inputs that share an activation scale where weights have groups of `group`; None where no kernel fits."""
+    return next((g for g in GROUPS if group % g == 0), None)
+
+
+def _buffer(size: int, dtype: torch.dtype) -> Tensor:
+    """Zeros for a packed weight, on large memory pages where the system gives them: weights are read from end to end
+    for every token, and translating the addresses of small pages costs bandwidth."""
+    nbytes = size * dtype.itemsize
+    memory = mmap.mmap(-1, nbytes + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # untouched pages cost nothing
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % LARGE_PAGE
+    if (whole := nbytes // LARGE_PAGE * LARGE_PAGE) and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE, start, whole)
+    return torch.frombuffer(memory, dtype=dtype, count=size, offset=start)
+
+
+class _Int4(ctypes.Structure):
+    _fields_ = (
+        *((name, POINTER) for name in ("weight", "scales", "zeros", "bias")),
+        *((name, SIZE) for name in ("out", "in_", "group")),
+    )
+
+
+class _Int8(ctypes.Structure):
+    _fields_ = (
+        *((name, POINTER) for name in ("weight", "scales", "bias")),
+        *((name, SIZE) for name in ("out", "in_", "group")),
+    )
+
+
+class _Dense(ctypes.Structure):
+    _fields_ = (
+        *((name, POINTER) for name in ("weight", "bias")),
+        *((name, SIZE) for name in ("out", "in_")),
+        ("type", INT),
+    )
+
+
+def _bias(bias: Tensor | None, out: int) -> Tensor | None:
+    if bias is not None and bias.shape != (out,):
+        raise KernelError(f"bias has shape {tuple(bias.shape)}; {(out,)} is needed")
+    return None if bias is None else bias.float().contiguous()
+
+
+def _blocks(out: int) -> int:
+    return -(-out // LANES)
+
+
+class PackedInt4:
+    """4-bit weights [out, in] in the kernels' layout (csrc/ops.h), filled from AWQ GEMM tensors part by part.
+
+    exact: multiply float32 activations instead of int8 ones. Memory: out * in / 2 bytes and 3 more for every
+    kernel group of 16 to 128 inputs.
+    """
+
+    def __init__(self, out: int, in_: int, group: int, *, bias: Tensor | None = None, exact: bool = False) -> None:
+        kernel = kernel_group(group)
+        if kernel is None or in_ % group or out % 8:
+            raise KernelError(f"no native kernel for int4 weights [{out}, {in_}] in groups of {group}")
+        self.shape, self.exact, self._repeat = (out, in_), exact, group // kernel
+        self.kind = 1 if exact else 0  # of csrc/layers.h
+        blocks, groups = _blocks(out), in_ // kernel
+        self._weight = _buffer(blocks * in_ * LANES // 2, torch.uint8)
+        self._scales = torch.zeros(blocks * groups * LANES, dtype=torch.float16)
+        self._zeros = torch.zeros(blocks * groups * LANES, dtype=torch.uint8)
+        self._bias = _bias(bias, out)
+        addresses = [address(t) for t in (self._weight, self._scales, self._zeros, self._bias)]
+        self._struct = _Int4(*addresses, out, in_, kernel)
+        self.pointer = ctypes.addressof(self._struct)
+
+    def fill(self, first_row: int, qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> None:
+        """AWQ GEMM tensors of some rows: qweight int32 [in, n/8], scales 16-bit [groups, n], qzeros int32
+        [groups, n/8] or None for zeros of 8."""
+        rows, groups = qweight.shape[1] * 8, scales.shape[0]
+        fits = qweight.dtype == torch.int32 and qweight.shape[0] == self.shape[1] and scales.shape[1] == rows
+        fits &= groups * self._repeat * self._struct.group == self.shape[1]
+        fits &= first_row % 8 == 0 and first_row + rows <= self.shape[0]
+        fits &= qzeros is None or (qzeros.shape == (groups, rows // 8) and qzeros.dtype == torch.int32)
+        if not fits:
+            raise KernelError(
+                f"qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} do not fit {self.shape}"
+            )
+        if scales.dtype != torch.float16:
+            scales = scales.to(torch.float16)
+            if not bool(torch.isfinite(scales).all()):
+                raise KernelError("scales beyond float16 do not fit the native kernels")
+        sources = [t if t is None else t.contiguous() for t in (qweight, qzeros, scales)]
+        check(
+            required().squawq_pack_gemm(
+                *map(address, sources),
+                *(rows, self.shape[1], groups, self._repeat, first_row),
+                *map(address, (self._weight, self._scales, self._zeros)),
+            )
+        )
+
+    @classmethod
+    def rounded(cls, weight: Tensor, group: int) -> PackedInt4:
+        """A dense weight [out, in] rounded to nearest. Memory beside the result: a slice of some thousand rows."""
+        out, in_ = weight.shape
+        packed = cls(out, in_, group)
+        for row in range(0, out, ROUNDED_ROWS):
+            gemm = to_gemm(quantize(weight[row : row + ROUNDED_ROWS], group, zero_point=True))
+            packed.fill(row, gemm["qweight"], gemm["scales"], gemm["qzeros"])
+        return packed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [rows, in] -> float32 [rows, out]."""
+        y = x.new_empty(x.shape[0], self.shape[0])
+        check(required().squawq_int4_matmul(x.data_ptr(), x.shape[0], self.pointer, self.exact, y.data_ptr()))
+        return y
+
+
+class PackedInt8:
+    """Weights [out, in] rounded to int8 with one scale a row, in the kernels' layout: out * in bytes."""
+
+    kind = 2
+
+    def __init__(self, weight: Tensor) -> None:
+        out, in_ = self.shape = (weight.shape[0], weight.shape[1])
+        kernel = kernel_group(in_)
+        if kernel is None or weight.dtype not in DENSE_TYPES:
+            raise KernelError(f"no native int8 kernel for weights {tuple(weight.shape)} of {weight.dtype}")
+        self._weight = _buffer(_blocks(out) * LANES * in_, torch.int8)
+        self._scales = torch.zeros(_blocks(out) * LANES)
+        source = weight.contiguous()
+        arguments = (address(source), DENSE_TYPES[weight.dtype], out, in_)
+        check(required().squawq_pack_int8(*arguments, address(self._weight), address(self._scales)))
+        self._struct = _Int8(address(self._weight), address(self._scales), None, out, in_, kernel)
+        self.pointer = ctypes.addressof(self._struct)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [rows, in] -> float32 [rows, out]."""
+        y = x.new_empty(x.shape[0], self.shape[0])
+        check(required().squawq_int8_matmul(x.data_ptr(), x.shape[0], self.pointer, y.data_ptr()))
+        return y
+
+
+class PackedDense:
+    """float16, bfloat16 or float32 weights [out, in] in the kernels' layout; multiplied in float32."""
+
+    kind = 3
+
+    def __init__(self, parts: Sequence[Tensor], *, bias: Tensor | None = None) -> None:
+        out, in_ = self.shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
+        dtype = parts[0].dtype
+        if dtype not in DENSE_TYPES or any(p.dtype != dtype or p.shape[1] != in_ for p in parts):
+            raise KernelError(
+                f"no native kernel for weights of {', '.join(f'{p.dtype} {tuple(p.shape)}' for p in parts)}"
+            )
+        self._weight = _buffer(_blocks(out) * LANES * in_, dtype)
+        row = 0
+        for part in parts:
+            source = part.contiguous()
+            arguments = (address(source), part.shape[0], in_, row, dtype.itemsize)
+            check(required().squawq_pack_dense(*arguments, address(self._weight)))
+            row += part.shape[0]
+        self._bias = _bias(bias, out)
+        self._struct = _Dense(address(self._weight), address(self._bias), out, in_, DENSE_TYPES[dtype])
+        self.pointer = ctypes.addressof(self._struct)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [rows, in] -> float32 [rows, out]."""
+        y = x.new_empty(x.shape[0], self.shape[0])
+        check(required().squawq_dense_matmul(x.data_ptr(), x.shape[0], self.pointer, y.data_ptr()))
+        return y
+
+
+Packed = PackedInt4 | PackedInt8 | PackedDense
