@@ -25,10 +25,8 @@ from squawq.engine.request import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.evaluation.metrics import Score
 from squawq.evaluation.run import text_ids
-from squawq.families import family_of
-from squawq.format.reader import Checkpoint
 from squawq.kernels import library
-from squawq.nn.loader import Options, load, load_head
+from squawq.nn.loader import Options, load
 from squawq.quantization.pipeline import quantize
 from squawq.tokenizer import Tokenizer
 
@@ -42,11 +40,7 @@ WAYS = {  # whether activations stay float32, and the head
 
 def runner_of(folder: Path, window: int, exact: bool, head: str) -> DecoderRunner:
     """The folder on the CPU kernels, with pages for one window."""
-    decoder = load(folder, Options(exact=exact, head=head))
-    if exact and head != "16-bit":  # which Options leave at 16 bits
-        checkpoint = Checkpoint(folder)
-        _, decoder.head = load_head(checkpoint, family_of(checkpoint.config.model_type), Options(head=head))
-    return DecoderRunner(decoder, kv_tokens=window + DecoderRunner.page_size)
+    return DecoderRunner(load(folder, Options(exact=exact, head=head)), kv_tokens=window + DecoderRunner.page_size)
 
 
 def logits_of(runner: DecoderRunner, ids: Tensor) -> Tensor:

@@ -87,13 +87,15 @@ void matmul(const Ops& ops, const float* x, int64_t m, const Matrix& matrix, flo
 }
 
 // hidden [rows][hidden] goes through the layers in place; the same operations as Layer and Decoder in nn/decoder.py.
-void run_layers(const Ops& ops, const Layer* layers, int64_t number, const Step& step, float* hidden, float* workspace) {
+void run_layers(const Ops& ops, const Layer* layers, int64_t number, const Step& step, float* hidden) {
     const Heads heads = step.heads;
-    const int64_t rows = step.rows, width = (heads.query + 2 * heads.kv) * heads.dim;
-    float* x = workspace;
+    const int64_t rows = step.rows, qkv = (heads.query + 2 * heads.kv) * heads.dim, attended = heads.query * heads.dim;
+    const int64_t wide_floats = rows * (qkv > 2 * step.inner ? qkv : 2 * step.inner);
+    const int64_t narrow_floats = rows * (attended > step.inner ? attended : step.inner);
+    float* x = static_cast<float*>(scratch(3, sizeof(float) * size_t(2 * rows * step.hidden + wide_floats + narrow_floats)));
     float* delta = x + rows * step.hidden;
-    float* wide = delta + rows * step.hidden;  // qkv and, when that is done with, gate and up
-    float* narrow = wide + rows * (width > 2 * step.inner ? width : 2 * step.inner);  // attention's or the MLP's inner part
+    float* wide = delta + rows * step.hidden;  // queries, keys and values, and when they are done with gate and up
+    float* narrow = wide + wide_floats;        // attention's output or the MLP's inner part
     const float* pending = nullptr;
     for (const Layer* layer = layers; layer != layers + number; ++layer) {
         ops.rms_norm(hidden, pending, layer->input_norm, step.eps, rows, step.hidden, x);
@@ -138,7 +140,7 @@ int locked(Function function) {
 
 using namespace squawq;
 
-EXPORT int squawq_abi() { return 2; }
+EXPORT int squawq_abi() { return 3; }
 EXPORT const char* squawq_isa() { return current->name; }
 
 // -1: not built in or not on this machine.
@@ -218,14 +220,12 @@ EXPORT int squawq_attention(const float* qkv, int64_t query_heads, int64_t kv_he
     });
 }
 
-// workspace: rows * (2 * hidden + max((query + 2 * kv) * dim, 2 * inner) + max(query * dim, inner)) floats.
 EXPORT int squawq_layers(const Layer* layers, int64_t number, float* hidden, int64_t rows, int64_t hidden_size, int64_t inner,
                          int64_t query_heads, int64_t kv_heads, int64_t dim, float eps, const float* cos, const float* sin,
-                         const int64_t* slots, const int64_t* sequences, int64_t count, const int32_t* pages,
-                         float* workspace) {
+                         const int64_t* slots, const int64_t* sequences, int64_t count, const int32_t* pages) {
     return locked([=] {
         const Sequence* list = sequence_list(sequences, count, pages);
         const Step step{rows, hidden_size, inner, {query_heads, kv_heads, dim}, eps, cos, sin, slots, list, count};
-        run_layers(*current, layers, number, step, hidden, workspace);
+        run_layers(*current, layers, number, step, hidden);
     });
 }

@@ -22,6 +22,15 @@ SIMD void for_tiles(int64_t m, Function function) {
     if (m - first >= 1) function(first, std::integral_constant<int, 1>());
 }
 
+// The same on all threads, unless the work is smaller than waking one. A unit is a whole tile, so the tiling is the same.
+template <class Function>
+void on_tiles(int64_t m, int64_t k, Function function) {
+    if (m * k <= 32768) return for_tiles(m, function);
+    parallel_for(ceil_div(m, TILE), [&](int64_t u) {
+        for_tiles(m - u * TILE < TILE ? m - u * TILE : TILE, [&](int64_t first, auto tile) { function(u * TILE + first, tile); });
+    });
+}
+
 // int8 activations in tiles: words [tile][in/4][T], scales and sums [tile][groups][T].
 struct Quantized {
     int32_t* words;
@@ -63,18 +72,10 @@ Quantized quantize(const float* x, int64_t m, int64_t k, int64_t group) {
     char* memory = static_cast<char*>(scratch(0, size_t(m * k + m * groups * 8)));
     const Quantized q{reinterpret_cast<int32_t*>(memory), reinterpret_cast<float*>(memory + m * k),
                       reinterpret_cast<int32_t*>(memory + m * k + m * groups * 4)};
-    const auto tiles = [&](int64_t from, int64_t count) {
-        for_tiles(count, [&](int64_t first, auto tile) {
-            const int64_t t = from + first;
-            quantize_tile<decltype(tile)::value>(x + t * k, k, group, q.words + t * k / 4, q.scales + t * groups,
-                                                 q.sums + t * groups);
-        });
-    };
-    if (m * k <= 32768) {
-        tiles(0, m);
-    } else {  // whole tiles to each unit, so that the tiling is that of tiles(0, m)
-        parallel_for(ceil_div(m, TILE), [&](int64_t u) { tiles(u * TILE, m - u * TILE < TILE ? m - u * TILE : TILE); });
-    }
+    on_tiles(m, k, [&](int64_t t, auto tile) {
+        quantize_tile<decltype(tile)::value>(x + t * k, k, group, q.words + t * k / 4, q.scales + t * groups,
+                                             q.sums + t * groups);
+    });
     return q;
 }
 
@@ -98,10 +99,6 @@ void for_blocks(int64_t m, int64_t n, int64_t block_bytes, Block block) {
         block(from, from + unit < blocks ? from + unit : blocks);
     });
 }
-
-}  // namespace
-
-namespace {
 
 // B blocks of rows from `block` on, for a tile of T tokens from `first` on.
 template <int B, int T>
@@ -186,16 +183,13 @@ namespace {
 const float* side_by_side(const float* x, int64_t m, int64_t k) {
     if (m == 1) return x;
     float* out = static_cast<float*>(scratch(0, sizeof(float) * size_t(m * k)));
-    const auto transpose = [&](int64_t from, int64_t count) {
-        for_tiles(count, [&](int64_t first, auto tile) {
-            constexpr int T = decltype(tile)::value;
-            const float* source = x + (from + first) * k;
-            float* target = out + (from + first) * k;
-            for (int64_t i = 0; i < k; ++i)
-                for (int t = 0; t < T; ++t) target[i * T + t] = source[t * k + i];
-        });
-    };
-    parallel_for(ceil_div(m, TILE), [&](int64_t u) { transpose(u * TILE, m - u * TILE < TILE ? m - u * TILE : TILE); });
+    on_tiles(m, k, [&](int64_t first, auto tile) {
+        constexpr int T = decltype(tile)::value;
+        const float* source = x + first * k;
+        float* target = out + first * k;
+        for (int64_t i = 0; i < k; ++i)
+            for (int t = 0; t < T; ++t) target[i * T + t] = source[t * k + i];
+    });
     return out;
 }
 

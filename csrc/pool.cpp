@@ -29,7 +29,6 @@ struct Pool {
     std::atomic<void*> context{nullptr};
     std::atomic<bool> stop{false};
     std::vector<std::thread> workers;
-    int threads = 1;
 };
 
 Pool& pool() {
@@ -45,20 +44,18 @@ inline void relax() {
 #endif
 }
 
-// Claims and runs units until the current job has none left; true if there was at least one.
-bool work(Pool& p) {
-    bool any = false;
+// Claims and runs units until the current job has none left.
+void work(Pool& p) {
     uint64_t seen = p.ticket.load(std::memory_order_acquire);
     for (;;) {
         const int64_t index = int64_t(seen & INDEX);
         const Unit unit = p.unit.load(std::memory_order_relaxed);
         void* context = p.context.load(std::memory_order_relaxed);
-        if (index >= p.units.load(std::memory_order_relaxed)) return any;
+        if (index >= p.units.load(std::memory_order_relaxed)) return;
         // Success means that the job seen is still open, so the fields read above belong to it.
         if (!p.ticket.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
         unit(context, index);
         p.done.fetch_add(1, std::memory_order_release);
-        any = true;
         seen = p.ticket.load(std::memory_order_acquire);
     }
 }
@@ -109,7 +106,7 @@ void parallel(int64_t units, Unit unit, void* context) {
 
 void set_threads(int threads) {
     Pool& p = pool();
-    if (threads == p.threads) return;
+    if (threads == squawq::threads()) return;
     p.stop.store(true, std::memory_order_release);
     p.epoch.fetch_add(1);
     p.epoch.notify_all();
@@ -120,10 +117,9 @@ void set_threads(int threads) {
         for (int i = 1; i < threads; ++i) p.workers.emplace_back([&p] { worker(p); });
     } catch (const std::exception&) {  // a limit on threads or memory: those that started are used
     }
-    p.threads = int(p.workers.size()) + 1;
 }
 
-int threads() { return pool().threads; }
+int threads() { return int(pool().workers.size()) + 1; }
 
 void* scratch(int slot, size_t bytes) {
     static void* memory[SLOTS] = {};

@@ -20,7 +20,7 @@ void set_threads(int threads);
 int threads();
 
 // Grow-only, aligned to 64 bytes; the contents are undefined. Throws std::bad_alloc.
-constexpr int SLOTS = 3;
+constexpr int SLOTS = 4;
 void* scratch(int slot, size_t bytes);
 
 }  // namespace squawq

@@ -31,7 +31,7 @@ def bench(
     streams: int = 1,
     threads: int | None = None,
     exact: bool = False,
-    head: str = "int8",
+    head: str | None = None,
 ) -> dict[str, Any]:
     """Load `model` and measure it; streams run together, each on a random prompt of its own.
 

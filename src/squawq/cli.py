@@ -38,7 +38,10 @@ Temperature = Annotated[
 MaxTokens = Annotated[int, typer.Option(help="At most so many new tokens")]
 Seed = Annotated[int | None, typer.Option(help="The same text again")]
 Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels; default: the machine's", min=1)]
-Head = Annotated[str, typer.Option(help="The output layer: int8, int4 (smaller, less exact) or 16-bit")]
+Head = Annotated[
+    str | None,
+    typer.Option(help="The output layer: int8 (default), int4 (smaller, less exact) or 16-bit (--exact's)"),
+]
 Exact = Annotated[bool, typer.Option("--exact", help="32-bit activations: slower, for comparison")]
 
 
@@ -176,7 +179,7 @@ def generate(
     device: Device = "cpu",
     threads: Threads = None,
     exact: Exact = False,
-    head: Head = "int8",
+    head: Head = None,
 ) -> None:
     """Continue a text: the continuation on stdout, everything else on stderr.
 
@@ -197,7 +200,7 @@ def chat(
     device: Device = "cpu",
     threads: Threads = None,
     exact: Exact = False,
-    head: Head = "int8",
+    head: Head = None,
 ) -> None:
     """Talk to a model. An empty line is ignored; /new starts over, /exit or Ctrl-D ends.
 
@@ -239,7 +242,7 @@ def bench(
     streams: Annotated[int, typer.Option(help="Requests at once")] = 1,
     threads: Threads = None,
     exact: Exact = False,
-    head: Head = "int8",
+    head: Head = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the table")] = False,
 ) -> None:
     """Measure how fast a model runs on this CPU: random token ids, no early stop; it needs no tokenizer.

@@ -48,7 +48,7 @@ class LLM:
         device: str = "cpu",
         threads: int | None = None,
         exact: bool = False,
-        head: str = "int8",
+        head: str | None = None,
         kv_tokens: int | None = None,
     ) -> None:
         check_device(device)

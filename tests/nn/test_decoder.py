@@ -227,6 +227,10 @@ def test_partly_quantized_groups_run(make_model: MakeModel, tmp_path: Path) -> N
 def test_bad_options(make_model: MakeModel) -> None:
     with pytest.raises(ConfigError, match="head is 'int2'; choose one of int8, int4, 16-bit"):
         Options(head="int2")
+    with pytest.raises(ConfigError, match=r"head is 'int4', which the head of .* cannot be here"):
+        load(make_model(vocab_size=163, name="odd"), Options(head="int4"))
+    with pytest.raises(ConfigError, match=r"head is 'int8', which the head of .* cannot be here"):
+        load(make_model(name="plain"), Options(head="int8", packed=False))
     with pytest.raises(ConfigError, match="kv_tokens is 3"):
         DecoderRunner(load(make_model()), kv_tokens=3)
     with pytest.raises(CheckpointError, match="no such model folder"):

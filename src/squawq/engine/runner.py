@@ -112,14 +112,14 @@ def load_runner(
     device: str = "cpu",
     threads: int | None = None,
     exact: bool = False,
-    head: str = "int8",
+    head: str | None = None,
     kv_tokens: int | None = None,
 ) -> DecoderRunner:
     """Load a folder for the engine.
 
     threads: of the CPU kernels, for the whole process; None leaves them. exact: float32 activations in 4-bit products.
-    head: "int8", "int4" or "16-bit". kv_tokens: how many tokens of keys and values fit at once; None takes a share of
-    the free memory. Raises SquawqError for a folder or a value that cannot be.
+    head: "int8", "int4", "16-bit", or None for what suits (`nn.loader.Options`). kv_tokens: how many tokens of keys and
+    values fit at once; None takes a share of the free memory. Raises SquawqError for what cannot be.
     """
     options = Options(device, exact, head)
     if threads is not None:

@@ -120,10 +120,7 @@ class LayerStack:
     ) -> None:
         """hidden float32 [rows, hidden_size] goes through all layers in place; the rest as for `attention`."""
         rows, width = hidden.shape
-        query, kv, dim = self._heads
-        floats = 2 * width + max((query + 2 * kv) * dim, 2 * self._inner) + max(query * dim, self._inner)
-        workspace = torch.empty(rows * floats)
-        sizes = (rows, width, self._inner, query, kv, dim)
+        sizes = (rows, width, self._inner, *self._heads)
         batch = (*map(address, (*rotary, slots, sequences)), sequences.shape[0], pages.data_ptr())
         layers = (ctypes.addressof(self._structs), len(self._structs))
-        check(required().squawq_layers(*layers, hidden.data_ptr(), *sizes, self._eps, *batch, workspace.data_ptr()))
+        check(required().squawq_layers(*layers, hidden.data_ptr(), *sizes, self._eps, *batch))

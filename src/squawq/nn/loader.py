@@ -31,20 +31,19 @@ HEAD_GROUP = 32  # of an int4 head: finer than the layers', since nothing was se
 class Options:
     """How weights are held. device: where. exact: activations stay float32 in products with 4-bit weights.
 
-    head: "int8" rounds the head's rows to 8 bits, "int4" to 4 bits in groups of 32 (both with the native kernels only;
-    int4 needs a vocabulary that is a multiple of 8, else int8 is used),
-    "16-bit" leaves it as it is stored; `exact` leaves it too. packed: use the native kernels where they fit; False
-    gives plain tensors, dense ones in float32.
+    head: "int8" rounds the head's rows to 8 bits, "int4" to 4 bits in groups of 32, "16-bit" leaves it as it is stored.
+    None: int8 where the native kernels take it, else (and with `exact`) as stored. packed: use the native kernels where
+    they fit; False gives plain tensors, dense ones in float32.
     Raises ConfigError for another head.
     """
 
     device: str = "cpu"
     exact: bool = False
-    head: str = "int8"
+    head: str | None = None
     packed: bool = True
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
+        if self.head is not None and self.head not in HEADS:
             raise ConfigError(f"head is {self.head!r}; choose one of {', '.join(HEADS)}")
 
     @property
@@ -159,16 +158,26 @@ def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:
 
 
 def load_head(checkpoint: Checkpoint, family: Family, options: Options) -> tuple[Tensor, Linear]:
-    """The final norm [hidden] and the head, which is the embedding where the two are tied."""
+    """The final norm [hidden] and the head, which is the embedding where the two are tied.
+
+    Raises ConfigError for a head that was asked for and cannot be.
+    """
     config = checkpoint.config
     norm = _float(checkpoint.read(f"{family.norm}.weight", (config.hidden_size,)), options.device)
     name = family.embedding if config.tied_embeddings else family.head
-    if options.native and options.head != "16-bit" and not options.exact and not checkpoint.is_quantized(name):
+    wanted = options.head or ("16-bit" if options.exact else "int8")
+    if wanted != "16-bit" and options.native and not checkpoint.is_quantized(name):
         weight = checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
-        if options.head == "int4" and config.hidden_size % HEAD_GROUP == 0 and config.vocab_size % 8 == 0:
+        if wanted == "int4" and config.hidden_size % HEAD_GROUP == 0 and config.vocab_size % 8 == 0:
             return norm, Linear(PackedInt4.rounded(weight, HEAD_GROUP))
-        if kernel_group(config.hidden_size) is not None and weight.dtype in DENSE_TYPES:
+        if wanted == "int8" and kernel_group(config.hidden_size) is not None and weight.dtype in DENSE_TYPES:
             return norm, Linear(PackedInt8(weight))
+    if options.head in ("int8", "int4"):
+        raise ConfigError(
+            f"head is {options.head!r}, which the head of {checkpoint.folder} cannot be here: it takes the native CPU "
+            "kernels, a head that is not quantized, hidden_size a multiple of 16 (int4: 32, and a vocabulary a "
+            "multiple of 8); leave it out or choose 16-bit"
+        )
     return norm, load_linear(checkpoint, {name: config.vocab_size}, config.hidden_size, options)
 
 
@@ -177,11 +186,11 @@ def load(folder: str | Path, options: Options | None = None) -> Decoder:
     options = options or Options()
     checkpoint = Checkpoint(folder)
     family = family_of(checkpoint.config.model_type)
+    norm, head = load_head(checkpoint, family, options)  # first: what was asked for it may be refused
+    checkpoint.close()
     layers = []
     for index in range(checkpoint.config.num_layers):
         layers.append(load_layer(checkpoint, index, options))
         checkpoint.close()  # the pages of this layer's shard go back
-    norm, head = load_head(checkpoint, family, options)
-    checkpoint.close()
     embedding = load_embedding(checkpoint, family)
     return Decoder(checkpoint.config, embedding.to(options.device), layers, norm, head)
