@@ -118,13 +118,8 @@ class Block:
         if window is not None and window < tokens:
             from transformers.masking_utils import create_sliding_window_causal_mask
 
-            mask = create_sliding_window_causal_mask(
-                config=self._blocks.config,
-                inputs_embeds=sample,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=positions,
-            )
+            cache = None  # by its place: transformers 5.24 gave it another name
+            mask = create_sliding_window_causal_mask(self._blocks.config, sample, None, cache, positions)
         return {"position_embeddings": self._blocks.rotary(sample, positions), "attention_mask": mask}
 
     @torch.no_grad()
