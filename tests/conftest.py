@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +14,11 @@ from safetensors.torch import save_file
 from squawq.engine.request import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.nn.loader import Options, load
+
+if TYPE_CHECKING:
+    from running import Running
+
+    from squawq.serve.model import Served
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 EXACT = Options(exact=True)
@@ -93,3 +98,34 @@ def rows() -> list[list[int]]:
     """Calibration rows of token ids for the tiny models."""
     generator = torch.Generator().manual_seed(5)
     return torch.randint(2, 160, (8, 32), generator=generator).tolist()
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Served]:
+    """The bundled model as it is served, without a server."""
+    from running import DEFAULTS
+
+    from squawq.serve.model import Served
+    from squawq.serve.settings import Settings
+
+    model = Served(Settings(**{**DEFAULTS, "kv_tokens": 4096}))
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Running]:
+    """A server with the default settings. Tests leave it idle."""
+    from running import running
+
+    with running() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def tgi_server() -> Iterator[Running]:
+    """The same in TGI's dialect."""
+    from running import running
+
+    with running(dialect="tgi") as found:
+        yield found

@@ -116,6 +116,10 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     "threads": (["generate", DEMO, "-p", "x", "--threads", "0"], "--threads"),
     "temperature": (["generate", DEMO, "-p", "x", "--temperature", "-1"], "temperature is -1.0; it must be 0 to 100"),
     "max tokens": (["generate", DEMO, "-p", "x", "--max-tokens", "0"], "max_tokens is 0"),
+    "serve nothing": (["serve"], "no model: squawq serve MODEL"),
+    "serve nowhere": (["serve", "nowhere"], "'nowhere' is neither a model folder"),
+    "serve option": (["serve", DEMO, "--disable-log-stats"], "--disable-log-stats"),
+    "serve shards": (["serve", DEMO, "-tp", "4"], "tensor_parallel_size is 4"),
     "not a number": (["generate", DEMO, "-p", "x", "--max-tokens", "many"], "--max-tokens.*valid integer"),
 }
 
@@ -152,7 +156,7 @@ def test_chat_needs_a_template(make_model: MakeModel) -> None:
 
 def test_help_has_examples() -> None:
     assert "quantize" in run("--help").stdout
-    for command in ("quantize", "eval", "generate", "chat", "bench", "demo"):
+    for command in ("quantize", "eval", "generate", "chat", "bench", "demo", "serve"):
         done = run(command, "--help")
         assert done.returncode == 0
         assert re.search(f"Examples?:\\s+squawq {command}", done.stdout)

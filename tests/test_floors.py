@@ -12,6 +12,7 @@ FLOORS = {
     "errors": 1,
     "config": 2,
     "progress": 2,
+    "chat_template": 3,
     "format": 3,
     "families": 4,
     "hub.download": 4,
@@ -24,18 +25,19 @@ FLOORS = {
     "llm": 8,
     "bench": 8,
     "demo": 9,
+    "serve": 9,
     "cli": 10,
     "__main__": 11,
 }
 DOORS = {
     "safetensors": ("format.",),
     "transformers": ("quantization.blocks",),
-    "typer": ("cli",),
+    "typer": ("cli", "serve.launcher", "serve.tgi_launcher"),
     "datasets": ("quantization.calibration",),
     "matplotlib": ("evaluation.plots",),
     "huggingface_hub": ("hub.",),
     "tokenizers": ("tokenizer",),
-    "jinja2": ("tokenizer",),
+    "jinja2": ("chat_template",),
     "llguidance": ("engine.grammar",),
 }
 

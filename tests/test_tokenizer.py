@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import shared_data
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError
@@ -38,7 +40,7 @@ def test_chat_equals_transformers(where: str) -> None:
     assert ours.encode("One day") == theirs("One day")["input_ids"]
 
 
-def with_template(folder: Path, template: str) -> Tokenizer:
+def with_template(folder: Path, template: object) -> Tokenizer:
     shutil.copy(demo_model() / "tokenizer.json", folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return Tokenizer(folder)
@@ -84,3 +86,76 @@ def test_unset_tokens_are_not_the_word_none(tmp_path: Path) -> None:
 def test_the_date_can_be_fixed(tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, "{{ strftime_now('%d %b %Y') }}")
     assert tokenizer.render(CHAT, now=datetime(2024, 7, 26)) == "26 Jul 2024"
+
+
+def test_templates_by_name(tmp_path: Path) -> None:
+    plain = with_template(tmp_path, "plain")
+    assert (plain.chat_template, plain.tool_template) == ("plain", None)
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}, 7, {"name": "c"}]
+    listed = with_template(tmp_path, named)
+    assert (listed.chat_template, listed.tool_template) == ("a", "b")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("d")
+    (tmp_path / "chat_template.jinja").write_text("e")
+    filed = Tokenizer(tmp_path)
+    assert (filed.chat_template, filed.tool_template) == ("e", "d")
+
+
+def test_template_variables(tmp_path: Path) -> None:
+    tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"}
+    assert TOKENIZER.template_variables() == tokens
+    assert with_template(tmp_path, "a").template_variables() == {}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+@example("<|eot_id|>é\ud7ff\U0001f600\r\n\t\x00 Ġ")
+def test_bytes_of_tokens_make_the_text(text: str) -> None:
+    ids = TOKENIZER.encode(text, special=False)
+    assert b"".join(map(TOKENIZER.token_bytes, ids)) == text.encode()
+
+
+def test_bytes_of_every_token() -> None:
+    """Whole characters are what decode gives; the 256 bytes are there, each once, as single tokens."""
+    pieces = [TOKENIZER.token_bytes(token) for token in range(4096)]
+    for token, piece in enumerate(pieces):
+        assert TOKENIZER.token_text(token) == piece.decode(errors="replace")
+    assert sorted(piece for piece in pieces if len(piece) == 1) == [bytes([byte]) for byte in range(256)]
+    assert TOKENIZER.token_bytes(4096) == b""
+
+
+def test_bytes_of_llama3_tokens() -> None:
+    tokenizer = Tokenizer(shared_data("llama3-tokenizer/hf"))
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.text())
+    @example("<|eot_id|>नमस्ते 👩‍👩‍👧 \t\n")
+    def check(text: str) -> None:
+        ids = tokenizer.encode(text, special=False)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+    check()
+    assert tokenizer.token_bytes(128000) == b"<|begin_of_text|>"
+    assert tokenizer.special_ids == frozenset(range(128000, 128256))
+
+
+def test_bytes_of_sentencepiece_tokens() -> None:
+    tokenizer = Tokenizer(shared_data("babyllama-tok361/hf"))
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.text(min_size=1).filter(lambda text: "\u2581" not in text and "<" not in text))
+    @example("Grüße\n 👩")
+    def check(text: str) -> None:
+        ids = tokenizer.encode(text, special=False)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == b" " + text.encode()
+
+    check()
+    assert tokenizer.token_bytes(tokenizer.encode("\n", special=False)[-1]) == b"\n"
+    assert tokenizer.token_bytes(1) == b"<s>"
+    assert tokenizer.special_ids == {0, 1, 2}
+
+
+def test_special_tokens() -> None:
+    assert TOKENIZER.special_ids == frozenset(range(8))
+    assert TOKENIZER.token_text(0) == "<|begin_of_text|>"
+    assert TOKENIZER.token_bytes(0) == b"<|begin_of_text|>"

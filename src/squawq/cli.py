@@ -17,12 +17,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from typer.exceptions import TyperException
 
 from squawq import __version__
 from squawq.config import DTYPES, GROUP_SIZES, METHODS, QuantConfig
-from squawq.errors import ConfigError, SquawqError
+from squawq.errors import ConfigError
 from squawq.progress import LayerProgress, console, counting
+from squawq.serve.launcher import Command, finish, serve
 
 app = typer.Typer(
     add_completion=False,
@@ -307,6 +307,9 @@ def demo(
     )
 
 
+app.command(cls=Command)(serve)
+
+
 def _load(model: str, **options: Any) -> Any:
     from squawq.llm import LLM
 
@@ -337,22 +340,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 when the machine fails, 2 for a misuse, 130 when stopped."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        app(arguments, standalone_mode=False, prog_name="squawq")
-    except (TyperException, SquawqError) as error:
-        message = f"{error.format_message()} (squawq --help)" if isinstance(error, TyperException) else str(error)
-        print(f"squawq: error: {' '.join(message.split())}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        print("squawq: stopped; run the same command again (quantize goes on where it was)", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, MemoryError, RuntimeError) as error:  # disk full, CUDA out of memory
-        print(f"squawq: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 1
-    return 0
+    again = "stopped; run the same command again (quantize goes on where it was)"
+    return finish(app, "squawq", arguments, stopped=again)
 
 
 def entry() -> None:

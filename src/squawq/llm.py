@@ -6,17 +6,16 @@ Knows what a folder says of stop ids and sampling; knows no logits. Batches, pag
 from __future__ import annotations
 
 import itertools
-import json
-import logging
 import operator
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 from squawq.engine.engine import Engine
+from squawq.engine.generation_config import GenerationConfig
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import load_runner
 from squawq.engine.sequence import join
@@ -26,10 +25,8 @@ from squawq.kernels.devices import check_device
 from squawq.progress import console, counting
 from squawq.tokenizer import Message, Tokenizer
 
-logger = logging.getLogger("squawq")
 Chat = Sequence[Message]
 Texts = list[str] | tuple[str, ...]  # a text is a sequence of texts too
-_SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 class LLM:
@@ -56,7 +53,8 @@ class LLM:
         self.tokenizer = Tokenizer(self.folder)
         runner = load_runner(self.folder, device=device, threads=threads, exact=exact, head=head, kv_tokens=kv_tokens)
         self.config = runner.config
-        self._eos_ids = self._read_eos_ids()
+        self._generation_config = GenerationConfig(self.folder, self.config)
+        self._eos_ids = self._generation_config.eos_ids
         self.engine = Engine(runner, self.tokenizer, eos_ids=sorted(self._eos_ids))
         self._names = itertools.count()
         self._close = weakref.finalize(self, self.engine.close)  # at the interpreter's end too
@@ -73,21 +71,7 @@ class LLM:
 
     def sampling_defaults(self) -> SamplingParams:
         """What generation_config.json asks for."""
-        values = self._generation_config()
-        given: dict[str, Any] = {"temperature": 1.0} if values.get("do_sample", False) else {}
-        for name in (*(_SAMPLED if given else ()), "repetition_penalty"):
-            value = values.get(name)
-            if isinstance(value, float) and value.is_integer() and name == "top_k":
-                value = int(value)
-            if value is None:
-                continue
-            try:
-                SamplingParams(**{name: value})  # type: ignore[arg-type]
-            except ConfigError as error:
-                logger.warning("%s: passed over: %s", self.folder / "generation_config.json", error)
-            else:
-                given[name] = value
-        return SamplingParams(**given)
+        return self._generation_config.sampling_defaults()
 
     @overload
     def generate(self, prompt: str, params: SamplingParams | None = None, *, progress: bool = True) -> str: ...
@@ -196,20 +180,6 @@ class LLM:
         for output in outputs:
             _check(output)
             yield output
-
-    def _generation_config(self) -> Mapping[str, object]:
-        path = self.folder / "generation_config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from error
-        return values if isinstance(values, dict) else {}
-
-    def _read_eos_ids(self) -> frozenset[int]:
-        value = self._generation_config().get("eos_token_id")
-        value = self.config.raw.get("eos_token_id") if value is None else value
-        values = value if isinstance(value, list) else [value]
-        return frozenset(v for v in values if isinstance(v, int) and 0 <= v < self.config.vocab_size)
 
 
 def _check(output: Output) -> None:

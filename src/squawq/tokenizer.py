@@ -1,24 +1,21 @@
-"""Text to token ids and back, and the model's chat template. Knows no tensors and no model.
+"""Text to token ids and back, what a token stands for, and the model's chat templates; chat_template.py renders those.
 
-The template comes with a downloaded model, so it runs in jinja2's sandbox; nothing but rendering is possible.
+Knows no tensors and no model.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
+from squawq.chat_template import render
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.reader import read_json
 
@@ -77,17 +74,35 @@ class Tokenizer:
         value = value.get("content") if isinstance(value, Mapping) else value
         return value if isinstance(value, str) else None
 
-    @cached_property
+    def template_variables(self) -> dict[str, str]:
+        """The special tokens that a chat template writes, by name; those that the model has."""
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return {name: token for name in names if (token := self.token(name)) is not None}
+
+    @property
     def chat_template(self) -> str | None:
-        """chat_template.jinja, else tokenizer_config.json's; None for a model without one."""
-        path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        template = self.settings.get("chat_template")
-        if isinstance(template, list):
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+        """The model's chat template; None for a model without one."""
+        return self._templates.get("default")
+
+    @property
+    def tool_template(self) -> str | None:
+        """The template for chats with tools; None where the chat template is to write those too."""
+        return self._templates.get("tool_use")
+
+    @cached_property
+    def _templates(self) -> dict[str, str]:
+        """Templates by name: tokenizer_config.json's, a text or a list of named ones, and before those the files."""
+        given = self.settings.get("chat_template")
+        rows = given if isinstance(given, list) else [{"name": "default", "template": given}]
+        found = {row.get("name"): row.get("template") for row in rows if isinstance(row, Mapping)}
+        for name, file in (
+            ("default", "chat_template.jinja"),
+            ("tool_use", "additional_chat_templates/tool_use.jinja"),
+        ):
+            path = self.folder / file
+            if path.is_file():
+                found[name] = path.read_text(encoding="utf-8")
+        return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
 
     def render(self, messages: Iterable[Message], generation_prompt: bool = True, now: datetime | None = None) -> str:
         """The chat as text, as the model was trained to read it; `now` is the date that some templates print.
@@ -96,14 +111,13 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ConfigError(f"{self.folder}: the model has no chat template; use plain text (squawq generate)")
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        tokens = {name: token for name in names if (token := self.token(name)) is not None}
-        checked = check_messages(list(messages))
-        try:
-            template = _environment(now).from_string(self.chat_template)
-            return template.render(messages=checked, add_generation_prompt=generation_prompt, tools=None, **tokens)
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise ConfigError(f"{self.folder}: the chat template refuses these messages: {error}") from error
+        return render(
+            self.chat_template,
+            check_messages(list(messages)),
+            generation_prompt=generation_prompt,
+            variables=self.template_variables(),
+            now=now,
+        )
 
     def encode_chat(
         self, messages: Iterable[Message], generation_prompt: bool = True, now: datetime | None = None
@@ -111,28 +125,50 @@ class Tokenizer:
         """Token ids of a rendered chat; the template itself writes the special tokens."""
         return self.encode(self.render(messages, generation_prompt, now), special=False)
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, a part of a character too; none for an id that is no token.
 
-class _Generation(jinja2.ext.Extension):
-    """The tag {% generation %}, which marks the assistant's words for training; here it changes nothing."""
+        A token at a text's start keeps the space that `decode` may take away.
+        """
+        if token in self._added:
+            return self._added[token].content.encode()
+        piece = self.fast.id_to_token(token) or ""
+        if "ByteLevel" in self._decoders:
+            try:
+                return bytes(map(_BYTES.__getitem__, piece))
+            except KeyError:  # not spelled in bytes: it stands for itself
+                return piece.encode()
+        if "ByteFallback" in self._decoders and (byte := re.fullmatch("<0x([0-9A-F]{2})>", piece)):
+            return bytes.fromhex(byte[1])
+        return piece.replace("\u2581", " ").encode()
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+    def token_text(self, token: int) -> str:
+        """What `decode` gives for a token alone; the replacement character for a part of a character."""
+        return self.decode([token], skip_special=False)
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that `decode` can leave out."""
+        return frozenset(token for token, added in self._added.items() if added.special)
+
+    @cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return dict(self.fast.get_added_tokens_decoder())
+
+    @cached_property
+    def _decoders(self) -> frozenset[str]:
+        """Kinds of the steps that turn tokens into text."""
+        if self.fast.decoder is None:
+            return frozenset()
+        state = json.loads(self.fast.decoder.__getstate__())
+        return frozenset(step["type"] for step in state.get("decoders", [state]))
 
 
-def _environment(now: datetime | None) -> ImmutableSandboxedEnvironment:
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, 256 and on for the others."""
+    printable = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
-    environment.filters["tojson"] = tojson
-    return environment
+_BYTES = _byte_characters()

@@ -165,6 +165,11 @@ class Engine:
             self.check(request)
         return self._generate(deque(requests))
 
+    @property
+    def alive(self) -> bool:
+        """Whether the worker runs; False after `close` and after a failure."""
+        return self._worker.is_alive() and not self._closed
+
     def stats(self) -> Stats:
         """The figures of this moment."""
         loop, scheduler, pool = self._loop, self._loop.scheduler, self._loop.pool

@@ -74,8 +74,8 @@ class TextStream:
 class StopStrings:
     """Cuts a text at the first of some strings to be complete; of several complete at one character, the longest.
 
-    Text that may begin one is held back. Where the text is split does not matter. The automaton is Knuth, Morris and
-    Pratt's (SIAM J. Comput. 6, 1977), one a string.
+    Text that may begin one is held back, unless it stays in the text anyway. Where the text is split does not matter.
+    The automaton is Knuth, Morris and Pratt's (SIAM J. Comput. 6, 1977), one a string.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
@@ -97,7 +97,7 @@ class StopStrings:
             if (stop := self._advance(buffer[position])) is not None and ending:
                 self._held = ""
                 return buffer[: position + 1 - (0 if self._include else len(stop))], stop
-        ready = len(buffer) - max(self._states)
+        ready = len(buffer) if self._include else len(buffer) - max(self._states)
         self._held = buffer[ready:]
         return buffer[:ready], None
 

@@ -22,8 +22,8 @@ OTHER_LAYOUTS = ["consolidated*", "original/*"]  # the same weights once more
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve(model: str | Path) -> Path:
-    """The local folder of `model`. Raises CheckpointError when it is neither a folder nor a Hub id that can be had."""
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    """The local folder of `model`, of a branch, tag or commit of the Hub. Raises CheckpointError when it is neither a folder nor a Hub id that can be had."""
     if Path(model).is_dir():
         return Path(model)
     name = str(model)
@@ -35,7 +35,7 @@ def resolve(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=OTHER_LAYOUTS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=OTHER_LAYOUTS))
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name!r} is not on the Hub, or needs a login (hf auth login); no such folder here either"

@@ -1,0 +1,182 @@
+"""Chat templates: messages to the text that a model was trained to read. The only door to jinja2; knows no tokenizer.
+
+A template comes with a downloaded model and is not trusted, so it runs in jinja2's sandbox. As a program
+(`python -m squawq.chat_template BYTES SECONDS`) this file renders JSON lines from stdin to stdout, within that much
+memory and time and without opening a file; squawq.serve.templates runs it so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from squawq.errors import ConfigError
+
+RESERVED = ("messages", "tools", "add_generation_prompt")
+MAX_MESSAGE = 500  # characters of a template's own error that are passed on
+_END = "ContinueFromHere\u2003"  # a template that trims texts takes the last character away, a space
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    generation_prompt: bool = True,
+    continue_final: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    now: datetime | None = None,
+) -> str:
+    """The chat as text. Messages are plain JSON values; a key whose value is None counts as absent.
+
+    continue_final: the text ends with the last message's, to be continued, and has no generation prompt.
+    variables: what else the template reads, as bos_token. now: the date that some templates print.
+    Raises ConfigError for a chat that the template refuses, or whose last message cannot be continued.
+    """
+    given = dict(variables or {})
+    if taken := [name for name in RESERVED if name in given]:
+        raise ConfigError(f"template variables must not be named {', '.join(RESERVED)}; got {', '.join(taken)}")
+    chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    final = _mark_end(chat) if continue_final else ""
+    context = {
+        "strftime_now": lambda form: (now or datetime.now()).strftime(form),
+        **given,
+        "messages": chat,
+        "tools": tools,
+        "add_generation_prompt": generation_prompt and not continue_final,
+    }
+    try:
+        text = _compile(template).render(context)
+    except MemoryError as error:
+        raise ConfigError("the chat template ran out of memory") from error
+    except Exception as error:  # a template is a program: it can fail in any way
+        reason = (str(error) or type(error).__name__)[:MAX_MESSAGE]
+        raise ConfigError(f"the chat template refuses these messages: {reason}") from error
+    return _cut(text, final) if continue_final else text
+
+
+def _mark_end(chat: list[dict[str, Any]]) -> str:
+    """Put _END behind the last message's text, in place, and return that text without it."""
+    content = chat[-1].get("content") if chat else None
+    if isinstance(content, str):
+        chat[-1]["content"] = content + _END
+        return content
+    parts = list(content) if isinstance(content, Sequence) else []
+    for index, part in reversed(list(enumerate(parts))):
+        if isinstance(part, Mapping) and isinstance(text := part.get("text"), str):
+            parts[index] = {**part, "text": text + _END}
+            chat[-1]["content"] = parts
+            return text
+    raise ConfigError("the last message has no text; there is nothing to continue")
+
+
+def _cut(text: str, final: str) -> str:
+    """The text up to the mark; without the final message's last spaces where the template trims them."""
+    place = text.rfind(_END.rstrip())
+    if place < 0:
+        raise ConfigError("the chat template leaves the last message's text out; it cannot be continued")
+    kept = text[:place]
+    if text.startswith(_END, place) or not final.strip():
+        return kept
+    return kept.removesuffix(final[len(final.rstrip()) :])
+
+
+class _Generation(jinja2.ext.Extension):
+    """The tag {% generation %}, which marks the assistant's words for training; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as transformers' templates expect it; jinja2's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=8)  # compiling takes a hundred times as long as rendering
+def _compile(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = _tojson
+    return environment.from_string(template)
+
+
+def main() -> None:
+    """Answer each line of stdin, `render`'s arguments as a JSON object, with {"text"} or {"error"}; end where it ends.
+
+    The first line that is written says that the process is ready.
+    """
+    memory_bytes, seconds = int(sys.argv[1]), float(sys.argv[2])
+    _confine(memory_bytes)
+    sys.stdout.buffer.write(b"{}\n")
+    sys.stdout.buffer.flush()
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # ends this process even where nobody is left to do it
+        reply = _answer(line)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.stdout.buffer.write(reply + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _answer(line: bytes) -> bytes:
+    try:
+        request = json.loads(line)
+        now = request.pop("now")
+        text = render(**request, now=now and datetime.fromisoformat(now))
+        return json.dumps({"text": text}).encode()
+    except ConfigError as error:
+        message = str(error)
+    except MemoryError:  # the request or the reply is too large
+        message = "the chat template ran out of memory"
+    return json.dumps({"error": message}).encode()
+
+
+def _confine(memory_bytes: int) -> None:
+    """Give up files, core dumps and all memory above the limit, for good; leave Ctrl-C to the parent."""
+    import resource
+
+    for signum in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent still has chats to render
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    with contextlib.suppress(ConfigError):  # what is imported late must be imported before files are given up
+        render("{{ strftime_now('%c') }}{{ raise_exception('') }}", [])
+    for name, limit in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, 0),  # pipes that are open stay open
+    ):
+        hard = resource.getrlimit(name)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(name, (limit, limit))
+
+
+if __name__ == "__main__":
+    main()

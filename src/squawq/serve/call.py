@@ -1,0 +1,90 @@
+"""What a generation route makes of a request's body: engine requests, and how their outputs become a reply or a stream.
+
+Pure: no HTTP, no threads. app.py runs every Call in the same way, whatever its dialect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from squawq import __version__
+from squawq.engine.request import Output, Request
+from squawq.serve.errors import ApiError
+
+DONE = "[DONE]"
+
+
+def dump(value: object) -> str:
+    """Compact JSON, UTF-8 as it is. Raises ValueError for a number that JSON has not."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer: a JSON value and what to add to the headers."""
+
+    body: object
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of a request, in seconds of one clock: arrived, checked and tokenized, first token, last token."""
+
+    arrived: float
+    checked: float
+    first: float
+    ended: float
+
+
+class Call(Protocol):
+    """A request under way. The payloads of `begin`, `push` and `end` are the texts after `data: ` of a stream.
+
+    requests: for the engine, in the order of the prompts. stream: which of the two kinds of answer was asked for.
+    """
+
+    stream: bool
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        """What to run."""
+        ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What to add to the head of a stream."""
+        ...
+
+    def begin(self) -> list[str]:
+        """Payloads before the first output."""
+        ...
+
+    def push(self, output: Output) -> list[str]:
+        """Payloads for one output; none where it adds nothing to see. Outputs of a sequence come in order."""
+        ...
+
+    def end(self) -> list[str]:
+        """Payloads after the last output."""
+        ...
+
+    def fail(self, error: ApiError) -> list[str]:
+        """Payloads that end a stream which had begun, saying why."""
+        ...
+
+    def reply(self, outputs: Sequence[Sequence[Output]], times: Times, /) -> Reply:
+        """The whole answer: for each request its sequences, joined. Raises ApiError for sequences that failed."""
+        ...
+
+
+def head(call: str, kind: str, created: int, model: str) -> dict[str, Any]:
+    """What every OpenAI reply and chunk begins with."""
+    fingerprint = f"squawq-{__version__}"
+    return {"id": call, "object": kind, "created": created, "model": model, "system_fingerprint": fingerprint}
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    """Tokens read and written, in OpenAI's words."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -1,0 +1,297 @@
+"""/v1/chat/completions: OpenAI's JSON (with vLLM's additions) to an engine request, and its outputs back.
+
+Pure: no HTTP, no threads. Streams and whole replies are made by the same steps, so they agree.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from squawq.engine.request import FinishReason, Grammar, Output, Request
+from squawq.errors import ConfigError
+from squawq.serve.call import DONE, Reply, Times, dump, head, usage
+from squawq.serve.errors import ApiError
+from squawq.serve.fields import Body, Many, SamplingFields, validate
+from squawq.serve.logprobs import Spelling
+from squawq.serve.model import Served
+from squawq.serve.structured import response_grammar
+from squawq.serve.tool_parser import Delta, ToolParser
+from squawq.serve.tools import call_id, template_messages, tool_grammar
+
+RESERVED = ("messages", "tools", "add_generation_prompt", "tokenize", "chat_template")
+
+
+class Message(Body):
+    """One message; content may be text or a list of text parts."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Many[dict[str, Any]] | None = None
+    name: Annotated[str, Field(max_length=200)] | None = None
+    tool_calls: Many[dict[str, Any]] | None = None
+    tool_call_id: Annotated[str, Field(max_length=200)] | None = None
+    refusal: str | None = None
+
+
+class Function(Body):
+    """A function that the model may call; parameters is a JSON schema."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """OpenAI's wrapping of a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChatBody(SamplingFields):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[Many[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: Literal["none"] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+    echo: Literal[False] = False
+
+    def tool_names(self) -> list[str]:
+        """What may be called; nothing where tool_choice is "none"."""
+        return [tool.function.name for tool in self.tools or ()] if self.choice() != "none" else []
+
+    def choice(self) -> str:
+        """tool_choice as "none", "auto", "required" or a function's name. Raises ApiError."""
+        choice, names = self.tool_choice, [tool.function.name for tool in self.tools or ()]
+        if choice is None:
+            return "auto" if names else "none"
+        if isinstance(choice, dict):
+            function = choice.get("function")
+            choice = function.get("name") if isinstance(function, dict) else choice.get("name")
+        if choice == "none" or (choice == "auto" and not names):
+            return "none"
+        if choice in ("auto", "required") and names:
+            return str(choice)
+        if isinstance(choice, str) and choice in names:
+            return choice
+        known = ", ".join(names)[:300] or "no tools were given"
+        raise ApiError("tool", f"tool_choice must be none, auto, required or one of the tools: {known}", "tool_choice")
+
+
+def render(body: ChatBody, served: Served) -> str:
+    """The chat as text, by the model's template. Raises ApiError."""
+    variables = body.chat_template_kwargs or {}
+    if taken := sorted(set(variables) & set(RESERVED)):
+        raise ApiError("invalid", f"chat_template_kwargs may not set {taken[0]}", "chat_template_kwargs")
+    messages = [message.model_dump(exclude_none=True, exclude={"refusal"}) for message in body.messages]
+    tools = None
+    if body.tools and body.choice() != "none":
+        tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools]
+    try:
+        messages = template_messages(messages)
+    except ConfigError as error:
+        raise ApiError("invalid", str(error), "messages") from error
+    continued = body.continue_final_message
+    if served.settings.tgi and messages[-1]["role"] == "assistant":
+        continued = True  # TGI goes on with an assistant's last message
+    if continued and messages[-1]["role"] != "assistant":
+        raise ApiError("invalid", "continue_final_message needs an assistant's message at the end", "messages")
+    return served.chat_text(
+        messages,
+        tools=tools,
+        generation_prompt=body.add_generation_prompt and not continued,
+        continue_final=continued,
+        variables=variables,
+    )
+
+
+def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
+    """A checked chat request, ready for the engine. Raises ApiError."""
+    body = validate(ChatBody, raw)
+    body.check(served)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError("invalid", "top_logprobs needs logprobs: true", "top_logprobs")
+    grammar = _grammar(body, served)
+    ids = body.truncated(served.text_ids(render(body, served), body.add_special_tokens), served)
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    params = body.params(
+        served,
+        max_tokens=served.room(len(ids), asked),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+        grammar=grammar,
+    )
+    request = Request(f"chatcmpl-{uuid.uuid4().hex}", ids, params)
+    served.check(request)
+    return ChatCall(body, served, request)
+
+
+def _grammar(body: ChatBody, served: Served) -> Grammar | None:
+    asked = response_grammar(body.response_format, body.structured_outputs)
+    choice = body.choice()
+    if choice == "none":
+        return asked
+    if asked is not None:
+        raise ApiError("tool", "Grammar and tools are mutually exclusive", "response_format")
+    if served.tool_format is None:
+        raise ApiError("tool", "the model's chat template knows no tools", "tools")
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    try:
+        return tool_grammar(served.tool_format, tools, choice, body.parallel_tool_calls, served.added_tokens)
+    except ConfigError as error:
+        raise ApiError("tool", f"Tool error: {error}", "tools") from error
+
+
+class _Choice:
+    """One of n answers as it comes."""
+
+    def __init__(self, parser: ToolParser | None) -> None:
+        self.parser = parser
+        self.calls = 0
+        self.tokens = 0
+        self.begun = False
+
+    def read(self, output: Output) -> list[Delta]:
+        """What an output adds: text, or pieces of tool calls."""
+        self.tokens += len(output.ids)
+        if self.parser is None:
+            return [Delta(content=output.text)] if output.text else []
+        deltas = self.parser.push(output.text) + (self.parser.finish() if output.finish else [])
+        self.calls += sum(delta.name is not None for delta in deltas)
+        return deltas
+
+    def finish(self, output: Output, tgi: bool, eos_ids: frozenset[int]) -> str | None:
+        """OpenAI's finish_reason, or TGI's."""
+        if output.finish is FinishReason.STOP and self.calls:
+            return "tool_calls"
+        if tgi and output.finish is FinishReason.STOP and output.stop_reason not in eos_ids:
+            return "stop_sequence"
+        return output.finish and output.finish.value
+
+
+class ChatCall:
+    """A chat under way (call.Call)."""
+
+    def __init__(self, body: ChatBody, served: Served, request: Request) -> None:
+        self.requests = (request,)
+        self.stream = body.stream
+        self.headers: Mapping[str, str] = {}
+        self._body, self._served = body, served
+        self._tgi = served.settings.tgi
+        self._spelling = Spelling(served.tokenizer, body.return_tokens_as_token_ids)
+        self._created = int(time.time())
+        names = body.tool_names()
+        form = served.tool_format if names else None
+        self._choices = [_Choice(ToolParser(form, names) if form else None) for _ in range(body.n)]
+        self._options = body.stream_options
+
+    def begin(self) -> list[str]:
+        """Nothing: each choice begins with its first output."""
+        return []
+
+    def push(self, output: Output) -> list[str]:
+        """Chunks for an output."""
+        choice = self._choices[output.index]
+        deltas = [self._delta(delta) for delta in choice.read(output)]
+        if not choice.begun:
+            choice.begun = True
+            deltas.insert(0, {"role": "assistant", "content": ""})
+        if not deltas and not output.finish and output.logprobs is None and not self._body.return_token_ids:
+            return []
+        chunks = [self._chunk(output.index, delta, None) for delta in deltas] or [self._chunk(output.index, {}, None)]
+        last = chunks[-1]["choices"][0]
+        if output.logprobs is not None:
+            last["logprobs"] = self._spelling.chat(output.logprobs)
+        if self._body.return_token_ids:
+            last["token_ids"] = list(output.ids)
+        if output.prompt_logprobs is not None:
+            chunks[0]["prompt_logprobs"] = self._spelling.prompt(output.prompt_logprobs)
+        if output.finish:
+            if last["delta"]:
+                chunks.append(self._chunk(output.index, {}, None))
+                last = chunks[-1]["choices"][0]
+            last["finish_reason"] = choice.finish(output, self._tgi, self._served.eos_ids)
+            last["stop_reason"] = self._stop_reason(output)
+        return [dump(chunk) for chunk in chunks]
+
+    def end(self) -> list[str]:
+        """The usage, where it was asked for, and the end mark."""
+        if self._options is None or not self._options.include_usage:
+            return [DONE]
+        return [dump({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}), DONE]
+
+    def fail(self, error: ApiError) -> list[str]:
+        """The error as a chunk of its own, and the end mark."""
+        return [dump(error.body(self._tgi, own=False)), DONE]
+
+    def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
+        """OpenAI's chat.completion."""
+        choices = [self._whole(output) for output in outputs[0]]
+        body = {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
+        scores = outputs[0][0].prompt_logprobs
+        body["prompt_logprobs"] = None if scores is None else self._spelling.prompt(scores)
+        if self._body.return_token_ids:
+            body["prompt_token_ids"] = list(self.requests[0].prompt)
+        return Reply(body)
+
+    def _whole(self, output: Output) -> dict[str, Any]:
+        choice = self._choices[output.index]
+        content, calls = "", []
+        for delta in choice.read(output):
+            content += delta.content
+            if delta.name is not None:
+                calls.append({"id": call_id(), "type": "function", "function": {"name": delta.name, "arguments": ""}})
+            if delta.arguments:
+                calls[delta.call]["function"]["arguments"] += delta.arguments  # type: ignore[index]
+        message: dict[str, Any] = {"role": "assistant", "content": content or None if calls else content}
+        message |= {"refusal": None, **({"tool_calls": calls} if calls else {})}
+        found = {
+            "index": output.index,
+            "message": message,
+            "logprobs": None if output.logprobs is None else self._spelling.chat(output.logprobs),
+            "finish_reason": choice.finish(output, self._tgi, self._served.eos_ids),
+            "stop_reason": self._stop_reason(output),
+        }
+        return {**found, "token_ids": list(output.ids)} if self._body.return_token_ids else found
+
+    def _delta(self, delta: Delta) -> dict[str, Any]:
+        role = {"role": "assistant"} if self._tgi else {}  # TGI repeats it
+        if delta.name is None and not delta.arguments:
+            return {**role, "content": delta.content}
+        call: dict[str, Any] = {"index": delta.call, "function": {"arguments": delta.arguments}}
+        if delta.name is not None:
+            call |= {"id": call_id(), "type": "function"}
+            call["function"] = {"name": delta.name, "arguments": delta.arguments}
+        return {**role, "tool_calls": [call]}
+
+    def _chunk(self, index: int, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        if self._options is not None and self._options.continuous_usage_stats:
+            chunk["usage"] = self._usage()
+        return chunk
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return head(self.requests[0].id, kind, self._created, self._served.echoed(self._body.model))
+
+    def _usage(self) -> dict[str, int]:
+        return usage(len(self.requests[0].prompt), sum(choice.tokens for choice in self._choices))
+
+    def _stop_reason(self, output: Output) -> str | int | None:
+        """The stop string or id; nothing for the model's own end."""
+        return None if output.stop_reason in self._served.eos_ids else output.stop_reason

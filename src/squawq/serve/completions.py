@@ -1,0 +1,204 @@
+"""/v1/completions: prompts as text, lists of texts, token ids or lists of those; echo and logprobs as
+lm-evaluation-harness reads them (one entry a token, the first null, nothing added to ids). Pure.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
+
+from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
+from squawq.engine.text import TextStream
+from squawq.serve.call import DONE, Reply, Times, dump, head, usage
+from squawq.serve.errors import ApiError
+from squawq.serve.fields import Many, SamplingFields, TokenId, validate
+from squawq.serve.logprobs import Offsets, Spelling
+from squawq.serve.model import Served
+from squawq.serve.structured import response_grammar
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's; TGI fills the context
+MAX_LISTED = 4096  # prompts that are looked at; how many are taken is a setting
+Ids = Annotated[Many[TokenId], Field(min_length=1)]
+Prompt = TypeVar("Prompt")
+Prompts = Annotated[Many[Prompt], Field(min_length=1, max_length=MAX_LISTED)]
+
+
+class CompletionBody(SamplingFields):
+    """The body of /v1/completions."""
+
+    prompt: str | Ids | Prompts[str] | Prompts[Ids]
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    suffix: str | None = None
+    add_special_tokens: bool = True
+
+    def prompts(self, served: Served) -> list[list[int]]:
+        """Token ids of every prompt. Raises ApiError for more prompts than may be."""
+        given: Sequence[str | list[int]]
+        given = [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+        settings = served.settings
+        most = settings.max_client_batch if settings.tgi else settings.max_prompts
+        if len(given) * max(self.n, self.best_of or 1) > max(most, settings.max_choices) or len(given) > most:
+            raise ApiError("batch", f"Number of prompts exceeds the maximum allowed batch size of {most}", "prompt")
+        ids = [served.text_ids(item, self.add_special_tokens) if isinstance(item, str) else item for item in given]
+        return [self.truncated(item, served) for item in ids]
+
+    def check(self, served: Served) -> None:
+        """Raise ApiError for what no single field's type can say."""
+        super().check(served)
+        if self.suffix is not None:
+            raise ApiError(
+                "suffix", "Suffix is not supported and can be achieved by preprocessing the prompt.", "suffix"
+            )
+        if self.best_of is not None and self.best_of < self.n:
+            raise ApiError("invalid", f"best_of is {self.best_of}; it must be at least n, which is {self.n}", "best_of")
+        if self.best_of is not None and self.best_of > served.settings.max_choices:
+            raise ApiError("invalid", f"best_of is {self.best_of}; at most {served.settings.max_choices}", "best_of")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise ApiError("invalid", "best_of above n cannot be streamed", "best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError("invalid", "max_tokens is 0, which makes sense with echo alone", "max_tokens")
+
+
+def completion(raw: Mapping[str, Any], served: Served) -> CompletionCall:
+    """A checked completion request, ready for the engine. Raises ApiError."""
+    body = validate(CompletionBody, raw)
+    body.check(served)
+    grammar = response_grammar(body.response_format, body.structured_outputs)
+    scored = body.logprobs if body.echo else None
+    if body.prompt_logprobs is not None:
+        scored = max(body.prompt_logprobs, scored or 0)
+    default = None if served.settings.tgi else DEFAULT_MAX_TOKENS
+    name, requests = f"cmpl-{uuid.uuid4().hex}", []
+    for number, ids in enumerate(body.prompts(served)):
+        room = served.room(len(ids), body.max_tokens)
+        asked = min(room, default) if body.max_tokens is None and default is not None else room
+        params = body.params(
+            served,
+            max_tokens=max(1, asked),  # with 0 the engine's one token is left out of the reply
+            logprobs=body.logprobs,
+            prompt_logprobs=scored,
+            best_of=body.best_of,
+            grammar=grammar,
+        )
+        requests.append(Request(f"{name}-{number}", ids, params))
+        served.check(requests[-1])
+    return CompletionCall(body, served, name, requests)
+
+
+class _Choice:
+    """One text as it comes: what was given out of it."""
+
+    def __init__(self, prompt: Sequence[int], index: int, offsets: Offsets) -> None:
+        self.prompt = prompt
+        self.index = index
+        self.offsets = offsets
+        self.tokens = 0
+        self.begun = False
+
+
+class CompletionCall:
+    """A completion under way (call.Call)."""
+
+    def __init__(self, body: CompletionBody, served: Served, name: str, requests: list[Request]) -> None:
+        self.requests = requests
+        self.stream = body.stream
+        self.headers: Mapping[str, str] = {}
+        self._body, self._served, self._name = body, served, name
+        self._tgi = served.settings.tgi
+        self._spelling = Spelling(served.tokenizer, body.return_tokens_as_token_ids)
+        self._created = int(time.time())
+        self._scores: dict[str, Sequence[TokenLogprob | None]] = {}
+        self._choices = {
+            (request.id, index): _Choice(request.prompt, number * body.n + index, self._offsets(request))
+            for number, request in enumerate(requests)
+            for index in range(body.n)
+        }
+
+    def begin(self) -> list[str]:
+        """Nothing: each choice begins with its first output."""
+        return []
+
+    def push(self, output: Output) -> list[str]:
+        """A chunk for an output, with the prompt before the first where it is echoed."""
+        found = self._choice(output)
+        if not (found["text"] or found["logprobs"] or found["finish_reason"] or self._body.return_token_ids):
+            return []
+        chunk: dict[str, Any] = {**self._head(), "choices": [found]}
+        options = self._body.stream_options
+        if options is not None and options.continuous_usage_stats:
+            chunk["usage"] = self._usage()
+        return [dump(chunk)]
+
+    def end(self) -> list[str]:
+        """The usage, where it was asked for, and the end mark."""
+        options = self._body.stream_options
+        if options is None or not options.include_usage:
+            return [DONE]
+        return [dump({**self._head(), "choices": [], "usage": self._usage()}), DONE]
+
+    def fail(self, error: ApiError) -> list[str]:
+        """The error as a chunk of its own, and the end mark."""
+        return [dump(error.body(self._tgi, own=False)), DONE]
+
+    def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
+        """OpenAI's text_completion."""
+        choices = [self._choice(output) for sequences in outputs for output in sequences]
+        return Reply({**self._head(), "choices": choices, "usage": self._usage()})
+
+    def _choice(self, output: Output) -> dict[str, Any]:
+        choice = self._choices[output.request, output.index]
+        body = self._body
+        bare = body.max_tokens == 0
+        ids: tuple[int, ...] = () if bare else output.ids
+        text = "" if bare else output.text
+        items: list[TokenLogprob | None] = [] if bare else list(output.logprobs or ())
+        if output.prompt_logprobs is not None:  # with sequence 0's first output, which comes before all others
+            self._scores[output.request] = output.prompt_logprobs
+        spelled = list(ids)
+        if body.echo and not choice.begun:
+            text = self._served.tokenizer.decode(choice.prompt, body.skip_special_tokens) + text
+            items = [*self._scores.get(output.request, ()), *items]
+            spelled = [*choice.prompt, *ids]
+        choice.begun = True
+        choice.tokens += len(ids)
+        logprobs = None
+        if body.logprobs is not None and spelled:
+            logprobs = self._spelling.completion(items, spelled, choice.offsets.take(spelled))
+        found = {
+            "index": choice.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": self._finish(output),
+            "stop_reason": None if output.stop_reason in self._served.eos_ids else output.stop_reason,
+        }
+        if output.prompt_logprobs is not None and body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = self._spelling.prompt(output.prompt_logprobs)
+        if body.return_token_ids:
+            found["token_ids"] = list(ids)
+            found["prompt_token_ids"] = list(choice.prompt) if spelled != list(ids) or not self.stream else None
+        return found
+
+    def _offsets(self, request: Request) -> Offsets:
+        before = () if self._body.echo else request.prompt
+        return Offsets(TextStream(self._served.tokenizer, before, self._body.skip_special_tokens))
+
+    def _finish(self, output: Output) -> str | None:
+        if self._body.max_tokens == 0 and output.finish:
+            return "length"
+        if self._tgi and output.finish is FinishReason.STOP and output.stop_reason not in self._served.eos_ids:
+            return "stop_sequence"
+        return output.finish and output.finish.value
+
+    def _head(self) -> dict[str, Any]:
+        return head(self._name, "text_completion", self._created, self._served.echoed(self._body.model))
+
+    def _usage(self) -> dict[str, int]:
+        prompt = sum(len(request.prompt) for request in self.requests)
+        return usage(prompt, sum(choice.tokens for choice in self._choices.values()))

@@ -1,0 +1,132 @@
+"""One call between the engine's thread and the event loop: its outputs as they come, until it ended, its client hung up
+or its time is over. Leaving it aborts what is still under way. Knows no HTTP and no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+from squawq.engine.engine import Engine
+from squawq.engine.request import FinishReason, Output
+from squawq.engine.sequence import join
+from squawq.errors import EngineClosed, QueueFull
+from squawq.serve.call import Call, Times
+from squawq.serve.errors import ApiError
+
+
+class HungUp(Exception):  # noqa: N818
+    """The client is gone: nobody reads an answer."""
+
+
+class Exchange:
+    """A context for one call. `clock` started when the request arrived.
+
+    inter_token: told the seconds between a sequence's outputs.
+    """
+
+    def __init__(self, engine: Engine, arrived: float, inter_token: Callable[[float], object]) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self._open: dict[str, int] = {}
+        self._left = False
+        self._seen: dict[tuple[str, int], float] = {}
+        self._inter_token = inter_token
+        self.arrived = self.checked = arrived
+        self.first: float | None = None
+        self.tokens = 0
+        self.prompt_tokens = 0
+        self.choices = 1
+        self.max_tokens: int | None = None
+        self.finish = FinishReason.ERROR
+
+    async def __aenter__(self) -> Exchange:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._left = True
+        self._abort()
+
+    @property
+    def times(self) -> Times:
+        """Of this call, so far."""
+        now = time.perf_counter()
+        return Times(self.arrived, self.checked, self.first or now, now)
+
+    def submit(self, call: Call) -> None:
+        """Hand the call's requests to the engine; for a worker thread. Raises ApiError where it takes none."""
+        params = call.requests[0].params
+        self.prompt_tokens = sum(len(request.prompt) for request in call.requests)
+        self.choices, self.max_tokens = len(call.requests) * params.n, params.max_tokens
+        try:
+            for request in call.requests:
+                self._open[request.id] = request.params.n
+                self._engine.submit(request, self._sink)
+        except QueueFull as error:
+            self._abort()
+            raise ApiError("overloaded", "Model is overloaded") from error
+        except EngineClosed as error:
+            self._abort()
+            raise ApiError("unavailable", "The server is shutting down or its engine has failed") from error
+        if self._left:  # the client hung up while its request was checked
+            self._abort()
+        self.checked = time.perf_counter()
+
+    def end(self, reason: Exception) -> None:
+        """End the waiting for outputs with an exception; from the event loop."""
+        self._queue.put_nowait(reason)
+
+    async def batches(self, pause: float) -> AsyncIterator[list[Output]]:
+        """Outputs as they come, all that are there at once; an empty list where there was none for `pause` seconds.
+
+        Raises HungUp and what `end` was given; ApiError for a sequence that failed.
+        """
+        while self._open:
+            batch = []
+            try:
+                async with asyncio.timeout(pause or None):
+                    batch.append(self._check(await self._queue.get()))
+                while not self._queue.empty():
+                    batch.append(self._check(self._queue.get_nowait()))
+            except TimeoutError:
+                pass
+            yield batch
+
+    async def all(self, call: Call) -> list[list[Output]]:
+        """Each request's sequences, joined, in the order of the requests."""
+        parts: dict[tuple[str, int], list[Output]] = {}
+        async for batch in self.batches(0):
+            for output in batch:
+                parts.setdefault((output.request, output.index), []).append(output)
+        return [[join(parts[request.id, index]) for index in range(request.params.n)] for request in call.requests]
+
+    def _sink(self, output: Output) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, output)
+
+    def _check(self, item: Output | Exception) -> Output:
+        """Take note of an output; raise what is none."""
+        if isinstance(item, Exception):
+            self.finish = FinishReason.ABORT
+            raise item
+        now, key = time.perf_counter(), (item.request, item.index)
+        if item.ids:
+            self.tokens += len(item.ids)
+            if self.first is None:
+                self.first = now
+            if key in self._seen:
+                self._inter_token((now - self._seen[key]) / len(item.ids))
+            self._seen[key] = now
+        if item.finish:
+            self._open[item.request] -= 1
+            if not self._open[item.request]:
+                del self._open[item.request]
+            if item.finish is FinishReason.ERROR:
+                raise ApiError("generation", f"Request failed during generation: {item.stop_reason}")
+            self.finish = item.finish
+        return item
+
+    def _abort(self) -> None:
+        for request in list(self._open):
+            self._engine.abort(request)

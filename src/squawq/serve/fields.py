@@ -1,0 +1,247 @@
+"""Request bodies: strict types, bounded errors, and the sampling fields that OpenAI's, vLLM's and TGI's chat and
+completion bodies share, with what they mean in each dialect.
+
+A field that is not supported is refused with a reason, never ignored; a key whose value is null counts as absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, from_json
+
+from squawq.engine.request import Grammar, SamplingParams
+from squawq.errors import ConfigError
+from squawq.serve.errors import ApiError
+from squawq.serve.model import Served
+
+Model = TypeVar("Model", bound="Body")
+Item = TypeVar("Item")
+Many = Annotated[
+    list[Item], Field(fail_fast=True)
+]  # one error for the first wrong item: a million would take minutes to tell
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+MAX_ERRORS = 5
+MAX_KEYS = 1024  # of an object in a body: each unknown one is an error
+WHY_NOT = {
+    "adapter_id": "adapters (LoRA) are not supported",
+    "chat_template": "a template in a request is not rendered; the server's model has its own",
+    "documents": "put documents into the messages",
+    "guided_choice": "use structured_outputs",
+    "guided_grammar": "use structured_outputs",
+    "guided_json": "use structured_outputs",
+    "guided_regex": "use structured_outputs",
+    "mm_processor_kwargs": "this server reads text only",
+    "modalities": "this server reads and writes text only",
+    "prompt_embeds": "give text or token ids",
+    "tool_prompt": "the model's chat template presents the tools",
+}
+
+
+class Body(BaseModel):
+    """Base of every request body and part of one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if any(len(value) > MAX_KEYS for value in (values, *values.values()) if isinstance(value, dict)):
+            raise PydanticCustomError("too_many_keys", f"an object may have at most {MAX_KEYS} keys")
+        return {k: v for k, v in values.items() if v is not None}
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """A body's JSON object. Nesting is bounded by the parser. Raises ApiError."""
+    try:
+        value = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError("invalid", f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ApiError("invalid", "the body must be a JSON object")
+    return value
+
+
+def validate(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """An instance of a body. Raises ApiError naming the first fields that are wrong and why, never their contents."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        raise ApiError(
+            "invalid", "; ".join(_sentence(item) for item in found[:MAX_ERRORS]), _where(found[0])
+        ) from error
+
+
+def _where(item: Mapping[str, Any]) -> str:
+    return ".".join(str(part)[:60] for part in item["loc"][:6]) or "body"
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
+    if item["type"] == "extra_forbidden":
+        why = WHY_NOT.get(str(item["loc"][-1]), "this server does not know the field")
+        return f"{_where(item)}: not supported: {why}"
+    return f"{_where(item)}: {item['msg'][:200]}"
+
+
+class StreamOptions(Body):
+    """usage in a stream: at its end, or in every chunk."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class SamplingFields(Body):
+    """What /v1/chat/completions and /v1/completions share: OpenAI's fields, then vLLM's."""
+
+    model: Annotated[str, Field(max_length=1000)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    stop: str | Many[str] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    min_tokens: Count = 0
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: Literal[True] = True
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    truncation_side: Literal["left", "right"] = "left"
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    allowed_token_ids: Many[TokenId] | None = None
+    bad_words: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)] = []
+    structured_outputs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    use_beam_search: Literal[False] = False
+    length_penalty: Annotated[float, Field(ge=1, le=1)] = 1
+    watermark: Literal[False] = False
+    priority: Annotated[int, Field(ge=0, le=0)] = 0
+    request_id: Annotated[str, Field(max_length=200)] | None = None
+    session_id: Annotated[str, Field(max_length=200)] | None = None
+    return_tokens_as_token_ids: bool = False
+    return_token_ids: bool = False
+
+    def truncated(self, ids: list[int], served: Served) -> list[int]:
+        """A prompt cut as truncate_prompt_tokens asks; -1: to what the model takes."""
+        keep = self.truncate_prompt_tokens
+        if keep is None or keep == 0:
+            return ids
+        keep = served.max_input if keep == -1 else keep
+        return ids[-keep:] if self.truncation_side == "left" else ids[:keep]
+
+    def check(self, served: Served) -> None:
+        """Raise ApiError for what no single field's type can say."""
+        settings = served.settings
+        served.check_name(self.model)
+        if self.stream_options is not None and not self.stream and not settings.tgi:
+            raise ApiError("invalid", "stream_options needs stream: true", "stream_options")
+        if self.n > settings.max_choices:
+            raise ApiError("invalid", f"n is {self.n}; at most {settings.max_choices} are made", "n")
+        if settings.tgi:
+            self._check_tgi(settings.max_stop_sequences)
+
+    def _check_tgi(self, max_stop: int) -> None:
+        """TGI's rules, where they forbid what OpenAI and vLLM allow."""
+        stops = 0 if self.stop is None else 1 if isinstance(self.stop, str) else len(self.stop)
+        if self.top_p is not None and self.top_p >= 1:
+            raise ApiError("invalid", "Input validation error: `top_p` must be > 0.0 and < 1.0", "top_p")
+        if stops > max_stop:
+            raise ApiError(
+                "invalid",
+                f"Input validation error: `stop` supports up to {max_stop} stop sequences. Given: {stops}",
+                "stop",
+            )
+
+    def params(
+        self,
+        served: Served,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        best_of: int | None = None,
+        grammar: Grammar | None = None,
+    ) -> SamplingParams:
+        """The engine's settings. Raises ApiError for values out of its range."""
+        tgi = served.settings.tgi
+        base = SamplingParams(temperature=1.0) if tgi else served.defaults
+        given = {name: getattr(self, name) for name in _SAME if getattr(self, name) is not None}
+        if tgi and self.presence_penalty is not None:  # what TGI's router makes of it
+            given["repetition_penalty"] = self.presence_penalty + 2.0
+            del given["presence_penalty"]
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
+        sampling = {name: getattr(base, name) for name in _DEFAULTED}
+        wanted = max((value for value in (logprobs, prompt_logprobs) if value is not None), default=0)
+        if wanted > served.settings.max_logprobs:
+            raise ApiError("invalid", f"logprobs is {wanted}; at most {served.settings.max_logprobs} are given")
+        try:
+            return SamplingParams(
+                **{**sampling, **given},
+                max_tokens=max_tokens,
+                n=self.n,
+                best_of=best_of,
+                seed=None if self.seed is None else self.seed & (2**63 - 1),
+                stop=self.stop or (),
+                include_stop=self.include_stop_str_in_output or tgi,
+                stop_ids=self.stop_token_ids,
+                logit_bias=_bias(self.logit_bias),
+                # allowed_ids=self.allowed_token_ids,
+                # bad_ids=_bad_ids(self.bad_words, served),
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                grammar=grammar,
+                min_tokens=self.min_tokens,
+                ignore_eos=self.ignore_eos,
+                skip_special_tokens=self.skip_special_tokens,
+            )
+        except ConfigError as error:
+            raise ApiError("invalid", str(error)) from error
+
+
+_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+_SAME = (*_DEFAULTED, "frequency_penalty", "presence_penalty")
+
+
+def _bias(values: Mapping[str, float] | None) -> dict[int, float] | None:
+    if values is None:
+        return None
+    bias = {}
+    for token, value in values.items():
+        if not (token.isascii() and token.isdecimal() and len(token) <= 10):
+            raise ApiError("invalid", f"logit_bias has the key {token[:40]!r}; its keys are token ids", "logit_bias")
+        bias[int(token)] = value
+    return bias
+
+
+def _bad_ids(words: list[str], served: Served) -> list[list[int]]:
+    """A word's tokens at a text's beginning and after a space, where those differ (as vLLM's bad_words)."""
+    sequences = []
+    for word in words:
+        plain = served.text_ids(word.lstrip(), special=False)
+        spaced = served.text_ids(" " + word.lstrip(), special=False)
+        sequences += [plain] if plain == spaced else [plain, spaced]
+    return [ids for ids in sequences if ids]

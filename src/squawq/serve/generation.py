@@ -1,0 +1,201 @@
+"""How a request that costs work is read, checked, run and answered, and how many may be at it: whatever its route and
+dialect. Speaks plain ASGI; what a body means is the parser's that comes with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from squawq.errors import ConfigError, EngineClosed, QueueFull
+from squawq.serve.call import Call
+from squawq.serve.errors import ApiError
+from squawq.serve.exchange import Exchange, HungUp
+from squawq.serve.fields import parse_json
+from squawq.serve.logs import event
+from squawq.serve.metrics import Metrics, Timing
+from squawq.serve.model import Served
+from squawq.serve.responses import KEEP_ALIVE, send_events, send_json, start_events
+
+logger = logging.getLogger("squawq.serve")
+Parse = Callable[[Mapping[str, Any], Served], Call]
+
+
+class Generation:
+    """Runs requests on one model. `draining` stops new ones; `in_flight` counts what is read, run or answered."""
+
+    def __init__(self, served: Served, metrics: Metrics) -> None:
+        self.served = served
+        self.settings = served.settings
+        self.metrics = metrics
+        self.draining = False
+        self.in_flight = 0
+        self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many requests as may be."""
+        return self.in_flight >= self.settings.max_concurrent
+
+    def close(self) -> None:
+        """End the threads; what waits for one is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send, parse: Parse) -> None:
+        """Read, check, run and answer a request. Raises ApiError before the answer has begun, never after."""
+        arrived = time.perf_counter()
+        try:
+            with self.admitted():
+                await self._run(scope, receive, send, parse, await self.body(scope, receive), arrived)
+        except ApiError as error:
+            self.metrics.rejected(error.name)
+            raise
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send, parse: Parse, raw: bytes, arrived: float) -> None:
+        exchange = Exchange(self.served.engine, arrived, self.metrics.inter_token)
+
+        def prepare() -> Call:
+            call = parse(parse_json(raw), self.served)
+            exchange.submit(call)
+            return call
+
+        watch = asyncio.create_task(_watch(receive, exchange))
+        limit = self.settings.generation_timeout
+        late = ApiError("incomplete", f"the answer was not ready after {limit:g} s")
+        alarm = asyncio.get_running_loop().call_later(limit, exchange.end, late)
+        call = None
+        try:
+            async with exchange:
+                call = await self.in_thread(prepare)
+                if self.settings.log_requests:
+                    event(logger, logging.INFO, "request", id=scope["request_id"], body=raw.decode("utf-8", "replace"))
+                if call.stream:
+                    await self._stream(call, exchange, send)
+                else:
+                    reply = call.reply(await exchange.all(call), exchange.times)
+                    await send_json(send, reply.body, headers=reply.headers)
+        except HungUp:
+            pass
+        finally:
+            alarm.cancel()
+            watch.cancel()
+            if call is not None:
+                self._observe(scope, exchange)
+
+    async def _stream(self, call: Call, exchange: Exchange, send: Send) -> None:
+        """Answer with events. The head waits for the first output, so that what fails before it has its own status."""
+        begun = False
+        try:
+            async for batch in exchange.batches(self.settings.keep_alive_interval):
+                if not begun:
+                    begun = True
+                    await start_events(send, call.headers)
+                    await send_events(send, call.begin())
+                if batch:
+                    await send_events(send, [payload for output in batch for payload in call.push(output)])
+                else:
+                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            await send_events(send, call.end(), last=True)
+        except ApiError as error:
+            if not begun:
+                raise
+            self.metrics.rejected(error.name)
+            await send_events(send, call.fail(error), last=True)
+        except HungUp:
+            raise
+        except Exception:
+            logger.exception("an answer failed")
+            if not begun:
+                raise
+            await send_events(send, call.fail(ApiError("internal", "internal error")), last=True)
+
+    def _observe(self, scope: Scope, exchange: Exchange) -> None:
+        times = exchange.times
+        timing = Timing(
+            arrived=exchange.arrived,
+            validated=exchange.checked,
+            ended=times.ended,
+            prompt_tokens=exchange.prompt_tokens,
+            generated_tokens=exchange.tokens,
+            finish=exchange.finish,
+            first_token=exchange.first,
+            n=exchange.choices,
+            max_tokens=exchange.max_tokens,
+        )
+        self.metrics.observe(timing)
+        first = None if timing.first_token is None else round(timing.first_token - timing.arrived, 4)
+        event(
+            logger,
+            logging.INFO,
+            "generated",
+            id=scope["request_id"],
+            prompt_tokens=timing.prompt_tokens,
+            tokens=timing.generated_tokens,
+            finish=timing.finish,
+            first_token_s=first,
+            seconds=round(timing.ended - timing.arrived, 4),
+        )
+
+    async def in_thread(self, work: Callable[[], Any]) -> Any:
+        """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except QueueFull as error:
+            raise ApiError("overloaded", str(error)) from error
+        except EngineClosed as error:
+            raise ApiError("unavailable", str(error)) from error
+        except ConfigError as error:
+            raise ApiError("invalid", str(error)) from error
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count a request that costs work. Raises ApiError while there are as many as may be, or none are taken."""
+        if self.draining:
+            raise ApiError("unavailable", "The server is shutting down")
+        if self.full:
+            raise ApiError("overloaded", "Model is overloaded")
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    async def body(self, scope: Scope, receive: Receive) -> bytes:
+        """A request's body, within the limits of size and time. Raises ApiError."""
+        headers = dict(scope["headers"])
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json":
+            raise ApiError("media_type", "send JSON, with the header Content-Type: application/json")
+        limit, body = self.settings.max_body_bytes, bytearray()
+        too_large = ApiError("too_large", f"the body has more than {limit} bytes")
+        length = headers.get(b"content-length", b"0")
+        if len(length) > 18 or int(length) > limit:
+            raise too_large
+        try:
+            async with asyncio.timeout(self.settings.body_timeout):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError("slow", "the client hung up")
+                    body += message.get("body", b"")
+                    if len(body) > limit:
+                        raise too_large
+                    more = message.get("more_body", False)
+        except TimeoutError as error:
+            raise ApiError("slow", f"the body did not arrive within {self.settings.body_timeout:g} s") from error
+        return bytes(body)
+
+
+async def _watch(receive: Receive, exchange: Exchange) -> None:
+    """Tell an exchange when its client hangs up; the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    exchange.end(HungUp())

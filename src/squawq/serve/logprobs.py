@@ -1,0 +1,93 @@
+"""Log probabilities in the forms that clients read: OpenAI's chat and completion ones, and vLLM's prompt_logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from squawq.engine.request import TokenLogprob
+from squawq.engine.text import TextStream
+from squawq.tokenizer import Tokenizer
+
+LEAST = -9999.0  # JSON has no minus infinity
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How tokens are written in replies: their text, or "token_id:7" where as_ids asks for names that are unique."""
+
+    tokenizer: Tokenizer
+    as_ids: bool = False
+    _names: dict[int, str] = field(default_factory=dict, init=False, repr=False)
+
+    def text(self, token: int) -> str:
+        """A token's name."""
+        if token not in self._names:
+            self._names[token] = f"token_id:{token}" if self.as_ids else self.tokenizer.token_text(token)
+        return self._names[token]
+
+    def chat(self, items: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """OpenAI's chat form."""
+        return {
+            "content": [
+                {**self._entry(item.token, item.logprob), "top_logprobs": [self._entry(*pair) for pair in item.top]}
+                for item in items
+            ]
+        }
+
+    def completion(
+        self, items: Sequence[TokenLogprob | None], ids: Sequence[int], offsets: Sequence[int]
+    ) -> dict[str, Any]:
+        """OpenAI's completion form for tokens that begin at `offsets` in the text; None: nothing known."""
+        return {
+            "text_offset": list(offsets),
+            "token_logprobs": [None if item is None else bounded(item.logprob) for item in items],
+            "tokens": [self.text(token) for token in ids],
+            "top_logprobs": [None if item is None else self._top(item) for item in items],
+        }
+
+    def prompt(self, items: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
+        """vLLM's prompt_logprobs: for each token of the prompt its own and the likeliest, by id. rank: where known."""
+        return [None if item is None else self._ranked(item) for item in items]
+
+    def _ranked(self, item: TokenLogprob) -> dict[str, Any]:
+        pairs: dict[int, tuple[float, int | None]] = {item.token: (item.logprob, None)}
+        pairs |= {token: (logprob, rank) for rank, (token, logprob) in enumerate(item.top, 1)}
+        return {
+            str(token): {"logprob": bounded(logprob), "rank": rank, "decoded_token": self.text(token)}
+            for token, (logprob, rank) in pairs.items()
+        }
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        spelled = self.tokenizer.token_bytes(token)
+        return {"token": self.text(token), "logprob": bounded(logprob), "bytes": list(spelled)}
+
+    def _top(self, item: TokenLogprob) -> dict[str, float]:
+        """The likeliest by name, best first; the token itself is always among them, as in OpenAI's replies."""
+        top: dict[str, float] = {}
+        for token, logprob in (*item.top, (item.token, item.logprob)):
+            top.setdefault(self.text(token), bounded(logprob))
+        return top
+
+
+class Offsets:
+    """Where tokens begin in the text that they add to, in characters. A token that adds nothing, such as a begin token,
+    stands where the next one does, and the parts of one character where it begins."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self._stream = stream
+        self._at = 0
+
+    def take(self, ids: Sequence[int]) -> list[int]:
+        """The places of the next tokens."""
+        places = []
+        for token in ids:
+            places.append(self._at)
+            self._at += len(self._stream.push(token))
+        return places
+
+
+def bounded(logprob: float) -> float:
+    """A finite number."""
+    return max(logprob, LEAST)

@@ -1,0 +1,183 @@
+"""The model that is served: its engine, tokenizer and chat template, and what a request may ask of it.
+
+Knows no HTTP and no dialect's JSON.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from squawq.engine.engine import Engine
+from squawq.engine.generation_config import GenerationConfig
+from squawq.engine.request import Request
+from squawq.engine.runner import load_runner
+from squawq.errors import ConfigError
+from squawq.hub.download import resolve
+from squawq.kernels.devices import check_device
+from squawq.serve.errors import ApiError
+from squawq.serve.settings import Settings
+from squawq.serve.templates import TemplateProcess
+from squawq.serve.tools import added_tokens, tool_format
+from squawq.tokenizer import Tokenizer
+
+MAX_WAITING = 1024
+
+
+class Served:
+    """A loaded model. Raises SquawqError for one that cannot be run or settings that do not fit it."""
+
+    def __init__(self, settings: Settings) -> None:
+        check_device(settings.device)
+        self.settings = settings
+        self.folder = resolve(settings.model, revision=settings.revision)
+        self.names = settings.served_names or (_name(settings.model),)
+        self.started = int(time.time())
+        self.tokenizer = Tokenizer(self.folder)
+        self.template, tool_template = self._read_templates()
+        runner = load_runner(
+            self.folder,
+            device=settings.device,
+            threads=settings.threads,
+            exact=settings.exact,
+            head=settings.head,
+            kv_tokens=settings.kv_tokens,
+        )
+        self.config = runner.config
+        self._check_weights()
+        self.max_len = self._length(runner.max_positions, runner.num_pages * runner.page_size)
+        self.max_input = min(settings.max_input_tokens or self.max_len, self.max_len - 1)
+        generation = GenerationConfig(self.folder, runner.config)
+        self.eos_ids = generation.eos_ids
+        self.defaults = generation.sampling_defaults()
+        if self.defaults.temperature == 0:  # OpenAI's default, where the model asks for nothing
+            self.defaults = replace(self.defaults, temperature=1.0)
+        self.tool_format = self._tool_format(tool_template or self.template)
+        self.added_tokens = added_tokens(self.tokenizer)
+        self.engine = Engine(
+            runner,
+            self.tokenizer,
+            eos_ids=sorted(generation.eos_ids),
+            max_batch_tokens=max(settings.max_num_batched_tokens, 2 * settings.max_num_seqs),
+            max_sequences=settings.max_num_seqs,
+            max_waiting=max(settings.max_queued, MAX_WAITING),  # prompts; the server's own limit counts requests
+            prefix_caching=settings.prefix_caching,
+        )
+        self._templates = None
+        if self.template is not None:
+            self._templates = TemplateProcess(
+                self.template,
+                self.tokenizer.template_variables(),
+                tool_template=tool_template,
+                timeout_s=settings.template_timeout,
+            )
+
+    @property
+    def name(self) -> str:
+        """What replies call the model."""
+        return self.names[0]
+
+    def close(self) -> None:
+        """Abort what runs and end the threads and processes. Idempotent."""
+        self.engine.close()
+        if self._templates is not None:
+            self._templates.close()
+
+    def check_name(self, name: str | None) -> None:
+        """Raise ApiError for a name that is not this model's, where strict_model_name asks for that."""
+        if self.settings.strict_model_name and name is not None and name not in self.names:
+            raise ApiError("not_found", f"The model `{name:.100}` does not exist.", "model")
+
+    def echoed(self, name: str | None) -> str:
+        """What a reply calls the model: its own name, or with TGI's rules the one that was asked for."""
+        return self.name if name is None or name == "tgi" or not self.settings.tgi else name
+
+    def check(self, request: Request) -> None:
+        """Raise ApiError for a request that the engine can never run."""
+        try:
+            self.engine.check(request)
+        except ConfigError as error:
+            raise ApiError("invalid", str(error)) from error
+
+    def text_ids(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text; `special` adds a begin token where the model has one."""
+        return self.tokenizer.encode(text, special)
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """A chat by the model's template. options: tools, generation_prompt, continue_final, variables.
+
+        Raises ApiError for a chat that the template refuses, and for a model without one.
+        """
+        if self._templates is None:
+            raise ApiError("template", "the model has no chat template; use /v1/completions, or start with one")
+        try:
+            return self._templates.render(messages, **options)
+        except ConfigError as error:
+            raise ApiError("template", str(error), "messages") from error
+
+    def room(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """New tokens that a prompt leaves room for, `max_tokens` at most. Raises ApiError where they do not fit."""
+        if prompt_tokens > self.max_input:
+            raise ApiError(
+                "invalid",
+                f"This model's maximum context length is {self.max_len} tokens, of which a prompt may have "
+                f"{self.max_input}; this one has {prompt_tokens}. Shorten it.",
+                "messages",
+            )
+        left = self.max_len - prompt_tokens
+        if max_tokens is not None and max_tokens > left:
+            raise ApiError(
+                "invalid",
+                f"This model's maximum context length is {self.max_len} tokens. However, you requested "
+                f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} in the completion). "
+                "Reduce the prompt or max_tokens.",
+                "max_tokens",
+            )
+        return left if max_tokens is None else max_tokens
+
+    def _tool_format(self, template: str | None) -> str | None:
+        """How the model writes calls of functions; None where it may not make any."""
+        asked = self.settings.tool_call_parser
+        return tool_format(template) if asked == "auto" else None if asked == "none" else asked
+
+    def _read_templates(self) -> tuple[str | None, str | None]:
+        """The chat template, and the one for chats with tools where the model has one of its own for those."""
+        path = self.settings.chat_template
+        if path is None:
+            return self.tokenizer.chat_template, self.tokenizer.tool_template
+        try:
+            return path.read_text(encoding="utf-8"), None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"chat_template {path}: cannot be read: {error}") from error
+
+    def _length(self, positions: int, cached: int) -> int:
+        wanted, settings = self.settings.max_model_len, self.settings
+        if wanted is None:
+            return min(positions, cached)
+        if wanted > positions:
+            raise ConfigError(f"max_model_len is {wanted}; the model has {positions} positions")
+        if wanted > cached:
+            raise ConfigError(f"max_model_len is {wanted}; the cache holds {cached} tokens (raise kv_tokens)")
+        if settings.max_input_tokens is not None and settings.max_input_tokens >= wanted:
+            raise ConfigError(
+                f"max_input_tokens is {settings.max_input_tokens}; it must be below max_model_len, which is {wanted}"
+            )
+        return wanted
+
+    def _check_weights(self) -> None:
+        """Whether the weights are what the flags say; they are run as they are stored."""
+        if self.settings.quantization is not None and self.config.quant is None:
+            raise ConfigError(
+                f"quantization is {self.settings.quantization!r}, but {self.folder} is a 16-bit model; leave it out"
+            )
+        stored = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float16"
+        if self.settings.dtype not in ("auto", stored):
+            raise ConfigError(f"dtype is {self.settings.dtype!r}; the weights are run as stored: auto or {stored}")
+
+
+def _name(model: str) -> str:
+    """What a model is called: its Hub id, or its folder's name, without the path to it."""
+    return Path(model).resolve().name if Path(model).is_dir() else model

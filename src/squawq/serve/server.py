@@ -1,0 +1,143 @@
+"""Runs the server: loads the model, listens, and ends in order. A first signal drains, a second aborts at once.
+
+Everything that is under way then gets a final reason; the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from squawq.progress import console
+from squawq.serve import logs
+from squawq.serve.app import Api
+from squawq.serve.model import Served
+from squawq.serve.protocol import protocol
+from squawq.serve.settings import Settings
+
+logger = logging.getLogger("squawq.serve")
+TICK = 0.05
+LAST_WORDS = 1.5  # seconds for answers to be written after their requests were aborted
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with our way of ending. `stop` may be called from any thread, as a signal would."""
+
+    def __init__(self, api: Api) -> None:
+        settings = api.settings
+        super().__init__(
+            uvicorn.Config(
+                api.app(),
+                host=settings.host,
+                port=settings.port,
+                uds=None if settings.uds is None else str(settings.uds),
+                http=protocol(settings),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=2048,
+                timeout_keep_alive=int(settings.idle_timeout),
+                timeout_graceful_shutdown=1,
+                h11_max_incomplete_event_size=settings.max_header_bytes,
+                ssl_keyfile=None if settings.ssl_keyfile is None else str(settings.ssl_keyfile),
+                ssl_certfile=None if settings.ssl_certfile is None else str(settings.ssl_certfile),
+            )
+        )
+        self.api = api
+        self.stops = 0
+
+    @property
+    def bound_port(self) -> int:
+        """The port that is listened on, once started."""
+        port: int = self.servers[0].sockets[0].getsockname()[1]
+        return port
+
+    def stop(self) -> None:
+        """End: the first call drains, the second aborts."""
+        self.stops += 1
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """A signal."""
+        self.stop()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals without raising them again at the end: a server that ends in order exits with 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        settings, served = self.api.settings, self.api.served
+        if self.started:
+            place = (
+                settings.uds or f"{'https' if settings.ssl_certfile else 'http'}://{settings.host}:{self.bound_port}"
+            )
+            logs.event(logger, logging.INFO, "serving", model=served.name, at=place, context=served.max_len)
+
+    async def main_loop(self) -> None:
+        """Serve until told to stop, then let requests end."""
+        count = 0
+        while not self.stops:
+            await self.on_tick(count)
+            count += 2  # uvicorn's ticks are twice as long
+            await asyncio.sleep(TICK)
+        settings, generation = self.api.settings, self.api.generation
+        generation.draining = True
+        logs.event(logger, logging.INFO, "draining", requests=generation.in_flight, seconds=settings.shutdown_timeout)
+        await self._until_idle(time.monotonic() + settings.shutdown_timeout, stops=2)
+        if generation.in_flight:
+            logs.event(logger, logging.INFO, "aborting", requests=generation.in_flight)
+        closing = asyncio.create_task(asyncio.to_thread(self.api.served.close))
+        await self._until_idle(time.monotonic() + LAST_WORDS, stops=3)
+        with contextlib.suppress(TimeoutError):  # a step under way may take long: the process ends without it
+            await asyncio.wait_for(asyncio.shield(closing), LAST_WORDS)
+
+    async def _until_idle(self, deadline: float, stops: int) -> None:
+        count = 0
+        while self.api.generation.in_flight and self.stops < stops and time.monotonic() < deadline:
+            await asyncio.sleep(TICK)
+            await self.on_tick(count := count + 2)
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal; returns the exit code. Raises SquawqError for what cannot be served."""
+    logs.setup(settings.log_format, settings.log_level)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    with console.status(f"loading {settings.model}"):
+        served = Served(settings)
+    try:
+        _allow_files(settings.max_connections + 256)
+        server = Server(Api(served))
+        server.run()
+        return 0 if server.started else 1
+    finally:
+        served.close()
+
+
+def _allow_files(wanted: int) -> None:
+    """A connection is an open file; the usual soft limit of 1024 is for programs with few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

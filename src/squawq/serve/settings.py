@@ -1,0 +1,127 @@
+"""Every setting of the server in one frozen object: model, dialect, engine, limits. Knows no flags and no environment;
+launcher.py fills it from those.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from squawq.errors import ConfigError
+
+DIALECTS = ("openai", "tgi")
+LOG_FORMATS = ("text", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+TOOL_PARSERS = ("auto", "llama3_json", "hermes", "none")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `squawq serve` was asked for. Sizes in bytes, times in seconds; None: what the model or machine suggests.
+
+    dialect: "openai" (as vLLM answers) or "tgi": which one's rule holds on the shared routes where the two
+    contradict each other. served_names: what `model` is called in replies, the first of them; others are aliases.
+    max_model_len: tokens of a prompt and its answer together. max_input_tokens: of a prompt alone.
+    max_num_seqs: sequences under way together; max_queued: requests that wait for their turn beyond those, the next is
+    refused. tensor_parallel_size: GPUs that share a model; 1 for now.
+    Raises ConfigError for values that cannot work.
+    """
+
+    model: str
+    dialect: str = "openai"
+    served_names: tuple[str, ...] = ()
+    strict_model_name: bool = False
+
+    revision: str | None = None
+    dtype: str = "auto"
+    quantization: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    exact: bool = False
+    head: str | None = None
+    kv_tokens: int | None = None
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_input_tokens: int | None = None
+    chat_template: Path | None = None
+    tool_call_parser: str = "auto"
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_queued: int = 128
+    prefix_caching: bool = True
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: Path | None = None
+    ssl_keyfile: Path | None = None
+    ssl_certfile: Path | None = None
+    allowed_origins: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
+
+    max_connections: int = 2048
+    max_body_bytes: int = 2_000_000
+    max_header_bytes: int = 64 * 1024
+    max_headers: int = 256
+    header_timeout: float = 10
+    body_timeout: float = 30
+    idle_timeout: float = 75
+    write_timeout: float = 60
+    generation_timeout: float = 3600
+    template_timeout: float = 10
+    grammar_timeout: float = 5
+    keep_alive_interval: float = 15
+    shutdown_timeout: float = 30
+    validation_workers: int = 2
+
+    max_logprobs: int = 20
+    max_choices: int = 64
+    max_prompts: int = 256
+    max_best_of: int = 2
+    max_stop_sequences: int = 4
+    max_top_n_tokens: int = 5
+    max_client_batch: int = 4
+
+    log_format: str = "text"
+    log_level: str = "info"
+    log_requests: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("dialect", DIALECTS),
+            ("log_format", LOG_FORMATS),
+            ("log_level", LOG_LEVELS),
+            ("tool_call_parser", TOOL_PARSERS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type == "int" and value < (0 if entry.name == "port" else 1):
+                raise ConfigError(f"{entry.name} is {value}; it must be at least {0 if entry.name == 'port' else 1}")
+            if entry.type == "float" and not (0 <= value < math.inf):
+                raise ConfigError(f"{entry.name} is {value}; it must be 0 or more seconds")
+            if entry.type == "int | None" and value is not None and value < 1:
+                raise ConfigError(f"{entry.name} is {value}; it must be at least 1")
+        if self.port > 65535:
+            raise ConfigError(f"port is {self.port}; it must be 0 (any free one) to 65535")
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}; one process serves a model here for now, "
+                "so it must be 1 (NUM_SHARD=1, --tensor-parallel-size 1)"
+            )
+        if any(not key for key in self.api_keys):
+            raise ConfigError("an API key is empty; give a key or leave the flag out")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("TLS needs both ssl_keyfile and ssl_certfile; only one was given")
+
+    @property
+    def tgi(self) -> bool:
+        """Whether TGI's rules hold on the shared routes."""
+        return self.dialect == "tgi"
+
+    @property
+    def max_concurrent(self) -> int:
+        """Generation requests that may be under way or waiting at once."""
+        return self.max_num_seqs + self.max_queued

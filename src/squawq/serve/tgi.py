@@ -1,0 +1,251 @@
+"""TGI's own routes: /, /generate, /generate_stream, /tokenize and /info. Bodies and rules in, engine requests out, with
+the texts that TGI refuses with. Pure; what replies look like is tgi_reply.py's.
+
+Where it differs from TGI: fields that are unknown or that ask for what is not there (watermark, adapters) are refused;
+max_new_tokens counts in full against the context, where TGI counts 1024 of it at most and lets the rest fail later; a
+sequence's log probabilities are the raw model's, before penalties and temperature.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from squawq import __version__
+from squawq.engine.request import Grammar, Request, SamplingParams
+from squawq.errors import ConfigError
+from squawq.serve.call import Call
+from squawq.serve.errors import ApiError
+from squawq.serve.fields import Body, validate
+from squawq.serve.model import Served
+from squawq.serve.settings import Settings
+from squawq.serve.structured import tgi_grammar
+from squawq.serve.tgi_reply import Asked, Generation
+
+
+class Parameters(Body):
+    """TGI's generation parameters.
+
+    Given at all, the likeliest tokens are taken, unless do_sample, a temperature other than 1, top_k, top_p or
+    typical_p asks for sampling. max_new_tokens: up to the context where it is absent. truncate: keep the last so many
+    tokens of the inputs. stop: strings that end the text and stay in it.
+    """
+
+    best_of: int | None = None
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    do_sample: bool = False
+    max_new_tokens: int | None = None
+    return_full_text: bool | None = None
+    stop: list[str] = Field(default_factory=list)
+    truncate: int | None = None
+    watermark: Literal[False] = False
+    details: bool = False
+    decoder_input_details: bool = False
+    seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
+    top_n_tokens: int | None = None
+    grammar: dict[str, Any] | None = None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens are drawn."""
+        narrowed = any(value is not None for value in (self.top_k, self.top_p, self.typical_p))
+        return self.do_sample or self.temperature not in (None, 1.0) or narrowed
+
+
+class GenerateBody(Body):
+    """The body of /, /generate, /generate_stream and /tokenize. Without parameters tokens are drawn.
+
+    stream is looked at on / alone; the other routes' names say it.
+    """
+
+    inputs: str
+    parameters: Parameters = Parameters(do_sample=True)
+    stream: bool = False
+
+
+def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bool) -> Call:
+    """A checked request, ready for the engine. compat: for /, where the body says whether to stream, a whole reply is
+    a list of one, and the inputs are part of the text unless return_full_text is false. Raises ApiError."""
+    body = validate(GenerateBody, raw)
+    parameters = body.parameters
+    stream = body.stream if compat else stream
+    _check_parameters(parameters, served.settings, stream)
+    if not body.inputs:
+        raise _refused("`inputs` cannot be empty")
+    ids = _prompt(body, served)
+    seed = None
+    if parameters.sampled:
+        seed = secrets.randbits(63) if parameters.seed is None else parameters.seed
+    details = parameters.details or parameters.decoder_input_details
+    params = _sampling(parameters, _room(len(ids), parameters.max_new_tokens, served), seed, stream or details)
+    request = Request(f"tgi-{uuid.uuid4().hex}", ids, params)
+    try:
+        served.engine.check(request)
+    except ConfigError as error:
+        raise _refused(f"grammar is not valid: {error}" if params.grammar else str(error)) from error
+    asked = Asked(
+        inputs=body.inputs,
+        stream=stream,
+        listed=compat,
+        full_text=compat if parameters.return_full_text is None else parameters.return_full_text,
+        details=details,
+        seed=seed,
+    )
+    return Generation(served, request, asked)
+
+
+def tokens(raw: Mapping[str, Any], served: Served) -> list[dict[str, Any]]:
+    """What /tokenize answers: the inputs' tokens, cut as truncate asks, with their bytes in the inputs' UTF-8.
+
+    Raises ApiError.
+    """
+    body = validate(GenerateBody, raw)
+    keep = _truncate(body.parameters, served)
+    return _places(body.inputs, served, special=True)[-keep if keep else 0 :]
+
+
+def chat_tokens(text: str, served: Served) -> list[dict[str, Any]]:
+    """The same for a rendered chat, whose template wrote the special tokens."""
+    return _places(text, served, special=False)
+
+
+def info(served: Served) -> dict[str, Any]:
+    """What /info answers."""
+    settings = served.settings
+    return {
+        "model_id": served.name,
+        "model_sha": None,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": settings.max_concurrent,
+        "max_best_of": settings.max_best_of,
+        "max_stop_sequences": settings.max_stop_sequences,
+        "max_input_tokens": served.max_input,
+        "max_total_tokens": served.max_len,
+        "validation_workers": settings.validation_workers,
+        "max_client_batch_size": settings.max_client_batch,
+        "router": "text-generation-router",  # TGI's name: what tells clients that these routes are there
+        "version": __version__,
+        "sha": None,
+        "docker_label": None,
+    }
+
+
+def _refused(rule: str) -> ApiError:
+    return ApiError("invalid", f"Input validation error: {rule}")
+
+
+def _above(value: float | None, least: float) -> bool:
+    return value is None or value > least
+
+
+def _inside(value: float | None) -> bool:
+    return value is None or 0 < value < 1
+
+
+def _check_parameters(given: Parameters, settings: Settings, stream: bool) -> None:
+    """Raise ApiError for the first of TGI's rules that does not hold; those on lengths need the tokens."""
+    best_of = 1 if given.best_of is None else given.best_of
+    top_n, stops = given.top_n_tokens or 0, len(given.stop)
+    most_best, most_stops, most_top = settings.max_best_of, settings.max_stop_sequences, settings.max_top_n_tokens
+    several = best_of > 1
+    rules = (
+        (best_of == 1 or most_best > 1, "`best_of` != 1 is not allowed for this endpoint"),
+        (0 < best_of <= most_best, f"`best_of` must be > 0 and <= {most_best}. Given: {best_of}"),
+        (not (several and stream), "`best_of` != 1 is not supported when streaming tokens"),
+        (
+            not (given.decoder_input_details and stream),
+            "`decoder_input_details` == true is not supported when streaming tokens",
+        ),
+        (not several or given.sampled, "you must use sampling when `best_of` is > 1"),
+        (_above(given.temperature, 0), "`temperature` must be strictly positive"),
+        (_above(given.repetition_penalty, 0), "`repetition_penalty` must be strictly positive"),
+        (-2 <= (given.frequency_penalty or 0) <= 2, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+        (_inside(given.top_p), "`top_p` must be > 0.0 and < 1.0"),
+        (_inside(given.typical_p), "`typical_p` must be > 0.0 and < 1.0"),
+        (_above(given.top_k, 0), "`top_k` must be strictly positive"),
+        (_above(given.max_new_tokens, 0), "`max_new_tokens` must be strictly positive"),
+        (stops <= most_stops, f"`stop` supports up to {most_stops} stop sequences. Given: {stops}"),
+        (not several or given.seed is None, "`seed` must not be set when `best_of` > 1"),
+        (0 <= top_n <= most_top, f"`top_n_tokens` must be >= 0 and <= {most_top}. Given: {top_n}"),
+    )
+    for holds, rule in rules:
+        if not holds:
+            raise _refused(rule)
+
+
+def _truncate(given: Parameters, served: Served) -> int | None:
+    """How many tokens of the inputs are kept."""
+    keep = given.truncate
+    if keep is not None and not 0 < keep <= served.max_input:
+        raise _refused(f"`truncate` must be strictly positive and less than {served.max_input}. Given: {keep}")
+    return keep
+
+
+def _prompt(body: GenerateBody, served: Served) -> list[int]:
+    """The last tokens of the inputs, a begin token counted, as many as truncate keeps."""
+    keep = _truncate(body.parameters, served)
+    return served.text_ids(body.inputs)[-keep if keep else 0 :]
+
+
+def _room(count: int, wanted: int | None, served: Served) -> int:
+    """New tokens at most, for inputs of `count` tokens."""
+    if wanted is not None and count + wanted > served.max_len:
+        raise _refused(
+            f"`inputs` tokens + `max_new_tokens` must be <= {served.max_len}. "
+            f"Given: {count} `inputs` tokens and {wanted} `max_new_tokens`"
+        )
+    if count > served.max_input:
+        raise _refused(f"`inputs` must have less than {served.max_input} tokens. Given: {count}")
+    return served.max_len - count if wanted is None else wanted
+
+
+def _sampling(given: Parameters, max_tokens: int, seed: int | None, shown: bool) -> SamplingParams:
+    """The engine's settings. shown: whether the answer lists tokens with their log probabilities."""
+    best_of = given.best_of or 1
+    top_n = (given.top_n_tokens or 0) if shown else 0
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=(given.temperature or 1.0) if given.sampled else 0.0,
+            top_k=given.top_k or 0,
+            top_p=given.top_p or 1.0,
+            typical_p=given.typical_p or 1.0,
+            repetition_penalty=given.repetition_penalty or 1.0,
+            frequency_penalty=given.frequency_penalty or 0.0,
+            seed=None if seed is None else seed & (2**63 - 1),
+            n=best_of,  # and not best_of, since the others are shown too
+            stop=given.stop,
+            include_stop=True,
+            logprobs=top_n if shown or best_of > 1 else None,
+            prompt_logprobs=0 if given.decoder_input_details else None,
+            grammar=_grammar(given.grammar),
+        )
+    except ConfigError as error:
+        raise _refused(str(error)) from error
+
+
+def _grammar(value: Mapping[str, Any] | None) -> Grammar | None:
+    try:
+        return None if value is None else tgi_grammar(value)
+    except ApiError as error:
+        raise _refused(f"grammar is not valid: {error.message}") from error
+
+
+def _places(text: str, served: Served, special: bool) -> list[dict[str, Any]]:
+    """Tokens with the part of the text that each came from; a token of a part of a character names the whole of it."""
+    encoding = served.tokenizer.fast.encode(text, add_special_tokens=special)
+    at = list(accumulate((len(character.encode()) for character in text), initial=0))
+    return [
+        {"id": token, "text": text[start:stop], "start": at[start], "stop": at[stop]}
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+    ]

@@ -1,0 +1,189 @@
+"""`text-generation-launcher`: TGI's flags and environment variables, read into settings of a server that speaks TGI's
+dialect. A flag wins over its variable; a value that asks for what is not here is refused, not passed over.
+
+Knows TGI's names and defaults; the server behind them is that of `squawq serve`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import typer
+
+from squawq.errors import ConfigError
+from squawq.serve.launcher import (
+    NO_CODE,
+    Command,
+    Flag,
+    Flags,
+    choice,
+    finish,
+    number,
+    only,
+    parse,
+    read_flags,
+    signature,
+    to_settings,
+    truth,
+    whole,
+)
+from squawq.serve.settings import Settings
+
+BATCH = Settings.max_num_seqs
+LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warning", "warning": "warning", "error": "error"}
+IGNORED = {
+    "waiting_served_ratio": "the batch takes new requests at every step",
+    "max_waiting_tokens": "the batch takes new requests at every step",
+    "cuda_graphs": "no graphs are made",
+    "shard_uds_path": "there are no shards",
+    "master_addr": "there are no shards",
+    "master_port": "there are no shards",
+    "otlp_service_name": "there are no traces",
+    "usage_stats": "none are sent",
+}
+ABSENT = {
+    "kv_cache_dtype": "the cache is float16",
+    "rope_scaling": "positions are scaled as the model's config.json says",
+    "rope_factor": "positions are scaled as the model's config.json says",
+    "tokenizer_config_path": "the chat template is the model's (squawq serve --chat-template takes another)",
+    "weights_cache_override": "MODEL_ID takes a folder",
+    "lora_adapters": "there are no adapters",
+    "watermark_gamma": "there is no watermark",
+    "watermark_delta": "there is no watermark",
+    "otlp_endpoint": "there are no traces",
+    "prometheus_port": "/metrics is on the server's own port",
+}
+LATER = "tensor parallelism comes later"
+TABLE: Flags = {
+    "Model": [
+        Flag("model_id", "A model folder or a Hub id; it must be given", "model"),
+        Flag("revision", "A branch, tag or commit of the Hub"),
+        Flag("quantize", "awq; without it as the checkpoint says", "quantization", choice({"awq": "awq"})),
+        Flag("dtype", "float16 or bfloat16", read=choice({"float16": "float16", "bfloat16": "bfloat16"})),
+        Flag("huggingface_hub_cache", "The folder of models from the Hub, where HF_HUB_CACHE names none"),
+    ],
+    "Network": [
+        Flag("hostname", "The address to listen on", "host", default="0.0.0.0"),
+        Flag("port", "0 takes a free one", read=whole(0), names=("-p",), default=3000),
+        Flag("api_key", "What requests must carry as a bearer token", "api_keys"),
+        Flag("cors_allow_origin", "An origin whose pages may ask, or *; without it none", "allowed_origins"),
+    ],
+    "Limits": [
+        Flag("max_input_tokens", "Tokens of a prompt alone"),
+        Flag("max_input_length", "The older name of --max-input-tokens", "max_input_tokens"),
+        Flag("max_total_tokens", "Tokens of a prompt and its answer", "max_model_len"),
+        Flag("max_concurrent_requests", "Requests under way or waiting; more are refused", read=whole(1), default=128),
+        Flag("max_batch_size", "Sequences under way together", read=whole(1), default=BATCH),
+        Flag("max_batch_prefill_tokens", "Tokens of a step", "max_num_batched_tokens"),
+        Flag("max_batch_total_tokens", "Tokens that the cache holds", "kv_tokens"),
+        Flag("max_best_of", "Largest best_of"),
+        Flag("max_stop_sequences", "Stop strings of a request"),
+        Flag("max_top_n_tokens", "Largest top_n_tokens"),
+        Flag("max_client_batch_size", "Prompts of a completion request", "max_client_batch"),
+        Flag("validation_workers", "Requests that are checked and tokenized at once"),
+        Flag("payload_limit", "Bytes of a request's body", "max_body_bytes"),
+        Flag("graceful_termination_timeout", "For requests to finish after a signal", "shutdown_timeout", default=90),
+    ],
+    "Logs": [
+        Flag("json_output", "Write JSON", read=truth, switch=True),
+        Flag("log_level", ", ".join(LEVELS), read=choice(LEVELS)),
+    ],
+    "Accepted: they change nothing here": [
+        *(Flag(key, why) for key, why in IGNORED.items()),
+        Flag("enable_prefill_logprobs", "they can always be had", read=truth, switch=True),
+        Flag("disable_custom_kernels", "none come from elsewhere", read=truth, switch=True),
+    ],
+    "Refused where they ask for what is not here": [
+        Flag("num_shard", f"must be 1: {LATER}", read=only(1, whole(1), f"it must be 1: {LATER}")),
+        Flag("sharded", f"must be false: {LATER}", read=only(False, truth, f"it must be false: {LATER}")),
+        Flag("speculate", "must be 0", read=only(0, whole(0), "it must be 0: there is no speculative decoding")),
+        Flag("trust_remote_code", "no code of a model is ever run", read=NO_CODE, switch=True),
+        Flag(
+            "disable_grammar_support",
+            "grammars are always supported",
+            read=only(False, truth, "grammars are always supported; leave it out"),
+            switch=True,
+        ),
+        Flag(
+            "cuda_memory_fraction",
+            "must be 1: MAX_BATCH_TOTAL_TOKENS bounds the cache",
+            read=only(1, number, "it must be 1; MAX_BATCH_TOTAL_TOKENS bounds the cache"),
+        ),
+        *(Flag(key, why, read=only(None, str, f"{why}; leave it out")) for key, why in ABSENT.items()),
+    ],
+}
+FLAGS: Flags = {panel: [replace(flag, variable=flag.key.upper()) for flag in rows] for panel, rows in TABLE.items()}
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command(cls=Command)
+def launch(**given: Any) -> None:
+    """Serve a model as text-generation-inference does: its routes, its defaults, its errors.
+
+    Each flag is an environment variable too, by its name in capitals: MODEL_ID for --model-id. The flag wins. A switch
+    is true, false, 1 or 0 there. huggingface_hub reads HF_TOKEN. More limits: squawq serve --dialect tgi.
+
+    \b
+    Examples:
+      text-generation-launcher --model-id Llama-3.1-8B-AWQ --port 8080
+      MODEL_ID=MODEL MAX_INPUT_TOKENS=4000 MAX_TOTAL_TOKENS=4096 text-generation-launcher
+      curl localhost:8080/generate -H 'Content-Type: application/json' \\
+        -d '{"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20}}'
+    """
+    from squawq.serve.server import run
+
+    found = _found(given, os.environ)
+    settings = _settings(found)
+    if "huggingface_hub_cache" in found:
+        os.environ.setdefault("HF_HUB_CACHE", found["huggingface_hub_cache"])
+    raise typer.Exit(run(settings))
+
+
+launch.__signature__ = signature(FLAGS)  # type: ignore[attr-defined]
+
+
+def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """What text-generation-launcher would serve with these arguments and this environment."""
+    return _settings(_found(parse(launch, arguments), environ))
+
+
+def _found(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    # A container's HOSTNAME is the machine's name, not an address that somebody chose; TGI binds to it all the same.
+    if environ.get("HOSTNAME") == socket.gethostname():
+        environ = {**environ, "HOSTNAME": ""}
+    return read_flags(FLAGS, given, environ)
+
+
+def _settings(found: Mapping[str, Any]) -> Settings:
+    if "model_id" not in found:
+        raise ConfigError("no model: set MODEL_ID or --model-id to a model folder or a Hub id")
+    tokens, length, total = (found.get(f"max_{key}") for key in ("input_tokens", "input_length", "total_tokens"))
+    if None not in (tokens, length) and tokens != length:
+        raise ConfigError(f"MAX_INPUT_TOKENS is {tokens} and MAX_INPUT_LENGTH {length}; they mean the same, give one")
+    prompt = tokens or length
+    if prompt and total and prompt >= total:
+        raise ConfigError(f"MAX_TOTAL_TOKENS is {total}; it must be more than MAX_INPUT_TOKENS, which is {prompt}")
+    running = min(found["max_batch_size"], found["max_concurrent_requests"])
+    return to_settings(
+        FLAGS,
+        found,
+        dialect="tgi",
+        max_num_seqs=running,
+        max_queued=max(1, found["max_concurrent_requests"] - running),
+        log_format="json" if found.get("json_output") else "text",
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return finish(app, "text-generation-launcher", arguments)
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""TGI's replies and stream events, from a request's outputs. Pure; knows no rules of what may be asked.
+
+A token's text is what it adds to the generated text, so that the texts of the tokens that are not special, joined, are
+that text: half a character adds nothing, the token that completes it all of it. A special token shows its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
+from squawq.engine.text import TextStream
+from squawq.serve.call import Reply, Times, dump
+from squawq.serve.errors import ApiError
+from squawq.serve.logprobs import bounded
+from squawq.serve.model import Served
+
+FAILED = (FinishReason.ABORT, FinishReason.ERROR)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a reply shows. listed: as a list of one. seed: what tokens are drawn by; None: they are not drawn."""
+
+    inputs: str
+    stream: bool
+    listed: bool
+    full_text: bool
+    details: bool
+    seed: int | None
+
+
+class Generation:
+    """A request of TGI's routes under way (call.Call)."""
+
+    def __init__(self, served: Served, request: Request, asked: Asked) -> None:
+        self.requests: Sequence[Request] = [request]
+        self.stream = asked.stream
+        self.headers: Mapping[str, str] = {
+            "x-compute-type": served.settings.device,
+            "x-compute-characters": str(len(asked.inputs)),
+        }
+        self._request = request
+        self._served = served
+        self._asked = asked
+        self._before = asked.inputs if asked.full_text else ""
+        self._top = bool(request.params.logprobs)
+        self._texts: list[str] = []
+        self._count = 0
+
+    def begin(self) -> list[str]:
+        """Nothing."""
+        return []
+
+    def push(self, output: Output) -> list[str]:
+        """One event a token; in the last the whole text, and what it says of itself where details were asked for."""
+        if output.finish in FAILED:
+            return self.fail(_incomplete())
+        self._texts.append(output.text)
+        texts = [*[""] * (len(output.ids) - 1), output.text]
+        events = [self._event(*token) for token in zip(output.ids, texts, output.logprobs or (), strict=True)]
+        if output.finish:
+            events[-1]["generated_text"] = self._before + "".join(self._texts)
+            if self._asked.details:
+                events[-1]["details"] = {
+                    "finish_reason": _reason(output),
+                    "generated_tokens": self._count,
+                    "seed": self._asked.seed,
+                    "input_length": len(self._request.prompt),
+                }
+        return [dump(event) for event in events]
+
+    def end(self) -> list[str]:
+        """Nothing: TGI's own streams have no end mark."""
+        return []
+
+    def fail(self, error: ApiError) -> list[str]:
+        """The error as an event."""
+        return [dump(error.body(tgi=True, own=True))]
+
+    def reply(self, outputs: Sequence[Sequence[Output]], times: Times, /) -> Reply:
+        """The likeliest sequence, with the others in its details."""
+        (sequences,) = outputs
+        if any(output.finish in FAILED for output in sequences):
+            raise _incomplete()
+        best = max(sequences, key=_mean_logprob) if len(sequences) > 1 else sequences[0]
+        body: dict[str, Any] = {"generated_text": self._before + best.text}
+        if self._asked.details:
+            body["details"] = self._details(best, sequences)
+        return Reply([body] if self._asked.listed else body, self._headers(len(best.ids), times))
+
+    def _event(self, token: int, text: str, scored: TokenLogprob) -> dict[str, Any]:
+        self._count += 1
+        top = {"top_tokens": self._top_tokens(scored)} if self._top else {}
+        shown = {"index": self._count, "token": self._token(token, text, scored.logprob), **top}
+        return {**shown, "generated_text": None, "details": None}
+
+    def _token(self, token: int, text: str, logprob: float) -> dict[str, Any]:
+        """An end token that lets out text which was held back counts as that text: it is part of the whole."""
+        special = token in self._served.tokenizer.special_ids and not text
+        text = self._served.tokenizer.token_text(token) if special else text
+        return {"id": token, "text": text, "logprob": bounded(logprob), "special": special}
+
+    def _top_tokens(self, scored: TokenLogprob) -> list[dict[str, Any]]:
+        tokenizer = self._served.tokenizer
+        return [
+            {
+                "id": token,
+                "text": tokenizer.token_text(token),
+                "logprob": bounded(logprob),
+                "special": token in tokenizer.special_ids,
+            }
+            for token, logprob in scored.top
+        ]
+
+    def _details(self, best: Output, sequences: Sequence[Output]) -> dict[str, Any]:
+        prefill = self._prefill(sequences[0].prompt_logprobs or ())
+        details = self._account(best, prefill)
+        if len(sequences) > 1:
+            details["best_of_sequences"] = [
+                {"generated_text": self._before + other.text, **self._account(other, prefill)}
+                for other in sequences
+                if other is not best
+            ]
+        return details
+
+    def _account(self, output: Output, prefill: list[dict[str, Any]]) -> dict[str, Any]:
+        scores = output.logprobs or ()
+        top = {"top_tokens": [self._top_tokens(scored) for scored in scores]} if self._top else {}
+        pieces = zip(output.ids, self._pieces(output), scores, strict=True)
+        return {
+            "finish_reason": _reason(output),
+            "generated_tokens": len(output.ids),
+            "seed": self._asked.seed if output.index == 0 else None,  # alone, a seed gives the first sequence
+            "prefill": prefill,
+            "tokens": [self._token(token, text, scored.logprob) for token, text, scored in pieces],
+            **top,
+        }
+
+    def _prefill(self, scores: Sequence[TokenLogprob | None]) -> list[dict[str, Any]]:
+        """The prompt's tokens, where they were scored."""
+        return [
+            {
+                "id": token,
+                "text": self._served.tokenizer.token_text(token),
+                "logprob": None if scored is None else bounded(scored.logprob),
+            }
+            for token, scored in zip(self._request.prompt, scores, strict=False)
+        ]
+
+    def _pieces(self, output: Output) -> list[str]:
+        """What each token of a whole sequence added to its text, which a stop string may have cut."""
+        stream = TextStream(self._served.tokenizer, self._request.prompt)
+        pieces = [stream.push(token) for token in output.ids]
+        pieces[-1] += stream.finish()
+        left = len(output.text)
+        for place, piece in enumerate(pieces):
+            pieces[place] = piece[:left]
+            left -= len(pieces[place])
+        return pieces
+
+    def _headers(self, generated: int, times: Times) -> dict[str, str]:
+        """TGI's headers, times in whole milliseconds but x-compute-time, which is in seconds.
+
+        x-queue-time is left out: when a request's turn came is not known, so x-inference-time holds its waiting too.
+        """
+        inference = times.ended - times.checked
+        return {
+            **self.headers,
+            "x-compute-time": f"{times.ended - times.arrived:.6f}",
+            "x-total-time": _milliseconds(times.ended - times.arrived),
+            "x-validation-time": _milliseconds(times.checked - times.arrived),
+            "x-inference-time": _milliseconds(inference),
+            "x-time-per-token": _milliseconds(inference / generated),
+            "x-prompt-tokens": str(len(self._request.prompt)),
+            "x-generated-tokens": str(generated),
+        }
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(round(1000 * seconds))
+
+
+def _incomplete() -> ApiError:
+    return ApiError("incomplete", "Incomplete generation")
+
+
+def _reason(output: Output) -> str:
+    if output.finish is FinishReason.LENGTH:
+        return "length"
+    return "stop_sequence" if isinstance(output.stop_reason, str) else "eos_token"
+
+
+def _mean_logprob(output: Output) -> float:
+    scores = output.logprobs or ()
+    return sum(scored.logprob for scored in scores) / max(1, len(scores))

@@ -1,0 +1,292 @@
+"""Reads calls of functions out of a model's text while it comes, in pieces split anywhere; the rest is content.
+
+Pure: knows two formats and the functions' names, no schemas. Each character is read once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Generator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from squawq.serve.tools import CLOSE, OPEN, check_format
+
+_SPACE = re.compile(r"[ \t\r\n]+")
+_BETWEEN = re.compile(r"[ \t\r\n;]+")  # Llama's calls
+_TO_MARKER = re.compile(r"[^<]+")
+_IN_STRING = re.compile(r'[^"\\]+')
+_SCALAR = re.compile(r"[\w.+-]+", re.ASCII)
+_IN_VALUE = re.compile(r"[\w.+,: \t\r\n-]+", re.ASCII)  # what JSON has outside of strings and brackets
+_ARGUMENTS = ("parameters", "arguments")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """News of an answer: more content, or more of call number `call`, whose first delta has its function's name.
+
+    arguments: a piece of the arguments' JSON, as the model wrote it.
+    """
+
+    content: str = ""
+    call: int | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+class _NoCall(Exception):  # noqa: N818
+    """What is read is no call, or no more of one."""
+
+
+class ToolParser:
+    """Takes an answer's text piece by piece. `form` is one of TOOL_FORMATS; raises ConfigError for another.
+
+    A call is given out once its name is known to be one of `names` and its arguments have begun; from then on its
+    arguments go out as they come, whether they turn out as JSON or not. Until then it is held, and what turns out to be
+    no call is content as it was written. White space around calls is dropped; where there is no call, nothing is.
+
+    The text is read by generators that wait for more of it. What they pass over goes to the sink that is set at the
+    time: held back, content, or a call's arguments.
+    """
+
+    def __init__(self, form: str, names: Collection[str]) -> None:
+        check_format(form)
+        self.calls = 0
+        self._names = frozenset(names)
+        self._deltas: list[Delta] = []
+        self._content: list[str] = []  # the next delta's
+        self._held: list[str] = []
+        self._sink: Callable[[str], object] = self._held.append
+        self._text = ""
+        self._begin = self._at = 0  # what the sink has not got yet, and the next character to read
+        self._ended = False
+        self._steps = self._hermes() if form == "hermes" else self._llama()
+        next(self._steps)
+
+    def push(self, text: str) -> list[Delta]:
+        """What this text adds."""
+        self._text, self._begin, self._at = text, 0, 0
+        next(self._steps, None)
+        return self._news()
+
+    def finish(self) -> list[Delta]:
+        """What was held back. Nothing may be pushed after it."""
+        self._ended = True
+        return self.push("")
+
+    def _llama(self) -> Generator[None]:
+        """Calls from the first character on, or none."""
+        yield from self._skip(_SPACE)
+        while (yield from self._peek()) == "{" and (yield from self._call()):
+            yield from self._skip(_BETWEEN)
+        if not self.calls or (yield from self._peek()) or _BETWEEN.sub("", "".join(self._held)):
+            self._release()
+        self._to(self._content.append)
+        while (yield from self._peek()):
+            self._at = len(self._text)
+
+    def _hermes(self) -> Generator[None]:
+        """Calls in text, each between two markers. A call without the second one counts."""
+        bare = True  # nothing but white space since the last call or the beginning
+        while (yield from self._peek()):
+            if bare:
+                yield from self._skip(_SPACE)
+            marker = yield from self._marker()
+            if marker == CLOSE and bare and self.calls:
+                self._drop()
+            elif marker == OPEN and (yield from self._call()):
+                bare = True
+            elif bare and self.calls and not (yield from self._peek()) and self._only_closes():
+                self._drop()
+            else:
+                self._release()
+                self._to(self._content.append)
+                yield from self._skip(_TO_MARKER)
+                self._to(self._held.append)
+                bare = False
+
+    def _only_closes(self) -> bool:
+        return CLOSE.startswith("".join(self._held).strip(" \t\r\n"))
+
+    def _marker(self) -> Generator[None, None, str]:
+        """The marker that stands here, "" for none; the part of one that does is passed over."""
+        read = ""
+        while read not in (OPEN, CLOSE):
+            read += yield from self._peek()
+            if self._at == len(self._text) or not (OPEN.startswith(read) or CLOSE.startswith(read)):
+                return ""
+            self._at += 1
+        return read
+
+    def _call(self) -> Generator[None, None, bool]:
+        """Read a call. Whether any of it was given out; if so nothing is held, if not all that was read."""
+        before = self.calls
+        with suppress(_NoCall):
+            yield from self._object()
+        self._to(self._held.append)
+        if self.calls == before:
+            return False
+        self._held.clear()
+        return True
+
+    def _object(self) -> Generator[None]:
+        """A call's object. Members after what was given out are passed over."""
+        name = arguments = None
+        given = False
+        yield from self._skip(_SPACE)
+        yield from self._pass("{")
+        while True:
+            key = yield from self._key()
+            if given or key not in ("name", *_ARGUMENTS):
+                yield from self._value()
+            elif key == "name":
+                name = yield from self._name()
+            elif (yield from self._peek()) != "{":
+                raise _NoCall
+            elif name is None:
+                arguments = yield from self._read(self._value())
+            else:
+                given = True
+                self._to(self._give(name))
+                yield from self._value()
+                self._to(self._held.append)
+            if not given and name is not None and arguments is not None:
+                given = True
+                _decode(arguments)
+                self._give(name)(arguments)
+            yield from self._skip(_SPACE)
+            if (yield from self._peek()) != ",":
+                break
+            yield from self._pass(",")
+        yield from self._pass("}")
+
+    def _key(self) -> Generator[None, None, object]:
+        """A member's key, up to its value."""
+        yield from self._skip(_SPACE)
+        key = yield from self._read(self._string())
+        yield from self._skip(_SPACE)
+        yield from self._pass(":")
+        yield from self._skip(_SPACE)
+        return _decode(key)
+
+    def _name(self) -> Generator[None, None, str]:
+        name = _decode((yield from self._read(self._string())))
+        if name not in self._names:
+            raise _NoCall
+        return str(name)
+
+    def _value(self) -> Generator[None]:
+        """Pass over a JSON value; its brackets and strings are looked at, no more."""
+        depth = 0
+        while True:
+            character = yield from self._peek()
+            if character == '"':
+                yield from self._string()
+            elif character in ("{", "["):
+                depth += 1
+                self._at += 1
+            elif character in ("}", "]") and depth:
+                depth -= 1
+                self._at += 1
+            elif not (yield from self._skip(_IN_VALUE if depth else _SCALAR)):
+                raise _NoCall
+            if not depth:
+                return
+
+    def _string(self) -> Generator[None]:
+        yield from self._pass('"')
+        while True:
+            yield from self._skip(_IN_STRING)
+            if (yield from self._peek()) != "\\":
+                break
+            self._at += 1
+            yield from self._pass((yield from self._peek()))
+        yield from self._pass('"')
+
+    def _read(self, steps: Generator[None]) -> Generator[None, None, str]:
+        """The text that some steps pass over, which is held."""
+        self._flush()
+        start = len(self._held)
+        yield from steps
+        self._flush()
+        return "".join(self._held[start:])
+
+    def _peek(self) -> Generator[None, None, str]:
+        """The next character; "" at the end of the answer."""
+        while self._at == len(self._text):
+            self._flush()
+            if self._ended:
+                return ""
+            yield
+        return self._text[self._at]
+
+    def _skip(self, run: re.Pattern[str]) -> Generator[None, None, bool]:
+        """Pass over all the characters here that a pattern takes. Whether there were any."""
+        found = False
+        while (yield from self._peek()) and (match := run.match(self._text, self._at)):
+            self._at = match.end()
+            found = True
+        return found
+
+    def _pass(self, character: str) -> Generator[None]:
+        if not character or (yield from self._peek()) != character:
+            raise _NoCall
+        self._at += 1
+
+    def _to(self, sink: Callable[[str], object]) -> None:
+        self._flush()
+        self._sink = sink
+
+    def _flush(self) -> None:
+        if self._begin < self._at:
+            self._sink(self._text[self._begin : self._at])
+            self._begin = self._at
+
+    def _release(self) -> None:
+        self._flush()
+        self._content.extend(self._held)
+        self._held.clear()
+
+    def _drop(self) -> None:
+        self._flush()
+        self._held.clear()
+
+    def _give(self, name: str) -> Callable[[str], object]:
+        """Give out a call's name; what is returned takes its arguments."""
+        call = self.calls
+        self.calls += 1
+        self._end_content()
+        self._deltas.append(Delta(call=call, name=name))
+        return lambda piece: self._deltas.append(Delta(call=call, arguments=piece))
+
+    def _end_content(self) -> None:
+        if self._content:
+            self._deltas.append(Delta(content="".join(self._content)))
+            self._content.clear()
+
+    def _news(self) -> list[Delta]:
+        self._end_content()
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+
+def parse(form: str, names: Collection[str], text: str) -> tuple[str, list[tuple[str, str]]]:
+    """A whole answer: its content, and each call's function and arguments."""
+    parser = ToolParser(form, names)
+    content: list[str] = []
+    found: list[tuple[str, list[str]]] = []
+    for delta in parser.push(text) + parser.finish():
+        content.append(delta.content)
+        if delta.name is not None:
+            found.append((delta.name, []))
+        if delta.call is not None:
+            found[delta.call][1].append(delta.arguments)
+    return "".join(content), [(name, "".join(pieces)) for name, pieces in found]
+
+
+def _decode(raw: str) -> object:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise _NoCall from None

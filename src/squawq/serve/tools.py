@@ -1,0 +1,228 @@
+"""Functions that a model may call: which of two formats its chat template teaches, the grammar that holds it to that
+format, and OpenAI's messages as templates take them. tool_parser.py reads the calls back.
+
+Pure: knows no HTTP and no engine. A schema is untrusted: it enters a grammar as JSON alone; compiling checks the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from squawq.engine.grammar import SPACE
+from squawq.engine.request import Grammar
+from squawq.errors import ConfigError
+from squawq.tokenizer import Tokenizer
+
+TOOL_FORMATS = ("llama3_json", "hermes")
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_MODES = ("auto", "required")  # tool_choice has one name space for these and for functions
+_KEYS = {"llama3_json": "parameters", "hermes": "arguments"}
+
+
+def tool_format(template: str | None) -> str | None:
+    """The format, one of TOOL_FORMATS, that a chat template teaches; None where it knows no tools or another format."""
+    template = template or ""
+    if OPEN in template and not ("<function=" in template or "<arg_key>" in template):  # those write XML inside
+        return "hermes"
+    teaches = re.search(r"\btools\b", template) and '"parameters"' in template and OPEN not in template
+    return "llama3_json" if teaches else None
+
+
+def added_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """A tokenizer's added tokens that are text and have a tag's form, such as Qwen's <tool_call> and <think>.
+
+    llguidance takes every added token of the form <...> for a special one, which no text in a grammar matches; so
+    `tool_grammar` must name them.
+    """
+    added = tokenizer.fast.get_added_tokens_decoder()
+    return {
+        token.content: index
+        for index, token in added.items()
+        if not token.special and token.content.startswith("<") and token.content.endswith(">")
+    }
+
+
+def call_id() -> str:
+    """A new id of a call."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def tool_grammar(
+    form: str,
+    tools: Sequence[Mapping[str, Any]],
+    choice: str,
+    parallel: bool,
+    added: Mapping[str, int] | None = None,
+) -> Grammar:
+    """What an answer may be: one call or more ("required"; one where not `parallel`), exactly one call to the function
+    that `choice` names, or ("auto") free text as well: before the calls in hermes, instead of them in llama3_json.
+
+    tools: OpenAI's. added: `added_tokens` of the model's tokenizer. Raises ConfigError.
+    """
+    check_format(form)
+    functions = _functions(tools)
+    if choice not in _MODES and choice not in functions:
+        raise ConfigError(f"tool_choice is {choice!r:.80}; choose auto, required or one of {_listed(functions)}")
+    chosen = list(functions) if choice in _MODES else [choice]
+    many = parallel and choice in _MODES
+    added = added or {}
+    free = choice == "auto"
+    rules = _hermes_rules(free, many, added) if form == "hermes" else _llama_rules(free, many, added)
+    rules.append(f"WS: /{SPACE}/")
+    rules.append("object: (" + " | ".join(f"call_{i}" for i in range(len(chosen))) + ') WS? "}"')
+    for i, name in enumerate(chosen):
+        words = ["{", '"name"', ":", f'"{name}"', ",", f'"{_KEYS[form]}"', ":"]
+        rules.append(f"HEAD_{i}: " + " WS? ".join(json.dumps(word) for word in words) + " WS?")
+        rules.append(f"call_{i}: HEAD_{i} arguments_{i}")
+        rules.append(f"arguments_{i}: %json {_schema(name, functions[name])}")
+    return Grammar("lark", "\n".join(rules) + "\n")
+
+
+def check_format(form: str) -> None:
+    """Raise ConfigError for a format that is not one of TOOL_FORMATS."""
+    if form not in TOOL_FORMATS:
+        raise ConfigError(f"the tool format is {form!r:.80}; choose one of {', '.join(TOOL_FORMATS)}")
+
+
+def _hermes_rules(free: bool, many: bool, added: Mapping[str, int]) -> list[str]:
+    """`first` is the first call where text may stand before it; LAZY ends at the first marker that is spelt out."""
+    opening, closing = (f"<[{added[mark]}]>" if mark in added else json.dumps(mark) for mark in (OPEN, CLOSE))
+    rules = [f"body: WS? object WS? {closing}", f"call: {opening} body"]
+    more = " (WS? call)*" if many else ""
+    if not free:
+        return [f"start: call{more}", *rules]
+    return [
+        f"start: text | text first{more}",
+        f"text: ({_either('TEXT', _others(added))})*",
+        "TEXT: /(?s:.+)/",
+        f"first: ({_either('lazy', opening if OPEN in added else '')}) body",
+        f"lazy[lazy]: /(?s:.*){OPEN}/",
+        *rules,
+    ]
+
+
+def _llama_rules(free: bool, many: bool, added: Mapping[str, int]) -> list[str]:
+    """A call begins with the answer's first character that is no white space; other first characters begin text."""
+    calls = "calls: object" + (r" (/;[ \n]?|\n/ object)*" if many else "")
+    if not free:
+        return ["start: calls", calls]
+    others = _others(added)
+    begin = _either("FIRST", others and f"LEAD? {others}")
+    return [
+        f"start: LEAD? | LEAD? calls | ({begin}) ({_either('TEXT', others)})*",
+        calls,
+        r"LEAD: /[ \t\r\n]+/",
+        r"FIRST: /[ \t\r\n]*[^ \t\r\n{](?s:.*)/",
+        "TEXT: /(?s:.+)/",
+    ]
+
+
+def _others(added: Mapping[str, int]) -> str:
+    """The added tokens that are text like any other; "" for none."""
+    ids = ",".join(str(index) for mark, index in sorted(added.items()) if mark != OPEN)
+    return ids and f"<[{ids}]>"
+
+
+def _either(*rules: str) -> str:
+    return " | ".join(rule for rule in rules if rule)
+
+
+def _functions(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The functions by their names, checked."""
+    functions: dict[str, Mapping[str, Any]] = {}
+    for tool in tools:
+        function = tool["function"]
+        name = function["name"]
+        if not _NAME.fullmatch(name) or name in _MODES:
+            raise ConfigError(
+                f"a function is called {name!r:.80}; a name has 1 to 64 of a-z, A-Z, 0-9, _, . and -, "
+                f"and is not {' or '.join(_MODES)}"
+            )
+        if name in functions:
+            raise ConfigError(f"two functions are called {name!r}; give each a name of its own")
+        functions[name] = function
+    if not functions:
+        raise ConfigError("tools is empty; give at least one function")
+    return functions
+
+
+def _schema(name: str, function: Mapping[str, Any]) -> str:
+    """The JSON schema of a function's arguments, an object. It stays a root, so that its references hold."""
+    schema = function.get("parameters")
+    schema = {} if schema is None else schema
+    kind = schema.get("type", "object") if isinstance(schema, Mapping) else None
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise ConfigError(f"the parameters of {name!r} must be the JSON schema of an object; the type is {kind!r:.80}")
+    try:
+        return json.dumps({**schema, "type": "object", "x-guidance": {"whitespace_pattern": SPACE}}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the parameters of {name!r} are no JSON: {error}") from error
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ", ".join(names)[:300]
+
+
+def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """OpenAI's messages as chat templates take them. Raises ConfigError for what is no text, and for bad calls.
+
+    Arguments of calls become objects, "developer" becomes "system", text parts are joined by line breaks as in vLLM
+    (transformers joins them by spaces, TGI by nothing). An assistant's missing content becomes "": Llama's templates
+    would print None, and Qwen's would add it to text. `tool_calls` is there only where there are calls, since Llama's
+    templates look for the key alone.
+    """
+    return [_message(message) for message in messages]
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    role = message.get("role")
+    if role not in ROLES:
+        raise ConfigError(f"a message has the role {role!r:.80}; choose one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if content is None and role == "assistant":
+        content = ""
+    made = {"role": "system" if role == "developer" else role, "content": _text(role, content)}
+    for name in ("name", "tool_call_id"):
+        if isinstance(message.get(name), str):
+            made[name] = message[name]
+    if role == "assistant" and message.get("tool_calls"):
+        made["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+    return made
+
+
+def _text(role: str, content: object) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ConfigError(f"the content of a message of role {role} must be text or a list of text parts")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(text, str):
+            raise ConfigError(f"a content part has the type {kind!r:.80}; this server reads text parts only")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _call(call: object) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str):
+        raise ConfigError("each of tool_calls must have a function with a name and arguments")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"the arguments of the call to {name!r:.80} are no JSON: {error}") from error
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"the arguments of the call to {name!r:.80} must be a JSON object")
+    found = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+    return {"id": call["id"], **found} if isinstance(call.get("id"), str) else found

@@ -1,0 +1,441 @@
+"""Both command lines of the server, as far as the settings they lead to: every flag, refusals, precedence, help."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from squawq import cli
+from squawq.errors import ConfigError
+from squawq.serve import launcher, tgi_launcher
+from squawq.serve.settings import Settings
+
+Runs = list[Settings]
+FLAGS = {
+    "--served-model-name a": ("served_names", ("a",)),
+    "--served-model-name a b": ("served_names", ("a", "b")),
+    "--served-model-name a --served-model-name=b": ("served_names", ("a", "b")),
+    "--strict-model-name": ("strict_model_name", True),
+    "--dialect tgi": ("dialect", "tgi"),
+    "--revision main": ("revision", "main"),
+    "--dtype half": ("dtype", "float16"),
+    "--dtype bfloat16": ("dtype", "bfloat16"),
+    "--quantization awq_marlin": ("quantization", "awq"),
+    "-q auto_awq": ("quantization", "awq"),
+    "--device cuda:1": ("device", "cuda:1"),
+    "--threads 3": ("threads", 3),
+    "--exact": ("exact", True),
+    "--head int4": ("head", "int4"),
+    "--kv-tokens 8K": ("kv_tokens", 8192),
+    "--tensor-parallel-size 1": ("tensor_parallel_size", 1),
+    "--max-model-len 8k": ("max_model_len", 8000),
+    "--max-model-len 4K": ("max_model_len", 4096),
+    "--max-model-len auto": ("max_model_len", None),
+    "--max-model-len -1": ("max_model_len", None),
+    "--max-input-tokens 77": ("max_input_tokens", 77),
+    "--chat-template x.jinja": ("chat_template", Path("x.jinja")),
+    "--tool-call-parser hermes": ("tool_call_parser", "hermes"),
+    "--max-num-seqs 5": ("max_num_seqs", 5),
+    "--max-num-batched-tokens 1.5k": ("max_num_batched_tokens", 1500),
+    "--max-num-queued-reqs 6": ("max_queued", 6),
+    "--enable-prefix-caching": ("prefix_caching", True),
+    "--no-enable-prefix-caching": ("prefix_caching", False),
+    "--host 0.0.0.0": ("host", "0.0.0.0"),
+    "--port 0": ("port", 0),
+    "--uds /tmp/s": ("uds", Path("/tmp/s")),
+    "--ssl-keyfile k --ssl-certfile c": ("ssl_keyfile", Path("k")),
+    "--ssl-certfile c --ssl-keyfile k": ("ssl_certfile", Path("c")),
+    "--api-key k1 k2 --port 1": ("api_keys", ("k1", "k2")),
+    "--api-key=-k": ("api_keys", ("-k",)),
+    "--allowed-origins http://a http://b": ("allowed_origins", ("http://a", "http://b")),
+    '--allowed-origins ["http://a","*"]': ("allowed_origins", ("http://a", "*")),
+    "--max-connections 9": ("max_connections", 9),
+    "--max-body-bytes 10": ("max_body_bytes", 10),
+    "--h11-max-incomplete-event-size 11": ("max_header_bytes", 11),
+    "--h11-max-header-count 12": ("max_headers", 12),
+    "--header-timeout 1.5": ("header_timeout", 1.5),
+    "--body-timeout 2": ("body_timeout", 2),
+    "--idle-timeout 3": ("idle_timeout", 3),
+    "--write-timeout 4": ("write_timeout", 4),
+    "--generation-timeout 5": ("generation_timeout", 5),
+    "--template-timeout 6": ("template_timeout", 6),
+    "--grammar-timeout 7": ("grammar_timeout", 7),
+    "--sse-keep-alive-interval 8": ("keep_alive_interval", 8),
+    "--shutdown-timeout 0": ("shutdown_timeout", 0),
+    "--validation-workers 13": ("validation_workers", 13),
+    "--max-logprobs 14": ("max_logprobs", 14),
+    "--max-choices 15": ("max_choices", 15),
+    "--max-prompts 16": ("max_prompts", 16),
+    "--max-best-of 17": ("max_best_of", 17),
+    "--max-stop-sequences 18": ("max_stop_sequences", 18),
+    "--max-top-n-tokens 19": ("max_top_n_tokens", 19),
+    "--max-client-batch 21": ("max_client_batch", 21),
+    "--log-format json": ("log_format", "json"),
+    "--log-level debug": ("log_level", "debug"),
+    "--uvicorn-log-level warning": ("log_level", "warning"),
+    "--enable-log-requests": ("log_requests", True),
+    "--no-enable-log-requests": ("log_requests", False),
+}
+ACCEPTED = [
+    "--enable-auto-tool-choice",
+    "--enforce-eager",
+    "--kv-cache-dtype auto",
+    "--kv-cache-dtype float16",
+    "--pipeline-parallel-size 1",
+    "-pp 1",
+    "--data-parallel-size 1",
+    "-dp 1",
+    "-tp 1",
+    "--model m",
+]
+REFUSED = {
+    "--dtype float32": "--dtype is 'float32'; choose one of auto, half, float16, bfloat16",
+    "--dtype float": "choose one of auto, half",
+    "--quantization gptq": "--quantization is 'gptq'; choose one of awq, auto_awq, awq_marlin",
+    "--kv-cache-dtype fp8": "choose one of auto, float16",
+    "--dialect openapi": "choose one of openai, tgi",
+    "--tool-call-parser mistral": "choose one of auto, llama3_json",
+    "--log-level loud": "choose one of debug, info",
+    "--log-format xml": "choose one of text, json",
+    "-tp 2": "must be 1",
+    "-pp 2": "--pipeline-parallel-size is '2'; it must be 1",
+    "-dp 2": "--data-parallel-size is '2'; it must be 1",
+    "--trust-remote-code": "--trust-remote-code is 'True'; no code of a model is ever run",
+    "--gpu-memory-utilization 0.9": "use --kv-tokens",
+    "--max-model-len 1.5K": "--max-model-len is '1.5K'; it must be a whole number of at least 1, such as 4096, 4K",
+    "--max-model-len 0": "at least 1",
+    "--max-num-seqs 0": "--max-num-seqs is '0'; it must be a whole number of at least 1",
+    "--h11-max-header-count many": "--h11-max-header-count is 'many'; it must be a whole number",
+    "--idle-timeout inf": "--idle-timeout is 'inf'; it must be a number of at least 0",
+    "--idle-timeout soon": "--idle-timeout is 'soon'; it must be a number",
+    "--port 65536": "port is 65536",
+    '--allowed-origins ["x': "a JSON list",
+    "--ssl-keyfile k": "TLS needs both",
+    "--model other": "MODEL is 'm' and --model 'other'; give one of them",
+}
+TGI = {
+    "MODEL_ID=x": ("model", "x"),
+    "REVISION=r": ("revision", "r"),
+    "QUANTIZE=awq": ("quantization", "awq"),
+    "DTYPE=bfloat16": ("dtype", "bfloat16"),
+    "HOSTNAME=10.0.0.1": ("host", "10.0.0.1"),
+    "PORT=80": ("port", 80),
+    "API_KEY=k, with a comma": ("api_keys", ("k, with a comma",)),
+    "CORS_ALLOW_ORIGIN=http://a": ("allowed_origins", ("http://a",)),
+    "MAX_INPUT_TOKENS=5": ("max_input_tokens", 5),
+    "MAX_INPUT_LENGTH=6": ("max_input_tokens", 6),
+    "MAX_TOTAL_TOKENS=7": ("max_model_len", 7),
+    "MAX_BATCH_SIZE=8": ("max_num_seqs", 8),
+    "MAX_CONCURRENT_REQUESTS=100": ("max_queued", 36),
+    "MAX_BATCH_PREFILL_TOKENS=9": ("max_num_batched_tokens", 9),
+    "MAX_BATCH_TOTAL_TOKENS=10": ("kv_tokens", 10),
+    "MAX_BEST_OF=11": ("max_best_of", 11),
+    "MAX_STOP_SEQUENCES=12": ("max_stop_sequences", 12),
+    "MAX_TOP_N_TOKENS=13": ("max_top_n_tokens", 13),
+    "MAX_CLIENT_BATCH_SIZE=14": ("max_client_batch", 14),
+    "VALIDATION_WORKERS=15": ("validation_workers", 15),
+    "PAYLOAD_LIMIT=16": ("max_body_bytes", 16),
+    "GRACEFUL_TERMINATION_TIMEOUT=17": ("shutdown_timeout", 17),
+    "JSON_OUTPUT=true": ("log_format", "json"),
+    "LOG_LEVEL=WARN": ("log_level", "warning"),
+}
+TGI_ACCEPTED = [
+    *("WAITING_SERVED_RATIO=1.2", "MAX_WAITING_TOKENS=20", "CUDA_GRAPHS=1,2,4", "SHARD_UDS_PATH=/tmp/x"),
+    *("MASTER_ADDR=localhost", "MASTER_PORT=29500", "OTLP_SERVICE_NAME=x", "USAGE_STATS=off", "HF_TOKEN=x"),
+    *("ENABLE_PREFILL_LOGPROBS=true", "DISABLE_CUSTOM_KERNELS=1", "HUGGINGFACE_HUB_CACHE=/data"),
+    *("NUM_SHARD=1", "SHARDED=false", "SPECULATE=0", "TRUST_REMOTE_CODE=false", "TRUST_REMOTE_CODE=0"),
+    *("CUDA_MEMORY_FRACTION=1.0", "DISABLE_GRAMMAR_SUPPORT=0", "REVISION=", "MAX_BATCH_SIZE=", "ROPE_SCALING="),
+]
+TGI_REFUSED = {
+    "NUM_SHARD=4": "is '4'; it must be 1: tensor parallelism comes later",
+    "SHARDED=true": "is 'true'; it must be false: tensor parallelism comes later",
+    "QUANTIZE=gptq": "is 'gptq'; choose one of awq",
+    "DTYPE=float32": "choose one of float16, bfloat16",
+    "KV_CACHE_DTYPE=fp8_e5m2": "the cache is float16; leave it out",
+    "SPECULATE=2": "no speculative decoding",
+    "ROPE_SCALING=dynamic": "config.json",
+    "ROPE_FACTOR=2.0": "config.json",
+    "CUDA_MEMORY_FRACTION=0.5": "MAX_BATCH_TOTAL_TOKENS",
+    "TOKENIZER_CONFIG_PATH=x.json": "squawq serve --chat-template",
+    "WEIGHTS_CACHE_OVERRIDE=/w": "MODEL_ID takes a folder",
+    "LORA_ADAPTERS=a,b": "no adapters",
+    "WATERMARK_GAMMA=0.5": "no watermark",
+    "WATERMARK_DELTA=2": "no watermark",
+    "OTLP_ENDPOINT=http://x": "no traces",
+    "PROMETHEUS_PORT=9000": "/metrics is on the server's own port",
+    "MAX_BEST_OF=two": "is 'two'; it must be a whole number of at least 1",
+    "PORT=-1": "is '-1'; it must be a whole number of at least 0",
+    "LOG_LEVEL=loud": "choose one of trace, debug, info, warn",
+}
+TGI_SWITCHES = {"trust_remote_code": "no code of a model", "disable_grammar_support": "always supported"}
+
+
+def flags(table: launcher.Flags) -> Iterable[launcher.Flag]:
+    return (flag for rows in table.values() for flag in rows)
+
+
+def vllm(line: str, **environ: str) -> Settings:
+    return launcher.settings_from(["m", *line.split()], environ)
+
+
+def tgi(line: str = "", *more: str, **environ: str) -> Settings:
+    return tgi_launcher.settings_from([*line.split(), *more], {"MODEL_ID": "m", **environ})
+
+
+def as_flag(assignment: str) -> list[str]:
+    """NAME=value as --name=value; a switch without its value."""
+    name, _, value = assignment.partition("=")
+    flag = "--" + name.lower().replace("_", "-")
+    return [flag] if name == "JSON_OUTPUT" else [f"{flag}={value}"]
+
+
+def as_variable(assignment: str) -> dict[str, str]:
+    name, _, value = assignment.partition("=")
+    return {name: value}
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """A server that takes its settings down and ends with code 7, and an environment that ends with the test."""
+    taken: Runs = []
+
+    def run(settings: Settings) -> int:
+        taken.append(settings)
+        return 7
+
+    monkeypatch.setitem(sys.modules, "squawq.serve.server", SimpleNamespace(run=run))
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    return taken
+
+
+@pytest.mark.parametrize("line", FLAGS)
+def test_a_flag_reaches_its_setting(line: str) -> None:
+    setting, expected = FLAGS[line]
+    assert getattr(vllm(line), setting) == expected
+
+
+def test_every_setting_has_a_flag_and_every_flag_a_case() -> None:
+    lines = [*FLAGS, *ACCEPTED, *REFUSED]
+    assert {flag.setting for flag in flags(launcher.FLAGS)} - {""} == {entry.name for entry in fields(Settings)}
+    assert {setting for setting, _ in FLAGS.values()} | {"model"} == {entry.name for entry in fields(Settings)}
+    for flag in flags(launcher.FLAGS):
+        for name in (flag.name, *flag.names):
+            assert any(name in re.split("[ =]", line) for line in lines), name
+
+
+@pytest.mark.parametrize("line", ACCEPTED)
+def test_what_is_always_so_is_accepted(line: str) -> None:
+    assert vllm(line) == Settings(model="m")
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_refusal_says_the_value_and_the_choices(line: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(REFUSED[line])):
+        vllm(line)
+
+
+def test_the_model_is_given_either_way() -> None:
+    assert launcher.settings_from(["--model", "a", "--port", "1"], {}).model == "a"
+    assert launcher.settings_from(["--served-model-name", "x", "y", "--port", "1", "a"], {}).model == "a"
+    for arguments in ([], ["--api-key", "k", "a"]):  # the last word is a second key, as vLLM takes it
+        with pytest.raises(ConfigError, match="no model: squawq serve MODEL"):
+            launcher.settings_from(arguments, {})
+
+
+def test_an_empty_key_does_not_open_the_server() -> None:
+    assert vllm("", VLLM_API_KEY="k").api_keys == ("k",)
+    assert vllm("--api-key f g", VLLM_API_KEY="k").api_keys == ("f", "g")
+    with pytest.raises(ConfigError, match="an API key is empty"):
+        vllm("", VLLM_API_KEY="")
+    with pytest.raises(ConfigError, match="an API key is empty"):
+        tgi(API_KEY="")
+
+
+@given(st.integers(1, 10**9))
+def test_tokens_are_read_as_vllm_writes_them(count: int) -> None:
+    assert launcher.tokens(str(count)) == count
+    assert launcher.tokens(f"{count}k") == count * 1000
+    assert launcher.tokens(f"{count}K") == count * 1024
+    assert launcher.tokens(f"{count}.25k") == count * 1000 + 250
+    assert launcher.tokens(f"{count}M") == count << 20
+
+
+@given(st.text() | st.from_regex(r"\A-?[0-9]*\.?[0-9]*[kKmMgG]?\Z"))
+@example("nan")
+@example("1e400")
+@example("\N{ARABIC-INDIC DIGIT ONE}")
+@example("9" * 5000)
+def test_any_text_is_read_or_refused(text: str) -> None:
+    readers: list[Callable[[str], object]] = [launcher.tokens, launcher.whole(0), launcher.number, launcher.listed]
+    for read in readers:
+        try:
+            value = read(text)
+        except ConfigError:
+            continue
+        assert value is None or isinstance(value, tuple) or float(str(value)) >= 0
+
+
+@pytest.mark.parametrize("assignment", TGI)
+def test_tgi_reads_flags_and_variables(assignment: str) -> None:
+    setting, expected = TGI[assignment]
+    assert getattr(tgi(**as_variable(assignment)), setting) == expected
+    assert getattr(tgi("", *as_flag(assignment)), setting) == expected
+
+
+@pytest.mark.parametrize("assignment", TGI_REFUSED)
+def test_tgi_refusals_name_their_source(assignment: str) -> None:
+    name, message = assignment.partition("=")[0], re.escape(TGI_REFUSED[assignment])
+    with pytest.raises(ConfigError, match=f"^{name} .*{message}"):
+        tgi(**as_variable(assignment))
+    with pytest.raises(ConfigError, match=f"^{as_flag(name + '=')[0][:-1]} .*{message}"):
+        tgi("", *as_flag(assignment))
+
+
+@pytest.mark.parametrize("assignment", TGI_ACCEPTED)
+def test_tgi_accepts_what_changes_nothing(assignment: str) -> None:
+    assert tgi(**as_variable(assignment)) == tgi()
+
+
+@pytest.mark.parametrize("key", TGI_SWITCHES)
+def test_tgi_switches_are_true_or_false(key: str) -> None:
+    name = key.upper()
+    for line, environ in ((f"--{key.replace('_', '-')}", {}), ("", {name: "true"}), ("", {name: "1"})):
+        with pytest.raises(ConfigError, match=TGI_SWITCHES[key]):
+            tgi(line, **environ)
+    with pytest.raises(ConfigError, match=f"{name} is 'yes'; choose one of true, false, 1, 0"):
+        tgi(**{name: "yes"})
+
+
+def test_every_flag_of_tgi_has_a_case() -> None:
+    names = {line.partition("=")[0] for line in (*TGI, *TGI_ACCEPTED, *TGI_REFUSED)}
+    assert names - {"HF_TOKEN"} | {key.upper() for key in TGI_SWITCHES} == {
+        flag.variable for flag in flags(tgi_launcher.FLAGS)
+    }
+
+
+def test_tgi_defaults() -> None:
+    found = tgi()
+    assert found == Settings(
+        model="m", dialect="tgi", host="0.0.0.0", port=3000, max_num_seqs=64, max_queued=64, shutdown_timeout=90
+    )
+    assert found.max_concurrent == 128
+
+
+def test_a_flag_wins_over_its_variable() -> None:
+    assert tgi("--port 8080 --model-id f", PORT="80", MODEL_ID="e").port == 8080
+    assert tgi("--model-id f", MODEL_ID="e").model == "f"
+    assert tgi("--quantize awq", QUANTIZE="gptq").quantization == "awq"
+    assert tgi("--json-output", JSON_OUTPUT="false").log_format == "json"
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000))
+def test_concurrent_requests_run_or_wait(concurrent: int, batch: int) -> None:
+    found = tgi(MAX_CONCURRENT_REQUESTS=str(concurrent), MAX_BATCH_SIZE=str(batch))
+    assert found.max_num_seqs == min(concurrent, batch)
+    assert found.max_concurrent == max(concurrent, found.max_num_seqs + 1)
+
+
+def test_input_and_total_agree() -> None:
+    assert tgi("--max-input-length 5", MAX_INPUT_TOKENS="5").max_input_tokens == 5
+    with pytest.raises(ConfigError, match="MAX_INPUT_TOKENS is 5 and MAX_INPUT_LENGTH 6"):
+        tgi(MAX_INPUT_TOKENS="5", MAX_INPUT_LENGTH="6")
+    for name in ("MAX_INPUT_TOKENS", "MAX_INPUT_LENGTH"):
+        with pytest.raises(ConfigError, match="MAX_TOTAL_TOKENS is 9; it must be more than MAX_INPUT_TOKENS"):
+            tgi(MAX_TOTAL_TOKENS="9", **{name: "9"})
+
+
+def test_the_name_of_the_machine_is_no_address_to_listen_on() -> None:
+    name = socket.gethostname()
+    assert tgi(HOSTNAME=name).host == "0.0.0.0"
+    assert tgi(f"--hostname {name}").host == name
+    assert tgi(HOSTNAME="::").host == "::"
+
+
+CARD = {"MODEL_ID": "m", "NUM_SHARD": "1", "QUANTIZE": "awq", "MAX_INPUT_LENGTH": "4000", "MAX_TOTAL_TOKENS": "4096"}
+
+
+def test_the_line_of_the_model_card(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ.update(CARD)
+    assert tgi_launcher.main(["--port", "8080"]) == 7
+    assert (runs[0].port, runs[0].quantization, runs[0].max_input_tokens) == (8080, "awq", 4000)
+    assert (runs[0].max_model_len, runs[0].dialect) == (4096, "tgi")
+    os.environ["NUM_SHARD"] = "4"
+    assert tgi_launcher.main(["--port", "8080"]) == 2
+    output = capsys.readouterr()
+    message = "text-generation-launcher: error: NUM_SHARD is '4'; it must be 1: tensor parallelism comes later\n"
+    assert (output.out, output.err) == ("", message)
+    assert len(runs) == 1
+
+
+def test_misuse_of_tgi_is_one_line_and_code_2(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tgi_launcher.main([]) == 2
+    assert capsys.readouterr().err.startswith("text-generation-launcher: error: no model: set MODEL_ID")
+    assert tgi_launcher.main(["--model-id", "m", "--ngrok"]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"text-generation-launcher: error: .*--ngrok.*\(text-generation-launcher --help\)\n", error)
+    assert runs == []
+
+
+def test_the_cache_of_the_hub(runs: Runs) -> None:
+    tgi_launcher.main(["--model-id", "m", "--huggingface-hub-cache", "/a"])
+    assert os.environ["HF_HUB_CACHE"] == "/a"
+    tgi_launcher.main(["--model-id", "m", "--huggingface-hub-cache", "/b"])
+    assert os.environ["HF_HUB_CACHE"] == "/a"
+    assert len(runs) == 2
+
+
+def test_serve_runs_and_ends_with_its_code(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.environ["VLLM_API_KEY"] = "k"
+    assert cli.main(["serve", "m", "--served-model-name", "a", "b", "--port", "1"]) == 7
+    assert runs == [Settings(model="m", served_names=("a", "b"), port=1, api_keys=("k",))]
+
+
+def test_stopped_by_hand_is_code_130(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(settings: Settings) -> int:
+        raise KeyboardInterrupt
+
+    sys.modules["squawq.serve.server"].run = run  # type: ignore[attr-defined]
+    assert cli.main(["serve", "m"]) == 130
+    assert capsys.readouterr().err.startswith("squawq: stopped")
+    assert tgi_launcher.main(["--model-id", "m"]) == 130
+    assert capsys.readouterr().err == "text-generation-launcher: stopped\n"
+
+
+def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--help"]) == 0
+    check_help(capsys.readouterr().out, launcher.FLAGS, "squawq serve")
+    assert tgi_launcher.main(["--help"]) == 0
+    check_help(capsys.readouterr().out, tgi_launcher.FLAGS, "text-generation-launcher")
+
+
+def check_help(text: str, table: launcher.Flags, program: str) -> None:
+    for section in table:
+        assert f"\n{section}:\n" in text
+    for flag in flags(table):
+        for name in (flag.name, *flag.names, *([f"--no-{flag.name[2:]}"] if flag.switch == "no" else [])):
+            assert re.search(rf"(?<=[ ,]){name}\b", text), name
+    assert re.search(rf"Examples:\n  {program} .*\n(.*\n)+?  curl localhost:", text)
+
+
+def test_starting_is_quick_to_import() -> None:
+    code = "import sys, squawq.cli, squawq.serve.tgi_launcher; print([m for m in sys.modules if m in sys.argv])"
+    heavy = ["torch", "starlette", "uvicorn", "transformers", "huggingface_hub", "prometheus_client", "numpy"]
+    done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_console_script() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"]["text-generation-launcher"] == f"{tgi_launcher.__name__}:{tgi_launcher.entry.__name__}"

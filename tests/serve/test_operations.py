@@ -1,0 +1,250 @@
+"""The server in operation, over real sockets: hang-ups, limits, slow readers and writers, health, TLS, CORS."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from running import MESSAGES, Running, running
+
+LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True}
+CHAT = {"messages": MESSAGES, "max_tokens": 8}
+
+
+def raw(server: Running, data: bytes, seconds: float = 20) -> bytes:
+    """What the server sends back for bytes, until it closes or so many seconds have passed."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+        connection.sendall(data)
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+def request(path: str, body: object, *headers: str) -> bytes:
+    text = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(text)}"]
+    return "\r\n".join([*lines, *headers]).encode() + b"\r\n\r\n" + text
+
+
+def until(condition: object, seconds: float = 20) -> bool:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
+def test_a_hang_up_aborts(server: Running, stream: bool, path: str) -> None:
+    body = {**LONG, "stream": stream}
+    if path == "/generate":
+        path = "/generate_stream" if stream else path
+        body = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 3000, "repetition_penalty": 1.5}}
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(request(path, body))
+        assert until(lambda: server.served.engine.stats().running == 1)
+    assert server.idle(), server.served.engine.stats()
+
+
+def test_many_hang_up_and_one_stays(server: Running) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    connections = [socket.create_connection((host, int(port))) for _ in range(60)]
+    for connection in connections:
+        connection.sendall(request("/v1/completions", {**LONG, "stream": True}))
+    assert until(lambda: server.served.engine.stats().running > 30)
+    for connection in connections:
+        connection.close()
+    answer = server.post("/v1/completions", {"prompt": "Once", "max_tokens": 10, "ignore_eos": True})
+    assert answer.json()["usage"]["completion_tokens"] == 10
+    assert server.idle()
+
+
+def test_a_full_server_says_so_and_stays_healthy() -> None:
+    with running(max_num_seqs=1, max_queued=1) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as first:
+            lines = first.iter_lines()
+            next(lines)
+            second = threading.Thread(target=server.post, args=("/v1/completions", {"prompt": "a", "max_tokens": 1}))
+            second.start()
+            assert until(lambda: server.server.api.generation.in_flight == 2)
+            refused = server.post("/v1/completions", {"prompt": "a"})
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert refused.json()["error"]["type"] == "ServiceUnavailableError"
+            assert server.post("/generate", {"inputs": "a"}).json() == {
+                "error": "Model is overloaded",
+                "error_type": "overloaded",
+            }
+            assert server.post("/generate", {"inputs": "a"}).status_code == 429
+            assert [server.get(path).status_code for path in ("/health", "/livez", "/readyz")] == [200, 200, 503]
+        second.join(30)
+        assert server.idle()
+        assert server.get("/readyz").status_code == 200
+        assert 'vllm:admission_rejections_total{model_name="demo_model",reason="overloaded"} 3.0' in (
+            server.get("/metrics").text
+        )
+
+
+def test_too_many_connections_are_answered() -> None:
+    with running(max_connections=5) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        idle = [socket.create_connection((host, int(port))) for _ in range(5)]
+        time.sleep(0.1)
+        answer = raw(server, request("/v1/completions", {"prompt": "a", "max_tokens": 1}))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"5 connections are open" in answer
+        for connection in idle:
+            connection.close()
+        assert until(lambda: not server.server.server_state.connections)
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_slow_head_is_cut_off() -> None:
+    with running(header_timeout=0.3) as server:
+        assert raw(server, b"") == b""
+        assert raw(server, b"POST /v1/completions HTTP/1.1\r\nHost:") == b""
+
+
+def test_a_slow_body_is_cut_off() -> None:
+    with running(body_timeout=0.3, header_timeout=0.3) as server:
+        answer = raw(server, request("/v1/completions", LONG)[:-5])
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"did not arrive within 0.3 s" in answer
+        assert server.server.api.generation.in_flight == 0
+
+
+def test_who_does_not_read_is_cut_off() -> None:
+    with running(write_timeout=0.5, max_num_seqs=8) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            body = {**LONG, "stream": True, "n": 8, "logprobs": 20, "prompt": "Once upon a time " * 20}
+            connection.sendall(request("/v1/completions", body))
+            assert until(lambda: server.served.engine.stats().running == 8)
+            assert server.idle(60), "the engine works for nobody"
+
+
+def test_a_long_generation_is_ended() -> None:
+    with running(generation_timeout=0.3) as server:
+        answer = server.post("/v1/completions", LONG)
+        assert answer.status_code == 503
+        assert "not ready after 0.3 s" in answer.json()["error"]["message"]
+        lines = server.post("/v1/completions", {**LONG, "stream": True}).text.split("\n\n")
+        assert "not ready after 0.3 s" in json.loads(lines[-3].removeprefix("data: "))["error"]["message"]
+        assert lines[-2] == "data: [DONE]"
+        assert server.idle()
+
+
+def test_comments_keep_a_stream_alive() -> None:
+    with running(keep_alive_interval=0.05, max_num_seqs=1) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as first:
+            first.sendall(request("/v1/completions", LONG))
+            assert until(lambda: server.served.engine.stats().running == 1)
+            with httpx.stream(
+                "POST", server.url + "/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": True}
+            ) as second:
+                pieces = second.iter_raw()
+                assert next(pieces) == b":\n\n"
+                first.close()
+                assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
+
+
+def test_head_and_body_sizes() -> None:
+    with running(max_header_bytes=4096, max_headers=20, max_body_bytes=1000) as server:
+        assert server.get("/health", headers={"X-Long": "a" * 10_000}).status_code == 431
+        assert server.get("/health", headers={f"X-{i}": "a" for i in range(30)}).status_code == 431
+        assert server.post("/v1/completions", {"prompt": "a" * 2000}).status_code == 413
+        chunked = httpx.post(
+            server.url + "/generate",
+            content=(b"a" * 100 for _ in range(50)),
+            headers={"Content-Type": "application/json"},
+        )
+        assert chunked.status_code == 413
+        assert chunked.json()["error_type"] == "validation"
+
+
+def test_unknown_routes_and_methods(server: Running) -> None:
+    assert server.get("/nope").json()["error"]["type"] == "NotFoundError"
+    refused = server.get("/v1/completions")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert server.get("/v1/models/").status_code == 404
+    assert server.post("/v1/embeddings", {"input": "a"}).status_code == 501
+
+
+def test_request_ids(server: Running) -> None:
+    assert server.get("/health", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    forged = server.get("/health", headers={"X-Request-Id": "a b\tc"}).headers["x-request-id"]
+    assert len(forged) == 32
+
+
+def test_tls(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command, *names], check=True, capture_output=True)
+    with running(ssl_keyfile=key, ssl_certfile=certificate) as server:
+        context = ssl.create_default_context(cafile=str(certificate))
+        answer = httpx.post(server.url + "/v1/chat/completions", json=CHAT, verify=context)
+        assert answer.json()["choices"][0]["message"]["content"]
+
+
+def test_cors_is_off_unless_asked_for(server: Running) -> None:
+    origin = {"Origin": "https://example.org"}
+    assert "access-control-allow-origin" not in server.get("/v1/models", headers=origin).headers
+    with running(allowed_origins=("https://example.org",), api_keys=("k",)) as open_server:
+        preflight = httpx.options(
+            open_server.url + "/v1/chat/completions",
+            headers={**origin, "Access-Control-Request-Method": "POST"},
+        )
+        assert preflight.headers["access-control-allow-origin"] == "https://example.org"
+        other = open_server.get("/v1/models", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+        assert other.status_code == 401
+
+
+def test_logs_hold_no_prompts(caplog: pytest.LogCaptureFixture) -> None:
+    secret = {"messages": [{"role": "user", "content": "the word is xyzzy"}], "max_tokens": 2}
+    logger = logging.getLogger("squawq.serve")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.DEBUG, "squawq"), running() as server:
+            server.post("/v1/chat/completions", secret)
+        records = [str(record.__dict__) for record in caplog.records]
+        assert any("prompt_tokens" in record for record in records)
+        assert not any("xyzzy" in record for record in records)
+        with caplog.at_level(logging.DEBUG, "squawq"), running(log_requests=True) as server:
+            server.post("/v1/chat/completions", secret)
+        assert any("xyzzy" in str(record.__dict__) for record in caplog.records)
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def test_metrics_count_what_was_done() -> None:
+    with running() as server:
+        server.post("/v1/completions", {"prompt": "Once", "max_tokens": 5, "ignore_eos": True})
+        server.post("/v1/completions", {"prompt": "Once", "top_p": 7})
+        text = server.get("/metrics").text
+        name = 'model_name="demo_model"'
+        assert f'vllm:request_success_total{{finished_reason="length",{name}}} 1.0' in text
+        assert "tgi_request_success 1.0" in text
+        assert f"vllm:generation_tokens_total{{{name}}} 5.0" in text
+        assert f"vllm:inter_token_latency_seconds_count{{{name}}} 4.0" in text
+        assert 'tgi_request_failure{err="validation"} 1.0' in text
