@@ -60,7 +60,8 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the tokenizer puts around a text, as a begin token."""
-        ids: list[int] = self.fast.encode(text, add_special_tokens=special).ids
+        batch = self.fast.encode_batch_fast([text], add_special_tokens=special)  # lets other threads run, as encode does not
+        ids: list[int] = batch[0].ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

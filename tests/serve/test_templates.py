@@ -23,15 +23,15 @@ from squawq.serve.templates import TemplateProcess
 DEMO = (demo_model() / "chat_template.jinja").read_text(encoding="utf-8")
 LLAMA = "llama3-chat-template/meta-llama-Llama-3.1-8B-Instruct.jinja"
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-GROWING = "{% set n = namespace(t='a' * 2**20) %}{% for i in range(40) %}{% set n.t = n.t + n.t %}{% endfor %}"
-# does what the message says, so that one process is asked for good and bad
+GROWING = "{% set n = namespace(t=deed * 2**18) %}{% for i in range(40) %}{% set n.t = n.t + n.t %}{% endfor %}"
+# does what the message says, so that one process is asked for good and bad; `deed` keeps jinja2 from computing constants
 DEEDS = (
     "{% set deed = messages[-1].content %}"
     "{% if deed == 'loop' %}" + ENDLESS + "{% endif %}"
     "{% if deed == 'power' %}{{ (messages|length + 9) ** (10**9) > 1 }}{% endif %}"
     "{% if deed == 'bomb' %}{{ 'a' * 10**10 }}{% endif %}"
     "{% if deed == 'grow' %}" + GROWING + "{% endif %}"
-    "{% if deed == 'flood' %}{{ 'a' * 2**25 }}{% endif %}"
+    "{% if deed == 'flood' %}{{ deed * 2**23 }}{% endif %}"
     "{% if deed == 'file' %}{{ cycler.__init__.__globals__.__builtins__.open('/etc/passwd') }}{% endif %}"
     "{{ deed }}"
 )

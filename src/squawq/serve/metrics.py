@@ -32,7 +32,7 @@ logger = logging.getLogger("squawq.serve")
 
 OTHER = "other"
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-ADMISSION = ("overloaded", "unavailable")  # kinds of errors.KINDS that say nothing about the request itself
+ADMISSION = ("overloaded", "unavailable")  # errors that say nothing about the request itself
 COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 FAILURES = {FinishReason.ABORT: "dropped", FinishReason.ERROR: "generation"}  # TGI's words
 
@@ -128,9 +128,9 @@ class Metrics:
         self._http = Counter(
             "http_requests", "HTTP requests that were answered.", ["handler", "method", "status"], registry=registry
         )
-        self._rejected = Counter("rejected", "Shown by each dialect in its own way.", ["reason"], registry=None)
-        for kind in (*ADMISSION, "invalid"):
-            self._rejected.labels(kind)
+        self._rejected = Counter("rejected", "Shown by each dialect in its own way.", ["err"], registry=None)
+        for err in (*ADMISSION, "validation"):
+            self._rejected.labels(err)
         registry.register(self)
 
     def observe(self, request: Timing) -> None:
@@ -166,7 +166,7 @@ class Metrics:
 
     def rejected(self, reason: str) -> None:
         """Count a generation request that was not run. `reason` is a kind of errors.KINDS; others count as "other"."""
-        self._rejected.labels(reason if reason in KINDS else OTHER).inc()
+        self._rejected.labels(KINDS[reason].tgi_type if reason in KINDS else OTHER).inc()
 
     def inter_token(self, seconds: float) -> None:
         """Count the time between two tokens of a sequence."""
@@ -235,11 +235,10 @@ class Metrics:
 
     def _tgi(self) -> Iterator[Metric]:
         finished = {FinishReason(key): value for key, value in _counts(self._finished, "finished_reason").items()}
-        rejected = _counts(self._rejected, "reason")
+        rejected = _counts(self._rejected, "err")
         success = sum(finished[reason] for reason in COMPLETE)
         errors = {err: finished[reason] for reason, err in FAILURES.items()}
-        for kind, count in rejected.items():
-            err = KINDS[kind].tgi_type if kind in KINDS else OTHER
+        for err, count in rejected.items():
             errors[err] = errors.get(err, 0) + count
         total = success + sum(errors.values())
         yield UnknownMetricFamily("tgi_request_count", "Requests that ended or were refused.", total)
@@ -250,8 +249,8 @@ class Metrics:
         yield failure
         text = "Requests refused by a server that is full or closing."
         refused = CounterMetricFamily("vllm:admission_rejections", text, labels=["model_name", "reason"])
-        for kind in ADMISSION:
-            refused.add_metric([self._model, kind], rejected[kind])
+        for err in ADMISSION:
+            refused.add_metric([self._model, err], rejected[err])
         yield refused
         for name, twin, _, text in _HISTOGRAMS:
             if twin:
