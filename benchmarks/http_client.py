@@ -1,8 +1,9 @@
-"""A light client for the server's benchmarks: sends streaming requests together and reports when their tokens came.
+"""A light HTTP client for the server's benchmarks: requests as bytes, whole answers and streams read back.
 
-A job, a line of JSON on stdin, is {"port": 8000, "path": "/v1/completions", "bodies": [...]}; an answer, a line on
-stdout, is {"seconds": to the last byte, "first": [to each first event], "events": how many}, from when all were sent.
-It runs in a process of its own, so that the server does not wait for its Python.
+As a program it sends streaming requests together and reports when their tokens came. A job, a line of JSON on stdin, is
+{"port": 8000, "path": "/v1/completions", "bodies": [...]}; an answer, a line on stdout, is {"seconds": to the last
+byte, "first": [to each first event], "events": how many}, from when all were sent. It runs in a process of its own, so
+that the server does not wait for its Python.
 """
 
 from __future__ import annotations
@@ -11,15 +12,83 @@ import asyncio
 import json
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
+
+HOST = "127.0.0.1"
+
+
+def encode(path: str, body: Any, kind: str = "application/json", method: str = "POST") -> bytes:
+    """A request whose connection ends with its answer. body: a JSON value, or bytes as they are."""
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    status: int
+    body: bytes
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it is a stream of events."""
+        return self.body.startswith((b"data: ", b":"))
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is a stream with OpenAI's end mark."""
+        return self.body.endswith(b"data: [DONE]\n\n")
+
+    def values(self) -> list[Any]:
+        """Its JSON values: one, or those of a stream, the end mark left out. Raises ValueError for anything else."""
+        if not self.streamed:
+            return [json.loads(self.body)]
+        events = [event for event in self.body.decode().split("\n\n") if event.startswith("data: ")]
+        return [json.loads(event[6:]) for event in events if event != "data: [DONE]"]
+
+
+def decode(data: bytes) -> Answer:
+    """An answer from its bytes. Raises ValueError for one that was cut off."""
+    head, mark, body = data.partition(b"\r\n\r\n")
+    if not mark:
+        raise ValueError(f"the answer's head was cut off after {len(data)} bytes")
+    lines = head.lower().split(b"\r\n")
+    fields = dict(line.split(b": ", 1) for line in lines[1:])
+    if fields.get(b"transfer-encoding") == b"chunked":
+        body = _joined(body)
+    elif int(fields.get(b"content-length", len(body))) != len(body):
+        raise ValueError(f"the answer's body was cut off after {len(body)} bytes")
+    return Answer(int(lines[0].split()[1]), body)
+
+
+def _joined(chunked: bytes) -> bytes:
+    body = b""
+    while True:
+        size, _, chunked = chunked.partition(b"\r\n")
+        if not size or len(chunked) < int(size, 16) + 2:
+            raise ValueError(f"the answer was cut off after {len(body)} bytes")
+        if not int(size, 16):
+            return body
+        body, chunked = body + chunked[: int(size, 16)], chunked[int(size, 16) + 2 :]
+
+
+async def ask(port: int, request: bytes) -> Answer:
+    """Send a request and read its answer. Raises OSError, and ValueError for an answer that was cut off."""
+    reader, writer = await asyncio.open_connection(HOST, port)
+    try:
+        writer.write(request)
+        return decode(await reader.read())
+    finally:
+        writer.close()
 
 
 async def send(port: int, path: str, body: Any, start: asyncio.Barrier) -> tuple[float, float, int]:
     """Seconds to the first event and to the last byte, counted from the start, and how many events there were."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    text = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    data = f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text
+    reader, writer = await asyncio.open_connection(HOST, port)
+    data = encode(path, body)
     await start.wait()
     began = time.perf_counter()
     writer.write(data)

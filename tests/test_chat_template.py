@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import shared_data
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from squawq.chat_template import MAX_MESSAGE, render
@@ -106,6 +106,8 @@ def test_continued_chats_equal_transformers(content: object) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(), st.text(), st.booleans())
+@example("", "\n", True)
+@example("ContinueFromHere\u2003", "a ", True)
 def test_a_continued_chat_ends_with_the_message(before: str, content: str, trims: bool) -> None:
     template = (
         "{% for m in messages %}<s>\n" + ("{{ m.content|trim }}" if trims else "{{ m.content }}") + " </s>{% endfor %}"
@@ -131,6 +133,11 @@ def test_absent_values() -> None:
     assert render(template, [{"role": "assistant", "content": None, "tool_calls": None}]) == "False |True"
     assert render("{{ add_generation_prompt }}", []) == "True"
     assert render("{{ enable_thinking }}", [], variables={"enable_thinking": False}) == "False"
+
+
+def test_a_continued_chat_has_no_generation_prompt() -> None:
+    template = "{{ add_generation_prompt }} {{ messages[0].content }}"
+    assert render(template, [{"role": "assistant", "content": "a"}], continue_final=True) == "False a"
 
 
 def test_the_messages_stay_as_they_are() -> None:

@@ -12,6 +12,7 @@ FLOORS = {
     "errors": 1,
     "config": 2,
     "progress": 2,
+    "child": 2,
     "chat_template": 3,
     "format": 3,
     "families": 4,
@@ -32,7 +33,7 @@ FLOORS = {
 DOORS = {
     "safetensors": ("format.",),
     "transformers": ("quantization.blocks",),
-    "typer": ("cli", "serve.launcher", "serve.tgi_launcher"),
+    "typer": ("cli", "serve.flags", "serve.launcher", "serve.tgi_launcher"),
     "datasets": ("quantization.calibration",),
     "matplotlib": ("evaluation.plots",),
     "huggingface_hub": ("hub.",),

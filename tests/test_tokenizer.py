@@ -159,3 +159,17 @@ def test_special_tokens() -> None:
     assert TOKENIZER.special_ids == frozenset(range(8))
     assert TOKENIZER.token_text(0) == "<|begin_of_text|>"
     assert TOKENIZER.token_bytes(0) == b"<|begin_of_text|>"
+
+
+def test_tokens_that_are_not_spelled_in_bytes(tmp_path: Path) -> None:
+    """An added token stands for its own text, though it may read as bytes too, and may be an ordinary one."""
+    shutil.copy(demo_model() / "tokenizer.json", tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer(tmp_path)
+    tokenizer.fast.add_tokens(["qéq", "日"])
+    assert [tokenizer.token_bytes(token).decode() for token in (4096, 4097)] == ["qéq", "日"]
+    assert tokenizer.special_ids == frozenset(range(8))
+    odd = json.loads((tmp_path / "tokenizer.json").read_text())
+    odd["model"]["vocab"]["日"] = 4096
+    (tmp_path / "tokenizer.json").write_text(json.dumps(odd))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.token_bytes(4096).decode() == tokenizer.token_text(4096) == "日"

@@ -22,7 +22,8 @@ from squawq import __version__
 from squawq.config import DTYPES, GROUP_SIZES, METHODS, QuantConfig
 from squawq.errors import ConfigError
 from squawq.progress import LayerProgress, console, counting
-from squawq.serve.launcher import Command, finish, serve
+from squawq.serve.flags import Command, finish
+from squawq.serve.launcher import serve
 
 app = typer.Typer(
     add_completion=False,

@@ -60,8 +60,8 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the tokenizer puts around a text, as a begin token."""
-        batch = self.fast.encode_batch_fast([text], add_special_tokens=special)  # lets other threads run, as encode does not
-        ids: list[int] = batch[0].ids
+        (found,) = self.fast.encode_batch_fast([text], add_special_tokens=special)  # other threads run meanwhile
+        ids: list[int] = found.ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

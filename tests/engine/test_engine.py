@@ -16,6 +16,7 @@ from fakes import EOS, VOCAB, FakeRunner, collect, expected, request
 from numpy.typing import NDArray
 
 from squawq.demo import demo_model
+from squawq.engine import grammar as grammar_module
 from squawq.engine.engine import Engine
 from squawq.engine.request import Chunk, FinishReason, Grammar, Output, Request
 from squawq.errors import ConfigError, EngineClosed, QueueFull
@@ -76,7 +77,10 @@ class Sink:
 
 def test_requests_from_many_threads_give_what_they_give_alone(make: MakeEngine) -> None:
     engine = make(FakeRunner(num_pages=20), max_sequences=5, max_batch_tokens=16)
-    asked = [request([1, 2, 3, 4, i], max_tokens=9, temperature=1.0, seed=i, logprobs=1) for i in range(24)]
+    limits: list[dict[str, object]] = [{}, {"allowed_ids": list(range(5, 20))}, {"bad_ids": [[7], [9, 8], [3, 9, 1]]}]
+    asked = [
+        request([1, 2, 3, 4, i], max_tokens=9, temperature=1.0, seed=i, logprobs=1, **limits[i % 3]) for i in range(24)
+    ]
     sinks = [Sink() for _ in asked]
 
     def client(first: int) -> None:
@@ -182,6 +186,8 @@ def test_aborts_at_any_moment_give_one_last_output(make: MakeEngine) -> None:
         ([1] * 80, {}, "80 tokens; the cache holds 80"),
         ([1], {"stop_ids": [VOCAB]}, "stop_ids has the token id 48"),
         ([1], {"logit_bias": {VOCAB: 1.0}}, "logit_bias has the token id 48"),
+        ([1], {"allowed_ids": [1, VOCAB]}, "allowed_ids has the token id 48"),
+        ([1], {"bad_ids": [[1], [VOCAB, 1]]}, "bad_ids has the token id 48"),
         ([1], {"stop": "x"}, "need a tokenizer"),
         ([1], {"grammar": Grammar("regex", "a")}, "need a tokenizer"),
     ],
@@ -357,6 +363,45 @@ def test_structured_output(letters: Engine) -> None:
 def test_a_wrong_grammar_is_refused_at_once(letters: Engine) -> None:
     with pytest.raises(ConfigError, match="the regex grammar is refused"):
         letters.submit(request([7], grammar=Grammar("regex", "[")), Sink())
+
+
+def test_a_grammar_that_fails_on_the_way_ends_its_sequence_alone(letters: Engine) -> None:
+    bad = request(
+        [7], grammar=Grammar("lark", "start: /[xz]{20}/ y\ny: /a*/ y"), max_tokens=60, temperature=1.0, seed=1
+    )
+    good = request([8], grammar=Grammar("regex", "[a-z]{300}"), max_tokens=60, temperature=1.0, seed=1)
+    outputs = collect(list(letters.generate([bad, good])))
+    assert outputs[bad.id, 0].finish == FinishReason.ERROR
+    assert "too much time" in str(outputs[bad.id, 0].stop_reason)
+    assert outputs[good.id, 0].finish == FinishReason.LENGTH
+
+
+def test_a_grammars_processes_go(letters: Engine) -> None:
+    asked = request([7], grammar=Grammar("regex", "[a-z]{3}"), n=3, temperature=1.0, max_tokens=9)
+    matcher = letters.check(asked)
+    assert matcher is not None
+    list(letters.generate([asked]))
+    assert letters._compiler is not None
+    vocabulary = letters._compiler._vocabulary
+    assert vocabulary is not None
+    running = [vocabulary.alive]
+    del matcher
+    letters.close()
+    assert [*running, vocabulary.alive] == [True, False]
+    with pytest.raises(EngineClosed):
+        letters.check(asked)
+
+
+def test_too_many_grammars(letters: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_LIVE", 1)
+    asked = [request([7], grammar=Grammar("regex", f"{i}[a-z]{{9}}"), max_tokens=4) for i in range(3)]
+    held = letters.check(asked[0])
+    with pytest.raises(QueueFull, match="different grammars"):
+        letters.submit(asked[1], Sink())
+    with pytest.raises(QueueFull, match="different grammars"):
+        list(letters.generate(asked[1:]))
+    del held
+    assert len(collect(list(letters.generate(asked[:1])))) == 1
 
 
 def test_stop_strings_and_min_tokens(letters: Engine) -> None:

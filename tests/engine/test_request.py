@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from squawq.engine.request import MAX_GRAMMAR_BYTES, Grammar, SamplingParams
+from squawq.engine.request import MAX_ALLOWED, MAX_GRAMMAR_BYTES, Grammar, SamplingParams
 from squawq.errors import ConfigError
 
 NUMBERS = [
@@ -59,6 +59,18 @@ BAD: list[tuple[str, object]] = [
     ("logit_bias", {5: math.nan}),
     ("logit_bias", dict.fromkeys(range(1025), 1)),
     ("logit_bias", [5]),
+    ("allowed_ids", []),
+    ("allowed_ids", 5),
+    ("allowed_ids", [-1]),
+    ("allowed_ids", [1, "a"]),
+    ("allowed_ids", [0] * (MAX_ALLOWED + 1)),
+    ("bad_ids", 5),
+    ("bad_ids", [5]),
+    ("bad_ids", [[]]),
+    ("bad_ids", [[1], [-1]]),
+    ("bad_ids", [[1.0]]),
+    ("bad_ids", [[1]] * 129),
+    ("bad_ids", [[1] * 65]),
     ("include_stop", 1),
     ("ignore_eos", "yes"),
     ("grammar", "a+"),
@@ -85,12 +97,15 @@ def test_good_values_at_the_edge() -> None:
         logprobs=20,
         frequency_penalty=-2,
         logit_bias={0: -100, 5: 100.0},
+        allowed_ids=[0] * MAX_ALLOWED,
+        bad_ids=[[1] * 64] * 128,
     )
 
 
 def test_a_single_stop_string_and_lists_become_tuples() -> None:
-    params = SamplingParams(stop="END", stop_ids=[3])
+    params = SamplingParams(stop="END", stop_ids=[3], allowed_ids=[4], bad_ids=[[5, 6], (7,)])
     assert (params.stop, params.stop_ids) == (("END",), (3,))
+    assert (params.allowed_ids, params.bad_ids) == ((4,), ((5, 6), (7,)))
 
 
 def test_the_callers_mapping_is_copied() -> None:

@@ -181,6 +181,71 @@ def test_bias_min_tokens_and_mask() -> None:
     assert logits.tolist() == [9, 3, 2.5]
 
 
+def left(size: int, params: SamplingParams, output: list[int], ending: int) -> set[int]:
+    """The tokens that may be chosen after an output, by the settings' definition."""
+    tokens = set(range(size) if params.allowed_ids is None else params.allowed_ids)
+    for *before, last in params.bad_ids:
+        if output[max(0, len(output) - len(before)) :] == before:
+            tokens.discard(last)
+    return tokens - {ending} if len(output) < params.min_tokens else tokens
+
+
+small = st.integers(0, 4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.none() | st.lists(small, min_size=1, max_size=8),
+    st.lists(st.lists(small, min_size=1, max_size=4), max_size=6),
+    st.sampled_from([0.0, 1.0, 5.0]),
+    st.integers(0, 5),
+    st.integers(0, 1000),
+)
+def test_only_what_is_left_is_chosen_as_if_it_were_all(
+    allowed: list[int] | None, bad: list[list[int]], temperature: float, min_tokens: int, seed: int
+) -> None:
+    params = SamplingParams(
+        allowed_ids=allowed, bad_ids=bad, temperature=temperature, min_tokens=min_tokens, top_k=3, presence_penalty=0.5
+    )
+    plain_params = SamplingParams(temperature=temperature, top_k=3, presence_penalty=0.5)
+    sampler, reference = (Sampler(p, (2, 2), [0], seed, 0) for p in (params, plain_params))
+    generator, output = np.random.default_rng(seed), list[int]()
+    for _ in range(30):
+        logits = generator.normal(0, 1, 5).astype(np.float32)
+        tokens = left(5, params, output, 0)
+        mask = np.isin(np.arange(5), list(tokens))
+        if not tokens:
+            with pytest.raises(NoTokenError, match="forbidden"):
+                sampler.choose(logits)
+            return
+        output.append(sampler.choose(logits))
+        assert output[-1] in tokens
+        assert output[-1] == reference.choose(logits, mask)
+
+
+def test_bad_ids_look_at_the_output_alone() -> None:
+    logits = row(0, 3, 2.5)
+    assert choices({"bad_ids": [[1, 1]]}, logits, 4, prompt=(1,)) == [1, 2, 1, 2]
+    assert choices({"bad_ids": [[1, 1, 2], [1, 1, 1], [1]]}, logits, 3) == [2, 2, 2]
+    long = [1] * 63
+    assert choices({"bad_ids": [[*long, 1]]}, logits, 65) == [*long, 2, 1]
+
+
+def test_allowed_ids_and_bad_ids_beside_other_settings() -> None:
+    assert choices({"allowed_ids": [2, 2]}, row(9, 3, 2.5), 3) == [2, 2, 2]  # the end, 0, is not among them
+    assert choices({"allowed_ids": [0, 2], "min_tokens": 1}, row(9, 3, 2.5), 2) == [2, 0]
+    assert choices({"allowed_ids": [2], "logit_bias": {2: -100.0}, "repetition_penalty": 9.0}, row(9, 3, 2), 2) == [
+        2,
+        2,
+    ]
+    assert choices({"allowed_ids": [1, 2], "bad_ids": [[1]]}, row(9, 3, 2.5), 1) == [2]
+    sampler = Sampler(SamplingParams(allowed_ids=[1], bad_ids=[[0]]), (), [0], 0, 0)
+    assert sampler.choose(row(9, 3, 2.5), np.array([True, True, True])) == 1
+    assert sampler.choose(row(9, 3, 2.5), np.array([True, False, False]), complete=True) == 0
+    with pytest.raises(NoTokenError, match="forbidden"):
+        sampler.choose(row(9, 3, 2.5), np.array([True, False, True]))
+
+
 def test_streams_of_random_numbers() -> None:
     def run(seed: int, index: int) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=1.0), (), [], seed, index)

@@ -91,6 +91,7 @@ def process(
     )
     assert child.stderr is not None
     lines: list[str] = []
+    reader: threading.Thread | None = None
     try:
         for line in child.stderr:
             lines.append(line)
@@ -99,9 +100,13 @@ def process(
                 break
         else:
             raise AssertionError("the server did not start: " + "".join(lines))
-        threading.Thread(target=lambda: lines.extend(child.stderr or ()), daemon=True).start()
+        reader = threading.Thread(target=lambda: lines.extend(child.stderr or ()), daemon=True)
+        reader.start()
         yield child, url.replace("0.0.0.0", "127.0.0.1")
     finally:
         if child.poll() is None:
             child.kill()
         child.wait(10)
+        if reader is not None:
+            reader.join(10)
+        child.stderr.close()

@@ -1,5 +1,5 @@
-"""The server through OpenAI's own client: chats, completions, models, and vLLM's fields as extra_body. Tools and formats
-are test_openai_tools.py's, errors test_openai_errors.py's.
+"""The server through OpenAI's own client: chats, completions, models, and vLLM's fields as extra_body. Tools are
+test_openai_tools.py's, answers in a form test_openai_formats.py's, errors test_openai_errors.py's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import openai
 import pytest
 from running import MESSAGES, Running
 
-from squawq.engine.request import SamplingParams
+from squawq.engine.request import Request, SamplingParams
 
 PROMPT = "Once upon a time"
 GREEDY: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 12}
@@ -31,6 +31,12 @@ def chat(client: Any) -> Any:
 @pytest.fixture
 def complete(client: Any) -> Any:
     return lambda **options: client.completions.create(**{**GREEDY, "prompt": PROMPT, **options})
+
+
+def engine_text(server: Running, params: SamplingParams) -> str:
+    """What the engine alone makes of PROMPT."""
+    request = Request("test", server.served.text_ids(PROMPT), params)
+    return "".join(output.text for output in server.served.engine.generate([request]))
 
 
 def parts(stream: Any) -> list[str]:
@@ -207,14 +213,16 @@ def test_offsets_of_parts_of_characters(complete: Any) -> None:
     assert "\ufffd" in choice.logprobs.tokens, "every character is one token; the test shows nothing"
     pieces = [choice.text[a:b] for a, b in zip(offsets, [*offsets[1:], None], strict=True)]
     assert "".join(pieces) == choice.text
-    assert all(piece == token for piece, token in zip(pieces[1:], choice.logprobs.tokens[1:], strict=True) if token.isascii())
+    assert all(
+        piece == token for piece, token in zip(pieces[1:], choice.logprobs.tokens[1:], strict=True) if token.isascii()
+    )
 
 
 def test_best_of(complete: Any) -> None:
     drawn = {"temperature": 1.5, "seed": 4, "logprobs": 0}
 
     def mean(choice: Any) -> float:
-        return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+        return float(sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs))
 
     every = sorted(complete(n=4, **drawn).choices, key=mean, reverse=True)
     best = complete(n=2, best_of=4, **drawn)
@@ -230,16 +238,61 @@ def test_models(server: Running, client: Any) -> None:
         client.models.retrieve("other/one")
 
 
-def test_vllms_fields_reach_the_engine(server: Running, complete: Any) -> None:
-    given = {"top_k": 5, "min_p": 0.2, "repetition_penalty": 1.3, "min_tokens": 12}
-    params = {"temperature": 1.2, "seed": 11, "top_p": 0.8, "frequency_penalty": 0.5, "presence_penalty": -0.5}
+def test_sampling_fields_reach_the_engine(server: Running, complete: Any) -> None:
+    extra: dict[str, Any] = {"top_k": 5, "min_p": 0.2, "repetition_penalty": 1.3, "typical_p": 0.9}
+    params: dict[str, Any] = {"temperature": 1.2, "seed": 11, "top_p": 0.8}
+    params |= {"frequency_penalty": 0.5, "presence_penalty": -0.5}
+    wanted = SamplingParams(max_tokens=12, **params, **extra)
+    assert complete(**params, extra_body=extra).choices[0].text == engine_text(server, wanted)
+    assert complete(**params).choices[0].text != engine_text(server, wanted)
+
+
+def test_tokens_that_may_come(server: Running, complete: Any) -> None:
+    ids = server.served.text_ids(" dog cat", special=False)
+    drawn = {"temperature": 2, "seed": 1, "logprobs": 0}
+    found = complete(**drawn, extra_body={"allowed_token_ids": ids}).choices[0].logprobs.tokens
+    assert set(found) == {" dog", " cat"}
+    assert complete().choices[0].text.startswith(", there was")
+    assert "there" not in complete(extra_body={"bad_words": ["there"]}).choices[0].text
+
+
+def test_ending(server: Running, complete: Any) -> None:
+    end = {"logit_bias": {"4": 100}}  # nothing but the end token, as soon as it may come
+    choice = complete(**end).choices[0]
+    assert (choice.text, choice.finish_reason, choice.stop_reason) == ("", "stop", None)
+    kept = complete(**end, extra_body={"ignore_eos": True, "skip_special_tokens": False}).choices[0]
+    assert (kept.text, kept.finish_reason) == ("<|eot_id|>" * 12, "length")
+    assert complete(**end, extra_body={"min_tokens": 5}).usage.completion_tokens == 6
+    (comma,) = server.served.text_ids(",", special=False)
+    stopped = complete(extra_body={"stop_token_ids": [comma]}).choices[0]
+    assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("", "stop", comma)
+
+
+def test_token_ids_and_prompt_logprobs(server: Running, complete: Any, chat: Any) -> None:
+    asked = {"prompt_logprobs": 2, "return_token_ids": True}
+    choice = complete(echo=True, logprobs=2, extra_body=asked).choices[0]
     ids = server.served.text_ids(PROMPT)
-    wanted = SamplingParams(max_tokens=12, **params, **given)  # type: ignore[arg-type]
-    assert complete(**params, extra_body=given).choices[0].text == engine_text(server, ids, wanted)
+    assert choice.prompt_token_ids == ids
+    assert PROMPT + server.served.tokenizer.decode(choice.token_ids) == choice.text
+    named = complete(logprobs=1, extra_body={"return_tokens_as_token_ids": True}).choices[0].logprobs
+    assert named.tokens == [f"token_id:{token}" for token in choice.token_ids]
+    scores = choice.prompt_logprobs
+    assert scores[0] is None
+    assert [row[str(token)]["logprob"] for row, token in zip(scores[1:], ids[1:], strict=True)] == (
+        choice.logprobs.token_logprobs[1 : len(ids)]
+    )
+    assert all(2 <= len(row) <= 3 for row in scores[1:])
+    answer = chat(extra_body=asked)
+    assert len(answer.prompt_logprobs) == len(answer.prompt_token_ids) == answer.usage.prompt_tokens
+    assert server.served.tokenizer.decode(answer.choices[0].token_ids) == answer.choices[0].message.content
+    streamed = [i for c in chat(stream=True, extra_body=asked) for i in c.choices[0].model_extra.get("token_ids", [])]
+    assert streamed == answer.choices[0].token_ids
 
 
-def engine_text(server: Running, ids: list[int], params: SamplingParams) -> str:
-    from squawq.engine.request import Request
-
-    outputs = server.served.engine.generate([Request("test", ids, params)])
-    return "".join(output.text for output in outputs)
+def test_prompts_are_truncated(server: Running, complete: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = server.served.text_ids(PROMPT)
+    for side, kept in (("left", ids[-2:]), ("right", ids[:2])):
+        asked = {"truncate_prompt_tokens": 2, "truncation_side": side, "return_token_ids": True}
+        assert complete(extra_body=asked).choices[0].prompt_token_ids == kept
+    monkeypatch.setattr(server.served, "max_input", 3)
+    assert complete(extra_body={"truncate_prompt_tokens": -1}).usage.prompt_tokens == 3

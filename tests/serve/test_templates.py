@@ -24,7 +24,7 @@ DEMO = (demo_model() / "chat_template.jinja").read_text(encoding="utf-8")
 LLAMA = "llama3-chat-template/meta-llama-Llama-3.1-8B-Instruct.jinja"
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROWING = "{% set n = namespace(t=deed * 2**18) %}{% for i in range(40) %}{% set n.t = n.t + n.t %}{% endfor %}"
-# does what the message says, so that one process is asked for good and bad; `deed` keeps jinja2 from computing constants
+# does what the message says, so that one process is asked for good and bad; constants would be computed in advance
 DEEDS = (
     "{% set deed = messages[-1].content %}"
     "{% if deed == 'loop' %}" + ENDLESS + "{% endif %}"

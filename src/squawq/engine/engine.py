@@ -9,8 +9,9 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from squawq.engine.grammar import GrammarCompiler, Matcher
 from squawq.engine.loop import Loop
@@ -46,8 +47,8 @@ class Engine:
     """Serves requests on a runner. Without a tokenizer it speaks ids alone.
 
     max_batch_tokens: tokens of a step at most, twice max_sequences at least. max_sequences: under way together.
-    max_waiting: requests that have not begun. eos_ids: tokens that end a text. Raises ConfigError for sizes that cannot
-    work.
+    max_waiting: requests that have not begun. eos_ids: tokens that end a text. grammar_timeout: seconds of processor
+    time that a grammar may take to compile. Raises ConfigError for sizes that cannot work.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Engine:
         max_sequences: int = 64,
         max_waiting: int = 1024,
         prefix_caching: bool = True,
+        grammar_timeout: float = 2.0,
     ) -> None:
         if max_sequences < 1 or max_waiting < 1:
             raise ConfigError(f"max_sequences is {max_sequences}, max_waiting {max_waiting}; each must be at least 1")
@@ -73,6 +75,7 @@ class Engine:
         self._max_waiting = max_waiting
         self._caching = prefix_caching
         self._room = min(runner.max_positions, runner.num_pages * runner.page_size)
+        self._grammar_timeout = grammar_timeout
         self._compiler: GrammarCompiler | None = None
         self._loop = Loop(
             runner,
@@ -94,7 +97,8 @@ class Engine:
         self._worker.start()
 
     def check(self, request: Request) -> Matcher | None:
-        """Raise ConfigError if the request can never be run; its grammar, compiled, if it has one."""
+        """Raise ConfigError if the request can never be run; its grammar, compiled, if it has one, which may take
+        seconds. Raises QueueFull when too many different grammars are in use."""
         params, prompt, vocab = request.params, request.prompt, self._runner.vocab_size
         if not prompt:
             raise ConfigError("the prompt is empty; give at least one token")
@@ -106,9 +110,15 @@ class Engine:
             )
         if len(prompt) >= self._room:
             raise ConfigError(f"the prompt has {len(prompt)} tokens; the cache holds {self._room} (kv_tokens)")
-        for name, ids in (("stop_ids", params.stop_ids), ("logit_bias", params.logit_bias or ())):
-            if ids and max(ids) >= vocab:
-                raise ConfigError(f"{name} has the token id {max(ids)}; the model has ids 0 to {vocab - 1}")
+        named: dict[str, Iterable[int]] = {
+            "stop_ids": params.stop_ids,
+            "logit_bias": params.logit_bias or (),
+            "allowed_ids": params.allowed_ids or (),
+            "bad_ids": chain.from_iterable(params.bad_ids),
+        }
+        for name, ids in named.items():
+            if (largest := max(ids, default=0)) >= vocab:
+                raise ConfigError(f"{name} has the token id {largest}; the model has ids 0 to {vocab - 1}")
         if self._tokenizer is None and (params.stop or params.grammar):
             raise ConfigError("stop strings and grammars need a tokenizer; the model has none")
         return None if params.grammar is None else self._grammars().compile(params.grammar)
@@ -210,6 +220,8 @@ class Engine:
                     try:
                         self.submit(pending[0], outputs.put, wait=not open_sequences)
                     except QueueFull:
+                        if not open_sequences:  # other callers' grammars; nothing of ours will end and make room
+                            raise
                         break
                     request = pending.popleft()
                     open_sequences[request.id] = request.params.n
@@ -227,7 +239,9 @@ class Engine:
         with self._changed:
             if self._compiler is None:
                 assert self._tokenizer is not None
-                self._compiler = GrammarCompiler(self._tokenizer, self._runner.vocab_size, sorted(self._eos_ids))
+                self._compiler = GrammarCompiler(
+                    self._tokenizer, self._runner.vocab_size, sorted(self._eos_ids), timeout_s=self._grammar_timeout
+                )
             return self._compiler
 
     def _tell(self, command: Callable[[], None]) -> None:
@@ -258,6 +272,8 @@ class Engine:
             self._stop = True
         self._listen()
         self._loop.end_all(reason, why)
+        if self._compiler is not None:
+            self._compiler.close()
 
     def _listen(self) -> bool:
         """Do what other threads asked for, waiting while there is nothing to do; False when it is time to stop."""

@@ -1,134 +1,256 @@
 """The one door to llguidance: a JSON schema, regex or Lark grammar as a mask over the next token. Knows the tokenizer's
 JSON and the end tokens; knows no logits and no requests.
 
-A grammar is untrusted input: its size is bounded (request.py), llguidance bounds what compiling and a step may cost,
-and the first steps are tried before it is accepted.
+A grammar is untrusted input. Its size is bounded (request.py), and llguidance bounds most of what it may cost, but not
+all: some grammars take minutes to compile, loop for ever at their hundredth token, or overflow the stack. So each is
+compiled, and followed, in a process of its own, which ends at its limits.
 """
 
 from __future__ import annotations
 
+import json
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from squawq.child import Child, ChildError
 from squawq.engine.request import Grammar
-from squawq.errors import ConfigError
-from squawq.tokenizer import Tokenizer
+from squawq.errors import ConfigError, EngineClosed, QueueFull
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+if TYPE_CHECKING:  # the processes need neither
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from squawq.tokenizer import Tokenizer
 
 MAX_CACHED = 32
+MAX_CACHED_TEXT = 512 * 1024  # characters of their sources
+MAX_LIVE = 128  # grammars that are cached or have requests that wait or run; each has a process
+MAX_COMPILING = 4
+STEP_S = 0.5  # seconds of processor time for a token
 MAX_MESSAGE = 500
 SPACE = r"\x20|\r?\n[\x20\x09]{0,32}"  # between JSON's tokens: small models, left free, write empty lines for ever
+# A step within these takes some ms; large schemas of real programs keep far below them.
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 25_000,
+}
+_OPEN, _COMPLETE, _WRONG = b"oc!"  # how an answer begins: a mask follows, or what is wrong
 
 
 class GrammarError(ValueError):
     """A matcher went over its limits or met a token that it forbids."""
 
 
+@dataclass(frozen=True)
+class _Start:
+    """A compiled grammar: a process that stands at its start, and what it says there."""
+
+    child: Child
+    answer: bytes
+
+
 class Matcher:
     """One sequence's place in a grammar, over a vocabulary of `vocab_size` tokens."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
-        self._matcher = matcher
+    def __init__(self, start: _Start, vocab_size: int) -> None:
+        self._start = start
         self._vocab_size = vocab_size
+        self._child: Child | None = None  # its own process, from the first token on
+        self._answer: bytes | None = start.answer  # None: not read yet
 
     @property
     def complete(self) -> bool:
-        """Whether nothing but an end token may follow."""
-        return self._matcher.is_stopped()
+        """Whether nothing but an end token may follow. Raises GrammarError."""
+        return self._state()[0] == _COMPLETE
 
     def allowed(self) -> NDArray[np.bool_]:
         """The tokens that may come next, bool [vocab_size]. Raises GrammarError."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        self._check()
+        import numpy as np
+
+        bits = np.frombuffer(self._state(), dtype=np.uint8, offset=1)
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def consume(self, token: int) -> None:
-        """Go on by a token. Raises GrammarError for one that is not allowed."""
-        self._matcher.consume_token(token)
-        self._check()
+        """Go on by a token. Does not wait: the next mask is computed while the model runs, and what went wrong, as a
+        token that the grammar forbids, is raised there. Raises GrammarError for what went wrong before."""
+        self._state()
+        try:
+            if self._child is None:
+                self._child = self._start.child.fork()
+            self._child.send(str(token).encode(), STEP_S)
+        except ChildError as error:
+            raise GrammarError(f"the grammar's process: {error}") from error
+        self._answer = None
 
     def copy(self) -> Matcher:
-        """The same place, to go on from separately."""
-        return Matcher(self._matcher.deep_copy(), self._vocab_size)
+        """The same place, to go on from separately. Raises GrammarError."""
+        answer = self._state()
+        return Matcher(_Start(self._child.fork(), answer) if self._child else self._start, self._vocab_size)
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise GrammarError(" ".join(self._matcher.get_error().replace("<non-verbose/>", "").split())[:MAX_MESSAGE])
+    def _state(self) -> bytes:
+        if self._answer is None:
+            assert self._child is not None
+            try:
+                self._answer = self._child.receive()
+            except ChildError as error:
+                raise GrammarError(f"the grammar is too complex: {error}") from error
+        if self._answer[0] == _WRONG:
+            raise GrammarError(self._answer[1:].decode())
+        return self._answer
 
 
 class GrammarCompiler:
     """Compiles grammars for one tokenizer and keeps the latest ones. May be used from several threads.
 
-    eos_ids: what ends a complete text. Raises ConfigError where there are none.
+    eos_ids: what ends a complete text. timeout_s: seconds of processor time that a grammar may take to compile. Raises
+    ConfigError where there are no end tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int], *, timeout_s: float = 2.0
+    ) -> None:
         if not eos_ids:
             raise ConfigError("the model names no end token (eos_token_id); a grammar needs one to end with")
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
-        self._lock = threading.Lock()
-        self._tokens: LLTokenizer | None = None
-        self._compiled: OrderedDict[Grammar, Matcher] = OrderedDict()
+        self._timeout_s = timeout_s
+        self._starting = threading.Lock()
+        self._compiling = threading.BoundedSemaphore(MAX_COMPILING)
+        self._lock = threading.Lock()  # guards what follows, never for long
+        self._vocabulary: Child | None = None
+        self._cached: OrderedDict[Grammar, _Start] = OrderedDict()
+        self._live: weakref.WeakValueDictionary[Grammar, _Start] = weakref.WeakValueDictionary()
+        self._closed = False
 
     def compile(self, grammar: Grammar) -> Matcher:
-        """A matcher at the grammar's start. Raises ConfigError for one that is wrong or costs too much."""
+        """A matcher at the grammar's start. Raises ConfigError for one that is wrong or costs too much, QueueFull when
+        too many are in use or being compiled, EngineClosed after `close`."""
+        start = self._known(grammar)
+        if start is None:
+            if not self._compiling.acquire(timeout=2 * self._timeout_s):
+                raise QueueFull("other grammars are being compiled; try again later")
+            try:
+                start = self._known(grammar) or self._keep(grammar, self._new(grammar))
+            finally:
+                self._compiling.release()
+        return Matcher(start, self._vocab_size)
+
+    def close(self) -> None:
+        """End the processes that no matcher needs, now or when it goes. Idempotent; from any thread."""
         with self._lock:
-            if grammar not in self._compiled:
-                self._compiled[grammar] = self._new(grammar)
-                if len(self._compiled) > MAX_CACHED:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(grammar)
-            return self._compiled[grammar].copy()
+            self._closed = True
+            self._cached.clear()
+            vocabulary = self._vocabulary
+        if vocabulary is not None:
+            vocabulary.close()
 
-    def _new(self, grammar: Grammar) -> Matcher:
-        from llguidance import LLMatcher
+    def _known(self, grammar: Grammar) -> _Start | None:
+        with self._lock:
+            if self._closed:
+                raise EngineClosed("the engine is closed")
+            start = self._live.get(grammar)
+            if start is not None:
+                self._remember(grammar, start)
+            elif len(self._live) >= MAX_LIVE:
+                self._cached.clear()  # those that no request uses go
+                if len(self._live) >= MAX_LIVE:
+                    raise QueueFull(f"{MAX_LIVE} different grammars are in use, as many as may be; try again later")
+            return start
 
-        sources: dict[str, Callable[[str], str]] = {
-            "json_schema": lambda text: LLMatcher.grammar_from_json_schema(
-                text, defaults={"whitespace_pattern": SPACE}
-            ),
-            "regex": LLMatcher.grammar_from_regex,
-            "lark": LLMatcher.grammar_from_lark,
-        }
-        source = sources[grammar.kind]
+    def _keep(self, grammar: Grammar, start: _Start) -> _Start:
+        with self._lock:
+            if not self._closed:
+                self._live[grammar] = start
+                self._remember(grammar, start)
+        return start
+
+    def _remember(self, grammar: Grammar, start: _Start) -> None:
+        self._cached[grammar] = start
+        self._cached.move_to_end(grammar)
+        while len(self._cached) > MAX_CACHED or sum(len(one.text) for one in self._cached) > MAX_CACHED_TEXT:
+            self._cached.popitem(last=False)
+
+    def _new(self, grammar: Grammar) -> _Start:
+        refused = f"the {grammar.kind} grammar is refused"
         try:
-            matcher = Matcher(
-                LLMatcher(self._tokens_of(), source(grammar.text), log_level=0, limits=_limits()), self._vocab_size
-            )
-            trial = matcher.copy()
-            for _ in range(2):  # what is too large or can never match shows in its first steps
-                first = int(np.argmax(trial.allowed()))
-                if trial.complete:
-                    break
-                trial.consume(first)
-        except ConfigError:
-            raise
-        except Exception as error:  # the library raises ValueError, and bare exceptions from Rust
-            raise ConfigError(
-                f"the {grammar.kind} grammar is refused: {' '.join(str(error).split())[:MAX_MESSAGE]}"
-            ) from error
-        return matcher
+            child = self._vocabulary_of().fork()
+            answer = child.call(json.dumps([grammar.kind, grammar.text]).encode(), self._timeout_s)
+        except ChildError as error:
+            raise ConfigError(f"{refused}: {error} (limit: {self._timeout_s:g} s)") from error
+        if answer[0] == _WRONG:
+            raise ConfigError(f"{refused}: {answer[1:].decode()}")
+        return _Start(child, answer)
 
-    def _tokens_of(self) -> LLTokenizer:
-        """The vocabulary as llguidance's trie; built at the first grammar, since it takes a second for 128k tokens."""
+    def _vocabulary_of(self) -> Child:
+        """The process with the vocabulary; started at the first grammar, since it takes a second for 128k tokens."""
+        with self._starting:
+            if self._vocabulary is None or not self._vocabulary.alive:
+                data = [self._tokenizer.fast.to_str(), self._vocab_size, self._eos_ids]
+                try:
+                    vocabulary = Child.start(f"{__name__}:_Process", json.dumps(data).encode())
+                except ChildError as error:
+                    raise ConfigError(f"grammars cannot be used here: {error}") from error
+                with self._lock:
+                    self._vocabulary = vocabulary
+                    if self._closed:
+                        vocabulary.close()
+            return self._vocabulary
+
+
+class _Process:
+    """What answers in a process: first with the vocabulary alone, then at a place in a grammar."""
+
+    def __init__(self, data: bytes) -> None:
         from llguidance import LLTokenizer
 
-        if self._tokens is None:
-            text = self._tokenizer.fast.to_str()
-            self._tokens = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_ids)
-        return self._tokens
+        tokenizer, vocab_size, eos_ids = json.loads(data)
+        self._tokens = LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos_ids)
+        self._matcher: Any = None
+
+    def __call__(self, message: bytes) -> bytes:
+        """The mask after a token, or at the start of a grammar."""
+        try:
+            if self._matcher is None:
+                self._compile(*json.loads(message))
+            else:
+                self._matcher.consume_token(int(message))
+            return self._answer(self._matcher)
+        except BaseException as error:  # the library raises ValueError, and bare exceptions from Rust
+            return bytes([_WRONG]) + _short(str(error)).encode("utf-8", "replace")
+
+    def _compile(self, kind: str, text: str) -> None:
+        from llguidance import LLMatcher, LLParserLimits
+
+        if kind == "json_schema":
+            options: Any = {"whitespace_pattern": SPACE, "item_separator": ",", "key_separator": ":"}
+            source = LLMatcher.grammar_from_json_schema(text, overrides=options)
+        else:
+            source = LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)
+        limits = LLParserLimits(**LIMITS, verbose_errors=False)
+        self._matcher = LLMatcher(self._tokens, source, log_level=0, limits=limits)
+        trial = self._matcher.deep_copy()
+        for _ in range(2):  # what is too large or can never match shows in its first steps
+            bits = self._answer(trial)[1:]
+            if trial.is_stopped():
+                break
+            first = next(i for i, byte in enumerate(bits) if byte)
+            trial.consume_token(8 * first + (bits[first] & -bits[first]).bit_length() - 1)
+
+    @staticmethod
+    def _answer(matcher: Any) -> bytes:
+        mask: bytes = matcher.compute_bitmask()
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+        return bytes([_COMPLETE if matcher.is_stopped() else _OPEN]) + mask
 
 
-def _limits() -> LLParserLimits:
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(max_lexer_states=50_000, max_grammar_size=200_000, verbose_errors=False)
+def _short(message: str) -> str:
+    return " ".join(message.partition("<backtrace>")[0].replace("<non-verbose/>", "").split())[:MAX_MESSAGE]

@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Protocol
 
 from squawq.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 GRAMMARS = ("json_schema", "regex", "lark")
 MAX_GRAMMAR_BYTES = 64 * 1024
@@ -23,6 +24,9 @@ MAX_SEQUENCES = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
 MAX_BIASES = 1024
+MAX_ALLOWED = 2**18  # the largest vocabularies
+MAX_BAD = 128
+MAX_BAD_LENGTH = 64
 
 
 def _refuse(name: str, value: object, rule: str) -> ConfigError:
@@ -39,6 +43,14 @@ def _real(name: str, value: object, least: float, most: float, *, above: bool = 
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not least <= number <= most or (above and number == least):
         raise _refuse(name, value, f"above {least:g}, at most {most:g}" if above else f"{least:g} to {most:g}")
+
+
+def _ids(name: str, ids: object, least: int, most: int) -> tuple[int, ...]:
+    if not isinstance(ids, list | tuple) or not least <= len(ids) <= most:
+        raise _refuse(name, ids, f"a list of {least} to {most} token ids")
+    for token in ids:
+        _whole(name, token, 0, 2**31 - 1)
+    return tuple(ids)
 
 
 @dataclass(frozen=True)
@@ -63,14 +75,18 @@ class SamplingParams:
 
     A row of logits goes through these in this order: logit_bias; repetition_penalty over prompt and output (Keskar et
     al., arXiv 1909.05858: positive logits divided, negative multiplied); frequency_penalty per occurrence and
-    presence_penalty once, over the output (OpenAI's definition); min_tokens, which forbids ending tokens; grammar;
-    temperature (below 1e-6: the likeliest token); top_k (0: off); typical_p (Meister et al., arXiv 2202.00666);
-    top_p (Holtzman et al., arXiv 1904.09751); min_p, relative to the likeliest. Each sees the distribution that the
-    one before left, scaled to sum to 1.
+    presence_penalty once, over the output (OpenAI's definition); allowed_ids; bad_ids; min_tokens, which forbids ending
+    tokens; grammar; temperature (below 1e-6: the likeliest token); top_k (0: off); typical_p (Meister et al., arXiv
+    2202.00666); top_p (Holtzman et al., arXiv 1904.09751); min_p, relative to the likeliest. Each sees the distribution
+    that the one before left, scaled to sum to 1. A grammar that allows nothing but an end goes before allowed_ids,
+    bad_ids and min_tokens. Where no token is left the sequence ends with an error.
 
     max_tokens: new tokens at most; None: up to the context. seed: the same text again; None: another each time.
     n sequences are returned, the best (by mean logprob) of best_of where that is more; sequence i has a stream of
     random numbers of its own, and sequence 0 is what n=1 gives.
+    allowed_ids: None, or the only tokens that may be chosen; ending tokens are no exception: without one of them a text
+    goes on up to max_tokens (as with vLLM's allowed_token_ids). bad_ids: sequences of tokens that may not come up: the
+    last token of each is forbidden where the output ends with those before it (as with vLLM's bad_words).
     stop: strings that end the text, which is cut before them, or after them with include_stop; not looked for before
     min_tokens. stop_ids: tokens that end it beside the model's own, which ignore_eos switches off.
     logprobs, prompt_logprobs: None, or so many alternatives to each token (0: the token's own alone), from the raw
@@ -89,6 +105,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
+    allowed_ids: Sequence[int] | None = None
+    bad_ids: Sequence[Sequence[int]] = ()
     seed: int | None = None
     n: int = 1
     best_of: int | None = None
@@ -123,7 +141,7 @@ class SamplingParams:
         for name in ("top_p", "typical_p"):
             _real(name, getattr(self, name), 0, 1, above=True)
         _real("min_p", self.min_p, 0, 1)
-        _real("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        _real("repetition_penalty", self.repetition_penalty, 0.01, 100)  # logits are divided by it
         for name in ("frequency_penalty", "presence_penalty"):
             _real(name, getattr(self, name), -2, 2)
         if self.seed is not None:
@@ -141,12 +159,13 @@ class SamplingParams:
         if not good or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop):
             raise _refuse("stop", self.stop, f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters")
         object.__setattr__(self, "stop", tuple(stop))
-        ids = self.stop_ids
-        if not isinstance(ids, list | tuple) or len(ids) > MAX_BIASES:
-            raise _refuse("stop_ids", ids, f"a list of at most {MAX_BIASES} token ids")
-        for token in ids:
-            _whole("stop_ids", token, 0, 2**31 - 1)
-        object.__setattr__(self, "stop_ids", tuple(ids))
+        object.__setattr__(self, "stop_ids", _ids("stop_ids", self.stop_ids, 0, MAX_BIASES))
+        if self.allowed_ids is not None:
+            object.__setattr__(self, "allowed_ids", _ids("allowed_ids", self.allowed_ids, 1, MAX_ALLOWED))
+        bad = self.bad_ids
+        if not isinstance(bad, list | tuple) or len(bad) > MAX_BAD:
+            raise _refuse("bad_ids", bad, f"a list of at most {MAX_BAD} lists of token ids")
+        object.__setattr__(self, "bad_ids", tuple(_ids("bad_ids", ids, 1, MAX_BAD_LENGTH) for ids in bad))
         bias = self.logit_bias
         if bias is None:
             return

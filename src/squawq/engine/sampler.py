@@ -7,6 +7,7 @@ numpy and not torch, whose OpenMP threads would fight the kernels' own.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -151,6 +152,9 @@ class Sampler:
         bias = params.logit_bias or {}
         self._bias_ids = np.fromiter(bias, dtype=np.int64, count=len(bias))
         self._bias = np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
+        self._only = None if params.allowed_ids is None else np.array(params.allowed_ids, dtype=np.int64)
+        self._bad = [(tuple(ids[:-1]), ids[-1]) for ids in params.bad_ids]
+        self._tail: deque[int] = deque(maxlen=max((len(before) for before, _ in self._bad), default=0))
         self._ending = np.fromiter(ending, dtype=np.int64)
         self._repeats = params.repetition_penalty != 1
         self._counted = bool(params.frequency_penalty or params.presence_penalty)
@@ -162,11 +166,19 @@ class Sampler:
         """The next token from float32 logits [vocab], which stay as they are.
 
         allowed: what the grammar allows, bool [vocab]. complete: the grammar allows nothing but an end, which goes
-        before min_tokens. Raises NoTokenError when nothing can be chosen.
+        before what the settings forbid. Raises NoTokenError when nothing can be chosen.
         """
-        early = self._chosen < self._params.min_tokens and not complete
-        changed = len(self._bias) or self._repeats or self._counted or early or allowed is not None
-        logits = self._adjusted(row, allowed, early) if changed else row
+        forbidding = not complete and (
+            self._chosen < self._params.min_tokens or self._only is not None or bool(self._bad)
+        )
+        changed = len(self._bias) or self._repeats or self._counted or forbidding or allowed is not None
+        logits = row
+        if changed:
+            logits = self._adjusted(row)
+            if forbidding:
+                self._forbid(logits)
+            if allowed is not None:
+                logits[~allowed] = -np.inf
         token = int(logits.argmax())
         if not np.isfinite(logits[token]):  # argmax finds a NaN first
             raise NoTokenError("no token can be chosen: the model's logits are not finite, or all tokens are forbidden")
@@ -176,7 +188,7 @@ class Sampler:
         self._remember(token)
         return token
 
-    def _adjusted(self, row: Row, allowed: NDArray[np.bool_] | None, early: bool) -> Row:
+    def _adjusted(self, row: Row) -> Row:
         params = self._params
         logits = row.astype(np.float32)
         logits[self._bias_ids] += self._bias
@@ -187,11 +199,19 @@ class Sampler:
         if self._counted:
             counts = self._output.counts
             logits[self._output.ids] -= params.frequency_penalty * counts + np.float32(params.presence_penalty)
-        if early:
-            logits[self._ending] = -np.inf
-        if allowed is not None:
-            logits[~allowed] = -np.inf
         return logits
+
+    def _forbid(self, logits: Row) -> None:
+        if self._only is not None:
+            kept = logits[self._only]
+            logits.fill(-np.inf)
+            logits[self._only] = kept
+        tail = tuple(self._tail)
+        for before, last in self._bad:
+            if len(before) <= len(tail) and tail[len(tail) - len(before) :] == before:
+                logits[last] = -np.inf
+        if self._chosen < self._params.min_tokens:
+            logits[self._ending] = -np.inf
 
     def _remember(self, token: int) -> None:
         self._chosen += 1
@@ -199,3 +219,5 @@ class Sampler:
             self._seen.add(token)
         if self._counted:
             self._output.add(token)
+        if self._bad:
+            self._tail.append(token)

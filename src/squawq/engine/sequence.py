@@ -84,6 +84,8 @@ class Generation:
             finish = FinishReason.LENGTH
         if finish and stop is None:
             text += self._rest()
+        if finish:
+            self._matcher = None  # its process ends, though others of the request go on
         self.finish = finish  # last, so that a sequence that failed on the way is still to be ended
         return Output(
             request=self._request.id,
@@ -99,6 +101,7 @@ class Generation:
     def end(self, reason: FinishReason, why: str | None = None) -> Output:
         """End before its time; text that was held back is given out."""
         self.finish = reason
+        self._matcher = None
         return Output(self._request.id, self.index, text=self._rest(), finish=reason, stop_reason=why)
 
     def _say(self, token: int, ends: bool) -> tuple[str, str | None]:

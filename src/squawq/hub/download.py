@@ -23,7 +23,10 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
-    """The local folder of `model`, of a branch, tag or commit of the Hub. Raises CheckpointError when it is neither a folder nor a Hub id that can be had."""
+    """The local folder of `model`; revision: a branch, tag or commit of the Hub.
+
+    Raises CheckpointError when it is neither a folder nor a Hub id that can be had.
+    """
     if Path(model).is_dir():
         return Path(model)
     name = str(model)

@@ -15,11 +15,14 @@ from squawq.engine.request import Output, Request
 from squawq.serve.errors import ApiError
 
 DONE = "[DONE]"
+# Clients that split a stream into lines as str.splitlines does would end one at these.
+_LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
 
 
 def dump(value: object) -> str:
-    """Compact JSON, UTF-8 as it is. Raises ValueError for a number that JSON has not."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """Compact JSON in one line, characters as they are. Raises ValueError for a number that JSON has not."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text if text.isascii() else text.translate(_LINE_ENDS)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Message(Body):
     tool_calls: Many[dict[str, Any]] | None = None
     tool_call_id: Annotated[str, Field(max_length=200)] | None = None
     refusal: str | None = None
+    type: Literal["text"] | None = None  # lm-evaluation-harness up to 0.4.10 sends it
 
 
 class Function(Body):
@@ -90,7 +91,9 @@ class ChatBody(SamplingFields):
         if isinstance(choice, str) and choice in names:
             return choice
         known = ", ".join(names)[:300] or "no tools were given"
-        raise ApiError("tool", f"tool_choice must be none, auto, required or one of the tools: {known}", "tool_choice")
+        raise ApiError(
+            "tool", f"Tool error: tool_choice must be none, auto, required or one of the tools: {known}", "tool_choice"
+        )
 
 
 def render(body: ChatBody, served: Served) -> str:
@@ -147,9 +150,9 @@ def _grammar(body: ChatBody, served: Served) -> Grammar | None:
     if choice == "none":
         return asked
     if asked is not None:
-        raise ApiError("tool", "Grammar and tools are mutually exclusive", "response_format")
+        raise ApiError("tool", "Tool error: Grammar and tools are mutually exclusive", "response_format")
     if served.tool_format is None:
-        raise ApiError("tool", "the model's chat template knows no tools", "tools")
+        raise ApiError("tool", "Tool error: the model's chat template knows no tools", "tools")
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     try:
         return tool_grammar(served.tool_format, tools, choice, body.parallel_tool_calls, served.added_tokens)

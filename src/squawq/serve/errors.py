@@ -30,6 +30,7 @@ KINDS = {
     "tool": Kind(400, "BadRequestError", 422, "tool_error"),
     "batch": Kind(400, "BadRequestError", 422, "batch size exceeded"),
     "suffix": Kind(400, "BadRequestError", 422, "suffix not supported"),
+    "framing": Kind(400, "BadRequestError", 400, "validation", {"Connection": "close"}),
     "unauthorized": Kind(401, "AuthenticationError", 401, "unauthorized", {"WWW-Authenticate": "Bearer"}),
     "not_found": Kind(404, "NotFoundError", 404, "not_found"),
     "method": Kind(405, "MethodNotAllowedError", 405, "method_not_allowed"),
@@ -42,7 +43,7 @@ KINDS = {
     "unavailable": Kind(503, "ServiceUnavailableError", 503, "unavailable", RETRY_AFTER),
     "incomplete": Kind(503, "ServiceUnavailableError", 503, "incomplete_generation", RETRY_AFTER),
     "unhealthy": Kind(503, "ServiceUnavailableError", 503, "healthcheck"),
-    "generation": Kind(500, "InternalServerError", 424, "generation"),
+    "generation": Kind(422, "UnprocessableEntityError", 424, "generation"),
     "internal": Kind(500, "InternalServerError", 500, "internal"),
 }
 

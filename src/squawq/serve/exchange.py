@@ -109,7 +109,10 @@ class Exchange:
         """Take note of an output; raise what is none."""
         if isinstance(item, Exception):
             self.finish = FinishReason.ABORT
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # its traceback holds this frame, and with that the request's body
         now, key = time.perf_counter(), (item.request, item.index)
         if item.ids:
             self.tokens += len(item.ids)
@@ -123,7 +126,8 @@ class Exchange:
             if not self._open[item.request]:
                 del self._open[item.request]
             if item.finish is FinishReason.ERROR:
-                raise ApiError("generation", f"Request failed during generation: {item.stop_reason}")
+                kind = "generation" if self._engine.alive else "unavailable"  # the request's own failure, or everyone's
+                raise ApiError(kind, f"Request failed during generation: {item.stop_reason}")
             self.finish = item.finish
         return item
 

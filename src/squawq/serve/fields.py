@@ -19,9 +19,7 @@ from squawq.serve.model import Served
 
 Model = TypeVar("Model", bound="Body")
 Item = TypeVar("Item")
-Many = Annotated[
-    list[Item], Field(fail_fast=True)
-]  # one error for the first wrong item: a million would take minutes to tell
+Many = Annotated[list[Item], Field(fail_fast=True)]  # a million wrong items are one error, not a minute's work
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 MAX_ERRORS = 5
@@ -209,8 +207,8 @@ class SamplingFields(Body):
                 include_stop=self.include_stop_str_in_output or tgi,
                 stop_ids=self.stop_token_ids,
                 logit_bias=_bias(self.logit_bias),
-                # allowed_ids=self.allowed_token_ids,
-                # bad_ids=_bad_ids(self.bad_words, served),
+                allowed_ids=self.allowed_token_ids,
+                bad_ids=_bad_ids(self.bad_words, served),
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
                 grammar=grammar,

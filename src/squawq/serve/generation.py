@@ -15,14 +15,14 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.serve.call import Call
+from squawq.serve.call import Call, dump
 from squawq.serve.errors import ApiError
 from squawq.serve.exchange import Exchange, HungUp
 from squawq.serve.fields import parse_json
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics, Timing
 from squawq.serve.model import Served
-from squawq.serve.responses import KEEP_ALIVE, send_events, send_json, start_events
+from squawq.serve.responses import KEEP_ALIVE, send_bytes, send_events, start_events
 
 logger = logging.getLogger("squawq.serve")
 Parse = Callable[[Mapping[str, Any], Served], Call]
@@ -37,6 +37,7 @@ class Generation:
         self.metrics = metrics
         self.draining = False
         self.in_flight = 0
+        self._exchanges: set[Exchange] = set()
         self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
 
     @property
@@ -47,6 +48,11 @@ class Generation:
     def close(self) -> None:
         """End the threads; what waits for one is dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def end_all(self) -> None:
+        """Answer what waits for the engine with an error; from the event loop."""
+        for exchange in self._exchanges:
+            exchange.end(ApiError("unavailable", "The server is shutting down"))
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, parse: Parse) -> None:
         """Read, check, run and answer a request. Raises ApiError before the answer has begun, never after."""
@@ -71,6 +77,7 @@ class Generation:
         late = ApiError("incomplete", f"the answer was not ready after {limit:g} s")
         alarm = asyncio.get_running_loop().call_later(limit, exchange.end, late)
         call = None
+        self._exchanges.add(exchange)
         try:
             async with exchange:
                 call = await self.in_thread(prepare)
@@ -79,15 +86,26 @@ class Generation:
                 if call.stream:
                     await self._stream(call, exchange, send)
                 else:
-                    reply = call.reply(await exchange.all(call), exchange.times)
-                    await send_json(send, reply.body, headers=reply.headers)
+                    await self._whole(call, exchange, send)
         except HungUp:
             pass
         finally:
+            self._exchanges.discard(exchange)
             alarm.cancel()
             watch.cancel()
             if call is not None:
                 self._observe(scope, exchange)
+
+    async def _whole(self, call: Call, exchange: Exchange, send: Send) -> None:
+        """Answer with one body. A long one takes seconds to make: beside the event loop."""
+        outputs = await exchange.all(call)
+
+        def make() -> tuple[bytes, Mapping[str, str]]:
+            reply = call.reply(outputs, exchange.times)
+            return dump(reply.body).encode("utf-8", "replace"), reply.headers
+
+        body, headers = await asyncio.to_thread(make)
+        await send_bytes(send, 200, body, "application/json", headers)
 
     async def _stream(self, call: Call, exchange: Exchange, send: Send) -> None:
         """Answer with events. The head waits for the first output, so that what fails before it has its own status."""

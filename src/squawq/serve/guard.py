@@ -1,4 +1,4 @@
-"""What stands before every route: the API key, the number of headers, a request's id, its log line and its count.
+"""What stands before every route: the API key, the form of a request's head, its id, its log line and its count.
 
 Access is refused unless the route is one of PUBLIC; paths are compared as they came, never by what a Host header says.
 """
@@ -74,6 +74,8 @@ class Guard:
             return ApiError("headers", f"the request has more than {settings.max_headers} headers")
         if sum(len(name) + len(value) for name, value in headers) > settings.max_header_bytes:
             return ApiError("headers", f"the headers have more than {settings.max_header_bytes} bytes")
+        if _ambiguous(scope):
+            return ApiError("framing", "send HTTP/1.1, with a Content-Length or a Transfer-Encoding, not both")
         if not self._keys or (scope["method"], scope["path"]) in PUBLIC:
             return None
         given = [value for key, value in headers if key == b"authorization"]
@@ -83,3 +85,11 @@ class Guard:
         if scheme.lower() == b"bearer" and any(equal):
             return None
         return ApiError("unauthorized", "Unauthorized: send the header Authorization: Bearer KEY")
+
+
+def _ambiguous(scope: Scope) -> bool:
+    """Whether a proxy may see another end of the request than h11 does, which reads every version alike and lets a
+    Transfer-Encoding win over a Content-Length: what follows could be a request of its own (RFC 9112, 6.1 and 11.2)."""
+    version, names = scope["http_version"], [name for name, _ in scope["headers"]]
+    old_or_both = version != "1.1" or b"content-length" in names
+    return version not in ("1.0", "1.1") or (b"transfer-encoding" in names and old_or_both)

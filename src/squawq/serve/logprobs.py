@@ -22,9 +22,10 @@ class Spelling:
     _names: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
     def text(self, token: int) -> str:
-        """A token's name."""
+        """A token's name; a space at its beginning stays, which decoding it alone may take away."""
         if token not in self._names:
-            self._names[token] = f"token_id:{token}" if self.as_ids else self.tokenizer.token_text(token)
+            text = self.tokenizer.token_bytes(token).decode("utf-8", "replace")
+            self._names[token] = f"token_id:{token}" if self.as_ids else text
         return self._names[token]
 
     def chat(self, items: Sequence[TokenLogprob]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from squawq.serve.tools import added_tokens, tool_format
 from squawq.tokenizer import Tokenizer
 
 MAX_WAITING = 1024
+MAX_LISTED = 2**17  # tokens that a reply lists one by one, each in up to a hundred bytes
 
 
 class Served:
@@ -65,6 +66,7 @@ class Served:
             max_sequences=settings.max_num_seqs,
             max_waiting=max(settings.max_queued, MAX_WAITING),  # prompts; the server's own limit counts requests
             prefix_caching=settings.prefix_caching,
+            grammar_timeout=settings.grammar_timeout,
         )
         self._templates = None
         if self.template is not None:
@@ -106,6 +108,12 @@ class Served:
         """Token ids of a text; `special` adds a begin token where the model has one."""
         return self.tokenizer.encode(text, special)
 
+    @staticmethod
+    def check_listed(tokens: int) -> None:
+        """Raise ApiError for more tokens than a reply lists one by one."""
+        if tokens > MAX_LISTED:
+            raise ApiError("invalid", f"the text has {tokens} tokens; at most {MAX_LISTED} are listed: send parts")
+
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """A chat by the model's template. options: tools, generation_prompt, continue_final, variables.
 
@@ -114,9 +122,11 @@ class Served:
         if self._templates is None:
             raise ApiError("template", "the model has no chat template; use /v1/completions, or start with one")
         try:
-            return self._templates.render(messages, **options)
-        except ConfigError as error:
+            text = self._templates.render(messages, **options)
+            text.encode()
+        except (ConfigError, UnicodeEncodeError) as error:  # JSON in a message may spell half a character
             raise ApiError("template", str(error), "messages") from error
+        return text
 
     def room(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """New tokens that a prompt leaves room for, `max_tokens` at most. Raises ApiError where they do not fit."""

@@ -53,7 +53,7 @@ def protocol(settings: Settings) -> type[H11Protocol]:
         def send_400_response(self, msg: str) -> None:
             error = sys.exc_info()[1]
             status = getattr(error, "error_status_hint", 400)
-            kind = "headers" if status == 431 else "invalid"
+            kind = "headers" if status == 431 else "framing"
             self._refuse(ApiError(kind, "the header is too large" if kind == "headers" else msg))
 
         def pause_writing(self) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
+import os
 import resource
 import signal
 import socket
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from squawq.progress import console
 from squawq.serve import logs
@@ -27,7 +30,7 @@ from squawq.serve.settings import Settings
 
 logger = logging.getLogger("squawq.serve")
 TICK = 0.05
-LAST_WORDS = 1.5  # seconds for answers to be written after their requests were aborted
+LAST_WORDS = 1.0  # seconds for answers to be written after their requests were aborted
 
 
 class Server(uvicorn.Server):
@@ -108,10 +111,13 @@ class Server(uvicorn.Server):
         await self._until_idle(time.monotonic() + settings.shutdown_timeout, stops=2)
         if generation.in_flight:
             logs.event(logger, logging.INFO, "aborting", requests=generation.in_flight)
-        closing = asyncio.create_task(asyncio.to_thread(self.api.served.close))
+        threading.Thread(target=self.api.served.close, daemon=True).start()
         await self._until_idle(time.monotonic() + LAST_WORDS, stops=3)
-        with contextlib.suppress(TimeoutError):  # a step under way may take long: the process ends without it
-            await asyncio.wait_for(asyncio.shield(closing), LAST_WORDS)
+        generation.end_all()  # a step of the engine may take minutes: what waits for it is answered without it
+        await self._until_idle(time.monotonic() + LAST_WORDS / 2, stops=3)
+        for connection in self.server_state.connections:
+            if isinstance(connection, H11Protocol) and connection.cycle and not connection.cycle.response_complete:
+                connection.transport.abort()  # its client does not read
 
     async def _until_idle(self, deadline: float, stops: int) -> None:
         count = 0
@@ -126,13 +132,27 @@ def run(settings: Settings) -> int:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with console.status(f"loading {settings.model}"):
         served = Served(settings)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no collection, which stops all threads, need look at it
     try:
         _allow_files(settings.max_connections + 256)
         server = Server(Api(served))
         server.run()
-        return 0 if server.started else 1
     finally:
-        served.close()
+        ended = _close(served)
+    code = 0 if server.started else 1
+    if not ended:
+        os._exit(code)
+    return code
+
+
+def _close(served: Served) -> bool:
+    """Whether all threads ended soon: a step of the engine or the check of a request may take minutes."""
+    threading.Thread(target=served.close, daemon=True).start()
+    until = time.monotonic() + LAST_WORDS / 2
+    while threading.active_count() > 1 and time.monotonic() < until:
+        time.sleep(TICK / 5)
+    return threading.active_count() == 1
 
 
 def _allow_files(wanted: int) -> None:

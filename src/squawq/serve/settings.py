@@ -14,6 +14,7 @@ DIALECTS = ("openai", "tgi")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TOOL_PARSERS = ("auto", "llama3_json", "hermes", "none")
+MAY_BE_0 = ("shutdown_timeout", "keep_alive_interval")  # abort at once; no comments
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,11 @@ class Settings:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.type == "int" and value < (0 if entry.name == "port" else 1):
-                raise ConfigError(f"{entry.name} is {value}; it must be at least {0 if entry.name == 'port' else 1}")
-            if entry.type == "float" and not (0 <= value < math.inf):
-                raise ConfigError(f"{entry.name} is {value}; it must be 0 or more seconds")
+            least = 0 if entry.name in ("port", "max_queued") else 1
+            if entry.type == "int" and value < least:
+                raise ConfigError(f"{entry.name} is {value}; it must be at least {least}")
+            if entry.type == "float" and not (0 <= value < math.inf and (value > 0 or entry.name in MAY_BE_0)):
+                raise ConfigError(f"{entry.name} is {value}; it must be a number of seconds above 0")
             if entry.type == "int | None" and value is not None and value < 1:
                 raise ConfigError(f"{entry.name} is {value}; it must be at least 1")
         if self.port > 65535:

@@ -16,8 +16,7 @@ from typing import Any
 import typer
 
 from squawq.errors import ConfigError
-from squawq.serve.launcher import (
-    NO_CODE,
+from squawq.serve.flags import (
     Command,
     Flag,
     Flags,
@@ -32,6 +31,7 @@ from squawq.serve.launcher import (
     truth,
     whole,
 )
+from squawq.serve.launcher import NO_CODE
 from squawq.serve.settings import Settings
 
 BATCH = Settings.max_num_seqs
@@ -174,7 +174,7 @@ def _settings(found: Mapping[str, Any]) -> Settings:
         found,
         dialect="tgi",
         max_num_seqs=running,
-        max_queued=max(1, found["max_concurrent_requests"] - running),
+        max_queued=found["max_concurrent_requests"] - running,
         log_format="json" if found.get("json_output") else "text",
     )
 
@@ -187,3 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
 def entry() -> None:
     """The console script."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

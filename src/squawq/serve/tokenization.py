@@ -43,6 +43,8 @@ def tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
         body = validate(TokenizeBody, raw)
         ids = served.text_ids(body.prompt, body.add_special_tokens)
     served.check_name(body.model)
+    if body.return_token_strs:
+        served.check_listed(len(ids))
     strings = [served.tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": served.max_len, "tokens": ids, "token_strs": strings}
 

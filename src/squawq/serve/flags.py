@@ -1,0 +1,243 @@
+"""Flags in tables: a row says a flag, its setting and how its text is read; their way through typer and the
+environment, help in sections, how a command line ends. The tables are launcher.py's and tgi_launcher.py's.
+
+Knows how a value is written and which setting it goes to; what a setting means is the server's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
+
+from squawq.errors import ConfigError, SquawqError
+from squawq.serve.settings import Settings
+
+Reader = Callable[[str], Any]  # raises ConfigError with what the text should have been
+SETTINGS = {entry.name: entry for entry in fields(Settings)}
+SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def whole(least: int) -> Reader:
+    """Reads a whole number."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,18}", text) or int(text) < least:
+            raise ConfigError(f"it must be a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
+def tokens(text: str) -> int | None:
+    """How many tokens, as vLLM writes it: 4096, 4k (4000), 4K (4096), 1.5k (1500); None for auto and -1."""
+    if text in ("auto", "-1"):
+        return None
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9}(?=[kmg]))?)([kmgKMG]?)", text)
+    count = int(Decimal(match[1]) * SCALES[match[2]]) if match else 0
+    if count < 1:
+        raise ConfigError("it must be a whole number of at least 1, such as 4096, 4K (4096), 4k (4000) or 1.5k (1500)")
+    return count
+
+
+def number(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ConfigError("it must be a number of at least 0")
+    return value
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """A text, or the texts of a JSON list."""
+    try:
+        return tuple(map(str, json.loads(text))) if text.startswith("[") else (text,)
+    except ValueError:
+        raise ConfigError('it must be a text or a JSON list such as ["https://a.example"]') from None
+
+
+def choice(known: Mapping[str, Any]) -> Reader:
+    """Reads one of the keys, in upper or lower case, as what it maps to."""
+
+    def read(text: str) -> Any:
+        if text.lower() not in known:
+            raise ConfigError(f"choose one of {', '.join(known)}")
+        return known[text.lower()]
+
+    return read
+
+
+def only(value: object, reader: Reader, why: str) -> Reader:
+    """Reads `value` and nothing else; `why` is what to say of the rest."""
+
+    def read(text: str) -> Any:
+        if reader(text) != value:
+            raise ConfigError(why)
+        return value
+
+    return read
+
+
+truth = choice({"true": True, "false": False, "1": True, "0": False})
+KINDS: dict[str, tuple[Reader, str]] = {  # by a setting's type: how its text is read, what help calls it
+    "str": (str, "TEXT"),
+    "bool": (truth, "true|false"),
+    "int": (whole(1), "N"),
+    "int | None": (whole(1), "N"),
+    "float": (number, "SECONDS"),
+    "Path | None": (Path, "FILE"),
+    "tuple[str, ...]": (lambda text: (text,), "TEXT"),
+}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`--key`. to: its setting, `key` where that is one; a flag without a setting is read, which may refuse it.
+
+    read: how, else by the setting's type. names: further ones. switch: it takes no value; "no": and there is --no-key.
+    variable: of the environment, read where the flag is absent. default: where both are, if it is not the setting's.
+    """
+
+    key: str
+    help: str
+    to: str = ""
+    read: Reader | None = None
+    names: tuple[str, ...] = ()
+    switch: bool | str = False
+    variable: str = ""
+    default: object = None
+
+    @property
+    def name(self) -> str:
+        return "--" + self.key.replace("_", "-")
+
+    @property
+    def setting(self) -> str:
+        return self.to or (self.key if self.key in SETTINGS else "")
+
+    @property
+    def kind(self) -> str:
+        kind = str(SETTINGS[self.setting].type) if self.setting else "str"
+        return kind if kind in KINDS else "str"
+
+    def parameter(self, panel: str) -> inspect.Parameter:
+        """For typer, which gives texts (the environment has nothing else) and switches."""
+        default = self.default or (SETTINGS[self.setting].default if self.setting else None)
+        shown = not isinstance(default, bool) and isinstance(default, str | int | float)
+        option = typer.Option(
+            f"{self.name}/--no-{self.name[2:]}" if self.switch == "no" else self.name,
+            *self.names,
+            help=f"{self.help} (default: {default})" if shown else self.help,
+            rich_help_panel=panel,
+            metavar=None if self.switch else KINDS[self.kind][1],
+        )
+        kind: Any = bool if self.switch else list[str] if self.kind.startswith("tuple") else str
+        annotation = Annotated[kind | None, option]
+        return inspect.Parameter(self.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+    def value(self, given: Any, environ: Mapping[str, str]) -> Any:
+        """What typer gave, else the environment, read; else the default."""
+        source, texts = self.name, given if isinstance(given, list | tuple) else [] if given is None else [str(given)]
+        text = environ.get(self.variable)
+        if not texts and (text or (text == "" and self.setting == "api_keys")):  # an empty key must not open the server
+            source, texts = self.variable, [text]
+        read, found = self.read or KINDS[self.kind][0], []
+        for text in texts:
+            try:
+                found.append(read(text))
+            except ConfigError as error:
+                raise ConfigError(f"{source} is {text!r}; {error}") from None
+        if not found:
+            return self.default
+        return sum(found, ()) if self.kind.startswith("tuple") else found[0]
+
+
+Flags = Mapping[str, Sequence[Flag]]  # by their section of the help
+
+
+def signature(flags: Flags, *first: inspect.Parameter) -> inspect.Signature:
+    """Of a function that typer calls with these flags."""
+    return inspect.Signature([*first, *(flag.parameter(panel) for panel, rows in flags.items() for flag in rows)])
+
+
+def read_flags(flags: Flags, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """What was asked for, by flag. Raises ConfigError with the flag or the variable, its value and the choices."""
+    found = {flag.key: flag.value(given[flag.key], environ) for rows in flags.values() for flag in rows}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def to_settings(flags: Flags, found: Mapping[str, Any], **others: Any) -> Settings:
+    """Settings from what was asked for."""
+    known = {flag.setting: found[flag.key] for rows in flags.values() for flag in rows if flag.key in found}
+    known.pop("", None)
+    return Settings(**{**known, **others})
+
+
+class Command(TyperCommand):
+    """Typer's, with `--flag a b` for flags that may be repeated, as vLLM has it, and plain help in sections."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
+        spread: list[str] = []
+        flag = None
+        for argument in args:
+            if argument.startswith("-"):
+                flag = argument if argument in repeatable else None
+            elif flag is not None and spread[-1] != flag:
+                spread.append(flag)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(param, "rich_help_panel", None) or "Other", []).append(record)
+        for name, records in sections.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def parse(function: Callable[..., None], arguments: Sequence[str]) -> dict[str, Any]:
+    """The arguments that typer would call `function` with."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(cls=Command)(function)
+    with typer.main.get_command(app).make_context(function.__name__, list(arguments)) as context:
+        return context.params
+
+
+def finish(app: typer.Typer, program: str, arguments: list[str] | None, stopped: str = "stopped") -> int:
+    """Run a command line; returns the exit code: 0, 1 when the machine fails, 2 for a misuse, 130 when stopped."""
+    try:
+        code = app(arguments, standalone_mode=False, prog_name=program)
+    except (TyperException, SquawqError) as error:
+        message = f"{error.format_message()} ({program} --help)" if isinstance(error, TyperException) else str(error)
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, MemoryError, RuntimeError) as error:  # disk full, CUDA out of memory
+        print(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    if code == 130:
+        print(f"{program}: {stopped}", file=sys.stderr)
+    return code if isinstance(code, int) else 0
