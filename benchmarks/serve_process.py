@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import operator
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from http_client import ask, encode
 
+POOLS = 2 + min(32, (os.cpu_count() or 1) + 4)  # threads that start when they are needed: validation's and asyncio's
 ROOM = 8 * 2**20  # bytes by which memory may be more than after a load of the same kind
 
 
@@ -35,9 +37,9 @@ class State:
     memory: int
 
     def back(self, before: State) -> bool:
-        """Whether no sequence and no page is held, and nothing else that was not before."""
-        now, then = ((one.sockets, one.threads, one.processes) for one in (self, before))
-        return not (self.sequences or self.pages) and all(map(operator.le, now, then))
+        """Whether no sequence and no page is held, and nothing else that was not before, but for threads of pools."""
+        now = (self.sequences, self.pages, self.sockets, self.processes, self.threads - POOLS)
+        return all(map(operator.le, now, (0, 0, before.sockets, before.processes, before.threads)))
 
     def __str__(self) -> str:
         return f"{self.sequences}, {self.pages:.1%}, {self.sockets}, {self.threads}, {self.processes}"

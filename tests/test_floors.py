@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ DOORS = {
 }
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     found = {}
     for path in sorted(SOURCE.rglob("*.py")):
@@ -96,11 +98,16 @@ def test_no_loops_inside_a_folder() -> None:
         for name, tree in modules().items()
     }
 
+    done: set[str] = set()
+
     def visit(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, f"import loop: {' -> '.join((*path, name))}"
+        if name in done:
+            return
         for target in graph.get(name, ()):
             if folder(target) == folder(name):
                 visit(target, (*path, name))
+        done.add(name)
 
     for name in graph:
         visit(name, ())

@@ -71,7 +71,7 @@ class Settings:
     write_timeout: float = 60
     generation_timeout: float = 3600
     template_timeout: float = 10
-    grammar_timeout: float = 5
+    grammar_timeout: float = 2
     keep_alive_interval: float = 15
     shutdown_timeout: float = 30
     validation_workers: int = 2
