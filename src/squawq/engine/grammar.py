@@ -180,13 +180,18 @@ class GrammarCompiler:
 
     def _new(self, grammar: Grammar) -> _Start:
         refused = f"the {grammar.kind} grammar is refused"
+        child = None
         try:
             child = self._vocabulary_of().fork()
             answer = child.call(json.dumps([grammar.kind, grammar.text]).encode(), self._timeout_s)
-        except ChildError as error:
-            raise ConfigError(f"{refused}: {error} (limit: {self._timeout_s:g} s)") from error
-        if answer[0] == _WRONG:
-            raise ConfigError(f"{refused}: {answer[1:].decode()}")
+            if answer[0] == _WRONG:
+                raise ConfigError(f"{refused}: {answer[1:].decode()}")
+        except BaseException as error:
+            if child is not None:
+                child.close()
+            if isinstance(error, ChildError):
+                raise ConfigError(f"{refused}: {error} (limit: {self._timeout_s:g} s)") from error
+            raise
         return _Start(child, answer)
 
     def _vocabulary_of(self) -> Child:

@@ -193,8 +193,12 @@ class _Endpoint:
                 logger.exception("a request failed")
             if begun:
                 raise
-            refusal = error if isinstance(error, ApiError) else ApiError("internal", "internal error")
-            await send_error(send, refusal, self._tgi, own=self._own)
+            # No name for the refusal here: a cycle with its traceback would keep the request, and a grammar's process.
+            await send_error(send, _refusal(error), self._tgi, own=self._own)
+
+
+def _refusal(error: Exception) -> ApiError:
+    return error if isinstance(error, ApiError) else ApiError("internal", "internal error")
 
 
 def _tgi(*, stream: bool = False, compat: bool = False) -> Parse:

@@ -39,6 +39,7 @@ class Generation:
         self.in_flight = 0
         self._exchanges: set[Exchange] = set()
         self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
+        self._replies = ThreadPoolExecutor(1, "squawq-replies")
 
     @property
     def full(self) -> bool:
@@ -47,7 +48,8 @@ class Generation:
 
     def close(self) -> None:
         """End the threads; what waits for one is dropped."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._replies):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def end_all(self) -> None:
         """Answer what waits for the engine with an error; from the event loop."""
@@ -104,7 +106,7 @@ class Generation:
             reply = call.reply(outputs, exchange.times)
             return dump(reply.body).encode("utf-8", "replace"), reply.headers
 
-        body, headers = await asyncio.to_thread(make)
+        body, headers = await asyncio.get_running_loop().run_in_executor(self._replies, make)
         await send_bytes(send, 200, body, "application/json", headers)
 
     async def _stream(self, call: Call, exchange: Exchange, send: Send) -> None:
