@@ -101,6 +101,17 @@ def rows() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
+def awq_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, quantized: a folder that tests read and leave as it is."""
+    from squawq.demo import demo_model
+    from squawq.quantization.pipeline import quantize
+
+    folder = tmp_path_factory.mktemp("awq") / "demo-awq"
+    quantize(demo_model(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def served() -> Iterator[Served]:
     """The bundled model as it is served, without a server."""
     from running import DEFAULTS
