@@ -80,7 +80,7 @@ FLAGS = {
     "--max-choices 15": ("max_choices", 15),
     "--max-prompts 16": ("max_prompts", 16),
     "--max-best-of 17": ("max_best_of", 17),
-    "--max-stop-sequences 18": ("max_stop_sequences", 18),
+    "--max-stop-sequences 13": ("max_stop_sequences", 13),
     "--max-top-n-tokens 19": ("max_top_n_tokens", 19),
     "--max-client-batch 21": ("max_client_batch", 21),
     "--log-format json": ("log_format", "json"),

@@ -54,7 +54,7 @@ def body_of(served: Served, parameters: dict[str, Any] | None = None, **options:
 
 def events_of(served: Served, parameters: dict[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
     call = call_of(served, parameters, **{"stream": True, **options})
-    payloads = [*call.begin(), *(p for output in outputs_of(served, call) for p in call.push(output)), *call.end()]
+    payloads = [*(p for output in outputs_of(served, call) for p in call.push(output)), *call.end()]
     return [json.loads(payload) for payload in payloads]
 
 
@@ -347,7 +347,7 @@ def test_the_root_route(served: Served) -> None:
     assert body_of(served, {"max_new_tokens": 5, "return_full_text": True}) == {"generated_text": PROMPT + plain}
     assert not call_of(served, compat=True).stream
     assert call_of(served, compat=True, more={"stream": True}).stream
-    assert not call_of(served, more={"stream": True}).stream
+    assert "use /generate_stream" in refusal(served, more={"stream": True})
     events = events_of(served, {"max_new_tokens": 5}, compat=True, more={"stream": True})
     assert events[-1]["generated_text"] == PROMPT + plain
     assert joined([event["token"] for event in events]) == plain
@@ -362,7 +362,7 @@ def test_stream_events(served: Served) -> None:
     assert all(list(event) == ["index", "token", "generated_text", "details"] for event in events)
     assert [event["generated_text"] for event in events] == [None, None, joined([e["token"] for e in events])]
     assert [event["details"] for event in events] == [None] * 3
-    assert call.begin() == call.end() == []
+    assert call.end() == []
 
 
 def test_details_of_a_stream(served: Served) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ MAX_CACHED = 32
 MAX_CACHED_TEXT = 512 * 1024  # characters of their sources
 MAX_LIVE = 128  # grammars that are cached or have requests that wait or run; each has a process
 MAX_COMPILING = 4
-STEP_S = 0.5  # seconds of processor time for a token
+BAD_S = 60.0  # seconds that a grammar is refused for after a token took too long
+STEP_S = 0.1  # seconds of processor time for a token
 MAX_MESSAGE = 500
 SPACE = r"\x20|\r?\n[\x20\x09]{0,32}"  # between JSON's tokens: small models, left free, write empty lines for ever
 # A step within these takes some ms; large schemas of real programs keep far below them.
@@ -48,12 +50,17 @@ class GrammarError(ValueError):
     """A matcher went over its limits or met a token that it forbids."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Start:
-    """A compiled grammar: a process that stands at its start, and what it says there."""
+    """A compiled grammar: a process that stands at its start, and what it says there.
+
+    bad_until: refused until that time (time.monotonic), since a token took too long. lost: the process is gone.
+    """
 
     child: Child
     answer: bytes
+    bad_until: float = 0.0
+    lost: bool = False
 
 
 class Matcher:
@@ -83,7 +90,7 @@ class Matcher:
         self._state()
         try:
             if self._child is None:
-                self._child = self._start.child.fork()
+                self._child = self._fork()
             self._child.send(str(token).encode(), STEP_S)
         except ChildError as error:
             raise GrammarError(f"the grammar's process: {error}") from error
@@ -100,10 +107,18 @@ class Matcher:
             try:
                 self._answer = self._child.receive()
             except ChildError as error:
+                self._start.bad_until = time.monotonic() + BAD_S
                 raise GrammarError(f"the grammar is too complex: {error}") from error
         if self._answer[0] == _WRONG:
             raise GrammarError(self._answer[1:].decode())
         return self._answer
+
+    def _fork(self) -> Child:
+        try:
+            return self._start.child.fork()
+        except ChildError:
+            self._start.lost = True  # its process was killed from outside: the next request compiles it again
+            raise
 
 
 class GrammarCompiler:
@@ -157,6 +172,12 @@ class GrammarCompiler:
             if self._closed:
                 raise EngineClosed("the engine is closed")
             start = self._live.get(grammar)
+            if start is not None and time.monotonic() < start.bad_until:
+                raise ConfigError(f"the {grammar.kind} grammar is refused: a token took too long not long ago")
+            if start is not None and start.lost:
+                del self._live[grammar]
+                self._cached.pop(grammar, None)
+                start = None
             if start is not None:
                 self._remember(grammar, start)
             elif len(self._live) >= MAX_LIVE:
@@ -182,7 +203,10 @@ class GrammarCompiler:
         refused = f"the {grammar.kind} grammar is refused"
         child = None
         try:
-            child = self._vocabulary_of().fork()
+            try:
+                child = self._vocabulary_of().fork()
+            except ChildError as error:
+                raise QueueFull(f"no grammar can be compiled now: {error}; try again later") from error
             answer = child.call(json.dumps([grammar.kind, grammar.text]).encode(), self._timeout_s)
             if answer[0] == _WRONG:
                 raise ConfigError(f"{refused}: {answer[1:].decode()}")

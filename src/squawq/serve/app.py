@@ -97,7 +97,7 @@ class Api:
 
     def _endpoint(self, path: str, handlers: Mapping[str, Handler]) -> ASGIApp:
         """One path's handlers by method; what they raise is answered in the form of the path."""
-        return _Endpoint(handlers, self.settings.tgi, own=path in OWN)
+        return _Endpoint(path, handlers, self.settings.tgi, own=path in OWN)
 
     def _generate(self, parse: Parse) -> Handler:
         return lambda scope, receive, send: self.generation.handle(scope, receive, send, parse)
@@ -106,8 +106,8 @@ class Api:
         """A handler for what is computed from a body without the engine."""
 
         async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+            raw = await self.generation.body(scope, receive)
             with self.generation.admitted():
-                raw = await self.generation.body(scope, receive)
                 value = await self.generation.in_thread(lambda: answer(parse_json(raw), self.served))
             await send_json(send, value)
 
@@ -174,10 +174,11 @@ class Api:
 class _Endpoint:
     """A path: its handlers by method. Errors become answers; after an answer has begun, they end the connection."""
 
-    def __init__(self, handlers: Mapping[str, Handler], tgi: bool, *, own: bool) -> None:
-        self._handlers, self._tgi, self._own = handlers, tgi, own
+    def __init__(self, path: str, handlers: Mapping[str, Handler], tgi: bool, *, own: bool) -> None:
+        self._path, self._handlers, self._tgi, self._own = path, handlers, tgi, own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["route_template"] = self._path  # for the count
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         begun = False
 
@@ -221,5 +222,7 @@ def _tokenize(raw: Mapping[str, Any], served: Served) -> Any:
 
 
 def _chat_tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
-    text = render(validate(ChatBody, raw), served)
+    body = validate(ChatBody, raw)
+    served.check_name(body.model)
+    text = render(body, served)
     return {"tokenize_response": tgi.chat_tokens(text, served), "templated_text": text}

@@ -1,6 +1,6 @@
 """What a generation route makes of a request's body: engine requests, and how their outputs become a reply or a stream.
 
-Pure: no HTTP, no threads. app.py runs every Call in the same way, whatever its dialect.
+Pure: no HTTP, no threads. generation.py runs every Call in the same way, whatever its dialect.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Times:
 
 
 class Call(Protocol):
-    """A request under way. The payloads of `begin`, `push` and `end` are the texts after `data: ` of a stream.
+    """A request under way. The payloads of `push` and `end` are the texts after `data: ` of a stream.
 
     requests: for the engine, in the order of the prompts. stream: which of the two kinds of answer was asked for.
     """
@@ -59,10 +59,6 @@ class Call(Protocol):
     @property
     def headers(self) -> Mapping[str, str]:
         """What to add to the head of a stream."""
-        ...
-
-    def begin(self) -> list[str]:
-        """Payloads before the first output."""
         ...
 
     def push(self, output: Output) -> list[str]:

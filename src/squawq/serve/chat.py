@@ -203,15 +203,12 @@ class ChatCall:
         self._choices = [_Choice(ToolParser(form, names) if form else None) for _ in range(body.n)]
         self._options = body.stream_options
 
-    def begin(self) -> list[str]:
-        """Nothing: each choice begins with its first output."""
-        return []
-
     def push(self, output: Output) -> list[str]:
         """Chunks for an output."""
         choice = self._choices[output.index]
         deltas = [self._delta(delta) for delta in choice.read(output)]
-        if not choice.begun:
+        first = not choice.begun
+        if first:
             choice.begun = True
             deltas.insert(0, {"role": "assistant", "content": ""})
         if not deltas and not output.finish and output.logprobs is None and not self._body.return_token_ids:
@@ -222,6 +219,8 @@ class ChatCall:
             last["logprobs"] = self._spelling.chat(output.logprobs)
         if self._body.return_token_ids:
             last["token_ids"] = list(output.ids)
+            if first:
+                chunks[0]["prompt_token_ids"] = list(self.requests[0].prompt)
         if output.prompt_logprobs is not None:
             chunks[0]["prompt_logprobs"] = self._spelling.prompt(output.prompt_logprobs)
         if output.finish:

@@ -45,7 +45,10 @@ class CompletionBody(SamplingFields):
         settings = served.settings
         most = settings.max_client_batch if settings.tgi else settings.max_prompts
         if len(given) * max(self.n, self.best_of or 1) > max(most, settings.max_choices) or len(given) > most:
-            raise ApiError("batch", f"Number of prompts exceeds the maximum allowed batch size of {most}", "prompt")
+            message = f"Number of prompts exceeds the maximum allowed batch size of {most}"
+            if len(given) <= most:
+                message = f"prompts times n (or best_of) exceed {max(most, settings.max_choices)}"
+            raise ApiError("batch", message, "prompt")
         ids = [served.text_ids(item, self.add_special_tokens) if isinstance(item, str) else item for item in given]
         return [self.truncated(item, served) for item in ids]
 
@@ -121,10 +124,6 @@ class CompletionCall:
             for index in range(body.n)
         }
 
-    def begin(self) -> list[str]:
-        """Nothing: each choice begins with its first output."""
-        return []
-
     def push(self, output: Output) -> list[str]:
         """A chunk for an output, with the prompt before the first where it is echoed."""
         found = self._choice(output)
@@ -161,8 +160,8 @@ class CompletionCall:
         items: list[TokenLogprob | None] = [] if bare else list(output.logprobs or ())
         if output.prompt_logprobs is not None:  # with sequence 0's first output, which comes before all others
             self._scores[output.request] = output.prompt_logprobs
-        spelled = list(ids)
-        if body.echo and not choice.begun:
+        spelled, first = list(ids), not choice.begun
+        if body.echo and first:
             text = self._served.tokenizer.decode(choice.prompt, body.skip_special_tokens) + text
             items = [*self._scores.get(output.request, ()), *items]
             spelled = [*choice.prompt, *ids]
@@ -182,7 +181,7 @@ class CompletionCall:
             found["prompt_logprobs"] = self._spelling.prompt(output.prompt_logprobs)
         if body.return_token_ids:
             found["token_ids"] = list(ids)
-            found["prompt_token_ids"] = list(choice.prompt) if spelled != list(ids) or not self.stream else None
+            found["prompt_token_ids"] = list(choice.prompt) if first else None
         return found
 
     def _offsets(self, request: Request) -> Offsets:

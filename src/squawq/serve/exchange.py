@@ -5,6 +5,8 @@ or its time is over. Leaving it aborts what is still under way. Knows no HTTP an
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -32,9 +34,11 @@ class Exchange:
         self._queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
         self._open: dict[str, int] = {}
         self._left = False
+        self.ending = self._loop.create_future()  # done when `end` was called
         self._seen: dict[tuple[str, int], float] = {}
         self._inter_token = inter_token
-        self.arrived = self.checked = arrived
+        self.arrived = arrived
+        self.checked: float | None = None  # when the engine took it
         self.first: float | None = None
         self.tokens = 0
         self.prompt_tokens = 0
@@ -53,10 +57,12 @@ class Exchange:
     def times(self) -> Times:
         """Of this call, so far."""
         now = time.perf_counter()
-        return Times(self.arrived, self.checked, self.first or now, now)
+        return Times(self.arrived, self.checked or now, self.first or now, now)
 
     def submit(self, call: Call) -> None:
         """Hand the call's requests to the engine; for a worker thread. Raises ApiError where it takes none."""
+        if self.left():  # the client hung up while its request was checked
+            raise HungUp
         params = call.requests[0].params
         self.prompt_tokens = sum(len(request.prompt) for request in call.requests)
         self.choices, self.max_tokens = len(call.requests) * params.n, params.max_tokens
@@ -70,13 +76,27 @@ class Exchange:
         except EngineClosed as error:
             self._abort()
             raise ApiError("unavailable", "The server is shutting down or its engine has failed") from error
-        if self._left:  # the client hung up while its request was checked
+        if self.left():  # or just now
             self._abort()
         self.checked = time.perf_counter()
 
+    def left(self) -> bool:
+        """Whether nobody waits for this call any more."""
+        return self._left
+
     def end(self, reason: Exception) -> None:
-        """End the waiting for outputs with an exception; from the event loop."""
+        """End the waiting with an exception, for outputs or for the check before; from the event loop."""
         self._queue.put_nowait(reason)
+        if not self.ending.done():
+            self.ending.set_result(None)
+
+    async def checking(self, work: asyncio.Task[Call]) -> Call:
+        """What `work` gives, unless `end` comes first: that is raised, and `work` finds out by `left`."""
+        await asyncio.wait((work, self.ending), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            work.cancel()
+            self._check(self._queue.get_nowait())
+        return work.result()
 
     async def batches(self, pause: float) -> AsyncIterator[list[Output]]:
         """Outputs as they come, all that are there at once; an empty list where there was none for `pause` seconds.
@@ -84,15 +104,17 @@ class Exchange:
         Raises HungUp and what `end` was given; ApiError for a sequence that failed.
         """
         while self._open:
-            batch = []
-            try:
+            items = []
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause or None):
-                    batch.append(self._check(await self._queue.get()))
-                while not self._queue.empty():
-                    batch.append(self._check(self._queue.get_nowait()))
-            except TimeoutError:
-                pass
-            yield batch
+                    items.append(await self._queue.get())
+            while not self._queue.empty():
+                items.append(self._queue.get_nowait())
+            good = [item for item in itertools.takewhile(_is_good, items) if isinstance(item, Output)]
+            if good or not items:
+                yield [self._check(item) for item in good]
+            if len(good) < len(items):
+                self._check(items.pop(len(good)))  # not held here: its traceback will hold this frame
 
     async def all(self, call: Call) -> list[list[Output]]:
         """Each request's sequences, joined, in the order of the requests."""
@@ -125,12 +147,16 @@ class Exchange:
             self._open[item.request] -= 1
             if not self._open[item.request]:
                 del self._open[item.request]
+            self.finish = item.finish
             if item.finish is FinishReason.ERROR:
                 kind = "generation" if self._engine.alive else "unavailable"  # the request's own failure, or everyone's
                 raise ApiError(kind, f"Request failed during generation: {item.stop_reason}")
-            self.finish = item.finish
         return item
 
     def _abort(self) -> None:
         for request in list(self._open):
             self._engine.abort(request)
+
+
+def _is_good(item: Output | Exception) -> bool:
+    return isinstance(item, Output) and item.finish is not FinishReason.ERROR

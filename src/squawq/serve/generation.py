@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from squawq.engine.request import Output
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.serve.call import Call, dump
 from squawq.serve.errors import ApiError
@@ -25,11 +26,12 @@ from squawq.serve.model import Served
 from squawq.serve.responses import KEEP_ALIVE, send_bytes, send_events, start_events
 
 logger = logging.getLogger("squawq.serve")
+MAX_READING = 64  # bodies of the largest size that may be arriving at once
 Parse = Callable[[Mapping[str, Any], Served], Call]
 
 
 class Generation:
-    """Runs requests on one model. `draining` stops new ones; `in_flight` counts what is read, run or answered."""
+    """Runs requests on one model. `draining` stops new ones; `in_flight` counts what is checked, run or answered."""
 
     def __init__(self, served: Served, metrics: Metrics) -> None:
         self.served = served
@@ -39,12 +41,13 @@ class Generation:
         self.in_flight = 0
         self._exchanges: set[Exchange] = set()
         self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
-        self._replies = ThreadPoolExecutor(1, "squawq-replies")
+        self._replies = ThreadPoolExecutor(2, "squawq-replies")
+        self._reading = 0  # bytes of bodies that are not whole yet
 
     @property
     def full(self) -> bool:
-        """Whether there are as many requests as may be."""
-        return self.in_flight >= self.settings.max_concurrent
+        """Whether there are as many requests as may be, or as many prompts waiting."""
+        return self.in_flight >= self.settings.max_concurrent or self.served.engine.full
 
     def close(self) -> None:
         """End the threads; what waits for one is dropped."""
@@ -58,18 +61,22 @@ class Generation:
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, parse: Parse) -> None:
         """Read, check, run and answer a request. Raises ApiError before the answer has begun, never after."""
-        arrived = time.perf_counter()
+        exchange = Exchange(self.served.engine, time.perf_counter(), self.metrics.inter_token)
         try:
+            raw = await self.body(scope, receive)
             with self.admitted():
-                await self._run(scope, receive, send, parse, await self.body(scope, receive), arrived)
+                await self._run(scope, receive, send, parse, raw, exchange)
         except ApiError as error:
-            self.metrics.rejected(error.name)
+            if exchange.checked is None:  # else it is counted by how it ended
+                self.metrics.rejected(error.name)
             raise
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send, parse: Parse, raw: bytes, arrived: float) -> None:
-        exchange = Exchange(self.served.engine, arrived, self.metrics.inter_token)
-
+    async def _run(
+        self, scope: Scope, receive: Receive, send: Send, parse: Parse, raw: bytes, exchange: Exchange
+    ) -> None:
         def prepare() -> Call:
+            if exchange.left():
+                raise HungUp
             call = parse(parse_json(raw), self.served)
             exchange.submit(call)
             return call
@@ -82,7 +89,7 @@ class Generation:
         self._exchanges.add(exchange)
         try:
             async with exchange:
-                call = await self.in_thread(prepare)
+                call = await exchange.checking(asyncio.create_task(self.in_thread(prepare)))
                 if self.settings.log_requests:
                     event(logger, logging.INFO, "request", id=scope["request_id"], body=raw.decode("utf-8", "replace"))
                 if call.stream:
@@ -117,16 +124,14 @@ class Generation:
                 if not begun:
                     begun = True
                     await start_events(send, call.headers)
-                    await send_events(send, call.begin())
                 if batch:
-                    await send_events(send, [payload for output in batch for payload in call.push(output)])
+                    await send_events(send, await self._payloads(call, batch))
                 else:
                     await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
             await send_events(send, call.end(), last=True)
         except ApiError as error:
             if not begun:
                 raise
-            self.metrics.rejected(error.name)
             await send_events(send, call.fail(error), last=True)
         except HungUp:
             raise
@@ -136,11 +141,21 @@ class Generation:
                 raise
             await send_events(send, call.fail(ApiError("internal", "internal error")), last=True)
 
+    async def _payloads(self, call: Call, batch: list[Output]) -> list[str]:
+        """What a batch adds to a stream; a prompt's log probabilities take seconds to write: beside the event loop."""
+
+        def make() -> list[str]:
+            return [payload for output in batch for payload in call.push(output)]
+
+        if all(output.prompt_logprobs is None for output in batch):
+            return make()
+        return await asyncio.get_running_loop().run_in_executor(self._replies, make)
+
     def _observe(self, scope: Scope, exchange: Exchange) -> None:
         times = exchange.times
         timing = Timing(
             arrived=exchange.arrived,
-            validated=exchange.checked,
+            validated=times.checked,
             ended=times.ended,
             prompt_tokens=exchange.prompt_tokens,
             generated_tokens=exchange.tokens,
@@ -188,7 +203,8 @@ class Generation:
             self.in_flight -= 1
 
     async def body(self, scope: Scope, receive: Receive) -> bytes:
-        """A request's body, within the limits of size and time. Raises ApiError."""
+        """A request's body, within the limits of size, time and memory: a client that is slow to send takes no
+        request's place. Raises ApiError."""
         headers = dict(scope["headers"])
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":
@@ -205,12 +221,18 @@ class Generation:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ApiError("slow", "the client hung up")
-                    body += message.get("body", b"")
+                    piece = message.get("body", b"")
+                    self._reading += len(piece)
+                    body += piece
                     if len(body) > limit:
                         raise too_large
+                    if self._reading > MAX_READING * limit:
+                        raise ApiError("overloaded", "too many large requests are arriving")
                     more = message.get("more_body", False)
         except TimeoutError as error:
             raise ApiError("slow", f"the body did not arrive within {self.settings.body_timeout:g} s") from error
+        finally:
+            self._reading -= len(body)
         return bytes(body)
 
 

@@ -62,7 +62,7 @@ class Guard:
             else:
                 await self._app(scope, receive, answer)
         finally:
-            self._metrics.http(path, method, status)
+            self._metrics.http(scope.get("route_template", path), method, status)
             fields = {"id": scope["request_id"], "method": method, "path": path, "status": status}
             seconds = round(time.perf_counter() - began, 4)
             level = logging.DEBUG if (method, path) in PUBLIC or path == "/metrics" else logging.INFO

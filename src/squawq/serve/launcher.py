@@ -97,7 +97,12 @@ FLAGS: Flags = {
         Flag("max_client_batch", "TGI: prompts of a completion request"),
     ],
     "Logs": [
-        Flag("enable_log_requests", "A line for each request, with all that it says", "log_requests", switch="no"),
+        Flag(
+            "enable_log_requests",
+            "A line for each request, with the first 500 characters of its body",
+            "log_requests",
+            switch="no",
+        ),
         Flag("log_format", " or ".join(LOG_FORMATS)),
         Flag("log_level", ", ".join(LOG_LEVELS), names=("--uvicorn-log-level",)),
     ],

@@ -15,6 +15,9 @@ from squawq.serve.call import dump
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
 
+MAX_SURPLUS = 64  # connections beyond the limit that are still answered
+SURPLUS_S = 1.0  # seconds for those to ask
+
 
 def protocol(settings: Settings) -> type[H11Protocol]:
     """The protocol class for a server with these limits."""
@@ -31,7 +34,9 @@ def protocol(settings: Settings) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._surplus = len(self.connections) > settings.max_connections
-            self._clock = self.loop.call_later(settings.header_timeout, transport.abort)
+            self._clock = self.loop.call_later(SURPLUS_S if self._surplus else settings.header_timeout, transport.abort)
+            if len(self.connections) > settings.max_connections + MAX_SURPLUS:
+                transport.abort()  # not even told why: each is an open file
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
@@ -45,6 +50,12 @@ def protocol(settings: Settings) -> type[H11Protocol]:
             super().data_received(data)
             owed = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
             answered = self.cycle is None or self.cycle.response_complete
+            if not answered and (early := self.conn.trailing_data[0]):
+                # The next request came before this one's answer. A connection that is not read shows no hang-up.
+                if len(early) > settings.max_header_bytes:
+                    self.transport.abort()
+                else:
+                    self.flow.resume_reading()
             if not (owed and answered):  # a body that is being read is the application's to time
                 self._clock = _cancel(self._clock)
             elif self._clock is None and (self.conn.trailing_data[0] or self.conn.their_state is h11.SEND_BODY):

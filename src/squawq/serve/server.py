@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 backlog=2048,
-                timeout_keep_alive=int(settings.idle_timeout),
+                timeout_keep_alive=settings.idle_timeout,  # type: ignore[arg-type]  # any number does
                 timeout_graceful_shutdown=1,
                 h11_max_incomplete_event_size=settings.max_header_bytes,
                 ssl_keyfile=None if settings.ssl_keyfile is None else str(settings.ssl_keyfile),

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from squawq.engine.request import MAX_LOGPROBS, MAX_SEQUENCES, MAX_STOPS
 from squawq.errors import ConfigError
 
 DIALECTS = ("openai", "tgi")
@@ -24,7 +25,8 @@ class Settings:
     dialect: "openai" (as vLLM answers) or "tgi": which one's rule holds on the shared routes where the two
     contradict each other. served_names: what `model` is called in replies, the first of them; others are aliases.
     max_model_len: tokens of a prompt and its answer together. max_input_tokens: of a prompt alone.
-    max_num_seqs: sequences under way together; max_queued: requests that wait for their turn beyond those, the next is
+    max_num_seqs: sequences under way together; max_num_batched_tokens: of a step, at least twice as many. max_queued:
+    requests that wait for their turn beyond those, the next is
     refused. tensor_parallel_size: GPUs that share a model; 1 for now.
     Raises ConfigError for values that cannot work.
     """
@@ -106,6 +108,15 @@ class Settings:
                 raise ConfigError(f"{entry.name} is {value}; it must be a number of seconds above 0")
             if entry.type == "int | None" and value is not None and value < 1:
                 raise ConfigError(f"{entry.name} is {value}; it must be at least 1")
+        for name, most in (
+            ("max_logprobs", MAX_LOGPROBS),
+            ("max_top_n_tokens", MAX_LOGPROBS),
+            ("max_choices", MAX_SEQUENCES),
+            ("max_best_of", MAX_SEQUENCES),
+            ("max_stop_sequences", MAX_STOPS),
+        ):
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} is {getattr(self, name)}; the engine takes at most {most}")
         if self.port > 65535:
             raise ConfigError(f"port is {self.port}; it must be 0 (any free one) to 65535")
         if self.tensor_parallel_size != 1:

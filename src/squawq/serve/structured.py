@@ -42,12 +42,14 @@ def tgi_grammar(value: Mapping[str, Any]) -> Grammar:
 
 def _response(form: Mapping[str, Any]) -> Grammar | None:
     kind, where = form.get("type"), "response_format"
+    if surplus := sorted(set(form) - {"type", "value", "schema", "json_schema"}):
+        raise ApiError("invalid", f"{where}: {surplus[0]!r:.40} is not supported", where)
     if kind == "text":
         return None
     if kind == "regex":
         return _grammar("regex", form.get("value"), where)
     if kind in ("json_object", "json"):
-        return _schema(form.get("value", ANY_OBJECT), where)
+        return _schema(form.get("value", form.get("schema", ANY_OBJECT)), where)
     if kind == "json_schema":
         outer = form.get("json_schema", form.get("value"))
         if not isinstance(outer, Mapping) or "schema" not in outer:

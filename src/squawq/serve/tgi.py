@@ -78,6 +78,8 @@ def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bo
     a list of one, and the inputs are part of the text unless return_full_text is false. Raises ApiError."""
     body = validate(GenerateBody, raw)
     parameters = body.parameters
+    if body.stream and not (compat or stream):
+        raise _refused("`stream` is true; use /generate_stream")
     stream = body.stream if compat else stream
     _check_parameters(parameters, served.settings, stream)
     if not body.inputs:

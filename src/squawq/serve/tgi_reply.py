@@ -50,10 +50,6 @@ class Generation:
         self._texts: list[str] = []
         self._count = 0
 
-    def begin(self) -> list[str]:
-        """Nothing."""
-        return []
-
     def push(self, output: Output) -> list[str]:
         """One event a token; in the last the whole text, and what it says of itself where details were asked for."""
         if output.finish in FAILED:

@@ -38,7 +38,7 @@ def tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
     body: TokenizeBody | TokenizeChatBody
     if "messages" in raw:
         body = validate(TokenizeChatBody, raw)
-        ids = served.text_ids(render(body, served), body.add_special_tokens)
+        ids = body.truncated(served.text_ids(render(body, served), body.add_special_tokens), served)
     else:
         body = validate(TokenizeBody, raw)
         ids = served.text_ids(body.prompt, body.add_special_tokens)
@@ -61,4 +61,4 @@ def detokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
 def tokenizer_info(served: Served) -> dict[str, Any]:
     """What tokenizer_config.json says, its special tokens as texts, and the chat template in use."""
     tokenizer = served.tokenizer
-    return {**tokenizer.settings, **tokenizer.template_variables(), "chat_template": tokenizer.chat_template}
+    return {**tokenizer.settings, **tokenizer.template_variables(), "chat_template": served.template}

@@ -21,7 +21,7 @@ TOOL_FORMATS = ("llama3_json", "hermes")
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-_MODES = ("auto", "required")  # tool_choice has one name space for these and for functions
+_MODES = ("auto", "required", "none")  # tool_choice has one name space for these and for functions
 _KEYS = {"llama3_json": "parameters", "hermes": "arguments"}
 
 
