@@ -286,3 +286,28 @@ def test_settings_of_the_library_are_not_the_schemas_to_change() -> None:
 def test_no_end_token() -> None:
     with pytest.raises(ConfigError, match="end token"):
         GrammarCompiler(TOKENIZER, VOCAB, [])
+
+
+def test_a_grammar_whose_process_was_killed_is_compiled_again() -> None:
+    grammar = Grammar("regex", "killed-[0-9]+")
+    matcher = COMPILER.compile(grammar)
+    matcher._start.child.close()  # as a process that is gone
+    with pytest.raises(GrammarError, match="process"):
+        matcher.consume(ids("k")[0])
+    again = COMPILER.compile(grammar)
+    again.consume(ids("k")[0])
+    assert again.allowed().any()
+
+
+def test_a_grammar_that_took_too_long_is_refused_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = Grammar("lark", "start: /[xz]{6}/ y\ny: /a*/ y")  # it loops after six tokens
+    matcher = COMPILER.compile(grammar)
+    for _ in range(6):
+        matcher.consume(ids("x")[0])
+    with pytest.raises(GrammarError, match="too complex"):
+        matcher.allowed()
+    with pytest.raises(ConfigError, match="a token took too long"):
+        COMPILER.compile(grammar)
+    later = time.monotonic() + module.BAD_S
+    monkeypatch.setattr("squawq.engine.grammar.time.monotonic", lambda: later)
+    assert COMPILER.compile(grammar).allowed().any()

@@ -22,13 +22,17 @@ CHAT = {"messages": MESSAGES, "max_tokens": 8}
 
 def raw(server: Running, data: bytes, seconds: float = 20) -> bytes:
     """What the server sends back for bytes, until it closes or so many seconds have passed."""
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+    with socket.create_connection(address(server), timeout=seconds) as connection:
         connection.sendall(data)
         received = b""
         while piece := connection.recv(65536):
             received += piece
     return received
+
+
+def address(server: Running) -> tuple[str, int]:
+    host, port = server.url.removeprefix("http://").split(":")
+    return host, int(port)
 
 
 def request(path: str, body: object, *headers: str) -> bytes:
@@ -54,16 +58,14 @@ def test_a_hang_up_aborts(server: Running, stream: bool, path: str) -> None:
     if path == "/generate":
         path = "/generate_stream" if stream else path
         body = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 3000, "repetition_penalty": 1.5}}
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
+    with socket.create_connection(address(server)) as connection:
         connection.sendall(request(path, body))
         assert until(lambda: server.served.engine.stats().running == 1)
     assert server.idle(), server.served.engine.stats()
 
 
 def test_many_hang_up_and_one_stays(server: Running) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
-    connections = [socket.create_connection((host, int(port))) for _ in range(60)]
+    connections = [socket.create_connection(address(server)) for _ in range(60)]
     for connection in connections:
         connection.sendall(request("/v1/completions", {**LONG, "stream": True}))
     assert until(lambda: server.served.engine.stats().running > 30)
@@ -101,8 +103,7 @@ def test_a_full_server_says_so_and_stays_healthy() -> None:
 
 def test_too_many_connections_are_answered() -> None:
     with running(max_connections=5) as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        idle = [socket.create_connection((host, int(port))) for _ in range(5)]
+        idle = [socket.create_connection(address(server)) for _ in range(5)]
         time.sleep(0.1)
         answer = raw(server, request("/v1/completions", {"prompt": "a", "max_tokens": 1}))
         assert answer.startswith(b"HTTP/1.1 503 ")
@@ -127,16 +128,62 @@ def test_a_slow_body_is_cut_off() -> None:
         assert server.server.api.generation.in_flight == 0
 
 
+def test_half_sent_bodies_take_no_place() -> None:
+    with running(max_num_seqs=1, max_queued=0) as server:
+        half = request("/v1/completions", LONG)[:-5]
+        senders = [socket.create_connection(address(server)) for _ in range(3)]
+        for sender in senders:
+            sender.sendall(half)
+        time.sleep(0.1)
+        assert server.get("/readyz").status_code == 200
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+        for sender in senders:
+            sender.close()
+
+
+def test_who_hangs_up_while_checked_leaves_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(max_num_seqs=1, max_queued=0) as server:
+        checking, go_on = threading.Event(), threading.Event()
+        encode = server.served.tokenizer.encode
+
+        def slow(text: str, special: bool = True) -> list[int]:
+            checking.set()
+            go_on.wait(20)
+            return encode(text, special)
+
+        monkeypatch.setattr(server.served.tokenizer, "encode", slow)
+        with socket.create_connection(address(server)) as connection:
+            connection.sendall(request("/v1/completions", LONG))
+            assert checking.wait(20)
+        assert until(lambda: server.server.api.generation.in_flight == 0)
+        go_on.set()
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+        assert server.served.engine.stats().tokens_generated == 1, "nobody waited for the first request"
+
+
+def test_a_hang_up_shows_behind_the_next_request(server: Running) -> None:
+    with socket.create_connection(address(server)) as connection:
+        connection.sendall(request("/v1/completions", LONG) + b"GET /he")
+        assert until(lambda: server.served.engine.stats().running == 1)
+    assert until(lambda: server.served.engine.stats().running == 0, 1.5)
+
+
+def test_silent_connections_are_bounded() -> None:
+    with running(max_connections=2) as server:
+        silent = [socket.create_connection(address(server)) for _ in range(90)]
+        assert until(lambda: len(server.server.server_state.connections) <= 2, 5)
+        for connection in silent:
+            connection.close()
+
+
 def test_who_does_not_read_is_cut_off() -> None:
-    with running(write_timeout=0.5, max_num_seqs=8) as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect((host, int(port)))
-            body = {**LONG, "stream": True, "n": 8, "logprobs": 20, "prompt": "Once upon a time " * 20}
-            connection.sendall(request("/v1/completions", body))
-            assert until(lambda: server.served.engine.stats().running == 8)
-            assert server.idle(60), "the engine works for nobody"
+    with running(write_timeout=0.5, max_num_seqs=8) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(address(server))
+        body = {**LONG, "stream": True, "n": 8, "logprobs": 20, "prompt": "Once upon a time " * 20}
+        connection.sendall(request("/v1/completions", body))
+        assert until(lambda: server.served.engine.stats().running == 8)
+        assert server.idle(60), "the engine works for nobody"
 
 
 def test_a_long_generation_is_ended() -> None:
@@ -151,18 +198,18 @@ def test_a_long_generation_is_ended() -> None:
 
 
 def test_comments_keep_a_stream_alive() -> None:
-    with running(keep_alive_interval=0.05, max_num_seqs=1) as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as first:
-            first.sendall(request("/v1/completions", LONG))
-            assert until(lambda: server.served.engine.stats().running == 1)
-            with httpx.stream(
-                "POST", server.url + "/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": True}
-            ) as second:
-                pieces = second.iter_raw()
-                assert next(pieces) == b":\n\n"
-                first.close()
-                assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
+    with (
+        running(keep_alive_interval=0.05, max_num_seqs=1) as server,
+        socket.create_connection(address(server)) as first,
+    ):
+        first.sendall(request("/v1/completions", LONG))
+        assert until(lambda: server.served.engine.stats().running == 1)
+        body = {"prompt": "a", "max_tokens": 2, "stream": True}
+        with httpx.stream("POST", server.url + "/v1/completions", json=body) as second:
+            pieces = second.iter_raw()
+            assert next(pieces) == b":\n\n"
+            first.close()
+            assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
 
 
 def test_head_and_body_sizes() -> None:
