@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from squawq import chat_template
 from squawq.engine.request import FinishReason, Grammar, Output, Request
 from squawq.errors import ConfigError
 from squawq.serve.call import DONE, Reply, Times, dump, head, usage
@@ -23,7 +24,7 @@ from squawq.serve.structured import response_grammar
 from squawq.serve.tool_parser import Delta, ToolParser
 from squawq.serve.tools import call_id, template_messages, tool_grammar
 
-RESERVED = ("messages", "tools", "add_generation_prompt", "tokenize", "chat_template")
+RESERVED = (*chat_template.RESERVED, "tokenize", "chat_template")
 
 
 class Message(Body):

@@ -93,10 +93,11 @@ class Exchange:
     async def checking(self, work: asyncio.Task[Call]) -> Call:
         """What `work` gives, unless `end` comes first: that is raised, and `work` finds out by `left`."""
         await asyncio.wait((work, self.ending), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            work.cancel()
+        if work.done():
+            return work.result()
+        work.cancel()
+        while True:  # outputs of its first requests may stand before the reason
             self._check(self._queue.get_nowait())
-        return work.result()
 
     async def batches(self, pause: float) -> AsyncIterator[list[Output]]:
         """Outputs as they come, all that are there at once; an empty list where there was none for `pause` seconds.
