@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads wait in a loop: two workers on two cores would stand still
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from safetensors.torch import save_file
 
@@ -102,12 +107,13 @@ def rows() -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def awq_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model, quantized: a folder that tests read and leave as it is."""
+    """The bundled model, quantized with little search: a folder that tests read and leave as it is."""
+    from squawq.config import QuantConfig
     from squawq.demo import demo_model
     from squawq.quantization.pipeline import quantize
 
     folder = tmp_path_factory.mktemp("awq") / "demo-awq"
-    quantize(demo_model(), folder)
+    quantize(demo_model(), folder, QuantConfig(samples=2, seqlen=256, n_grid=4))
     return folder
 
 

@@ -23,7 +23,15 @@ FLOORS = {
     "nn": 6,
     "engine": 7,
     "quantization": 7,
+    "quantization.plan": 5,
+    "inspection": 7,
+    "hub.card": 8,
+    "hub.push": 8,
+    "commands": 9,
     "evaluation": 8,
+    "export": 8,
+    "integrations": 8,
+    "transformers": 9,
     "llm": 8,
     "bench": 8,
     "demo": 9,
@@ -33,14 +41,15 @@ FLOORS = {
 }
 DOORS = {
     "safetensors": ("format.",),
-    "transformers": ("quantization.blocks",),
-    "typer": ("cli", "serve.flags", "serve.launcher", "serve.tgi_launcher"),
+    "transformers": ("quantization.blocks", "integrations."),
+    "typer": ("cli", "commands.", "serve.flags", "serve.launcher", "serve.tgi_launcher"),
     "datasets": ("quantization.calibration",),
     "matplotlib": ("evaluation.plots",),
     "huggingface_hub": ("hub.",),
     "tokenizers": ("tokenizer",),
     "jinja2": ("chat_template",),
     "llguidance": ("engine.grammar",),
+    "gguf": ("export.gguf",),
 }
 
 

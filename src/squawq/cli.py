@@ -19,6 +19,9 @@ import typer
 from rich.table import Table
 
 from squawq import __version__
+from squawq.commands.export import export
+from squawq.commands.inspect import inspect
+from squawq.commands.push import push
 from squawq.config import DTYPES, GROUP_SIZES, METHODS, QuantConfig
 from squawq.errors import ConfigError
 from squawq.progress import LayerProgress, console, counting
@@ -309,6 +312,9 @@ def demo(
 
 
 app.command(cls=Command)(serve)
+app.command()(export)
+app.command()(inspect)
+app.command()(push)
 
 
 def _load(model: str, **options: Any) -> Any:

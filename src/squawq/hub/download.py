@@ -46,3 +46,21 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{name!r} is no folder here, and the Hub could not be asked: {reason}") from error
+
+
+def hub_file(repo: str, name: str) -> Path:
+    """One small file of a Hub model, through the cache. Raises CheckpointError when it cannot be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        if repo.count("/") != 1:
+            raise HFValidationError
+        return Path(hf_hub_download(repo, name))
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo!r} is neither a folder nor a file nor a Hub id such as 'owner/name'") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"{repo!r} is no folder here, and not on the Hub or in need of a login") from error
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"{repo!r} is no folder here, and its {name} could not be had: {reason}") from error

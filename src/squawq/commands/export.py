@@ -1,0 +1,30 @@
+"""`squawq export`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from squawq.progress import console, counting
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="An AWQ folder, or a Hub id of one")],
+    out: Annotated[Path, typer.Argument(help="The folder (GGUF: file) to make; it appears when the work is done")],
+    format: Annotated[  # noqa: A002 (the flag's name)
+        str, typer.Option(help="compressed-tensors (vLLM), gguf (llama.cpp) or dense (16-bit weights)")
+    ],
+) -> None:
+    """Write a quantized model in another format: the same integers and scales, one layer in memory at a time.
+
+    Examples: squawq export Llama-3.1-8B-AWQ Llama-3.1-8B-W4A16 --format compressed-tensors
+    | squawq export Llama-3.1-8B-AWQ llama-3.1-8b.gguf --format gguf
+    """
+    from squawq.export.run import export as run
+
+    with counting("exporting") as progress:
+        report = run(model, out, format, progress=progress)
+    console.print(f"{report['bytes'] / 1e6:,.1f} MB in {out}")
+    print(out)

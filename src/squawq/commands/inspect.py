@@ -1,0 +1,104 @@
+"""`squawq inspect`: what a model is, as a table for people or JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A model folder, a config.json, or a Hub id (config.json alone is fetched)")
+    ],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence; default: 8192, or the model's positions")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of the tables")] = False,
+) -> None:
+    """See what a model is without loading it: architecture, quantization, sizes, and the memory to run it.
+
+    Examples: squawq inspect OUT
+    | squawq inspect Llama-3.1-70B/config.json --context 32768 --batch 4 --json
+    """
+    from squawq.inspection import inspect as run
+
+    found = run(model, context, batch)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print(found)
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in (_model(found), _sizes(found), _memory(found)):
+        console.print(table)
+    if found["kept_in_16_bits"]:
+        console.print(f"not quantized: {', '.join(found['kept_in_16_bits'])}", soft_wrap=True)
+
+
+def _table(title: str, *headings: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    return table
+
+
+def _model(found: dict[str, Any]) -> Any:
+    table = _table(found["model"], "model", "")
+    quant, tied = found["quantization"], "tied" if found["tied_embeddings"] else "not tied"
+    table.add_row("architecture", found["architecture"])
+    table.add_row("parameters", f"{found['parameters']:,}")
+    table.add_row("layers", str(found["layers"]))
+    table.add_row("hidden, inner", f"{found['hidden_size']:,}, {found['intermediate_size']:,}")
+    table.add_row("heads, key-value heads, of", f"{found['heads']}, {found['kv_heads']}, {found['head_dim']}")
+    table.add_row("vocabulary", f"{found['vocab_size']:,} (head {tied})")
+    table.add_row("positions", f"{found['max_positions']:,}")
+    if quant is None:
+        table.add_row("quantization", "none")
+    else:
+        group = "a row a group" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
+        zero = "zero point" if quant["zero_point"] else "symmetric"
+        table.add_row("quantization", f"{quant['method']} {quant['format']}, {quant['bits']} bits, {group}, {zero}")
+    return table
+
+
+def _sizes(found: dict[str, Any]) -> Any:
+    from squawq.inspection import KINDS
+
+    origin = "as the files have it" if found["tensors"] == "headers" else "worked out from config.json"
+    table = _table(f"size, {origin}", "tensors", "layers", "size")
+    for row in found["linears"]:
+        forms = ", ".join(f"{count} {form}" for form, count in row["layers"].items())
+        table.add_row(f"{row['name']} [{row['out_features']}, {row['in_features']}]", forms, "")
+    table.add_section()
+    for kind, label in KINDS.items():
+        if found["bytes"][kind]:
+            table.add_row(label, "", size(found["bytes"][kind]))
+    table.add_section()
+    table.add_row("all", "", size(found["bytes"]["total"]))
+    return table
+
+
+def _memory(found: dict[str, Any]) -> Any:
+    memory = found["memory"]
+    table = _table(f"memory to run {memory['batch']} x {memory['context']:,} tokens", "", "16-bit", "INT4")
+    for part, label in {"weights": "weights", "kv_cache": "keys and values", "workspace": "workspace"}.items():
+        table.add_row(label, size(memory["fp16"][part]), size(memory["int4"][part]))
+    table.add_section()
+    table.add_row("all", size(memory["fp16"]["total"]), size(memory["int4"]["total"]))
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes for people: in GB (10^9, as disks and the Hub count) and GiB (2^30, as memory is counted)."""
+    if count < 10**8:
+        return f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e9:,.1f} GB ({count / 2**30:,.1f} GiB)"

@@ -1,0 +1,54 @@
+"""`squawq push`: a quantized folder to the Hub, with its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from squawq.progress import console
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder that squawq quantize made, or another AWQ folder")],
+    repo: Annotated[str, typer.Argument(help="The Hub id to make or to add to: owner/name")],
+    source: Annotated[
+        str | None, typer.Option(help="The 16-bit model (folder or Hub id): its licence, languages and id for the card")
+    ] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="For the card, as the Hub writes it: mit")] = None,
+    base_model: Annotated[str | None, typer.Option(help="For the card: the original's Hub id")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="For the card: what squawq eval --json printed")] = None,
+    card_only: Annotated[bool, typer.Option("--card-only", help="Write FOLDER/README.md and send nothing")] = False,
+    private: Annotated[bool, typer.Option("--private", help="A repository that only you see")] = False,
+    revision: Annotated[str, typer.Option(help="A branch; made where it is not there")] = "main",
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file that holds the token; default: HF_TOKEN or hf auth login")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a README.md that squawq did not write, here and on the Hub")
+    ] = False,
+) -> None:
+    """Upload an AWQ folder to the Hub with a model card. Run it again to go on after a stop.
+
+    Examples: squawq push OUT me/Llama-3.1-8B-AWQ --source meta-llama/Llama-3.1-8B --card-only
+    | squawq push OUT me/Llama-3.1-8B-AWQ --private --token-file ~/.hf-token
+    """
+    from squawq.hub.card import Origin, write_card
+    from squawq.hub.push import push as run
+
+    origin = Origin(source, license_, base_model, evaluation)
+    if card_only:
+        print(write_card(folder, repo, origin, force=force))
+        return
+    done = run(
+        folder,
+        repo,
+        private=private,
+        revision=revision,
+        token_file=token_file,
+        origin=origin,
+        force=force,
+        say=console.print,
+    )
+    print(done.url)

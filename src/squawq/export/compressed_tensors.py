@@ -1,0 +1,86 @@
+"""The compressed-tensors layout "pack-quantized": the same integers, zeros and scales, words along in_features.
+
+As compressed-tensors 0.20 writes it (compressors/pack_quantized): a word's lowest nibble is its first value. Integers
+are signed there and stored plus 8, so that the nibbles are q and zero themselves. Knows one linear at a time, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from squawq.config import QuantConfig
+from squawq.errors import CheckpointError
+from squawq.format.groupwise import SYMMETRIC_ZERO, GroupwiseTensor
+from squawq.format.packing import PER_WORD
+
+
+def pack_rows(values: Tensor) -> Tensor:
+    """Integers 0..15 [rows, n] -> int32 [rows, ceil(n / 8)]: bits 4i to 4i + 3 of word c hold value 8c + i."""
+    words = F.pad(values, (0, -values.shape[1] % PER_WORD)).view(values.shape[0], -1, PER_WORD)
+    packed = torch.zeros(words.shape[:2], dtype=torch.int32)
+    for nibble in range(PER_WORD):
+        packed |= words[:, :, nibble].to(torch.int32) << (4 * nibble)
+    return packed
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """Turns linears of a checkpoint quantized as `quant` says."""
+
+    quant: QuantConfig
+
+    def linear(self, name: str, tensor: GroupwiseTensor) -> dict[str, Tensor]:
+        """weight_packed int32 [out, in/8], weight_scale [out, groups] as stored, weight_shape int64 [2], and where the
+        checkpoint has zero points weight_zero_point int32 [out/8, groups], packed along out.
+
+        Raises CheckpointError where the configuration says symmetric and a zero says otherwise.
+        """
+        tensors = {
+            "weight_packed": pack_rows(tensor.q),
+            "weight_scale": tensor.scales,
+            "weight_shape": torch.tensor(tensor.q.shape),
+        }
+        if self.quant.zero_point:
+            tensors["weight_zero_point"] = pack_rows(tensor.zeros.T).T
+        elif (tensor.zeros != SYMMETRIC_ZERO).any():
+            raise CheckpointError(
+                f"{name}: has zeros other than {SYMMETRIC_ZERO}, but quantization_config says zero_point false; "
+                "set it to true in config.json and export again"
+            )
+        return tensors
+
+    def config(self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:
+        """The new config.json. kept: linears in 16 bits, by full name. targets: what is quantized, by class or name."""
+        row = self.quant.group_size == -1
+        weights = {
+            "num_bits": self.quant.bits,
+            "type": "int",
+            "symmetric": not self.quant.zero_point,
+            "group_size": None if row else self.quant.group_size,
+            "strategy": "channel" if row else "group",
+            "dynamic": False,
+        }
+        group = {
+            "targets": list(targets),
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+        quantization = {
+            "config_groups": {"group_0": group},
+            "quant_method": "compressed-tensors",
+            "kv_cache_scheme": None,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "ignore": list(kept),
+            "moe_sparsity_config": None,
+        }
+        return {**raw, "quantization_config": quantization}

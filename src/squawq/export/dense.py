@@ -1,0 +1,42 @@
+"""Dense 16-bit weights: what the integers say, (q - zero) * scale, rounded once to the checkpoint's dtype.
+
+Knows one linear at a time, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squawq.errors import CheckpointError
+from squawq.format.groupwise import GroupwiseTensor
+
+SIXTEEN_BITS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Turns linears into weights of `dtype`, one of SIXTEEN_BITS."""
+
+    dtype: torch.dtype
+
+    @classmethod
+    def like(cls, dtype: torch.dtype) -> Dense:
+        """By the dtype of a checkpoint's embedding; where that is none of 16 bits, float16, as its scales are."""
+        return cls(dtype if dtype in SIXTEEN_BITS else torch.float16)
+
+    def linear(self, name: str, tensor: GroupwiseTensor) -> dict[str, Tensor]:
+        """weight [out, in]. Raises CheckpointError for weights that the dtype cannot hold."""
+        weight = tensor.dequantize().to(self.dtype)
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{name}: its scales give weights beyond {SIXTEEN_BITS[self.dtype]}")
+        return {"weight": weight}
+
+    def config(self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002
+        """The new config.json; there is no difference any more between linears."""
+        dropped = ("dtype", "torch_dtype", "quantization_config")
+        return {**{k: v for k, v in raw.items() if k not in dropped}, "torch_dtype": SIXTEEN_BITS[self.dtype]}

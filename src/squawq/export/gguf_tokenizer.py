@@ -1,0 +1,199 @@
+"""tokenizer.json and the chat templates as GGUF's `tokenizer.*` keys, for byte-level BPE and SentencePiece-like BPE.
+
+GGUF names a way to cut text instead of giving it, so a tokenizer is taken only where a name is known to fit; others are
+refused, since llama.cpp would read the same text as other tokens. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from squawq.config import ModelConfig
+from squawq.engine.generation_config import GenerationConfig
+from squawq.errors import CheckpointError, ConfigError
+from squawq.format.reader import read_json
+from squawq.tokenizer import Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # GGUF's token types
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2 = "GPT-2's own"
+# How text is cut, and whether a word that is a token skips the merges -> llama.cpp's name for the two.
+PRE_TYPES = {
+    ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
+    ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
+    ((_WORDS + r"\p{N}" + _REST,), False): "qwen2",
+    ((r"\p{N}", GPT2), False): "smollm",
+    ((GPT2,), False): "gpt-2",
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What GGUF says of a tokenizer. pre and merges: of "gpt2" only; scores and space_prefix: of "llama" only."""
+
+    model: str
+    tokens: Sequence[str]
+    types: Sequence[int]
+    ids: Mapping[str, int]  # bos, eos, eot, eom, pad, unk: those that the model has
+    add_bos: bool
+    add_eos: bool
+    templates: Mapping[str, str]
+    pre: str = "default"
+    merges: Sequence[str] = ()
+    scores: Sequence[float] = ()
+    space_prefix: bool | None = None
+
+    def write(self, writer: Any) -> None:
+        """Into a GGUFWriter."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        writer.add_token_merges(self.merges)
+        writer.add_token_scores(self.scores)
+        for name, token in self.ids.items():
+            getattr(writer, f"add_{name}_token_id")(token)
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(self.add_eos)
+        if self.space_prefix is not None:
+            writer.add_add_space_prefix(self.space_prefix)
+        if self.templates:
+            writer.add_chat_template([{"name": name, "template": text} for name, text in self.templates.items()])
+
+
+def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
+    """The vocabulary of a model folder. Raises ConfigError for a tokenizer that GGUF cannot name exactly."""
+    tokenizer = Tokenizer(folder)
+    state = read_json(folder / "tokenizer.json")
+    model = state["model"]
+    where = f"{folder / 'tokenizer.json'}"
+    if model.get("type") != "BPE":
+        raise ConfigError(f"{where}: the model is {model.get('type')!r}; squawq writes BPE vocabularies to GGUF")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise ConfigError(f"{where}: GGUF has no place for a prefix or suffix of parts of words")
+    tokens, types = _tokens(state, config.vocab_size, where)
+    ids = _special_ids(tokenizer, tokens, config)
+    add_bos, add_eos = _added_around(tokenizer, ids, where)
+    named = {"default": tokenizer.chat_template, "tool_use": tokenizer.tool_template}
+    shared = (tokens, types, ids, add_bos, add_eos, {name: text for name, text in named.items() if text})
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    if model.get("byte_fallback"):
+        scores = _scores(tokens, types, merges, where)
+        return Vocabulary("llama", *shared, scores=scores, space_prefix=_space_prefix(state, where))
+    return Vocabulary("gpt2", *shared, pre=_pre_type(state, where), merges=[" ".join(pair) for pair in merges])
+
+
+def _tokens(state: Mapping[str, Any], size: int, where: str) -> tuple[list[str], list[int]]:
+    """Every token and its type, by id; ids without a token, as in padded vocabularies, are named and unused."""
+    tokens, types = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
+    found = [(token, index, NORMAL) for token, index in state["model"]["vocab"].items()]
+    found += [(t["content"], t["id"], CONTROL if t["special"] else USER_DEFINED) for t in state["added_tokens"]]
+    for token, index, kind in found:
+        if not 0 <= index < size:
+            raise CheckpointError(f"{where}: token {token!r} has id {index}; the model has {size} tokens")
+        tokens[index], types[index] = token, kind
+    unknown, fallback = state["model"].get("unk_token"), state["model"].get("byte_fallback")
+    for index, token in enumerate(tokens):
+        if token == unknown:
+            types[index] = UNKNOWN
+        elif fallback and types[index] == NORMAL and len(token) == 6 and token.startswith("<0x"):
+            types[index] = BYTE
+    return tokens, types
+
+
+def _special_ids(tokenizer: Tokenizer, tokens: Sequence[str], config: ModelConfig) -> dict[str, int]:
+    """Special tokens by GGUF's names. eos is the tokenizer's, as chat templates write it; the other tokens that end a
+    text are the end of a turn and of a message, after their text where it tells."""
+    index = {token: number for number, token in enumerate(tokens)}
+    ids = {}
+    for name in ("bos", "eos", "pad", "unk"):
+        value = index.get(tokenizer.token(f"{name}_token") or "", config.raw.get(f"{name}_token_id"))
+        if isinstance(value, int) and 0 <= value < config.vocab_size:
+            ids[name] = value
+    ending = sorted(GenerationConfig(tokenizer.folder, config).eos_ids)
+    if ending and ids.get("eos") not in ending:
+        ids["eos"] = ending[0]
+    others = [number for number in ending if number != ids["eos"]]
+    turns = [number for number in ending if tokens[number] in TURN_ENDS] or others
+    if turns:
+        ids["eot"] = turns[0]
+    if rest := [number for number in others if number not in turns[:1]]:
+        ids["eom"] = rest[0]
+    return ids
+
+
+def _added_around(tokenizer: Tokenizer, ids: Mapping[str, int], where: str) -> tuple[bool, bool]:
+    """Whether a text gets a begin token before it and an end token after it."""
+    plain, whole = tokenizer.encode("a", special=False), tokenizer.encode("a")
+    for add_bos in (False, True):
+        for add_eos in (False, True):
+            before = [ids.get("bos")] if add_bos else []
+            if whole == [*before, *plain, *([ids.get("eos")] if add_eos else [])]:
+                return add_bos, add_eos
+    raise ConfigError(f"{where}: puts other tokens around a text than GGUF's begin and end tokens")
+
+
+def _steps(state: Mapping[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
+    """A pipeline's steps; those of a sequence, or the one there is."""
+    value = state.get(name)
+    if value is None:
+        return []
+    steps: list[dict[str, Any]] = value[inner] if value["type"] == "Sequence" else [value]
+    return steps
+
+
+def _pre_type(state: Mapping[str, Any], where: str) -> str:
+    """llama.cpp's name for how a byte-level BPE cuts text. Unicode's NFC, which Qwen asks for, it does not do."""
+    parts = []
+    for step in _steps(state, "pre_tokenizer", "pretokenizers"):
+        if step["type"] == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
+            parts.append(step["pattern"].get("Regex"))
+        elif step["type"] == "Digits" and step["individual_digits"]:
+            parts.append(r"\p{N}")
+        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+            parts += [GPT2] if step.get("use_regex", True) else []
+        else:
+            parts.append(json.dumps(step))
+    pre = PRE_TYPES.get((tuple(parts), bool(state["model"].get("ignore_merges"))))
+    if pre is None or [s for s in _steps(state, "normalizer", "normalizers") if s["type"] != "NFC"]:
+        raise ConfigError(
+            f"{where}: none of llama.cpp's ways to cut text that squawq knows fits this tokenizer "
+            f"({', '.join(PRE_TYPES.values())}); the file would read text as other tokens"
+        )
+    return pre
+
+
+def _space_prefix(state: Mapping[str, Any], where: str) -> bool:
+    """Whether a SentencePiece-like tokenizer puts a space before a text."""
+    normalizers = _steps(state, "normalizer", "normalizers")
+    kinds, cuts = [step["type"] for step in normalizers], _steps(state, "pre_tokenizer", "pretokenizers")
+    if kinds in (["Prepend", "Replace"], ["Replace"]) and not cuts:
+        return kinds == ["Prepend", "Replace"]
+    if not kinds and [step["type"] for step in cuts] == ["Metaspace"] and cuts[0].get("split") is False:
+        return bool(cuts[0]["prepend_scheme"] != "never")
+    raise ConfigError(f"{where}: prepares text in another way than GGUF's 'llama' tokenizer does")
+
+
+def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[tuple[str, ...]], where: str) -> list[float]:
+    """SentencePiece's order of merging as scores: llama.cpp joins the pair whose joined token has the highest one.
+
+    The same as merges in order only where all splits of a token are merges, and stand together; otherwise refused.
+    """
+    known, ranks = set(tokens), dict[str, list[int]]()
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), []).append(rank)
+    for token, kind in zip(tokens, types, strict=True):
+        if kind != NORMAL:
+            continue
+        splits = sum(token[:cut] in known and token[cut:] in known for cut in range(1, len(token)))
+        found = ranks.get(token, [])
+        if len(found) != splits or (found and found[-1] - found[0] + 1 != splits):
+            raise ConfigError(f"{where}: the merges that give {token!r} cannot be said as GGUF's scores")
+    return [-float(ranks[token][0]) if token in ranks else 0.0 for token in tokens]

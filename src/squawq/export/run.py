@@ -1,0 +1,202 @@
+"""From an AWQ folder to another format: part after part, each renamed into place; OUT appears whole.
+
+Knows names, parts and files; how a linear is written is the format's (compressed_tensors.py, dense.py). gguf.py makes
+its single file by itself. Peak memory: one decoder layer in the new format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from squawq import __version__
+from squawq.config import QuantConfig
+from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
+from squawq.export.compressed_tensors import CompressedTensors
+from squawq.export.dense import Dense
+from squawq.families import Family, family_of
+from squawq.format.groupwise import GroupwiseTensor
+from squawq.format.reader import Checkpoint, read_json
+from squawq.format.writer import copy_file, write_index, write_json
+from squawq.hub.download import resolve
+from squawq.nn.loader import linear_shapes
+from squawq.quantization.job import REPORT, Job, identity
+
+FORMATS = ("compressed-tensors", "gguf", "dense")
+Progress = Callable[[int, int], None]  # done, of how many
+
+
+class Writer(Protocol):
+    """A format of safetensors."""
+
+    def linear(self, name: str, tensor: GroupwiseTensor) -> dict[str, Tensor]:
+        """The tensors of one linear by the last part of their names."""
+
+    def config(self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:
+        """The new config.json; kept: linears in 16 bits, targets: what is quantized, by class or full name."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What goes where. parts: tensor names of each shard: the embedding, every layer, the final norm and head.
+
+    shapes: (out_features, in_features) of every linear by full name. kept, targets: see Writer.
+    """
+
+    parts: list[list[str]]
+    shapes: dict[str, tuple[int, int]]
+    kept: list[str]
+    targets: list[str]
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    format: str,  # noqa: A002 (the flag's name)
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write an AWQ checkpoint in another format, one of FORMATS; returns the report, for folders OUT's own.
+
+    model: a folder or a Hub id. out: what does not exist or holds this very export; one that was stopped goes on where
+    it was. Raises SquawqError before work starts for what cannot work, and never leaves a half-written `out`.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
+    checkpoint = Checkpoint(resolve(model))
+    target = _target(out, checkpoint.folder)
+    if format == "gguf":
+        return _gguf(checkpoint.folder, target, progress)
+    quant = _quant_of(checkpoint, format)
+    family = family_of(checkpoint.config.model_type)
+    plan = _plan(checkpoint, family)
+    stored = checkpoint.info(f"{family.embedding}.weight").dtype
+    writer: Writer = CompressedTensors(quant) if format == "compressed-tensors" else Dense.like(stored)
+    report = {"squawq": __version__, **_report_of(checkpoint), "format": format}
+    job = Job(target, {**identity(checkpoint, quant, None, "cpu"), "format": format}, checkpoint.config.num_layers)
+    if job.finished:
+        return read_json(job.out / REPORT)
+    try:
+        _write_parts(checkpoint, plan, writer, job, progress)
+        return _finish(checkpoint, plan, writer, job, report)
+    except SquawqError:
+        job.abandon()
+        raise
+    finally:
+        job.close()
+
+
+def _target(out: str | Path, folder: Path) -> Path:
+    """What to make, as an absolute path. Raises ConfigError or OutputError for one that cannot appear by a rename."""
+    target = Path(out).resolve()
+    if target == folder.resolve():
+        raise ConfigError(f"{str(out)!r} is the model itself; choose another place")
+    if not target.name or target.is_mount():
+        raise OutputError(f"{str(out)!r} is a mount point; give a name inside it")
+    return target
+
+
+def _gguf(folder: Path, target: Path, progress: Progress | None) -> dict[str, Any]:
+    from squawq.export.gguf import export_gguf
+
+    if target.exists():
+        raise OutputError(f"{target} exists; choose another file, or remove it first")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target.parent} cannot be made: {error.strerror}") from error
+    export_gguf(folder, target, progress=progress)
+    return {"squawq": __version__, "format": "gguf", "bytes": target.stat().st_size}
+
+
+def _quant_of(checkpoint: Checkpoint, format: str) -> QuantConfig:  # noqa: A002
+    if checkpoint.config.quant is not None:
+        return checkpoint.config.quant
+    if format == "dense":
+        raise CheckpointError(f"{checkpoint.folder}: is a 16-bit checkpoint already; use it as it is")
+    raise CheckpointError(
+        f"{checkpoint.folder}: is a 16-bit checkpoint, and {format} holds 4-bit integers; quantize it first "
+        "(squawq quantize MODEL AWQ) and export AWQ"
+    )
+
+
+def _report_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What was measured while quantizing; it holds for the same integers elsewhere. Empty for others' folders."""
+    path = checkpoint.folder / REPORT
+    return read_json(path) if path.is_file() else {}
+
+
+def _plan(checkpoint: Checkpoint, family: Family) -> _Plan:
+    """Raises CheckpointError for a tensor that is missing, misshapen or without a place: nothing is dropped silently,
+    but for what loaders leave aside: rotary frequencies, and a head beside a tied embedding."""
+    config = checkpoint.config
+    layers = [family.layer(index) for index in range(config.num_layers)]
+    shapes = {f"{layer}.{name}": shape for layer in layers for name, shape in linear_shapes(config).items()}
+    if not config.tied_embeddings:
+        shapes[family.head] = (config.vocab_size, config.hidden_size)
+    kept = [name for name in shapes if not checkpoint.is_quantized(name)]
+    dense: dict[str, tuple[int, ...]] = {f"{name}.weight": shapes[name] for name in kept}
+    dense |= {f"{family.embedding}.weight": (config.vocab_size, config.hidden_size)}
+    dense |= {f"{family.norm}.weight": (config.hidden_size,)}
+    for name, shape in dense.items():
+        if (info := checkpoint.info(name)).shape != shape:
+            raise CheckpointError(f"{info.file}: tensor {name!r} has shape {list(info.shape)}; {list(shape)} is needed")
+    owners = [(family.embedding,), *((layer,) for layer in layers), (family.norm, family.head)]
+    places = {owner: part for part, own in enumerate(owners) for owner in own}
+    parts: list[list[str]] = [[] for _ in owners]
+    for name, info in checkpoint.tensors.items():
+        owner = next((o for o in _ancestors(name) if o in places), None)
+        unknown = name.endswith(".qweight") and name.removesuffix(".qweight") not in shapes
+        if "rotary_emb" in name or (owner == family.head and config.tied_embeddings):
+            continue
+        if owner is None or unknown:
+            raise CheckpointError(f"{info.file}: tensor {name!r} does not belong to a {family.model_type} model")
+        parts[places[owner]].append(name)
+    targets = ["Linear", *([family.head] if checkpoint.is_quantized(family.head) and family.head in shapes else [])]
+    return _Plan(parts, shapes, [*kept, *([] if family.head in shapes else [family.head])], targets)
+
+
+def _ancestors(name: str) -> list[str]:
+    """a.b.c -> a, a.b"""
+    pieces = name.split(".")
+    return [".".join(pieces[:count]) for count in range(1, len(pieces))]
+
+
+def _write_parts(checkpoint: Checkpoint, plan: _Plan, writer: Writer, job: Job, progress: Progress | None) -> None:
+    for part, names in enumerate(plan.parts):
+        if job.record(part) is None:
+            job.commit(part, _convert(checkpoint, plan, writer, names), {})
+            checkpoint.close()  # the pages of this layer's shard go back
+        if progress is not None:
+            progress(part + 1, len(plan.parts))
+
+
+def _convert(checkpoint: Checkpoint, plan: _Plan, writer: Writer, names: list[str]) -> dict[str, Tensor]:
+    """Linears by the writer, everything else as it is stored."""
+    tensors = {}
+    for name in names:
+        linear, _, kind = name.rpartition(".")
+        if not checkpoint.is_quantized(linear) or kind == "bias":
+            tensors[name] = checkpoint.read(name)
+        elif kind == "qweight":
+            out, in_ = plan.shapes[linear]
+            made = writer.linear(linear, checkpoint.read_quantized(linear, in_, out))
+            tensors |= {f"{linear}.{own}": tensor for own, tensor in made.items()}
+        elif kind not in ("qzeros", "scales"):
+            raise CheckpointError(f"{checkpoint.info(name).file}: tensor {name!r} does not belong to an AWQ linear")
+    return tensors
+
+
+def _finish(checkpoint: Checkpoint, plan: _Plan, writer: Writer, job: Job, report: dict[str, Any]) -> dict[str, Any]:
+    """The small files, the index, config.json and the report; then OUT gets its name."""
+    for path in checkpoint.companions():
+        copy_file(path, job.partial / path.name)
+    report |= {"bytes": write_index(job.partial), "job": job.identity}
+    write_json(job.partial / "config.json", writer.config(dict(checkpoint.config.raw), plan.kept, plan.targets))
+    write_json(job.partial / REPORT, report)
+    job.finish()
+    return report

@@ -1,0 +1,216 @@
+"""The model card (README.md) of a quantized folder: front matter for the Hub, measured figures, usage for each engine.
+
+Says what the folder, its report and an evaluation say, and leaves out what they do not: no licence and no original is
+guessed. Knows nothing of uploading. The last line tells a card as squawq wrote it from one that a person changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from squawq.errors import CheckpointError, ConfigError, OutputError
+from squawq.format.reader import read_json
+from squawq.format.writer import clear_temporary, write_text
+from squawq.hub.download import hub_file
+from squawq.hub.usage import usage
+from squawq.inspection import inspect
+from squawq.quantization.job import REPORT
+
+README = "README.md"
+TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
+FROM_SOURCE = ("license", "license_name", "license_link", "language")
+SCORES = ("tokens", "window", "stride", "perplexity")
+_MARK = re.compile(r"<!-- squawq card ([0-9a-f]{64}) -->\n\Z")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a folder does not say of itself.
+
+    source: the 16-bit model (folder or Hub id), whose card names licence and languages; its Hub id is the base model.
+    license, base_model: instead of what the source says. evaluation: a file that `squawq eval --json` printed.
+    """
+
+    source: str | None = None
+    license: str | None = None
+    base_model: str | None = None
+    evaluation: Path | None = None
+
+    @property
+    def given(self) -> bool:
+        return any(value is not None for value in (self.source, self.license, self.base_model, self.evaluation))
+
+
+def check_id(name: str, what: str) -> None:
+    """Raises ConfigError for what is not a Hub id."""
+    if not _ID.fullmatch(name) or len(name) > 128:
+        raise ConfigError(f"{what} is {name!r}; it must be a Hub id such as 'owner/name'")
+
+
+def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> str:
+    """The card's text. repo: the Hub id under which the folder is used.
+
+    Raises ConfigError for a folder that is not quantized or an evaluation that is none, CheckpointError for a source
+    whose card cannot be read.
+    """
+    folder, origin = Path(folder), origin or Origin()
+    check_id(repo, "the repository")
+    found = inspect(folder)
+    if found["quantization"] is None:
+        raise ConfigError(f"{folder}: is not quantized; squawq writes cards for AWQ folders")
+    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else None
+    matter = front_matter(origin)
+    base = matter.get("base_model")
+    original = f"[{base}](https://huggingface.co/{base})" if base else "a 16-bit model"
+    title = repo.partition("/")[2]
+    parts = [
+        f"# {title}\n\n{original}, its linear layers quantized to 4 bits with AWQ "
+        "([Lin et al.](https://arxiv.org/abs/2306.00978)): safetensors in AutoAWQ's GEMM layout.",
+        _facts(found, report),
+        _measured(report, origin.evaluation),
+        _made(report),
+        usage(repo, has_template(folder)),
+    ]
+    return _signed(f"---\n{_yaml(matter)}---\n" + "\n\n".join(part for part in parts if part) + "\n\n")
+
+
+def write_card(folder: Path, repo: str, origin: Origin | None = None, *, force: bool = False) -> Path:
+    """Write `folder`/README.md. Raises OutputError over a card that a person wrote or changed, unless `force`."""
+    path = folder / README
+    if path.exists() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
+        raise OutputError(f"{path} is not as squawq wrote it; edit it by hand, or give --force to write it anew")
+    write_text(path, model_card(folder, repo, origin))
+    clear_temporary(folder)
+    return path
+
+
+def is_ours(text: str) -> bool:
+    """Whether squawq wrote this card and nobody changed it since."""
+    mark = _MARK.search(text)
+    return mark is not None and mark[0] == _mark(text[: mark.start()])
+
+
+def _signed(text: str) -> str:
+    return text + _mark(text)
+
+
+def _mark(text: str) -> str:
+    return f"<!-- squawq card {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def has_template(folder: Path) -> bool:
+    """Whether the model can be talked to."""
+    config = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (config.is_file() and "chat_template" in read_json(config))
+
+
+def front_matter(origin: Origin) -> dict[str, Any]:
+    """The card's metadata as the Hub wants it."""
+    known = _source_matter(origin.source) if origin.source else {}
+    matter: dict[str, Any] = {key: known[key] for key in FROM_SOURCE if known.get(key)}
+    if origin.license is not None:
+        matter = {"license": origin.license} | {k: v for k, v in matter.items() if not k.startswith("license")}
+    base = origin.base_model or (_hub_id(origin.source) if origin.source else None)
+    if base is not None:
+        check_id(base, "base_model")
+        matter |= {"base_model": base, "base_model_relation": "quantized"}
+    return matter | {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
+
+
+def _hub_id(source: str) -> str | None:
+    """The id of a source on the Hub, or of a folder in the Hub's cache."""
+    if not Path(source).exists():
+        return source
+    cached = _CACHED.search(str(Path(source).resolve()))
+    return f"{cached[1]}/{cached[2]}" if cached else None
+
+
+def _source_matter(source: str) -> dict[str, Any]:
+    """The front matter of the source's card; empty where a folder has none."""
+    from huggingface_hub.repocard import metadata_load
+
+    path = Path(source) / README if Path(source).is_dir() else hub_file(source, README)
+    if not path.is_file():
+        return {}
+    try:
+        return dict(metadata_load(path) or {})
+    except Exception as error:  # of the YAML reader, which is huggingface_hub's own affair
+        raise CheckpointError(f"{path}: its front matter cannot be read: {error}") from error
+
+
+def _yaml(matter: Mapping[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    return f"{ModelCardData(**matter).to_yaml()}\n"
+
+
+def _facts(found: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+    quant, memory = found["quantization"], found["memory"]
+    group = "a whole row" if quant["group_size"] == -1 else str(quant["group_size"])
+    kept = len(found["kept_in_16_bits"])
+    before = f" (the original: {_size(report['source_bytes'])})" if report else ""
+    rows = [
+        f"| architecture | {found['architecture']}, {found['layers']} layers |",
+        f"| parameters | {found['parameters']:,} |",
+        f"| 4-bit weights | groups of {group}, {'zero point' if quant['zero_point'] else 'symmetric'} |",
+        f"| 16-bit | embedding, norms, head{f', {kept} linears (listed in config.json)' if kept else ''} |",
+        f"| size | {_size(found['bytes']['total'])}{before} |",
+        f"| memory for one sequence of {memory['context']:,} tokens | {_size(memory['int4']['total'])}; "
+        f"in 16 bits {_size(memory['fp16']['total'])} |",
+    ]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 10**9 else f"{count / 1e9:,.2f} GB"
+
+
+def _measured(report: Mapping[str, Any] | None, evaluation: Path | None) -> str:
+    lines = []
+    if evaluation is not None:
+        scores = read_json(evaluation)
+        if not all(type(scores.get(key)) in (int, float) for key in SCORES):
+            raise ConfigError(f"{evaluation} is not what `squawq eval --json` prints: it needs {', '.join(SCORES)}")
+        lines += ["| | this model | 16-bit |", "|---|---|---|"]
+        reference = scores.get("reference_perplexity")
+        lines.append(f"| perplexity | {scores['perplexity']:.4f} | {f'{reference:.4f}' if reference else ''} |")
+        if "kl_mean" in scores:
+            lines.append(f"| KL to 16 bits, mean and 99th percentile (nats) | {_pair(scores)} | |")
+            lines.append(f"| same likeliest token | {scores['top1_agreement']:.2%} | |")
+        lines.append("")
+        lines.append(
+            f"On {scores['tokens']:,} tokens, window {scores['window']}, stride {scores['stride']} (`squawq eval`)."
+        )
+    losses = [(row["loss_rounded"], row["loss"]) for row in (report or {}).get("layers", ())]
+    if ratios := [after / before for before, after in losses if before and after is not None]:
+        lines.append(
+            f"Error of a layer's output on calibration text, median over {len(ratios)} layers: "
+            f"{median(ratios) - 1:+.0%} against plain rounding."
+        )
+    return "\n".join(["## Measured\n", *lines]) if lines else ""
+
+
+def _pair(scores: Mapping[str, Any]) -> str:
+    return f"{scores['kl_mean']:.5f}, {scores['kl_p99']:.5f}"
+
+
+def _made(report: Mapping[str, Any] | None) -> str:
+    if report is None:
+        return ""
+    config, tokens = report["job"]["config"], report["calibration_tokens"]
+    method = "activation-aware scales" if report["method"] == "awq" else "plain rounding"
+    if report["method"] == "awq" and config["clip"]:
+        method += " and clipping"
+    text = f"on {tokens:,} tokens of text in blocks of {config['seqlen']}" if tokens else "without calibration text"
+    return (
+        f"## How it was made\n\nBy `squawq quantize` {report['squawq']}: {method}, {text}, group size "
+        f"{config['group_size']}. `{REPORT}` has every layer's losses and what else the result depends on."
+    )

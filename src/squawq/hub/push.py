@@ -1,0 +1,168 @@
+"""Uploads a quantized folder to the Hub: checked first, card written, then huggingface_hub's resumable upload.
+
+Nothing is sent before the folder is a whole checkpoint of known files and the Hub has accepted token and repository.
+Knows no protocol: retries, parts and deduplication are huggingface_hub's. A push that was stopped is run again and
+sends what is missing. Never deletes anything on the Hub.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
+from squawq.format.reader import INDEX, Checkpoint
+from squawq.format.writer import TEMPORARY
+from squawq.hub.card import README, Origin, check_id, is_ours, write_card
+from squawq.inspection import missing
+from squawq.quantization.job import JOB, PART, REPORT
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+OWN = ("config.json", "quant_config.json", README, REPORT, INDEX)
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+IGNORED = (".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store")  # left here, as huggingface_hub leaves them
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a push did: where it is, how many files and bytes the folder has."""
+
+    url: str
+    files: int
+    bytes: int
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str = "main",
+    token_file: str | Path | None = None,
+    origin: Origin | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Upload:
+    """Upload `folder` to the model repository `repo`, which is made if it is not there.
+
+    The token is that of `token_file`, else HF_TOKEN's or a login's. revision: a branch, made if need be. A missing card
+    is written; one of squawq's is written anew when `origin` says something. force: write over a README.md, here or
+    there, that squawq did not write, and go on in a repository with other weights. say: hears a line before the upload.
+    Raises ConfigError, CheckpointError or OutputError before anything is sent, OutputError for an upload that failed.
+    """
+    folder, origin = Path(folder), origin or Origin()
+    check_id(repo, "the repository")
+    token = read_token(token_file)
+    files = check_folder(folder)
+    if origin.given or not (folder / README).exists():
+        write_card(folder, repo, origin, force=force)
+        files = check_folder(folder)
+    size = sum((folder / name).stat().st_size for name in files)
+    try:
+        api = _login(token)
+        _prepare(api, folder, files, repo, private, revision, force)
+        say(f"{len(files)} files, {size / 1e6:,.1f} MB, to {repo}")
+        patterns = [glob.escape(name) for name in files]
+        message = f"Upload {repo.partition('/')[2]} with squawq"
+        done = api.upload_folder(
+            repo_id=repo, folder_path=folder, revision=revision, allow_patterns=patterns, commit_message=message
+        )
+    except SquawqError:
+        raise
+    except Exception as error:  # transport errors are httpx's, or another library's, by huggingface_hub's release
+        raise OutputError(
+            f"the upload to {repo} stopped: {_reason(error)}; run the same command again, it sends what is missing"
+        ) from error
+    return Upload(str(done.commit_url), len(files), size)
+
+
+def read_token(file: str | Path | None) -> str | None:
+    """A token from a file; None leaves it to huggingface_hub. Raises ConfigError, which never shows the content."""
+    if file is None:
+        return None
+    try:
+        token = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the token file {str(file)!r} cannot be read: {type(error).__name__}") from error
+    if not token.isascii() or not token.isprintable() or not token or " " in token:
+        raise ConfigError(f"the token file {str(file)!r} must hold one token and nothing else")
+    return token
+
+
+def check_folder(folder: Path) -> list[str]:
+    """The names of the files to send; reads headers, no weights.
+
+    Raises a SquawqError for a folder that is not a whole AWQ checkpoint or holds anything else.
+    """
+    if folder.name.endswith(".partial") or any((folder / name).exists() for name in (JOB, TEMPORARY)):
+        raise CheckpointError(f"{folder}: is not finished; run squawq quantize again and push what it makes")
+    checkpoint = Checkpoint(folder)
+    if checkpoint.config.quant is None:
+        raise ConfigError(f"{folder}: is not quantized; squawq pushes AWQ folders")
+    if lost := missing(checkpoint):
+        raise CheckpointError(f"{folder}: is not whole: {len(lost)} tensors are missing, such as {lost[0]}")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise CheckpointError(f"{folder}: has no tokenizer ({', '.join(TOKENIZERS)}); copy the source's into it")
+    known = {*OWN, *(path.name for path in checkpoint.companions())}
+    known |= {info.file.name for info in checkpoint.tensors.values()}
+    names = sorted(path.name for path in folder.iterdir() if path.name not in IGNORED)
+    if stray := [name for name in names if name not in known or name.startswith(PART)]:
+        raise OutputError(f"{folder}: holds what is no part of the model: {', '.join(stray[:5])}; move it elsewhere")
+    return names
+
+
+def _login(token: str | None) -> HfApi:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi(token=token, library_name="squawq")
+    try:
+        api.whoami()
+    except LocalTokenNotFoundError as error:
+        raise ConfigError("no token: set HF_TOKEN, give --token-file, or log in with `hf auth login`") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            source = "that of --token-file" if token else "HF_TOKEN's, or the login's"
+            raise ConfigError(f"the Hub refuses the token ({source}); it needs one that may write") from error
+        raise
+    return api
+
+
+def _prepare(api: HfApi, folder: Path, files: list[str], repo: str, private: bool, revision: str, force: bool) -> None:
+    """Make repository and branch where they are not there; raise OutputError for ones that the push would spoil."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise ConfigError(f"the token may not write to {repo}: {_reason(error)}") from error
+        raise
+    if private and not api.repo_info(repo).private:
+        raise OutputError(f"{repo} exists and is public; make it private on the Hub, or push without --private")
+    if revision != "main":
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    there = api.list_repo_files(repo, revision=revision)
+    if force:
+        return
+    if others := [name for name in there if name.endswith(".safetensors") and name not in files]:
+        raise OutputError(
+            f"{repo} has other weights ({others[0]}); choose another repository or --revision, or --force"
+        )
+    if README in there:
+        path = Path(api.hf_hub_download(repo, README, revision=revision))
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text != (folder / README).read_text(encoding="utf-8", errors="replace") and not is_ours(text):
+            raise OutputError(
+                f"{repo} has a README.md that squawq did not write; put it into {folder} to keep it, or --force"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """The first lines of an error, short."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,239 @@
+"""What a model is, how large, and what memory it takes to run: from config.json and safetensors headers, no weights.
+
+Where there are no headers (a config.json alone, a Hub id) the tensors are worked out from the shapes; the result says
+which. Knows nothing of speed, and of memory only what the model itself needs: no Python, no driver, no allocator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from squawq.config import ModelConfig, QuantConfig
+from squawq.errors import ConfigError
+from squawq.families import Family, family_of
+from squawq.format.reader import INDEX, Checkpoint, read_json
+from squawq.hub.download import hub_file
+from squawq.kernels.reference import PAGE
+from squawq.nn.cache import Cache
+from squawq.nn.loader import linear_shapes
+from squawq.quantization.plan import LayerPlan
+
+STEP_TOKENS = 512  # that run through the model at once: the engine's chunk of a prompt
+DEFAULT_CONTEXT = 8192
+KINDS = {
+    "quantized_linears": "linears in INT4, with scales and zeros",
+    "dense_linears": "linears that are not quantized",
+    "embedding": "embedding",
+    "head": "head",
+    "small": "norms and biases",
+}
+INTEGERS = ("qweight", "qzeros", "scales")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as its header or the shapes have it: bytes on disk, weights of the model in it, and their dtype."""
+
+    nbytes: int
+    weights: int
+    dtype: str
+
+
+def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> dict[str, Any]:
+    """A model's architecture, quantization, sizes and memory as a dict of JSON's types; sizes are in bytes.
+
+    model: a folder, a config.json, or a Hub id, of which only config.json is fetched. context: tokens of a sequence,
+    by default the model's positions up to 8,192; batch: sequences at once. `memory` has, for "fp16" and "int4",
+    weights (as stored; for the form that the model is not in, as squawq would write it), kv_cache (float16),
+    workspace (the values of a step of 512 tokens, float32) and their total. `tensors` says where sizes come from:
+    "headers" or "shapes". Raises ConfigError for a context that the model has not, CheckpointError for a bad model.
+    """
+    config, found = _open(model)
+    family = family_of(config.model_type)
+    context = min(DEFAULT_CONTEXT, config.max_positions) if context is None else context
+    for name, value in (("context", context), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    if context > config.max_positions:
+        raise ConfigError(f"context is {context}; the model has {config.max_positions} positions")
+    tensors = expected(config, config.quant) if found is None else found
+    dense, small = expected(config, None), expected(config, config.quant or QuantConfig())
+    own = _total(tensors)
+    weights = {"fp16": _total(dense), "int4": own if config.quant else _total(small)}
+    cache = -(-context // PAGE) * PAGE * batch * Cache.token_bytes(config)
+    work = _workspace(config, batch)
+    architectures = config.raw.get("architectures") or [config.model_type]
+    return {
+        "model": str(model),
+        "architecture": architectures[0],
+        "model_type": config.model_type,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_positions": config.max_positions,
+        "tied_embeddings": config.tied_embeddings,
+        "parameters": sum(tensor.weights for tensor in tensors.values()),
+        "quantization": _quantization(config),
+        "linears": _linears(config, family, tensors),
+        "kept_in_16_bits": _kept(config, family, tensors),
+        "tensors": "shapes" if found is None else "headers",
+        "bytes": {**_by_kind(family, tensors), "total": own},
+        "memory": {
+            "context": context,
+            "batch": batch,
+            **{
+                form: {"weights": size, "kv_cache": cache, "workspace": work, "total": size + cache + work}
+                for form, size in weights.items()
+            },
+        },
+    }
+
+
+def missing(checkpoint: Checkpoint) -> list[str]:
+    """Names that a whole checkpoint of this config has and this one has not."""
+    have, quant = set(checkpoint.tensors), checkpoint.config.quant
+    needed = ("qweight", "scales", "qzeros") if quant is not None and quant.zero_point else ("qweight", "scales")
+    lost = []
+    for name in expected(checkpoint.config, None):
+        base = name.removesuffix("weight")
+        if name in have:
+            continue
+        if f"{base}qweight" in have:
+            lost += [base + part for part in needed if base + part not in have]
+        else:
+            lost.append(name)
+    return lost
+
+
+def expected(config: ModelConfig, quant: QuantConfig | None) -> dict[str, Stored]:
+    """Every tensor of a model of this shape by name, in 16 bits, or with its linears as `quant` makes them."""
+    family, shapes, hidden = family_of(config.model_type), linear_shapes(config), config.hidden_size
+    dtype = str(config.raw.get("dtype") or config.raw.get("torch_dtype") or "float16")
+    if dtype != "bfloat16":
+        dtype = "float16"  # a float32 checkpoint is run in 16 bits
+
+    def stored(count: int) -> Stored:
+        return Stored(2 * count, count, dtype)
+
+    tensors = {f"{family.embedding}.weight": stored(config.vocab_size * hidden)}
+    for index in range(config.num_layers):
+        prefix = family.layer(index)
+        kept = shapes if quant is None else LayerPlan(shapes, family, quant, prefix).kept
+        for name, (out, inputs) in shapes.items():
+            if quant is None or name in kept:
+                tensors[f"{prefix}.{name}.weight"] = stored(out * inputs)
+            else:
+                groups = inputs // quant.group_of(inputs)
+                tensors[f"{prefix}.{name}.qweight"] = Stored(inputs * out // 2, inputs * out, "int4")
+                tensors[f"{prefix}.{name}.qzeros"] = Stored(groups * out // 2, 0, "int4")
+                tensors[f"{prefix}.{name}.scales"] = Stored(groups * out * 2, 0, "float16")
+            if _has_bias(config, name):
+                tensors[f"{prefix}.{name}.bias"] = stored(out)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = stored(hidden)
+        for norm in ("self_attn.q_norm", "self_attn.k_norm") if family.qk_norm else ():
+            tensors[f"{prefix}.{norm}.weight"] = stored(config.head_dim)
+    tensors[f"{family.norm}.weight"] = stored(hidden)
+    if not config.tied_embeddings:
+        tensors[f"{family.head}.weight"] = stored(config.vocab_size * hidden)
+    return tensors
+
+
+def _has_bias(config: ModelConfig, linear: str) -> bool:
+    if linear.startswith("mlp."):
+        return config.raw.get("mlp_bias") is True
+    if config.model_type == "qwen2":
+        return linear != "self_attn.o_proj"
+    return config.raw.get("attention_bias") is True
+
+
+def _open(model: str | Path) -> tuple[ModelConfig, dict[str, Stored] | None]:
+    """The config and, where there are weights, what their headers say."""
+    path = Path(model)
+    if path.is_dir():
+        checkpoint = Checkpoint(path)
+        if not (path / INDEX).is_file() and not any(path.glob("*.safetensors")):
+            return checkpoint.config, None
+        infos = ((name, info) for name, info in checkpoint.tensors.items() if "rotary_emb" not in name)
+        return checkpoint.config, {n: _from_header(n, i.nbytes, i.dtype.itemsize, str(i.dtype)) for n, i in infos}
+    file = path if path.is_file() else hub_file(str(model), "config.json")
+    return ModelConfig.from_dict(read_json(file), str(model)), None
+
+
+def _from_header(name: str, nbytes: int, itemsize: int, dtype: str) -> Stored:
+    part = name.rpartition(".")[2]
+    weights = {"qweight": 2 * nbytes, "qzeros": 0, "scales": 0}.get(part, nbytes // itemsize)
+    return Stored(nbytes, weights, "int4" if part in ("qweight", "qzeros") else dtype.removeprefix("torch."))
+
+
+def _total(tensors: Mapping[str, Stored]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _workspace(config: ModelConfig, batch: int) -> int:
+    """Bytes of a step's values, float32: states and their change, queries, keys, values, attention's output, both
+    halves of the MLP; and a row of logits for each sequence."""
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    row = 3 * config.hidden_size + 2 * query + 2 * key + 3 * config.intermediate_size
+    return 4 * (max(STEP_TOKENS, batch) * row + batch * config.vocab_size)
+
+
+def _quantization(config: ModelConfig) -> dict[str, Any] | None:
+    quant = config.quant
+    if quant is None:
+        return None
+    stated = config.raw.get("quantization_config") or {}
+    return {
+        "method": "awq",
+        "format": str(stated.get("version", "gemm")).lower(),
+        "bits": quant.bits,
+        "group_size": quant.group_size,
+        "zero_point": quant.zero_point,
+    }
+
+
+def _linears(config: ModelConfig, family: Family, tensors: Mapping[str, Stored]) -> list[dict[str, Any]]:
+    """A row for each linear of a layer: its shape, and in how many layers it is stored how."""
+    rows = []
+    for name, shape in linear_shapes(config).items():
+        full = [f"{family.layer(index)}.{name}" for index in range(config.num_layers)]
+        forms = Counter(_form(tensors, linear) for linear in full)
+        rows.append({"name": name, "out_features": shape[0], "in_features": shape[1], "layers": dict(forms)})
+    return rows
+
+
+def _form(tensors: Mapping[str, Stored], linear: str) -> str:
+    if f"{linear}.qweight" in tensors:
+        return "int4"
+    weight = tensors.get(f"{linear}.weight")
+    return "missing" if weight is None else weight.dtype
+
+
+def _kept(config: ModelConfig, family: Family, tensors: Mapping[str, Stored]) -> list[str]:
+    """Full names of linears that a quantized model has not as integers; none where nothing is quantized."""
+    if config.quant is None:
+        return []
+    names = (f"{family.layer(i)}.{name}" for i in range(config.num_layers) for name in linear_shapes(config))
+    return [name for name in names if f"{name}.weight" in tensors]
+
+
+def _by_kind(family: Family, tensors: Mapping[str, Stored]) -> dict[str, int]:
+    sizes = dict.fromkeys(KINDS, 0)
+    for name, tensor in tensors.items():
+        base, _, part = name.rpartition(".")
+        if base in (family.embedding, family.head):
+            kind = "embedding" if base == family.embedding else "head"
+        elif part in INTEGERS:
+            kind = "quantized_linears"
+        else:
+            kind = "dense_linears" if part == "weight" and base.endswith(family.linears) else "small"
+        sizes[kind] += tensor.nbytes
+    return sizes

@@ -1,0 +1,195 @@
+"""GGUF files in llama.cpp itself: the same tokens for a text, the same logits for tokens, the same greedy text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from conftest import logits
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from squawq import LLM, QuantConfig, SamplingParams
+from squawq.config import ModelConfig
+from squawq.demo import demo_model
+from squawq.errors import ConfigError
+from squawq.export.gguf import export_gguf
+from squawq.export.gguf_tokenizer import GPT2, PRE_TYPES, read_vocabulary
+from squawq.quantization.pipeline import quantize
+
+if TYPE_CHECKING:
+    from conftest import MakeModel
+
+pytest.importorskip("gguf", reason="needs the package gguf")
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs the package llama-cpp-python")
+
+TEXTS = (
+    "Hello, world! I'LL say: don't, we'Re 12345 years old; 3.14",
+    "  two\n\n three \t\t tabs\r\n\r\nand   spaces   ",
+    "Grüße, naïve 你好 мир 👍🏽 …—“quotes”",
+    "Once upon a time there was a little girl named Lily.",
+    "x=1;y+=22//z\n",
+    " ",
+)
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+@contextmanager
+def opened(path: Path, **settings: Any) -> Iterator[Any]:
+    """A file in llama.cpp."""
+    with closing(llama_cpp.Llama(str(path), n_ctx=256, n_threads=2, verbose=False, **settings)) as found:
+        yield found
+
+
+def corpus() -> list[str]:
+    return (demo_model() / "held_back.txt").read_text().splitlines()[:400]
+
+
+def byte_level(cuts: tuple[str, ...], skip_merges: bool, size: int = 600) -> Tokenizer:
+    """A byte-level BPE that cuts text in this way."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=skip_merges))
+    steps: list[Any] = []
+    for cut in cuts:
+        if cut == r"\p{N}":
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        elif cut != GPT2:
+            steps.append(pre_tokenizers.Split(Regex(cut), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=GPT2 in cuts))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*corpus(), *TEXTS], trainer)
+    return tokenizer
+
+
+def sentencepiece_like(prefix: bool) -> Tokenizer:
+    """Pieces and bytes, and as merges all splits of every piece in the pieces' order, as Llama 2's are converted."""
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, show_progress=False)
+    learned.train_from_iterator(corpus(), trainer)
+    pieces = sorted(learned.get_vocab().items(), key=lambda item: item[1])
+    names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *(piece for piece, _ in pieces[len(SPECIAL) :])]
+    vocab = {name: number for number, name in enumerate(names)}
+    merges = [
+        (name[:cut], name[cut:])
+        for name in names[len(SPECIAL) + 256 :]
+        for cut in range(1, len(name))
+        if name[:cut] in vocab and name[cut:] in vocab
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if prefix else [spaces])
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def in_folder(tokenizer: Tokenizer, folder: Path) -> Path:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}')
+    return folder
+
+
+def check_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    path = folder / "model.gguf"
+    export_gguf(in_folder(tokenizer, folder), path)
+    with opened(path, vocab_only=True) as theirs:
+        for text in (*TEXTS, *corpus()[:100]):
+            found = theirs.tokenize(text.encode(), add_bos=True, special=False)
+            assert found == tokenizer.encode(text).ids, text
+
+
+@pytest.mark.parametrize(("key", "name"), PRE_TYPES.items(), ids=PRE_TYPES.values())
+def test_byte_level_text_to_tokens(make_model: MakeModel, key: tuple[tuple[str, ...], bool], name: str) -> None:
+    tokenizer = byte_level(*key)
+    check_tokens(make_model(vocab_size=tokenizer.get_vocab_size() + 3, eos_token_id=2), tokenizer)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_sentencepiece_like_text_to_tokens(make_model: MakeModel, prefix: bool) -> None:
+    tokenizer = sentencepiece_like(prefix)
+    check_tokens(make_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=2), tokenizer)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "llama-3.1": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "tie_word_embeddings": True,
+    },
+    "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "mistral": {"sliding_window": 128},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_logits(make_model: MakeModel, tmp_path: Path, name: str, bits: int) -> None:
+    """llama.cpp rounds activations, to float16 beside 16-bit matrices and to int8 beside 4-bit ones."""
+    tokenizer = byte_level((GPT2,), skip_merges=False, size=300)
+    size = tokenizer.get_vocab_size()
+    source = make_model(name.partition("-")[0], vocab_size=size, eos_token_id=2, **FAMILIES[name])
+    folder = source
+    if bits == 4:
+        folder = tmp_path / "awq"
+        quantize(source, folder, QuantConfig(method="rtn", group_size=32))
+    export_gguf(in_folder(tokenizer, folder), tmp_path / "model.gguf")
+    ids = torch.randint(3, size, (1, 60), generator=torch.Generator().manual_seed(1))
+    ours = logits(folder, ids)[0]
+    with opened(tmp_path / "model.gguf", logits_all=True) as llama:
+        llama.eval(ids[0].tolist())
+        theirs = torch.from_numpy(llama.scores[: ids.shape[1]].copy())
+    difference = (theirs - ours).norm() / ours.norm()
+    assert difference < (0.01 if bits == 16 else 0.05)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["Once upon a time", "The little dog", "Tom and Lily went to the park.", "One day, a girl named Sue"],
+)
+def test_greedy_text_of_the_demo_model(awq_demo: Path, tmp_path: Path, prompt: str) -> None:
+    export_gguf(awq_demo, tmp_path / "demo.gguf")
+    with LLM(awq_demo, exact=True, threads=2) as llm:
+        ids = llm.tokenizer.encode(prompt)
+        ours = list(llm.generate_ids(ids, SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)))
+    with opened(tmp_path / "demo.gguf") as llama:
+        assert llama.tokenize(prompt.encode()) == ids
+        pieces = llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0)
+        assert [next(pieces) for _ in ours] == ours
+
+
+@pytest.mark.parametrize("change", ["cuts", "normalizer", "merges"])
+def test_a_tokenizer_without_a_name_is_refused(tmp_path: Path, change: str) -> None:
+    if change == "merges":  # one split of each piece, not all
+        tokenizer = Tokenizer(
+            models.BPE(
+                {"a": 0, "b": 1, "ab": 2, "ba": 3, "aba": 4}, [("a", "b"), ("b", "a"), ("ab", "a")], byte_fallback=True
+            )
+        )
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    else:
+        tokenizer = byte_level((r"\w+|\s+",) if change == "cuts" else (GPT2,), skip_merges=False, size=300)
+        if change == "normalizer":
+            tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ConfigError, match="cannot be said as GGUF's scores" if change == "merges" else "cut text"):
+        read_vocabulary(in_folder(tokenizer, tmp_path), config(tokenizer.get_vocab_size()))
+
+
+def config(size: int) -> ModelConfig:
+    """Of a small Llama with this many tokens."""
+    numbers = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return ModelConfig.from_dict({"model_type": "llama", "vocab_size": size, **numbers})
