@@ -34,7 +34,8 @@ class QuantConfig:
     zero_point: asymmetric (True) or symmetric around 8 (False).
     modules_to_not_convert: linears whose full name contains one of these stay in 16 bits.
     method: "awq" (activation-aware scales, Lin et al., arXiv 2306.00978) or "rtn" (plain rounding).
-    clip: search a narrower range per group, as AutoAWQ does. n_grid: steps of the scale search between 0 and 1.
+    clip: search a narrower range per group, as AutoAWQ does. duo_scaling: try scales from activations and weights
+    as well as from activations alone. n_grid: steps of the scale search between 0 and 1.
     dtype: of the tensors that stay in 16 bits.
     samples, seqlen: calibration blocks and tokens in each. None takes what there is, up to 128 blocks, and 512
     tokens or the model's context if that is shorter.
@@ -47,6 +48,7 @@ class QuantConfig:
     modules_to_not_convert: tuple[str, ...] = ()
     method: str = "awq"
     clip: bool = True
+    duo_scaling: bool = True
     n_grid: int = 20
     dtype: str = "float16"
     samples: int | None = None
@@ -61,7 +63,7 @@ class QuantConfig:
         for name, least in (("samples", 1), ("seqlen", 8)):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), least)
-        for name in ("zero_point", "clip"):
+        for name in ("zero_point", "clip", "duo_scaling"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         names: object = self.modules_to_not_convert

@@ -41,6 +41,7 @@ class Cache:
             store = torch.from_numpy(np.zeros(shape, np.float16))
         else:
             store = torch.zeros(shape, dtype=torch.float16, device=device)
+        self._store = store
         self._layers = [(k.view(pages, kv, dim, PAGE), v.view(pages, kv, PAGE, dim)) for k, v in store]
 
     @staticmethod
@@ -51,3 +52,7 @@ class Cache:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """keys [pages, kv_heads, head_dim, 16] and values [pages, kv_heads, 16, head_dim] of a layer."""
         return self._layers[index]
+
+    def copy(self, source: int, target: int) -> None:
+        """Give page `target` what page `source` holds, in every layer."""
+        self._store[:, :, target] = self._store[:, :, source]

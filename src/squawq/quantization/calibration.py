@@ -34,16 +34,17 @@ def token_blocks(
     seqlen: int,
     samples: int | None,
     vocab_size: int,
+    most: int = DEFAULT_SAMPLES,
 ) -> Tensor:
     """Token blocks int64 [blocks, seqlen] from `source`.
 
     source: None for the built-in set; a .txt or .jsonl file; a Hub data set id; texts; or lists of token ids.
-    samples: exactly so many blocks; None takes what there is up to 128, and at least 4.
+    samples: exactly so many blocks; None takes what there is up to `most`, and at least 4.
     The built-in set is sampled evenly over its languages and kinds; other sources are read from the start.
     Raises CalibrationError when there is too little text, saying how much there is and how much is needed.
     """
-    wanted = DEFAULT_SAMPLES if samples is None else samples
-    least = LEAST_BLOCKS if samples is None else samples
+    wanted = most if samples is None else samples
+    least = min(LEAST_BLOCKS, most) if samples is None else samples
     stream: list[int] = []
     for ids in _documents(source, open_tokenizer):
         stream.extend(ids)

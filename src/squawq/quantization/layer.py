@@ -145,6 +145,8 @@ class LayerQuantizer:
         weights = [parameter.data for parameter in parameters]
         size = self.config.group_of(weights[0].shape[1])
         candidates = scale_candidates(stats.mean_absolute, weight_importance(weights, size), self.config.n_grid)
+        if not self.config.duo_scaling:
+            candidates = [c for c in candidates if c.formula != "xw"]
         wanted = None if inputs is None else self.block.inspect(group.inspect, inputs)
 
         def inspect(candidate: ScaleCandidate) -> float:

@@ -1,0 +1,1 @@
+"""Other libraries load and run our checkpoints: transformers."""

@@ -1,0 +1,324 @@
+"""do_fuse: a transformers causal model that runs as our decoder (one product for QKV, one for gate and up, norms with
+their additions, on the CPU all layers in one native call) and keeps transformers' face: forward, generate, saving.
+
+The model's own tensors become memory-mapped views of the checkpoint, so that weights lie in memory once, packed. Logits
+are float32. Knows how masks and positions of a padded batch become rows of tokens; knows no kernels and no sampling.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import cached_file
+
+from squawq.config import ModelConfig
+from squawq.engine.request import Chunk
+from squawq.errors import CheckpointError, ConfigError
+from squawq.families import family_of
+from squawq.format.reader import Checkpoint
+from squawq.integrations.fused_cache import FusedCache, check_length
+from squawq.integrations.linear import AwqLinear
+from squawq.nn.decoder import Decoder
+from squawq.nn.loader import Options, load
+
+STEP_TOKENS = 512  # of a prompt at once
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # before 5.24
+QUIET = {"cache_position", "num_items_in_batch", "return_dict"}  # arguments that change nothing here
+REFUSED = {
+    **dict.fromkeys(
+        ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"),
+        "continuous batching needs transformers' own layers; squawq.LLM and `squawq serve` have their own",
+    ),
+    **dict.fromkeys(("add_adapter", "load_adapter"), "adapters need transformers' own layers"),
+    **dict.fromkeys(("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings"), "weights are fixed"),
+}
+
+
+@dataclass
+class _Fused:
+    """What a fused model runs on. `lock`: the decoder remembers one cache, so that steps of two threads take turns."""
+
+    decoder: Decoder
+    folder: Path
+    max_seq_len: int
+    lock: Any = field(default_factory=threading.Lock)
+
+    def __deepcopy__(self, _: Any) -> _Fused:
+        return self  # weights that nobody writes to
+
+    def __reduce__(self) -> Any:
+        raise ConfigError("a fused model cannot be pickled; save it with save_pretrained and load it again")
+
+
+def fuse(model: Any, max_seq_len: int, folder: str | Path | None = None) -> None:
+    """Let a causal model of transformers (llama, mistral, qwen2, qwen3) run as our decoder, in place.
+
+    max_seq_len: tokens that a sequence may have, prompt and new ones; of a fused model it sets another limit. folder:
+    the checkpoint that the model came from; by default what its config names. Peak memory: the model as it was loaded,
+    if its tensors are not memory-mapped yet, and then the packed decoder.
+    Raises ConfigError or CheckpointError, with the model as it was, for one that cannot be fused.
+    """
+    if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 1:
+        raise ConfigError(f"fuse_max_seq_len is {max_seq_len!r}; it must be a whole number of at least 1, such as 512")
+    if isinstance(model, FusedCausalLM):
+        model._fused.max_seq_len = max_seq_len
+        return
+    family_of(model.config.model_type)
+    if not hasattr(model, "lm_head"):
+        raise ConfigError(f"do_fuse takes causal language models; this is a {type(model).__name__}")
+    device = _device(model)
+    checkpoint = Checkpoint(folder or _folder(model))
+    _check_config(model, checkpoint)
+    _map(model, checkpoint)
+    linears = [module for module in model.modules() if isinstance(module, AwqLinear)]
+    exact, packed = any(m.exact for m in linears), not linears or any(m.native for m in linears)
+    decoder = load(checkpoint.folder, Options(str(device), exact, packed=packed))
+    model._fused = _Fused(decoder, checkpoint.folder, max_seq_len)
+    model.__class__ = _fused_class(model.__class__)
+
+
+def _device(model: Any) -> torch.device:
+    """Where the whole model is. Raises ConfigError if it is in several places."""
+    devices = {str(tensor.device) for tensor in model.parameters()}
+    hooked = "forward" in vars(model) or any(hasattr(tensor, "device_mesh") for tensor in model.parameters())
+    if len(devices) != 1 or "meta" in devices or hooked:
+        raise ConfigError(
+            f"do_fuse takes a model that is whole on one device; this one is on {', '.join(sorted(devices))}"
+            f"{', in parts' if hooked else ''}; give device_map='cpu' or one GPU, or leave do_fuse out"
+        )
+    return torch.device(devices.pop())
+
+
+def _folder(model: Any) -> Path:
+    """The folder of the checkpoint: as given, or where transformers downloaded this very commit to."""
+    name, commit = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+    try:
+        found = cached_file(name, "config.json", revision=commit, local_files_only=True) if name else None
+    except OSError:
+        found = None
+    if found is None:
+        raise CheckpointError(f"do_fuse reads the checkpoint again, and {name!r} is no folder of one on this machine")
+    return Path(found).parent
+
+
+def _check_config(model: Any, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError where the model's settings are not the folder's, by which the decoder is built."""
+    mine = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    wanted = ModelConfig.from_dict(mine, "the model's config")
+    for name in (f.name for f in fields(ModelConfig) if f.name not in ("raw", "quant")):
+        given, stored = getattr(wanted, name), getattr(checkpoint.config, name)
+        if given != stored:
+            raise ConfigError(
+                f"{name} is {given} in the model and {stored} in {checkpoint.folder}; do_fuse runs a checkpoint as it "
+                "is stored: change its config.json, or leave do_fuse out"
+            )
+
+
+def _map(model: Any, checkpoint: Checkpoint) -> None:
+    """Let the model's tensors be views of the checkpoint's files, where they are what is stored there.
+
+    4-bit tensors wherever the model is; others stay on its device, which is what transformers takes for the model's.
+    """
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        info = checkpoint.tensors.get(name)
+        same = info is not None and (info.dtype, info.shape) == (tensor.dtype, tuple(tensor.shape))
+        if same and (tensor.device.type == "cpu" or name.endswith((".qweight", ".qzeros", ".scales"))):
+            tensor.data = checkpoint.read(name)
+
+
+@functools.cache
+def _fused_class(kind: type) -> type:
+    """The model's class with our forward; it keeps its name, which saving writes to config.json."""
+    refusing = {name: _refusal(name, why) for name, why in REFUSED.items() if hasattr(kind, name)}
+    return type(kind.__name__, (FusedCausalLM, kind), {"__module__": kind.__module__, **refusing})
+
+
+def _refusal(name: str, why: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ConfigError(f"a fused model has no {name}: {why}; load it without do_fuse for that")
+
+    return refuse
+
+
+class FusedCausalLM:
+    """What a fused model does in its own way; everything else is its transformers class's."""
+
+    _fused: Any
+    config: Any
+    loss_function: Any
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model's own; logits float32 [rows, kept columns, vocab], zeros for pad tokens.
+
+        attention_mask: 0 and 1, [rows, columns of the cache and of input_ids]. A token's position is its place in
+        its row.
+        Raises ConfigError for what our decoder does not do.
+        """
+        _check_arguments(self.config, input_ids, inputs_embeds, kwargs)
+        assert input_ids is not None
+        past = cache if cache is not None else past_key_values
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if past is None:
+            past = FusedCache(self._fused.decoder, self._fused.max_seq_len)
+        elif not isinstance(past, FusedCache):
+            raise ConfigError(f"a fused model makes its own cache; it was given a {type(past).__name__}")
+        mask = _new_columns(attention_mask, input_ids, past)
+        with self._fused.lock:
+            logits = _run(past, input_ids, mask, position_ids, logits_to_keep).to(input_ids.device)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **({CACHE: past} if use_cache else {}))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], _mode: Any, _batch: int, max_cache_length: int
+    ) -> None:
+        """generate's cache. Raises ConfigError, before anything is run, if the longest row would not fit."""
+        mask = model_kwargs.get("attention_mask")
+        pads = 0 if mask is None else mask.shape[1] - int(mask.sum(1).max())
+        check_length(max_cache_length + 1 - pads, self._fused.max_seq_len)
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ConfigError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; a fused model has its own cache, "
+                "so leave it out"
+            )
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = FusedCache(self._fused.decoder, self._fused.max_seq_len)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, with torch on one thread meanwhile: its threads wait for cores that the kernels' keep."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            torch.set_num_threads(threads)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, but not into the folder that its tensors are views of."""
+        if Path(save_directory).resolve() == self._fused.folder.resolve():
+            raise ConfigError(f"{save_directory} is the folder that this fused model reads; save it to another one")
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def _check_arguments(
+    config: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    if input_ids is None or inputs_embeds is not None:
+        raise ConfigError("a fused model takes input_ids, not inputs_embeds; load it without do_fuse for those")
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [rows, tokens], with some of both")
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.pop(name, None) or getattr(config, name, False):
+            raise ConfigError(f"{name} is set; a fused model has none to give: load it without do_fuse for that")
+    if unknown := [
+        name for name, value in kwargs.items() if value is not None and value is not False and name not in QUIET
+    ]:
+        raise ConfigError(f"a fused model's forward has no argument {unknown[0]!r}")
+
+
+def _new_columns(mask: Tensor | None, ids: Tensor, past: FusedCache) -> NDArray[np.bool_] | None:
+    """Which of the tokens count, bool [rows, tokens]; None for all. Raises ConfigError for another kind of mask."""
+    if mask is None:
+        return None
+    rows, tokens = ids.shape
+    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] != past.width + tokens:
+        raise ConfigError(
+            f"attention_mask has shape {tuple(mask.shape)}; a fused model takes {(rows, past.width + tokens)}, "
+            f"{past.width} columns of the cache and {tokens} new ones"
+        )
+    whole = mask.cpu().numpy().astype(bool)
+    old = whole[:, : past.width].sum(1).tolist()
+    if past.width and old != past.lengths:
+        raise ConfigError("attention_mask hides tokens that are in the cache, or shows pad tokens that are not")
+    new: NDArray[np.bool_] = whole[:, past.width :]
+    return None if new.all() else new
+
+
+def _run(
+    past: FusedCache, ids: Tensor, mask: NDArray[np.bool_] | None, positions: Tensor | None, keep: int | Tensor
+) -> Tensor:
+    """Logits float32 [rows, kept columns, vocab] of a batch's tokens, whose keys and values go to the cache."""
+    rows, width = ids.shape
+    first = 0
+    if isinstance(keep, Tensor):
+        chosen = keep.cpu() % width
+        first = int(chosen.min())
+    elif keep:
+        first = max(0, width - keep)
+    if mask is not None and first == width - 1 and bool((mask.any(1) & ~mask[:, -1]).any()):
+        raise ConfigError("a row ends in a pad token, and nothing follows from that; pad on the left")
+    tokens = [row if mask is None else np.asarray(row)[mask[i]].tolist() for i, row in enumerate(ids.tolist())]
+    runner, counts = past.open(rows), [len(row) for row in tokens]
+    if not 0 <= int(ids.min()) <= int(ids.max()) < runner.vocab_size:
+        raise ConfigError(f"input_ids holds a token beyond 0 to {runner.vocab_size - 1}, the vocabulary")
+    if positions is not None:
+        _check_positions(positions, past, counts, mask)
+    starts = past.extend(counts, width)
+    wanted = [width - first] * rows if mask is None else mask[:, first:].sum(1).tolist()
+    parts = [part for step in _steps(tokens, starts, past.tables, wanted) for part in runner.run(step)]
+    flat = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    if mask is None:
+        logits = flat.view(rows, width - first, -1)
+    else:
+        logits = flat.new_zeros(rows, width - first, runner.vocab_size)
+        logits[torch.from_numpy(mask[:, first:])] = flat
+    return logits[:, chosen - first] if isinstance(keep, Tensor) else logits
+
+
+def _check_positions(given: Tensor, past: FusedCache, counts: Sequence[int], mask: NDArray[np.bool_] | None) -> None:
+    """Raise ConfigError unless each token's position is its place in its row."""
+    starts = past.lengths
+    for index, count in enumerate(counts):
+        row = given[index % len(given)].tolist()
+        row = row if mask is None else np.asarray(row)[mask[index]].tolist()
+        if row != list(range(starts[index], starts[index] + count)):
+            raise ConfigError(
+                f"position_ids of row {index} are not {starts[index]} to {starts[index] + count - 1}, which is where "
+                "its tokens stand without pad tokens; leave position_ids out"
+            )
+
+
+def _steps(
+    tokens: Sequence[list[int]], starts: Sequence[int], tables: Sequence[Sequence[int]], wanted: Sequence[int]
+) -> Iterator[list[Chunk]]:
+    """Rows of tokens in steps of bounded size, in their order. wanted: for how many last tokens of a row logits are."""
+    step: list[Chunk] = []
+    room = STEP_TOKENS
+    for row, start, table, count in zip(tokens, starts, tables, wanted, strict=True):
+        at = 0
+        while at < len(row):
+            ids = row[at : at + room]
+            at, room = at + len(ids), room - len(ids)
+            logits = min(len(ids), max(0, count - (len(row) - at)))
+            step.append(Chunk(ids, start + at - len(ids), table, logits))
+            if not room:
+                yield step
+                step, room = [], STEP_TOKENS
+    if step:
+        yield step

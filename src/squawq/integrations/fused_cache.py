@@ -1,0 +1,148 @@
+"""The cache that a fused model gives transformers: which row of a batch holds which pages of keys and values.
+
+Every row is a sequence of its own, and pad tokens take no place in it. Beams share pages; one that several rows hold is
+copied before it is written. Knows no model and no logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from squawq.engine.runner import DecoderRunner
+from squawq.errors import ConfigError
+from squawq.kernels.reference import PAGE
+from squawq.nn.decoder import Decoder
+
+
+class _Runner(DecoderRunner):
+    """A decoder over pages that can be copied."""
+
+    def copy(self, source: int, target: int) -> None:
+        self._cache.copy(source, target)
+
+
+class FusedCache(Cache):  # type: ignore[misc]
+    """Pages for a batch that the first step makes known; each row may hold `max_seq_len` tokens.
+
+    `lengths`: tokens in each row. `width`: columns of the batch so far, pad tokens among them: what transformers calls
+    the length. Memory: as much as tokens are written, on a CPU; all of it at once elsewhere.
+    """
+
+    def __init__(self, decoder: Decoder, max_seq_len: int) -> None:
+        super().__init__(layers=[])
+        self._decoder, self.max_seq_len = decoder, max_seq_len
+        self.lengths: list[int] = []
+        self.tables: list[list[int]] = []
+        self.width = 0
+
+    def open(self, rows: int) -> _Runner:
+        """What runs a step of so many rows. Raises ConfigError if the cache holds another number of rows."""
+        if not self.lengths:
+            pages = rows * -(-self.max_seq_len // PAGE)
+            self._runner = _Runner(self._decoder, pages * PAGE)
+            self._free, self._holders = list(range(pages - 1, -1, -1)), [0] * pages
+            self.lengths, self.tables = [0] * rows, [[] for _ in range(rows)]
+        if rows != len(self.lengths):
+            raise ConfigError(f"the batch has {rows} rows, its cache {len(self.lengths)}; start with a new cache")
+        return self._runner
+
+    def extend(self, counts: Sequence[int], width: int) -> list[int]:
+        """Make room for so many tokens more in each row, `width` columns in all; where each row's begin.
+
+        Raises ConfigError, with nothing changed, where a row would be longer than `max_seq_len`.
+        """
+        starts = self.lengths
+        lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+        check_length(max(lengths), self.max_seq_len)
+        for index, (start, end) in enumerate(zip(starts, lengths, strict=True)):
+            table = self.tables[index]
+            if end > start and start % PAGE and self._holders[table[-1]] > 1:
+                page = self._take()
+                self._runner.copy(table[-1], page)
+                self._drop([table[-1]])
+                table[-1] = page
+            table.extend(self._take() for _ in range(-(-end // PAGE) - len(table)))
+        self.lengths, self.width = lengths, self.width + width
+        return starts
+
+    def _take(self) -> int:
+        page = self._free.pop()  # never empty: rows hold no more pages than there are, shared or not
+        self._holders[page] = 1
+        return page
+
+    def _drop(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row i goes on as a copy of row indices[i]; there may be fewer rows than before, not more."""
+        chosen, old = indices.tolist(), self.tables
+        if len(chosen) > len(old):
+            raise ConfigError(f"a fused cache of {len(old)} rows cannot become one of {len(chosen)}")
+        self.tables = [list(old[index]) for index in chosen]
+        self.lengths = [self.lengths[index] for index in chosen]
+        for page in (page for table in self.tables for page in table):
+            self._holders[page] += 1
+        for table in old:
+            self._drop(table)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search's name for it."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused, as its pages were made for the rows it has."""
+        self.batch_select_indices(Tensor([i for i in range(len(self.lengths)) for _ in range(repeats)]).long())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens of every row."""
+        count = abs(tokens_to_remove)
+        if tokens_to_remove > 0 or any(length < count for length in self.lengths):
+            raise ConfigError(f"crop is given {tokens_to_remove}; it takes minus the number of tokens to forget")
+        self.lengths, self.width = [length - count for length in self.lengths], max(0, self.width - count)
+        for table, length in zip(self.tables, self.lengths, strict=True):
+            keep = -(-length // PAGE)
+            self._drop(table[keep:])
+            del table[keep:]
+
+    def reset(self) -> None:
+        """Forget everything; the next step may have any number of rows."""
+        self.lengths, self.tables, self.width = [], [], 0
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        """Refused: keys and values do not come from outside."""
+        raise ConfigError("a fused model's cache is written by the fused model alone")
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        return self.width
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
+        return self.max_seq_len
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (the same, before transformers 5.24)
+        return self.max_seq_len
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths) or -1
+
+    # What transformers asks of a cache's layers is answered as for one layer of plain attention.
+    is_linear = is_sliding = is_dummy = property(lambda _: [False])
+    is_compileable = property(lambda _: False)
+    is_initialized = property(lambda self: bool(self.lengths))
+    is_croppable = property(lambda _: True)
+
+
+def check_length(tokens: int, limit: int) -> None:
+    """Raise ConfigError where a sequence would be longer than the cache."""
+    if tokens > limit:
+        raise ConfigError(
+            f"a sequence of {tokens} tokens, prompt and new ones, is more than fuse_max_seq_len, which is {limit}; "
+            f"load the model with AwqConfig(..., do_fuse=True, fuse_max_seq_len={tokens}), or ask for fewer tokens"
+        )

@@ -1,0 +1,152 @@
+"""A linear layer that keeps AWQ GEMM tensors exactly as the checkpoint has them, and multiplies by them.
+
+On the CPU the native kernels run it, from a packed copy made at the first forward; anywhere else it is plain torch:
+dequantize and multiply. Knows nothing of transformers.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from squawq.format.groupwise import SYMMETRIC_ZERO
+from squawq.format.packing import PER_WORD, unpack
+from squawq.kernels import library
+from squawq.kernels.packed import PackedInt4, kernel_group
+
+NATIVE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_numbers = count()
+_owners: WeakValueDictionary[int, AwqLinear] = WeakValueDictionary()
+
+
+def dequantize(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight [in, out] in `dtype`; the products are rounded once."""
+    wide = torch.promote_types(scales.dtype, dtype)
+    groups, out = scales.shape
+    weight = unpack(qweight).view(groups, -1, out).to(wide)
+    weight = weight - (SYMMETRIC_ZERO if qzeros is None else unpack(qzeros).view(groups, 1, out).to(wide))
+    return (weight * scales.view(groups, 1, out).to(wide)).view(-1, out).to(dtype)
+
+
+def plain(x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [..., in] times the dequantized weight, plus bias, in x's dtype: torch alone, on any device."""
+    y = x @ dequantize(qweight, scales, qzeros, x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+class AwqLinear(nn.Module):
+    """qweight int32 [in, out/8], qzeros int32 [in/group, out/8] (None: 8 is meant), scales [in/group, out], bias [out].
+
+    exact: multiply float activations instead of int8 ones on the native kernels. native: False for torch everywhere.
+    Tensors change (loading, `to`, a shard of tensor parallelism): the next forward packs again.
+    """
+
+    _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism hands `forward` local shards
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group: int,
+        *,
+        zeros: bool = True,
+        bias: torch.dtype | None = None,
+        scales: torch.dtype = torch.float16,
+        exact: bool = False,
+        native: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group, self.exact = in_features, out_features, group, exact
+        words, groups = out_features // PER_WORD, in_features // group
+        self.qweight = _frozen(in_features, words, dtype=torch.int32)
+        self.scales = _frozen(groups, out_features, dtype=scales)
+        self.qzeros = _frozen(groups, words, dtype=torch.int32) if zeros else None
+        self.bias = None if bias is None else _frozen(out_features, dtype=bias)
+        self.native = native and kernel_group(group) is not None and library.load() is not None
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """A number by which the operator finds this layer, and no packed weight yet."""
+        self._number = next(_numbers)
+        self._packed: tuple[Any, PackedInt4] | None = None
+        _owners[self._number] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_packed", "_number")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._adopt()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, group={self.group}, bias={self.bias is not None}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = self.qweight, self.scales, self.qzeros, self.bias
+        if not self.native or x.device.type != "cpu" or x.dtype not in NATIVE_TYPES or _offloaded(self):
+            return plain(x, *tensors)  # Triton kernels for CUDA belong here, before this line
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            product: Tensor = _operator(x, *tensors, self._number)
+            return product
+        return self.multiply(x, *tensors)
+
+    def multiply(
+        self, x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """The product on the native kernels, from the packed weight, made anew if the tensors are others."""
+        state = tuple(map(_identity, (qweight, scales, qzeros, bias)))
+        if self._packed is None or self._packed[0] != state:
+            self._packed = None  # let the old one go first
+            out, in_features = scales.shape[1], qweight.shape[0]
+            packed = PackedInt4(out, in_features, self.group, bias=bias, exact=self.exact)
+            packed.fill(0, qweight, scales, qzeros)
+            self._packed = state, packed
+        packed = self._packed[1]
+        y = packed(x.reshape(-1, x.shape[-1]).float().contiguous())
+        return y.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
+
+
+def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter rather than a buffer: tensor parallelism and offloading know only those."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the tensors for each forward: a packed copy would then keep what it takes away."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def _identity(tensor: Tensor | None) -> tuple[int, int] | None:
+    """Changes when the tensor is replaced or written to; tensors of inference mode count no writes."""
+    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+
+
+@torch.library.custom_op("squawq::awq_linear", mutates_args=())
+def _operator(
+    x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bias: Tensor | None, number: int
+) -> Tensor:
+    """AwqLinear as one operator, for torch.compile and autograd. number: the layer's, which keeps the packed weight."""
+    return _owners[number].multiply(x, qweight, scales, qzeros, bias)
+
+
+@_operator.register_fake
+def _(x: Tensor, _qweight: Tensor, scales: Tensor, *_rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], scales.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (torch names them)
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The weight is frozen: only the input has a gradient."""
+    qweight, scales, qzeros = ctx.saved_tensors
+    return F.linear(gradient, dequantize(qweight, scales, qzeros, gradient.dtype)), None, None, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,52 @@
+"""transformers' tensor parallelism over two gloo processes gives what one process gives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from awq_folders import quantized, stored
+from test_transformers import TOLERANCES, difference, load, logits
+
+import squawq.transformers  # noqa: F401 (registers)
+from squawq.errors import ConfigError
+from squawq.integrations.quantizer import check_cuts
+
+WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_moe"])
+def test_two_processes_are_one_model(tmp_path: Path, model_type: str) -> None:
+    inner: dict[str, Any] = {"moe_intermediate_size": 64} if model_type == "qwen3_moe" else {"intermediate_size": 128}
+    awq, _ = quantized(tmp_path, model_type, **inner)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SQUAWQ_THREADS": "1"}
+    done = subprocess.run([*command, str(awq), str(tmp_path)], env=environment, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    model = load(awq, exact=True)
+    ids = torch.arange(2, 26).view(2, 12)
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["rank_words"].tolist() == [64, 4]
+        assert difference(found["logits"], logits(model, ids)) < TOLERANCES[torch.float32]
+        assert torch.equal(found["tokens"], tokens)
+        assert torch.equal(found["batch"], tokens[:, 12:])
+    before, after = stored(awq), stored(tmp_path / "saved")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_cuts_inside_a_group_are_refused(tmp_path: Path) -> None:
+    model = load(quantized(tmp_path)[0])
+    check_cuts(model, {"model.layers.*.mlp.down_proj": "rowwise"}, 3)
+    with pytest.raises(ConfigError, match=r"down_proj \[64, 96\] in groups of 32 .* 2 processes"):
+        check_cuts(model, {"model.layers.*.mlp.down_proj": "rowwise"}, 2)
+    with pytest.raises(ConfigError, match=r"k_proj \[32, 64\]"):
+        check_cuts(model, {"model.layers.*.self_attn.k_proj": "colwise"}, 8)
