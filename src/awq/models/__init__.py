@@ -1,0 +1,1 @@
+"""The model classes and the quantization settings, under AutoAWQ's module names."""

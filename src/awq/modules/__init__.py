@@ -1,0 +1,1 @@
+"""Layers, under AutoAWQ's module names."""

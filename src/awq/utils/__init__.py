@@ -1,0 +1,1 @@
+"""Packing helpers, under AutoAWQ's module names."""
