@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from conftest import tiny_config
 
-from squawq.config import ModelConfig, QuantConfig
+from squawq.config import LAYOUTS, ModelConfig, QuantConfig
 from squawq.errors import CheckpointError, ConfigError
+from squawq.format import layouts
 
 
 @pytest.mark.parametrize(
@@ -50,10 +51,92 @@ def test_keys_on_disk_are_exactly_autoawqs() -> None:
     }
 
 
-def test_other_writers_add_keys() -> None:
-    written = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": False, "version": "gemm", "sym": True}
-    config = QuantConfig.from_quantization_config({**written, "desc_act": False}, "here")
-    assert (config.group_size, config.zero_point) == (32, False)
+AUTOROUND = {
+    "autoround_version": "0.16.1",
+    "bits": 4,
+    "data_type": "int",
+    "group_size": 64,
+    "iters": 200,
+    "modules_to_not_convert": ["lm_head"],
+    "provider": "auto-round",
+    "quant_method": "awq",
+    "sym": True,
+    "to_quant_block_names": "model.layers",
+    "version": "gemm",
+    "zero_point": False,
+}
+GPTQMODEL = {
+    "bits": 4,
+    "checkpoint_format": "gemm",
+    "desc_act": False,
+    "format": "gemm",
+    "group_size": 64,
+    "lm_head": False,
+    "meta": {"quantizer": ["gptqmodel:7.7.0"], "damp_percent": None, "true_sequential": True},
+    "method": "awq",
+    "pack_dtype": "int32",
+    "quant_method": "awq",
+    "version": "gemm",
+    "zero_point": True,
+}
+TRANSFORMERS = {
+    "act_group_aware": True,
+    "backend": "auto",
+    "batch_size": 1,
+    "bits": 4,
+    "cache_block_outputs": True,
+    "damp_percent": 0.1,
+    "desc_act": False,
+    "format": "gemm",
+    "group_size": 64,
+    "quant_method": "awq",
+    "sym": True,
+    "true_sequential": True,
+    "version": "gemm",
+    "zero_point": True,
+    **dict.fromkeys(("block_name_to_quantize", "dataset", "max_input_length", "meta", "model_seqlen", "tokenizer")),
+    **dict.fromkeys(("module_name_preceding_first_block", "modules_in_block_to_quantize", "modules_to_not_convert")),
+    "pad_token_id": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "zero_point", "skipped"),
+    [(AUTOROUND, False, ("lm_head",)), (GPTQMODEL, True, ()), (TRANSFORMERS, True, ())],
+)
+def test_other_writers_add_keys(written: dict[str, Any], zero_point: bool, skipped: tuple[str, ...]) -> None:
+    """As AutoRound 0.16.1, GPTQModel 7.7.0 and transformers 5.24 write them; the last says `sym` in any case."""
+    config = QuantConfig.from_quantization_config(written, "here")
+    assert (config.group_size, config.zero_point, config.modules_to_not_convert) == (64, zero_point, skipped)
+
+
+@pytest.mark.parametrize(
+    ("keys", "layout"),
+    [
+        ({}, "gemm"),
+        ({"version": "GEMV"}, "gemv"),
+        ({"version": None, "format": "gemv_fast"}, "gemv_fast"),
+        ({"checkpoint_format": "llm-awq"}, "llm-awq"),
+        ({"backend": "llm-awq", "version": "gemv"}, "llm-awq"),
+    ],
+)
+def test_layouts_in_every_spelling(keys: dict[str, Any], layout: str) -> None:
+    assert ModelConfig.from_dict(tiny_config(quantization_config={"bits": 4, **keys})).layout == layout
+
+
+@pytest.mark.parametrize("version", ["marlin", "exllama", "ipex", 3, ["gemm"]])
+def test_layouts_that_are_not_read(version: object) -> None:
+    with pytest.raises(CheckpointError, match=r"choose one of 'gemm', 'gemv', 'gemv_fast', 'llm-awq'$"):
+        ModelConfig.from_dict(tiny_config(quantization_config={"bits": 4, "version": version}))
+
+
+def test_a_layout_that_is_read_elsewhere() -> None:
+    with pytest.raises(CheckpointError, match=r"'gemv'; choose one of 'gemm' \(squawq.LLM"):
+        QuantConfig.from_quantization_config({"bits": 4, "version": "gemv"}, "here")
+
+
+def test_layouts_are_the_readers() -> None:
+    assert tuple(layouts.LAYOUTS) == LAYOUTS
 
 
 def test_rope_in_both_spellings() -> None:

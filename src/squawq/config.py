@@ -13,6 +13,7 @@ from squawq.errors import CheckpointError, ConfigError
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 METHODS = ("awq", "rtn")
 DTYPES = ("float16", "bfloat16")
+LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 MAX_LAYERS = 4096
 
 
@@ -91,7 +92,7 @@ class QuantConfig:
             if theirs in values:
                 values[ours] = values.pop(theirs)
         if (version := values.pop("version", None)) is not None:
-            _check_version(version)
+            _check_layout(version, ("GEMM",))
         values.pop("quant_method", None)
         if values.get("modules_to_not_convert") is None:
             values.pop("modules_to_not_convert", None)
@@ -112,26 +113,41 @@ class QuantConfig:
         }
 
     @classmethod
-    def from_quantization_config(cls, values: Mapping[str, Any], where: str) -> QuantConfig:
+    def from_quantization_config(
+        cls, values: Mapping[str, Any], where: str, layouts: tuple[str, ...] = ("gemm",)
+    ) -> QuantConfig:
         """From `quantization_config` or a legacy quant_config.json. Other writers add keys; they are left aside.
 
-        Raises CheckpointError naming `where` for another method, layout or size than AWQ GEMM of 4 bits.
+        Raises CheckpointError naming `where` for another method or size than AWQ of 4 bits, and for a layout that is
+        not one of `layouts`.
         """
         method = values.get("quant_method", "awq")
         if method != "awq":
             raise CheckpointError(
                 f"{where}: quant_method is {method!r}; squawq reads 'awq' and unquantized checkpoints"
             )
-        names = ("bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "modules_to_not_convert")
+        names = ("bits", "w_bit", "group_size", "q_group_size", "zero_point", "modules_to_not_convert")
         try:
+            _check_layout(stated_layout(values), layouts)
             return cls.from_dict({k: values[k] for k in names if k in values})
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{where}: {error}") from error
 
 
-def _check_version(version: object) -> None:
-    if not isinstance(version, str) or version.lower() != "gemm":
-        raise ConfigError(f"version is {version!r}; squawq reads and writes 'GEMM'")
+def stated_layout(values: Mapping[str, Any]) -> object:
+    """The layout that a `quantization_config` names, in whichever of its writers' spellings, in lower case."""
+    if values.get("backend") == "llm-awq":  # transformers' older way to say so
+        return "llm-awq"
+    keys = ("version", "format", "checkpoint_format")  # AutoAWQ and transformers; GPTQModel; its older releases
+    stated = next((values[key] for key in keys if values.get(key) is not None), "gemm")
+    return stated.lower() if isinstance(stated, str) else stated
+
+
+def _check_layout(stated: object, layouts: tuple[str, ...]) -> None:
+    name = stated.lower() if isinstance(stated, str) else ""
+    if name not in map(str.lower, layouts):
+        elsewhere = " (squawq.LLM and `squawq serve` read the others)" if name in LAYOUTS else ""
+        raise ConfigError(f"version is {stated!r}; choose one of {', '.join(map(repr, layouts))}{elsewhere}")
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,11 @@ class ModelConfig:
     def heads(self) -> tuple[int, int, int]:
         """(query heads, key-value heads, head_dim)."""
         return self.num_heads, self.num_kv_heads, self.head_dim
+
+    @property
+    def layout(self) -> str:
+        """How the quantized linears lie on disk: one of LAYOUTS."""
+        return str(stated_layout(self.raw.get("quantization_config") or {}))
 
     def window(self, layer: int) -> int | None:
         """Tokens that this layer's attention looks back over; None for all."""
@@ -222,7 +243,7 @@ class ModelConfig:
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
             sliding_window=window,
             layer_types=_layer_types(raw, layers, window, where),
-            quant=None if quant is None else QuantConfig.from_quantization_config(quant, where),
+            quant=None if quant is None else QuantConfig.from_quantization_config(quant, where, LAYOUTS),
             raw=raw,
         )
 

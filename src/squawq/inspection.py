@@ -15,6 +15,7 @@ from typing import Any
 from squawq.config import ModelConfig, QuantConfig
 from squawq.errors import ConfigError
 from squawq.families import Family, family_of
+from squawq.format.layouts import LAYOUTS
 from squawq.format.reader import INDEX, Checkpoint, read_json
 from squawq.hub.download import hub_file
 from squawq.kernels.reference import PAGE
@@ -31,7 +32,7 @@ KINDS = {
     "head": "head",
     "small": "norms and biases",
 }
-INTEGERS = ("qweight", "qzeros", "scales")
+INTEGERS = ("qweight", "qzeros", "scaled_zeros", "scales")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
 def missing(checkpoint: Checkpoint) -> list[str]:
     """Names that a whole checkpoint of this config has and this one has not."""
     have, quant = set(checkpoint.tensors), checkpoint.config.quant
-    needed = ("qweight", "scales", "qzeros") if quant is not None and quant.zero_point else ("qweight", "scales")
+    zeros = (LAYOUTS[checkpoint.config.layout].zeros,) if quant is not None and quant.zero_point else ()
+    needed = ("qweight", "scales", *zeros)
     lost = []
     for name in expected(checkpoint.config, None):
         base = name.removesuffix("weight")
@@ -170,7 +172,7 @@ def _open(model: str | Path) -> tuple[ModelConfig, dict[str, Stored] | None]:
 
 def _from_header(name: str, nbytes: int, itemsize: int, dtype: str) -> Stored:
     part = name.rpartition(".")[2]
-    weights = {"qweight": 2 * nbytes, "qzeros": 0, "scales": 0}.get(part, nbytes // itemsize)
+    weights = 2 * nbytes if part == "qweight" else 0 if part in INTEGERS else nbytes // itemsize
     return Stored(nbytes, weights, "int4" if part in ("qweight", "qzeros") else dtype.removeprefix("torch."))
 
 

@@ -88,7 +88,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown rope": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     "other quantization": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
     "eight bits": ({"quantization_config": {"quant_method": "awq", "bits": 8}}, "bits is 8"),
-    "other layout": ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}}, "gemv"),
+    "other layout": ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "marlin"}}, "'gemv_fast'"),
 }
 
 
@@ -163,10 +163,27 @@ def test_missing_and_misshapen_tensor(make_model: MakeModel) -> None:
         checkpoint.read("model.norm.weight", (65,))
 
 
-def test_legacy_quant_config(make_model: MakeModel) -> None:
+LEGACY = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMV"}
+GPTQMODELS = {"bits": 4, "group_size": 64, "method": "awq", "quant_method": "awq", "format": "gemv", "zero_point": True}
+
+
+@pytest.mark.parametrize(("name", "written"), [("quant_config.json", LEGACY), ("quantize_config.json", GPTQMODELS)])
+@pytest.mark.parametrize("changes", [{}, {"quantization_config": None}])
+def test_legacy_quant_config(
+    name: str, written: dict[str, Any], changes: dict[str, Any], make_model: MakeModel
+) -> None:
     folder = make_model()
-    legacy = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
-    (folder / "quant_config.json").write_text(json.dumps(legacy))
-    quant = Checkpoint(folder).config.quant
-    assert quant is not None
-    assert (quant.group_size, quant.bits, quant.zero_point) == (64, 4, True)
+    (folder / name).write_text(json.dumps(written))
+    break_config(folder, **changes)
+    config = Checkpoint(folder).config
+    assert config.quant is not None
+    assert (config.quant.group_size, config.quant.bits, config.quant.zero_point) == (64, 4, True)
+    assert config.layout == "gemv"
+
+
+def test_gptqs_own_legacy_config(make_model: MakeModel) -> None:
+    """AutoGPTQ's files name no method."""
+    folder = make_model()
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128, "desc_act": False}))
+    with pytest.raises(CheckpointError, match="quant_method is 'gptq'"):
+        Checkpoint(folder)

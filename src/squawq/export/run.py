@@ -186,7 +186,7 @@ def _convert(checkpoint: Checkpoint, plan: _Plan, writer: Writer, names: list[st
             out, in_ = plan.shapes[linear]
             made = writer.linear(linear, checkpoint.read_quantized(linear, in_, out))
             tensors |= {f"{linear}.{own}": tensor for own, tensor in made.items()}
-        elif kind not in ("qzeros", "scales"):
+        elif kind not in ("qzeros", "scaled_zeros", "scales"):
             raise CheckpointError(f"{checkpoint.info(name).file}: tensor {name!r} does not belong to an AWQ linear")
     return tensors
 

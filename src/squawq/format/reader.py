@@ -22,7 +22,8 @@ from torch import Tensor
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError
 from squawq.format.groupwise import GroupwiseTensor
-from squawq.format.packing import check_gemm, from_gemm
+from squawq.format.layouts import LAYOUTS
+from squawq.format.packing import from_gemm
 
 MAX_HEADER = 100 * 2**20  # safetensors' own limit
 MAX_JSON = 64 * 2**20
@@ -30,6 +31,7 @@ COMPANIONS = (
     *("tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab", "merges.txt", "chat_template"),
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE", "USE_POLICY"),
 )
+LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": (torch.float64, 8),
@@ -128,9 +130,10 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             raise CheckpointError(f"{self.folder}: has no config.json, so it is no model folder")
         raw = read_json(self.folder / "config.json")
-        legacy = self.folder / "quant_config.json"
-        if "quantization_config" not in raw and legacy.is_file():
-            raw["quantization_config"] = {"quant_method": "awq", **read_json(legacy)}
+        if raw.get("quantization_config") is None:
+            for name, method in LEGACY.items():
+                if (self.folder / name).is_file():
+                    raw["quantization_config"] = {"quant_method": method, **read_json(self.folder / name)}
         self.config = ModelConfig.from_dict(raw, str(self.folder / "config.json"))
         self._handles: dict[Path, Any] = {}
 
@@ -200,24 +203,34 @@ class Checkpoint:
         return self.config.quant.group_of(in_features)
 
     def read_gemm(self, linear: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """qweight, scales and qzeros (None: 8 is meant) of one linear, as stored; shapes checked.
+        """qweight, scales and qzeros (None: 8 is meant) of one linear in GEMM's layout, in which they may be stored.
 
-        Raises CheckpointError naming file and tensor.
+        Raises CheckpointError naming file and tensor, for what headers tell before anything is read.
         """
-        group = self.group_of(in_features)
-        if in_features % group or out_features % 8:
-            raise CheckpointError(f"{self.folder}: {linear} [{out_features}, {in_features}] has no groups of {group}")
-        groups = in_features // group
-        qweight = self.read(f"{linear}.qweight", (in_features, out_features // 8))
-        scales = self.read(f"{linear}.scales", (groups, out_features))
+        group, layout = self.group_of(in_features), LAYOUTS[self.config.layout]
+        if in_features % math.lcm(group, layout.inputs) or out_features % layout.outputs:
+            what = f"groups of {group}" if in_features % group else f"the layout {self.config.layout!r}"
+            raise CheckpointError(f"{self.folder}: {linear} [{out_features}, {in_features}] cannot have {what}")
+        names = [f"{linear}.{part}" for part in ("qweight", "scales", layout.zeros)]
         needs_zeros = self.config.quant is not None and self.config.quant.zero_point
-        has_zeros = needs_zeros or f"{linear}.qzeros" in self.tensors
-        qzeros = self.read(f"{linear}.qzeros", (groups, out_features // 8)) if has_zeros else None
+        if not needs_zeros and names[2] not in self.tensors:
+            names.pop()
+        wanted = layout.words, None, layout.words if layout.packed_zeros else None
+        for name, dtype in zip(names, wanted, strict=False):
+            self._check_dtype(name, dtype)
+        shapes = layout.shapes(in_features, out_features, group)
+        qweight, scales, *zeros = [self.read(name, shape) for name, shape in zip(names, shapes, strict=False)]
         try:
-            check_gemm(qweight, scales, qzeros)
+            return layout.to_gemm(qweight, scales, zeros[0] if zeros else None, in_features // group)
         except CheckpointError as error:
-            raise CheckpointError(f"{self.info(f'{linear}.qweight').file}: {linear}: {error}") from error
-        return qweight, scales, qzeros
+            raise CheckpointError(f"{self.info(names[-1]).file}: tensor {names[-1]!r}: {error}") from error
+
+    def _check_dtype(self, name: str, dtype: torch.dtype | None) -> None:
+        """dtype None: any of floating point."""
+        info = self.info(name)
+        if info.dtype != dtype and (dtype is not None or not info.dtype.is_floating_point):
+            needed = dtype or "floating point"
+            raise CheckpointError(f"{info.file}: tensor {name!r} is {info.dtype}; {needed} is needed")
 
     def read_quantized(self, linear: str, in_features: int, out_features: int) -> GroupwiseTensor:
         """The integers of one linear. Raises CheckpointError naming file and tensor when they do not fit."""

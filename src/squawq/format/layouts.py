@@ -1,0 +1,106 @@
+"""AWQ's layouts on disk: which tensors a linear has in each, of what shape, and how they become GEMM's.
+
+GEMV has whole words of neighbouring inputs. GEMV_FAST, and llm-awq's second version under another name, weave four rows
+into blocks of 64 inputs and keep -zero * scale in place of a zero. Knows no files; `reader` reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squawq.errors import CheckpointError
+from squawq.format.packing import PER_WORD, pack
+
+Shapes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+Gemm = tuple[Tensor, Tensor, Tensor | None]
+WHOLE = 0.125  # how far from a whole number -zeros / scales may lie: bfloat16 rounds that of 15 by 0.06
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout. words: dtype of qweight. zeros: the name of the tensor that has them, and whether it has words.
+
+    inputs, outputs: what in_features and out_features must be multiples of. shapes: (in, out, group) -> those of
+    qweight, scales and zeros. to_gemm: those tensors and the number of groups -> GEMM's qweight, scales and qzeros.
+    """
+
+    words: torch.dtype
+    zeros: str
+    packed_zeros: bool
+    inputs: int
+    outputs: int
+    shapes: Callable[[int, int, int], Shapes]
+    to_gemm: Callable[[Tensor, Tensor, Tensor | None, int], Gemm]
+
+
+def padded_words(in_features: int, group: int) -> int:
+    """Words of 8 zeros for a row in GEMV's tensors: of groups below 128, filled up to what 8 * 128 inputs have."""
+    words, unit = -(-in_features // (group * PER_WORD)), max(1, 128 // group)
+    return -(-words // unit) * unit
+
+
+def _spread(words: Tensor, count: int) -> Tensor:
+    """[rows, n, out] words whose nibbles are different inputs -> int32 [rows, count, n, out / 8], a row for each."""
+    rows, own, out = words.shape
+    flat = words.reshape(-1, out)
+    return torch.stack([pack(flat >> (4 * i) & 15).view(rows, own, -1) for i in range(count)], 1)
+
+
+def _gemm_shapes(inputs: int, out: int, group: int) -> Shapes:
+    groups = inputs // group
+    return (inputs, out // PER_WORD), (groups, out), (groups, out // PER_WORD)
+
+
+def _gemv_shapes(inputs: int, out: int, group: int) -> Shapes:
+    words = padded_words(inputs, group)
+    return (out, inputs // PER_WORD), (out, words * PER_WORD), (out, words)
+
+
+def _fast_shapes(inputs: int, out: int, group: int) -> Shapes:
+    rows = padded_words(inputs, group) * PER_WORD
+    return (out // 4, inputs), (rows, out), (rows, out)
+
+
+def _same(qweight: Tensor, scales: Tensor, zeros: Tensor | None, _groups: int) -> Gemm:
+    return qweight, scales, zeros
+
+
+def _from_gemv(qweight: Tensor, scales: Tensor, zeros: Tensor | None, groups: int) -> Gemm:
+    """Nibble i of a row's word c has input 8c + i, and so with zeros and groups."""
+
+    def turned(words: Tensor) -> Tensor:
+        return _spread(words.T[:, None], PER_WORD).flatten(0, 2)
+
+    return turned(qweight), scales[:, :groups].T.contiguous(), None if zeros is None else turned(zeros)[:groups]
+
+
+def _from_fast(qweight: Tensor, scales: Tensor, zeros: Tensor | None, groups: int) -> Gemm:
+    """A row of words has four rows' 16 words for each 64 inputs; nibble v of word 8h + w of these has input
+    32h + 8v + w, since the kernel takes the eight neighbours of each quarter at once."""
+    rows, inputs = qweight.shape
+    words = qweight.view(rows, inputs // 64, 4, 2, 8).permute(1, 3, 4, 0, 2)  # [64s, h, w, rows, four]
+    integers = _spread(words.reshape(inputs // 32, 8, rows * 4), 4)
+    scales = scales[:groups]
+    return integers.flatten(0, 2), scales.contiguous(), None if zeros is None else pack(_whole(zeros[:groups], scales))
+
+
+def _whole(scaled: Tensor, scales: Tensor) -> Tensor:
+    """The zeros behind -zero * scale. Raises CheckpointError where they are not whole numbers of 0 to 15."""
+    zeros = torch.where(scaled == 0, 0.0, -scaled.float() / scales.float())
+    whole = zeros.round()
+    fits = ((zeros - whole).abs() <= WHOLE) & (whole >= 0) & (whole <= 15)  # False for NaN
+    if not fits.all():
+        raise CheckpointError(f"a zero is {zeros[~fits][0].item():g}; squawq reads whole numbers from 0 to 15")
+    return whole.to(torch.uint8)
+
+
+LAYOUTS = {
+    "gemm": Layout(torch.int32, "qzeros", True, 1, 8, _gemm_shapes, _same),
+    "gemv": Layout(torch.int32, "qzeros", True, 8, 8, _gemv_shapes, _from_gemv),
+    "gemv_fast": Layout(torch.int16, "qzeros", False, 64, 8, _fast_shapes, _from_fast),
+    "llm-awq": Layout(torch.int16, "scaled_zeros", False, 64, 8, _fast_shapes, _from_fast),
+}
