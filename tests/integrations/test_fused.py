@@ -189,6 +189,11 @@ def test_rows_do_not_depend_on_the_batch(model: Any) -> None:
         assert torch.equal(model(torch.tensor([row])).logits[0, -1], logits)
 
 
+def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """To the bit, whatever else is in the step, as the native kernels promise; torch promises less."""
+    return torch.equal(found, wanted) if library.load() else torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_forward_in_pieces(model: Any) -> None:
     (row,) = prompts(50)
     ids = torch.tensor([row])
@@ -196,20 +201,20 @@ def test_forward_in_pieces(model: Any) -> None:
     first = model(ids[:, :20], use_cache=True)
     name = "cache" if "cache" in first else "past_key_values"
     second = model(ids[:, 20:], **{name: first[name]})
-    assert torch.equal(torch.cat([first.logits, second.logits], 1), whole.logits)
+    assert same(torch.cat([first.logits, second.logits], 1), whole.logits)
     assert second[name].get_seq_length() == 50
-    assert torch.equal(model(ids, logits_to_keep=3).logits, whole.logits[:, -3:])
-    assert torch.equal(model(ids, logits_to_keep=torch.tensor([4, 2, -1])).logits, whole.logits[:, [4, 2, -1]])
+    assert same(model(ids, logits_to_keep=3).logits, whole.logits[:, -3:])
+    assert same(model(ids, logits_to_keep=torch.tensor([4, 2, -1])).logits, whole.logits[:, [4, 2, -1]])
     assert name not in model(ids, use_cache=False)
-    assert torch.equal(model(ids, return_dict=False)[0], whole.logits)
+    assert same(model(ids, return_dict=False)[0], whole.logits)
 
 
 def test_long_prompts_run_in_steps(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = padded(prompts(50, 23, 40))
     whole = model(**batch).logits
     monkeypatch.setattr("squawq.integrations.fused.STEP_TOKENS", 17)
-    assert torch.equal(model(**batch).logits, whole)
-    assert torch.equal(model(**batch, logits_to_keep=30).logits, whole[:, -30:])
+    assert same(model(**batch).logits, whole)
+    assert same(model(**batch, logits_to_keep=30).logits, whole[:, -30:])
 
 
 def test_pads_on_the_right_get_no_logits(model: Any) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AwqConfig, GPTQConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
@@ -253,7 +253,9 @@ def stored_tensors(model: Any, files: list[str] | None) -> dict[str, TensorInfo]
     found = {}
     for file in files:
         for name, info in read_header(Path(file)).items():
-            place = apply_renamings(name, renamings)
+            place = name
+            for renaming in renamings:
+                place, _ = renaming.rename_source_key(place)
             if prefix not in children:
                 place = place.removeprefix(f"{prefix}.")
             elif place.partition(".")[0] not in children:
