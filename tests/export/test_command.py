@@ -114,16 +114,10 @@ def test_one_layer_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.M
     assert log == [set(), "closed", {"0"}, "closed", {"1"}, "closed", set(), "closed"]
 
 
-def test_gguf_is_asked_for_a_file(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def stand_in(folder: Path, out: Path, *, progress: object = None) -> None:
-        asked.append((folder, out))
-        out.write_bytes(b"GGUF")
-
-    monkeypatch.setattr("squawq.export.gguf.export_gguf", stand_in)
+def test_gguf_is_one_file(awq_demo: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the package gguf")
     out = tmp_path / "deep" / "model.gguf"
-    assert export(source, out, "gguf")["bytes"] == 4
-    assert asked == [(source, out)]
-    with pytest.raises(OutputError, match="exists; choose another file"):
-        export(source, out, "gguf")
+    assert export(awq_demo, out, "gguf")["bytes"] == out.stat().st_size > 5_000_000
+    assert [path.name for path in out.parent.iterdir()] == ["model.gguf"]
+    with pytest.raises(OutputError, match="exists; name a file that does not"):
+        export(awq_demo, out, "gguf")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -293,5 +295,22 @@ def test_a_failure_leaves_nothing(awq_demo: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(exporter, "read_entry", broken)
     with pytest.raises(CheckpointError, match="damaged: token_embd"):
+        export_gguf(awq_demo, tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lies_beside_it_is_left_alone(awq_demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf.partial").write_text("mine")
+    export_gguf(awq_demo, tmp_path / "model.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "model.gguf.partial"]
+    assert (tmp_path / "model.gguf.partial").read_text() == "mine"
+
+
+def test_a_full_disk_is_a_typed_error(awq_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object, __: object) -> Tensor:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(exporter, "read_entry", full)
+    with pytest.raises(OutputError, match=r"model.gguf cannot be written: No space"):
         export_gguf(awq_demo, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -228,23 +230,23 @@ def export_gguf(folder: Path, out: Path, *, progress: Progress | None = None) ->
     4-bit linears become Q4_1 (see `q4_1`), other matrices F16, norms and biases F32; tokenizer and chat template go
     along. progress: called with tensors done and all. The file gets its name when it is whole.
     Raises ConfigError for what GGUF or llama.cpp has no place for, CheckpointError for a damaged folder, OutputError
-    for a taken `out`, DependencyError without the package gguf.
+    for an `out` that is taken or cannot be written, DependencyError without the package gguf.
     """
     checkpoint = Checkpoint(folder)
     _check(checkpoint.config, out)
     entries = list(plan(checkpoint))
     vocabulary = read_vocabulary(folder, checkpoint.config)
-    partial = out.with_name(f"{out.name}.partial")
-    writer = _writer(partial, folder.resolve().name, checkpoint.config, entries)
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _write(writer, checkpoint, entries, vocabulary, progress)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(out)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:  # nobody else's, and on its disk
+            partial = Path(temporary, out.name)
+            with closing(_writer(partial, folder.resolve().name, checkpoint.config, entries)) as writer:
+                _write(writer, checkpoint, entries, vocabulary, progress)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(out)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def _write(
@@ -263,4 +265,3 @@ def _write(
         checkpoint.close()  # the pages of this tensor go back
         if progress is not None:
             progress(done, len(entries))
-    writer.close()

@@ -76,7 +76,7 @@ def export(
     plan = _plan(checkpoint, family)
     stored = checkpoint.info(f"{family.embedding}.weight").dtype
     writer: Writer = CompressedTensors(quant) if format == "compressed-tensors" else Dense.like(stored)
-    report = {"squawq": __version__, **_report_of(checkpoint), "format": format}
+    report = {**_report_of(checkpoint), "format": format, "exported_by": __version__}
     job = Job(target, {**identity(checkpoint, quant, None, "cpu"), "format": format}, checkpoint.config.num_layers)
     if job.finished:
         return read_json(job.out / REPORT)
@@ -103,14 +103,8 @@ def _target(out: str | Path, folder: Path) -> Path:
 def _gguf(folder: Path, target: Path, progress: Progress | None) -> dict[str, Any]:
     from squawq.export.gguf import export_gguf
 
-    if target.exists():
-        raise OutputError(f"{target} exists; choose another file, or remove it first")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{target.parent} cannot be made: {error.strerror}") from error
     export_gguf(folder, target, progress=progress)
-    return {"squawq": __version__, "format": "gguf", "bytes": target.stat().st_size}
+    return {"format": "gguf", "exported_by": __version__, "bytes": target.stat().st_size}
 
 
 def _quant_of(checkpoint: Checkpoint, format: str) -> QuantConfig:  # noqa: A002

@@ -1,4 +1,4 @@
-"""A quantization job's folder: OUT.partial while it runs, OUT when it is done, and what makes two runs the same job.
+"""A job's folder: OUT.partial while it runs, OUT when it is done, and what makes two runs the same job.
 
 OUT appears whole, by one rename. A folder that is not ours is never touched; a run that was killed goes on from
 the layers that lie in OUT.partial.
@@ -76,7 +76,7 @@ class Job:
             raise OutputError(f"{self.out} exists and squawq did not make it; choose another folder")
         if read_json(report).get("job") != self.identity:
             raise OutputError(
-                f"{self.out} holds the result of another quantization (other model, settings, calibration, device or "
+                f"{self.out} holds the result of another run (other model, settings, calibration, device or "
                 "squawq version); choose another folder, or remove it first"
             )
         assert Checkpoint(self.out).tensors  # raises when a file of it has gone or is damaged
@@ -91,7 +91,7 @@ class Job:
             if (begun := read_json(job)) != self.identity:
                 other = ", ".join(sorted(k for k in self.identity if begun.get(k) != self.identity[k]))
                 raise OutputError(
-                    f"{self.partial} holds an unfinished quantization with another {other}; "
+                    f"{self.partial} holds an unfinished run with another {other}; "
                     "remove that folder to start anew, or choose another OUT"
                 )
             return
