@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import MakeModel, tiny_config
 
+from squawq.commands.inspect import inspect as inspect_command
 from squawq.config import QuantConfig
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError
@@ -163,6 +164,49 @@ def test_weights_are_not_read(awq_demo: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("squawq.format.reader.safe_open", refuse)
     assert inspect(awq_demo)["layers"] == 8
+
+
+@pytest.mark.parametrize(
+    ("stated", "shown"),
+    [
+        (["LlamaForCausalLM", "[/red]"], "LlamaForCausalLM"),
+        (["[/red]"], "llama"),
+        (["X |\n\n# other"], "llama"),
+        (["\x1b[31mX"], "llama"),
+        ({"a": 1}, "llama"),
+        ("LlamaForCausalLM", "llama"),
+        (5, "llama"),
+        ([], "llama"),
+        ([None], "llama"),
+        (None, "llama"),
+    ],
+)
+def test_an_architectures_name_is_a_name(tmp_path: Path, stated: Any, shown: str) -> None:
+    assert inspect(write(tmp_path, {**LLAMA_8B, "architectures": stated}))["architecture"] == shown
+
+
+@pytest.mark.parametrize(
+    ("stated", "layout"),
+    [
+        ({"version": "GEMV"}, "gemv"),
+        ({"format": "gemv"}, "gemv"),
+        ({"backend": "llm-awq", "version": "gemm"}, "llm-awq"),
+        ({"version": None}, "gemm"),
+    ],
+)
+def test_the_layout(tmp_path: Path, stated: dict[str, Any], layout: str) -> None:
+    quant = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, **stated}
+    assert inspect(write(tmp_path, {**LLAMA_8B, "quantization_config": quant}))["quantization"]["format"] == layout
+
+
+def test_a_folders_name_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "we[red]ird :cat: \x1b[31m"
+    folder.mkdir()
+    write(folder, LLAMA_8B)
+    inspect_command(str(folder))
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert "we[red]ird :cat: ?[31m" in shown
+    assert "\x1b" not in shown
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ which. Knows nothing of speed, and of memory only what the model itself needs: n
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,10 +68,9 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
     weights = {"fp16": _total(dense), "int4": own if config.quant else _total(small)}
     cache = -(-context // PAGE) * PAGE * batch * Cache.token_bytes(config)
     work = _workspace(config, batch)
-    architectures = config.raw.get("architectures") or [config.model_type]
     return {
         "model": str(model),
-        "architecture": architectures[0],
+        "architecture": _architecture(config),
         "model_type": config.model_type,
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -83,6 +83,7 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
         "tied_embeddings": config.tied_embeddings,
         "parameters": sum(tensor.weights for tensor in tensors.values()),
         "quantization": _quantization(config),
+        "head": "tied" if config.tied_embeddings else _form(tensors, family.head),
         "linears": _linears(config, family, tensors),
         "kept_in_16_bits": _kept(config, family, tensors),
         "tensors": "shapes" if found is None else "headers",
@@ -188,14 +189,21 @@ def _workspace(config: ModelConfig, batch: int) -> int:
     return 4 * (max(STEP_TOKENS, batch) * row + batch * config.vocab_size)
 
 
+def _architecture(config: ModelConfig) -> str:
+    """What config.json names first, where that is a name: it reaches terminals and model cards."""
+    names = config.raw.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    is_name = isinstance(first, str) and re.fullmatch(r"\w+", first, re.ASCII)
+    return str(first) if is_name else config.model_type
+
+
 def _quantization(config: ModelConfig) -> dict[str, Any] | None:
     quant = config.quant
     if quant is None:
         return None
-    stated = config.raw.get("quantization_config") or {}
     return {
         "method": "awq",
-        "format": str(stated.get("version", "gemm")).lower(),
+        "format": config.layout,
         "bits": quant.bits,
         "group_size": quant.group_size,
         "zero_point": quant.zero_point,

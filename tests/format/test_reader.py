@@ -163,6 +163,37 @@ def test_missing_and_misshapen_tensor(make_model: MakeModel) -> None:
         checkpoint.read("model.norm.weight", (65,))
 
 
+def test_companions(make_model: MakeModel) -> None:
+    folder = make_model()
+    wanted = {"tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE", "LICENSE.txt", "NOTICE"}
+    for name in (*wanted, "tokenizer_private.key", "vocab.env", "LICENSE.key", "chat_template.py", "held_back.txt"):
+        (folder / name).touch()
+    assert {path.name for path in Checkpoint(folder).companions()} - {"generation_config.json"} == wanted
+
+
+def test_a_companion_that_is_a_link(make_model: MakeModel) -> None:
+    """Out of the folder is refused; into it, and from a snapshot of the Hub's cache to its blobs, is not."""
+    folder = make_model()
+    (folder.parent / "secret").write_text("secret")
+    (folder / "LICENSE.txt").touch()
+    (folder / "LICENSE").symlink_to("LICENSE.txt")
+    assert folder / "LICENSE" in Checkpoint(folder).companions()
+    (folder / "NOTICE").symlink_to("../secret")
+    with pytest.raises(CheckpointError, match="NOTICE: is a link out of its folder"):
+        list(Checkpoint(folder).companions())
+    (folder / "NOTICE").unlink()
+    snapshot = folder.parent / "snapshots" / "0123"
+    snapshot.parent.mkdir()
+    folder.rename(snapshot)
+    (folder.parent / "blobs").mkdir()
+    (folder.parent / "blobs" / "4567").touch()
+    (snapshot / "NOTICE").symlink_to("../../blobs/4567")
+    assert snapshot / "NOTICE" in Checkpoint(snapshot).companions()
+    (snapshot / "USE_POLICY.md").symlink_to("../../secret")
+    with pytest.raises(CheckpointError, match="is a link out of its folder"):
+        list(Checkpoint(snapshot).companions())
+
+
 LEGACY = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMV"}
 GPTQMODELS = {"bits": 4, "group_size": 64, "method": "awq", "quant_method": "awq", "format": "gemv", "zero_point": True}
 

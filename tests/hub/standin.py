@@ -147,8 +147,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(404, {"error": "Invalid rev id"}, code="RevisionNotFound")
         files = repo.branches[branch]
         if verb == "tree":
-            entries = [{"type": "file", "path": p, "size": len(c), "oid": git_oid(c)} for p, c in files.items()]
-            return self.reply(200, entries)
+            return self.reply(200, [entry(path, content) for path, content in files.items()])
         if verb == "preupload":
             return self.reply(200, {"files": [self.mode(files, entry) for entry in json.loads(body)["files"]]})
         if verb == "commit":
@@ -199,6 +198,14 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up, or are killed, are part of the tests."""
+
+
+def entry(path: str, content: bytes) -> dict[str, Any]:
+    """A file in a listing."""
+    found = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
+    if path.endswith(".safetensors"):
+        found["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return found
 
 
 def git_oid(content: bytes) -> str:

@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import MakeModel
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from squawq.config import QuantConfig
 from squawq.demo import demo_model
-from squawq.errors import ConfigError, OutputError
-from squawq.hub.card import Origin, front_matter, is_ours, model_card, write_card
+from squawq.errors import CheckpointError, ConfigError, OutputError
+from squawq.format.writer import write_index
+from squawq.hub.card import Origin, front_matter, is_ours, model_card, outdated, write_card
 from squawq.quantization.pipeline import quantize
 
 REPO = "me/demo-AWQ"
 SCORES = {
+    "model": "demo-awq",
     "tokens": 2047,
     "window": 1024,
     "stride": 512,
@@ -94,7 +99,9 @@ def test_front_matter_that_tries_to_leave_its_place(folder: Path, tmp_path: Path
 
 def test_measured(awq_demo: Path, tmp_path: Path) -> None:
     evaluation = tmp_path / "eval.json"
-    evaluation.write_text(json.dumps({"model": "/home/secret/model", "reference": "/home/secret/other", **SCORES}))
+    evaluation.write_text(
+        json.dumps({**SCORES, "model": f"/home/secret/{awq_demo.name}", "reference": "/home/secret/other"})
+    )
     card = model_card(awq_demo, REPO, Origin(evaluation=evaluation))
     assert "| perplexity | 23.0567 | 22.8061 |" in card
     assert "0.03791, 0.22110" in card
@@ -107,11 +114,86 @@ def test_measured(awq_demo: Path, tmp_path: Path) -> None:
     assert f"on {report['calibration_tokens']:,} tokens of text" in card
 
 
-@pytest.mark.parametrize("content", ["{}", json.dumps({**SCORES, "perplexity": "low"}), '{"tokens": true}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"tokens": true}',
+        *(json.dumps({**SCORES, **changes}) for changes in ({"perplexity": "low"}, {"kl_p99": None}, {"model": 1})),
+        json.dumps({**SCORES, "perplexity": float("nan")}),
+        json.dumps({key: value for key, value in SCORES.items() if key != "top1_agreement"}),
+    ],
+)
 def test_an_evaluation_that_is_none(folder: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "eval.json").write_text(content)
     with pytest.raises(ConfigError, match="is not what `squawq eval --json` prints"):
         model_card(folder, REPO, Origin(evaluation=tmp_path / "eval.json"))
+
+
+def test_an_evaluation_of_another_model(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({**SCORES, "model": "runs/demo"}))
+    with pytest.raises(ConfigError, match="is of 'runs/demo'; it must be of demo-awq or demo-AWQ"):
+        model_card(folder, REPO, Origin(evaluation=path))
+    path.write_text(json.dumps({**SCORES, "model": REPO}))
+    assert "23.0567" in model_card(folder, REPO, Origin(evaluation=path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"squawq": "0.1 |\n\n# other"},
+        {"squawq": 1},
+        {"method": "<img>"},
+        {"source_bytes": "1"},
+        {"calibration_tokens": float("inf")},
+        {"layers": 5},
+        {"layers": ["x"]},
+        {"layers": [{"loss": 1.0}]},
+        {"layers": [{"loss": "1", "loss_rounded": 1.0}]},
+        {"job": None},
+        {"job": {"config": {"group_size": "128"}}},
+    ],
+)
+def test_a_report_that_is_none(folder: Path, changes: dict[str, Any]) -> None:
+    path = folder / "squawq_report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match=r"squawq_report\.json is not as squawq quantize writes it"):
+        model_card(folder, REPO)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_a_name_that_tries_to_leave_its_place(folder: Path) -> None:
+    edit_config(folder, architectures=["X |\n\n# other <img>"])
+    card = model_card(folder, REPO)
+    assert "| architecture | llama, 8 layers |" in card
+    assert "<img>" not in card
+
+
+def test_another_layout_gets_no_card(folder: Path) -> None:
+    quant = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit_config(folder, quantization_config={**quant, "version": "gemv"})
+    with pytest.raises(ConfigError, match="the layout 'gemv'"):
+        model_card(folder, REPO)
+
+
+def test_the_head(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-awq"
+    quantize(make_model(), folder, QuantConfig(method="rtn", group_size=32))
+    assert "| 16-bit | embedding, norms, head |" in model_card(folder, REPO)
+    shard = folder / "model-00004-of-00004.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(shard).items()}
+    del tensors["lm_head.weight"]
+    tensors["lm_head.qweight"] = torch.zeros(64, 20, dtype=torch.int32)
+    save_file(tensors, shard)
+    write_index(folder)
+    card = model_card(folder, REPO)
+    assert "zero point; the head too |" in card
+    assert "| 16-bit | embedding, norms |" in card
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -155,6 +237,35 @@ def test_a_card_is_ours_until_it_is_changed(folder: Path) -> None:
     assert path.read_text() == changed
     assert is_ours(write_card(folder, REPO, force=True).read_text())
     assert not (folder / ".tmp").exists()
+
+
+def test_what_another_is_writing_stays(folder: Path) -> None:
+    (folder / ".tmp").mkdir()
+    (folder / ".tmp" / "half").touch()
+    write_card(folder, REPO)
+    assert (folder / ".tmp" / "half").exists()
+
+
+def test_a_card_knows_what_it_is_of(folder: Path) -> None:
+    assert outdated(folder, REPO) is None  # none there
+    path = write_card(folder, REPO)
+    assert outdated(folder, REPO) is None
+    assert outdated(folder, "me/other") == f"was written for {REPO}"
+    card = path.read_text()
+    path.write_text(card.replace(f"card of {REPO}", "card of me/other"))
+    assert not is_ours(path.read_text())
+    assert outdated(folder, REPO) is None  # a person's
+    path.write_text(card)
+    flip(folder)
+    assert outdated(folder, REPO) == "was written before the model changed"
+
+
+def flip(folder: Path) -> None:
+    """Another weight, in a file of the same size."""
+    path = folder / "model-00002-of-00010.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("repo", ["demo", 'me/x"; import os', "me/a/b", "../x", "me/demo\n"])

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from standin import COMMIT, TOKEN, Hub, Repository, standin
 
+from squawq.commands.push import push as push_command
 from squawq.demo import demo_model
-from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
+from squawq.errors import ConfigError, OutputError
 from squawq.hub.card import is_ours, write_card
-from squawq.hub.push import check_folder, read_token
+from squawq.hub.push import push as run
+from squawq.hub.push import read_token
 
 REPO = "me/demo-AWQ"
 
@@ -140,7 +144,7 @@ def test_private_is_not_put_into_a_public_repository(hub: Hub, folder: Path) -> 
     assert not hub.puts
 
 
-@pytest.mark.parametrize(("name", "reason"), [("README.md", "a README.md that"), ("a.safetensors", "other weights")])
+@pytest.mark.parametrize(("name", "reason"), [("README.md", "a README.md that"), ("old/a.gguf", "other weights")])
 def test_a_repository_with_something_else(hub: Hub, folder: Path, name: str, reason: str) -> None:
     hub.repos[REPO] = Repository()
     hub.repos[REPO].branches["main"][name] = b"# mine\n"
@@ -153,64 +157,47 @@ def test_a_repository_with_something_else(hub: Hub, folder: Path, name: str, rea
     assert ("mine" in hub.repos[REPO].branches["main"][name].decode()) == (name != "README.md")
 
 
+def test_other_weights_under_the_same_names(hub: Hub, folder: Path) -> None:
+    """Goes on where the report names the same 16-bit model, and only there."""
+    (folder / "README.md").write_text("# mine\n")
+    assert push(hub, folder).returncode == 0
+    flip(folder)
+    assert push(hub, folder).returncode == 0
+    assert len(hub.repos[REPO].commits) == 2
+    report = folder / "squawq_report.json"
+    found = json.loads(report.read_text())
+    report.write_text(json.dumps({**found, "job": {**found["job"], "source": "another"}}))
+    flip(folder)
+    before = dict(hub.repos[REPO].branches["main"])
+    done = push(hub, folder)
+    assert done.returncode == 2
+    assert f"{REPO} has other weights (model-00002-of-00010.safetensors)" in last(done)
+    assert hub.repos[REPO].branches["main"] == before
+    assert push(hub, folder, REPO, "--force").returncode == 0
+
+
+def flip(folder: Path) -> None:
+    """Another weight, in a file of the same size."""
+    path = folder / "model-00002-of-00010.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1 + content[len(content) // 2] % 2
+    path.write_bytes(content)
+
+
+def test_a_card_of_something_else_is_not_sent(folder: Path) -> None:
+    write_card(folder, REPO)
+    with pytest.raises(OutputError, match=f"was written for {REPO}; remove it, or say --source"):
+        run(folder, "me/other")
+    flip(folder)
+    with pytest.raises(OutputError, match="was written before the model changed"):
+        run(folder, REPO)
+
+
 def test_no_hub(folder: Path, hub: Hub) -> None:
     hub.endpoint = "http://127.0.0.1:9"
     done = push(hub, folder)
     assert done.returncode == 2
     assert "stopped" in last(done)
-
-
-def test_a_folder_as_it_should_be(folder: Path) -> None:
-    assert check_folder(folder) == sorted(contents(folder))
-
-
-def stray(folder: Path) -> None:
-    (folder / "passwords.txt").touch()
-
-
-def unfinished(folder: Path) -> None:
-    (folder / "squawq_job.json").write_text("{}")
-
-
-def tensor_lost(folder: Path) -> None:
-    (folder / "model-00002-of-00010.safetensors").unlink()
-    (folder / "model.safetensors.index.json").unlink()
-
-
-def cut(folder: Path) -> None:
-    path = folder / "model-00002-of-00010.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def no_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-
-
-def inside(folder: Path) -> None:
-    (folder / "runs").mkdir()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "error", "reason"),
-    [
-        (stray, OutputError, "no part of the model: passwords.txt"),
-        (inside, OutputError, "no part of the model: runs"),
-        (unfinished, CheckpointError, "not finished"),
-        (tensor_lost, CheckpointError, "not whole: 9 tensors are missing, such as model.layers.0.self_attn.q_proj"),
-        (cut, CheckpointError, "damaged"),
-        (no_tokenizer, CheckpointError, "no tokenizer"),
-    ],
-)
-def test_a_folder_that_is_not_sent(folder: Path, spoil: object, error: type[SquawqError], reason: str) -> None:
-    assert callable(spoil)
-    spoil(folder)
-    with pytest.raises(error, match=reason):
-        check_folder(folder)
-
-
-def test_a_16_bit_folder_is_not_sent() -> None:
-    with pytest.raises(ConfigError, match="not quantized"):
-        check_folder(demo_model())
 
 
 def test_a_readme_of_ones_own_stays(hub: Hub, folder: Path) -> None:
@@ -236,3 +223,11 @@ def test_card_only_sends_nothing(hub: Hub, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(folder / "README.md")
     assert not hub.requests
+
+
+@pytest.mark.parametrize("given", [{"private": True}, {"revision": "int4"}, {"token_file": Path("token")}])
+def test_card_only_with_what_only_sending_needs(folder: Path, given: dict[str, Any]) -> None:
+    (option,) = given
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} cannot be meant"):
+        push_command(folder, REPO, card_only=True, **given)
+    assert not (folder / "README.md").exists()

@@ -57,3 +57,12 @@ def test_a_cards_source_by_its_id(hub: Hub, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert (found["license"], found["base_model"]) == ("cdla-sharing-1.0", ID)
     assert fetched(hub) == {"README.md"}
+
+
+def test_a_source_without_a_card(hub: Hub, tmp_path: Path) -> None:
+    del hub.repos[ID].branches["main"]["README.md"]
+    code = f"from squawq.hub.card import *; import json; print(json.dumps(front_matter(Origin(source={ID!r}))))"
+    done = run(hub, tmp_path, "-c", code)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found.get("license"), found["base_model"]) == (None, ID)

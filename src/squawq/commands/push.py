@@ -26,7 +26,12 @@ def push(
         Path | None, typer.Option(help="A file that holds the token; default: HF_TOKEN or hf auth login")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Write over a README.md that squawq did not write, here and on the Hub")
+        bool,
+        typer.Option(
+            "--force",
+            help="Write over a README.md that squawq did not write or wrote of another model, here and on the Hub, "
+            "and go on in a repository with other weights",
+        ),
     ] = False,
 ) -> None:
     """Upload an AWQ folder to the Hub with a model card. Run it again to go on after a stop.
@@ -34,11 +39,15 @@ def push(
     Examples: squawq push OUT me/Llama-3.1-8B-AWQ --source meta-llama/Llama-3.1-8B --card-only
     | squawq push OUT me/Llama-3.1-8B-AWQ --private --token-file ~/.hf-token
     """
+    from squawq.errors import ConfigError
     from squawq.hub.card import Origin, write_card
     from squawq.hub.push import push as run
 
     origin = Origin(source, license_, base_model, evaluation)
     if card_only:
+        given = {"--private": private, "--revision": revision != "main", "--token-file": token_file is not None}
+        if unused := [option for option, value in given.items() if value]:
+            raise ConfigError(f"--card-only sends nothing, so {unused[0]} cannot be meant; leave one of them out")
         print(write_card(folder, repo, origin, force=force))
         return
     done = run(

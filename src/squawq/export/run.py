@@ -68,6 +68,7 @@ def export(
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
     checkpoint = Checkpoint(resolve(model))
+    checkpoint.companions()  # raises now rather than when all else is done
     target = _target(out, checkpoint.folder)
     if format == "gguf":
         return _gguf(checkpoint.folder, target, progress)

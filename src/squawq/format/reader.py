@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +27,10 @@ from squawq.format.packing import from_gemm
 
 MAX_HEADER = 100 * 2**20  # safetensors' own limit
 MAX_JSON = 64 * 2**20
-COMPANIONS = (
-    *("tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab", "merges.txt", "chat_template"),
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE", "USE_POLICY"),
+COMPANIONS = re.compile(
+    r"tokenizer\.(json|model)|(tokenizer|generation|preprocessor|processor)_config\.json|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)"
+    r"|(LICEN[SC]E(-[A-Z]+)?|NOTICE|USE_POLICY)(\.(txt|md))?"
 )
 LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
 INDEX = "model.safetensors.index.json"
@@ -68,6 +69,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, with the `quantization_config` of an older form's file where it has none itself.
+
+    Raises CheckpointError where there is no config.json, or a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json, so it is no model folder")
+    raw = read_json(folder / "config.json")
+    if raw.get("quantization_config") is None:
+        for name, method in LEGACY.items():
+            if (folder / name).is_file():
+                raw["quantization_config"] = {"quant_method": method, **read_json(folder / name)}
+    return raw
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -116,6 +134,17 @@ def _tensor_info(path: Path, name: str, entry: Any, spans: list[tuple[int, int]]
     return TensorInfo(path, dtype, shape, end - begin)
 
 
+def check_inside(path: Path) -> None:
+    """Raises CheckpointError for a link out of its folder: what it leads to was never part of the model.
+
+    The files of a snapshot in the Hub's cache are links to the blobs beside it, and may be.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not target.is_relative_to(folder) and target.parent != blobs:
+        raise CheckpointError(f"{path}: is a link out of its folder; put the file itself there")
+
+
 class Checkpoint:
     """A model folder, opened but not loaded.
 
@@ -125,16 +154,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder}: no such model folder")
-        if not (self.folder / "config.json").is_file():
-            raise CheckpointError(f"{self.folder}: has no config.json, so it is no model folder")
-        raw = read_json(self.folder / "config.json")
-        if raw.get("quantization_config") is None:
-            for name, method in LEGACY.items():
-                if (self.folder / name).is_file():
-                    raw["quantization_config"] = {"quant_method": method, **read_json(self.folder / name)}
-        self.config = ModelConfig.from_dict(raw, str(self.folder / "config.json"))
+        self.config = ModelConfig.from_dict(read_config(self.folder), str(self.folder / "config.json"))
         self._handles: dict[Path, Any] = {}
 
     @cached_property
@@ -240,11 +260,16 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors.values())
 
-    def companions(self) -> Iterator[Path]:
-        """Small files that travel with the weights: tokenizer, chat template, generation config, licence."""
-        for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.name.startswith(COMPANIONS) and path.stat().st_size <= MAX_JSON:
-                yield path
+    def companions(self) -> list[Path]:
+        """Small files that travel with the weights: tokenizer, chat template, generation config, licence.
+
+        Raises CheckpointError for one that is a link out of the folder.
+        """
+        named = (path for path in sorted(self.folder.iterdir()) if COMPANIONS.fullmatch(path.name))
+        found = [path for path in named if path.is_file() and path.stat().st_size <= MAX_JSON]
+        for path in found:
+            check_inside(path)
+        return found
 
     def close(self) -> None:
         """Drop the memory maps; tensors read before stay valid while they are held."""

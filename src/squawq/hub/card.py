@@ -1,7 +1,8 @@
 """The model card (README.md) of a quantized folder: front matter for the Hub, measured figures, usage for each engine.
 
 Says what the folder, its report and an evaluation say, and leaves out what they do not: no licence and no original is
-guessed. Knows nothing of uploading. The last line tells a card as squawq wrote it from one that a person changed.
+guessed. Knows nothing of uploading. The last line tells a card as squawq wrote it from one that a person changed, and
+for which repository and model it was written.
 """
 
 from __future__ import annotations
@@ -9,24 +10,27 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from squawq.config import METHODS, QuantConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError
-from squawq.format.reader import read_json
-from squawq.format.writer import clear_temporary, write_text
-from squawq.hub.download import hub_file
+from squawq.format.reader import Checkpoint, read_json
+from squawq.format.writer import TEMPORARY, write_text
+from squawq.hub.download import find_hub_file
 from squawq.hub.usage import usage
 from squawq.inspection import inspect
-from squawq.quantization.job import REPORT
+from squawq.quantization.job import REPORT, identity
 
 README = "README.md"
 TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
 FROM_SOURCE = ("license", "license_name", "license_link", "language")
 SCORES = ("tokens", "window", "stride", "perplexity")
-_MARK = re.compile(r"<!-- squawq card ([0-9a-f]{64}) -->\n\Z")
+COMPARED = ("reference_perplexity", "kl_mean", "kl_p99", "top1_agreement")  # with --reference, all of them
+_MARK = re.compile(r"<!-- squawq card of (\S+), model ([0-9a-f]{64}): [0-9a-f]{64} -->\n\Z")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 
@@ -55,18 +59,26 @@ def check_id(name: str, what: str) -> None:
         raise ConfigError(f"{what} is {name!r}; it must be a Hub id such as 'owner/name'")
 
 
+def check_gemm(folder: Path, layout: str) -> None:
+    """Raises ConfigError for a layout that the engines on a card do not run."""
+    if layout != "gemm":
+        raise ConfigError(f"{folder}: has the layout {layout!r}; squawq publishes AWQ folders in 'gemm' alone")
+
+
 def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> str:
     """The card's text. repo: the Hub id under which the folder is used.
 
-    Raises ConfigError for a folder that is not quantized or an evaluation that is none, CheckpointError for a source
-    whose card cannot be read.
+    Raises ConfigError for a folder that is not quantized in GEMM's layout or an evaluation that is none of it,
+    CheckpointError for a report or a source's card that cannot be read.
     """
     folder, origin = Path(folder), origin or Origin()
     check_id(repo, "the repository")
     found = inspect(folder)
     if found["quantization"] is None:
         raise ConfigError(f"{folder}: is not quantized; squawq writes cards for AWQ folders")
-    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else None
+    check_gemm(folder, found["quantization"]["format"])
+    report = _report(folder / REPORT)
+    scores = None if origin.evaluation is None else _scores(origin.evaluation, folder, repo)
     matter = front_matter(origin)
     base = matter.get("base_model")
     original = f"[{base}](https://huggingface.co/{base})" if base else "a 16-bit model"
@@ -75,11 +87,12 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
         f"# {title}\n\n{original}, its linear layers quantized to 4 bits with AWQ "
         "([Lin et al.](https://arxiv.org/abs/2306.00978)): safetensors in AutoAWQ's GEMM layout.",
         _facts(found, report),
-        _measured(report, origin.evaluation),
+        _measured(report, scores),
         _made(report),
         usage(repo, has_template(folder)),
     ]
-    return _signed(f"---\n{_yaml(matter)}---\n" + "\n\n".join(part for part in parts if part) + "\n\n")
+    text = f"---\n{_yaml(matter)}---\n" + "\n\n".join(part for part in parts if part) + "\n\n"
+    return text + _mark(text, repo, _fingerprint(folder))
 
 
 def write_card(folder: Path, repo: str, origin: Origin | None = None, *, force: bool = False) -> Path:
@@ -88,22 +101,40 @@ def write_card(folder: Path, repo: str, origin: Origin | None = None, *, force: 
     if path.exists() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
         raise OutputError(f"{path} is not as squawq wrote it; edit it by hand, or give --force to write it anew")
     write_text(path, model_card(folder, repo, origin))
-    clear_temporary(folder)
+    with suppress(OSError):  # another's files in it stay
+        (folder / TEMPORARY).rmdir()
     return path
 
 
 def is_ours(text: str) -> bool:
     """Whether squawq wrote this card and nobody changed it since."""
+    return _written_for(text) is not None
+
+
+def outdated(folder: Path, repo: str) -> str | None:
+    """Why the folder's card, as squawq wrote it, is none of this model under the name `repo`; None where it is one, or
+    there is none, or a person wrote or changed it."""
+    path = folder / README
+    written = _written_for(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    if written is None or written == (repo, _fingerprint(folder)):
+        return None
+    return f"was written for {written[0]}" if written[0] != repo else "was written before the model changed"
+
+
+def _written_for(text: str) -> tuple[str, str] | None:
+    """The repository and the model's fingerprint in the mark of an unchanged card of ours."""
     mark = _MARK.search(text)
-    return mark is not None and mark[0] == _mark(text[: mark.start()])
+    return (mark[1], mark[2]) if mark and mark[0] == _mark(text[: mark.start()], mark[1], mark[2]) else None
 
 
-def _signed(text: str) -> str:
-    return text + _mark(text)
+def _mark(text: str, repo: str, model: str) -> str:
+    digest = hashlib.sha256(f"{text}{repo} {model}".encode()).hexdigest()
+    return f"<!-- squawq card of {repo}, model {model}: {digest} -->\n"
 
 
-def _mark(text: str) -> str:
-    return f"<!-- squawq card {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+def _fingerprint(folder: Path) -> str:
+    """Of config.json and samples of the weights; that by which a quantization knows its source again."""
+    return str(identity(Checkpoint(folder), QuantConfig(), None, "")["source"])
 
 
 def has_template(folder: Path) -> bool:
@@ -134,11 +165,11 @@ def _hub_id(source: str) -> str | None:
 
 
 def _source_matter(source: str) -> dict[str, Any]:
-    """The front matter of the source's card; empty where a folder has none."""
+    """The front matter of the source's card; empty where it has none."""
     from huggingface_hub.repocard import metadata_load
 
-    path = Path(source) / README if Path(source).is_dir() else hub_file(source, README)
-    if not path.is_file():
+    path = Path(source) / README if Path(source).is_dir() else find_hub_file(source, README)
+    if path is None or not path.is_file():
         return {}
     try:
         return dict(metadata_load(path) or {})
@@ -156,12 +187,14 @@ def _facts(found: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
     quant, memory = found["quantization"], found["memory"]
     group = "a whole row" if quant["group_size"] == -1 else str(quant["group_size"])
     kept = len(found["kept_in_16_bits"])
+    head = "" if found["head"] == "int4" else ", head"
     before = f" (the original: {_size(report['source_bytes'])})" if report else ""
     rows = [
         f"| architecture | {found['architecture']}, {found['layers']} layers |",
         f"| parameters | {found['parameters']:,} |",
-        f"| 4-bit weights | groups of {group}, {'zero point' if quant['zero_point'] else 'symmetric'} |",
-        f"| 16-bit | embedding, norms, head{f', {kept} linears (listed in config.json)' if kept else ''} |",
+        f"| 4-bit weights | groups of {group}, {'zero point' if quant['zero_point'] else 'symmetric'}"
+        f"{'' if head else '; the head too'} |",
+        f"| 16-bit | embedding, norms{head}{f', {kept} linears (listed in config.json)' if kept else ''} |",
         f"| size | {_size(found['bytes']['total'])}{before} |",
         f"| memory for one sequence of {memory['context']:,} tokens | {_size(memory['int4']['total'])}; "
         f"in 16 bits {_size(memory['fp16']['total'])} |",
@@ -173,12 +206,48 @@ def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 10**9 else f"{count / 1e9:,.2f} GB"
 
 
-def _measured(report: Mapping[str, Any] | None, evaluation: Path | None) -> str:
+def _report(path: Path) -> dict[str, Any] | None:
+    """The report, what a card takes from it checked; None where there is none."""
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    try:
+        config = report["job"]["config"]
+        counts = (report["source_bytes"], report["calibration_tokens"], config["group_size"], config["seqlen"])
+        losses = [row[key] for row in report["layers"] for key in ("loss_rounded", "loss")]
+        sound = (
+            re.fullmatch(r"[\w.+-]+", report["squawq"], re.ASCII)
+            and report["method"] in METHODS
+            and type(config["clip"]) is bool
+            and all(isinstance(count, int) and _is_number(count) for count in counts)
+            and all(loss is None or _is_number(loss) for loss in losses)
+        )
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path} is not as squawq quantize writes it; get it from there again, or remove it")
+    return report
+
+
+def _scores(path: Path, folder: Path, repo: str) -> dict[str, Any]:
+    """An evaluation, checked: its figures, and that the model it names is called as this one."""
+    scores = read_json(path)
+    needed = (*SCORES, *(COMPARED if any(key in scores for key in COMPARED) else ()))
+    if not isinstance(scores.get("model"), str) or not all(_is_number(scores.get(key)) for key in needed):
+        raise ConfigError(f"{path} is not what `squawq eval --json` prints: it needs model, {', '.join(needed)}")
+    names = (folder.resolve().name, repo.partition("/")[2])
+    if Path(scores["model"]).resolve().name not in names:
+        raise ConfigError(f"{path} is of {scores['model']!r}; it must be of {' or '.join(dict.fromkeys(names))}")
+    return scores
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _measured(report: Mapping[str, Any] | None, scores: Mapping[str, Any] | None) -> str:
     lines = []
-    if evaluation is not None:
-        scores = read_json(evaluation)
-        if not all(type(scores.get(key)) in (int, float) for key in SCORES):
-            raise ConfigError(f"{evaluation} is not what `squawq eval --json` prints: it needs {', '.join(SCORES)}")
+    if scores is not None:
         lines += ["| | this model | 16-bit |", "|---|---|---|"]
         reference = scores.get("reference_perplexity")
         lines.append(f"| perplexity | {scores['perplexity']:.4f} | {f'{reference:.4f}' if reference else ''} |")

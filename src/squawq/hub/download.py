@@ -50,17 +50,32 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
 
 def hub_file(repo: str, name: str) -> Path:
     """One small file of a Hub model, through the cache. Raises CheckpointError when it cannot be had."""
+    path = find_hub_file(repo, name)
+    if path is None:
+        raise CheckpointError(f"{repo!r} is no folder here, and on the Hub it has no {name}")
+    return path
+
+
+def find_hub_file(repo: str, name: str) -> Path | None:
+    """The same; None where the repository is there and has no such file."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         if repo.count("/") != 1:
             raise HFValidationError
         return Path(hf_hub_download(repo, name))
+    except RemoteEntryNotFoundError:
+        return None
     except HFValidationError as error:
         raise CheckpointError(f"{repo!r} is neither a folder nor a file nor a Hub id such as 'owner/name'") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{repo!r} is no folder here, and not on the Hub or in need of a login") from error
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{repo!r} is no folder here, and its {name} could not be had: {reason}") from error

@@ -8,23 +8,26 @@ sends what is missing. Never deletes anything on the Hub.
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
-from squawq.format.reader import INDEX, Checkpoint
+from squawq.format.reader import INDEX, Checkpoint, check_inside, read_json
 from squawq.format.writer import TEMPORARY
-from squawq.hub.card import README, Origin, check_id, is_ours, write_card
+from squawq.hub.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.inspection import missing
 from squawq.quantization.job import JOB, PART, REPORT
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 OWN = ("config.json", "quant_config.json", README, REPORT, INDEX)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 IGNORED = (".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store")  # left here, as huggingface_hub leaves them
 
 
@@ -52,14 +55,20 @@ def push(
 
     The token is that of `token_file`, else HF_TOKEN's or a login's. revision: a branch, made if need be. A missing card
     is written; one of squawq's is written anew when `origin` says something. force: write over a README.md, here or
-    there, that squawq did not write, and go on in a repository with other weights. say: hears a line before the upload.
+    there, that squawq did not write or wrote of another model, and go on in a repository with other weights. say: hears
+    a line before the upload.
     Raises ConfigError, CheckpointError or OutputError before anything is sent, OutputError for an upload that failed.
     """
     folder, origin = Path(folder), origin or Origin()
     check_id(repo, "the repository")
     token = read_token(token_file)
     files = check_folder(folder)
-    if origin.given or not (folder / README).exists():
+    old = outdated(folder, repo)
+    if old and not origin.given and not force:
+        raise OutputError(
+            f"{folder / README} {old}; remove it, or say --source and what else it had again, and it is written anew"
+        )
+    if origin.given or old or not (folder / README).exists():
         write_card(folder, repo, origin, force=force)
         files = check_folder(folder)
     size = sum((folder / name).stat().st_size for name in files)
@@ -104,6 +113,7 @@ def check_folder(folder: Path) -> list[str]:
     checkpoint = Checkpoint(folder)
     if checkpoint.config.quant is None:
         raise ConfigError(f"{folder}: is not quantized; squawq pushes AWQ folders")
+    check_gemm(folder, checkpoint.config.layout)
     if lost := missing(checkpoint):
         raise CheckpointError(f"{folder}: is not whole: {len(lost)} tensors are missing, such as {lost[0]}")
     if not any((folder / name).is_file() for name in TOKENIZERS):
@@ -113,6 +123,8 @@ def check_folder(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.iterdir() if path.name not in IGNORED)
     if stray := [name for name in names if name not in known or name.startswith(PART)]:
         raise OutputError(f"{folder}: holds what is no part of the model: {', '.join(stray[:5])}; move it elsewhere")
+    for name in names:
+        check_inside(folder / name)
     return names
 
 
@@ -136,6 +148,7 @@ def _login(token: str | None) -> HfApi:
 def _prepare(api: HfApi, folder: Path, files: list[str], repo: str, private: bool, revision: str, force: bool) -> None:
     """Make repository and branch where they are not there; raise OutputError for ones that the push would spoil."""
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoFile
 
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
@@ -147,13 +160,16 @@ def _prepare(api: HfApi, folder: Path, files: list[str], repo: str, private: boo
         raise OutputError(f"{repo} exists and is public; make it private on the Hub, or push without --private")
     if revision != "main":
         api.create_branch(repo, branch=revision, exist_ok=True)
-    there = api.list_repo_files(repo, revision=revision)
     if force:
         return
-    if others := [name for name in there if name.endswith(".safetensors") and name not in files]:
-        raise OutputError(
-            f"{repo} has other weights ({others[0]}); choose another repository or --revision, or --force"
-        )
+    tree = api.list_repo_tree(repo, recursive=True, revision=revision)
+    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    weights = [name for name in there if name.endswith(WEIGHTS)]
+    others = [name for name in weights if name not in files]
+    if not others and not _same_source(api, folder, REPORT in there, repo, revision):
+        others = [name for name in weights if not _is_there(folder / name, there[name])]
+    if others:
+        raise OutputError(f"{repo} has other weights ({others[0]}); choose another repository, or --force")
     if README in there:
         path = Path(api.hf_hub_download(repo, README, revision=revision))
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -161,6 +177,27 @@ def _prepare(api: HfApi, folder: Path, files: list[str], repo: str, private: boo
             raise OutputError(
                 f"{repo} has a README.md that squawq did not write; put it into {folder} to keep it, or --force"
             )
+
+
+def _is_there(path: Path, found: RepoFile) -> bool:
+    """Whether the Hub has this file of weights, byte for byte."""
+    if found.lfs is None or found.lfs.size != path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == found.lfs.sha256
+
+
+def _same_source(api: HfApi, folder: Path, reported: bool, repo: str, revision: str) -> bool:
+    """Whether both reports name one 16-bit model: its weights may be quantized anew and put over the old."""
+    if not reported or not (folder / REPORT).is_file():
+        return False
+    ours, theirs = read_json(folder / REPORT), read_json(Path(api.hf_hub_download(repo, REPORT, revision=revision)))
+    return _source(ours) is not None and _source(ours) == _source(theirs)
+
+
+def _source(report: Mapping[str, Any]) -> object:
+    job = report.get("job")
+    return job.get("source") if isinstance(job, dict) else None
 
 
 def _reason(error: Exception) -> str:

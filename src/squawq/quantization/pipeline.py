@@ -70,6 +70,7 @@ def quantize(
     folder = _target(out, checkpoint)
     config = replace(config, seqlen=calibration_length(config, checkpoint.config))
     _check_names(checkpoint, family)
+    checkpoint.companions()  # raises now rather than when all else is done
     blocks = Blocks(checkpoint, family, device)
     _check_choice(blocks, family, config)
     tokens = None
