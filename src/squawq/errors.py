@@ -2,6 +2,7 @@
 
 SquawqError
 ├── ConfigError         a setting that cannot work (also a ValueError)
+│   └── FusionError     a model of transformers that our decoder cannot run, so that its own layers must
 ├── CheckpointError     a model folder that is missing, damaged, lying or of an unknown kind
 ├── CalibrationError    calibration or evaluation text that is missing or too short
 ├── OutputError         a target folder that is not ours or belongs to another job
@@ -21,6 +22,10 @@ class SquawqError(Exception):
 
 class ConfigError(SquawqError, ValueError):
     """A setting that cannot work."""
+
+
+class FusionError(ConfigError):
+    """A model of transformers that our decoder cannot run, so that its own layers must."""
 
 
 class CheckpointError(SquawqError):

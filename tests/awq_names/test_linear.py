@@ -75,6 +75,15 @@ def test_integers_beyond_the_range_do_not_touch_their_neighbours() -> None:
     torch.testing.assert_close(weight[:, 1:], torch.ones(16, 7).half(), atol=1e-3, rtol=0)
 
 
+def test_zeros_are_rounded_and_do_not_touch_their_neighbours() -> None:
+    linear = nn.Linear(16, 8, bias=False)
+    zeros = torch.tensor([[16.0, -3.0, 7.9999, 0.0, 3.4, 15.0, 15.6, 8.0]])
+    packed = WQLinear_GEMM.from_linear(linear, 4, 16, False, torch.full((1, 8), 0.1), zeros)
+    words = packing.reverse_awq_order(*packing.unpack_awq(packed.qweight, packed.qzeros, 4), 4)[1]
+    assert words is not None
+    assert (words & 15).tolist() == [[15, 0, 8, 0, 3, 15, 15, 8]]
+
+
 def test_an_empty_one_takes_a_state_dict() -> None:
     packed, _, linear = made()
     empty = WQLinear_GEMM.from_linear(linear, 4, 16, init_only=True)

@@ -125,6 +125,37 @@ def test_fusing_later_and_what_cannot_be_fused(
     assert other.generate(ids(10), max_new_tokens=10, min_new_tokens=10).shape[1] == 20
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("wrong", [0, -5, True, "512", 2.5])
+def test_a_limit_that_cannot_be(folder: Path, fuse: bool, wrong: Any) -> None:
+    for name in ("max_seq_len", "max_new_tokens"):
+        with pytest.raises(ConfigError, match=f"max_seq_len is {wrong!r}"):
+            AutoAWQForCausalLM.from_quantized(folder, fuse_layers=fuse, **{name: wrong})
+
+
+def test_a_rope_that_our_decoder_has_not_runs_unfused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    raw.pop("rope_scaling", None)
+    raw["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(raw))
+    monkeypatch.setattr(loading, "say_once", loading.say_once.__wrapped__)
+    with caplog.at_level(logging.WARNING):
+        model = AutoAWQForCausalLM.from_quantized(folder)
+    assert "layers are not fused" in caplog.text
+    assert "rope type is 'dynamic'" in caplog.text
+    assert model.generate(ids(4), max_new_tokens=2, min_new_tokens=2).shape == (1, 6)
+
+
+def test_damage_is_no_reason_to_run_unfused(folder: Path) -> None:
+    model = AutoAWQForCausalLM.from_quantized(folder, fuse_layers=False)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="the index names this file"):
+        model.fuse_layers(model.model)
+
+
 def test_older_arguments_are_said_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     loading.say_once.cache_clear()
     for _ in range(2):
@@ -137,15 +168,36 @@ def test_older_arguments_are_said_once(folder: Path, caplog: pytest.LogCaptureFi
         AutoAWQForCausalLM.from_quantized(folder, "other.safetensors")
 
 
-def test_autoawqs_older_config_file(folder: Path) -> None:
+OLDER = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+GPTQMODELS = {"bits": 4, "group_size": 32, "quant_method": "awq", "format": "gemm", "zero_point": True, "sym": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("quant_config.json", OLDER), ("quantize_config.json", GPTQMODELS)], ids=["awq", "gptqmodel"]
+)
+@pytest.mark.parametrize("null", [False, True])
+def test_older_config_files(folder: Path, tmp_path: Path, name: str, settings: dict[str, object], null: bool) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    stated = raw.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": None} if null else raw))
+    (folder / name).write_text(json.dumps(settings))
+    tokens = ids(20)
+    wanted = logits(folder, tokens)
+    model = AutoAWQForCausalLM.from_quantized(folder, fuse_layers=False, torch_dtype="float32")
+    assert model.is_quantized
+    assert distance(model(tokens).logits, wanted) < 0.05
+    model.save_quantized(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**raw, "quantization_config": stated}
+    assert distance(logits(tmp_path / "out", tokens), wanted) < 1e-6
+
+
+def test_gptqs_older_config_file_is_refused(folder: Path) -> None:
     raw = json.loads((folder / "config.json").read_text())
     raw.pop("quantization_config")
     (folder / "config.json").write_text(json.dumps(raw))
-    older = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
-    (folder / "quant_config.json").write_text(json.dumps(older))
-    model = AutoAWQForCausalLM.from_quantized(folder, fuse_layers=False, torch_dtype="float32")
-    tokens = ids(20)
-    assert distance(model(tokens).logits, logits(folder, tokens)) < 0.05
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32}))
+    with pytest.raises(CheckpointError, match="quant_method is 'gptq'"):
+        AutoAWQForCausalLM.from_pretrained(folder)
 
 
 def test_a_loaded_model_is_saved_as_it_is(folder: Path, tmp_path: Path) -> None:

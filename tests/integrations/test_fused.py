@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from awq_folders import stored
 from conftest import logits as engine_logits
 from conftest import tiny_config
+from safetensors.torch import save_file
 from torch import Tensor
 
 import squawq.transformers
@@ -20,10 +23,11 @@ from squawq.config import QuantConfig
 from squawq.engine.engine import Engine
 from squawq.engine.request import Request, SamplingParams
 from squawq.engine.runner import load_runner
-from squawq.errors import CheckpointError, ConfigError
+from squawq.errors import CheckpointError, ConfigError, FusionError
 from squawq.format.reader import Checkpoint
 from squawq.integrations.fused import fuse
 from squawq.integrations.fused_cache import FusedCache
+from squawq.integrations.fused_threads import one_thread
 from squawq.kernels import library
 from squawq.kernels.reference import PAGE
 from squawq.nn.loader import Options
@@ -279,6 +283,79 @@ def test_pages_are_shared_copied_and_given_back(model: Any) -> None:
         cache.open(3)
 
 
+def test_a_copied_cache_goes_on_by_itself(model: Any) -> None:
+    """transformers' recipe for prompts with the same beginning."""
+    beginning, *ends = prompts(21, 6, 9)
+    start = model(torch.tensor([beginning]))
+    name = "cache" if "cache" in start else "past_key_values"
+    for end in ends:
+        ids = torch.tensor([beginning + end])
+        out = model.generate(ids, max_new_tokens=20, do_sample=False, **{name: copy.deepcopy(start[name])})
+        assert out[:, -20:].tolist() == greedy(model, [beginning + end])
+        assert start[name].lengths == [21]
+    assert copy.deepcopy(FusedCache(model._fused.decoder, 40)).open(2).num_pages == 6
+
+
+def test_copies_keep_shared_pages(model: Any) -> None:
+    cache = FusedCache(model._fused.decoder, 40)
+    cache.open(2)
+    cache.extend([20, 20], 20)
+    cache.reorder_cache(torch.tensor([0, 0]))
+    copied = copy.deepcopy(cache)
+    copied.extend([1, 1], 1)
+    assert [len(set(pages)) for pages in zip(*copied.tables, strict=True)] == [1, 2]
+    assert len(copied._free) == 3
+    assert cache.tables[0] == cache.tables[1]
+    assert (cache.lengths, cache.width, len(cache._free)) == ([20, 20], 20, 4)
+
+
+def test_torchs_threads_come_back() -> None:
+    """Of two threads that generate at once, whichever leaves first; and of threads that start later."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    inside, leave = threading.Event(), threading.Event()
+    found: list[int] = []
+
+    def other() -> None:
+        with one_thread():
+            inside.set()
+            leave.wait(60)
+        found.append(torch.get_num_threads())
+
+    try:
+        with one_thread():
+            thread = threading.Thread(target=other)
+            thread.start()
+            assert inside.wait(60)
+            with one_thread():
+                pass
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        leave.set()
+        thread.join()
+        last = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        last.start()
+        last.join()
+        assert found == [2, 2]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pads_alone(model: Any) -> None:
+    """As a piece of a padded prompt can be. What they are does not matter."""
+    rows = prompts(9, 5)
+    batch = padded(rows)
+    expected = model(**batch).logits
+    wide = {name: torch.nn.functional.pad(tensor, (8, 0)) for name, tensor in batch.items()}
+    wide["input_ids"][wide["attention_mask"] == 0] = -1
+    piece = model(wide["input_ids"][:, :8], attention_mask=wide["attention_mask"][:, :8])
+    assert piece.logits.shape == (2, 8, 160)
+    assert not piece.logits.any()
+    name = "cache" if "cache" in piece else "past_key_values"
+    rest = model(wide["input_ids"][:, 8:], attention_mask=wide["attention_mask"], **{name: piece[name]})
+    assert same(rest.logits, expected)
+
+
 def test_beyond_the_limit(model: Any) -> None:
     ran: list[Any] = []
     rows = prompts(60, 20)
@@ -343,6 +420,14 @@ REFUSALS: dict[str, tuple[str, Callable[[Any, Tensor], Any]]] = {
         ids, max_new_tokens=2, cache_implementation="static")),
     "typo": ("no argument 'atention_mask'", lambda m, ids: m(ids, atention_mask=ids)),
     "token": ("beyond 0 to 159", lambda m, ids: m(ids + 160)),
+    "floats": ("input_ids is torch.float32", lambda m, ids: m(ids.float())),
+    "a list": ("input_ids is list", lambda m, ids: m(ids.tolist())),
+    "mask of kinds": ("attention_mask is a dict", lambda m, ids: m(ids, attention_mask={"full_attention": None})),
+    "empty row": ("row 0 of attention_mask has no token", lambda m, ids: m.generate(
+        ids, max_new_tokens=2, attention_mask=torch.zeros_like(ids))),
+    "columns less than none": ("logits_to_keep is -2", lambda m, ids: m(ids, logits_to_keep=-2)),
+    "column beyond": ("columns of input_ids are -8 to 7", lambda m, ids: m(ids, logits_to_keep=torch.tensor([20]))),
+    "no column": ("must list columns", lambda m, ids: m(ids, logits_to_keep=torch.tensor([]))),
     "no tokens": (r"\(1, 0\)", lambda m, ids: m(ids[:, :0])),
     "batching": ("no generate_batch", lambda m, ids: m.generate_batch(ids.tolist())),
     "adapters": ("no add_adapter", lambda m, ids: m.add_adapter(None)),
@@ -362,6 +447,41 @@ def test_a_foreign_cache_is_refused(model: Any) -> None:
 
     with pytest.raises(ConfigError, match="DynamicCache"):
         model(torch.tensor(prompts(8)), None, None, DynamicCache())
+
+
+def test_a_subfolder_is_fused_from_there(folder: Path, tmp_path: Path) -> None:
+    """And not from the folder above, which has another model of the same shape."""
+    from transformers import AwqConfig
+
+    above, seed = tmp_path / "above", torch.Generator().manual_seed(9)
+    shutil.copytree(folder, above)
+    tensors = stored(above)
+    for name in [name for name in tensors if name.endswith("embed_tokens.weight")]:
+        tensors[name] = torch.randn(tensors[name].shape, generator=seed).half()
+    for file in above.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, above / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(folder, above / "below")
+    with pytest.raises(FusionError, match=r"embed_tokens\.weight is not what .*above has"):
+        fuse(load(above, subfolder="below"), LIMIT)
+    config = AwqConfig(do_fuse=True, fuse_max_seq_len=LIMIT)
+    with pytest.warns(UserWarning, match="quantization_config"):
+        model = load(above, subfolder="below", quantization_config=config)
+    assert greedy(model, prompts(9)) == greedy(fused(folder), prompts(9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_edited_weights_are_not_reverted(folder: Path, dtype: torch.dtype) -> None:
+    model = load(folder, dtype=dtype)
+    kind, place = type(model), model.model.layers[0].mlp.up_proj.qweight.data_ptr()
+    model.model.norm.weight.data.mul_(2)
+    with pytest.raises(FusionError, match=r"model\.norm\.weight is not what"):
+        fuse(model, LIMIT)
+    assert type(model) is kind
+    assert model.model.layers[0].mlp.up_proj.qweight.data_ptr() == place
+    model.model.norm.weight.data.div_(2)
+    fuse(model, LIMIT)
+    assert type(model) is not kind
 
 
 def test_what_cannot_be_fused(folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_moe", "mixtral"])
 def test_two_processes_are_one_model(tmp_path: Path, model_type: str) -> None:
     inner: dict[str, Any] = {"moe_intermediate_size": 64} if model_type == "qwen3_moe" else {"intermediate_size": 128}
     awq, _ = quantized(tmp_path, model_type, **inner)

@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, AwqConfig, GenerationConfig
 
 import squawq.transformers  # noqa: F401 (registers)
-from squawq.errors import CheckpointError, ConfigError
+from squawq.errors import CheckpointError, ConfigError, KernelError
 from squawq.format.groupwise import quantize
 from squawq.format.packing import to_gemm
 from squawq.integrations.experts import AwqExperts
 from squawq.integrations.linear import AwqLinear
+from squawq.integrations.quantizer import _say_once
 from squawq.kernels import library
 
 IDS = torch.randint(2, 160, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -36,7 +37,8 @@ INT8 = 1e-1
 
 def load(folder: Path, *, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> Any:
     """A model, with settings for AwqConfig among the arguments."""
-    settings = {k: kwargs.pop(k) for k in ("exact", "backend", "do_fuse", "fuse_max_seq_len") if k in kwargs}
+    names = ("exact", "backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse")
+    settings = {k: kwargs.pop(k) for k in names if k in kwargs}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You passed `quantization_config`")  # that the folder's settings hold
         return auto.from_pretrained(
@@ -172,10 +174,46 @@ def test_the_model_cards_script(awq_demo: Path, fused: bool) -> None:
 
 def test_fusing_gets_its_limit(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
-    monkeypatch.setattr("squawq.integrations.fused.fuse", lambda model, limit: called.append(limit))
+    monkeypatch.setattr("squawq.integrations.fused.fuse", lambda _, limit, folder: called.append((limit, folder)))
     load(folders[0], do_fuse=True, fuse_max_seq_len=77)
     load(folders[0], fuse_max_seq_len=77)
-    assert called == [77]
+    assert called == [(77, folders[0])]
+
+
+def test_what_modules_to_fuse_lists_is_not_used(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _say_once.cache_clear()
+    monkeypatch.setattr("squawq.integrations.fused.fuse", lambda *_: None)
+    for _ in range(2):
+        load(folders[0], fuse_max_seq_len=77, modules_to_fuse={"mlp": ["gate_proj"]})
+    assert [record.message.partition(" turns")[0] for record in caplog.records if record.name == "squawq"] == [
+        "modules_to_fuse"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 64}, "group_size=64, and the checkpoint 32"),
+        ({"q_group_size": 64}, "group_size=64, and the checkpoint 32"),
+        ({"zero_point": False}, "zero_point=False, and the checkpoint True"),
+        ({"version": "GEMV"}, "format='gemv', and the checkpoint 'gemm'"),
+        ({"format": "gemv"}, "format='gemv', and the checkpoint 'gemm'"),
+    ],
+)
+def test_settings_that_are_not_the_checkpoints(
+    folders: tuple[Path, Path], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(folders[0], quantization_config=AwqConfig(**settings))
+
+
+def test_settings_that_are_the_checkpoints(folders: tuple[Path, Path]) -> None:
+    config = AwqConfig(4, 32, True, version="GEMM")
+    assert config.given == {"bits": 4, "group_size": 32, "zero_point": True, "format": "gemm"}
+    assert "given" not in config.to_dict()
+    load(folders[0], quantization_config=config)
 
 
 def test_awq_config_keeps_how_to_fuse() -> None:
@@ -331,6 +369,33 @@ def test_the_operator_is_sound() -> None:
     torch.library.opcheck(
         operator, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
+
+
+class Raced(AwqLinear):
+    """Another thread always takes the packed weight away at once."""
+
+    _packed: Any = property(lambda _: None, lambda _, __: None)
+
+
+def test_two_threads_may_pack() -> None:
+    made, weight = layer()
+    raced = Raced(64, 48, 32, bias=torch.float16, exact=True)
+    raced.load_state_dict(made.state_dict())
+    x = torch.randn(3, 64)
+    assert difference(raced(x), x @ weight.T + BIAS.float()) < 1e-5
+
+
+@pytest.mark.parametrize("width", [32, 96])
+def test_inputs_of_another_width_are_refused(width: int) -> None:
+    """Also where the operator runs without numbers, as when torch.compile traces it."""
+    for native in (True, False):
+        with pytest.raises((KernelError, RuntimeError), match=str(width)):
+            layer(native=native)[0](torch.zeros(3, width))
+    made = layer()[0].to("meta")
+    with pytest.raises(KernelError, match=f"{width}"):
+        torch.ops.squawq.awq_linear(
+            torch.zeros(3, width, device="meta"), made.qweight, made.scales, made.qzeros, made.bias, made._number
+        )
 
 
 def test_int8_activations_are_within_half_a_step() -> None:

@@ -357,3 +357,13 @@ print(library.isa(), dispatch.silu_mul(torch.ones(1, 32)).shape[1])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["torch", "16"]
     assert done.stderr.count("native CPU kernels are not built") == 1
+
+
+def test_activations_that_pointers_would_misread_are_refused() -> None:
+    int4 = packed(quantize(random(16, 64), 32, True), 32, exact=True)
+    weights: list[Packed] = [int4, PackedInt8(random(16, 64)), PackedDense([random(16, 64)])]
+    for weight in weights:
+        assert weight(random(3, 64)).shape == (3, 16)
+        for x in (random(3, 32), random(3, 128), random(64), random(64, 3).T, random(3, 64).double()):
+            with pytest.raises(KernelError, match="activations"):
+                weight(x)

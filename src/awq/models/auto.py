@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from awq.models.base import BaseAWQForCausalLM
-from awq.models.loading import open_model, say_once
+from awq.models.loading import check_count, open_model, say_once
 from squawq.errors import CheckpointError, ConfigError
 
 
@@ -73,13 +73,16 @@ class AutoAWQForCausalLM:
         dtype: Any = None,
         **config_kwargs: Any,
     ) -> BaseAWQForCausalLM:
-        """Load an AWQ model. fuse_layers: run it by squawq's fused decoder, whose cache holds max_seq_len tokens.
+        """Load an AWQ model. fuse_layers: run it by squawq's fused decoder, whose cache holds max_seq_len tokens;
+        a model that it cannot run keeps its own layers, and a log line says so.
 
-        Raises CheckpointError for a 16-bit model, and as `from_pretrained` does.
+        Raises CheckpointError for a 16-bit model, ConfigError for a max_seq_len below 1, and as `from_pretrained` does.
         """
         if (older := config_kwargs.pop("max_new_tokens", None)) is not None:
             say_once("max_new_tokens is deprecated; it sets max_seq_len")
             max_seq_len = older
+        max_seq_len = 2048 if max_seq_len is None else max_seq_len
+        check_count("max_seq_len", max_seq_len)
         if use_exllama or use_exllama_v2 or use_ipex:
             say_once("use_exllama, use_exllama_v2, use_ipex: squawq picks the kernel for the device by itself")
         limits = {"max_memory": max_memory, "offload_folder": offload_folder}
@@ -98,6 +101,6 @@ class AutoAWQForCausalLM:
             raise ConfigError(
                 f"quant_filename is {quant_filename!r}; leave it out: the folder's index says what is read"
             )
-        opened.config.max_seq_len = max_seq_len = max_seq_len or 2048
+        opened.config.max_seq_len = max_seq_len
         opened.fuse = max_seq_len if fuse_layers else None
         return BaseAWQForCausalLM(opened)

@@ -5,6 +5,7 @@ Knows folders and arguments, no tensors: weights go from file to file one layer 
 
 from __future__ import annotations
 
+import os
 import shutil
 import weakref
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from awq.models._config import AwqConfig
-from awq.models.loading import Opened, fuse_layers, open_model, say_once
+from awq.models.loading import Opened, check_as_stored, check_count, fuse_layers, open_model, say_once
 from awq.models.saving import save
 from awq.utils.calib_data import calibration_blocks
 from squawq.errors import ConfigError
@@ -104,7 +105,8 @@ class BaseAWQForCausalLM:
         built-in set. max_calib_samples: blocks at most. max_calib_seq_len: tokens in each, or the model's context if
         that is less. export_compatible: save the quantized weights as 16-bit floats, until `pack`.
         n_parallel_calib_samples, max_chunk_memory: not needed, memory is one layer's whatever they say.
-        Raises TypeError for an unknown key, SquawqError for what cannot work.
+        Raises TypeError for an unknown key, SquawqError for what cannot work: a model whose settings or weights were
+        changed since it was opened, among others.
         """
         from squawq.quantization.pipeline import quantize
 
@@ -118,10 +120,10 @@ class BaseAWQForCausalLM:
             ("n_parallel_calib_samples", 1 if n_parallel_calib_samples is None else n_parallel_calib_samples),
             ("max_chunk_memory", max_chunk_memory),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            check_count(name, value)
         wanted = AwqConfig.from_dict(quant_config)
         checkpoint = Checkpoint(self._source.folder)
+        check_as_stored(self.config, self._model, checkpoint)
         settings = wanted.to_quant_config(
             family_of(checkpoint.config.model_type),
             clip=apply_clip,
@@ -141,7 +143,7 @@ class BaseAWQForCausalLM:
         )
         settings = replace(settings, samples=len(rows))
         work = Path(mkdtemp(prefix="squawq-")).resolve()
-        weakref.finalize(self, shutil.rmtree, work, ignore_errors=True)  # when this object goes, or at exit
+        weakref.finalize(self, _remove, work, os.getpid())  # when this object goes, or at exit
         device = _quantization_device(self._source.arguments["device_map"])
         with LayerProgress() as observer:
             report = quantize(
@@ -198,6 +200,12 @@ class BaseAWQForCausalLM:
     def fuse_layers(model: Any) -> None:
         """Let transformers' AWQ model (`.model`) run as squawq's fused decoder, in place."""
         fuse_layers(model, getattr(model.config, "max_seq_len", 2048))
+
+
+def _remove(work: Path, owner: int) -> None:
+    """Remove the temporary folder, unless this is a forked child: its parent has it still."""
+    if os.getpid() == owner:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _stored_dtype(given: Any) -> str:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from awq.models._config import AwqConfig
-from squawq.errors import CheckpointError, ConfigError, SquawqError
+from squawq.config import ModelConfig
+from squawq.errors import ConfigError, FusionError
 from squawq.families import FAMILIES
-from squawq.format.reader import read_json
+from squawq.format.reader import Checkpoint, read_config
 from squawq.hub.download import resolve
 
 SPREAD = (None, "auto", "balanced", "balanced_low_0", "sequential")  # device maps that let accelerate choose
@@ -47,7 +48,7 @@ class Opened:
         if self.quantization is not None:
             import squawq.transformers  # noqa: F401 (registers the quantizer)
         model = AutoModelForCausalLM.from_pretrained(
-            self.folder, config=self.config, use_safetensors=True, **self.arguments
+            self.folder, config=self.config, use_safetensors=True, trust_remote_code=False, **self.arguments
         )
         if self.fuse is not None:
             fuse_layers(model, self.fuse)
@@ -55,12 +56,15 @@ class Opened:
 
 
 def fuse_layers(model: Any, max_seq_len: int) -> None:
-    """Let the model run as squawq's fused decoder; one that cannot stays as it is, and the user is told."""
+    """Let the model run as squawq's fused decoder; one that cannot stays as it is, and the user is told.
+
+    Raises SquawqError for a max_seq_len that cannot be and for a damaged checkpoint.
+    """
     from squawq.integrations.fused import fuse
 
     try:
         fuse(model, max_seq_len)
-    except SquawqError as error:
+    except FusionError as error:
         say_once(f"layers are not fused: {error}")
 
 
@@ -79,7 +83,7 @@ def open_model(
     settings: keyword arguments that are transformers' (PASSED_ON) or attributes of the model's config.
     Raises TypeError for any other, SquawqError for what cannot be read.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if not safetensors:
         raise ConfigError("safetensors is False; only safetensors files are read and written, since pickles run code")
@@ -87,15 +91,15 @@ def open_model(
         say_once("trust_remote_code: no code of a model folder is run; known architectures need none")
     folder = resolve(model, revision=_revision(download_kwargs, settings))
     settings = {key: value for key, value in settings.items() if key != "revision"}
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: has no config.json, so it is no model folder")
-    raw = read_json(folder / "config.json")
-    config = AutoConfig.from_pretrained(folder)
-    if (folder / "quant_config.json").is_file() and "quantization_config" not in raw:  # AutoAWQ's older form
-        raw["quantization_config"] = {"quant_method": "awq", **read_json(folder / "quant_config.json")}
-        older = AwqConfig.from_transformers_dict(raw["quantization_config"], str(folder / "quant_config.json"))
-        config.quantization_config = older.to_transformers_dict()
-    quantization = raw.get("quantization_config")
+    raw = read_config(folder)
+    if (kind := str(raw.get("model_type"))) not in CONFIG_MAPPING:
+        raise ConfigError(f"{folder}: transformers has no model_type {kind!r}, and no code of a model folder is run")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    quantization, found = raw.get("quantization_config"), None
+    if quantization is not None:
+        found = AwqConfig.from_transformers_dict(quantization, str(folder))
+        if getattr(config, "quantization_config", None) is None:  # an older form's file; transformers reads config.json
+            config.quantization_config = found.to_transformers_dict()
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": _device_map(device_map)}
     for key, value in settings.items():
         if key in PASSED_ON:
@@ -106,10 +110,36 @@ def open_model(
             raise TypeError(
                 f"unknown argument {key!r}; choose {', '.join(sorted(PASSED_ON))} or an attribute of the model's config"
             )
-    found = None if quantization is None else AwqConfig.from_transformers_dict(quantization, str(folder))
     if found is None and config.model_type not in FAMILIES:
         raise ConfigError(f"model_type is {config.model_type!r}; squawq quantizes {', '.join(sorted(FAMILIES))}")
     return Opened(folder, config, found, arguments, settings)
+
+
+def check_as_stored(config: Any, model: Any, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError where settings or weights are no longer the folder's, which is what `quantize` reads.
+
+    model: None while it is not loaded. A name that only one side has (stacked experts, a tied head) is left aside.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    advice = "quantize() reads the folder: change it there, or save the model to another folder and open that"
+    stored = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    given, wanted = (ModelConfig.from_dict(c.to_dict(), "the model's config") for c in (config, stored))
+    for name in (field.name for field in fields(ModelConfig) if field.name not in ("raw", "quant")):
+        if (mine := getattr(given, name)) != (theirs := getattr(wanted, name)):
+            raise ConfigError(f"{name} is {mine} in the model and {theirs} in {checkpoint.folder}; {advice}")
+    for name, tensor in () if model is None else model.state_dict().items():
+        read = name in checkpoint.tensors and not tensor.is_meta
+        if read and not torch.equal(tensor.cpu(), checkpoint.read(name).to(tensor.dtype)):
+            raise ConfigError(f"{name} in the model is not what {checkpoint.folder} has; {advice}")
+    checkpoint.close()
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise ConfigError for what is no whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
 def _revision(download_kwargs: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> str | None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from awq.models._config import AwqConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError
-from squawq.format.reader import INDEX
-from squawq.format.writer import clear_temporary, copy_file
+from squawq.format.reader import COMPANIONS, INDEX, LEGACY, check_inside, read_config, read_json
+from squawq.format.writer import TEMPORARY, clear_temporary, copy_file, write_json
 from squawq.quantization.job import REPORT
 
-BESIDE = ("generation_config.json", "LICENSE", "NOTICE", "USE_POLICY", REPORT)
+CALLERS = (  # what a tokenizer or processor saves is the caller's, as with AutoAWQ
+    *("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template"),
+    *("preprocessor_config", "processor_config"),
+)
 LAST = (INDEX, "config.json")  # what makes a folder a model comes when the weights are there
 WEIGHTS = re.compile(r"(model|model-\d+-of-\d+|pytorch_model.*)\.(safetensors|bin)")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -20,30 +26,78 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "G
 def save(source: Path, target: Path, shard_size: str | int, *, move: bool) -> None:
     """Files of `source` into `target`, which is made if need be; weights of another model there are replaced.
 
-    move: take the weight files from `source`, which costs nothing on one file system.
-    Raises ConfigError when a file is larger than shard_size, OutputError when `target` cannot be written.
+    move: take the weight files from `source`, which costs nothing on one file system; they leave `source` when all is
+    in place, so that after a failure this can be done again, to another place too.
+    Raises CheckpointError when weights are missing or a file is a link out of `source`, ConfigError when a file is
+    larger than shard_size, OutputError when `target` cannot be written.
     """
-    shards = sorted(source.glob("*.safetensors"))
-    if not shards:
-        raise CheckpointError(f"{source}: the weights saved here before are gone; quantize again")
+    shards, small, older = _weights(source), _small(source), _older_config(source)
     limit, largest = _bytes(shard_size), max(path.stat().st_size for path in shards)
     if largest > limit:
         raise ConfigError(f"shard_size is {shard_size!r}; the largest layer takes a file of {largest / 1e6:,.1f} MB")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for name in LAST:
+        for name in (*LAST, *LEGACY):
             (target / name).unlink(missing_ok=True)
         for path in shards:
-            (shutil.move if move else shutil.copyfile)(path, target / path.name)
+            _put(path, target / path.name, link=move)
         for path in target.iterdir():
             if WEIGHTS.fullmatch(path.name) and path.name not in {shard.name for shard in shards}:
                 path.unlink()
-        small = [path for path in sorted(source.iterdir()) if path.name.startswith(BESIDE)]
         for path in (*small, *(source / name for name in LAST if (source / name).is_file())):
-            copy_file(path, target / path.name)
-        clear_temporary(target)
+            if path.name == "config.json" and older is not None:
+                write_json(target / path.name, older)
+            else:
+                copy_file(path, target / path.name)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        clear_temporary(target)
+    for path in shards if move else ():
+        with suppress(OSError):  # the temporary folder is removed later in any case
+            path.unlink()
+
+
+def _weights(source: Path) -> list[Path]:
+    """The files that the index names, or all. Raises CheckpointError if one is missing."""
+    if (source / INDEX).is_file():
+        found = [source / name for name in sorted(set(read_json(source / INDEX)["weight_map"].values()))]
+    else:
+        found = sorted(source.glob("*.safetensors"))
+    if not found or not all(path.is_file() for path in found):
+        raise CheckpointError(f"{source}: the weights saved here before are gone; quantize again")
+    return found
+
+
+def _small(source: Path) -> list[Path]:
+    """What goes along: generation config, licence, report."""
+    found = [path for path in sorted(source.iterdir()) if COMPANIONS.fullmatch(path.name) or path.name == REPORT]
+    found = [path for path in found if not path.name.startswith(CALLERS)]
+    for path in found:
+        check_inside(path)
+    return found
+
+
+def _older_config(source: Path) -> dict[str, Any] | None:
+    """config.json with the settings of an older form's file in today's keys; None where it has its own or none."""
+    raw = read_config(source)
+    if raw == read_json(source / "config.json"):
+        return None
+    found = AwqConfig.from_transformers_dict(raw["quantization_config"], str(source))
+    return {**raw, "quantization_config": found.to_transformers_dict()}
+
+
+def _put(path: Path, target: Path, *, link: bool) -> None:
+    """A weight file to its place, whole or not at all. link: the same bytes under two names, where that can be."""
+    temporary = target.parent / TEMPORARY / path.name
+    temporary.parent.mkdir(exist_ok=True)
+    temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # another file system, or one without links
+        if link:
+            temporary.hardlink_to(path)
+    if not temporary.exists():
+        shutil.copyfile(path, temporary)
+    temporary.replace(target)
 
 
 def _bytes(size: str | int) -> int:

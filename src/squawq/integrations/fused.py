@@ -2,7 +2,7 @@
 their additions, on the CPU all layers in one native call) and keeps transformers' face: forward, generate, saving.
 
 The model's own tensors become memory-mapped views of the checkpoint, so that weights lie in memory once, packed. Logits
-are float32. Knows how masks and positions of a padded batch become rows of tokens; knows no kernels and no sampling.
+are float32. Knows how a batch's rows become steps of the decoder; knows no kernels and no sampling.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -25,17 +24,27 @@ from transformers.utils.hub import cached_file
 
 from squawq.config import ModelConfig
 from squawq.engine.request import Chunk
-from squawq.errors import CheckpointError, ConfigError
-from squawq.families import family_of
+from squawq.errors import CheckpointError, ConfigError, FusionError
+from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
 from squawq.integrations.fused_cache import FusedCache, check_length
+from squawq.integrations.fused_inputs import (
+    Mask,
+    check_arguments,
+    check_positions,
+    kept_columns,
+    least_pads,
+    new_columns,
+    used_tokens,
+)
+from squawq.integrations.fused_threads import one_thread
 from squawq.integrations.linear import AwqLinear
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import Options, load
 
 STEP_TOKENS = 512  # of a prompt at once
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # before 5.24
-QUIET = {"cache_position", "num_items_in_batch", "return_dict"}  # arguments that change nothing here
+PACKED = (".qweight", ".qzeros", ".scales")
 REFUSED = {
     **dict.fromkeys(
         ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"),
@@ -68,24 +77,27 @@ def fuse(model: Any, max_seq_len: int, folder: str | Path | None = None) -> None
     max_seq_len: tokens that a sequence may have, prompt and new ones; of a fused model it sets another limit. folder:
     the checkpoint that the model came from; by default what its config names. Peak memory: the model as it was loaded,
     if its tensors are not memory-mapped yet, and then the packed decoder.
-    Raises ConfigError or CheckpointError, with the model as it was, for one that cannot be fused.
+    Raises, with the model as it was: FusionError for one that cannot be fused, ConfigError for a limit that cannot be,
+    CheckpointError for a folder that is missing or damaged.
     """
     if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 1:
         raise ConfigError(f"fuse_max_seq_len is {max_seq_len!r}; it must be a whole number of at least 1, such as 512")
     if isinstance(model, FusedCausalLM):
         model._fused.max_seq_len = max_seq_len
         return
-    family_of(model.config.model_type)
+    if (kind := model.config.model_type) not in FAMILIES:
+        raise FusionError(f"model_type is {kind!r}; do_fuse takes {', '.join(sorted(FAMILIES))}")
     if not hasattr(model, "lm_head"):
-        raise ConfigError(f"do_fuse takes causal language models; this is a {type(model).__name__}")
+        raise FusionError(f"do_fuse takes causal language models; this is a {type(model).__name__}")
     device = _device(model)
+    wanted = _config(model)
     checkpoint = Checkpoint(folder or _folder(model))
-    _check_config(model, checkpoint)
+    _check_config(wanted, checkpoint)
     _map(model, checkpoint)
     linears = [module for module in model.modules() if isinstance(module, AwqLinear)]
     exact, packed = any(m.exact for m in linears), not linears or any(m.native for m in linears)
     decoder = load(checkpoint.folder, Options(str(device), exact, packed=packed))
-    model._fused = _Fused(decoder, checkpoint.folder, max_seq_len)
+    model._fused = _Fused(decoder, checkpoint.folder.resolve(), max_seq_len)
     model.__class__ = _fused_class(model.__class__)
 
 
@@ -94,7 +106,7 @@ def _device(model: Any) -> torch.device:
     devices = {str(tensor.device) for tensor in model.parameters()}
     hooked = "forward" in vars(model) or any(hasattr(tensor, "device_mesh") for tensor in model.parameters())
     if len(devices) != 1 or "meta" in devices or hooked:
-        raise ConfigError(
+        raise FusionError(
             f"do_fuse takes a model that is whole on one device; this one is on {', '.join(sorted(devices))}"
             f"{', in parts' if hooked else ''}; give device_map='cpu' or one GPU, or leave do_fuse out"
         )
@@ -113,29 +125,46 @@ def _folder(model: Any) -> Path:
     return Path(found).parent
 
 
-def _check_config(model: Any, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError where the model's settings are not the folder's, by which the decoder is built."""
+def _config(model: Any) -> ModelConfig:
+    """The model's settings. Raises FusionError for one that transformers knows and our decoder does not."""
     mine = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
-    wanted = ModelConfig.from_dict(mine, "the model's config")
+    try:
+        return ModelConfig.from_dict(mine, "the model's config")
+    except CheckpointError as error:
+        raise FusionError(str(error)) from error
+
+
+def _check_config(wanted: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raise FusionError where the model's settings are not the folder's, by which the decoder is built."""
     for name in (f.name for f in fields(ModelConfig) if f.name not in ("raw", "quant")):
         given, stored = getattr(wanted, name), getattr(checkpoint.config, name)
         if given != stored:
-            raise ConfigError(
+            raise FusionError(
                 f"{name} is {given} in the model and {stored} in {checkpoint.folder}; do_fuse runs a checkpoint as it "
                 "is stored: change its config.json, or leave do_fuse out"
             )
 
 
 def _map(model: Any, checkpoint: Checkpoint) -> None:
-    """Let the model's tensors be views of the checkpoint's files, where they are what is stored there.
+    """Let the model's tensors be views of the checkpoint's files, where their dtype is what is stored there.
 
     4-bit tensors wherever the model is; others stay on its device, which is what transformers takes for the model's.
+    Raises FusionError, with nothing changed, for a tensor that is not what is stored, which is what the decoder runs.
     """
+    views = []
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        info = checkpoint.tensors.get(name)
-        same = info is not None and (info.dtype, info.shape) == (tensor.dtype, tuple(tensor.shape))
-        if same and (tensor.device.type == "cpu" or name.endswith((".qweight", ".qzeros", ".scales"))):
-            tensor.data = checkpoint.read(name)
+        if name not in checkpoint.tensors:
+            continue
+        stored = checkpoint.read(name)
+        if stored.shape != tensor.shape or not torch.equal(stored.to(tensor.device, tensor.dtype), tensor):
+            raise FusionError(
+                f"{name} is not what {checkpoint.folder} has; do_fuse runs a checkpoint as it is stored: save this "
+                "model to another folder and load it from there, or leave do_fuse out"
+            )
+        if stored.dtype == tensor.dtype and (tensor.device.type == "cpu" or name.endswith(PACKED)):
+            views.append((tensor, stored))
+    for tensor, view in views:
+        tensor.data = view
 
 
 @functools.cache
@@ -179,7 +208,7 @@ class FusedCausalLM:
         its row.
         Raises ConfigError for what our decoder does not do.
         """
-        _check_arguments(self.config, input_ids, inputs_embeds, kwargs)
+        check_arguments(self.config, input_ids, inputs_embeds, kwargs)
         assert input_ids is not None
         past = cache if cache is not None else past_key_values
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -187,7 +216,7 @@ class FusedCausalLM:
             past = FusedCache(self._fused.decoder, self._fused.max_seq_len)
         elif not isinstance(past, FusedCache):
             raise ConfigError(f"a fused model makes its own cache; it was given a {type(past).__name__}")
-        mask = _new_columns(attention_mask, input_ids, past)
+        mask = new_columns(attention_mask, input_ids, past)
         with self._fused.lock:
             logits = _run(past, input_ids, mask, position_ids, logits_to_keep).to(input_ids.device)
         loss = None
@@ -199,8 +228,7 @@ class FusedCausalLM:
         self, generation_config: Any, model_kwargs: dict[str, Any], _mode: Any, _batch: int, max_cache_length: int
     ) -> None:
         """generate's cache. Raises ConfigError, before anything is run, if the longest row would not fit."""
-        mask = model_kwargs.get("attention_mask")
-        pads = 0 if mask is None else mask.shape[1] - int(mask.sum(1).max())
+        pads = least_pads(model_kwargs.get("attention_mask"))
         check_length(max_cache_length + 1 - pads, self._fused.max_seq_len)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ConfigError(
@@ -211,97 +239,36 @@ class FusedCausalLM:
             model_kwargs[CACHE] = FusedCache(self._fused.decoder, self._fused.max_seq_len)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own, with torch on one thread meanwhile: its threads wait for cores that the kernels' keep."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        """As the model's own."""
+        with one_thread():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            torch.set_num_threads(threads)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's own, but not into the folder that its tensors are views of."""
-        if Path(save_directory).resolve() == self._fused.folder.resolve():
+        if Path(save_directory).resolve() == self._fused.folder:
             raise ConfigError(f"{save_directory} is the folder that this fused model reads; save it to another one")
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
-def _check_arguments(
-    config: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
-) -> None:
-    if input_ids is None or inputs_embeds is not None:
-        raise ConfigError("a fused model takes input_ids, not inputs_embeds; load it without do_fuse for those")
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [rows, tokens], with some of both")
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.pop(name, None) or getattr(config, name, False):
-            raise ConfigError(f"{name} is set; a fused model has none to give: load it without do_fuse for that")
-    if unknown := [
-        name for name, value in kwargs.items() if value is not None and value is not False and name not in QUIET
-    ]:
-        raise ConfigError(f"a fused model's forward has no argument {unknown[0]!r}")
-
-
-def _new_columns(mask: Tensor | None, ids: Tensor, past: FusedCache) -> NDArray[np.bool_] | None:
-    """Which of the tokens count, bool [rows, tokens]; None for all. Raises ConfigError for another kind of mask."""
-    if mask is None:
-        return None
-    rows, tokens = ids.shape
-    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] != past.width + tokens:
-        raise ConfigError(
-            f"attention_mask has shape {tuple(mask.shape)}; a fused model takes {(rows, past.width + tokens)}, "
-            f"{past.width} columns of the cache and {tokens} new ones"
-        )
-    whole = mask.cpu().numpy().astype(bool)
-    old = whole[:, : past.width].sum(1).tolist()
-    if past.width and old != past.lengths:
-        raise ConfigError("attention_mask hides tokens that are in the cache, or shows pad tokens that are not")
-    new: NDArray[np.bool_] = whole[:, past.width :]
-    return None if new.all() else new
-
-
-def _run(
-    past: FusedCache, ids: Tensor, mask: NDArray[np.bool_] | None, positions: Tensor | None, keep: int | Tensor
-) -> Tensor:
+def _run(past: FusedCache, ids: Tensor, mask: Mask, positions: Tensor | None, keep: int | Tensor) -> Tensor:
     """Logits float32 [rows, kept columns, vocab] of a batch's tokens, whose keys and values go to the cache."""
     rows, width = ids.shape
-    first = 0
-    if isinstance(keep, Tensor):
-        chosen = keep.cpu() % width
-        first = int(chosen.min())
-    elif keep:
-        first = max(0, width - keep)
-    if mask is not None and first == width - 1 and bool((mask.any(1) & ~mask[:, -1]).any()):
-        raise ConfigError("a row ends in a pad token, and nothing follows from that; pad on the left")
-    tokens = [row if mask is None else np.asarray(row)[mask[i]].tolist() for i, row in enumerate(ids.tolist())]
-    runner, counts = past.open(rows), [len(row) for row in tokens]
-    if not 0 <= int(ids.min()) <= int(ids.max()) < runner.vocab_size:
-        raise ConfigError(f"input_ids holds a token beyond 0 to {runner.vocab_size - 1}, the vocabulary")
+    first, chosen = kept_columns(keep, width, mask)
+    runner = past.open(rows)
+    tokens = used_tokens(ids, mask, runner.vocab_size)
+    counts = [len(row) for row in tokens]
     if positions is not None:
-        _check_positions(positions, past, counts, mask)
+        check_positions(positions, past.lengths, counts, mask)
     starts = past.extend(counts, width)
     wanted = [width - first] * rows if mask is None else mask[:, first:].sum(1).tolist()
     parts = [part for step in _steps(tokens, starts, past.tables, wanted) for part in runner.run(step)]
-    flat = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
     if mask is None:
-        logits = flat.view(rows, width - first, -1)
+        logits = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts)).view(rows, width - first, -1)
     else:
-        logits = flat.new_zeros(rows, width - first, runner.vocab_size)
-        logits[torch.from_numpy(mask[:, first:])] = flat
-    return logits[:, chosen - first] if isinstance(keep, Tensor) else logits
-
-
-def _check_positions(given: Tensor, past: FusedCache, counts: Sequence[int], mask: NDArray[np.bool_] | None) -> None:
-    """Raise ConfigError unless each token's position is its place in its row."""
-    starts = past.lengths
-    for index, count in enumerate(counts):
-        row = given[index % len(given)].tolist()
-        row = row if mask is None else np.asarray(row)[mask[index]].tolist()
-        if row != list(range(starts[index], starts[index] + count)):
-            raise ConfigError(
-                f"position_ids of row {index} are not {starts[index]} to {starts[index] + count - 1}, which is where "
-                "its tokens stand without pad tokens; leave position_ids out"
-            )
+        logits = torch.zeros(rows, width - first, runner.vocab_size)
+        if parts:  # else all are pads, as in a piece of a long prompt
+            logits[torch.from_numpy(mask[:, first:])] = torch.from_numpy(np.concatenate(parts))
+    return logits if chosen is None else logits[:, chosen]
 
 
 def _steps(

@@ -24,6 +24,12 @@ class _Runner(DecoderRunner):
     def copy(self, source: int, target: int) -> None:
         self._cache.copy(source, target)
 
+    def twin(self, pages: Sequence[int]) -> _Runner:
+        """The same decoder over pages of its own, these of which hold what they hold here."""
+        made = _Runner(self._decoder, self.num_pages * PAGE)
+        made._cache.take(pages, self._cache)
+        return made
+
 
 class FusedCache(Cache):  # type: ignore[misc]
     """Pages for a batch that the first step makes known; each row may hold `max_seq_len` tokens.
@@ -38,6 +44,17 @@ class FusedCache(Cache):  # type: ignore[misc]
         self.lengths: list[int] = []
         self.tables: list[list[int]] = []
         self.width = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedCache:
+        """A cache that goes on by itself, of the same decoder: how transformers uses the cache of a prompt's beginning
+        more than once."""
+        made = memo[id(self)] = FusedCache(self._decoder, self.max_seq_len)
+        if self.lengths:
+            made.lengths, made.width = list(self.lengths), self.width
+            made.tables = [list(table) for table in self.tables]
+            made._free, made._holders = list(self._free), list(self._holders)
+            made._runner = self._runner.twin([page for page, holders in enumerate(self._holders) if holders])
+        return made
 
     def open(self, rows: int) -> _Runner:
         """What runs a step of so many rows. Raises ConfigError if the cache holds another number of rows."""

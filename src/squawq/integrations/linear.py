@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from squawq.errors import KernelError
 from squawq.format.groupwise import SYMMETRIC_ZERO
 from squawq.format.packing import PER_WORD, unpack
 from squawq.kernels import library
@@ -100,13 +101,14 @@ class AwqLinear(nn.Module):
     ) -> Tensor:
         """The product on the native kernels, from the packed weight, made anew if the tensors are others."""
         state = tuple(map(_identity, (qweight, scales, qzeros, bias)))
-        if self._packed is None or self._packed[0] != state:
-            self._packed = None  # let the old one go first
+        kept = self._packed  # looked at once: another thread may be packing
+        if kept is None or kept[0] != state:
+            kept = self._packed = None  # let the old one go first
             out, in_features = scales.shape[1], qweight.shape[0]
             packed = PackedInt4(out, in_features, self.group, bias=bias, exact=self.exact)
             packed.fill(0, qweight, scales, qzeros)
-            self._packed = state, packed
-        packed = self._packed[1]
+            self._packed = kept = state, packed
+        packed = kept[1]
         y = packed(x.reshape(-1, x.shape[-1]).float().contiguous())
         return y.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
 
@@ -135,7 +137,9 @@ def _operator(
 
 
 @_operator.register_fake
-def _(x: Tensor, _qweight: Tensor, scales: Tensor, *_rest: Any) -> Tensor:
+def _(x: Tensor, qweight: Tensor, scales: Tensor, *_rest: Any) -> Tensor:
+    if x.shape[-1] != qweight.shape[0]:
+        raise KernelError(f"activations have shape {tuple(x.shape)}; [..., {qweight.shape[0]}] is needed")
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 

@@ -11,6 +11,7 @@ import copy
 import logging
 import re
 from collections.abc import Mapping
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size"}  # AutoAWQ's
 _init, _to_dict, _loading = AwqConfig.__init__, AwqConfig.to_dict, AwqConfig.get_loading_attributes
 _known = (set(signature(AwqConfig).parameters) | set(signature(GPTQConfig).parameters)) - {"kwargs"}
 KNOWN = _known | {"version", "format", "checkpoint_format", "quant_method"}
+STATED = ("bits", "group_size", "zero_point", "format")  # the checkpoint's, not the caller's to choose
 
 
 def _config_init(
@@ -68,6 +70,9 @@ def _config_init(
     self.do_fuse, self.fuse_max_seq_len = do_fuse, fuse_max_seq_len
     self.modules_to_fuse, self.exact = modules_to_fuse, exact
     _init(self, *args, **kwargs)
+    given = {**dict(zip(("bits", "group_size", "zero_point"), args, strict=False)), **kwargs}
+    given |= {"format": self.format} if given.get("version") is not None else {}
+    self.given = {name: getattr(self, name) for name in STATED if name in given}
     QuantConfig(bits=self.bits, group_size=self.group_size, zero_point=self.zero_point)  # raises
 
 
@@ -78,7 +83,7 @@ def _config_from_dict(
     run is the caller's choice, so a backend or do_fuse in a checkpoint means nothing."""
     known = {k: v for k, v in config_dict.items() if (k in KNOWN and k != "backend") or k in SPELLINGS}
     config = cls(**known)
-    config.source = copy.deepcopy(dict(config_dict))
+    config.source, config.given = copy.deepcopy(dict(config_dict)), {}
     rest = {k: v for k, v in kwargs.items() if not hasattr(config, k)}
     for name in kwargs.keys() - rest.keys():
         setattr(config, name, kwargs[name])
@@ -88,12 +93,18 @@ def _config_from_dict(
 def _config_to_dict(self: Any) -> dict[str, Any]:
     """As the checkpoint has it, where the settings come from one."""
     written: dict[str, Any] = copy.deepcopy(self.source) if hasattr(self, "source") else _to_dict(self)
+    written.pop("given", None)
     return written
 
 
 def _config_loading(self: Any) -> dict[str, Any]:
-    """What the user's settings override in the checkpoint's."""
-    return {**_loading(self), **{name: getattr(self, name) for name in LOADING}}
+    """What the user's settings override in the checkpoint's; `given`: what they must agree in."""
+    return {**_loading(self), **{name: getattr(self, name) for name in (*LOADING, "given")}}
+
+
+@cache
+def _say_once(text: str) -> None:
+    logger.warning(text)
 
 
 def register() -> None:
@@ -122,7 +133,17 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ConfigError(f"backend is {backend!r}; squawq has {' and '.join(BACKENDS)} (plain torch everywhere)")
         written = quantization_config.to_dict()
         self.settings = QuantConfig.from_quantization_config(written, "quantization_config")
+        for name, value in quantization_config.given.items():
+            stored = "gemm" if name == "format" else getattr(self.settings, name)
+            if value != stored:
+                raise ConfigError(
+                    f"AwqConfig has {name}={getattr(value, 'value', value)!r}, and the checkpoint {stored!r}; leave it "
+                    "out: a checkpoint says itself how it is quantized"
+                )
+        if quantization_config.modules_to_fuse:
+            _say_once("modules_to_fuse turns do_fuse on; what it lists is not used, since the whole model is fused")
         self.native = backend == "auto"
+        self._folder: Path | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beside torch is needed."""
@@ -135,6 +156,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> Any:
         """Put 4-bit layers where the checkpoint has 4-bit tensors. Raises CheckpointError naming what does not fit."""
         stored = stored_tensors(model, checkpoint_files)
+        self._folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 if f"{path}.qweight" in stored:
@@ -215,7 +237,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.do_fuse:
             from squawq.integrations.fused import fuse
 
-            fuse(model, config.fuse_max_seq_len)
+            fuse(model, config.fuse_max_seq_len, self._folder)
         return model
 
 

@@ -1,6 +1,6 @@
 """Weights in the native kernels' layouts (csrc/ops.h): 4-bit, 8-bit and 16- or 32-bit, each multiplied by calling it.
 
-What is packed is checked here, since pointers leave Python; what it is multiplied by is `dispatch`'s check.
+What is packed, and what it is multiplied by, is checked here, since pointers leave Python.
 """
 
 from __future__ import annotations
@@ -69,6 +69,15 @@ def _bias(bias: Tensor | None, out: int) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
+def _product(x: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Room for x times a weight of this shape. Raises KernelError for an x that the kernels would read wrongly."""
+    if x.dim() != 2 or x.shape[1] != shape[1]:
+        raise KernelError(f"activations have shape {tuple(x.shape)}; the weight {list(shape)} takes [rows, {shape[1]}]")
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous():
+        raise KernelError(f"activations are {x.dtype} on {x.device}; they must be contiguous float32 on the CPU")
+    return x.new_empty(x.shape[0], shape[0])
+
+
 def _blocks(out: int) -> int:
     return -(-out // LANES)
 
@@ -132,7 +141,7 @@ class PackedInt4:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [rows, in] -> float32 [rows, out]."""
-        y = x.new_empty(x.shape[0], self.shape[0])
+        y = _product(x, self.shape)
         check(required().squawq_int4_matmul(x.data_ptr(), x.shape[0], self.pointer, self.exact, y.data_ptr()))
         return y
 
@@ -157,7 +166,7 @@ class PackedInt8:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [rows, in] -> float32 [rows, out]."""
-        y = x.new_empty(x.shape[0], self.shape[0])
+        y = _product(x, self.shape)
         check(required().squawq_int8_matmul(x.data_ptr(), x.shape[0], self.pointer, y.data_ptr()))
         return y
 
@@ -187,7 +196,7 @@ class PackedDense:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [rows, in] -> float32 [rows, out]."""
-        y = x.new_empty(x.shape[0], self.shape[0])
+        y = _product(x, self.shape)
         check(required().squawq_dense_matmul(x.data_ptr(), x.shape[0], self.pointer, y.data_ptr()))
         return y
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,3 +57,8 @@ class Cache:
     def copy(self, source: int, target: int) -> None:
         """Give page `target` what page `source` holds, in every layer."""
         self._store[:, :, target] = self._store[:, :, source]
+
+    def take(self, pages: Sequence[int], other: Cache) -> None:
+        """Hold in these pages what `other`, of the same shape, holds in its."""
+        for page in pages:
+            self._store[:, :, page] = other._store[:, :, page]

@@ -64,7 +64,8 @@ class WQLinear_GEMM(nn.Module):  # noqa: N801 (AutoAWQ's name)
     ) -> WQLinear_GEMM:
         """Pack a linear with scales and zeros [groups, out]; `init_only` makes an empty one to load into.
 
-        zeros None: symmetric around 8. Raises ConfigError without scales, or where their shapes do not fit.
+        zeros None: symmetric around 8; others are rounded and clamped to 0 to 15. Raises ConfigError without scales, or
+        where their shapes do not fit.
         """
         bias = linear.bias
         made = cls(w_bit, group_size, linear.in_features, linear.out_features, bias is not None, linear.weight.device)
@@ -76,8 +77,7 @@ class WQLinear_GEMM(nn.Module):  # noqa: N801 (AutoAWQ's name)
             raise ConfigError(
                 f"scales and zeros are {given[0]} and {given[1]}; both must be [groups, out] {list(shape)}"
             )
-        if zeros is None:
-            zeros = torch.full_like(scales, SYMMETRIC_ZERO)
+        zeros = torch.full_like(scales, SYMMETRIC_ZERO) if zeros is None else zeros.round().clamp(0, LEVELS)
         offsets = zeros * scales
         made.scales = scales.clone().half()
         grouped = linear.weight.detach().T.reshape(shape[0], made.group_size, -1)
