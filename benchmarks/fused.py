@@ -4,8 +4,8 @@
 
 MODEL is an AWQ folder; default: random weights of Llama-3.2-1B's shape, made in --folder (a temporary one) and reused.
 In every round `squawq.bench` and generate() measure one after the other; the model stays loaded, the bench loads anew.
-Figures are medians, the ratio is the median of the rounds' ratios. Rows: greedy and sampled tokens, and eight rows at
-once. What generate() spends outside of our forward is measured too.
+Figures are medians, the ratio is the median of the rounds' ratios. Rows: greedy and sampled tokens, eight rows at
+once, and a model that is not fused. What generate() spends outside of our forward is measured too.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from squawq.bench import bench
 from squawq.kernels import library
 
 SHAPE = "llama-3.2-1b"
-CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "greedy, 1 row": (1, {"do_sample": False}),
-    "sampled, 1 row": (1, {"do_sample": True, "top_k": 50, "temperature": 0.7}),
-    "greedy, 8 rows": (8, {"do_sample": False}),
+CASES: dict[str, tuple[bool, int, dict[str, Any]]] = {  # fused, rows, how
+    "greedy, 1 row": (True, 1, {"do_sample": False}),
+    "sampled, 1 row": (True, 1, {"do_sample": True, "top_k": 50, "temperature": 0.7}),
+    "greedy, 8 rows": (True, 8, {"do_sample": False}),
+    "greedy, 1 row, without do_fuse": (False, 1, {"do_sample": False}),
 }
 
 
@@ -88,20 +89,25 @@ def main() -> None:
         if not args.model and not folder.exists():
             run([sys.executable, str(Path(__file__).parent / "checkpoints.py"), SHAPE, str(folder)])
         room = args.prompt_tokens + args.new_tokens
-        settings = AwqConfig(bits=4, do_fuse=True, fuse_max_seq_len=room)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, quantization_config=settings)
-        model.generation_config = GenerationConfig()
-        memory, rows = resident(), []
-        for name, (streams, how) in CASES.items():
+        models, memory = {}, 0.0
+        for fused in (True, False):
+            how_to_run = AwqConfig(bits=4, do_fuse=True, fuse_max_seq_len=room) if fused else AwqConfig(bits=4)
+            found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, quantization_config=how_to_run)
+            found.generation_config = GenerationConfig()
+            models[fused] = found
+            memory = resident() if fused else memory
+        rows = []
+        for name, (fused, streams, how) in CASES.items():
+            model = models[fused]
             sizes = args.prompt_tokens, args.new_tokens
             generate(model, streams, *sizes, how)  # threads and pages awake
             rounds = []
             for _ in range(args.rounds):
                 ours = bench(folder, prompt_tokens=sizes[0], new_tokens=sizes[1], streams=streams)["decode_tok_s"]
                 rounds.append((ours, *generate(model, streams, *sizes, how)))
-            engine, fused, outside = (statistics.median(column) for column in zip(*rounds, strict=True))
+            engine, reached, outside = (statistics.median(column) for column in zip(*rounds, strict=True))
             ratio = statistics.median(theirs / ours for ours, theirs, _ in rounds)
-            rows.append([name, f"{engine:.1f} tok/s", f"{fused:.1f} tok/s", f"{outside:.2f} ms", f"{ratio:.3f}"])
+            rows.append([name, f"{engine:.1f} tok/s", f"{reached:.1f} tok/s", f"{outside:.2f} ms", f"{ratio:.3f}"])
     title = f"{folder.name}, {library.threads()} threads, {library.isa()}; peak of loading {memory:.2f} GiB"
     print_table(title, ["", "engine", "generate()", "a step outside of forward", "ratio"], rows)
 
