@@ -27,7 +27,6 @@ FLOORS = {
     "inspection": 7,
     "hub.card": 8,
     "hub.push": 8,
-    "commands": 9,
     "evaluation": 8,
     "export": 8,
     "integrations": 8,
@@ -36,8 +35,9 @@ FLOORS = {
     "bench": 8,
     "demo": 9,
     "serve": 9,
-    "cli": 10,
-    "__main__": 11,
+    "commands": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 DOORS = {
     "safetensors": ("format.",),

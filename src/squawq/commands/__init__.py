@@ -1,1 +1,1 @@
-"""Commands of the command line that have a file of their own; cli.py registers them."""
+"""A file for each command of the command line: parse, call, print; cli.py registers them. `serve` is in serve/."""

@@ -1,0 +1,63 @@
+"""`squawq bench`: how fast a model runs here, as a table or JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from squawq.commands.options import Exact, Head, Model, Threads
+from squawq.progress import console
+
+
+def bench(
+    model: Model,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after it")] = 128,
+    streams: Annotated[int, typer.Option(help="Requests at once")] = 1,
+    threads: Threads = None,
+    exact: Exact = False,
+    head: Head = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the table")] = False,
+) -> None:
+    """Measure how fast a model runs on this CPU: random token ids, no early stop; it needs no tokenizer.
+
+    Examples: squawq bench OUT
+    | squawq bench OUT --prompt-tokens 128 --new-tokens 128 --streams 8 --json
+    """
+    from squawq.bench import bench as run
+
+    with console.status(f"measuring {model}"):
+        found = run(
+            model,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            streams=streams,
+            threads=threads,
+            exact=exact,
+            head=head,
+        )
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print_speed(found)
+
+
+def _print_speed(found: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    title = f"{found['streams']} x ({found['prompt_tokens']} in, {found['new_tokens']} out), {found['threads']} threads"
+    table = Table(title=f"{title}, {found['isa']}")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row("prefill", f"{found['prefill_tok_s']:,.1f} tokens/s")
+    table.add_row("decode, all streams", f"{found['decode_tok_s']:,.1f} tokens/s")
+    table.add_row("time to first token", f"{found['ttft_ms']:,.1f} ms")
+    table.add_row("between tokens, median", f"{found['itl_ms_p50']:.2f} ms")
+    table.add_row("between tokens, 99th percentile", f"{found['itl_ms_p99']:.2f} ms")
+    table.add_row("engine's share of the time", f"{found['overhead']:.1%}")
+    table.add_row("peak memory", f"{found['peak_rss_bytes'] / 2**30:.2f} GiB")
+    table.add_row("load", f"{found['load_s']:.2f} s")
+    Console().print(table)

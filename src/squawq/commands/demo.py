@@ -1,0 +1,30 @@
+"""`squawq demo`: the main job on the bundled model."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the quantized demo model goes")] = Path("squawq-demo"),
+) -> None:
+    """Quantize the bundled demo model, measure it, and let both versions answer the same question.
+
+    Example: squawq demo
+    """
+    from rich.console import Console
+
+    from squawq.demo import run
+
+    stdout = Console()
+    run(out, stdout)
+    squawq = "squawq" if shutil.which("squawq") else sys.argv[0]  # as it was called, where it is not on the PATH
+    stdout.print(f"The quantized model is in {out}. Talk to it:  {squawq} chat {out}", soft_wrap=True)
+    stdout.print(
+        f"It is a plain AWQ checkpoint; a server that reads those serves it:  vllm serve {out}", soft_wrap=True
+    )

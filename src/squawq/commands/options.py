@@ -1,0 +1,21 @@
+"""What several commands take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A model folder, or a Hub id such as meta-llama/Llama-3.1-8B-Instruct")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 takes the likeliest token; default: what the model asks for")
+]
+MaxTokens = Annotated[int, typer.Option(help="At most so many new tokens")]
+Seed = Annotated[int | None, typer.Option(help="The same text again")]
+Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels; default: the machine's", min=1)]
+Head = Annotated[
+    str | None,
+    typer.Option(help="The output layer: int8 (default), int4 (smaller, less exact) or 16-bit (--exact's)"),
+]
+Exact = Annotated[bool, typer.Option("--exact", help="32-bit activations: slower, for comparison")]

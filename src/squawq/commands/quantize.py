@@ -1,0 +1,58 @@
+"""`squawq quantize`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from squawq.commands.options import Device, Model
+from squawq.config import DTYPES, GROUP_SIZES, METHODS, QuantConfig
+from squawq.progress import LayerProgress, console
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to make; it appears when the work is done")],
+    calibration: Annotated[
+        str | None, typer.Option(help="A .txt or .jsonl file, or a Hub data set id; default: the built-in set")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration blocks; default: what there is, up to 128")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a block; default: 512, or the model's context")] = None,
+    group_size: Annotated[
+        int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))}")
+    ] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero point")] = False,
+    method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "awq",
+    clip: Annotated[bool, typer.Option(help="Search a narrower range for each group")] = True,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of what stays in 16 bits: {' or '.join(DTYPES)}")] = "float16",
+    device: Device = "cpu",
+) -> None:
+    """Quantize a 16-bit model to AWQ INT4, one layer in memory at a time. Run it again to go on after a stop.
+
+    Examples: squawq quantize Llama-3.1-8B-Instruct Llama-3.1-8B-AWQ
+    | squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
+    """
+    from squawq.quantization.pipeline import quantize as run
+
+    config = QuantConfig(
+        group_size=group_size,
+        zero_point=not symmetric,
+        modules_to_not_convert=tuple(skip or ()),
+        method=method,
+        clip=clip,
+        dtype=dtype,
+        samples=samples,
+        seqlen=seqlen,
+    )
+    with LayerProgress() as observer:
+        report = run(model, out, config, calibration=calibration, device=device, observer=observer)
+    for kept in report["kept_in_16_bits"]:
+        console.print(f"{kept['name']} stays in 16 bits: {kept['reason']}")
+    console.print(f"{report['source_bytes'] / 1e6:,.1f} MB -> {report['bytes'] / 1e6:,.1f} MB")
+    console.print(f"See what was lost: squawq eval {out} --reference {model}")
+    print(out)
