@@ -15,7 +15,7 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.config import QuantConfig
-from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
+from squawq.errors import CheckpointError, ConfigError
 from squawq.export.compressed_tensors import CompressedTensors
 from squawq.export.dense import Dense
 from squawq.families import Family, family_of
@@ -24,7 +24,7 @@ from squawq.format.reader import Checkpoint, read_json
 from squawq.format.writer import copy_file, write_index, write_json
 from squawq.hub.download import resolve
 from squawq.nn.loader import linear_shapes
-from squawq.quantization.job import REPORT, Job, identity
+from squawq.quantization.job import REPORT, Job, identity, target_path
 
 FORMATS = ("compressed-tensors", "gguf", "dense")
 Progress = Callable[[int, int], None]  # done, of how many
@@ -69,7 +69,7 @@ def export(
         raise ConfigError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
     checkpoint = Checkpoint(resolve(model))
     checkpoint.companions()  # raises now rather than when all else is done
-    target = _target(out, checkpoint.folder)
+    target = target_path(out, checkpoint.folder)
     if format == "gguf":
         return _gguf(checkpoint.folder, target, progress)
     quant = _quant_of(checkpoint, format)
@@ -81,24 +81,9 @@ def export(
     job = Job(target, {**identity(checkpoint, quant, None, "cpu"), "format": format}, checkpoint.config.num_layers)
     if job.finished:
         return read_json(job.out / REPORT)
-    try:
+    with job:
         _write_parts(checkpoint, plan, writer, job, progress)
         return _finish(checkpoint, plan, writer, job, report)
-    except SquawqError:
-        job.abandon()
-        raise
-    finally:
-        job.close()
-
-
-def _target(out: str | Path, folder: Path) -> Path:
-    """What to make, as an absolute path. Raises ConfigError or OutputError for one that cannot appear by a rename."""
-    target = Path(out).resolve()
-    if target == folder.resolve():
-        raise ConfigError(f"{str(out)!r} is the model itself; choose another place")
-    if not target.name or target.is_mount():
-        raise OutputError(f"{str(out)!r} is a mount point; give a name inside it")
-    return target
 
 
 def _gguf(folder: Path, target: Path, progress: Progress | None) -> dict[str, Any]:

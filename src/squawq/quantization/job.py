@@ -17,7 +17,7 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.config import QuantConfig
-from squawq.errors import CheckpointError, OutputError
+from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
 from squawq.format.reader import Checkpoint, read_header, read_json
 from squawq.format.writer import TEMPORARY, clear_temporary, shard_name, write_json, write_shard
 
@@ -53,11 +53,21 @@ def _samples(file: Path) -> bytes:
     return b"".join(pieces)
 
 
+def target_path(out: str | Path, source: Path) -> Path:
+    """What to make, as an absolute path. Raises ConfigError or OutputError for one that cannot appear by a rename."""
+    path = Path(out).resolve()
+    if path == source.resolve():
+        raise ConfigError(f"{str(out)!r} is the model itself; choose another place")
+    if not path.name or path.is_mount():
+        raise OutputError(f"{str(out)!r} is a mount point; give a name inside it")
+    return path
+
+
 class Job:
     """The folders of one job. `finished` says that OUT already holds its result.
 
-    Holds a lock on OUT.partial while it lives. Raises OutputError when OUT or OUT.partial belongs to something else,
-    or another run works there.
+    Holds a lock on OUT.partial until `with` ends, which removes OUT.partial after a SquawqError if no layer lies there.
+    Raises OutputError when OUT or OUT.partial belongs to something else, or another run works there.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], layers: int) -> None:
@@ -116,13 +126,19 @@ class Job:
         clear_temporary(self.partial)
         return handle
 
-    def close(self) -> None:
-        """Let the lock go."""
-        if not self.finished and self._lock is not None:
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.finished:
+            return
+        if kind is not None and issubclass(kind, SquawqError):
+            self._abandon()
+        if self._lock is not None:
             self._lock.close()
 
-    def abandon(self) -> None:
-        """Remove OUT.partial if no layer lies in it: nothing is lost, and other settings may be tried at once."""
+    def _abandon(self) -> None:
+        """Nothing is lost, and other settings may be tried at once."""
         if not any(self.shard_path(part).exists() for part in range(1, self.layers + 1)):
             shutil.rmtree(self.partial, ignore_errors=True)
 

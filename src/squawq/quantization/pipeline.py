@@ -16,7 +16,7 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.config import ModelConfig, QuantConfig
-from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
+from squawq.errors import CheckpointError, ConfigError
 from squawq.families import Family, family_of
 from squawq.format.reader import Checkpoint, read_json
 from squawq.format.writer import copy_file, write_index, write_json
@@ -24,7 +24,7 @@ from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
 from squawq.quantization.blocks import Blocks, read_finite
 from squawq.quantization.calibration import Calibration, token_blocks
-from squawq.quantization.job import REPORT, Job, identity
+from squawq.quantization.job import REPORT, Job, identity, target_path
 from squawq.quantization.layer import LayerQuantizer, cast
 from squawq.quantization.plan import LayerPlan
 from squawq.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def quantize(
     family = family_of(checkpoint.config.model_type)
     if checkpoint.config.quant is not None:
         raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
-    folder = _target(out, checkpoint)
+    folder = target_path(out, checkpoint.folder)
     config = replace(config, seqlen=calibration_length(config, checkpoint.config))
     _check_names(checkpoint, family)
     checkpoint.companions()  # raises now rather than when all else is done
@@ -87,25 +87,10 @@ def quantize(
     job = Job(folder, identity(checkpoint, config, tokens, device), checkpoint.config.num_layers)
     if job.finished:
         return read_json(job.out / REPORT)
-    try:
+    with job:
         _write_outer(checkpoint, family, config, job)
         _quantize_layers(blocks, config, tokens, job, observer)
         return _finish(checkpoint, config, tokens, job)
-    except SquawqError:
-        job.abandon()
-        raise
-    finally:
-        job.close()
-
-
-def _target(out: str | Path, checkpoint: Checkpoint) -> Path:
-    """The folder to make, as an absolute path. Raises OutputError for one that cannot appear by a rename."""
-    folder = Path(out).resolve()
-    if folder == checkpoint.folder.resolve():
-        raise ConfigError(f"{str(out)!r} is the model itself; choose another folder")
-    if not folder.name or folder.is_mount():
-        raise OutputError(f"{str(out)!r} is a mount point; give a folder inside it")
-    return folder
 
 
 def _check_choice(blocks: Blocks, family: Family, config: QuantConfig) -> None:
