@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from squawq.config import ModelConfig, QuantConfig
+from squawq.config import ModelConfig
 from squawq.format.packing import PER_WORD
 from squawq.format.writer import clear_temporary, shard_name, write_index, write_json, write_shard
 from squawq.nn.loader import linear_shapes
+from squawq.quant_config import QuantConfig
 
 STD = 0.02
 LEVEL_STD = 4.64  # of a nibble uniform in 0 to 15 less a zero of 7 or 8

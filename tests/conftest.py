@@ -108,8 +108,8 @@ def rows() -> list[list[int]]:
 @pytest.fixture(scope="session")
 def awq_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model, quantized with little search: a folder that tests read and leave as it is."""
-    from squawq.config import QuantConfig
     from squawq.demo import demo_model
+    from squawq.quant_config import QuantConfig
     from squawq.quantization.pipeline import quantize
 
     folder = tmp_path_factory.mktemp("awq") / "demo-awq"

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from conftest import tiny_config
 
-from squawq.config import LAYOUTS, ModelConfig, QuantConfig
+from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format import layouts
+from squawq.quant_config import LAYOUTS, QuantConfig
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import pytest
 from conftest import MakeModel, tiny_config
 
 from squawq.commands.inspect import inspect as inspect_command
-from squawq.config import QuantConfig
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.reader import Checkpoint
 from squawq.inspection import expected, inspect, missing
+from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
 LLAMA_70B = {

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from squawq.config import QuantConfig as QuantConfig
     from squawq.engine.request import Grammar as Grammar
     from squawq.engine.request import SamplingParams as SamplingParams
     from squawq.errors import SquawqError as SquawqError
     from squawq.evaluation.run import evaluate as evaluate
     from squawq.llm import LLM as LLM
+    from squawq.quant_config import QuantConfig as QuantConfig
     from squawq.quantization.pipeline import quantize as quantize
 
 _HOMES = {
     "Grammar": "squawq.engine.request",
     "LLM": "squawq.llm",
-    "QuantConfig": "squawq.config",
+    "QuantConfig": "squawq.quant_config",
     "SamplingParams": "squawq.engine.request",
     "SquawqError": "squawq.errors",
     "evaluate": "squawq.evaluation.run",

@@ -1,153 +1,16 @@
-"""Settings as frozen dataclasses: the model's (from config.json) and the quantization's (to and from
-`quantization_config`). Knows the spellings on disk; knows nothing of tensors."""
+"""What config.json says of a model, as frozen dataclasses. Knows the spellings on disk; knows nothing of tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from squawq.errors import CheckpointError, ConfigError
+from squawq.errors import CheckpointError
+from squawq.quant_config import LAYOUTS, QuantConfig, stated_layout
 
-GROUP_SIZES = (16, 32, 64, 128, 256, -1)
-METHODS = ("awq", "rtn")
-DTYPES = ("float16", "bfloat16")
-LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 MAX_LAYERS = 4096
-
-
-def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices or isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(str(c) for c in choices)}")
-
-
-def _integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """How to quantize. The first four fields are written to `quantization_config`; the rest steer the search.
-
-    bits: 4. group_size: weights along in_features that share a scale, -1 for a whole row.
-    zero_point: asymmetric (True) or symmetric around 8 (False).
-    modules_to_not_convert: linears whose full name contains one of these stay in 16 bits.
-    method: "awq" (activation-aware scales, Lin et al., arXiv 2306.00978) or "rtn" (plain rounding).
-    clip: search a narrower range per group, as AutoAWQ does. duo_scaling: try scales from activations and weights
-    as well as from activations alone. n_grid: steps of the scale search between 0 and 1.
-    dtype: of the tensors that stay in 16 bits.
-    samples, seqlen: calibration blocks and tokens in each. None takes what there is, up to 128 blocks, and 512
-    tokens or the model's context if that is shorter.
-    Raises ConfigError for any value that cannot work.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    zero_point: bool = True
-    modules_to_not_convert: tuple[str, ...] = ()
-    method: str = "awq"
-    clip: bool = True
-    duo_scaling: bool = True
-    n_grid: int = 20
-    dtype: str = "float16"
-    samples: int | None = None
-    seqlen: int | None = None
-
-    def __post_init__(self) -> None:
-        _choice("bits", self.bits, (4,))
-        _choice("group_size", self.group_size, GROUP_SIZES)
-        _choice("method", self.method, METHODS)
-        _choice("dtype", self.dtype, DTYPES)
-        _integer("n_grid", self.n_grid, 1)
-        for name, least in (("samples", 1), ("seqlen", 8)):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), least)
-        for name in ("zero_point", "clip", "duo_scaling"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
-        names: object = self.modules_to_not_convert
-        if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
-            raise ConfigError(f"modules_to_not_convert is {names!r}; it must be a list of module names")
-        object.__setattr__(self, "modules_to_not_convert", tuple(names))
-
-    def group_of(self, in_features: int) -> int:
-        """The group size for a linear with this many inputs."""
-        return in_features if self.group_size == -1 else self.group_size
-
-    def skips(self, name: str) -> bool:
-        """Whether the linear of this full name stays in 16 bits by `modules_to_not_convert`."""
-        return any(part in name for part in self.modules_to_not_convert)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, in JSON's types."""
-        return {**asdict(self), "modules_to_not_convert": list(self.modules_to_not_convert)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
-        """From a mapping of field names or AutoAWQ's spellings (w_bit, q_group_size, version); unknown keys raise."""
-        values = dict(values)
-        for ours, theirs in (("bits", "w_bit"), ("group_size", "q_group_size")):
-            if theirs in values:
-                values[ours] = values.pop(theirs)
-        if (version := values.pop("version", None)) is not None:
-            _check_layout(version, ("GEMM",))
-        values.pop("quant_method", None)
-        if values.get("modules_to_not_convert") is None:
-            values.pop("modules_to_not_convert", None)
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ConfigError(f"unknown quantization setting {unknown[0]!r}; the settings are {', '.join(known)}")
-        return cls(**values)
-
-    def to_quantization_config(self, not_converted: list[str]) -> dict[str, Any]:
-        """The `quantization_config` that transformers, vLLM, TGI and SGLang read, key for key AutoAWQ's."""
-        return {
-            "quant_method": "awq",
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "zero_point": self.zero_point,
-            "version": "gemm",
-            "modules_to_not_convert": not_converted or None,
-        }
-
-    @classmethod
-    def from_quantization_config(
-        cls, values: Mapping[str, Any], where: str, layouts: tuple[str, ...] = ("gemm",)
-    ) -> QuantConfig:
-        """From `quantization_config` or a legacy quant_config.json. Other writers add keys; they are left aside.
-
-        Raises CheckpointError naming `where` for another method or size than AWQ of 4 bits, and for a layout that is
-        not one of `layouts`.
-        """
-        method = values.get("quant_method", "awq")
-        if method != "awq":
-            raise CheckpointError(
-                f"{where}: quant_method is {method!r}; squawq reads 'awq' and unquantized checkpoints"
-            )
-        names = ("bits", "w_bit", "group_size", "q_group_size", "zero_point", "modules_to_not_convert")
-        try:
-            _check_layout(stated_layout(values), layouts)
-            return cls.from_dict({k: values[k] for k in names if k in values})
-        except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"{where}: {error}") from error
-
-
-def stated_layout(values: Mapping[str, Any]) -> object:
-    """The layout that a `quantization_config` names, in whichever of its writers' spellings, in lower case."""
-    if values.get("backend") == "llm-awq":  # transformers' older way to say so
-        return "llm-awq"
-    keys = ("version", "format", "checkpoint_format")  # AutoAWQ and transformers; GPTQModel; its older releases
-    stated = next((values[key] for key in keys if values.get(key) is not None), "gemm")
-    return stated.lower() if isinstance(stated, str) else stated
-
-
-def _check_layout(stated: object, layouts: tuple[str, ...]) -> None:
-    name = stated.lower() if isinstance(stated, str) else ""
-    if name not in map(str.lower, layouts):
-        elsewhere = " (squawq.LLM and `squawq serve` read the others)" if name in LAYOUTS else ""
-        raise ConfigError(f"version is {stated!r}; choose one of {', '.join(map(repr, layouts))}{elsewhere}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from squawq.config import ModelConfig, QuantConfig
+from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import Family, family_of
 from squawq.format.layouts import LAYOUTS
@@ -22,6 +22,7 @@ from squawq.hub.download import hub_file
 from squawq.kernels.reference import PAGE
 from squawq.nn.cache import Cache
 from squawq.nn.loader import linear_shapes
+from squawq.quant_config import QuantConfig
 from squawq.quantization.plan import LayerPlan
 
 STEP_TOKENS = 512  # that run through the model at once: the engine's chunk of a prompt

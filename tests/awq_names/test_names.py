@@ -13,9 +13,9 @@ import awq
 from awq import AutoAWQForCausalLM
 from awq.models._config import AwqConfig
 from awq.models.base import BaseAWQForCausalLM
-from squawq.config import QuantConfig
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import FAMILIES
+from squawq.quant_config import QuantConfig
 
 QUANTIZE = (
     "tokenizer quant_config calib_data split text_column duo_scaling export_compatible apply_clip "

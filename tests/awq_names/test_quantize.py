@@ -21,10 +21,10 @@ from awq import AutoAWQForCausalLM
 from awq.models import loading
 from awq.models.base import BaseAWQForCausalLM
 from awq.utils.calib_data import calibration_blocks
-from squawq.config import QuantConfig
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
 from squawq.format.reader import Checkpoint
+from squawq.quant_config import QuantConfig
 from squawq.tokenizer import Tokenizer
 
 Rows = list[list[int]]

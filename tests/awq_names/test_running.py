@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 import squawq
 from awq import AutoAWQForCausalLM
 from awq.models import loading
-from squawq.config import QuantConfig
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError
 from squawq.nn.loader import Options
+from squawq.quant_config import QuantConfig
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -14,7 +14,6 @@ from fakes import collect
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from squawq.config import QuantConfig
 from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, default_kv_tokens
@@ -23,6 +22,7 @@ from squawq.kernels import library
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import load
+from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
 if library.load() is None:

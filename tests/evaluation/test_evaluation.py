@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import squawq
-from squawq.config import QuantConfig
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, ConfigError
 from squawq.evaluation.metrics import Score
 from squawq.evaluation.plots import save_plot
 from squawq.evaluation.run import evaluate, text_ids, windows_of
+from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import builtin_rows, read_text, split_documents
 from squawq.tokenizer import Tokenizer
 

@@ -9,10 +9,10 @@ import torch
 from conftest import MakeModel
 
 from squawq.cli import main
-from squawq.config import QuantConfig
 from squawq.errors import ConfigError, OutputError
 from squawq.export.run import FORMATS, export
 from squawq.format.reader import Checkpoint
+from squawq.quant_config import QuantConfig
 from squawq.quantization.job import Job
 from squawq.quantization.pipeline import quantize
 

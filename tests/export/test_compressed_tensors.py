@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from squawq.config import QuantConfig
 from squawq.errors import CheckpointError
 from squawq.export.compressed_tensors import CompressedTensors, pack_rows
 from squawq.export.run import export
@@ -22,6 +21,7 @@ from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.packing import pack
 from squawq.format.reader import Checkpoint, read_json
 from squawq.format.writer import write_json, write_shard
+from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
 Case = tuple[str, dict[str, Any], dict[str, Any]]  # model_type, its changes, settings

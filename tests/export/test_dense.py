@@ -11,7 +11,6 @@ from conftest import MakeModel, logits
 from safetensors.torch import load_file
 from torch import Tensor
 
-from squawq.config import QuantConfig
 from squawq.errors import CheckpointError
 from squawq.export.dense import Dense
 from squawq.export.run import export
@@ -19,6 +18,7 @@ from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint, read_json
 from squawq.format.writer import write_index, write_shard
 from squawq.nn.loader import Options
+from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squawq.config import QuantConfig
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError, DependencyError, OutputError
 from squawq.export import gguf as exporter
@@ -26,6 +25,7 @@ from squawq.export.gguf import export_gguf, q4_1
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
 from squawq.nn.loader import linear_shapes
+from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
 if TYPE_CHECKING:

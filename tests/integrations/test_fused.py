@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import squawq.transformers
-from squawq.config import QuantConfig
 from squawq.engine.engine import Engine
 from squawq.engine.request import Request, SamplingParams
 from squawq.engine.runner import load_runner
@@ -31,6 +30,7 @@ from squawq.integrations.fused_threads import one_thread
 from squawq.kernels import library
 from squawq.kernels.reference import PAGE
 from squawq.nn.loader import Options
+from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
 assert squawq.transformers

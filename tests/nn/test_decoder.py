@@ -10,7 +10,7 @@ import torch
 from conftest import MakeModel, logits, shared_data
 from safetensors.torch import load_file, save_file
 
-from squawq.config import QuantConfig, RopeConfig
+from squawq.config import RopeConfig
 from squawq.engine.request import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError
@@ -24,6 +24,7 @@ from squawq.kernels.reference import rms_norm
 from squawq.nn.decoder import layer_stack
 from squawq.nn.loader import Options, load, load_head
 from squawq.nn.rope import inverse_frequencies
+from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
 LLAMA3 = {

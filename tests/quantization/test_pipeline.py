@@ -16,10 +16,10 @@ from conftest import MakeModel, logits, shared_data
 from safetensors.torch import load_file, save_file
 
 import squawq
-from squawq.config import QuantConfig
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
 from squawq.format.reader import Checkpoint
+from squawq.quant_config import QuantConfig
 
 Rows = list[list[int]]
 SMALL = {"group_size": 32, "seqlen": 32, "samples": 8}
@@ -343,7 +343,7 @@ KILLED = """
 # (before or after it), or some milliseconds after its start. Prints how the children ended.
 import json, os, signal, sys, time
 import squawq
-from squawq.config import QuantConfig
+from squawq.quant_config import QuantConfig
 from squawq.format import writer
 from squawq.quantization import pipeline
 from transformers.models.llama import modeling_llama

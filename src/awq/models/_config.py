@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from squawq.config import QuantConfig
 from squawq.families import Family
+from squawq.quant_config import QuantConfig
 
 KEYS = ("zero_point", "q_group_size", "w_bit", "version", "modules_to_not_convert")
 

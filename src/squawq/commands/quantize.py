@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from squawq.commands.options import Device, Model
-from squawq.config import DTYPES, GROUP_SIZES, METHODS, QuantConfig
 from squawq.progress import LayerProgress, console
+from squawq.quant_config import DTYPES, GROUP_SIZES, METHODS, QuantConfig
 
 
 def quantize(

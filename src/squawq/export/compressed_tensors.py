@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squawq.config import QuantConfig
 from squawq.errors import CheckpointError
 from squawq.format.groupwise import SYMMETRIC_ZERO, GroupwiseTensor
 from squawq.format.packing import PER_WORD
+from squawq.quant_config import QuantConfig
 
 
 def pack_rows(values: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from squawq import __version__
-from squawq.config import QuantConfig
 from squawq.errors import CheckpointError, ConfigError
 from squawq.export.compressed_tensors import CompressedTensors
 from squawq.export.dense import Dense
@@ -24,6 +23,7 @@ from squawq.format.reader import Checkpoint, read_json
 from squawq.format.writer import copy_file, write_index, write_json
 from squawq.hub.download import resolve
 from squawq.nn.loader import linear_shapes
+from squawq.quant_config import QuantConfig
 from squawq.quantization.job import REPORT, Job, identity, target_path
 
 FORMATS = ("compressed-tensors", "gguf", "dense")

@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from squawq.config import METHODS, QuantConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError
 from squawq.format.reader import Checkpoint, read_json
 from squawq.format.writer import TEMPORARY, write_text
 from squawq.hub.download import find_hub_file
 from squawq.hub.usage import usage
 from squawq.inspection import inspect
+from squawq.quant_config import METHODS, QuantConfig
 from squawq.quantization.job import REPORT, identity
 
 README = "README.md"

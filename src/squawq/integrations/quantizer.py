@@ -24,11 +24,11 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from squawq.config import QuantConfig
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.reader import TensorInfo, read_header
 from squawq.integrations.experts import AwqExperts, Expert, expert_names, is_stacked
 from squawq.integrations.linear import AwqLinear
+from squawq.quant_config import QuantConfig
 
 logger = logging.getLogger("squawq")
 BACKENDS = ("auto", "torch_awq")

@@ -16,10 +16,10 @@ from typing import IO, Any
 from torch import Tensor
 
 from squawq import __version__
-from squawq.config import QuantConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
 from squawq.format.reader import Checkpoint, read_header, read_json
 from squawq.format.writer import TEMPORARY, clear_temporary, shard_name, write_json, write_shard
+from squawq.quant_config import QuantConfig
 
 REPORT = "squawq_report.json"
 JOB = "squawq_job.json"

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from squawq import __version__
-from squawq.config import ModelConfig, QuantConfig
+from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import Family, family_of
 from squawq.format.reader import Checkpoint, read_json
 from squawq.format.writer import copy_file, write_index, write_json
 from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
+from squawq.quant_config import QuantConfig
 from squawq.quantization.blocks import Blocks, read_finite
 from squawq.quantization.calibration import Calibration, token_blocks
 from squawq.quantization.job import REPORT, Job, identity, target_path

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from squawq.config import QuantConfig
 from squawq.families import Family
 from squawq.format.packing import PER_WORD
+from squawq.quant_config import QuantConfig
 
 
 class LayerPlan:
