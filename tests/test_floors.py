@@ -42,7 +42,7 @@ FLOORS = {
 }
 DOORS = {
     "safetensors": ("format.",),
-    "transformers": ("quantization.blocks", "integrations."),
+    "transformers": ("quantization.skeleton", "integrations."),
     "typer": ("cli", "commands.", "serve.flags", "serve.launcher", "serve.tgi_launcher"),
     "datasets": ("quantization.calibration",),
     "matplotlib": ("evaluation.plots",),

@@ -11,11 +11,26 @@ from squawq.errors import CheckpointError
 from squawq.quant_config import LAYOUTS, QuantConfig, stated_layout
 
 MAX_LAYERS = 4096
+ROPE_TYPES = ("default", "linear", "llama3")  # whose numbers are read
+TIED = (  # where config.json does not say
+    *("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "granite_swa", "minicpm3"),
+    *("smollm3", "starcoder2", "vaultgemma", "youtu"),
+)
+LEFT_OUT = {
+    "gemma3_text": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+    }
+}
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base `theta`; type "llama3" scales frequencies as Llama 3.1 does, "linear" by a factor."""
+    """Rotary embedding: base `theta`; type "llama3" scales frequencies as Llama 3.1 does, "linear" by a factor; others
+    are named and no more. partial: the part of a head that is rotated. Type "by layer type": see `raw`."""
 
     theta: float = 10000.0
     type: str = "default"
@@ -23,11 +38,13 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    partial: float = 1.0
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What config.json says of a decoder; `raw` is the whole of it, `quant` None for a 16-bit checkpoint."""
+    """What config.json says of a decoder, also where that is the `text_config` of a larger model; `raw` is the whole of
+    it, `quant` None for a 16-bit checkpoint. What only our decoder must know is refused by `nn/loader.py`, not here."""
 
     model_type: str
     hidden_size: int
@@ -43,6 +60,7 @@ class ModelConfig:
     tied_embeddings: bool
     sliding_window: int | None
     layer_types: tuple[str, ...]
+    activation: str
     quant: QuantConfig | None
     raw: Mapping[str, Any]
 
@@ -63,6 +81,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Read config.json in transformers 4's or 5's spelling. Raises CheckpointError naming `where` and the key."""
+        whole, raw = raw, _text_config(raw, where)
 
         def size(key: str, default: int | None = None) -> int:
             value = raw.get(key, default)
@@ -77,15 +96,12 @@ class ModelConfig:
         layers, heads = size("num_hidden_layers"), size("num_attention_heads")
         if layers > MAX_LAYERS:
             raise CheckpointError(f"{where}: num_hidden_layers is {layers}; more than {MAX_LAYERS} is no model")
-        activation = raw.get("hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise CheckpointError(f"{where}: hidden_act is {activation!r}; squawq runs silu")
         kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", size("hidden_size") // heads)
         if heads % kv_heads:
             raise CheckpointError(f"{where}: {heads} attention heads cannot share {kv_heads} key-value heads")
         if head_dim % 2:
             raise CheckpointError(f"{where}: head_dim is {head_dim}; rotary embedding needs an even one")
-        quant = raw.get("quantization_config")
+        quant = whole.get("quantization_config")
         if quant is not None and not isinstance(quant, Mapping):
             raise CheckpointError(f"{where}: quantization_config must be an object")
         window = _sliding_window(raw)
@@ -94,7 +110,7 @@ class ModelConfig:
         return cls(
             model_type=model_type,
             hidden_size=size("hidden_size"),
-            intermediate_size=size("intermediate_size"),
+            intermediate_size=size("intermediate_size", raw.get("moe_intermediate_size")),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
@@ -103,12 +119,24 @@ class ModelConfig:
             max_positions=size("max_position_embeddings", 2048),
             norm_eps=_number(raw, "rms_norm_eps", 1e-6, where),
             rope=_rope(raw, where),
-            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tied_embeddings=bool(raw.get("tie_word_embeddings", model_type in TIED)),
             sliding_window=window,
             layer_types=_layer_types(raw, layers, window, where),
+            activation=str(raw.get("hidden_act") or raw.get("hidden_activation") or "silu"),
             quant=None if quant is None else QuantConfig.from_quantization_config(quant, where, LAYOUTS),
-            raw=raw,
+            raw=whole,
         )
+
+
+def _text_config(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The keys of the text model, with what its configs leave out because transformers has it as a default."""
+    text = raw.get("text_config")
+    if text is None:
+        return raw
+    if not isinstance(text, Mapping):
+        raise CheckpointError(f"{where}: text_config must be an object")
+    outer = {key: value for key, value in raw.items() if key != "text_config"}
+    return {**LEFT_OUT.get(str(text.get("model_type")), {}), **outer, **text}
 
 
 def _number(values: Mapping[str, Any], key: str, default: float, where: str) -> float:
@@ -124,15 +152,20 @@ def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
     if not all(isinstance(part, Mapping) for part in parts):
         raise CheckpointError(f"{where}: rope_scaling and rope_parameters must be objects")
     values = {**parts[0], **parts[1]}
+    if values and all(value is None or isinstance(value, Mapping) for value in values.values()):
+        return RopeConfig(type="by layer type")
     values.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     kind = values.get("rope_type", values.get("type", "default"))
-    if kind not in ("default", "llama3", "linear"):
-        raise CheckpointError(f"{where}: rope type is {kind!r}; squawq knows default, linear and llama3")
-    if raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (1, 1.0, None):
-        raise CheckpointError(f"{where}: partial_rotary_factor other than 1 is not supported")
+    known = kind in ROPE_TYPES
+    partial = raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    if not known:
+        values = {"rope_theta": values["rope_theta"]}
     return RopeConfig(
         theta=_number(values, "rope_theta", 10000.0, where),
-        type=kind,
+        type=str(kind),
+        partial=1.0
+        if partial is None
+        else _number({"partial_rotary_factor": partial}, "partial_rotary_factor", 1, where),
         factor=_number(values, "factor", 1.0, where),
         low_freq_factor=_number(values, "low_freq_factor", 1.0, where),
         high_freq_factor=_number(values, "high_freq_factor", 4.0, where),
@@ -157,6 +190,6 @@ def _layer_types(raw: Mapping[str, Any], layers: int, window: int | None, where:
             return ("full_attention",) * layers
         first = int(raw.get("max_window_layers", 28)) if "use_sliding_window" in raw else 0
         return tuple("full_attention" if i < first else "sliding_attention" for i in range(layers))
-    if not isinstance(types, list) or len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
-        raise CheckpointError(f"{where}: layer_types must list full_attention or sliding_attention for {layers} layers")
+    if not isinstance(types, list) or len(types) != layers or not all(isinstance(t, str) for t in types):
+        raise CheckpointError(f"{where}: layer_types must list the attention of {layers} layers")
     return tuple(types)

@@ -1,34 +1,52 @@
-"""One row per model_type: where a decoder layer's linears are, and which of them share a scale. No code per family.
+"""One row per model_type: a decoder layer's linears, and which of them share a scale. No code per family.
 
-`blocks.py` materializes transformers' own layer classes by these names; `nn/` builds our decoder from the flags.
+`quantization/` builds transformers' own layers and finds what a row names in them; `nn/` runs the families that say so.
+docs/adding-a-family.md explains a row. Knows names and no tensors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from squawq.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class ScalingGroup:
-    """Linears that read the same input, the op before it that takes the inverse scale, and the module whose output
-    shows the damage ("" when the linear itself does). `square` groups apply only where the two weights have the
-    same shape (AutoAWQ's rule for v_proj -> o_proj, which leaves grouped-query attention out)."""
+    """Linears that read the same input, and the op before it that takes the inverse scale ("": there is none).
+
+    Names are relative to a layer; * stands for the number of an expert. `inspect`: the module whose output shows the
+    damage ("": the whole layer; None: each linear itself). `readers`: what else reads that input and stays in 16 bits.
+    `input`: the module that has the whole input where the linears see parts of it, as experts do. `square` groups apply
+    only where the two weights have the same shape (AutoAWQ's rule for v_proj -> o_proj, which leaves grouped-query
+    attention out). An op that makes gate and up in one takes the scale in its last rows.
+    """
 
     previous: str
     linears: tuple[str, ...]
-    inspect: str = ""
+    inspect: str | None = None
+    readers: tuple[str, ...] = ()
+    input: str = ""
     square: bool = False
+
+    @property
+    def watched(self) -> str:
+        """The module whose input is the group's."""
+        return self.input or self.linears[0]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model_type's row. Names are relative to one decoder layer."""
+    """A model_type's row. Groups are relative to one decoder layer; layers lack what their kind has not."""
 
     model_type: str
     groups: tuple[ScalingGroup, ...]
-    never_clip: tuple[str, ...] = ("q_proj", "k_proj")  # clipping them hurts attention scores (llm-awq)
+    never_clip: tuple[str, ...] = ("q_proj", "k_proj", "q_a_proj", "q_b_proj")  # it hurts attention scores (llm-awq)
+    norm_offset: float = 0.0  # norms multiply by their weight plus this
+    experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # as checkpoints spell them
+    decoder: bool = False  # whether nn/ runs it
     qk_norm: bool = False
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -40,24 +58,206 @@ class Family:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear of a layer, in the order in which they are used."""
-        return tuple(name for group in self.groups for name in group.linears)
+        """Every linear that a layer may have, with * for an expert's number; those that are never converted, too."""
+        return tuple(name for group in self.groups for name in (*group.linears, *group.readers))
+
+    def layer_groups(self, modules: Sequence[str]) -> tuple[ScalingGroup, ...]:
+        """The groups of a layer that has these modules: stars written out, what the layer has not left out."""
+        found = []
+        for group in self.groups:
+            for each in _each_expert(group, modules):
+                linears = tuple(name for pattern in each.linears for name in _matching(pattern, modules))
+                if linears:
+                    readers = tuple(name for name in each.readers if name in modules)
+                    previous = each.previous if each.previous in modules else ""
+                    found.append(replace(each, previous=previous, linears=linears, readers=readers))
+        return tuple(found)
 
 
-_LLAMA_GROUPS = (
-    ScalingGroup("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
-    ScalingGroup("self_attn.v_proj", ("self_attn.o_proj",), square=True),
-    ScalingGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
-    ScalingGroup("mlp.up_proj", ("mlp.down_proj",)),
-)
+def _each_expert(group: ScalingGroup, modules: Sequence[str]) -> list[ScalingGroup]:
+    """A group for each expert where the previous op is the expert's own."""
+    if "*" not in group.previous:
+        return [group]
+    before, after = group.previous.split("*")
+    numbers = [name.removeprefix(before).removesuffix(after) for name in _matching(group.previous, modules)]
+    return [
+        replace(
+            group,
+            previous=group.previous.replace("*", number),
+            linears=tuple(name.replace("*", number) for name in group.linears),
+        )
+        for number in numbers
+    ]
+
+
+def _matching(pattern: str, modules: Sequence[str]) -> list[str]:
+    if "*" not in pattern:
+        return [pattern] if pattern in modules else []
+    expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+    return [name for name in modules if expression.fullmatch(name)]
+
+
+def expert_of(linear: str) -> str | None:
+    """The expert that a linear is part of (mlp.experts.3), None for one that sees every token."""
+    found = re.match(r"(.*\.experts\.\d+)\.", linear)
+    return found.group(1) if found else None
+
+
+Groups = tuple[ScalingGroup, ...]
+_ATTENTION, _MLP = "input_layernorm", "post_attention_layernorm"  # Llama's names for the norms before both
+_W123 = ("w1", "w3", "w2")  # Mixtral's names for gate, up, down
+
+
+def _within(module: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{module}.{name}" for name in names)
+
+
+def _attention(norm: str = _ATTENTION, out: str = "o_proj", gates: tuple[str, ...] = ()) -> Groups:
+    """q, k and v after a norm; gates of the attention's output, if there are any, read the same."""
+    return (
+        ScalingGroup(norm, _within("self_attn", "q_proj", "k_proj", "v_proj", *gates), "self_attn"),
+        ScalingGroup("self_attn.v_proj", (f"self_attn.{out}",), square=True),
+    )
+
+
+def _latent_attention() -> Groups:
+    """DeepSeek's: low-rank queries (or whole ones), keys and values, with norms between the factors."""
+    return (
+        ScalingGroup(_ATTENTION, _within("self_attn", "q_proj", "q_a_proj", "kv_a_proj_with_mqa"), "self_attn"),
+        ScalingGroup("self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
+        ScalingGroup("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
+        ScalingGroup("", ("self_attn.o_proj",)),
+    )
+
+
+def _gated(norm: str = _MLP, module: str = "mlp") -> Groups:
+    """down(act(gate) * up)."""
+    return (
+        ScalingGroup(norm, _within(module, "gate_proj", "up_proj"), module),
+        ScalingGroup(f"{module}.up_proj", (f"{module}.down_proj",)),
+    )
+
+
+def _fused_gated(norm: str = _MLP, module: str = "mlp", up: str = "gate_up_proj", down: str = "down_proj") -> Groups:
+    """The same with gate and up in one linear."""
+    return (
+        ScalingGroup(norm, (f"{module}.{up}",), module),
+        ScalingGroup(f"{module}.{up}", (f"{module}.{down}",)),
+    )
+
+
+def _plain(norm: str, up: str, down: str) -> Groups:
+    """down(act(up)): no scale goes through an activation."""
+    return ScalingGroup(norm, (up,), "mlp"), ScalingGroup("", (down,))
+
+
+def _moe(
+    *readers: str,
+    norm: str = _MLP,
+    block: str = "mlp",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    shared: str = "shared_experts",
+) -> Groups:
+    """Experts, and shared ones where the layer has them; `readers`: router and gates, in 16 bits.
+
+    One scale serves all that reads the norm. No module is inspected: that would take a second copy of every expert.
+    """
+    gate, up, down = _within(f"{block}.experts.*", *names)
+    shared_gate, shared_up, shared_down = _within(f"{block}.{shared}", "gate_proj", "up_proj", "down_proj")
+    return (
+        ScalingGroup(norm, (gate, up, shared_gate, shared_up), readers=_within(block, *readers), input=block),
+        ScalingGroup(up, (down,)),
+        ScalingGroup(shared_up, (shared_down,)),
+    )
+
+
+def _parallel(linears: tuple[str, ...]) -> ScalingGroup:
+    """Attention and MLP read the same norm: the whole layer shows the damage."""
+    return ScalingGroup(_ATTENTION, (*_within("self_attn", "q_proj", "k_proj", "v_proj"), *linears), "")
+
+
+_LLAMA = _attention() + _gated()
+_UNSCALED = _attention("") + _gated("")  # norms come after attention and MLP, or have no weight
+_GEMMA = _attention() + _gated("pre_feedforward_layernorm")
+_DENSE_OR_MOE = _gated() + _moe("gate")  # the first layers of these have no experts
+_GRANITE_MOE = _moe("router", block="block_sparse_moe", names=_W123)
+_COHERE = (_parallel(_within("mlp", "gate_proj", "up_proj")), *_LLAMA[1:2], *_LLAMA[3:])
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", _LLAMA_GROUPS),
-        Family("mistral", _LLAMA_GROUPS),
-        Family("qwen2", _LLAMA_GROUPS),
-        Family("qwen3", _LLAMA_GROUPS, qk_norm=True),
+        Family("llama", _LLAMA, decoder=True),
+        Family("mistral", _LLAMA, decoder=True),
+        Family("qwen2", _LLAMA, decoder=True),
+        Family("qwen3", _LLAMA, decoder=True, qk_norm=True),
+        *(
+            Family(model_type, _LLAMA)
+            for model_type in (
+                *("cwm", "ernie4_5", "exaone", "granite", "granite_swa", "helium", "hunyuan_v1_dense", "hyperclovax"),
+                *("internlm3", "iquestcoder", "ministral", "ministral3", "seed_oss", "smollm3"),
+            )
+        ),
+        Family("gemma", _LLAMA, norm_offset=1.0),
+        Family("gemma2", _GEMMA, norm_offset=1.0),
+        Family("gemma3_text", _GEMMA, norm_offset=1.0),
+        Family("vaultgemma", _GEMMA, norm_offset=1.0),
+        Family("olmo", _UNSCALED),
+        Family("olmo2", _UNSCALED),
+        Family("olmo3", _UNSCALED),
+        Family("exaone4", _UNSCALED),
+        Family("cohere", _COHERE),
+        Family("cohere2", _COHERE),
+        Family("stablelm", _attention("") + _gated()),  # some have no second norm, and the MLP reads the first
+        Family(
+            "phi3",
+            (
+                ScalingGroup(_ATTENTION, ("self_attn.qkv_proj",), "self_attn"),
+                ScalingGroup("", ("self_attn.o_proj",)),
+                *_fused_gated(),
+            ),
+        ),
+        Family("glm", _attention() + _fused_gated()),
+        Family("glm4", _attention() + _fused_gated()),
+        Family(
+            "phi",
+            (_parallel(("mlp.fc1",)), *_attention(out="dense")[1:], ScalingGroup("", ("mlp.fc2",))),
+            norm="model.final_layernorm",
+        ),
+        Family("starcoder2", _attention() + _plain(_MLP, "mlp.c_fc", "mlp.c_proj")),
+        Family("nemotron", _attention() + _plain(_MLP, "mlp.up_proj", "mlp.down_proj"), norm_offset=1.0),
+        Family("arcee", _attention() + _plain(_MLP, "mlp.up_proj", "mlp.down_proj")),
+        Family("jais2", _attention() + _plain(_MLP, "mlp.up_proj", "mlp.down_proj")),
+        Family(
+            "apertus",
+            _attention("attention_layernorm") + _plain("feedforward_layernorm", "mlp.up_proj", "mlp.down_proj"),
+        ),
+        Family("minicpm3", _latent_attention() + _gated()),
+        Family("youtu", _latent_attention() + _gated()),
+        Family("deepseek_v2", _latent_attention() + _DENSE_OR_MOE),
+        Family("deepseek_v3", _latent_attention() + _DENSE_OR_MOE),
+        Family("glm4_moe_lite", _latent_attention() + _DENSE_OR_MOE),
+        *(
+            Family(model_type, _attention() + _DENSE_OR_MOE)
+            for model_type in ("dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "olmoe", "qwen3_moe", "solar_open")
+        ),
+        Family("qwen2_moe", _attention() + _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert")),
+        Family("mixtral", _attention() + _moe("gate", names=_W123), experts=_W123),
+        Family("minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
+        Family("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
+        Family("flex_olmo", _attention("") + _moe("gate", norm="")),
+        Family("hunyuan_v1_moe", _attention() + _moe("gate.wg", shared="shared_mlp")),
+        Family("granitemoe", _attention() + _GRANITE_MOE, experts=_W123),
+        Family("granitemoe_swa", _attention() + _GRANITE_MOE, experts=_W123),
+        Family(
+            "afmoe",
+            _attention(gates=("gate_proj",))
+            + _gated("pre_mlp_layernorm")
+            + _moe("router.gate", norm="pre_mlp_layernorm"),
+        ),
+        Family(
+            "llama4_text",
+            _attention() + _gated(module="feed_forward") + _moe("router", block="feed_forward", shared="shared_expert"),
+        ),
     )
 }
 
@@ -65,5 +265,8 @@ FAMILIES = {
 def family_of(model_type: str) -> Family:
     """The row of a model_type. Raises ConfigError listing the known ones."""
     if model_type not in FAMILIES:
-        raise ConfigError(f"model_type is {model_type!r}; squawq knows {', '.join(sorted(FAMILIES))}")
+        raise ConfigError(
+            f"model_type is {model_type!r}; squawq knows {', '.join(sorted(FAMILIES))}. Another one takes a row in "
+            "squawq/families.py: docs/adding-a-family.md"
+        )
     return FAMILIES[model_type]

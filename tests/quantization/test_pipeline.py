@@ -184,14 +184,10 @@ def test_surplus_and_missing_tensors(make_model: MakeModel, rows: Rows, tmp_path
     assert not (tmp_path / "out2.partial").exists()
 
 
-def test_misshapen_head_and_other_activation(make_model: MakeModel, rows: Rows, tmp_path: Path) -> None:
+def test_misshapen_head(make_model: MakeModel, rows: Rows, tmp_path: Path) -> None:
     folder = make_model()
     edit(folder, lambda state: state.update({"lm_head.weight": torch.zeros(100, 64)}))
     with pytest.raises(CheckpointError, match=r"lm_head.weight' has shape \[100, 64\]; \[160, 64\] is needed"):
-        quantize(folder, tmp_path / "out", rows)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
-    with pytest.raises(CheckpointError, match="hidden_act is 'gelu'"):
         quantize(folder, tmp_path / "out", rows)
     assert not (tmp_path / "out.partial").exists()
 
@@ -257,7 +253,7 @@ def test_quantized_source_and_unknown_family(make_model: MakeModel, rows: Rows, 
         quantize(tmp_path / "out", tmp_path / "again", rows)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    with pytest.raises(ConfigError, match=r"'gpt2'; squawq knows llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match=r"'gpt2'; squawq knows .*llama, .*adding-a-family"):
         quantize(folder, tmp_path / "other", rows)
 
 

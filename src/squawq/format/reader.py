@@ -199,11 +199,17 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: tensor {name!r} is missing")
         return self.tensors[name]
 
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError for a tensor that is missing or has another shape."""
+        info = self.info(name)
+        if info.shape != shape:
+            raise CheckpointError(f"{info.file}: tensor {name!r} has shape {list(info.shape)}; {list(shape)} is needed")
+
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor in its own dtype, backed by the memory map; `shape` is checked if given."""
         info = self.info(name)
-        if shape is not None and info.shape != shape:
-            raise CheckpointError(f"{info.file}: tensor {name!r} has shape {list(info.shape)}; {list(shape)} is needed")
+        if shape is not None:
+            self.check_shape(name, shape)
         if info.file not in self._handles:
             try:
                 self._handles[info.file] = safe_open(info.file, framework="pt")

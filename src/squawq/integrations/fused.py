@@ -40,7 +40,7 @@ from squawq.integrations.fused_inputs import (
 from squawq.integrations.fused_threads import one_thread
 from squawq.integrations.linear import AwqLinear
 from squawq.nn.decoder import Decoder
-from squawq.nn.loader import Options, load
+from squawq.nn.loader import Options, check_decoder, load
 
 STEP_TOKENS = 512  # of a prompt at once
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # before 5.24
@@ -85,8 +85,9 @@ def fuse(model: Any, max_seq_len: int, folder: str | Path | None = None) -> None
     if isinstance(model, FusedCausalLM):
         model._fused.max_seq_len = max_seq_len
         return
-    if (kind := model.config.model_type) not in FAMILIES:
-        raise FusionError(f"model_type is {kind!r}; do_fuse takes {', '.join(sorted(FAMILIES))}")
+    takes = sorted(family.model_type for family in FAMILIES.values() if family.decoder)
+    if (kind := model.config.model_type) not in takes:
+        raise FusionError(f"model_type is {kind!r}; do_fuse takes {', '.join(takes)}")
     if not hasattr(model, "lm_head"):
         raise FusionError(f"do_fuse takes causal language models; this is a {type(model).__name__}")
     device = _device(model)
@@ -129,8 +130,10 @@ def _config(model: Any) -> ModelConfig:
     """The model's settings. Raises FusionError for one that transformers knows and our decoder does not."""
     mine = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     try:
-        return ModelConfig.from_dict(mine, "the model's config")
-    except CheckpointError as error:
+        config = ModelConfig.from_dict(mine, "the model's config")
+        check_decoder(config)
+        return config
+    except (CheckpointError, ConfigError) as error:
         raise FusionError(str(error)) from error
 
 

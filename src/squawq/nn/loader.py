@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from squawq.config import ModelConfig
+from squawq.config import ROPE_TYPES, ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import Family, family_of
 from squawq.format.groupwise import GroupwiseTensor
@@ -49,6 +49,26 @@ class Options:
     @property
     def native(self) -> bool:
         return self.packed and self.device == "cpu" and library.load() is not None
+
+
+def check_decoder(config: ModelConfig) -> None:
+    """Raises ConfigError for a model that our decoder does not run, saying what runs it."""
+    unlike = []
+    if config.activation not in ("silu", "swish"):
+        unlike.append(f"hidden_act is {config.activation!r}, and it has silu")
+    if config.rope.type not in ROPE_TYPES:
+        unlike.append(f"rope type is {config.rope.type!r}, and it has {', '.join(ROPE_TYPES)}")
+    if config.rope.partial != 1:
+        unlike.append(f"partial_rotary_factor is {config.rope.partial}, and it rotates whole heads")
+    if others := set(config.layer_types) - {"full_attention", "sliding_attention"}:
+        unlike.append(f"a layer's attention is {sorted(others)[0]!r}")
+    if not family_of(config.model_type).decoder:
+        unlike = [f"model_type is {config.model_type!r}"]
+    if unlike:
+        raise ConfigError(
+            f"our decoder does not run this model yet ({unlike[0]}); load it with transformers: import "
+            "squawq.transformers, then AutoModelForCausalLM.from_pretrained"
+        )
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -185,6 +205,7 @@ def load(folder: str | Path, options: Options | None = None) -> Decoder:
     """The whole model. Raises CheckpointError or ConfigError for a folder that cannot be run."""
     options = options or Options()
     checkpoint = Checkpoint(folder)
+    check_decoder(checkpoint.config)
     family = family_of(checkpoint.config.model_type)
     norm, head = load_head(checkpoint, family, options)  # first: what was asked for it may be refused
     checkpoint.close()

@@ -1,7 +1,6 @@
-"""The one door to transformers' modelling code: one decoder layer materialized, run and dropped.
+"""The layers of a checkpoint, one materialized, run and dropped at a time: transformers' modules with stored weights.
 
-The model is built on the meta device, which costs nothing; `Block` fills one layer from the checkpoint in
-float32. Peak memory: one layer.
+`Block` fills a layer in float32, from a 16-bit checkpoint or a quantized one. Peak memory: one layer.
 """
 
 from __future__ import annotations
@@ -16,47 +15,73 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squawq.errors import CheckpointError
-from squawq.families import Family
+from squawq.errors import ConfigError
+from squawq.families import Family, ScalingGroup
 from squawq.format.reader import Checkpoint
-from squawq.quantization.statistics import all_finite
+from squawq.quantization.places import Places
+from squawq.quantization.skeleton import Skeleton
 
 BATCH_TOKENS = 4096
 
 
 class Blocks:
-    """The decoder layers of a checkpoint, opened one at a time."""
+    """The decoder layers of a checkpoint, opened one at a time, and what is outside them."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family, device: str) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.checkpoint, self.family, self.device = checkpoint, family, device
-        try:
-            config = AutoConfig.from_pretrained(checkpoint.folder)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        except Exception as error:  # transformers raises many kinds for a config.json that it cannot use
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise CheckpointError(f"{checkpoint.folder / 'config.json'}: transformers refuses it: {reason}") from error
-        self.config = model.config
-        base = model.get_submodule(family.layers.rpartition(".")[0])
-        self.layers = base.get_submodule(family.layers.rpartition(".")[2])
-        self.rotary = type(base.rotary_emb)(config=config).to(device)
+        self.skeleton = Skeleton(checkpoint.folder, family, device)
+        self.layers = self.skeleton.layers
+        skeleton = self.skeleton
+        self.places = Places(
+            checkpoint, family, skeleton.renaming(), skeleton.outer, skeleton.ignored, skeleton.transposed
+        )
+
+    def check(self) -> None:
+        """Raises CheckpointError for a tensor that is missing, misshapen outside the layers, or without a place."""
+        self.places.check(self.skeleton.outer)
+        for name, shape in self.skeleton.outer.items():
+            if name in self.places.names:
+                self.checkpoint.check_shape(self.places.names[name], shape)
+        for index, layer in enumerate(self.layers):
+            self.places.check({f"{self.family.layer(index)}.{name}" for name in layer.state_dict()}, index)
+
+    def groups(self, index: int) -> tuple[ScalingGroup, ...]:
+        """A layer's scaling groups. Raises ConfigError for a linear that the family's row does not know."""
+        modules = dict(self.layers[index].named_modules())
+        groups = self.family.layer_groups(list(modules))
+        known = {name for group in groups for name in (*group.linears, *group.readers)}
+        for name, module in modules.items():
+            if isinstance(module, nn.Linear) and name not in known:
+                raise ConfigError(
+                    f"{self.family.layer(index)}.{name}: the row of {self.family.model_type} in squawq/families.py "
+                    "does not say what to do with this linear: docs/adding-a-family.md"
+                )
+        return groups
 
     def shapes(self, index: int) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of a layer's linears, as the architecture has them."""
-        layer = self.layers.get_submodule(str(index))
+        """(out_features, in_features) of a layer's linears and routers, as the architecture has them."""
         found = {}
-        for name in self.family.linears:
-            weight = layer.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            found[name] = (weight.shape[0], weight.shape[1])
+        for group in self.groups(index):
+            for name in (*group.linears, *group.readers):
+                weight: Any = self.layers[index].get_submodule(name).weight
+                found[name] = (weight.shape[0], weight.shape[1])
         return found
 
     def embed(self, ids: Tensor) -> Tensor:
-        """float32 [blocks, tokens, hidden] of ids int64 [blocks, tokens]."""
-        table = self.checkpoint.read(f"{self.family.embedding}.weight")
-        return nn.functional.embedding(ids, table).to(self.device, torch.float32)
+        """What the first layer is given, float32 [blocks, tokens, hidden], for ids int64 [blocks, tokens]."""
+        table = self.checkpoint.read(self.places.stored(f"{self.family.embedding}.weight"))
+        return self.skeleton.embed(ids, table)
+
+    def logits(self) -> Callable[[Tensor], Tensor]:
+        """A function from the last layer's output [blocks, tokens, hidden] to logits; it holds the head in float32."""
+        embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
+        shapes = self.skeleton.outer
+        outer = {n: self.places.read(n, s).to(self.device, torch.float32) for n, s in shapes.items() if n != embedding}
+        if head not in outer:
+            outer[head] = self.places.read(embedding, shapes[embedding]).to(self.device, torch.float32)
+        self.skeleton.put(outer)
+        self.checkpoint.close()
+        return self.skeleton.logits
 
     @contextmanager
     def open(self, index: int) -> Iterator[Block]:
@@ -75,52 +100,36 @@ class Block:
 
     def __init__(self, blocks: Blocks, index: int) -> None:
         self._blocks, self.index = blocks, index
-        self.module: nn.Module = blocks.layers.get_submodule(str(index))
+        self.module: nn.Module = blocks.layers[index]
+        self.groups = blocks.groups(index)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
+        blocks.skeleton.fill_constants(self.module)
         self.reload()
 
     def reload(self) -> None:
         """Fill the layer with the checkpoint's weights. Raises CheckpointError naming a missing, surplus, misshapen or
         non-finite tensor."""
-        checkpoint = self._blocks.checkpoint
-        prefix = self._blocks.family.layer(self.index) + "."
-        expected = {name: tuple(t.shape) for name, t in self.module.state_dict().items()}
-        stored = {n[len(prefix) :] for n in checkpoint.tensors if n.startswith(prefix) and "rotary_emb" not in n}
-        if surplus := sorted(stored - set(expected)):
-            file = checkpoint.info(prefix + surplus[0]).file
-            raise CheckpointError(f"{file}: tensor {prefix + surplus[0]!r} does not belong to this architecture")
+        places, prefix = self._blocks.places, self._blocks.family.layer(self.index) + "."
+        places.check({prefix + name for name in self._shapes}, self.index)
         state = {}
-        for name, shape in expected.items():
-            state[name] = read_finite(checkpoint, prefix + name, shape).to(
-                self._blocks.device, torch.float32, copy=True
-            )
+        for name, shape in self._shapes.items():
+            state[name] = places.read(prefix + name, shape).to(self._blocks.device, torch.float32, copy=True)
         self.module.load_state_dict(state, strict=True, assign=True)
-        checkpoint.close()
+        self._blocks.checkpoint.close()
 
     def weight(self, name: str) -> Tensor:
         """The weight (linear [out, in] or norm) of a module in this layer."""
         return self.parameter(name).data
 
-    def parameter(self, name: str) -> nn.Parameter:
+    def parameter(self, name: str, kind: str = "weight") -> nn.Parameter:
         """The parameter behind `weight`; setting its `data` changes the layer."""
-        parameter = self.module.get_submodule(name).weight
+        parameter = getattr(self.module.get_submodule(name), kind)
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
     def state(self) -> dict[str, Tensor]:
         """All tensors of the layer by their names in it."""
         return dict(self.module.state_dict())
-
-    def _arguments(self, tokens: int) -> dict[str, Any]:
-        positions = torch.arange(tokens, device=self._blocks.device)[None]
-        sample = torch.empty(1, tokens, 1, device=self._blocks.device)
-        window = self._blocks.checkpoint.config.window(self.index)
-        mask = None
-        if window is not None and window < tokens:
-            from transformers.masking_utils import create_sliding_window_causal_mask
-
-            cache = None  # by its place: transformers 5.24 gave it another name
-            mask = create_sliding_window_causal_mask(self._blocks.config, sample, None, cache, positions)
-        return {"position_embeddings": self._blocks.rotary(sample, positions), "attention_mask": mask}
 
     @torch.no_grad()
     def run(self, states: Tensor, in_place: bool = False) -> Tensor:
@@ -129,24 +138,30 @@ class Block:
 
     @torch.no_grad()
     def inspect(self, name: str, inputs: Tensor) -> Tensor:
-        """Output of one module of the layer (attention or MLP) for its own inputs [blocks, tokens, hidden]."""
+        """Output of a module of the layer (attention, MLP; "": itself) for its inputs [blocks, tokens, hidden]."""
         return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs))
 
     def _run(self, module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
+        blocks, tokens = states.shape[:2]
         accepted = signature(module.forward).parameters
-        arguments = {k: v for k, v in self._arguments(states.shape[1]).items() if k in accepted}
-        step = max(1, BATCH_TOKENS // states.shape[1])
-        for start in range(0, len(states), step):
-            result = module(states[start : start + step], **arguments)
-            out[start : start + step] = result[0] if isinstance(result, tuple) else result
+        step = max(1, BATCH_TOKENS // tokens)
+        for start in range(0, blocks, step):
+            part = states[start : start + step]
+            given = self._blocks.skeleton.arguments(len(part), tokens)[self.index]
+            result = module(part, **{name: value for name, value in given.items() if name in accepted})
+            result = result[0] if isinstance(result, tuple) else result
+            out[start : start + step] = result.view(part.shape)
         return out
 
     @contextmanager
-    def watching(self, watchers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    def watching(self, watchers: dict[str, Callable[[Tensor], object]]) -> Iterator[None]:
         """While open, each named module's watcher sees that module's input whenever it runs."""
 
-        def hook(watch: Callable[[Tensor], None]) -> Callable[..., None]:
-            return lambda _, args, kwargs: watch(args[0] if args else kwargs["hidden_states"])
+        def hook(watch: Callable[[Tensor], object]) -> Callable[..., None]:
+            def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+                watch(args[0] if args else kwargs["hidden_states"])
+
+            return look
 
         handles = [
             self.module.get_submodule(name).register_forward_pre_hook(hook(watch), with_kwargs=True)
@@ -157,19 +172,6 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def read_finite(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A tensor that holds no NaN or infinity. Raises CheckpointError naming file and tensor."""
-    tensor = checkpoint.read(name, shape)
-    if not tensor.dtype.is_floating_point:
-        raise CheckpointError(
-            f"{checkpoint.info(name).file}: tensor {name!r} is {tensor.dtype}; floating point is needed"
-        )
-    if not all_finite(tensor):
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        raise CheckpointError(f"{checkpoint.info(name).file}: tensor {name!r} holds {bad} values that are not finite")
-    return tensor
 
 
 def _give_memory_back() -> None:

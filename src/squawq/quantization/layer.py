@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from squawq.errors import CheckpointError
-from squawq.families import ScalingGroup
+from squawq.families import ScalingGroup, expert_of
 from squawq.format.groupwise import GroupwiseTensor, fake_quantize, quantize
 from squawq.format.packing import to_gemm
 from squawq.quantization.blocks import Block
-from squawq.quantization.fold import norm_scales
+from squawq.quantization.fold import Folding
+from squawq.quantization.inputs import LayerInputs
 from squawq.quantization.plan import LayerPlan
 from squawq.quantization.search import (
     ScaleCandidate,
@@ -30,7 +31,8 @@ from squawq.quantization.search import (
 )
 from squawq.quantization.statistics import InputStatistics, all_finite
 
-SAMPLED_TOKENS = 2048  # tokens on which the inspected modules and the whole layer are judged
+SAMPLED_LINEARS = 16  # of a group, on which scales are judged: those of many experts are much alike
+EXACT = ("correction_bias", "expert_bias")  # of routers: rounding them would change who is chosen
 
 
 @dataclass
@@ -43,14 +45,13 @@ class LayerResult:
 
 @dataclass
 class _Chosen:
-    """What the search decided: per linear the integers, and the column and row factors that its weight was given."""
+    """What the search decided: what scales do to the layer's tensors, and the integers of each linear."""
 
+    folding: Folding = field(default_factory=Folding)
     integers: dict[str, GroupwiseTensor] = field(default_factory=dict)
-    columns: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, Tensor] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -66,7 +67,7 @@ class LayerQuantizer:
 
     def __init__(self, block: Block, plan: LayerPlan) -> None:
         self.block, self.family, self.config, self.prefix = block, plan.family, plan.config, plan.prefix
-        self.kept, self.converted = plan.kept, plan.converted
+        self.kept, self.converted, self.groups = plan.kept, plan.converted, block.groups
         self.dtype = getattr(torch, plan.config.dtype)
 
     @torch.no_grad()
@@ -78,20 +79,12 @@ class LayerQuantizer:
     @torch.no_grad()
     def search(self, states: Tensor) -> tuple[LayerResult, Tensor]:
         """AWQ on hidden states [blocks, tokens, hidden], which become the unquantized layer's output, also returned."""
-        statistics = {
-            g.linears[0]: InputStatistics(self.block.weight(g.linears[0]).shape[1], str(states.device))
-            for g in self.family.groups
-        }
-        count = max(1, min(len(states), SAMPLED_TOKENS // states.shape[1]))
-        picked = torch.linspace(0, len(states) - 1, count).round().long()
-        sample = states[picked]
-        with self.block.watching({name: s.update for name, s in statistics.items()}):
-            output = self.block.run(states, in_place=True)
-        wanted = output[picked]
-        chosen = self._choose(statistics, sample)
-        losses = self._linear_losses(chosen, statistics)
-        statistics.clear()  # the Gram matrices are large
-        self._apply(chosen)
+        inputs = LayerInputs(self.block)
+        output, sample, wanted = inputs.collect(states)
+        chosen = self._choose(inputs)
+        losses = self._linear_losses(chosen, inputs)
+        inputs.clear()
+        self.apply(chosen.folding, chosen.integers)
         after = _mean_square(self.block.run(sample), wanted)
         self.block.reload()
         tensors = self._tensors(chosen)
@@ -105,107 +98,91 @@ class LayerQuantizer:
         record = self._record(chosen, losses, kept, before, after if kept == "awq" else before)
         return LayerResult(tensors, record), output
 
-    def _choose(self, statistics: Mapping[str, InputStatistics], sample: Tensor) -> _Chosen:
-        chosen = _Chosen()
-        inputs = self._inspected_inputs(sample)
-        for group in self.family.groups:
-            stats = statistics[group.linears[0]]
-            if stats.dropped:
-                chosen.notes.append(f"{group.linears[0]}: {stats.dropped} inputs were not finite and are left out")
-            if not stats.has_signal:
-                chosen.notes.append(f"{group.linears[0]}: no calibration signal; rounded to nearest")
-            elif dead := int((stats.absolute == 0).sum()):
-                chosen.notes.append(f"{group.linears[0]}: {dead} input channels without signal keep scale 1")
-            self._choose_scales(group, stats, inputs.get(group.inspect), chosen)
-        for group in self.family.groups:
-            stats = statistics[group.linears[0]]
-            for name in group.linears:
-                if name in self.converted:
-                    chosen.integers[name] = self._integers(name, stats, chosen)
+    def _choose(self, inputs: LayerInputs) -> _Chosen:
+        """Scales for every group first: a group's scales change the rows of the linear before it."""
+        chosen = _Chosen(notes=list(inputs.notes()), tokens=inputs.tokens)
+        for group in self.groups:
+            self._choose_scales(group, inputs, chosen)
+        for name in self.converted:
+            chosen.integers[name] = self._integers(name, inputs.of(name), chosen.folding)
         return chosen
 
-    def _inspected_inputs(self, sample: Tensor) -> dict[str, Tensor]:
-        """Inputs of the modules on whose output loss is taken, for the sampled blocks."""
-        seen: dict[str, list[Tensor]] = {g.inspect: [] for g in self.family.groups if g.inspect}
-        with self.block.watching({name: pieces.append for name, pieces in seen.items()}):
-            self.block.run(sample)
-        return {name: torch.cat(pieces) for name, pieces in seen.items()}
-
-    def _choose_scales(
-        self, group: ScalingGroup, stats: InputStatistics, inputs: Tensor | None, chosen: _Chosen
-    ) -> None:
+    def _choose_scales(self, group: ScalingGroup, inputs: LayerInputs, chosen: _Chosen) -> None:
+        stats = inputs.of_group(group)
         names = [n for n in group.linears if n in self.converted]
-        previous = self.block.weight(group.previous)
-        fits = previous.dim() == 1 or previous.shape[0] == stats.gram.shape[0]
-        if group.square:
-            fits = previous.shape == self.block.weight(group.linears[0]).shape
-        if not names or not fits or not stats.has_signal:
+        if not names or not stats.has_signal or not self.takes_scales(group):
             return
-        parameters = [self.block.parameter(n) for n in names]
+        parameters = [self.block.parameter(n) for n in names[:: -(-len(names) // SAMPLED_LINEARS)]]
+        best = self._best_scales(group, parameters, stats, inputs)
+        chosen.groups.append({"linears": list(group.linears), "formula": best.formula, "ratio": best.ratio})
+        if best.formula != "identity":
+            self.fold(group, best.scales, chosen.folding)
+
+    def _best_scales(
+        self, group: ScalingGroup, parameters: list[nn.Parameter], stats: InputStatistics, inputs: LayerInputs
+    ) -> ScaleCandidate:
         weights = [parameter.data for parameter in parameters]
-        size = self.config.group_of(weights[0].shape[1])
+        size, zero_point = self.config.group_of(weights[0].shape[1]), self.config.zero_point
         candidates = scale_candidates(stats.mean_absolute, weight_importance(weights, size), self.config.n_grid)
         if not self.config.duo_scaling:
             candidates = [c for c in candidates if c.formula != "xw"]
-        wanted = None if inputs is None else self.block.inspect(group.inspect, inputs)
+        if group.inspect is None:
+            return best_scales(candidates, weights, stats.gram, size, zero_point)
+        module, given = group.inspect, inputs.whole(group.inspect)
+        wanted = self.block.inspect(module, given)
 
         def inspect(candidate: ScaleCandidate) -> float:
-            assert inputs is not None
-            assert wanted is not None
             for parameter, weight in zip(parameters, weights, strict=True):
-                rounded = fake_quantize(weight * candidate.scales, size, self.config.zero_point)
-                parameter.data = rounded.div_(candidate.scales)
-            loss = _mean_square(self.block.inspect(group.inspect, inputs), wanted)
+                parameter.data = fake_quantize(weight * candidate.scales, size, zero_point).div_(candidate.scales)
+            loss = _mean_square(self.block.inspect(module, given), wanted)
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.data = weight
             return loss
 
-        best = best_scales(
-            candidates, weights, stats.gram, size, self.config.zero_point, None if inputs is None else inspect
-        )
-        chosen.groups.append({"linears": list(group.linears), "formula": best.formula, "ratio": best.ratio})
-        if best.formula == "identity":
-            return
-        scales = best.scales
-        if previous.dim() == 1:
-            chosen.norms[group.previous], scales = norm_scales(previous, scales, self.dtype)
+        return best_scales(candidates, weights, stats.gram, size, zero_point, inspect)
+
+    def takes_scales(self, group: ScalingGroup) -> bool:
+        """Whether the op before a group can take the inverse of the group's scales."""
+        if not group.previous or getattr(self.block.module.get_submodule(group.previous), "weight", None) is None:
+            return False
+        previous, linear = self.block.weight(group.previous), self.block.weight(group.linears[0])
+        if group.square:
+            return previous.shape == linear.shape
+        return previous.shape[0] in (linear.shape[1], 2 * linear.shape[1])
+
+    def fold(self, group: ScalingGroup, scales: Tensor, folding: Folding) -> None:
+        """Note what scales [in_features] of a group do to the layer's tensors."""
+        previous = self.block.module.get_submodule(group.previous)
+        weight = self.block.weight(group.previous)
+        if weight.dim() == 2:
+            folding.into_linear(group, len(weight), scales)
         else:
-            chosen.rows[group.previous] = scales
-        for name in group.linears:
-            chosen.columns[name] = scales
+            bias = getattr(previous, "bias", None)
+            bias = bias.data if isinstance(bias, Tensor) else None
+            folding.into_norm(group, weight, bias, scales, self.dtype, self.family.norm_offset)
 
-    def _scaled(self, name: str, chosen: _Chosen) -> Tensor:
-        """A linear's weight with its columns multiplied and its rows divided as chosen: float32 [out, in]."""
-        weight = self.block.weight(name)
-        if name in chosen.columns:
-            weight = weight * chosen.columns[name]
-        return weight / chosen.rows[name][:, None] if name in chosen.rows else weight
-
-    def _integers(self, name: str, stats: InputStatistics, chosen: _Chosen) -> GroupwiseTensor:
-        weight = self._scaled(name, chosen)
+    def _integers(self, name: str, stats: InputStatistics, folding: Folding) -> GroupwiseTensor:
+        weight = folding.apply(f"{name}.weight", self.block.weight(name))
         size = self.config.group_of(weight.shape[1])
         limits = None
         if self.config.clip and stats.has_signal and not name.endswith(self.family.never_clip):
-            limits = clip_limits(weight, stats.gram_blocks(size, chosen.columns.get(name)), self.config.zero_point)
+            limits = clip_limits(weight, stats.gram_blocks(size, folding.columns.get(name)), self.config.zero_point)
         return quantize(weight, size, self.config.zero_point, limits)
 
-    def _linear_losses(
-        self, chosen: _Chosen, statistics: Mapping[str, InputStatistics]
-    ) -> dict[str, tuple[float, float]]:
+    def _linear_losses(self, chosen: _Chosen, inputs: LayerInputs) -> dict[str, tuple[float, float]]:
         """Per linear: mean squared output error by plain rounding and by what was chosen, on sampled rows."""
-        losses = {}
-        for group in self.family.groups:
-            stats = statistics[group.linears[0]]
-            for name in (n for n in group.linears if n in self.converted and stats.rows):
+        losses, folding = {}, chosen.folding
+        for name in self.converted:
+            if (stats := inputs.of(name)).rows:
                 weight = self.block.weight(name)
                 part = sampled_rows(weight)
                 rows = weight[part]
                 rounded = fake_quantize(rows, self.config.group_of(rows.shape[1]), self.config.zero_point)
                 found = chosen.integers[name].rows(part).dequantize()
-                if name in chosen.rows:
-                    found *= chosen.rows[name][part, None]
-                if name in chosen.columns:
-                    found /= chosen.columns[name]
+                if name in folding.rows:
+                    found *= folding.rows[name][part, None]
+                if name in folding.columns:
+                    found /= folding.columns[name]
                 scale = 1 / (stats.rows * len(rows))
                 losses[name] = (
                     gram_loss(rounded - rows, stats.gram) * scale,
@@ -213,16 +190,14 @@ class LayerQuantizer:
                 )
         return losses
 
-    def _apply(self, chosen: _Chosen) -> None:
-        """Put the chosen weights into the layer, dequantized, to judge them as they will be read back."""
-        for name in self.family.linears:
-            dense = self._scaled(name, chosen) if name in self.kept else chosen.integers[name].dequantize()
-            self.block.parameter(name).data = dense
-            bias = self.block.module.get_submodule(name).bias
-            if name in chosen.rows and isinstance(bias, Tensor):
-                bias.data = bias.data / chosen.rows[name]
-        for name, norm in chosen.norms.items():
-            self.block.parameter(name).data = norm
+    def apply(self, folding: Folding, integers: Mapping[str, GroupwiseTensor]) -> None:
+        """Put what was chosen into the layer, dequantized, to judge it as it will be read back."""
+        for name, parameter in self.block.module.named_parameters():
+            module, _, kind = name.rpartition(".")
+            if kind == "weight" and module in integers:
+                parameter.data = integers[module].dequantize()
+            else:
+                parameter.data = folding.apply(name, parameter.data)
 
     def _round_in_place(self) -> None:
         for name in self.converted:
@@ -234,27 +209,24 @@ class LayerQuantizer:
     def _tensors(self, chosen: _Chosen) -> dict[str, Tensor]:
         """The tensors to write; linears without chosen integers are rounded to nearest. Needs the original weights."""
         tensors: dict[str, Tensor] = {}
+        converted = set(self.converted)
         for name, tensor in self.block.state().items():
-            module = name.rpartition(".")[0]
-            full = f"{self.prefix}.{name}"
-            if module in chosen.norms:
-                tensor = chosen.norms[module]
-            elif name.endswith(".bias") and module in chosen.rows:
-                tensor = tensor / chosen.rows[module]
-            elif module in self.converted and name.endswith(".weight"):
-                size = self.config.group_of(tensor.shape[1])
-                integers = chosen.integers.get(module) or quantize(tensor, size, self.config.zero_point)
-                packed = to_gemm(integers)
-                if not all_finite(packed["scales"]):
-                    raise CheckpointError(
-                        f"tensor {full!r} holds values too large for float16 scales; use --skip {module}"
-                    )
-                tensors |= {f"{module}.{kind}": t for kind, t in packed.items()}
-                continue
-            elif module in self.kept:
-                tensor = self._scaled(module, chosen) if name.endswith(".weight") else tensor
-            tensors[name] = cast(tensor, self.dtype, full)
+            module, _, kind = name.rpartition(".")
+            if kind == "weight" and module in converted:
+                tensors |= self._packed(module, tensor, chosen)
+            elif name.endswith(EXACT):
+                tensors[name] = tensor
+            else:
+                tensors[name] = cast(chosen.folding.apply(name, tensor), self.dtype, f"{self.prefix}.{name}")
         return tensors
+
+    def _packed(self, linear: str, weight: Tensor, chosen: _Chosen) -> dict[str, Tensor]:
+        size = self.config.group_of(weight.shape[1])
+        packed = to_gemm(chosen.integers.get(linear) or quantize(weight, size, self.config.zero_point))
+        if not all_finite(packed["scales"]):
+            full = f"{self.prefix}.{linear}.weight"
+            raise CheckpointError(f"tensor {full!r} holds values too large for float16 scales; use --skip {linear}")
+        return {f"{linear}.{kind}": tensor for kind, tensor in packed.items()}
 
     def _record(
         self,
@@ -265,9 +237,11 @@ class LayerQuantizer:
         after: float | None,
     ) -> dict[str, Any]:
         linears = []
-        for name in self.family.linears:
+        for name in (name for group in self.groups for name in (*group.linears, *group.readers)):
             out_features, in_features = self.block.weight(name).shape
             row: dict[str, Any] = {"name": name, "out_features": out_features, "in_features": in_features}
+            if (expert := expert_of(name) or "") in chosen.tokens:
+                row["tokens"] = chosen.tokens[expert]
             if name in self.kept:
                 row["kept_in_16_bits"] = self.kept[name]
             elif name in losses:

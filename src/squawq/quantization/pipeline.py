@@ -17,16 +17,17 @@ from torch import Tensor
 from squawq import __version__
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError
-from squawq.families import Family, family_of
+from squawq.families import family_of
 from squawq.format.reader import Checkpoint, read_json
 from squawq.format.writer import copy_file, write_index, write_json
 from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
 from squawq.quant_config import QuantConfig
-from squawq.quantization.blocks import Blocks, read_finite
+from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import Calibration, token_blocks
 from squawq.quantization.job import REPORT, Job, identity, target_path
 from squawq.quantization.layer import LayerQuantizer, cast
+from squawq.quantization.places import read_finite
 from squawq.quantization.plan import LayerPlan
 from squawq.tokenizer import Tokenizer
 
@@ -70,10 +71,10 @@ def quantize(
         raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
     folder = target_path(out, checkpoint.folder)
     config = replace(config, seqlen=calibration_length(config, checkpoint.config))
-    _check_names(checkpoint, family)
     checkpoint.companions()  # raises now rather than when all else is done
     blocks = Blocks(checkpoint, family, device)
-    _check_choice(blocks, family, config)
+    blocks.check()
+    _check_choice(blocks, config)
     tokens = None
     if config.method != "rtn":
         tokens = token_blocks(
@@ -89,17 +90,19 @@ def quantize(
     if job.finished:
         return read_json(job.out / REPORT)
     with job:
-        _write_outer(checkpoint, family, config, job)
+        _write_outer(blocks, config, job)
         _quantize_layers(blocks, config, tokens, job, observer)
-        return _finish(checkpoint, config, tokens, job)
+        return _finish(blocks, config, tokens, job)
 
 
-def _check_choice(blocks: Blocks, family: Family, config: QuantConfig) -> None:
+def _plan(blocks: Blocks, config: QuantConfig, index: int) -> LayerPlan:
+    return LayerPlan(blocks.shapes(index), blocks.family, config, blocks.family.layer(index))
+
+
+def _check_choice(blocks: Blocks, config: QuantConfig) -> None:
     """Raises ConfigError when a name to skip matches nothing, or when nothing would be quantized."""
-    layers = [
-        LayerPlan(blocks.shapes(index), family, config, family.layer(index)) for index in range(len(blocks.layers))
-    ]
-    names = [f"{plan.prefix}.{name}" for plan in layers for name in family.linears]
+    layers = [_plan(blocks, config, index) for index in range(len(blocks.layers))]
+    names = [f"{plan.prefix}.{name}" for plan in layers for name in (*plan.converted, *plan.kept)]
     for skip in config.modules_to_not_convert:
         if not any(skip in name for name in names):
             raise ConfigError(f"modules_to_not_convert: {skip!r} is in no name; names are like {names[0]}, {names[-1]}")
@@ -117,44 +120,22 @@ def calibration_length(config: QuantConfig, model: ModelConfig) -> int:
     return config.seqlen
 
 
-def _check_names(checkpoint: Checkpoint, family: Family) -> None:
-    """Every tensor must have a place: nothing is dropped silently."""
-    for index in range(checkpoint.config.num_layers):
-        for linear in family.linears:
-            checkpoint.info(f"{family.layer(index)}.{linear}.weight")
-    outer = _outer_shapes(checkpoint, family)
-    layers = tuple(f"{family.layer(i)}." for i in range(checkpoint.config.num_layers))
-    for name, info in checkpoint.tensors.items():
-        known = name.startswith(layers) or name in outer or name == f"{family.head}.weight" or "rotary_emb" in name
-        if not known:
-            raise CheckpointError(f"{info.file}: tensor {name!r} does not belong to a {family.model_type} model")
+def _write_outer(blocks: Blocks, config: QuantConfig, job: Job) -> None:
+    """The embedding, and the final norm and head: first of all, so that what is wrong with them shows at once.
 
-
-def _outer_shapes(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[int, ...]]:
-    """Tensors outside the layers and their shapes, in the order of use. Raises CheckpointError for one that differs."""
-    config = checkpoint.config
-    table = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {f"{family.embedding}.weight": table, f"{family.norm}.weight": table[1:]}
-    if not config.tied_embeddings:
-        shapes[f"{family.head}.weight"] = table
-    for name, shape in shapes.items():
-        if (info := checkpoint.info(name)).shape != shape:
-            raise CheckpointError(f"{info.file}: tensor {name!r} has shape {list(info.shape)}; {list(shape)} is needed")
-    return shapes
-
-
-def _write_outer(checkpoint: Checkpoint, family: Family, config: QuantConfig, job: Job) -> None:
-    """The embedding, and the final norm and head: first of all, so that what is wrong with them shows at once."""
-    dtype = getattr(torch, config.dtype)
-    names = list(_outer_shapes(checkpoint, family))
-    for part, own in ((0, names[:1]), (job.layers + 1, names[1:])):
+    Parts of the checkpoint that are no text model go with the head, as they are.
+    """
+    checkpoint, places, dtype = blocks.checkpoint, blocks.places, getattr(torch, config.dtype)
+    embedding = f"{blocks.family.embedding}.weight"
+    names = [places.stored(name) for name in blocks.skeleton.outer if name != embedding]
+    for part, own in ((0, [places.stored(embedding)]), (job.layers + 1, [*names, *places.beside])):
         if job.record(part) is None:
             job.commit(part, {n: cast(read_finite(checkpoint, n), dtype, n) for n in own}, {})
             checkpoint.close()
 
 
 def _quantize_layers(blocks: Blocks, config: QuantConfig, tokens: Tensor | None, job: Job, observer: Observer) -> None:
-    layers, family = job.layers, blocks.family
+    layers = job.layers
     done = [job.record(part) for part in range(1, layers + 1)]
     observer.start(layers, 0 if tokens is None else tokens.numel(), sum(r is not None for r in done))
     states = None if tokens is None else blocks.embed(tokens)
@@ -167,26 +148,29 @@ def _quantize_layers(blocks: Blocks, config: QuantConfig, tokens: Tensor | None,
             if record is not None and states is not None:
                 states = block.run(states, in_place=True)
             else:
-                worker = LayerQuantizer(block, LayerPlan(blocks.shapes(index), family, config, family.layer(index)))
+                worker = LayerQuantizer(block, _plan(blocks, config, index))
                 if states is None:
                     result = worker.round()
                 else:
                     result, states = worker.search(states)
                 record = result.record
-                job.commit(index + 1, {f"{family.layer(index)}.{n}": t for n, t in result.tensors.items()}, record)
-                del result, worker
+                prefix = blocks.family.layer(index)
+                named = {blocks.places.stored(f"{prefix}.{n}"): tensor for n, tensor in result.tensors.items()}
+                job.commit(index + 1, named, record)
+                del result, worker, named
         assert record is not None
         observer.layer(record)
 
 
-def _finish(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None, job: Job) -> dict[str, Any]:
+def _finish(blocks: Blocks, config: QuantConfig, tokens: Tensor | None, job: Job) -> dict[str, Any]:
     """The small files, the index, config.json and the report; then OUT gets its name."""
+    checkpoint = blocks.checkpoint
     for path in checkpoint.companions():
         copy_file(path, job.partial / path.name)
     size = write_index(job.partial)
     records = [job.record(part) or {} for part in range(1, job.layers + 1)]
     kept = [
-        {"name": f"{record['name']}.{row['name']}", "reason": row["kept_in_16_bits"]}
+        {"name": blocks.places.module(f"{record['name']}.{row['name']}"), "reason": row["kept_in_16_bits"]}
         for record in records
         for row in record["linears"]
         if "kept_in_16_bits" in row

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from squawq.families import Family
+from squawq.families import Family, expert_of
 from squawq.format.packing import PER_WORD
 from squawq.quant_config import QuantConfig
+
+GATE = "a router or gate"
 
 
 class LayerPlan:
     """Which linears of a layer are converted, and why the others are `kept` in 16 bits.
 
-    shapes: (out_features, in_features) by name. prefix: the layer's full name. Linears that share an input are kept
-    together, since engines fuse them and refuse a mixture.
+    shapes: (out_features, in_features) by name. prefix: the layer's full name. Linears of a module that share an input
+    are kept together, and so are all experts of a layer, since engines fuse them and refuse a mixture.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], family: Family, config: QuantConfig, prefix: str) -> None:
         self.family, self.config, self.prefix = family, config, prefix
+        self.groups = family.layer_groups(list(shapes))
         self.kept: dict[str, str] = {}
-        for group in family.groups:
-            reasons = {n: r for n in group.linears if (r := self._kept_reason(n, *shapes[n])) is not None}
-            if reasons:
+        together: dict[object, list[str]] = {}
+        for place, group in enumerate(self.groups):
+            for name in group.linears:
+                together.setdefault(_fused_with(place, name), []).append(name)
+        for names in together.values():
+            reasons = {n: r for n in names if (r := self._kept_reason(n, *shapes[n])) is not None}
+            for name in names if reasons else ():
                 first = next(iter(reasons))
-                for name in group.linears:
-                    self.kept[name] = reasons.get(name, f"shares its input with {first}, which stays in 16 bits")
-        self.converted = [name for name in family.linears if name not in self.kept]
+                self.kept[name] = reasons.get(name, f"shares its input with {first}, which stays in 16 bits")
+        self.converted = [name for name in self.linears if name not in self.kept]
+        self.kept |= dict.fromkeys((name for group in self.groups for name in group.readers), GATE)
+
+    @property
+    def linears(self) -> list[str]:
+        """Every linear that the groups name, in the order in which they are used."""
+        return [name for group in self.groups for name in group.linears]
 
     def _kept_reason(self, name: str, out_features: int, in_features: int) -> str | None:
         if self.config.skips(f"{self.prefix}.{name}"):
@@ -35,3 +47,9 @@ class LayerPlan:
         if out_features % PER_WORD:
             return f"out_features {out_features} is not a multiple of {PER_WORD}"
         return None
+
+
+def _fused_with(group: int, linear: str) -> object:
+    """Equal for linears that engines fuse."""
+    expert = expert_of(linear)
+    return expert.rpartition(".")[0] if expert else (group, linear.rpartition(".")[0])

@@ -1,0 +1,82 @@
+"""Mixture-of-experts layers whose experts are linears, one by one, as checkpoints name them.
+
+transformers 5 keeps all experts of a layer in two three-dimensional parameters; `Experts` takes that module's place and
+is called as it was. Knows nothing of what the linears hold, and no router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether this is transformers' form: every expert of a layer in two parameters."""
+    parts = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    return all(part is not None and part.dim() == 3 for part in parts)
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether stacked weights are [experts, in, out], as Llama 4 has them, instead of [experts, out, in]."""
+    return bool(module.gate_up_proj.shape[1] == module.down_proj.shape[2])
+
+
+def stacked_sizes(module: Any) -> tuple[int, int, int]:
+    """(experts, hidden, inner) of stacked weights."""
+    experts, hidden, inner = module.down_proj.shape
+    return (experts, inner, hidden) if is_transposed(module) else (experts, hidden, inner)
+
+
+class Expert(nn.Module):
+    """One expert: down(act(gate(x)) * up(x)). linears: gate, up and down by their names."""
+
+    def __init__(self, linears: Mapping[str, nn.Module], act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.names = tuple(linears)
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+        self._act = [act]  # a list: an activation shared by all experts is no module of each
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (self.get_submodule(name) for name in self.names)
+        y: Tensor = down(self._act[0](gate(x)) * up(x))
+        return y
+
+
+class Experts(nn.ModuleList):
+    """The experts of one layer, called as transformers calls its own."""
+
+    def __init__(self, experts: list[Expert]) -> None:
+        super().__init__(experts)
+        self.num_experts, self.names = len(experts), experts[0].names
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states [tokens, hidden]; top_k_index and top_k_weights [tokens, k]. An index past the last expert
+        is one of another process: no part of the sum here. Sums in float32, in the order of the experts.
+
+        Without an index, as Llama 4 calls: [experts * tokens, hidden], each expert's inputs in its own part, zero where
+        the token is not for it. Gives the same shape.
+        """
+        if top_k_index is None or top_k_weights is None:
+            return self._each_its_own(hidden_states)
+        total = torch.zeros_like(hidden_states, dtype=torch.float32)
+        for index in sorted(set(top_k_index.flatten().tolist())):
+            if index < self.num_experts:
+                token, place = torch.where(top_k_index == index)
+                y = self[index](hidden_states[token]) * top_k_weights[token, place, None]
+                total.index_add_(0, token, y.float())
+        return total.to(hidden_states.dtype)
+
+    def _each_its_own(self, hidden_states: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden_states)
+        parts = zip(self, hidden_states.chunk(self.num_experts), out.chunk(self.num_experts), strict=True)
+        for expert, inputs, outputs in parts:
+            token = torch.where((inputs != 0).any(-1))[0]
+            if len(token):
+                outputs[token] = expert(inputs[token])
+        return out

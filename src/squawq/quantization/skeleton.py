@@ -1,0 +1,181 @@
+"""transformers' own causal LM without weights: its layers, what it hands to each of them, its embedding and its head.
+
+The model lies on the meta device, which costs nothing; only the final norm and what is computed from the config
+(rotary frequencies, scales) are there. What happens outside the layers is never rebuilt: the model's own forward runs,
+with layers that hand out what they are given. Reads no files but config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from squawq.errors import CheckpointError
+from squawq.families import Family
+from squawq.nn.experts import Expert, Experts, is_stacked, is_transposed, stacked_sizes
+
+Arguments = dict[str, Any]
+
+
+class Skeleton:
+    """`layers` are transformers' own, on the meta device; experts are linears of their own, spelled as on disk.
+
+    Names are those of the text model, also where it is a part of a larger one.
+    """
+
+    def __init__(self, folder: Path, family: Family, device: str) -> None:
+        self.family, self.device = family, device
+        self.model = _build(folder)
+        self.config = self.model.config
+        self.layers: Any = self.model.get_submodule(family.layers)
+        self.transposed = any(_unstack(layer, family) for layer in self.layers)
+        self.ignored: list[str] = list(self.model._keys_to_ignore_on_load_unexpected or ())
+        state = self.model.state_dict()
+        self.outer = {n: tuple(t.shape) for n, t in state.items() if not n.startswith(f"{family.layers}.")}
+        if self.config.tie_word_embeddings:
+            self.outer.pop(f"{family.head}.weight", None)
+        inside = set(self.layers.modules())
+        self._fill_constants(part for part in self.model.modules() if part not in inside)
+        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
+
+    def fill_constants(self, layer: nn.Module) -> None:
+        """What checkpoints do not hold but the config gives, as rotary frequencies."""
+        self._fill_constants(layer.modules())
+
+    def _fill_constants(self, parts: Iterable[nn.Module]) -> None:
+        for part in parts:
+            lost = {name: part._buffers[name] for name in part._non_persistent_buffers_set}
+            for name, buffer in lost.items():
+                if buffer is not None:
+                    part._buffers[name] = torch.empty_like(buffer, device=self.device)
+            if lost:
+                self.model._init_weights(part)
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """What the first layer is given for ids [blocks, tokens]; only their rows of `table` are read."""
+        used, compact = torch.unique(ids, return_inverse=True)
+        given: list[Tensor] = []
+
+        def first(hidden: Tensor, **_: Any) -> Tensor:
+            given.append(hidden)
+            return hidden
+
+        self._run(self._base, compact.to(self.device), table[used].float(), lambda _: first)
+        return given[0].float()
+
+    @torch.no_grad()
+    def arguments(self, blocks: int, tokens: int) -> list[Arguments]:
+        """What each layer is called with beside the hidden states, for a batch of this shape."""
+        if (found := self._arguments.get((blocks, tokens))) is None:
+            found = self._arguments[blocks, tokens] = [{} for _ in self.layers]
+
+            def keep(index: int) -> Callable[..., Tensor]:
+                def layer(hidden: Tensor, **kwargs: Any) -> Tensor:
+                    found[index] = kwargs
+                    return hidden
+
+                return layer
+
+            self._run(self._base, self._no_ids(blocks, tokens), self._no_rows(), keep)
+        return found
+
+    def put(self, outer: Mapping[str, Tensor]) -> None:
+        """Fill in what `logits` needs: all tensors outside the layers but the embedding, the tied head's too."""
+        for name, tensor in outer.items():
+            owner, _, kind = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), kind, nn.Parameter(tensor, requires_grad=False))
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """[blocks, tokens, vocab] from the last layer's output: final norm, head, and what the model does to logits."""
+        ids = self._no_ids(*states.shape[:2])
+        found: Tensor = self._run(self.model, ids, self._no_rows(), lambda _: lambda *_, **__: states).logits
+        return found
+
+    def renaming(self) -> Callable[[str], str]:
+        """From names on disk to the model's, as transformers maps them."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        entries = [e for e in get_model_conversion_mapping(self.model) if isinstance(e, WeightRenaming)]
+
+        def rename(name: str) -> str:
+            for entry in entries:
+                name, _ = entry.rename_source_key(name)
+            return name
+
+        return rename
+
+    def _base(self, ids: Tensor, use_cache: bool) -> None:
+        base, norm = self.model.get_submodule(self.family.layers.rpartition(".")[0]), self.family.norm
+        with _acting(self.model.get_submodule(norm), lambda hidden: hidden):
+            base(ids, use_cache=use_cache)
+
+    def _run(
+        self, model: Callable[..., Any], ids: Tensor, rows: Tensor, layer: Callable[[int], Callable[..., Tensor]]
+    ) -> Any:
+        """`model` on ids that stand for these rows of the embedding, its layers acting as they are told."""
+        embedding = self.model.get_submodule(self.family.embedding)
+        kept, padding = embedding.weight, embedding.padding_idx
+        embedding.weight, embedding.padding_idx = nn.Parameter(rows.to(self.device), requires_grad=False), None
+        try:
+            with ExitStack() as stack:
+                for index, module in enumerate(self.layers):
+                    stack.enter_context(_acting(module, layer(index)))
+                return model(ids, use_cache=False)
+        finally:
+            embedding.weight, embedding.padding_idx = kept, padding
+
+    def _no_ids(self, blocks: int, tokens: int) -> Tensor:
+        return torch.zeros(blocks, tokens, dtype=torch.int64, device=self.device)
+
+    def _no_rows(self) -> Tensor:
+        return torch.zeros(1, self.config.hidden_size)
+
+
+@contextmanager
+def _acting(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While open, the module does something else."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _build(folder: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config.tie_word_embeddings = bool(config.tie_word_embeddings)
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            config._attn_implementation = "eager"  # sdpa leaves the cap out
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    except Exception as error:  # transformers raises many kinds for a config.json that it cannot use
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CheckpointError(f"{folder / 'config.json'}: transformers refuses it: {reason}") from error
+
+
+def _unstack(layer: nn.Module, family: Family) -> bool:
+    """Give each expert linears of its own, without weights. Whether the stacked ones were transposed."""
+    transposed = False
+    for name, module in list(layer.named_modules()):
+        if is_stacked(module):
+            transposed = is_transposed(module)
+            count, hidden, inner = stacked_sizes(module)
+            shapes = dict(zip(family.experts, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True))
+            with torch.device("meta"):
+                experts = [
+                    Expert({n: nn.Linear(*shape, bias=False) for n, shape in shapes.items()}, module.act_fn)
+                    for _ in range(count)
+                ]
+            layer.set_submodule(name, Experts(experts))
+    return transposed
