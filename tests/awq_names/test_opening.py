@@ -78,7 +78,7 @@ def test_weights_that_were_changed_are_refused(make_model: MakeModel, rows: list
 
 
 @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if family.decoder))
 def test_an_unchanged_model_is_as_stored(make_model: MakeModel, family: str, dtype: Any) -> None:
     folder = make_model(family, tie_word_embeddings=True)
     raw = json.loads((folder / "config.json").read_text())

@@ -25,10 +25,10 @@ import squawq.transformers  # noqa: F401 (registers)
 from squawq.errors import CheckpointError, ConfigError, KernelError
 from squawq.format.groupwise import quantize
 from squawq.format.packing import to_gemm
-from squawq.integrations.experts import AwqExperts
 from squawq.integrations.linear import AwqLinear
 from squawq.integrations.quantizer import _say_once
 from squawq.kernels import library
+from squawq.nn.experts import Experts
 
 IDS = torch.randint(2, 160, (2, 24), generator=torch.Generator().manual_seed(1))
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
@@ -284,7 +284,7 @@ def test_missing_tensors_are_an_error(tmp_path: Path, folders: tuple[Path, Path]
 def test_experts(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
     awq, dense = quantized(tmp_path, model_type)
     found = load(awq, exact=True, dtype=dtype)
-    experts = [m for m in found.modules() if isinstance(m, AwqExperts)]
+    experts = [m for m in found.modules() if isinstance(m, Experts)]
     assert len(experts) == 2
     if dtype == torch.float32:  # in 16 bits the router's choice may change
         assert difference(logits(found), logits(load(dense))) < TOLERANCES[dtype]

@@ -20,11 +20,11 @@ from squawq.format.packing import from_gemm
 from squawq.format.reader import Checkpoint
 from squawq.format.writer import write_index
 from squawq.kernels import cpu, library
-from squawq.kernels.reference import rms_norm
 from squawq.nn.decoder import layer_stack
-from squawq.nn.loader import Options, load, load_head
+from squawq.nn.loader import Options, load
 from squawq.nn.rope import inverse_frequencies
 from squawq.quant_config import QuantConfig
+from squawq.quantization.blocks import Blocks
 from squawq.quantization.pipeline import quantize
 
 LLAMA3 = {
@@ -183,9 +183,8 @@ def test_quantized_folder_runs_as_its_dequantized_self(
     folder = make_model("qwen2")
     quantize(folder, tmp_path / "out", QuantConfig(group_size=group_size, zero_point=zero_point, method="rtn"))
     ids = torch.randint(0, 160, (1, 16), generator=torch.Generator().manual_seed(1))
-    dense = final_states(Checkpoint(tmp_path / "out"), ids, "cpu", lambda: None)
-    norm, head = load_head(Checkpoint(tmp_path / "out"), family_of("qwen2"), Options(packed=False))
-    expected = head(rms_norm(dense, norm, 1e-5))
+    final = final_states(Blocks(Checkpoint(tmp_path / "out"), family_of("qwen2"), "cpu"), ids, lambda: None)
+    expected = final.blocks.logits()(final.states)
     original = logits(folder, ids, WAYS["torch"])
     for options in (*WAYS.values(), Options()):
         found = logits(tmp_path / "out", ids, options)

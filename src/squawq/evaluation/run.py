@@ -1,14 +1,14 @@
 """Measures a model folder on a text, alone or against its 16-bit original; neither need fit in memory whole.
 
-Hidden states of all windows go through the layers one after another. Peak memory: one layer, the two models' hidden
-states (windows x tokens x hidden_size x 4 bytes each), and the heads.
+Hidden states of all windows go through transformers' own layers one after another, their weights dequantized: any
+family that can be quantized can be measured. Peak memory: one layer, the two models' hidden states (windows x tokens x
+hidden_size x 4 bytes each), and the heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squawq.config import ModelConfig
 from squawq.errors import CalibrationError, CheckpointError, ConfigError
 from squawq.evaluation.metrics import Score
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
-from squawq.kernels import dispatch, reference
 from squawq.kernels.devices import check_device
-from squawq.nn.decoder import causal_attention
-from squawq.nn.linear import Linear
-from squawq.nn.loader import Options, load_dense_layer, load_embedding, load_head
-from squawq.nn.rope import inverse_frequencies
+from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import read_text, split_documents
 from squawq.tokenizer import Tokenizer
 
 DEFAULT_WINDOW = 1024
 MAX_TOKENS = 32_768
-BATCH_TOKENS = 2048  # tokens that go through a layer at once
 LOGITS = 1 << 23  # logits held at once
 Progress = Callable[[int, int], None]
 
@@ -112,9 +106,8 @@ def evaluate(
         if progress is not None:
             progress(done, total)
 
-    states = final_states(checkpoint, cut.ids, device, step)
-    other_states = None if other is None else final_states(other, cut.ids, device, step)
-    score, by_position = _score(checkpoint, states, other, other_states, cut, device)
+    finals = [final_states(_blocks(c, device), cut.ids, step) for c in (checkpoint, other) if c is not None]
+    score, by_position = _score(finals, cut, checkpoint.config.vocab_size)
     return {**score.summary(), "window": window, "stride": cut.stride, "kl_by_position": by_position}
 
 
@@ -127,61 +120,50 @@ def text_ids(tokenizer: Tokenizer, text: str | Path | None) -> list[int]:
     return [i for document in split_documents(content) for i in tokenizer.encode(document)]
 
 
+@dataclass(frozen=True)
+class Final:
+    """A model and its hidden states after the last layer, float32 [windows, tokens, hidden]."""
+
+    blocks: Blocks
+    states: Tensor
+
+
+def _blocks(checkpoint: Checkpoint, device: str) -> Blocks:
+    return Blocks(checkpoint, family_of(checkpoint.config.model_type), device)
+
+
 @torch.inference_mode()
-def final_states(checkpoint: Checkpoint, ids: Tensor, device: str, step: Callable[[], None]) -> Tensor:
-    """Hidden states after the last layer, float32 [windows, tokens, hidden], with one layer in memory at a time."""
-    config: ModelConfig = checkpoint.config
-    states = load_embedding(checkpoint, family_of(config.model_type))[ids].float().to(device)
-    frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
-    rotary = reference.rotary(torch.arange(ids.shape[1], device=device), frequencies)
-    attend = partial(causal_attention, rotary=rotary)
-    batch = max(1, BATCH_TOKENS // ids.shape[1])
-    for index in range(config.num_layers):
-        layer = load_dense_layer(checkpoint, index, device)
-        for start in range(0, len(states), batch):
-            part = states[start : start + batch]
-            part += layer(part, None, attend)
-        del layer
-        checkpoint.close()
+def final_states(blocks: Blocks, ids: Tensor, step: Callable[[], None]) -> Final:
+    """All windows through the model, with one layer in memory at a time."""
+    states = blocks.embed(ids)
+    for index in range(len(blocks.layers)):
+        with blocks.open(index) as block:
+            block.run(states, in_place=True)
         step()
-    return states
+    return Final(blocks, states)
 
 
 @torch.inference_mode()
-def _score(
-    checkpoint: Checkpoint,
-    states: Tensor,
-    other: Checkpoint | None,
-    other_states: Tensor | None,
-    cut: Windows,
-    device: str,
-) -> tuple[Score, list[float]]:
-    """Heads over the scored positions, a slice of rows at a time."""
-
-    def head_of(of: Checkpoint) -> tuple[Tensor, Linear]:
-        return load_head(of, family_of(of.config.model_type), Options(device, packed=False))
-
-    def logits(of: Checkpoint, head: tuple[Tensor, Linear], rows: Tensor) -> Tensor:
-        return head[1](dispatch.rms_norm(rows, head[0], of.config.norm_eps))
-
-    head = head_of(checkpoint)
-    other_head = None if other is None else head_of(other)
+def _score(finals: Sequence[Final], cut: Windows, vocab_size: int) -> tuple[Score, list[float]]:
+    """The head of the model, and of the reference if there is one, over the scored positions, some rows at a time."""
+    heads = [final.blocks.logits() for final in finals]
     score = Score()
     sums, counts = torch.zeros(cut.ids.shape[1], dtype=torch.float64), torch.zeros(cut.ids.shape[1])
-    rows = max(1, LOGITS // checkpoint.config.vocab_size)
+    rows = max(1, LOGITS // vocab_size)
     for index in range(len(cut.ids)):
         span = cut.scored(index)
         for start in range(span.start, span.stop, rows):
             part = slice(start, min(span.stop, start + rows))
-            targets = cut.ids[index, part.start + 1 : part.stop + 1].to(device)
-            mine = logits(checkpoint, head, states[index, part])
+            targets = cut.ids[index, part.start + 1 : part.stop + 1].to(finals[0].states.device)
+            mine, *theirs = (
+                head(final.states[index : index + 1, part])[0] for head, final in zip(heads, finals, strict=True)
+            )
             if not bool(torch.isfinite(mine).all()):
-                raise CheckpointError(f"{checkpoint.folder}: the model's logits are not finite; its weights are broken")
-            if other is None or other_head is None or other_states is None:
-                score.add(mine, targets)
-                continue
-            score.add(mine, targets, logits(other, other_head, other_states[index, part]))
-            sums[part] += score.divergence[-1]
-            counts[part] += 1
-    by_position = [] if other is None else [float(s / c) for s, c in zip(sums, counts, strict=True) if c]
+                folder = finals[0].blocks.checkpoint.folder
+                raise CheckpointError(f"{folder}: the model's logits are not finite; its weights are broken")
+            score.add(mine, targets, *theirs)
+            if theirs:
+                sums[part] += score.divergence[-1]
+                counts[part] += 1
+    by_position = [float(s / c) for s, c in zip(sums, counts, strict=True) if c]
     return score, by_position

@@ -26,8 +26,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.reader import TensorInfo, read_header
-from squawq.integrations.experts import AwqExperts, Expert, expert_names, is_stacked
+from squawq.integrations.experts import expert_names
 from squawq.integrations.linear import AwqLinear
+from squawq.nn.experts import Expert, Experts, is_stacked, stacked_sizes
 from squawq.quant_config import QuantConfig
 
 logger = logging.getLogger("squawq")
@@ -171,7 +172,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _replace_experts(self, model: Any, path: str, module: Any, stored: Mapping[str, TensorInfo]) -> None:
-        count, hidden, inner = module.down_proj.shape
+        count, hidden, inner = stacked_sizes(module)
         names = expert_names(path, count, stored)
         if names is None:
             return
@@ -181,7 +182,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
             places = {name: f"{path}.{index}.{name}" for name in names}
             linears = {n: self._layer(place, stored, *shapes[n]) for n, place in places.items()}
             experts.append(Expert(linears, module.act_fn))
-        model.set_submodule(path, AwqExperts(experts))
+        model.set_submodule(path, Experts(experts))
 
     def _linear(self, path: str, stored: Mapping[str, TensorInfo], linear: nn.Linear) -> AwqLinear:
         return self._layer(path, stored, linear.in_features, linear.out_features)
@@ -218,7 +219,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
         swapped = {"colwise": "rowwise", "rowwise": "colwise"}
         modules = by_pattern(model)
         for path, module in modules.items():
-            if isinstance(module, AwqExperts) and plan.pop(f"{path}.gate_up_proj", None) == "packed_colwise":
+            if isinstance(module, Experts) and plan.pop(f"{path}.gate_up_proj", None) == "packed_colwise":
                 plan.pop(f"{path}.down_proj", None)
                 plan.pop(path, None)  # each expert's down projection sums over the processes itself
                 gate, up, down = (f"{path}.*.{name}" for name in module.names)

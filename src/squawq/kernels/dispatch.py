@@ -127,6 +127,3 @@ def attention(
     kernels = cpu if _native_attention(qkv, heads, keys) else reference
     y: Tensor = kernels.attention(qkv, heads, sequences, pages, window, keys, values)
     return y
-
-
-rms_norm = reference.rms_norm

@@ -1,8 +1,7 @@
 """The decoder of Llama-like families: fused layers as plain functions, with attention passed in.
 
 Hidden states run as rows of tokens. A layer adds what the layer before it left (`delta`) while it norms, so that
-every residual addition is part of a norm. Attention is over the paged cache (`Decoder`) or over the rows themselves
-(`causal_attention`, for whoever runs whole windows through one layer).
+every residual addition is part of a norm. Attention is over the paged cache.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from squawq.config import ModelConfig
-from squawq.kernels import cpu, dispatch, library, reference
+from squawq.kernels import cpu, dispatch, library
 from squawq.kernels.packed import Packed
 from squawq.nn.cache import Batch, Cache
 from squawq.nn.linear import Linear
@@ -48,23 +46,6 @@ class Layer:
     def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
         """Norms of queries and keys, in families that have them."""
         return self.norms.get("self_attn.q_norm"), self.norms.get("self_attn.k_norm")
-
-
-def causal_attention(layer: Layer, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention of windows over themselves, in qkv's dtype: [batch, tokens, ...] -> [batch, tokens, query * head_dim].
-
-    rotary: cos and sin of the windows' positions, [tokens, head_dim / 2].
-    """
-    config = layer.config
-    q, k, v = reference.split_heads(qkv, config.heads)
-    query_norm, key_norm = layer.head_norms
-    if query_norm is not None and key_norm is not None:
-        q, k = reference.rms_norm(q, query_norm, config.norm_eps), reference.rms_norm(k, key_norm, config.norm_eps)
-    q, k, v = (t.transpose(1, 2) for t in (reference.rotate(q, *rotary), reference.rotate(k, *rotary), v))
-    window, tokens = config.window(layer.index), qkv.shape[1]
-    mask = None if window is None or window >= tokens else reference.causal_mask(tokens, 0, window, qkv.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2).flatten(2)
 
 
 @dataclass

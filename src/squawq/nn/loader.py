@@ -1,7 +1,7 @@
-"""From a checkpoint to our decoder: the whole of it, or one layer at a time for whoever streams.
+"""From a checkpoint to our decoder.
 
 With the native kernels AWQ tensors go from the memory map straight into the kernels' layout. Peak memory of `load`: the
-packed weights, one layer's shards, and the embedding's rows as they are used. Of `load_layer`: that layer's weights.
+packed weights, one layer's shards, and the embedding's rows as they are used.
 """
 
 from __future__ import annotations
@@ -160,15 +160,6 @@ def load_layer(checkpoint: Checkpoint, index: int, options: Options) -> Layer:
         norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (config.head_dim,))
     loaded = {n: _float(checkpoint.read(f"{prefix}.{n}.weight", shape), options.device) for n, shape in norms.items()}
     return Layer(config, index, linears, loaded)
-
-
-def load_dense_layer(checkpoint: Checkpoint, index: int, device: str = "cpu") -> Layer:
-    """One layer with dense float32 weights, for whoever runs many tokens through it."""
-    layer = load_layer(checkpoint, index, Options(device, packed=False))
-    for name, linear in layer.linears.items():
-        if isinstance(linear.weight, GroupwiseTensor):
-            layer.linears[name] = Linear(linear.weight.dequantize(), linear.bias)
-    return layer
 
 
 def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:

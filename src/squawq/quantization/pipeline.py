@@ -175,7 +175,8 @@ def _finish(blocks: Blocks, config: QuantConfig, tokens: Tensor | None, job: Job
         for row in record["linears"]
         if "kept_in_16_bits" in row
     ]
-    raw = {k: v for k, v in checkpoint.config.raw.items() if k not in ("dtype", "torch_dtype")}
+    kept += [{"name": name, "reason": "no part of the text model"} for name in blocks.places.parts]
+    raw: dict[str, Any] = _without_dtype(checkpoint.config.raw)
     raw["torch_dtype"] = config.dtype
     raw["quantization_config"] = config.to_quantization_config([row["name"] for row in kept])
     write_json(job.partial / "config.json", raw)
@@ -186,10 +187,24 @@ def _finish(blocks: Blocks, config: QuantConfig, tokens: Tensor | None, job: Job
         "bytes": size,
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
         "kept_in_16_bits": kept,
-        "notes": [f"{record['name']}: {note}" for record in records for note in record["notes"]],
+        "notes": [f"{record['name']}: {note}" for record in records for note in record["notes"]] + _left_out(blocks),
         "layers": records,
         "job": job.identity,
     }
     write_json(job.partial / REPORT, report)
     job.finish()
     return report
+
+
+def _without_dtype(config: Any) -> Any:
+    """config.json, or a config in it, without what the source says of its dtype."""
+    if not isinstance(config, Mapping):
+        return config
+    return {key: _without_dtype(value) for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+
+
+def _left_out(blocks: Blocks) -> list[str]:
+    ignored = blocks.places.ignored
+    return (
+        [f"{len(ignored)} tensors that transformers leaves aside are not written, as {ignored[0]}"] if ignored else []
+    )

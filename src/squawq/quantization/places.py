@@ -78,6 +78,11 @@ class Places:
         on_disk = self.names.get(f"{experts}.{FUSED[0]}", "")
         return on_disk.removesuffix(FUSED[0]) + name.removeprefix(f"{experts}.") if on_disk.endswith(FUSED[0]) else name
 
+    @property
+    def parts(self) -> list[str]:
+        """What the parts beside the text model are called, as vision_tower."""
+        return sorted({name.removeprefix("model.").partition(".")[0] for name in self.beside})
+
     def module(self, name: str) -> str:
         """What a module of the model is called on disk."""
         return self.stored(f"{name}.weight").removesuffix(".weight")

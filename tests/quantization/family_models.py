@@ -1,0 +1,107 @@
+"""Tiny random models of every family, by transformers' own classes, and their AWQ folders made dense again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from squawq.families import FAMILIES
+from squawq.format.packing import from_gemm
+
+VOCABULARY = 160
+SIZES: dict[str, Any] = {  # under every name that some config has for them
+    **dict.fromkeys(("hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 64),
+    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp"), 96),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "sliding_window"), 16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "n_group", "interleave_moe_layer_step"), 2),
+    **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts", "num_shared_expert"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"), 1),
+    **dict.fromkeys(("topk_group", "decoder_sparse_step", "bos_token_id", "eos_token_id"), 1),
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+}
+
+
+def family_model(model_type: str, folder: Path, **changes: Any) -> Any:
+    """Make a model with two small layers, save it as transformers does, and return it in float32."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind = CONFIG_MAPPING[model_type]
+    known = {*signature(kind).parameters, *getattr(kind, "attribute_map", {})}
+    sizes = {name: value for name, value in {**SIZES, **changes}.items() if name in known}
+    if "kv_lora_rank" in sizes:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(**sizes), dtype=torch.float32).eval()
+    randomize(model, FAMILIES[model_type].norm_offset)
+    model.save_pretrained(folder)
+    return model
+
+
+def randomize(model: Any, norm_offset: float) -> None:
+    """Weights large enough that what is wrong shows."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "norm" in name and name.endswith(".weight")
+            spread = 0.1 if parameter.dim() == 1 else 0.2
+            parameter.normal_(1 - norm_offset if is_norm else 0, spread)
+
+
+def linear_names(model: Any, layer: int) -> set[str]:
+    """Every linear of a layer, each expert's included, relative to the layer; routers are no linears here."""
+    decoder = model.get_submodule(f"{FAMILIES[model.config.model_type].layers}.{layer}")
+    names = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    spelling = FAMILIES[model.config.model_type].experts
+    for name, parameter in decoder.named_parameters():
+        if parameter.dim() == 3 and name.endswith("experts.down_proj"):
+            path = name.removesuffix("down_proj")
+            names |= {f"{path}{expert}.{linear}" for expert in range(len(parameter)) for linear in spelling}
+    return names
+
+
+def dense_folder(awq: Path, source: Path, out: Path) -> Path:
+    """The AWQ folder with the weights that its integers stand for, as transformers reads a 16-bit model."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(awq.glob("*.safetensors")):
+        tensors |= load_file(file)
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        base = name.removesuffix("qweight")
+        parts = [tensors.pop(base + part) for part in ("qweight", "scales", "qzeros")]
+        tensors[f"{base}weight"] = from_gemm(*parts).dequantize()
+    for fused, tensor in _fused(source).items():
+        parent = re.sub(r"\.\w+(\.weight)?$", "", fused).removesuffix(".experts")
+        of = re.compile(re.escape(parent) + r"\.experts\.(\d+)\.(\w+)\.weight")
+        found = {(int(m[1]), m[2]): tensors[name] for name in tensors if (m := of.fullmatch(name))}
+        gate, up, down = ("gate_proj", "up_proj", "down_proj") if (0, "up_proj") in found else ("w1", "w3", "w2")
+        wanted = (down,) if re.search("down_proj|output", fused) else (gate, up)
+        stack = torch.stack([torch.cat([found[e, part] for part in wanted]) for e in range(len(tensor))])
+        tensors[fused] = stack if stack.shape == tensor.shape and "llama4" not in str(source) else stack.transpose(1, 2)
+    for name in [n for n in tensors if re.search(r"experts\.\d+\.", n) and _fused(source)]:
+        del tensors[name]
+    out.mkdir()
+    save_file({n: t.float().contiguous() for n, t in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((awq / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    if (awq / "generation_config.json").is_file():
+        shutil.copy(awq / "generation_config.json", out)
+    return out
+
+
+def _fused(source: Path) -> dict[str, torch.Tensor]:
+    """What holds all experts of a layer in the 16-bit folder."""
+    return {name: t for name, t in load_file(source / "model.safetensors").items() if t.dim() == 3}

@@ -1,0 +1,185 @@
+"""Every row of the table: a tiny model is quantized, loaded by transformers and by us, and measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from family_models import SIZES, VOCABULARY, dense_folder, family_model, linear_names, randomize
+from safetensors.torch import load_file, save_file
+
+import squawq
+from squawq.errors import CheckpointError, ConfigError
+from squawq.families import FAMILIES
+from squawq.format.reader import Checkpoint
+from squawq.nn.loader import load
+from squawq.quant_config import QuantConfig
+from squawq.quantization.blocks import Blocks
+from squawq.quantization.fold import Folding
+from squawq.quantization.layer import LayerQuantizer
+from squawq.quantization.plan import GATE, LayerPlan
+
+SMALL = QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=3)
+ROWS = torch.randint(2, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(5))
+
+
+def blocks_of(folder: Path, model_type: str) -> Blocks:
+    return Blocks(Checkpoint(folder), FAMILIES[model_type], "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AwqConfig
+
+    import squawq.transformers
+
+    monkeypatch.setattr("squawq.quantization.inputs.LEAST_TOKENS", 130)  # some experts see more, some fewer
+    model = family_model(model_type, tmp_path / "model")
+    report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
+    for index, layer in enumerate(report["layers"]):
+        rows = {row["name"]: row for row in layer["linears"]}
+        assert linear_names(model, index) <= set(rows)
+        for name, row in rows.items():
+            is_gate = row["out_features"] < 8  # as many as there are experts, or one
+            assert row.get("kept_in_16_bits") == (GATE if is_gate else None)
+            assert is_gate or math.isfinite(row["loss"])
+            assert ("tokens" in row) == (".experts." in name)
+    ids = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(6))
+    dense = dense_folder(tmp_path / "awq", tmp_path / "model", tmp_path / "dense")
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()(ids).logits
+        awq = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "awq", dtype=torch.float32, quantization_config=AwqConfig(backend="torch_awq")
+        )
+        assert (awq(ids).logits - expected).abs().max() < 1e-3
+    blocks = blocks_of(tmp_path / "awq", model_type)
+    states = blocks.embed(ids)
+    for index in range(2):
+        with blocks.open(index) as block:
+            states = block.run(states)
+    assert (blocks.logits()(states) - expected).abs().max() < 1e-3
+    score = squawq.evaluate(tmp_path / "awq", tmp_path / "model", ids=ids.flatten().tolist(), window=24)
+    assert 0 < score["kl_mean"] < 1
+    assert math.isfinite(score["perplexity"])
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_scales_leave_the_function_as_it_was(model_type: str, tmp_path: Path) -> None:
+    """Any scales, folded where the row says, change no output: whatever reads a scaled input is in the row."""
+    family_model(model_type, tmp_path / "model")
+    blocks = blocks_of(tmp_path / "model", model_type)
+    states = blocks.embed(ROWS[:2])
+    generator = torch.Generator().manual_seed(7)
+    for index in range(2):
+        with blocks.open(index) as block:
+            expected = block.run(states)
+            nothing = QuantConfig(group_size=32, modules_to_not_convert=("layers",), dtype="bfloat16")
+            plan = LayerPlan(blocks.shapes(index), FAMILIES[model_type], nothing, FAMILIES[model_type].layer(index))
+            worker, folding = LayerQuantizer(block, plan), Folding()
+            for group in block.groups:
+                if worker.takes_scales(group):
+                    scales = torch.rand(block.weight(group.linears[0]).shape[1], generator=generator) + 0.5
+                    worker.fold(group, scales, folding)
+            worker.apply(folding, {})
+            assert (block.run(states) - expected).abs().max() < 1e-4 * expected.abs().max()
+            states = expected
+
+
+def test_experts_that_see_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router that knows no difference sends every token to the same two; the others are calibrated all the same."""
+    family_model("qwen3_moe", tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    for layer in range(2):
+        state[f"model.layers.{layer}.mlp.gate.weight"].zero_()
+    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("squawq.quantization.inputs.LEAST_TOKENS", 100)
+    report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
+    for layer in report["layers"]:
+        rows = {row["name"]: row for row in layer["linears"] if "tokens" in row}
+        tokens = [rows[f"mlp.experts.{expert}.up_proj"]["tokens"] for expert in range(4)]
+        assert sorted(tokens) == [0, 0, ROWS.numel(), ROWS.numel()]
+        assert layer["notes"] == ["2 of 4 experts saw fewer than 100 tokens; calibrated on all sampled tokens"]
+        for expert in range(4):
+            row = rows[f"mlp.experts.{expert}.down_proj"]
+            assert 0 < row["loss"] < row["loss_rounded"]  # searched, on what the expert would have been given
+
+
+def test_all_experts_stay_in_16_bits_together(tmp_path: Path) -> None:
+    """Engines run all experts of a layer by one kernel."""
+    from transformers import AutoModelForCausalLM
+
+    import squawq.transformers
+
+    family_model("mixtral", tmp_path / "model")
+    config = replace(SMALL, modules_to_not_convert=("layers.0.mlp.experts.3.w2",))
+    squawq.quantize(tmp_path / "model", tmp_path / "awq", config, calibration=ROWS.tolist())
+    found = Checkpoint(tmp_path / "awq")
+    experts = [f"model.layers.{{}}.block_sparse_moe.experts.{e}.{w}" for e in range(4) for w in ("w1", "w2", "w3")]
+    assert not any(found.is_quantized(name.format(0)) for name in experts)
+    assert all(found.is_quantized(name.format(1)) for name in experts)
+    assert found.config.quant is not None
+    assert {name.format(0) for name in experts} < set(found.config.quant.modules_to_not_convert)
+    assert "model.layers.1.block_sparse_moe.gate" in found.config.quant.modules_to_not_convert
+    with torch.no_grad():
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "awq")(ROWS[:1]).logits.isfinite().all()
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    family_model("olmoe", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    state = load_file(file)
+    del state["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'model.layers.1.mlp.experts.2.up_proj.weight' is missing"):
+        squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
+    assert not (tmp_path / "awq.partial").exists()
+
+
+def test_the_text_model_of_a_larger_one(tmp_path: Path) -> None:
+    """Gemma 3 with its eyes: the text model is quantized, the rest is copied and listed."""
+    from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+
+    import squawq.transformers
+
+    known = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {name: SIZES[name] for name in (*known, "head_dim", "vocab_size", "sliding_window")}
+    config = Gemma3Config(
+        text_config={**text, "max_position_embeddings": 128, "pad_token_id": 0},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=150,
+        boi_token_index=151,
+        eoi_token_index=152,
+    )
+    model = Gemma3ForConditionalGeneration(config).eval()
+    randomize(model, 1.0)
+    model.save_pretrained(tmp_path / "model")
+    report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
+    assert [row["name"] for row in report["kept_in_16_bits"]] == ["multi_modal_projector", "vision_tower"]
+    assert len(report["layers"]) == 2
+    ids = ROWS[:1] % 150
+    with torch.no_grad():
+        wanted, found = model(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "awq")(ids).logits
+    assert (found - wanted).abs().mean() < 0.3 * wanted.abs().mean()
+    score = squawq.evaluate(tmp_path / "awq", tmp_path / "model", ids=ids[0].tolist(), window=32)
+    assert 0 < score["kl_mean"] < 1
+
+
+def test_a_row_that_forgets_a_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family_model("llama", tmp_path / "model")
+    groups = tuple(group for group in FAMILIES["llama"].groups if "mlp.down_proj" not in group.linears)
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], groups=groups))
+    with pytest.raises(ConfigError, match=r"mlp.down_proj: the row of llama .* docs/adding-a-family.md"):
+        squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "phi3"])
+def test_what_our_decoder_does_not_run_says_what_does(model_type: str, tmp_path: Path) -> None:
+    family_model(model_type, tmp_path / "model")
+    with pytest.raises(ConfigError, match=rf"does not run this model yet .*{model_type}.* import squawq.transformers"):
+        load(tmp_path / "model")
