@@ -1,29 +1,31 @@
 """What a model is, how large, and what memory it takes to run: from config.json and safetensors headers, no weights.
 
-Where there are no headers (a config.json alone, a Hub id) the tensors are worked out from the shapes; the result says
-which. Knows nothing of speed, and of memory only what the model itself needs: no Python, no driver, no allocator.
+Where there are no headers (a config.json alone, a Hub id) the tensors are those of transformers' model; the result says
+which. Names are the model's, where a checkpoint has older ones. Knows nothing of speed, and of memory only what the
+model itself needs: no Python, no driver, no allocator.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
-from squawq.families import Family, family_of
+from squawq.families import expert_of, family_of
 from squawq.format.layouts import LAYOUTS
 from squawq.format.reader import INDEX, Checkpoint, read_json
 from squawq.hub.download import hub_file
 from squawq.kernels.reference import PAGE
 from squawq.nn.cache import Cache
-from squawq.nn.loader import linear_shapes
 from squawq.quant_config import QuantConfig
+from squawq.quantization.places import FUSED, INTEGERS, Places
 from squawq.quantization.plan import LayerPlan
+from squawq.quantization.skeleton import Skeleton
 
 STEP_TOKENS = 512  # that run through the model at once: the engine's chunk of a prompt
 DEFAULT_CONTEXT = 8192
@@ -33,8 +35,8 @@ KINDS = {
     "embedding": "embedding",
     "head": "head",
     "small": "norms and biases",
+    "beside": "parts that are no text model",
 }
-INTEGERS = ("qweight", "qzeros", "scaled_zeros", "scales")
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,16 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
     workspace (the values of a step of 512 tokens, float32) and their total. `tensors` says where sizes come from:
     "headers" or "shapes". Raises ConfigError for a context that the model has not, CheckpointError for a bad model.
     """
-    config, found = _open(model)
-    family = family_of(config.model_type)
+    config, skeleton, found = _open(model)
+    family = skeleton.family
     context = min(DEFAULT_CONTEXT, config.max_positions) if context is None else context
     for name, value in (("context", context), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
     if context > config.max_positions:
         raise ConfigError(f"context is {context}; the model has {config.max_positions} positions")
-    tensors = expected(config, config.quant) if found is None else found
-    dense, small = expected(config, None), expected(config, config.quant or QuantConfig())
+    tensors = expected(config, config.quant, skeleton) if found is None else found
+    dense, small = (expected(config, quant, skeleton) for quant in (None, config.quant or QuantConfig()))
     own = _total(tensors)
     weights = {"fp16": _total(dense), "int4": own if config.quant else _total(small)}
     cache = -(-context // PAGE) * PAGE * batch * Cache.token_bytes(config)
@@ -85,10 +87,10 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
         "parameters": sum(tensor.weights for tensor in tensors.values()),
         "quantization": _quantization(config),
         "head": "tied" if config.tied_embeddings else _form(tensors, family.head),
-        "linears": _linears(config, family, tensors),
-        "kept_in_16_bits": _kept(config, family, tensors),
+        "linears": _linears(skeleton, tensors),
+        "kept_in_16_bits": _kept(config, skeleton, tensors),
         "tensors": "shapes" if found is None else "headers",
-        "bytes": {**_by_kind(family, tensors), "total": own},
+        "bytes": {**_by_kind(skeleton, tensors), "total": own},
         "memory": {
             "context": context,
             "batch": batch,
@@ -102,74 +104,66 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
 
 def missing(checkpoint: Checkpoint) -> list[str]:
     """Names that a whole checkpoint of this config has and this one has not."""
-    have, quant = set(checkpoint.tensors), checkpoint.config.quant
+    skeleton = _skeleton(checkpoint.config, str(checkpoint.folder))
+    places, quant = Places(checkpoint, skeleton), checkpoint.config.quant
     zeros = (LAYOUTS[checkpoint.config.layout].zeros,) if quant is not None and quant.zero_point else ()
-    needed = ("qweight", "scales", *zeros)
     lost = []
-    for name in expected(checkpoint.config, None):
+    for name in expected(checkpoint.config, None, skeleton):
         base = name.removesuffix("weight")
-        if name in have:
-            continue
-        if f"{base}qweight" in have:
-            lost += [base + part for part in needed if base + part not in have]
-        else:
-            lost.append(name)
+        if f"{base}qweight" in places.names:
+            lost += [places.stored(base + p) for p in ("qweight", "scales", *zeros) if base + p not in places.names]
+        elif not places.has(name):
+            lost.append(places.stored(name))
     return lost
 
 
-def expected(config: ModelConfig, quant: QuantConfig | None) -> dict[str, Stored]:
+def expected(config: ModelConfig, quant: QuantConfig | None, skeleton: Skeleton | None = None) -> dict[str, Stored]:
     """Every tensor of a model of this shape by name, in 16 bits, or with its linears as `quant` makes them."""
-    family, shapes, hidden = family_of(config.model_type), linear_shapes(config), config.hidden_size
+    skeleton = skeleton or _skeleton(config, "config.json")
+    family = skeleton.family
     dtype = str(config.raw.get("dtype") or config.raw.get("torch_dtype") or "float16")
     if dtype != "bfloat16":
         dtype = "float16"  # a float32 checkpoint is run in 16 bits
-
-    def stored(count: int) -> Stored:
-        return Stored(2 * count, count, dtype)
-
-    tensors = {f"{family.embedding}.weight": stored(config.vocab_size * hidden)}
-    for index in range(config.num_layers):
-        prefix = family.layer(index)
+    tensors = {name: _stored(shape, dtype) for name, shape in skeleton.outer.items()}
+    for index, layer in enumerate(skeleton.layers):
+        prefix, shapes = family.layer(index), skeleton.shapes(index)
         kept = shapes if quant is None else LayerPlan(shapes, family, quant, prefix).kept
-        for name, (out, inputs) in shapes.items():
-            if quant is None or name in kept:
-                tensors[f"{prefix}.{name}.weight"] = stored(out * inputs)
+        for name, tensor in layer.state_dict().items():
+            linear, _, kind = name.rpartition(".")
+            if quant is None or kind != "weight" or linear not in shapes or linear in kept:
+                tensors[f"{prefix}.{name}"] = _stored(tensor.shape, dtype)
             else:
+                out, inputs = shapes[linear]
                 groups = inputs // quant.group_of(inputs)
-                tensors[f"{prefix}.{name}.qweight"] = Stored(inputs * out // 2, inputs * out, "int4")
-                tensors[f"{prefix}.{name}.qzeros"] = Stored(groups * out // 2, 0, "int4")
-                tensors[f"{prefix}.{name}.scales"] = Stored(groups * out * 2, 0, "float16")
-            if _has_bias(config, name):
-                tensors[f"{prefix}.{name}.bias"] = stored(out)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}.{norm}.weight"] = stored(hidden)
-        for norm in ("self_attn.q_norm", "self_attn.k_norm") if family.qk_norm else ():
-            tensors[f"{prefix}.{norm}.weight"] = stored(config.head_dim)
-    tensors[f"{family.norm}.weight"] = stored(hidden)
-    if not config.tied_embeddings:
-        tensors[f"{family.head}.weight"] = stored(config.vocab_size * hidden)
+                tensors[f"{prefix}.{linear}.qweight"] = Stored(inputs * out // 2, inputs * out, "int4")
+                tensors[f"{prefix}.{linear}.qzeros"] = Stored(groups * out // 2, 0, "int4")
+                tensors[f"{prefix}.{linear}.scales"] = Stored(groups * out * 2, 0, "float16")
     return tensors
 
 
-def _has_bias(config: ModelConfig, linear: str) -> bool:
-    if linear.startswith("mlp."):
-        return config.raw.get("mlp_bias") is True
-    if config.model_type == "qwen2":
-        return linear != "self_attn.o_proj"
-    return config.raw.get("attention_bias") is True
+def _stored(shape: Sequence[int], dtype: str) -> Stored:
+    return Stored(2 * math.prod(shape), math.prod(shape), dtype)
 
 
-def _open(model: str | Path) -> tuple[ModelConfig, dict[str, Stored] | None]:
-    """The config and, where there are weights, what their headers say."""
+def _skeleton(config: ModelConfig, where: str) -> Skeleton:
+    return Skeleton(config.raw, where, family_of(config.model_type))
+
+
+def _open(model: str | Path) -> tuple[ModelConfig, Skeleton, dict[str, Stored] | None]:
+    """The config, its model and, where there are weights, what their headers say."""
     path = Path(model)
-    if path.is_dir():
-        checkpoint = Checkpoint(path)
-        if not (path / INDEX).is_file() and not any(path.glob("*.safetensors")):
-            return checkpoint.config, None
-        infos = ((name, info) for name, info in checkpoint.tensors.items() if "rotary_emb" not in name)
-        return checkpoint.config, {n: _from_header(n, i.nbytes, i.dtype.itemsize, str(i.dtype)) for n, i in infos}
-    file = path if path.is_file() else hub_file(str(model), "config.json")
-    return ModelConfig.from_dict(read_json(file), str(model)), None
+    if not path.is_dir():
+        file = path if path.is_file() else hub_file(str(model), "config.json")
+        config = ModelConfig.from_dict(read_json(file), str(model))
+        return config, _skeleton(config, str(model)), None
+    checkpoint = Checkpoint(path)
+    skeleton = _skeleton(checkpoint.config, str(path / "config.json"))
+    if not (path / INDEX).is_file() and not any(path.glob("*.safetensors")):
+        return checkpoint.config, skeleton, None
+    places = Places(checkpoint, skeleton)
+    names = {**places.names, **{name: name for name in places.beside}}
+    infos = ((name, checkpoint.info(stored)) for name, stored in names.items())
+    return checkpoint.config, skeleton, {n: _from_header(n, i.nbytes, i.dtype.itemsize, str(i.dtype)) for n, i in infos}
 
 
 def _from_header(name: str, nbytes: int, itemsize: int, dtype: str) -> Stored:
@@ -211,40 +205,57 @@ def _quantization(config: ModelConfig) -> dict[str, Any] | None:
     }
 
 
-def _linears(config: ModelConfig, family: Family, tensors: Mapping[str, Stored]) -> list[dict[str, Any]]:
-    """A row for each linear of a layer: its shape, and in how many layers it is stored how."""
-    rows = []
-    for name, shape in linear_shapes(config).items():
-        full = [f"{family.layer(index)}.{name}" for index in range(config.num_layers)]
-        forms = Counter(_form(tensors, linear) for linear in full)
-        rows.append({"name": name, "out_features": shape[0], "in_features": shape[1], "layers": dict(forms)})
-    return rows
+def _linears(skeleton: Skeleton, tensors: Mapping[str, Stored]) -> list[dict[str, Any]]:
+    """A row for each linear of a layer: its shape, and in how many layers it is stored how; * is any expert."""
+    shapes: dict[str, tuple[int, int]] = {}
+    forms: dict[str, dict[str, set[int]]] = {}
+    for index in range(len(skeleton.layers)):
+        for name, shape in skeleton.shapes(index).items():
+            each = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+            shapes[each] = shape
+            form = _form(tensors, f"{skeleton.family.layer(index)}.{name}")
+            forms.setdefault(each, {}).setdefault(form, set()).add(index)
+    return [
+        {
+            "name": name,
+            "out_features": out,
+            "in_features": inputs,
+            "layers": {form: len(layers) for form, layers in forms[name].items()},
+        }
+        for name, (out, inputs) in shapes.items()
+    ]
 
 
 def _form(tensors: Mapping[str, Stored], linear: str) -> str:
     if f"{linear}.qweight" in tensors:
         return "int4"
-    weight = tensors.get(f"{linear}.weight")
+    experts = (expert_of(linear) or "").rpartition(".")[0]
+    weight = tensors.get(f"{linear}.weight") or tensors.get(f"{experts}.{FUSED[0]}")
     return "missing" if weight is None else weight.dtype
 
 
-def _kept(config: ModelConfig, family: Family, tensors: Mapping[str, Stored]) -> list[str]:
+def _kept(config: ModelConfig, skeleton: Skeleton, tensors: Mapping[str, Stored]) -> list[str]:
     """Full names of linears that a quantized model has not as integers; none where nothing is quantized."""
     if config.quant is None:
         return []
-    names = (f"{family.layer(i)}.{name}" for i in range(config.num_layers) for name in linear_shapes(config))
+    layers = range(len(skeleton.layers))
+    names = (f"{skeleton.family.layer(index)}.{name}" for index in layers for name in skeleton.shapes(index))
     return [name for name in names if f"{name}.weight" in tensors]
 
 
-def _by_kind(family: Family, tensors: Mapping[str, Stored]) -> dict[str, int]:
-    sizes = dict.fromkeys(KINDS, 0)
+def _by_kind(skeleton: Skeleton, tensors: Mapping[str, Stored]) -> dict[str, int]:
+    sizes, family = dict.fromkeys(KINDS, 0), skeleton.family
+    layers = range(len(skeleton.layers))
+    linears = {f"{family.layer(index)}.{name}.weight" for index in layers for name in skeleton.shapes(index)}
     for name, tensor in tensors.items():
         base, _, part = name.rpartition(".")
         if base in (family.embedding, family.head):
             kind = "embedding" if base == family.embedding else "head"
         elif part in INTEGERS:
             kind = "quantized_linears"
+        elif name in linears or (part in FUSED and base.endswith(".experts")):
+            kind = "dense_linears"
         else:
-            kind = "dense_linears" if part == "weight" and base.endswith(family.linears) else "small"
+            kind = "small" if base.startswith(family.layers) or name in skeleton.outer else "beside"
         sizes[kind] += tensor.nbytes
     return sizes

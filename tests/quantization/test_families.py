@@ -78,7 +78,9 @@ def test_scales_leave_the_function_as_it_was(model_type: str, tmp_path: Path) ->
         with blocks.open(index) as block:
             expected = block.run(states)
             nothing = QuantConfig(group_size=32, modules_to_not_convert=("layers",), dtype="bfloat16")
-            plan = LayerPlan(blocks.shapes(index), FAMILIES[model_type], nothing, FAMILIES[model_type].layer(index))
+            plan = LayerPlan(
+                blocks.skeleton.shapes(index), FAMILIES[model_type], nothing, FAMILIES[model_type].layer(index)
+            )
             worker, folding = LayerQuantizer(block, plan), Folding()
             for group in block.groups:
                 if worker.takes_scales(group):

@@ -10,13 +10,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from squawq.errors import ConfigError
-from squawq.families import Family, ScalingGroup
+from squawq.families import Family
 from squawq.format.reader import Checkpoint
 from squawq.quantization.places import Places
 from squawq.quantization.skeleton import Skeleton
@@ -29,12 +27,9 @@ class Blocks:
 
     def __init__(self, checkpoint: Checkpoint, family: Family, device: str) -> None:
         self.checkpoint, self.family, self.device = checkpoint, family, device
-        self.skeleton = Skeleton(checkpoint.folder, family, device)
+        self.skeleton = Skeleton(checkpoint.config.raw, str(checkpoint.folder / "config.json"), family, device)
         self.layers = self.skeleton.layers
-        skeleton = self.skeleton
-        self.places = Places(
-            checkpoint, family, skeleton.renaming(), skeleton.outer, skeleton.ignored, skeleton.transposed
-        )
+        self.places = Places(checkpoint, self.skeleton)
 
     def check(self) -> None:
         """Raises CheckpointError for a tensor that is missing, misshapen outside the layers, or without a place."""
@@ -44,28 +39,6 @@ class Blocks:
                 self.checkpoint.check_shape(self.places.names[name], shape)
         for index, layer in enumerate(self.layers):
             self.places.check({f"{self.family.layer(index)}.{name}" for name in layer.state_dict()}, index)
-
-    def groups(self, index: int) -> tuple[ScalingGroup, ...]:
-        """A layer's scaling groups. Raises ConfigError for a linear that the family's row does not know."""
-        modules = dict(self.layers[index].named_modules())
-        groups = self.family.layer_groups(list(modules))
-        known = {name for group in groups for name in (*group.linears, *group.readers)}
-        for name, module in modules.items():
-            if isinstance(module, nn.Linear) and name not in known:
-                raise ConfigError(
-                    f"{self.family.layer(index)}.{name}: the row of {self.family.model_type} in squawq/families.py "
-                    "does not say what to do with this linear: docs/adding-a-family.md"
-                )
-        return groups
-
-    def shapes(self, index: int) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of a layer's linears and routers, as the architecture has them."""
-        found = {}
-        for group in self.groups(index):
-            for name in (*group.linears, *group.readers):
-                weight: Any = self.layers[index].get_submodule(name).weight
-                found[name] = (weight.shape[0], weight.shape[1])
-        return found
 
     def embed(self, ids: Tensor) -> Tensor:
         """What the first layer is given, float32 [blocks, tokens, hidden], for ids int64 [blocks, tokens]."""
@@ -101,7 +74,7 @@ class Block:
     def __init__(self, blocks: Blocks, index: int) -> None:
         self._blocks, self.index = blocks, index
         self.module: nn.Module = blocks.layers[index]
-        self.groups = blocks.groups(index)
+        self.groups = blocks.skeleton.groups(index)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
         blocks.skeleton.fill_constants(self.module)
         self.reload()

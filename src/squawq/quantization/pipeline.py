@@ -96,7 +96,7 @@ def quantize(
 
 
 def _plan(blocks: Blocks, config: QuantConfig, index: int) -> LayerPlan:
-    return LayerPlan(blocks.shapes(index), blocks.family, config, blocks.family.layer(index))
+    return LayerPlan(blocks.skeleton.shapes(index), blocks.family, config, blocks.family.layer(index))
 
 
 def _check_choice(blocks: Blocks, config: QuantConfig) -> None:

@@ -7,14 +7,15 @@ that holds all experts. Knows names and shapes; runs nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from squawq.errors import CheckpointError
-from squawq.families import Family, expert_of
+from squawq.families import expert_of
 from squawq.format.reader import Checkpoint
+from squawq.quantization.skeleton import Skeleton
 from squawq.quantization.statistics import all_finite
 
 LANGUAGE_MODEL = re.compile(r"^(model\.language_model|language_model\.model)\.")
@@ -27,24 +28,16 @@ class Places:
     """names: from the model's names to those on disk. beside: tensors on disk of parts that are no text model.
     ignored: those that transformers leaves aside, as layers that predict further tokens.
 
-    rename: as transformers maps names on disk to a model's. outer: names outside the layers. transposed: whether fused
-    experts are [experts, in, out]. Raises CheckpointError for a tensor on disk that has no place in the model.
+    Raises CheckpointError for a tensor on disk that has no place in the model.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        family: Family,
-        rename: Callable[[str], str],
-        outer: Collection[str],
-        ignored: Collection[str] = (),
-        transposed: bool = False,
-    ) -> None:
-        self.checkpoint, self.family, self.transposed = checkpoint, family, transposed
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+        self.checkpoint, self.family, self.transposed = checkpoint, skeleton.family, skeleton.transposed
         self.names: dict[str, str] = {}
         self.beside: list[str] = []
         self.ignored: list[str] = []
         self._of_layer: dict[int, list[str]] = {}
+        family, outer, rename = skeleton.family, skeleton.outer, skeleton.renaming()
         nested = "text_config" in checkpoint.config.raw
         layer = re.compile(re.escape(family.layers) + r"\.(\d+)\.")
         for stored, info in checkpoint.tensors.items():
@@ -61,7 +54,7 @@ class Places:
                 self.names[name] = stored
             elif nested and text == stored:
                 self.beside.append(stored)
-            elif any(re.search(pattern, name) for pattern in ignored):
+            elif any(re.search(pattern, name) for pattern in skeleton.ignored):
                 self.ignored.append(stored)
             else:
                 raise CheckpointError(f"{info.file}: tensor {stored!r} does not belong to a {family.model_type} model")
@@ -87,11 +80,15 @@ class Places:
         """What a module of the model is called on disk."""
         return self.stored(f"{name}.weight").removesuffix(".weight")
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor of the model is on disk, in whatever form."""
+        owner = name.rpartition(".")[0]
+        return bool({name, f"{owner}.qweight", f"{_experts_of(name)}.{FUSED[0]}"} & self.names.keys())
+
     def check(self, expected: Collection[str], index: int | None = None) -> None:
         """Raises CheckpointError for a tensor that is missing or, in the layer of that index, surplus."""
         for name in expected:
-            owner = name.rpartition(".")[0]
-            if not {name, f"{owner}.qweight", f"{_experts_of(name)}.{FUSED[0]}"} & self.names.keys():
+            if not self.has(name):
                 self.checkpoint.info(self.stored(name))  # raises
         for name in self._of_layer.get(index, ()) if index is not None else ():
             owner, _, kind = name.rpartition(".")

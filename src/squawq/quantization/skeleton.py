@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from squawq.errors import CheckpointError
-from squawq.families import Family
+from squawq.errors import CheckpointError, ConfigError
+from squawq.families import Family, ScalingGroup
 from squawq.nn.experts import Expert, Experts, is_stacked, is_transposed, stacked_sizes
 
 Arguments = dict[str, Any]
@@ -28,9 +27,10 @@ class Skeleton:
     Names are those of the text model, also where it is a part of a larger one.
     """
 
-    def __init__(self, folder: Path, family: Family, device: str) -> None:
+    def __init__(self, raw: Mapping[str, Any], where: str, family: Family, device: str = "cpu") -> None:
+        """raw: config.json, `where` it is. Raises CheckpointError for one that transformers cannot use."""
         self.family, self.device = family, device
-        self.model = _build(folder)
+        self.model = _build(raw, where)
         self.config = self.model.config
         self.layers: Any = self.model.get_submodule(family.layers)
         self.transposed = any(_unstack(layer, family) for layer in self.layers)
@@ -42,6 +42,25 @@ class Skeleton:
         inside = set(self.layers.modules())
         self._fill_constants(part for part in self.model.modules() if part not in inside)
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
+
+    def groups(self, index: int) -> tuple[ScalingGroup, ...]:
+        """A layer's scaling groups. Raises ConfigError for a linear that the family's row does not know."""
+        modules = dict(self.layers[index].named_modules())
+        groups = self.family.layer_groups(list(modules))
+        known = {name for group in groups for name in (*group.linears, *group.readers)}
+        for name, module in modules.items():
+            if isinstance(module, nn.Linear) and name not in known:
+                raise ConfigError(
+                    f"{self.family.layer(index)}.{name}: the row of {self.family.model_type} in squawq/families.py "
+                    "does not say what to do with this linear: docs/adding-a-family.md"
+                )
+        return groups
+
+    def shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of a layer's linears and routers, as the architecture has them."""
+        names = [name for group in self.groups(index) for name in (*group.linears, *group.readers)]
+        weights: dict[str, Any] = {name: self.layers[index].get_submodule(name).weight for name in names}
+        return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
     def fill_constants(self, layer: nn.Module) -> None:
         """What checkpoints do not hold but the config gives, as rotary frequencies."""
@@ -149,11 +168,12 @@ def _acting(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del module.forward
 
 
-def _build(folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _build(raw: Mapping[str, Any], where: str) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        settings = {key: value for key, value in raw.items() if key != "quantization_config"}
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(settings).get_text_config()
         config.tie_word_embeddings = bool(config.tie_word_embeddings)
         if getattr(config, "attn_logit_softcapping", None) is not None:
             config._attn_implementation = "eager"  # sdpa leaves the cap out
@@ -161,7 +181,7 @@ def _build(folder: Path) -> Any:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     except Exception as error:  # transformers raises many kinds for a config.json that it cannot use
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CheckpointError(f"{folder / 'config.json'}: transformers refuses it: {reason}") from error
+        raise CheckpointError(f"{where}: transformers refuses it: {reason}") from error
 
 
 def _unstack(layer: nn.Module, family: Family) -> bool:
