@@ -15,7 +15,7 @@ from torch import Tensor
 
 from squawq.config import ROPE_TYPES, ModelConfig
 from squawq.errors import ConfigError
-from squawq.families import Family, family_of
+from squawq.families import FAMILIES, Family, family_of
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
 from squawq.kernels import library
@@ -72,7 +72,10 @@ def check_decoder(config: ModelConfig) -> None:
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every linear in a layer."""
+    """(out_features, in_features) of every linear in a layer. Raises ConfigError for families unlike Llama."""
+    if not family_of(config.model_type).decoder:
+        known = ", ".join(sorted(name for name, family in FAMILIES.items() if family.decoder))
+        raise ConfigError(f"model_type is {config.model_type!r}; our decoder and export take {known} so far")
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
