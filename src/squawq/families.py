@@ -130,6 +130,17 @@ def _latent_attention() -> Groups:
     )
 
 
+def _delta_or_attention() -> Groups:
+    """Qwen's hybrids: most layers have a gated delta rule instead of attention; its per-head gates stay in 16 bits."""
+    linears = _within("linear_attn", "in_proj_qkvz", "in_proj_qkv", "in_proj_z")
+    gates = _within("linear_attn", "in_proj_ba", "in_proj_b", "in_proj_a")
+    return (
+        ScalingGroup(_ATTENTION, linears, "linear_attn", gates),
+        ScalingGroup("", ("linear_attn.out_proj",)),
+        *_attention(),
+    )
+
+
 def _gated(norm: str = _MLP, module: str = "mlp") -> Groups:
     """down(act(gate) * up)."""
     return (
@@ -180,6 +191,7 @@ _LLAMA = _attention() + _gated()
 _UNSCALED = _attention("") + _gated("")  # norms come after attention and MLP, or have no weight
 _GEMMA = _attention() + _gated("pre_feedforward_layernorm")
 _DENSE_OR_MOE = _gated() + _moe("gate")  # the first layers of these have no experts
+_QWEN_MOE = _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert")
 _GRANITE_MOE = _moe("router", block="block_sparse_moe", names=_W123)
 _COHERE = (_parallel(_within("mlp", "gate_proj", "up_proj")), *_LLAMA[1:2], *_LLAMA[3:])
 
@@ -240,7 +252,10 @@ FAMILIES = {
             Family(model_type, _attention() + _DENSE_OR_MOE)
             for model_type in ("dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "olmoe", "qwen3_moe", "solar_open")
         ),
-        Family("qwen2_moe", _attention() + _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert")),
+        Family("qwen2_moe", _attention() + _QWEN_MOE),
+        Family("qwen3_next", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
+        Family("qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0),
+        Family("qwen3_5_moe_text", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
         Family("mixtral", _attention() + _moe("gate", names=_W123), experts=_W123),
         Family("minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
         Family("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),

@@ -24,10 +24,12 @@ SIZES: dict[str, Any] = {  # under every name that some config has for them
     **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "sliding_window"), 16),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "n_group", "interleave_moe_layer_step"), 2),
-    **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts", "num_shared_expert"), 1),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("linear_num_key_heads", "n_shared_experts", "moe_num_shared_experts", "num_shared_expert"), 1),
     **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"), 1),
     **dict.fromkeys(("topk_group", "decoder_sparse_step", "bos_token_id", "eos_token_id"), 1),
     "num_hidden_layers": 2,
+    "linear_num_value_heads": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": VOCABULARY,
@@ -43,6 +45,8 @@ def family_model(model_type: str, folder: Path, **changes: Any) -> Any:
     kind = CONFIG_MAPPING[model_type]
     known = {*signature(kind).parameters, *getattr(kind, "attribute_map", {})}
     sizes = {name: value for name, value in {**SIZES, **changes}.items() if name in known}
+    if "linear_num_key_heads" in sizes:
+        sizes["layer_types"] = ["linear_attention", "full_attention"]
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     torch.manual_seed(0)
@@ -104,4 +108,5 @@ def dense_folder(awq: Path, source: Path, out: Path) -> Path:
 
 def _fused(source: Path) -> dict[str, torch.Tensor]:
     """What holds all experts of a layer in the 16-bit folder."""
-    return {name: t for name, t in load_file(source / "model.safetensors").items() if t.dim() == 3}
+    tensors = load_file(source / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if tensor.dim() == 3 and "conv1d" not in name}

@@ -43,7 +43,11 @@ class Blocks:
     def embed(self, ids: Tensor) -> Tensor:
         """What the first layer is given, float32 [blocks, tokens, hidden], for ids int64 [blocks, tokens]."""
         table = self.checkpoint.read(self.places.stored(f"{self.family.embedding}.weight"))
-        return self.skeleton.embed(ids, table)
+        states = torch.empty(*ids.shape, self.skeleton.config.hidden_size, device=self.device)
+        step = max(1, BATCH_TOKENS // ids.shape[1])
+        for start in range(0, len(ids), step):
+            states[start : start + step] = self.skeleton.embed(ids[start : start + step], table)
+        return states
 
     def logits(self) -> Callable[[Tensor], Tensor]:
         """A function from the last layer's output [blocks, tokens, hidden] to logits; it holds the head in float32."""
