@@ -6,6 +6,7 @@ SquawqError
 ├── CheckpointError     a model folder that is missing, damaged, lying or of an unknown kind
 ├── CalibrationError    calibration or evaluation text that is missing or too short
 ├── OutputError         a target folder that is not ours or belongs to another job
+├── RankError           another process of a shared run has failed or gone
 ├── DependencyError     an optional package that is not installed
 ├── KernelError         no kernel takes this operation; lists what was tried
 ├── QueueFull           the engine has as many requests waiting as it may have; try again later
@@ -38,6 +39,10 @@ class CalibrationError(SquawqError):
 
 class OutputError(SquawqError):
     """A target folder that is not ours, or that belongs to another job."""
+
+
+class RankError(SquawqError):
+    """Another process of a shared run has failed or gone."""
 
 
 class DependencyError(SquawqError, ImportError):

@@ -83,13 +83,13 @@ def test_dead_channels_keep_scale_one_and_do_not_move_the_others() -> None:
 def test_best_scales_is_the_brute_force_minimum() -> None:
     weight, x = gaussian(24, 32), gaussian(100, 32, seed=1)
     x[:, 3] *= 30
-    gram = statistics_of(x).gram
+    statistics = statistics_of(x)
     candidates = scale_candidates(x.abs().mean(0), weight_importance([weight], 16), 10)
-    losses = [gram_loss(scaled_difference(weight, c.scales, 16, True), gram) for c in candidates]
-    best = best_scales(candidates, [weight], gram, 16, True)
+    losses = [gram_loss(scaled_difference(weight, c.scales, 16, True), statistics.gram) for c in candidates]
+    best = best_scales(candidates, [weight], statistics.loss, 16, True)
     assert best is candidates[min(range(len(losses)), key=losses.__getitem__)]
     assert min(losses) < 0.5 * losses[0]  # an outlier channel is what AWQ is for
-    assert best_scales(candidates, [weight], gram, 16, True, inspect=lambda c: c.ratio).ratio == 0.0
+    assert best_scales(candidates, [weight], statistics.loss, 16, True, inspect=lambda c: c.ratio).ratio == 0.0
 
 
 @settings(max_examples=25, deadline=None)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from squawq.commands.options import Device, Model
+from squawq.commands.options import Model
 from squawq.progress import LayerProgress, console
 from squawq.quant_config import DTYPES, GROUP_SIZES, METHODS, QuantConfig
 
@@ -30,14 +30,19 @@ def quantize(
         list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"Of what stays in 16 bits: {' or '.join(DTYPES)}")] = "float16",
-    device: Device = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; under torchrun cuda is a GPU each")] = "cpu",
+    states_memory: Annotated[
+        float, typer.Option(help="GiB of hidden states to keep in memory; larger ones go to a file beside OUT", min=0)
+    ] = 1.0,
 ) -> None:
     """Quantize a 16-bit model to AWQ INT4, one layer in memory at a time. Run it again to go on after a stop.
 
     Examples: squawq quantize Llama-3.1-8B-Instruct Llama-3.1-8B-AWQ
     | squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
+    | torchrun --nproc-per-node 4 -m squawq quantize MODEL OUT --device cuda
     """
     from squawq.quantization.pipeline import quantize as run
+    from squawq.quantization.ranks import torchrun_ranks
 
     config = QuantConfig(
         group_size=group_size,
@@ -49,8 +54,19 @@ def quantize(
         samples=samples,
         seqlen=seqlen,
     )
-    with LayerProgress() as observer:
-        report = run(model, out, config, calibration=calibration, device=device, observer=observer)
+    with torchrun_ranks(device) as ranks, LayerProgress() as observer:
+        report = run(
+            model,
+            out,
+            config,
+            calibration=calibration,
+            device=device,
+            observer=observer,
+            ranks=ranks,
+            states_memory=states_memory,
+        )
+    if not ranks.first:
+        return
     for kept in report["kept_in_16_bits"]:
         console.print(f"{kept['name']} stays in 16 bits: {kept['reason']}")
     console.print(f"{report['source_bytes'] / 1e6:,.1f} MB -> {report['bytes'] / 1e6:,.1f} MB")

@@ -80,6 +80,7 @@ class Block:
         self.module: nn.Module = blocks.layers[index]
         self.groups = blocks.skeleton.groups(index)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
+        self.device = blocks.device
         blocks.skeleton.fill_constants(self.module)
         self.reload()
 
@@ -123,7 +124,7 @@ class Block:
         accepted = signature(module.forward).parameters
         step = max(1, BATCH_TOKENS // tokens)
         for start in range(0, blocks, step):
-            part = states[start : start + step]
+            part = states[start : start + step].to(self.device)
             given = self._blocks.skeleton.arguments(len(part), tokens)[self.index]
             result = module(part, **{name: value for name, value in given.items() if name in accepted})
             result = result[0] if isinstance(result, tuple) else result

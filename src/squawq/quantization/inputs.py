@@ -1,7 +1,8 @@
 """What the linears of one layer are given while calibration runs through it: statistics, and samples of whole inputs.
 
 Linears that share an input share its statistics; each expert has its own, of the tokens that the router sends to it.
-Peak memory: the Gram matrices of the layer's inputs.
+Other processes may hold further tokens: what each collects is added up before anything is read. Peak memory: the Gram
+matrices of the layer's inputs.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from squawq.families import ScalingGroup, expert_of
 from squawq.quantization.blocks import Block
+from squawq.quantization.states import Sample
 from squawq.quantization.statistics import InputStatistics
 
-SAMPLED_TOKENS = 2048  # tokens on which modules and the whole layer are judged
 LEAST_TOKENS = 256  # an expert that saw fewer is calibrated on all sampled tokens instead
 
 
 class LayerInputs:
-    """statistics: by the module whose input it is. tokens: how many each expert was sent, by its name."""
+    """statistics: by the module whose input it is. before, after: the sampled blocks of hidden states, and what the
+    layer made of them. tokens: how many each expert was sent, by its name."""
 
     def __init__(self, block: Block) -> None:
         self.block, self.groups = block, block.groups
@@ -34,20 +36,26 @@ class LayerInputs:
                 expert = expert_of(name)
                 self._watched[name] = first.setdefault((number, expert), name) if expert else group.watched
 
-    def collect(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Run hidden states [blocks, tokens, hidden] through the layer, in place. Returns its output (`states`), some
-        blocks of what they were, and what became of those."""
-        picked = sampled_blocks(states)
-        sample = states[picked]
+    def collect(self, states: Tensor, sample: Sample) -> None:
+        """Run this process's hidden states [blocks, tokens, hidden] through the layer, in place."""
+        self.before = sample.of(states)
         modules = dict.fromkeys(
             place for g in self.groups for place in (g.watched, *(self._watched[n] for n in g.linears))
         )
-        self.statistics = {name: self._empty(name, states) for name in modules}
+        self.statistics = {name: self._empty(name) for name in modules}
         with self.block.watching({name: s.update for name, s in self.statistics.items()}):
-            output = self.block.run(states, in_place=True)
-        self._inputs = self._sample(sample)
-        self._route_to_rare(states)
-        return output, sample, output[picked]
+            self.block.run(states, in_place=True)
+        self.after = sample.of(states)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """All that was collected: added up over processes, it is what one process collects of all their tokens."""
+        return [self.before, self.after, *(t for s in self.statistics.values() for t in s.sums)]
+
+    def complete(self) -> None:
+        """Once it is added up: the sampled blocks' inputs of modules, and tokens for experts that saw too few."""
+        self._inputs = self._sample()
+        self._route_to_rare()
 
     def of(self, linear: str) -> InputStatistics:
         return self.statistics[self._watched[linear]]
@@ -63,19 +71,19 @@ class LayerInputs:
         """The Gram matrices are large."""
         self.statistics.clear()
 
-    def _empty(self, module: str, states: Tensor) -> InputStatistics:
-        features = states.shape[-1] if module not in self._watched else self.block.weight(module).shape[1]
-        return InputStatistics(features, str(states.device))
+    def _empty(self, module: str) -> InputStatistics:
+        features = self.before.shape[-1] if module not in self._watched else self.block.weight(module).shape[1]
+        return InputStatistics(features, self.block.device)
 
-    def _sample(self, sample: Tensor) -> dict[str, Tensor]:
+    def _sample(self) -> dict[str, Tensor]:
         """Inputs of the modules that are inspected or hold experts, for the sampled blocks."""
         names = {n for group in self.groups for n in (group.inspect, group.input) if n}
         seen: dict[str, list[Tensor]] = {name: [] for name in names}
         with self.block.watching({name: pieces.append for name, pieces in seen.items()}):
-            self.block.run(sample)
-        return {"": sample} | {name: torch.cat(pieces) for name, pieces in seen.items()}
+            self.block.run(self.before)
+        return {"": self.before} | {name: torch.cat(pieces) for name, pieces in seen.items()}
 
-    def _route_to_rare(self, states: Tensor) -> None:
+    def _route_to_rare(self) -> None:
         """Send all sampled tokens through the experts that saw too few, and measure those instead."""
         block_of = {expert_of(name): group.input for group in self.groups if group.input for name in group.linears}
         for expert, block in block_of.items():
@@ -85,7 +93,7 @@ class LayerInputs:
             self.tokens[expert] = max(self.statistics[name].rows for name in watched)
             if self.tokens[expert] < LEAST_TOKENS:
                 self.rare.append(expert)
-                fresh = {name: self._empty(name, states) for name in watched}
+                fresh = {name: self._empty(name) for name in watched}
                 with self.block.watching({name: s.update for name, s in fresh.items()}), torch.no_grad():
                     self.block.module.get_submodule(expert)(self._inputs[block].flatten(0, -2))
                 self.statistics |= fresh
@@ -102,9 +110,3 @@ class LayerInputs:
         if self.rare:
             few, all_ = len(self.rare), len(self.tokens)
             yield f"{few} of {all_} experts saw fewer than {LEAST_TOKENS} tokens; calibrated on all sampled tokens"
-
-
-def sampled_blocks(states: Tensor) -> Tensor:
-    """Which blocks of [blocks, tokens, hidden] stand for all."""
-    count = max(1, min(len(states), SAMPLED_TOKENS // states.shape[1]))
-    return torch.linspace(0, len(states) - 1, count).round().long()

@@ -24,7 +24,6 @@ from squawq.quantization.search import (
     ScaleCandidate,
     best_scales,
     clip_limits,
-    gram_loss,
     sampled_rows,
     scale_candidates,
     weight_importance,
@@ -77,26 +76,25 @@ class LayerQuantizer:
         return LayerResult(self._tensors(_Chosen()), record)
 
     @torch.no_grad()
-    def search(self, states: Tensor) -> tuple[LayerResult, Tensor]:
-        """AWQ on hidden states [blocks, tokens, hidden], which become the unquantized layer's output, also returned."""
-        inputs = LayerInputs(self.block)
-        output, sample, wanted = inputs.collect(states)
+    def search(self, inputs: LayerInputs) -> LayerResult:
+        """AWQ by what was collected, which is given up on the way."""
+        inputs.complete()
         chosen = self._choose(inputs)
         losses = self._linear_losses(chosen, inputs)
         inputs.clear()
         self.apply(chosen.folding, chosen.integers)
-        after = _mean_square(self.block.run(sample), wanted)
+        after = _mean_square(self.block.run(inputs.before), inputs.after)
         self.block.reload()
         tensors = self._tensors(chosen)
         self._round_in_place()
-        before = _mean_square(self.block.run(sample), wanted)
+        before = _mean_square(self.block.run(inputs.before), inputs.after)
         kept = "awq" if after <= before else "rtn"  # also false when `after` is not a number
         if kept == "rtn":
             self.block.reload()
             tensors = self._tensors(_Chosen())
             chosen.notes.append("the search made this layer worse; plain rounding is kept")
         record = self._record(chosen, losses, kept, before, after if kept == "awq" else before)
-        return LayerResult(tensors, record), output
+        return LayerResult(tensors, record)
 
     def _choose(self, inputs: LayerInputs) -> _Chosen:
         """Scales for every group first: a group's scales change the rows of the linear before it."""
@@ -127,7 +125,7 @@ class LayerQuantizer:
         if not self.config.duo_scaling:
             candidates = [c for c in candidates if c.formula != "xw"]
         if group.inspect is None:
-            return best_scales(candidates, weights, stats.gram, size, zero_point)
+            return best_scales(candidates, weights, stats.loss, size, zero_point)
         module, given = group.inspect, inputs.whole(group.inspect)
         wanted = self.block.inspect(module, given)
 
@@ -139,7 +137,7 @@ class LayerQuantizer:
                 parameter.data = weight
             return loss
 
-        return best_scales(candidates, weights, stats.gram, size, zero_point, inspect)
+        return best_scales(candidates, weights, stats.loss, size, zero_point, inspect)
 
     def takes_scales(self, group: ScalingGroup) -> bool:
         """Whether the op before a group can take the inverse of the group's scales."""
@@ -185,8 +183,8 @@ class LayerQuantizer:
                     found /= folding.columns[name]
                 scale = 1 / (stats.rows * len(rows))
                 losses[name] = (
-                    gram_loss(rounded - rows, stats.gram) * scale,
-                    gram_loss(found - rows, stats.gram) * scale,
+                    stats.loss(rounded - rows) * scale,
+                    stats.loss(found - rows) * scale,
                 )
         return losses
 
@@ -260,7 +258,7 @@ class LayerQuantizer:
 
 
 def _mean_square(a: Tensor, b: Tensor) -> float:
-    return float((a - b).square().mean(dtype=torch.float64))
+    return float((a - b).square().mean(-1).cpu().mean(dtype=torch.float64))
 
 
 def _number(value: float | None) -> float | None:

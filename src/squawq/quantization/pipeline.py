@@ -1,13 +1,14 @@
 """The loop: layer in, packed layer out, renamed into place, dropped. Knows the order of things and no algorithm.
 
-Peak memory: one decoder layer in float32, its statistics, and the calibration's hidden states
-(blocks x tokens x hidden_size x 4 bytes).
+Peak memory: one decoder layer in float32, its statistics, and the calibration's hidden states (blocks x tokens x
+hidden_size x 4 bytes) as far as they are kept in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +24,15 @@ from squawq.format.writer import copy_file, write_index, write_json
 from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
 from squawq.quant_config import QuantConfig
-from squawq.quantization.blocks import Blocks
+from squawq.quantization.blocks import BATCH_TOKENS, Blocks
 from squawq.quantization.calibration import Calibration, token_blocks
+from squawq.quantization.inputs import LayerInputs
 from squawq.quantization.job import REPORT, Job, identity, target_path
-from squawq.quantization.layer import LayerQuantizer, cast
+from squawq.quantization.layer import LayerQuantizer, LayerResult, cast
 from squawq.quantization.places import read_finite
 from squawq.quantization.plan import LayerPlan
+from squawq.quantization.ranks import Ranks
+from squawq.quantization.states import IN_MEMORY, Sample, hidden_states
 from squawq.tokenizer import Tokenizer
 
 
@@ -55,16 +59,47 @@ def quantize(
     calibration: Calibration = None,
     device: str = "cpu",
     observer: Observer | None = None,
+    ranks: Ranks | None = None,
+    states_memory: float = IN_MEMORY,
 ) -> dict[str, Any]:
     """Quantize a 16-bit checkpoint to AWQ INT4 and return the report that also lies in `out`/squawq_report.json.
 
     model: a folder or a Hub id. out: a folder that does not exist, is empty, or holds this very job; a run that was
     killed goes on where it was and ends with the same bytes. calibration: see `calibration.token_blocks`.
+    ranks: the processes that share the calibration and each make this call (`ranks.torchrun_ranks`); the first writes.
+    states_memory: GiB of hidden states that are kept in memory; larger ones lie in a file beside `out`.
     Raises SquawqError before work starts for anything that cannot work, and never leaves a half-written `out`.
     """
-    config = config or QuantConfig()
-    observer = observer or _Silent()
-    check_device(device)
+    observer, ranks = observer or _Silent(), ranks or Ranks()
+    with ranks.together():
+        work = _prepare(model, out, config or QuantConfig(), calibration, ranks.device(device))
+        share = None if work.tokens is None else ranks.share(len(work.tokens))
+    ranks.check_same(work.identity)
+    with ranks.owned(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
+        report = ranks.on_first(lambda: read_json(job.out / REPORT) if job.finished else None)
+        if report is None:
+            ranks.on_first(lambda: _write_outer(work, job))
+            with ranks.together():
+                stream = None if share is None else _stream(work, share, states_memory)
+            _quantize_layers(work, stream, job, observer, ranks)
+            report = ranks.on_first(lambda: _finish(work, job))
+        return report
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done, checked."""
+
+    blocks: Blocks
+    config: QuantConfig
+    tokens: Tensor | None
+    out: Path
+    identity: dict[str, Any]
+
+
+def _prepare(model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str) -> _Work:
+    """Whatever can be refused before work starts is refused here."""
+    check_device(device, mps=True)
     checkpoint = Checkpoint(resolve(model))
     family = family_of(checkpoint.config.model_type)
     if checkpoint.config.quant is not None:
@@ -86,13 +121,7 @@ def quantize(
         )
     elif calibration is not None:
         raise ConfigError("method 'rtn' rounds without looking at text; leave the calibration out, or use 'awq'")
-    job = Job(folder, identity(checkpoint, config, tokens, device), checkpoint.config.num_layers)
-    if job.finished:
-        return read_json(job.out / REPORT)
-    with job:
-        _write_outer(blocks, config, job)
-        _quantize_layers(blocks, config, tokens, job, observer)
-        return _finish(blocks, config, tokens, job)
+    return _Work(blocks, config, tokens, folder, identity(checkpoint, config, tokens, device))
 
 
 def _plan(blocks: Blocks, config: QuantConfig, index: int) -> LayerPlan:
@@ -120,12 +149,13 @@ def calibration_length(config: QuantConfig, model: ModelConfig) -> int:
     return config.seqlen
 
 
-def _write_outer(blocks: Blocks, config: QuantConfig, job: Job) -> None:
+def _write_outer(work: _Work, job: Job) -> None:
     """The embedding, and the final norm and head: first of all, so that what is wrong with them shows at once.
 
     Parts of the checkpoint that are no text model go with the head, as they are.
     """
-    checkpoint, places, dtype = blocks.checkpoint, blocks.places, getattr(torch, config.dtype)
+    blocks, dtype = work.blocks, getattr(torch, work.config.dtype)
+    checkpoint, places = blocks.checkpoint, blocks.places
     embedding = f"{blocks.family.embedding}.weight"
     names = [places.stored(name) for name in blocks.skeleton.outer if name != embedding]
     for part, own in ((0, [places.stored(embedding)]), (job.layers + 1, [*names, *places.beside])):
@@ -134,36 +164,65 @@ def _write_outer(blocks: Blocks, config: QuantConfig, job: Job) -> None:
             checkpoint.close()
 
 
-def _quantize_layers(blocks: Blocks, config: QuantConfig, tokens: Tensor | None, job: Job, observer: Observer) -> None:
-    layers = job.layers
-    done = [job.record(part) for part in range(1, layers + 1)]
-    observer.start(layers, 0 if tokens is None else tokens.numel(), sum(r is not None for r in done))
-    states = None if tokens is None else blocks.embed(tokens)
-    for index in range(layers):
-        record = done[index]
-        if record is not None and (states is None or all(done[index:])):
-            observer.layer(record)
-            continue
-        with blocks.open(index) as block:
-            if record is not None and states is not None:
-                states = block.run(states, in_place=True)
-            else:
-                worker = LayerQuantizer(block, _plan(blocks, config, index))
-                if states is None:
-                    result = worker.round()
-                else:
-                    result, states = worker.search(states)
-                record = result.record
-                prefix = blocks.family.layer(index)
-                named = {blocks.places.stored(f"{prefix}.{n}"): tensor for n, tensor in result.tensors.items()}
-                job.commit(index + 1, named, record)
-                del result, worker, named
-        assert record is not None
-        observer.layer(record)
+@dataclass(frozen=True)
+class _Stream:
+    """The calibration on its way through the model: this rank's hidden states, and which blocks stand for all."""
+
+    states: Tensor
+    sample: Sample
 
 
-def _finish(blocks: Blocks, config: QuantConfig, tokens: Tensor | None, job: Job) -> dict[str, Any]:
+def _stream(work: _Work, share: slice, states_memory: float) -> _Stream:
+    """The embedded calibration, or this rank's share of its blocks."""
+    assert work.tokens is not None
+    blocks, length = work.tokens.shape
+    tokens = work.tokens[share]
+    shape = len(tokens), length, work.blocks.checkpoint.config.hidden_size
+    states = hidden_states(shape, work.out.parent, work.blocks.device, states_memory)
+    step = max(1, BATCH_TOKENS // length)
+    for start in range(0, len(tokens), step):
+        states[start : start + step] = work.blocks.embed(tokens[start : start + step])
+    return _Stream(states, Sample.spread(blocks, length, share))
+
+
+def _quantize_layers(work: _Work, stream: _Stream | None, job: Job, observer: Observer, ranks: Ranks) -> None:
+    layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
+    done = ranks.on_first(lambda: [job.record(part) for part in range(1, layers + 1)])
+    ranks.on_first(lambda: observer.start(layers, tokens, sum(r is not None for r in done)))
+    for index, record in enumerate(done):
+        if record is None:
+            record = _quantize_layer(work, index, stream, job, ranks)
+        elif stream is not None and not all(done[index:]):
+            with ranks.together(), work.blocks.open(index) as block:
+                block.run(stream.states, in_place=True)
+        ranks.on_first(partial(observer.layer, record))
+
+
+def _quantize_layer(work: _Work, index: int, stream: _Stream | None, job: Job, ranks: Ranks) -> dict[str, Any]:
+    """One layer's way: every rank runs its hidden states through it, the first chooses and puts it on disk."""
+    blocks = work.blocks
+
+    def commit(result: LayerResult) -> dict[str, Any]:
+        prefix = blocks.family.layer(index)
+        named = {blocks.places.stored(f"{prefix}.{name}"): tensor for name, tensor in result.tensors.items()}
+        job.commit(index + 1, named, result.record)
+        return result.record
+
+    with ranks.opened(lambda: blocks.open(index)) as block:
+        worker = LayerQuantizer(block, _plan(blocks, work.config, index))
+        if stream is None:
+            return ranks.on_first(lambda: commit(worker.round()))
+        inputs = LayerInputs(block)
+        with ranks.together():
+            inputs.collect(stream.states, stream.sample)
+        for tensor in inputs.sums:
+            ranks.add_up(tensor)
+        return ranks.on_first(lambda: commit(worker.search(inputs)))
+
+
+def _finish(work: _Work, job: Job) -> dict[str, Any]:
     """The small files, the index, config.json and the report; then OUT gets its name."""
+    blocks, config, tokens = work.blocks, work.config, work.tokens
     checkpoint = blocks.checkpoint
     for path in checkpoint.companions():
         copy_file(path, job.partial / path.name)

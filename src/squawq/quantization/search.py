@@ -71,7 +71,7 @@ def sampled_rows(weight: Tensor) -> slice:
 
 def gram_loss(difference: Tensor, gram: Tensor) -> float:
     """tr(D G D'): the summed squared error that a weight difference D [rows, in] makes on inputs of Gram matrix G."""
-    return float(((difference @ gram) * difference).sum(dtype=torch.float64))
+    return float(((difference @ gram) * difference).sum(-1).cpu().sum(dtype=torch.float64))
 
 
 def scaled_difference(weight: Tensor, scales: Tensor, group: int, zero_point: bool) -> Tensor:
@@ -82,22 +82,22 @@ def scaled_difference(weight: Tensor, scales: Tensor, group: int, zero_point: bo
 def best_scales(
     candidates: list[ScaleCandidate],
     weights: Sequence[Tensor],
-    gram: Tensor,
+    loss: Callable[[Tensor], float],
     group: int,
     zero_point: bool,
     inspect: Callable[[ScaleCandidate], float] | None = None,
 ) -> ScaleCandidate:
     """The candidate with the least loss.
 
-    All are ranked by the Gram loss of the linears; with `inspect` (the loss on the inspected module's output) the
-    best few and identity are judged by that instead.
+    All are ranked by `loss`, that of a linear's weight difference [rows, in] (`InputStatistics.loss`); with `inspect`
+    (the loss on the inspected module's output) the best few and identity are judged by that instead.
     """
     rows = [w[sampled_rows(w)] for w in weights]
     shares = [len(w) / len(r) for w, r in zip(weights, rows, strict=True)]
 
     def proxy(candidate: ScaleCandidate) -> float:
-        losses = (gram_loss(scaled_difference(r, candidate.scales, group, zero_point), gram) for r in rows)
-        return sum(share * loss for share, loss in zip(shares, losses, strict=True))
+        losses = (loss(scaled_difference(r, candidate.scales, group, zero_point)) for r in rows)
+        return sum(share * found for share, found in zip(shares, losses, strict=True))
 
     ranked = sorted(candidates, key=proxy)
     if inspect is None or len(ranked) == 1:

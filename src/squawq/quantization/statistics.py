@@ -1,9 +1,21 @@
-"""What the search needs of a linear's inputs: mean |x| and the Gram matrix X'X, summed while the layer runs once."""
+"""What the search needs of a linear's inputs: mean |x| and the Gram matrix X'X, summed while the layer runs once.
+
+Of wide inputs only the Gram matrix's diagonal blocks are kept. Knows no model, no files, and not that other
+processes may hold further tokens; `sums` is what those add up.
+"""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+
+from squawq.quantization.search import gram_loss
+
+WIDEST = 16_384  # inputs up to which the Gram matrix is whole: 1 GiB
+BOUNDARY = 256  # wider ones are cut at multiples of the largest group size, so that a group lies in one block
+ROWS = 4096  # inputs added up at once: a long sum of short ones loses less in float32, and copies stay small
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -11,28 +23,57 @@ def all_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
-class InputStatistics:
-    """Sums over all calibration tokens of one input [tokens, features]. Memory: features^2 float32.
+def gram_spans(features: int) -> list[slice]:
+    """Which inputs share a block of the Gram matrix: all of them, or parts of at most WIDEST, equal as far as BOUNDARY
+    allows."""
+    blocks, pieces = -(-features // WIDEST), -(-features // BOUNDARY)
+    cuts = [min(features, pieces * index // blocks * BOUNDARY) for index in range(blocks + 1)]
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
 
-    Rows with a non-finite value are left out and counted in `dropped`.
+
+class InputStatistics:
+    """Sums over all calibration tokens of one input [tokens, features], in float32 and float64.
+
+    Memory: features^2 float32, for wide inputs a half, a third ... of that. Rows with a non-finite value are left
+    out and counted in `dropped`.
     """
 
     def __init__(self, features: int, device: str) -> None:
-        self.rows = 0
-        self.dropped = 0
-        self.absolute = torch.zeros(features, dtype=torch.float64, device=device)
-        self.gram = torch.zeros(features, features, device=device)
+        exact = torch.float32 if device.startswith("mps") else torch.float64  # which Apple's GPUs do not have
+        self.spans = gram_spans(features)
+        self.absolute = torch.zeros(features, dtype=exact, device=device)
+        self._grams = [torch.zeros(s.stop - s.start, s.stop - s.start, device=device) for s in self.spans]
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """All that `update` adds to: the sums over several processes' tokens are those processes' sums, added."""
+        return [self._counts, self.absolute, *self._grams]
+
+    @property
+    def rows(self) -> int:
+        """Inputs summed."""
+        return int(self._counts[0])
+
+    @property
+    def dropped(self) -> int:
+        """Inputs left out."""
+        return int(self._counts[1])
 
     def update(self, x: Tensor) -> None:
         """Add inputs of any leading shape."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        for piece in torch.split(x.reshape(-1, x.shape[-1]), ROWS):
+            self._add(piece.float())
+
+    def _add(self, x: Tensor) -> None:
         if not all_finite(x):
             finite = torch.isfinite(x).all(-1)
-            self.dropped += int((~finite).sum())
+            self._counts[1] += (~finite).sum()
             x = x[finite]
-        self.rows += len(x)
-        self.absolute += x.abs().sum(0, dtype=torch.float64)
-        self.gram.addmm_(x.T, x)
+        self._counts[0] += len(x)
+        self.absolute += x.abs().sum(0, dtype=self.absolute.dtype)
+        for span, gram in zip(self.spans, self._grams, strict=True):
+            gram.addmm_(x[:, span].T, x[:, span])
 
     @property
     def mean_absolute(self) -> Tensor:
@@ -42,15 +83,36 @@ class InputStatistics:
     @property
     def has_signal(self) -> bool:
         """Whether any input was ever finite and not zero."""
-        return self.rows > 0 and bool((self.absolute > 0).any()) and all_finite(self.gram)
+        return self.rows > 0 and bool((self.absolute > 0).any()) and all(map(all_finite, self._grams))
+
+    @property
+    def gram(self) -> Tensor:
+        """The whole Gram matrix, of inputs that are not too wide for it."""
+        (gram,) = self._grams
+        return gram
+
+    def gram_of(self, span: slice) -> Tensor:
+        """The Gram matrix of the inputs in one of `spans`."""
+        return self._grams[self.spans.index(span)]
+
+    def loss(self, difference: Tensor) -> float:
+        """tr(D G D'), the summed squared error that a weight difference D [rows, features] makes on these inputs."""
+        return sum(gram_loss(difference[:, span], gram) for span, gram in zip(self.spans, self._grams, strict=True))
 
     def gram_blocks(self, group: int, scales: Tensor | None = None) -> Tensor:
         """The Gram matrix's diagonal blocks [groups, group, group], for inputs divided by `scales` if given."""
-        count = self.gram.shape[0] // group
-        blocks = torch.stack(
-            [self.gram[i * group : (i + 1) * group, i * group : (i + 1) * group] for i in range(count)]
-        )
+        grams = self._grams if group <= BOUNDARY else [self._whole()]
+        blocks = torch.stack([g[i : i + group, i : i + group] for g in grams for i in range(0, len(g), group)])
         if scales is None:
             return blocks
-        inverse = (1 / scales).view(count, group)
+        inverse = (1 / scales).view(-1, group)
         return blocks * inverse[:, :, None] * inverse[:, None, :]
+
+    def _whole(self) -> Tensor:
+        """For groups of a whole row: the Gram matrix, with zeros between the spans."""
+        if len(self.spans) == 1:
+            return self.gram
+        whole = self.absolute.new_zeros(len(self.absolute), len(self.absolute), dtype=torch.float32)
+        for span, gram in zip(self.spans, self._grams, strict=True):
+            whole[span, span] = gram
+        return whole

@@ -1,0 +1,120 @@
+"""torchrun's processes share one calibration: the result of one process, and an error on one is everybody's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeModel
+
+import squawq
+from squawq.config import ModelConfig
+from squawq.demo import demo_model
+from squawq.errors import CalibrationError, ConfigError
+from squawq.format.reader import Checkpoint, read_json
+from squawq.quant_config import QuantConfig
+from squawq.quantization.ranks import Ranks, torchrun_ranks
+
+WORKER = Path(__file__).with_name("ranks_worker.py")
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo")
+
+
+def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*LAUNCH, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def integers(folder: Path) -> torch.Tensor:
+    checkpoint = Checkpoint(folder)
+    words = [checkpoint.read(name).flatten() for name in sorted(checkpoint.tensors) if name.endswith("qweight")]
+    return torch.stack([torch.cat(words) >> shift & 15 for shift in range(0, 32, 4)])
+
+
+def assert_equal_within_rounding(folder: Path, other: Path) -> None:
+    """Sums in another order may turn a value that lies between two integers; the losses hardly move."""
+    assert (integers(folder) != integers(other)).float().mean() < 1e-3
+    reports = [read_json(path / "squawq_report.json") for path in (folder, other)]
+    assert reports[0]["job"] == reports[1]["job"]
+    for mine, theirs in zip(reports[0]["layers"], reports[1]["layers"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+        assert [row["name"] for row in mine["linears"]] == [row["name"] for row in theirs["linears"]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@needs_gloo
+def test_the_command_under_torchrun(make_model: MakeModel, tmp_path: Path) -> None:
+    vocabulary = ModelConfig.from_dict(read_json(demo_model() / "config.json")).vocab_size
+    model = make_model(vocab_size=vocabulary)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model() / name, model)
+    options = ["--group-size", "32", "--samples", "5", "--seqlen", "32", "--states-memory", "0"]
+    done = torchrun("-m", "squawq", "quantize", model, tmp_path / "two", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [str(tmp_path / "two")]  # one process speaks
+    assert done.stderr.count("2 layers, 160 calibration tokens") == 1
+    squawq.quantize(model, tmp_path / "one", QuantConfig(group_size=32, samples=5, seqlen=32))
+    assert_equal_within_rounding(tmp_path / "one", tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "two"]
+
+
+@needs_gloo
+def test_two_processes_end_alike(make_model: MakeModel, rows: list[list[int]], tmp_path: Path) -> None:
+    model = make_model()
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    done = torchrun(WORKER, model, tmp_path)
+    assert (tmp_path / "1.json").exists(), done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    gone = first.pop("gone")
+    assert first == second
+    assert {first[name] for name in ("straight", "again", "resumed", "rounded")} == {"report of 2 layers"}
+    assert first["stopped"] == "KeyboardInterrupt: "
+    assert first["few"].startswith("CalibrationError: 2 processes cannot share 1 calibration blocks")
+    assert first["other text"].startswith("ConfigError: process 1 has another calibration than process 0")
+    assert first["bad device"].startswith("ConfigError: device 'cuda:0' cannot be shared by 2 processes")
+    assert first["full disk"].startswith("OutputError: ")  # of the second process
+    assert gone.startswith("RankError: another process of this run has ended")
+    for name in ("few", "other", "full", "gone"):
+        assert not (tmp_path / name).exists()
+        assert not (tmp_path / f"{name}.partial").exists()
+    config = QuantConfig(group_size=32, seqlen=32, samples=8)
+    squawq.quantize(model, tmp_path / "one", config, calibration=rows)
+    assert_equal_within_rounding(tmp_path / "one", tmp_path / "straight")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+    squawq.quantize(model, tmp_path / "plain", QuantConfig(group_size=32, method="rtn"))
+    assert contents(tmp_path / "rounded") == contents(tmp_path / "plain")
+
+
+def test_blocks_are_shared_evenly_and_each_once() -> None:
+    def shares(size: int, blocks: int) -> list[slice]:
+        ranks = Ranks()
+        ranks.size = size
+        found = []
+        for ranks.rank in range(size):
+            found.append(ranks.share(blocks))
+        return found
+
+    assert shares(1, 5) == [slice(0, 5)]
+    assert shares(3, 7) == [slice(0, 2), slice(2, 4), slice(4, 7)]
+    assert shares(3, 3) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    with pytest.raises(CalibrationError, match="3 processes cannot share 2 calibration blocks"):
+        shares(3, 2)
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")  # as some schedulers set it
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with torchrun_ranks("cuda") as ranks:
+        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
+        assert ranks.device("cuda:1") == "cuda:1"
+        with pytest.raises(ConfigError, match="as it is"), ranks.together():
+            raise ConfigError("as it is")

@@ -1,0 +1,80 @@
+"""Hidden states in memory or in a file: the same bytes, no file left, and a full disk that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeModel
+
+import squawq
+from squawq.errors import OutputError
+from squawq.quant_config import QuantConfig
+from squawq.quantization.states import Sample, hidden_states
+
+resource = pytest.importorskip("resource")
+CONFIG = QuantConfig(group_size=32, seqlen=32, samples=8)
+
+
+@pytest.fixture
+def small_disk() -> Iterator[int]:
+    """No file may grow beyond 4 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield 4096
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_the_file_holds_the_states_and_has_no_name(tmp_path: Path) -> None:
+    shape = (3, 5, 7)
+    states = hidden_states(shape, tmp_path / "new", "cpu", in_memory=0)
+    assert (states.shape, states.dtype) == (shape, torch.float32)
+    expected = torch.arange(105.0).view(shape)
+    states[:2] = expected[:2]
+    states[2:] = expected[2:]
+    assert torch.equal(states, expected)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_what_fits_stays_in_memory(small_disk: int, tmp_path: Path) -> None:
+    states = hidden_states((1, 2048, 1), tmp_path, "cpu", in_memory=8192 / 2**30)
+    assert states.shape == (1, 2048, 1)
+    with pytest.raises(OutputError, match=r"need 0\.0 GB of disk there: File too large.*--states-memory"):
+        hidden_states((1, 2048, 1), tmp_path, "cpu", in_memory=8191 / 2**30)
+
+
+def test_a_full_disk_ends_a_run_that_may_go_on(
+    make_model: MakeModel, rows: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(shape: tuple[int, int, int], folder: Path, device: str, in_memory: float) -> torch.Tensor:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        return hidden_states(shape, folder, device, in_memory)
+
+    folder, before = make_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr("squawq.quantization.pipeline.hidden_states", full)
+    try:
+        with pytest.raises(OutputError, match="File too large"):
+            squawq.quantize(folder, tmp_path / "out", CONFIG, calibration=rows, states_memory=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_both_ways_give_the_same_bytes(make_model: MakeModel, rows: list[list[int]], tmp_path: Path) -> None:
+    folder = make_model()
+    for name, states_memory in (("memory", 1), ("file", 0)):
+        squawq.quantize(folder, tmp_path / name, CONFIG, calibration=rows, states_memory=states_memory)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "memory").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "file").iterdir()} == files
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "memory", "model"]
+
+
+def test_the_sample_is_the_same_however_blocks_are_shared() -> None:
+    states = torch.arange(7.0)[:, None, None].expand(7, 2, 3)
+    whole = Sample.spread(7, 600, slice(0, 7)).of(states)
+    assert whole[:, 0, 0].tolist() == [0, 3, 6]
+    shared = [Sample.spread(7, 600, share).of(states[share]) for share in (slice(0, 2), slice(2, 7))]
+    assert torch.equal(shared[0] + shared[1], whole)
+    assert Sample.spread(7, 4096, slice(0, 7)).of(states).shape == (1, 2, 3)
