@@ -63,12 +63,19 @@ class Shape:
         """(out_features, in_features) of every linear in a layer."""
         return linear_shapes(ModelConfig.from_dict(self.config(self.layers)))
 
+    def nbytes(self) -> int:
+        """What the whole model takes in 16 bits."""
+        layer = sum(rows * columns for rows, columns in self.linears().values()) + 2 * self.hidden
+        table = self.vocab * self.hidden
+        return 2 * (self.layers * layer + table + self.hidden + (0 if self.tied else table))
+
 
 SHAPES = {
     "tiny": Shape(layers=2, hidden=256, inner=512, heads=4, kv_heads=2, vocab=1024, tied=True),
     "llama-3.2-1b": Shape(layers=16, hidden=2048, inner=8192, heads=32, kv_heads=8, tied=True),
     "llama-3.1-8b": Shape(layers=32, hidden=4096, inner=14336, heads=32, kv_heads=8),
     "llama-3.1-70b": Shape(layers=80, hidden=8192, inner=28672, heads=64, kv_heads=8),
+    "llama-3.1-405b": Shape(layers=126, hidden=16384, inner=53248, heads=128, kv_heads=8),
 }
 
 

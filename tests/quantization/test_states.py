@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
@@ -36,6 +38,21 @@ def test_the_file_holds_the_states_and_has_no_name(tmp_path: Path) -> None:
     states[2:] = expected[2:]
     assert torch.equal(states, expected)
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_file_takes_its_disk_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk that shows at the first write into a mapping kills the process."""
+    sizes = []
+
+    def memmap(file: BinaryIO, *arguments: Any, **options: Any) -> Any:
+        sizes.append(Path(f"/dev/fd/{file.fileno()}").stat().st_size)
+        return original(file, *arguments, **options)
+
+    original = np.memmap
+    monkeypatch.setattr(np, "memmap", memmap)
+    monkeypatch.setattr("squawq.quantization.states.ZEROS", bytes(100))
+    hidden_states((3, 5, 7), tmp_path, "cpu", in_memory=0)
+    assert sizes == [420]
 
 
 def test_what_fits_stays_in_memory(small_disk: int, tmp_path: Path) -> None:
