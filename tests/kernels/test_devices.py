@@ -1,0 +1,36 @@
+"""Devices that are not there are refused with those that are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from squawq.errors import ConfigError
+from squawq.kernels.devices import check_device
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps", "gpu", ""])
+def test_a_plain_machine_has_its_cpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    check_device("cpu", mps=True)
+    with pytest.raises(ConfigError, match=f"device '{device}' is not there; choose one of cpu$"):
+        check_device(device, mps=True)
+
+
+def test_what_is_there(gpus: None) -> None:
+    for device in ("cpu", "cuda", "cuda:0", "cuda:1", "mps"):
+        check_device(device, mps=True)
+    with pytest.raises(ConfigError, match=r"'cuda:2' is not there; choose one of cpu, cuda, cuda:0, cuda:1, mps$"):
+        check_device("cuda:2", mps=True)
+
+
+def test_apples_gpu_is_not_for_everything(gpus: None) -> None:
+    with pytest.raises(ConfigError, match=r"'mps' is not there; choose one of cpu, cuda, cuda:0, cuda:1$"):
+        check_device("mps")
