@@ -16,6 +16,7 @@ from squawq.quantization.search import gram_loss
 WIDEST = 16_384  # inputs up to which the Gram matrix is whole: 1 GiB
 BOUNDARY = 256  # wider ones are cut at multiples of the largest group size, so that a group lies in one block
 ROWS = 4096  # inputs added up at once: a long sum of short ones loses less in float32, and copies stay small
+PANEL = 1024  # rows of a Gram matrix that end at the same column: what lies above its diagonal is not computed twice
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -31,6 +32,10 @@ def gram_spans(features: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(cuts)]
 
 
+def _panels(gram: Tensor) -> list[slice]:
+    return [slice(start, min(start + PANEL, len(gram))) for start in range(0, len(gram), PANEL)]
+
+
 class InputStatistics:
     """Sums over all calibration tokens of one input [tokens, features], in float32 and float64.
 
@@ -42,13 +47,24 @@ class InputStatistics:
         exact = torch.float32 if device.startswith("mps") else torch.float64  # which Apple's GPUs do not have
         self.spans = gram_spans(features)
         self.absolute = torch.zeros(features, dtype=exact, device=device)
-        self._grams = [torch.zeros(s.stop - s.start, s.stop - s.start, device=device) for s in self.spans]
+        self._sums = [torch.zeros(s.stop - s.start, s.stop - s.start, device=device) for s in self.spans]
+        self._mirrored = True  # else the Gram matrices are right up to their diagonals
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     @property
     def sums(self) -> list[Tensor]:
         """All that `update` adds to: the sums over several processes' tokens are those processes' sums, added."""
-        return [self._counts, self.absolute, *self._grams]
+        self._mirrored = False
+        return [self._counts, self.absolute, *self._sums]
+
+    @property
+    def _grams(self) -> list[Tensor]:
+        if not self._mirrored:
+            for gram in self._sums:
+                for rows in _panels(gram):
+                    gram[: rows.start, rows] = gram[rows, : rows.start].T
+            self._mirrored = True
+        return self._sums
 
     @property
     def rows(self) -> int:
@@ -72,8 +88,11 @@ class InputStatistics:
             x = x[finite]
         self._counts[0] += len(x)
         self.absolute += x.abs().sum(0, dtype=self.absolute.dtype)
-        for span, gram in zip(self.spans, self._grams, strict=True):
-            gram.addmm_(x[:, span].T, x[:, span])
+        for span, gram in zip(self.spans, self._sums, strict=True):
+            part = x[:, span]
+            for rows in _panels(gram):
+                gram[rows, : rows.stop].addmm_(part[:, rows].T, part[:, : rows.stop])
+        self._mirrored = False
 
     @property
     def mean_absolute(self) -> Tensor:
