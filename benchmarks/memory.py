@@ -73,7 +73,7 @@ def main() -> None:
         peaks.append(peak)
         sizes = f"{peak / 2**30:.2f} GiB", f"{whole / 2**30:.0f} GiB", f"{peak / whole:.1%}"
         rows.append([str(layers), *sizes, f"{seconds / layers:.0f} s"])
-        print(f"{layers} layers: {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"{layers} layers: {peak / 2**30:.2f} GiB, {seconds:.0f} s", file=sys.stderr, flush=True)
     title = f"{args.shape} layer shapes, {args.samples} x {args.seqlen} calibration tokens"
     headings = ["layers measured", "peak memory", f"all {model.layers} layers in 16 bits", "share", "time per layer"]
     print_table(title, headings, rows)
