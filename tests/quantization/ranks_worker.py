@@ -44,6 +44,7 @@ def run_all(ranks: Ranks, model: Path, rows: list[list[int]], folder: Path) -> d
         "again": run("straight", rows),
         "stopped": run("stopped", rows, observer=Stopping()),
         "resumed": run("stopped", rows),
+        "stopped again": run("left", rows, observer=Stopping()),
         "few": run("few", rows[:1]),
         "other text": run("other", rows if ranks.first else rows[::-1]),
         "bad device": run("other", rows, device="cuda:0"),

@@ -77,7 +77,7 @@ def test_two_processes_end_alike(make_model: MakeModel, rows: list[list[int]], t
     gone = first.pop("gone")
     assert first == second
     assert {first[name] for name in ("straight", "again", "resumed", "rounded")} == {"report of 2 layers"}
-    assert first["stopped"] == "KeyboardInterrupt: "
+    assert first["stopped"] == first["stopped again"] == "KeyboardInterrupt: "
     assert first["few"].startswith("CalibrationError: 2 processes cannot share 1 calibration blocks")
     assert first["other text"].startswith("ConfigError: process 1 has another calibration than process 0")
     assert first["bad device"].startswith("ConfigError: device 'cuda:0' cannot be shared by 2 processes")
@@ -90,6 +90,8 @@ def test_two_processes_end_alike(make_model: MakeModel, rows: list[list[int]], t
     squawq.quantize(model, tmp_path / "one", config, calibration=rows)
     assert_equal_within_rounding(tmp_path / "one", tmp_path / "straight")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+    squawq.quantize(model, tmp_path / "left", config, calibration=rows)  # one process goes on with what two began
+    assert_equal_within_rounding(tmp_path / "one", tmp_path / "left")
     squawq.quantize(model, tmp_path / "plain", QuantConfig(group_size=32, method="rtn"))
     assert contents(tmp_path / "rounded") == contents(tmp_path / "plain")
 
