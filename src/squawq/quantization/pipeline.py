@@ -215,8 +215,7 @@ def _quantize_layer(work: _Work, index: int, stream: _Stream | None, job: Job, r
         inputs = LayerInputs(block)
         with ranks.together():
             inputs.collect(stream.states, stream.sample)
-        for tensor in inputs.sums:
-            ranks.add_up(tensor)
+        ranks.add_up(inputs.sums)
         return ranks.on_first(lambda: commit(worker.search(inputs)))
 
 

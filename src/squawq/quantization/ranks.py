@@ -7,7 +7,7 @@ them, so that an error on one rank ends all with that error and nobody waits for
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -61,8 +61,8 @@ class Ranks:
     def check_same(self, values: Mapping[str, Any]) -> None:
         """Raises ConfigError where another rank has other values."""
 
-    def add_up(self, tensor: Tensor) -> None:
-        """Replace a tensor with its sum over the ranks."""
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors with their sums over the ranks."""
 
 
 class TorchRanks(Ranks):
@@ -118,9 +118,10 @@ class TorchRanks(Ranks):
                     "model, calibration, settings and squawq"
                 )
 
-    def add_up(self, tensor: Tensor) -> None:
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
         with _answered():
-            distributed.all_reduce(tensor)
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
 
     def _gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
