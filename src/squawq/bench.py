@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from squawq.errors import ConfigError, GenerationError
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.kernels import library
+from squawq.memory import peak_memory
 
 MOST_STREAMS = 256
 
@@ -72,8 +71,7 @@ def bench(
     return {
         **_figures(started, times, prompt_tokens),
         "overhead": 1 - (after.runner_seconds - before.runner_seconds) / step_seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_rss_bytes": peak_memory(),
         "load_s": load_s,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

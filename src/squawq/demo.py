@@ -16,6 +16,7 @@ from squawq.format.reader import Checkpoint
 from squawq.llm import LLM
 from squawq.progress import LayerProgress, counting
 from squawq.quantization.pipeline import quantize
+from squawq.report.files import add_evaluation
 
 QUESTION = "Tell me a story."
 EVALUATED_TOKENS = 16_384
@@ -37,6 +38,7 @@ def run(out: Path, console: Console) -> dict[str, Any]:
     console.print("[bold]2. Measuring[/bold] on stories that neither training nor calibration saw")
     with counting("evaluating") as progress:
         scores = evaluate(out, model, text=model / "held_back.txt", max_tokens=EVALUATED_TOKENS, progress=progress)
+    add_evaluation(out, model, scores)
     table = Table(title=f"quantized in {seconds:.0f} s, measured on {scores['tokens']:,} tokens")
     for heading in ("", "16-bit", "AWQ INT4"):
         table.add_column(heading, justify="right" if heading else "left")

@@ -12,7 +12,7 @@ from awq.models._config import AwqConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError
 from squawq.format.reader import COMPANIONS, INDEX, LEGACY, check_inside, read_config, read_json
 from squawq.format.writer import TEMPORARY, clear_temporary, copy_file, write_json
-from squawq.quantization.job import REPORT
+from squawq.report.files import PAGE, REPORT
 
 CALLERS = (  # what a tokenizer or processor saves is the caller's, as with AutoAWQ
     *("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template"),
@@ -71,7 +71,9 @@ def _weights(source: Path) -> list[Path]:
 
 def _small(source: Path) -> list[Path]:
     """What goes along: generation config, licence, report."""
-    found = [path for path in sorted(source.iterdir()) if COMPANIONS.fullmatch(path.name) or path.name == REPORT]
+    found = [
+        path for path in sorted(source.iterdir()) if COMPANIONS.fullmatch(path.name) or path.name in (REPORT, PAGE)
+    ]
     found = [path for path in found if not path.name.startswith(CALLERS)]
     for path in found:
         check_inside(path)

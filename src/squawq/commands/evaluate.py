@@ -26,7 +26,7 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: loss per layer, KL per position")] = None,
     device: Device = "cpu",
 ) -> None:
-    """Measure a model: perplexity, and with --reference how far it is from its 16-bit original.
+    """Measure a model: perplexity, and with --reference how far it is from its 16-bit original (added to its report).
 
     Examples: squawq eval OUT --reference MODEL
     | squawq eval OUT --reference MODEL --text wiki.txt --window 2048 --json --plot loss.png
@@ -52,14 +52,17 @@ def evaluate(
         from squawq.evaluation.plots import save_plot
         from squawq.format.reader import read_json
         from squawq.hub.download import resolve
+        from squawq.report.files import REPORT
 
-        report = resolve(model) / "squawq_report.json"
+        report = resolve(model) / REPORT
         save_plot(plot, read_json(report) if report.is_file() else None, scores)
         console.print(f"plot: {plot}")
     if as_json:
         print(json.dumps(allow_nan=False, obj={"model": model, "reference": reference, **scores}))
     else:
         _print_scores(scores)
+    if reference is not None:
+        _add_to_report(Path(model), reference, scores)
 
 
 def _print_scores(scores: dict[str, Any]) -> None:
@@ -75,3 +78,17 @@ def _print_scores(scores: dict[str, Any]) -> None:
     from rich.console import Console
 
     Console().print(table)
+
+
+def _add_to_report(folder: Path, reference: str, scores: dict[str, Any]) -> None:
+    """Into the report beside the weights; not into a model that lies in the Hub's cache."""
+    from squawq.report.files import PAGE, REPORT, add_evaluation
+
+    if not (folder / REPORT).is_file():
+        return
+    try:
+        add_evaluation(folder, reference, scores)
+    except OSError as error:  # the figures are out already
+        console.print(f"{folder} cannot be written ({error.strerror}); its report stays as it was")
+    else:
+        console.print(f"report: {folder / PAGE}")

@@ -43,6 +43,7 @@ def quantize(
     """
     from squawq.quantization.pipeline import quantize as run
     from squawq.quantization.ranks import torchrun_ranks
+    from squawq.report.files import PAGE
 
     config = QuantConfig(
         group_size=group_size,
@@ -70,5 +71,6 @@ def quantize(
     for kept in report["kept_in_16_bits"]:
         console.print(f"{kept['name']} stays in 16 bits: {kept['reason']}")
     console.print(f"{report['source_bytes'] / 1e6:,.1f} MB -> {report['bytes'] / 1e6:,.1f} MB")
+    console.print(f"report: {out / PAGE}")
     console.print(f"See what was lost: squawq eval {out} --reference {model}")
     print(out)

@@ -24,7 +24,8 @@ from squawq.format.writer import copy_file, write_index, write_json
 from squawq.hub.download import resolve
 from squawq.nn.loader import linear_shapes
 from squawq.quant_config import QuantConfig
-from squawq.quantization.job import REPORT, Job, identity, target_path
+from squawq.quantization.job import Job, identity, target_path
+from squawq.report.files import REPORT
 
 FORMATS = ("compressed-tensors", "gguf", "dense")
 Progress = Callable[[int, int], None]  # done, of how many

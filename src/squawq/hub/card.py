@@ -23,7 +23,8 @@ from squawq.hub.download import find_hub_file
 from squawq.hub.usage import usage
 from squawq.inspection import inspect
 from squawq.quant_config import METHODS, QuantConfig
-from squawq.quantization.job import REPORT, identity
+from squawq.quantization.job import identity
+from squawq.report.files import PAGE, REPORT
 
 README = "README.md"
 TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
@@ -88,7 +89,7 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
         "([Lin et al.](https://arxiv.org/abs/2306.00978)): safetensors in AutoAWQ's GEMM layout.",
         _facts(found, report),
         _measured(report, scores),
-        _made(report),
+        _made(report, (folder / PAGE).is_file()),
         usage(repo, has_template(folder)),
     ]
     text = f"---\n{_yaml(matter)}---\n" + "\n\n".join(part for part in parts if part) + "\n\n"
@@ -271,7 +272,7 @@ def _pair(scores: Mapping[str, Any]) -> str:
     return f"{scores['kl_mean']:.5f}, {scores['kl_p99']:.5f}"
 
 
-def _made(report: Mapping[str, Any] | None) -> str:
+def _made(report: Mapping[str, Any] | None, drawn: bool) -> str:
     if report is None:
         return ""
     config, tokens = report["job"]["config"], report["calibration_tokens"]
@@ -281,5 +282,6 @@ def _made(report: Mapping[str, Any] | None) -> str:
     text = f"on {tokens:,} tokens of text in blocks of {config['seqlen']}" if tokens else "without calibration text"
     return (
         f"## How it was made\n\nBy `squawq quantize` {report['squawq']}: {method}, {text}, group size "
-        f"{config['group_size']}. `{REPORT}` has every layer's losses and what else the result depends on."
+        f"{config['group_size']}. `{REPORT}` has every layer's losses and what else the result depends on"
+        f"{f'; `{PAGE}` draws them' if drawn else ''}."
     )

@@ -19,13 +19,14 @@ from squawq.format.reader import INDEX, Checkpoint, check_inside, read_json
 from squawq.format.writer import TEMPORARY
 from squawq.hub.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.inspection import missing
-from squawq.quantization.job import JOB, PART, REPORT
+from squawq.quantization.job import JOB, PART
+from squawq.report.files import PAGE, REPORT
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-OWN = ("config.json", "quant_config.json", README, REPORT, INDEX)
+OWN = ("config.json", "quant_config.json", README, REPORT, PAGE, INDEX)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 IGNORED = (".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store")  # left here, as huggingface_hub leaves them

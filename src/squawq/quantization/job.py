@@ -20,8 +20,8 @@ from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
 from squawq.format.reader import Checkpoint, read_header, read_json
 from squawq.format.writer import TEMPORARY, clear_temporary, shard_name, write_json, write_shard
 from squawq.quant_config import QuantConfig
+from squawq.report.files import REPORT
 
-REPORT = "squawq_report.json"
 JOB = "squawq_job.json"
 PART = "squawq_part_"
 

@@ -20,6 +20,7 @@ from squawq.quantization.blocks import Block
 from squawq.quantization.fold import Folding
 from squawq.quantization.inputs import LayerInputs
 from squawq.quantization.plan import LayerPlan
+from squawq.quantization.records import GroupRecord, LayerRecord, LinearRecord, clip_quantiles, quantiles
 from squawq.quantization.search import (
     ScaleCandidate,
     best_scales,
@@ -48,7 +49,8 @@ class _Chosen:
 
     folding: Folding = field(default_factory=Folding)
     integers: dict[str, GroupwiseTensor] = field(default_factory=dict)
-    groups: list[dict[str, Any]] = field(default_factory=list)
+    clips: dict[str, list[float]] = field(default_factory=dict)
+    groups: list[GroupRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tokens: Mapping[str, int] = field(default_factory=dict)
 
@@ -102,7 +104,7 @@ class LayerQuantizer:
         for group in self.groups:
             self._choose_scales(group, inputs, chosen)
         for name in self.converted:
-            chosen.integers[name] = self._integers(name, inputs.of(name), chosen.folding)
+            chosen.integers[name] = self._integers(name, inputs.of(name), chosen)
         return chosen
 
     def _choose_scales(self, group: ScalingGroup, inputs: LayerInputs, chosen: _Chosen) -> None:
@@ -112,7 +114,7 @@ class LayerQuantizer:
             return
         parameters = [self.block.parameter(n) for n in names[:: -(-len(names) // SAMPLED_LINEARS)]]
         best = self._best_scales(group, parameters, stats, inputs)
-        chosen.groups.append({"linears": list(group.linears), "formula": best.formula, "ratio": best.ratio})
+        chosen.groups.append(GroupRecord(group.linears, best.formula, best.ratio, quantiles(best.scales)))
         if best.formula != "identity":
             self.fold(group, best.scales, chosen.folding)
 
@@ -159,12 +161,14 @@ class LayerQuantizer:
             bias = bias.data if isinstance(bias, Tensor) else None
             folding.into_norm(group, weight, bias, scales, self.dtype, self.family.norm_offset)
 
-    def _integers(self, name: str, stats: InputStatistics, folding: Folding) -> GroupwiseTensor:
+    def _integers(self, name: str, stats: InputStatistics, chosen: _Chosen) -> GroupwiseTensor:
+        folding = chosen.folding
         weight = folding.apply(f"{name}.weight", self.block.weight(name))
         size = self.config.group_of(weight.shape[1])
         limits = None
         if self.config.clip and stats.has_signal and not name.endswith(self.family.never_clip):
             limits = clip_limits(weight, stats.gram_blocks(size, folding.columns.get(name)), self.config.zero_point)
+            chosen.clips[name] = clip_quantiles(weight, limits)
         return quantize(weight, size, self.config.zero_point, limits)
 
     def _linear_losses(self, chosen: _Chosen, inputs: LayerInputs) -> dict[str, tuple[float, float]]:
@@ -237,30 +241,22 @@ class LayerQuantizer:
         linears = []
         for name in (name for group in self.groups for name in (*group.linears, *group.readers)):
             out_features, in_features = self.block.weight(name).shape
-            row: dict[str, Any] = {"name": name, "out_features": out_features, "in_features": in_features}
-            if (expert := expert_of(name) or "") in chosen.tokens:
-                row["tokens"] = chosen.tokens[expert]
-            if name in self.kept:
-                row["kept_in_16_bits"] = self.kept[name]
-            elif name in losses:
-                rounded, searched = losses[name]
-                row |= {"loss_rounded": _number(rounded), "loss": _number(searched if kept == "awq" else rounded)}
-            linears.append(row)
-        return {
-            "name": self.prefix,
-            "method": kept,
-            "loss_rounded": _number(before),
-            "loss": _number(after),
-            "scales": chosen.groups if kept == "awq" else [],
-            "linears": linears,
-            "notes": chosen.notes,
-        }
+            rounded, searched = losses.get(name, (None, None))
+            linears.append(
+                LinearRecord(
+                    name,
+                    out_features,
+                    in_features,
+                    tokens=chosen.tokens.get(expert_of(name) or ""),
+                    kept_in_16_bits=self.kept.get(name),
+                    loss_rounded=rounded,
+                    loss=searched if kept == "awq" else rounded,
+                    clip=chosen.clips.get(name) if kept == "awq" else None,
+                )
+            )
+        groups = chosen.groups if kept == "awq" else []
+        return LayerRecord(self.prefix, kept, before, after, groups, linears, chosen.notes).to_dict()
 
 
 def _mean_square(a: Tensor, b: Tensor) -> float:
     return float((a - b).square().mean(-1).cpu().mean(dtype=torch.float64))
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if value is not None and abs(value) < float("inf") else None

@@ -6,6 +6,8 @@ hidden_size x 4 bytes) as far as they are kept in memory.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,12 +29,14 @@ from squawq.quant_config import QuantConfig
 from squawq.quantization.blocks import BATCH_TOKENS, Blocks
 from squawq.quantization.calibration import Calibration, token_blocks
 from squawq.quantization.inputs import LayerInputs
-from squawq.quantization.job import REPORT, Job, identity, target_path
+from squawq.quantization.job import Job, identity, target_path
 from squawq.quantization.layer import LayerQuantizer, LayerResult, cast
 from squawq.quantization.places import read_finite
 from squawq.quantization.plan import LayerPlan
 from squawq.quantization.ranks import Ranks
+from squawq.quantization.records import measured
 from squawq.quantization.states import IN_MEMORY, Sample, hidden_states
+from squawq.report.files import REPORT, public_name, write_report
 from squawq.tokenizer import Tokenizer
 
 
@@ -62,10 +66,11 @@ def quantize(
     ranks: Ranks | None = None,
     states_memory: float = IN_MEMORY,
 ) -> dict[str, Any]:
-    """Quantize a 16-bit checkpoint to AWQ INT4 and return the report that also lies in `out`/squawq_report.json.
+    """Quantize a 16-bit checkpoint to AWQ INT4 and return the report, which also lies in `out`: squawq_report.json, and
+    report.html for people.
 
     model: a folder or a Hub id. out: a folder that does not exist, is empty, or holds this very job; a run that was
-    killed goes on where it was and ends with the same bytes. calibration: see `calibration.token_blocks`.
+    killed goes on where it was and ends with the same weights. calibration: see `calibration.token_blocks`.
     ranks: the processes that share the calibration and each make this call (`ranks.torchrun_ranks`); the first writes.
     states_memory: GiB of hidden states that are kept in memory; larger ones lie in a file beside `out`.
     Raises SquawqError before work starts for anything that cannot work, and never leaves a half-written `out`.
@@ -95,6 +100,7 @@ class _Work:
     tokens: Tensor | None
     out: Path
     identity: dict[str, Any]
+    name: str
 
 
 def _prepare(model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str) -> _Work:
@@ -121,7 +127,7 @@ def _prepare(model: str | Path, out: str | Path, config: QuantConfig, calibratio
         )
     elif calibration is not None:
         raise ConfigError("method 'rtn' rounds without looking at text; leave the calibration out, or use 'awq'")
-    return _Work(blocks, config, tokens, folder, identity(checkpoint, config, tokens, device))
+    return _Work(blocks, config, tokens, folder, identity(checkpoint, config, tokens, device), public_name(model))
 
 
 def _plan(blocks: Blocks, config: QuantConfig, index: int) -> LayerPlan:
@@ -200,13 +206,14 @@ def _quantize_layers(work: _Work, stream: _Stream | None, job: Job, observer: Ob
 
 def _quantize_layer(work: _Work, index: int, stream: _Stream | None, job: Job, ranks: Ranks) -> dict[str, Any]:
     """One layer's way: every rank runs its hidden states through it, the first chooses and puts it on disk."""
-    blocks = work.blocks
+    blocks, began = work.blocks, time.perf_counter()
 
     def commit(result: LayerResult) -> dict[str, Any]:
+        record = result.record | measured(began, blocks.device)
         prefix = blocks.family.layer(index)
         named = {blocks.places.stored(f"{prefix}.{name}"): tensor for name, tensor in result.tensors.items()}
-        job.commit(index + 1, named, result.record)
-        return result.record
+        job.commit(index + 1, named, record)
+        return record
 
     with ranks.opened(lambda: blocks.open(index)) as block:
         worker = LayerQuantizer(block, _plan(blocks, work.config, index))
@@ -240,16 +247,18 @@ def _finish(work: _Work, job: Job) -> dict[str, Any]:
     write_json(job.partial / "config.json", raw)
     report = {
         "squawq": __version__,
+        "model": work.name,
         "method": config.method,
         "source_bytes": checkpoint.nbytes(),
         "bytes": size,
+        "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
         "kept_in_16_bits": kept,
         "notes": [f"{record['name']}: {note}" for record in records for note in record["notes"]] + _left_out(blocks),
         "layers": records,
         "job": job.identity,
     }
-    write_json(job.partial / REPORT, report)
+    write_report(job.partial, report)
     job.finish()
     return report
 

@@ -1,0 +1,36 @@
+"""The report's two files beside the weights: written together, so that the page always shows what the JSON says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from squawq.format.reader import read_json
+from squawq.format.writer import clear_temporary, write_json, write_text
+from squawq.report.page import render
+
+REPORT = "squawq_report.json"
+PAGE = "report.html"
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write both files."""
+    write_json(folder / REPORT, report)
+    write_text(folder / PAGE, render(report))
+
+
+def add_evaluation(folder: Path, reference: str | Path, scores: Mapping[str, Any]) -> None:
+    """Put what `evaluate` measured against `reference` into the report, in place of an earlier evaluation.
+
+    Raises CheckpointError for a report that cannot be read, OSError for a folder that cannot be written.
+    """
+    evaluation = {"reference": public_name(reference), **scores}
+    write_report(folder, {**read_json(folder / REPORT), "evaluation": evaluation})
+    clear_temporary(folder)
+
+
+def public_name(model: str | Path) -> str:
+    """A model as a report may name it: a Hub id, or a folder's own name without the way to it."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else str(model)

@@ -1,0 +1,54 @@
+"""report.html: one file without any request, readable on a phone and in the dark. Knows nothing of what is measured.
+
+Names and notes come from downloaded models: jinja2 escapes everything, and the page's own policy (CSP) lets nothing
+run but the script of this package, nothing load at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from squawq.errors import CheckpointError
+from squawq.report.drawings import sections
+from squawq.report.words import HEADINGS, facts, summary, table
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The page of a report as squawq_report.json has it. Raises CheckpointError for one that is none."""
+    style, script = _read("page.css"), _read("page.js")
+    template = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(_read("page.html"))
+    try:
+        return template.render(
+            model=str(report.get("model") or "A quantized model"),
+            facts=facts(report),
+            summary=summary(report),
+            sections=sections(report),
+            headings=HEADINGS,
+            table=table(report),
+            notes=[str(note) for note in report["notes"]],
+            kept=[(str(row["name"]), str(row["reason"])) for row in report["kept_in_16_bits"]],
+            style=Markup(style),
+            script=Markup(script),
+            style_hash=_hash(style),
+            script_hash=_hash(script),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise CheckpointError(f"the report is not as squawq quantize writes it: {error!r:.200}") from error
+
+
+def _read(name: str) -> str:
+    return (files("squawq") / "report" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """As a policy names an inline script or style that it lets through."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
