@@ -23,8 +23,8 @@ SAMPLED = 1 << 20  # values that the inner quantiles are taken from
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """A linear's shape; how many tokens an expert saw; why the linear is not quantized, or its mean squared output error
-    by plain rounding and as kept, and quantiles over its groups of the share of the range that is kept (None: never
+    """A linear's shape, and the tokens that an expert saw. Why it is not quantized; or its mean squared output error by
+    plain rounding and as kept, and QUANTILES over its groups of the share of the range that is kept (None: never
     narrowed)."""
 
     name: str

@@ -44,7 +44,8 @@ class Axis:
     def place(self, value: float) -> float:
         """Pixels from the top; what lies beyond the axis is drawn at its end."""
         if self.log:
-            share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
+            low, high = math.log(self.low), math.log(self.high)
+            share = (math.log(max(value, self.low)) - low) / (high - low)
         else:
             share = (value - self.low) / (self.high - self.low)
         return round(MARGIN + (HEIGHT - 2 * MARGIN) * (1 - min(max(share, 0.0), 1.0)), 1)
