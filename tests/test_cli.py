@@ -53,6 +53,12 @@ def test_eval_table_json_and_plot(quantized: Path, tmp_path: Path) -> None:
     assert 0 < scores["kl_mean"] < scores["kl_p99"] < 2
     assert 0.5 < scores["top1_agreement"] < 1
     assert plot.read_bytes().startswith(b"\x89PNG")
+    report = json.loads((quantized / "squawq_report.json").read_text(encoding="utf-8"))
+    added = {key: value for key, value in scores.items() if key != "model"}
+    assert report["evaluation"] == {**added, "reference": "demo_model"}  # no way to a folder of this machine
+    page = (quantized / "report.html").read_text(encoding="utf-8")
+    assert f"mean KL {scores['kl_mean']:.3g} nats" in page
+    assert not (quantized / ".tmp").exists()
     table = run(*common).stdout
     assert "perplexity" in table
     assert "KL" not in table

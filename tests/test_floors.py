@@ -14,7 +14,7 @@ FLOORS: dict[str, float] = {
     "config": 2,
     "quant_config": 1,
     "progress": 2,
-    "memory": 1,
+    "memory": 2,
     "child": 2,
     "chat_template": 3,
     "format": 3,

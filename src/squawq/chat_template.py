@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text that a model was trained to read. The only door to jinja2; knows no tokenizer.
+"""Chat templates: messages to the text that a model was trained to read. Knows no tokenizer.
 
 A template comes with a downloaded model and is not trusted, so it runs in jinja2's sandbox. As a program
 (`python -m squawq.chat_template BYTES SECONDS`) this file renders JSON lines from stdin to stdout, within that much

@@ -112,6 +112,7 @@ def test_measured(awq_demo: Path, tmp_path: Path) -> None:
     middle = (ratios[3] + ratios[4]) / 2 - 1
     assert f"median over 8 layers: {middle:+.0%} against plain rounding" in card
     assert f"on {report['calibration_tokens']:,} tokens of text" in card
+    assert "`report.html` draws them" in card
 
 
 @pytest.mark.parametrize(

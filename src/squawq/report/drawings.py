@@ -101,7 +101,7 @@ def _scales(layers: Layers, columns: list[str]) -> Section:
         return Section("scales", "Chosen scales", "No scales were chosen, or this report has no record of them.", [])
     text = (
         "What the input channels of linears that share an input were multiplied by before rounding. Thin bars go from "
-        "the least to the greatest channel, thick ones hold 90 % of them, the mark is the median. 1 changes nothing."
+        "the least to the greatest channel, thick ones hold 90% of them, the mark is the median. 1 changes nothing."
     )
     return Section("scales", "Chosen scales", text, charts)
 
@@ -157,7 +157,8 @@ def _divergence(evaluation: Record) -> Section:
     )
     text = (
         "How far the next token's probabilities are from the 16-bit model's at each position of the window, in nats. "
-        "A line that climbs says that errors add up along the context."
+        "A line that climbs says that errors add up along the context. Where windows overlap, the places before their "
+        "new part come from the first window alone and vary more."
     )
     return Section("divergence", heading, text, [chart])
 
