@@ -84,6 +84,7 @@ def test_hostile_names_are_only_text() -> None:
     found = report(2, model=HOSTILE, notes=[HOSTILE], kept_in_16_bits=[{"name": HOSTILE, "reason": HOSTILE}])
     found["layers"][0]["name"] = f"model.layers.{HOSTILE}"
     found["layers"][1]["linears"][0]["name"] = HOSTILE
+    found["layers"][1]["linears"][1]["kept_in_16_bits"] = HOSTILE
     found["layers"][0]["scales"][0]["formula"] = HOSTILE
     found["layers"][0]["scales"][1]["linears"] = [HOSTILE]
     found["squawq"] = found["method"] = found["job"]["device"] = HOSTILE

@@ -13,6 +13,8 @@ from squawq.report.scales import HEIGHT, Axis, Tick, centres, column_ticks, numb
 
 DOTS = 64  # points that still are drawn one by one
 ROW = 22  # pixels of a map's row
+LETTER = 6.5  # pixels of a letter beside a map, no less than any usual font has
+NAME = 28  # letters of a row's name that fit beside a map on a phone; its end tells the most
 Values = Sequence[float | None]
 
 
@@ -68,11 +70,12 @@ class Chart:
     lines: list[Line] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     height: int = HEIGHT
+    gutter: int = 56
 
 
 @dataclass(frozen=True)
 class Map:
-    """Rows of coloured cells over columns, and what the colours mean."""
+    """Rows of coloured cells over columns, and what the colours mean. gutter: pixels for the rows' names."""
 
     title: str
     across: str
@@ -81,6 +84,7 @@ class Map:
     cells: list[Cell]
     legend: list[Cell]
     height: int
+    gutter: int
 
 
 def lines(
@@ -153,8 +157,11 @@ def heat_map(
         if value is not None
     ]
     samples = [Cell(0, 0, 100, *paint(value), label) for value, label in legend]
-    names = [Tick((y + 0.5) * ROW, name) for y, name in enumerate(rows)]
-    return Map(title, across, names, column_ticks(columns), cells, samples, len(rows) * ROW)
+    names = [
+        Tick((y + 0.5) * ROW, name if len(name) <= NAME else f"…{name[1 - NAME :]}") for y, name in enumerate(rows)
+    ]
+    gutter = round(10 + LETTER * max(len(name.label) for name in names))
+    return Map(title, across, names, column_ticks(columns), cells, samples, len(rows) * ROW, gutter)
 
 
 def paint_ratio(ratio: float) -> tuple[str, float]:
