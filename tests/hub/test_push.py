@@ -58,7 +58,7 @@ def test_everything_arrives_with_a_card_through_a_dropped_connection(hub: Hub, f
     done = push(hub, folder, REPO, "--private", "--source", str(demo_model()))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{hub.endpoint}/{REPO}/commit/{COMMIT}"
-    assert "18 files, 5.7 MB, to me/demo-AWQ" in done.stderr
+    assert "19 files, 5.8 MB, to me/demo-AWQ" in done.stderr
     (folder / ".cache").rmdir()
     there = dict(hub.repos[REPO].branches["main"])
     assert there.pop(".gitattributes") == b""
