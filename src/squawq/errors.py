@@ -5,7 +5,7 @@ SquawqError
 │   └── FusionError     a model of transformers that our decoder cannot run, so that its own layers must
 ├── CheckpointError     a model folder that is missing, damaged, lying or of an unknown kind
 ├── CalibrationError    calibration or evaluation text that is missing or too short
-├── OutputError         a target folder that is not ours or belongs to another job
+├── OutputError         a target folder that is not ours, belongs to another job, or has no room
 ├── RankError           another process of a shared run has failed or gone
 ├── DependencyError     an optional package that is not installed
 ├── KernelError         no kernel takes this operation; lists what was tried
@@ -38,7 +38,7 @@ class CalibrationError(SquawqError):
 
 
 class OutputError(SquawqError):
-    """A target folder that is not ours, or that belongs to another job."""
+    """A target folder that is not ours, that belongs to another job, or that has no room."""
 
 
 class RankError(SquawqError):

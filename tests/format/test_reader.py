@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from squawq.errors import CheckpointError
-from squawq.format.reader import Checkpoint, read_header
+from squawq.format.reader import Checkpoint
+from squawq.format.shards import read_header
 
 
 def write_file(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

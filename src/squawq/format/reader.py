@@ -1,7 +1,7 @@
-"""Reads checkpoint folders: config.json, safetensors headers, tensors on demand.
+"""Reads checkpoint folders: config.json, tensors on demand from the files that shards.py finds and checks.
 
-Every header is checked against its file before anything is allocated; only safetensors is read. Tensors are
-memory-mapped, so reading one layer costs that layer, and `close` gives the pages back.
+Only safetensors is read. `read` maps a tensor into memory, so that reading one layer costs that layer, and `close`
+gives the pages back; `read_copy` is for work that goes on for hours, while files may change.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,8 @@ from squawq.errors import CheckpointError
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.layouts import LAYOUTS
 from squawq.format.packing import from_gemm
+from squawq.format.shards import FolderShards, Shards, TensorInfo, read_tensor
 
-MAX_HEADER = 100 * 2**20  # safetensors' own limit
 MAX_JSON = 64 * 2**20
 COMPANIONS = re.compile(
     r"tokenizer\.(json|model)|(tokenizer|generation|preprocessor|processor)_config\.json|special_tokens_map\.json"
@@ -34,28 +32,6 @@ COMPANIONS = re.compile(
 )
 LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "F64": (torch.float64, 8),
-    "F32": (torch.float32, 4),
-    "F16": (torch.float16, 2),
-    "BF16": (torch.bfloat16, 2),
-    "I64": (torch.int64, 8),
-    "I32": (torch.int32, 4),
-    "I16": (torch.int16, 2),
-    "I8": (torch.int8, 1),
-    "U8": (torch.uint8, 1),
-    "BOOL": (torch.bool, 1),
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what it is, as its header says and its file confirms."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,52 +64,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensor names and places of one safetensors file, checked: sizes fit the file, no overlap, no gap.
-
-    Raises CheckpointError naming file and tensor.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise CheckpointError(f"{path}: damaged: the header says {length} bytes, the file has {size}")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: damaged: the header is not an object")
-    header.pop("__metadata__", None)
-    spans: list[tuple[int, int]] = []
-    infos = {name: _tensor_info(path, name, entry, spans) for name, entry in header.items()}
-    end = 0
-    for begin, stop in sorted(spans):
-        if begin != end:
-            raise CheckpointError(f"{path}: damaged: tensor data overlap or leave a gap at byte {min(begin, end)}")
-        end = stop
-    if end != size - 8 - length:
-        raise CheckpointError(
-            f"{path}: damaged: its tensors need {end} bytes of data, the file has {size - 8 - length}"
-        )
-    return infos
-
-
-def _tensor_info(path: Path, name: str, entry: Any, spans: list[tuple[int, int]]) -> TensorInfo:
-    try:
-        dtype, itemsize = DTYPES[entry["dtype"]]
-        shape = tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensor {name!r}: unreadable entry or unknown dtype in the header") from error
-    if not whole or end - begin != math.prod(shape) * itemsize:
-        raise CheckpointError(f"{path}: tensor {name!r}: shape {list(shape)} and bytes {begin} to {end} disagree")
-    spans.append((begin, end))
-    return TensorInfo(path, dtype, shape, end - begin)
-
-
 def check_inside(path: Path) -> None:
     """Raises CheckpointError for a link out of its folder: what it leads to was never part of the model.
 
@@ -149,11 +79,13 @@ class Checkpoint:
     """A model folder, opened but not loaded.
 
     `config` is checked on opening, and so is every shard's header. Tensors are read one at a time; call
-    `close` to drop the memory maps. Raises CheckpointError for anything missing, damaged or unknown.
+    `close` to drop the memory maps. shards: where the weights are, if not in the folder. Raises CheckpointError for
+    anything missing, damaged or unknown.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, shards: Shards | None = None) -> None:
         self.folder = Path(folder)
+        self.shards = shards or FolderShards(self.folder)
         self.config = ModelConfig.from_dict(read_config(self.folder), str(self.folder / "config.json"))
         self._handles: dict[Path, Any] = {}
 
@@ -161,27 +93,27 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors by name."""
         found: dict[str, TensorInfo] = {}
-        files, promised = self._shards()
+        files, promised = self._files()
         for file in files:
-            header = read_header(file)
+            header = self.shards.header(file)
             if twice := next((n for n in header if n in found), None):
-                raise CheckpointError(f"{file}: tensor {twice!r} is also in {found[twice].file.name}")
+                raise CheckpointError(f"{header[twice].file}: tensor {twice!r} is also in {found[twice].file.name}")
             found.update(header)
         for name, shard in promised.items():
             if name not in found or found[name].file.name != shard:
                 raise CheckpointError(f"{self.folder / INDEX}: promises tensor {name!r} in {shard}, where it is not")
         return found
 
-    def _shards(self) -> tuple[list[Path], dict[str, str]]:
-        """The safetensors files, and what the index (if any) promises of them."""
+    def _files(self) -> tuple[list[str], dict[str, str]]:
+        """The names of the safetensors files, and what the index (if any) promises of them."""
+        there = self.shards.names()
         if (self.folder / INDEX).is_file():
             promised = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(promised, dict) or not all(isinstance(f, str) for f in promised.values()):
                 raise CheckpointError(f"{self.folder / INDEX}: weight_map must map tensor names to file names")
             names = sorted(set(promised.values()))
         else:
-            found = sorted(self.folder.glob("model*.safetensors")) or sorted(self.folder.glob("*.safetensors"))
-            promised, names = {}, [path.name for path in found]
+            promised, names = {}, [name for name in there if name.startswith("model")] or there
         if not names:
             other = sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
             hint = f" It has {other[0]}, which squawq does not read; convert it to safetensors first." if other else ""
@@ -189,9 +121,9 @@ class Checkpoint:
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{self.folder / INDEX}: {name!r} is not the name of a safetensors file here")
-            if not (self.folder / name).is_file():
+            if name not in there:
                 raise CheckpointError(f"{self.folder / name}: the index names this file, and it is missing")
-        return [self.folder / name for name in names], promised
+        return names, promised
 
     def info(self, name: str) -> TensorInfo:
         """Raises CheckpointError when there is no such tensor."""
@@ -207,16 +139,30 @@ class Checkpoint:
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor in its own dtype, backed by the memory map; `shape` is checked if given."""
-        info = self.info(name)
-        if shape is not None:
-            self.check_shape(name, shape)
+        info = self._shaped(name, shape)
         if info.file not in self._handles:
             try:
-                self._handles[info.file] = safe_open(info.file, framework="pt")
-            except (SafetensorError, OSError) as error:
+                with self.shards.open(info.file.name) as file:
+                    self._handles[info.file] = safe_open(file.name, framework="pt")
+            except SafetensorError as error:
                 raise CheckpointError(f"{info.file}: cannot be read as safetensors: {error}") from error
         tensor: Tensor = self._handles[info.file].get_tensor(name)
         return tensor
+
+    def read_copy(self, name: str, shape: tuple[int, ...] | None = None, index: int | None = None) -> Tensor:
+        """The same as memory of its own: a file that shrinks under a map kills the process, and here is an error.
+
+        index: read only the part at this index of the first dimension.
+        """
+        info = self._shaped(name, shape)
+        info = info if index is None else info.part(index)
+        with self.shards.open(info.file.name) as file:
+            return read_tensor(file, info)
+
+    def _shaped(self, name: str, shape: tuple[int, ...] | None) -> TensorInfo:
+        if shape is not None:
+            self.check_shape(name, shape)
+        return self.info(name)
 
     def is_quantized(self, linear: str) -> bool:
         """Whether this linear (full name) is stored as AWQ integers."""

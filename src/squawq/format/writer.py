@@ -1,11 +1,15 @@
-"""Writes checkpoint files beside their place and renames them in, so that a name never holds half a file."""
+"""Writes checkpoint files beside their place and renames them in, so that a name never holds half a file.
+
+All that writes raises OutputError when it cannot, for a full disk above all.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from squawq.format.reader import INDEX, read_header
+from squawq.errors import OutputError
+from squawq.format.reader import INDEX
+from squawq.format.shards import read_header
 
 TEMPORARY = ".tmp"
-
-
-def _beside(path: Path) -> Path:
-    """Where a file is written before it gets its name: in a folder that `clear_temporary` removes whole."""
-    folder = path.parent / TEMPORARY
-    folder.mkdir(exist_ok=True)
-    return folder / path.name
 
 
 def clear_temporary(folder: Path) -> None:
@@ -30,17 +29,33 @@ def clear_temporary(folder: Path) -> None:
     shutil.rmtree(folder / TEMPORARY, ignore_errors=True)
 
 
-def _commit(temporary: Path, target: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)  # noqa: PTH105 (the tests kill here)
+@contextmanager
+def _named_at_the_end(target: Path, size: int) -> Iterator[Path]:
+    """Where to write a file of about so many bytes: in a folder that `clear_temporary` removes whole.
+
+    The file gets its name when the context ends. Raises OutputError, for a full disk too, and gives the room back.
+    """
+    temporary = target.parent / TEMPORARY / target.name
+    try:
+        temporary.parent.mkdir(exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)  # noqa: PTH105 (the tests kill here)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OutputError(
+            f"{target} cannot be written: {reason}. It needs {size:,} bytes, {shutil.disk_usage(target.parent).free:,} "
+            "are free. When there is room, run the same again; it goes on where it was"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Atomically write a text file (UTF-8)."""
-    temporary = _beside(path)
-    temporary.write_text(text, encoding="utf-8")
-    _commit(temporary, path)
+    content = text.encode()
+    with _named_at_the_end(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -50,9 +65,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Atomically copy a small file."""
-    temporary = _beside(target)
-    temporary.write_bytes(source.read_bytes())
-    _commit(temporary, target)
+    content = source.read_bytes()
+    with _named_at_the_end(target, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def shard_name(index: int, count: int) -> str:
@@ -61,16 +76,13 @@ def shard_name(index: int, count: int) -> str:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Atomically write one safetensors file. Peak memory: the tensors given. Raises OSError when the disk is full."""
-    temporary = _beside(path)
-    temporary.touch()
-    mode = temporary.stat().st_mode & 0o777  # the user's umask; save_file itself leaves 0600
-    try:
-        save_file({n: t.contiguous().cpu() for n, t in sorted(tensors.items())}, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    temporary.chmod(mode)
-    _commit(temporary, path)
+    """Atomically write one safetensors file. Peak memory: the tensors given."""
+    with _named_at_the_end(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777  # the user's umask; save_file itself leaves 0600
+        contents = {name: tensor.contiguous().cpu() for name, tensor in sorted(tensors.items())}
+        save_file(contents, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
 
 
 def write_index(folder: Path) -> int:

@@ -25,7 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from squawq.errors import CheckpointError, ConfigError
-from squawq.format.reader import TensorInfo, read_header
+from squawq.format.shards import TensorInfo, read_header
 from squawq.integrations.experts import expert_names
 from squawq.integrations.linear import AwqLinear
 from squawq.nn.experts import Expert, Experts, is_stacked, stacked_sizes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from squawq.families import Family
 from squawq.format.reader import Checkpoint
-from squawq.quantization.places import Places
+from squawq.quantization.places import Places, check_floating
 from squawq.quantization.skeleton import Skeleton
 
 BATCH_TOKENS = 4096
@@ -32,17 +32,20 @@ class Blocks:
         self.places = Places(checkpoint, self.skeleton)
 
     def check(self) -> None:
-        """Raises CheckpointError for a tensor that is missing, misshapen outside the layers, or without a place."""
+        """Raises CheckpointError for a tensor that is missing, misshapen outside the layers, not of floating point, or
+        without a place."""
         self.places.check(self.skeleton.outer)
         for name, shape in self.skeleton.outer.items():
             if name in self.places.names:
                 self.checkpoint.check_shape(self.places.names[name], shape)
+        for name in self.places.written:
+            check_floating(self.checkpoint, name)
         for index, layer in enumerate(self.layers):
             self.places.check({f"{self.family.layer(index)}.{name}" for name in layer.state_dict()}, index)
 
     def embed(self, ids: Tensor) -> Tensor:
         """What the first layer is given, float32 [blocks, tokens, hidden], for ids int64 [blocks, tokens]."""
-        table = self.checkpoint.read(self.places.stored(f"{self.family.embedding}.weight"))
+        table = self.checkpoint.read_copy(self.places.stored(f"{self.family.embedding}.weight"))
         states = torch.empty(*ids.shape, self.skeleton.config.hidden_size, device=self.device)
         step = max(1, BATCH_TOKENS // ids.shape[1])
         for start in range(0, len(ids), step):
@@ -68,7 +71,6 @@ class Blocks:
             yield block
         finally:
             block.module.to("meta")
-            self.checkpoint.close()
             _give_memory_back()
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
-from squawq.format.reader import Checkpoint, read_header, read_json
+from squawq.format.reader import Checkpoint, read_json
+from squawq.format.shards import read_header
 from squawq.format.writer import TEMPORARY, clear_temporary, shard_name, write_json, write_shard
 from squawq.quant_config import QuantConfig
 from squawq.report.files import REPORT
@@ -29,9 +30,8 @@ PART = "squawq_part_"
 def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None, device: str) -> dict[str, Any]:
     """What must be equal for a run to go on from another's files."""
     source = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
-    for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        source.update(f"{file.name} {file.stat().st_size}\n".encode())
-        source.update(_samples(file))
+    for name in sorted({info.file.name for info in checkpoint.tensors.values()}):
+        source.update(checkpoint.shards.fingerprint(name))
     calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     return {
         "squawq": __version__,
@@ -42,15 +42,13 @@ def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None,
     }
 
 
-def _samples(file: Path) -> bytes:
-    """Pieces evenly spread over a file: enough to tell two checkpoints apart without reading all of them."""
-    size, count = file.stat().st_size, 32
-    with file.open("rb") as handle:
-        pieces = []
-        for index in range(count):
-            handle.seek(size * index // count)
-            pieces.append(handle.read(1 << 14))
-    return b"".join(pieces)
+def scratch_folder(out: Path) -> Path:
+    """A place for what a job needs only while it runs; whatever is in it goes with the job, however that ends."""
+    return _partial(out) / TEMPORARY / "scratch"
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def target_path(out: str | Path, source: Path) -> Path:
@@ -71,7 +69,7 @@ class Job:
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], layers: int) -> None:
-        self.out, self.partial = out, out.with_name(out.name + ".partial")
+        self.out, self.partial = out, _partial(out)
         self.identity, self.layers = dict(identity), layers
         self.finished = self._is_finished()
         if not self.finished:
@@ -132,6 +130,7 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.finished:
             return
+        clear_temporary(self.partial)
         if kind is not None and issubclass(kind, SquawqError):
             self._abandon()
         if self._lock is not None:
@@ -164,12 +163,25 @@ class Job:
         write_json(self._record_path(part), record)
         write_shard(self.shard_path(part), tensors)
 
+    def require_room(self, size: int, scratch: int = 0) -> None:
+        """Raises OutputError when the disk cannot take a result of about so many bytes and as many beside it."""
+        there = sum(path.stat().st_size for path in self.partial.iterdir())
+        needed, free = max(0, size - there) + scratch, shutil.disk_usage(self.partial).free
+        if needed > free:
+            raise OutputError(
+                f"{self.out} needs about {needed / 1e9:,.3f} GB more, and its disk has {free / 1e9:,.3f} GB free; "
+                "make room and run the same again, or choose another place"
+            )
+
     def finish(self) -> None:
         """Give the folder its name, then clear what only resuming needs."""
         clear_temporary(self.partial)
-        if self.out.is_dir():
-            self.out.rmdir()  # empty, as was checked
-        os.replace(self.partial, self.out)  # noqa: PTH105 (the tests kill here)
+        try:
+            if self.out.is_dir():
+                self.out.rmdir()  # empty, as was checked
+            os.replace(self.partial, self.out)  # noqa: PTH105 (the tests kill here)
+        except OSError as error:
+            raise OutputError(f"{self.partial} is done, and cannot be renamed: {error.strerror}") from error
         self._tidy()
 
     def _tidy(self) -> None:

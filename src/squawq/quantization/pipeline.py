@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,26 +18,20 @@ import torch
 from torch import Tensor
 
 from squawq import __version__
-from squawq.config import ModelConfig
-from squawq.errors import CheckpointError, ConfigError
-from squawq.families import family_of
-from squawq.format.reader import Checkpoint, read_json
+from squawq.format.reader import read_json
 from squawq.format.writer import copy_file, write_index, write_json
-from squawq.hub.download import resolve
-from squawq.kernels.devices import check_device
 from squawq.quant_config import QuantConfig
 from squawq.quantization.blocks import BATCH_TOKENS, Blocks
-from squawq.quantization.calibration import Calibration, token_blocks
+from squawq.quantization.calibration import Calibration
 from squawq.quantization.inputs import LayerInputs
-from squawq.quantization.job import Job, identity, target_path
+from squawq.quantization.job import Job
 from squawq.quantization.layer import LayerQuantizer, LayerResult, cast
 from squawq.quantization.places import read_finite
-from squawq.quantization.plan import LayerPlan
 from squawq.quantization.ranks import Ranks
 from squawq.quantization.records import measured
 from squawq.quantization.states import IN_MEMORY, Sample, hidden_states
-from squawq.report.files import REPORT, public_name, write_report
-from squawq.tokenizer import Tokenizer
+from squawq.quantization.work import Work, prepare
+from squawq.report.files import REPORT, write_report
 
 
 class Observer(Protocol):
@@ -77,12 +71,13 @@ def quantize(
     """
     observer, ranks = observer or _Silent(), ranks or Ranks()
     with ranks.together():
-        work = _prepare(model, out, config or QuantConfig(), calibration, ranks.device(device))
+        work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device))
         share = None if work.tokens is None else ranks.share(len(work.tokens))
     ranks.check_same(work.identity)
     with ranks.owned(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
         report = ranks.on_first(lambda: read_json(job.out / REPORT) if job.finished else None)
         if report is None:
+            ranks.on_first(lambda: job.require_room(work.size, work.blocks.checkpoint.shards.room()))
             ranks.on_first(lambda: _write_outer(work, job))
             with ranks.together():
                 stream = None if share is None else _stream(work, share, states_memory)
@@ -91,71 +86,7 @@ def quantize(
         return report
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is to be done, checked."""
-
-    blocks: Blocks
-    config: QuantConfig
-    tokens: Tensor | None
-    out: Path
-    identity: dict[str, Any]
-    name: str
-
-
-def _prepare(model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str) -> _Work:
-    """Whatever can be refused before work starts is refused here."""
-    check_device(device, mps=True)
-    checkpoint = Checkpoint(resolve(model))
-    family = family_of(checkpoint.config.model_type)
-    if checkpoint.config.quant is not None:
-        raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
-    folder = target_path(out, checkpoint.folder)
-    config = replace(config, seqlen=calibration_length(config, checkpoint.config))
-    checkpoint.companions()  # raises now rather than when all else is done
-    blocks = Blocks(checkpoint, family, device)
-    blocks.check()
-    _check_choice(blocks, config)
-    tokens = None
-    if config.method != "rtn":
-        tokens = token_blocks(
-            calibration,
-            lambda: Tokenizer(checkpoint.folder),
-            seqlen=config.seqlen or 0,
-            samples=config.samples,
-            vocab_size=checkpoint.config.vocab_size,
-        )
-    elif calibration is not None:
-        raise ConfigError("method 'rtn' rounds without looking at text; leave the calibration out, or use 'awq'")
-    return _Work(blocks, config, tokens, folder, identity(checkpoint, config, tokens, device), public_name(model))
-
-
-def _plan(blocks: Blocks, config: QuantConfig, index: int) -> LayerPlan:
-    return LayerPlan(blocks.skeleton.shapes(index), blocks.family, config, blocks.family.layer(index))
-
-
-def _check_choice(blocks: Blocks, config: QuantConfig) -> None:
-    """Raises ConfigError when a name to skip matches nothing, or when nothing would be quantized."""
-    layers = [_plan(blocks, config, index) for index in range(len(blocks.layers))]
-    names = [f"{plan.prefix}.{name}" for plan in layers for name in (*plan.converted, *plan.kept)]
-    for skip in config.modules_to_not_convert:
-        if not any(skip in name for name in names):
-            raise ConfigError(f"modules_to_not_convert: {skip!r} is in no name; names are like {names[0]}, {names[-1]}")
-    if not any(plan.converted for plan in layers):
-        reason = next(iter(layers[0].kept.values()))
-        raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
-
-
-def calibration_length(config: QuantConfig, model: ModelConfig) -> int:
-    """Tokens in a calibration block. Raises ConfigError when more are asked for than the model has positions."""
-    if config.seqlen is None:
-        return min(512, model.max_positions)
-    if config.seqlen > model.max_positions:
-        raise ConfigError(f"seqlen is {config.seqlen}; the model has {model.max_positions} positions")
-    return config.seqlen
-
-
-def _write_outer(work: _Work, job: Job) -> None:
+def _write_outer(work: Work, job: Job) -> None:
     """The embedding, and the final norm and head: first of all, so that what is wrong with them shows at once.
 
     Parts of the checkpoint that are no text model go with the head, as they are.
@@ -167,7 +98,6 @@ def _write_outer(work: _Work, job: Job) -> None:
     for part, own in ((0, [places.stored(embedding)]), (job.layers + 1, [*names, *places.beside])):
         if job.record(part) is None:
             job.commit(part, {n: cast(read_finite(checkpoint, n), dtype, n) for n in own}, {})
-            checkpoint.close()
 
 
 @dataclass(frozen=True)
@@ -178,7 +108,7 @@ class _Stream:
     sample: Sample
 
 
-def _stream(work: _Work, share: slice, states_memory: float) -> _Stream:
+def _stream(work: Work, share: slice, states_memory: float) -> _Stream:
     """The embedded calibration, or this rank's share of its blocks."""
     assert work.tokens is not None
     blocks, length = work.tokens.shape
@@ -191,7 +121,7 @@ def _stream(work: _Work, share: slice, states_memory: float) -> _Stream:
     return _Stream(states, Sample.spread(blocks, length, share))
 
 
-def _quantize_layers(work: _Work, stream: _Stream | None, job: Job, observer: Observer, ranks: Ranks) -> None:
+def _quantize_layers(work: Work, stream: _Stream | None, job: Job, observer: Observer, ranks: Ranks) -> None:
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
     done = ranks.on_first(lambda: [job.record(part) for part in range(1, layers + 1)])
     ranks.on_first(lambda: observer.start(layers, tokens, sum(r is not None for r in done)))
@@ -204,7 +134,7 @@ def _quantize_layers(work: _Work, stream: _Stream | None, job: Job, observer: Ob
         ranks.on_first(partial(observer.layer, record))
 
 
-def _quantize_layer(work: _Work, index: int, stream: _Stream | None, job: Job, ranks: Ranks) -> dict[str, Any]:
+def _quantize_layer(work: Work, index: int, stream: _Stream | None, job: Job, ranks: Ranks) -> dict[str, Any]:
     """One layer's way: every rank runs its hidden states through it, the first chooses and puts it on disk."""
     blocks, began = work.blocks, time.perf_counter()
 
@@ -216,7 +146,7 @@ def _quantize_layer(work: _Work, index: int, stream: _Stream | None, job: Job, r
         return record
 
     with ranks.opened(lambda: blocks.open(index)) as block:
-        worker = LayerQuantizer(block, _plan(blocks, work.config, index))
+        worker = LayerQuantizer(block, work.plan(index))
         if stream is None:
             return ranks.on_first(lambda: commit(worker.round()))
         inputs = LayerInputs(block)
@@ -226,7 +156,7 @@ def _quantize_layer(work: _Work, index: int, stream: _Stream | None, job: Job, r
         return ranks.on_first(lambda: commit(worker.search(inputs)))
 
 
-def _finish(work: _Work, job: Job) -> dict[str, Any]:
+def _finish(work: Work, job: Job) -> dict[str, Any]:
     """The small files, the index, config.json and the report; then OUT gets its name."""
     blocks, config, tokens = work.blocks, work.config, work.tokens
     checkpoint = blocks.checkpoint

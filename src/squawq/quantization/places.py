@@ -71,6 +71,18 @@ class Places:
         on_disk = self.names.get(f"{experts}.{FUSED[0]}", "")
         return on_disk.removesuffix(FUSED[0]) + name.removeprefix(f"{experts}.") if on_disk.endswith(FUSED[0]) else name
 
+    def holder(self, name: str) -> str:
+        """The tensor on disk that holds one of the model: itself, or that of all experts of its layer."""
+        if name not in self.names and (experts := _experts_of(name)) and f"{experts}.{FUSED[0]}" in self.names:
+            part = self.family.experts.index(name.removesuffix(".weight").rpartition(".")[2])
+            return self.names[f"{experts}.{FUSED[part // 2]}"]
+        return self.stored(name)
+
+    @property
+    def written(self) -> list[str]:
+        """All tensors on disk that a result is made of."""
+        return [*self.names.values(), *self.beside]
+
     @property
     def parts(self) -> list[str]:
         """What the parts beside the text model are called, as vision_tower."""
@@ -113,19 +125,17 @@ class Places:
     def _slice(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One expert's linear out of the parameter that holds all."""
         expert, _, linear = name.removesuffix(".weight").rpartition(".")
-        experts, _, number = expert.rpartition(".")
-        part = self.family.experts.index(linear)
-        stored = self.names[f"{experts}.{FUSED[part // 2]}"]
+        number, part, stored = int(expert.rpartition(".")[2]), self.family.experts.index(linear), self.holder(name)
         out, inputs = shape
         rows = out * (1 if part == 2 else 2)
         info = self.checkpoint.info(stored)
         needed = [inputs, rows] if self.transposed else [rows, inputs]
-        if len(info.shape) != 3 or list(info.shape[1:]) != needed or int(number) >= info.shape[0]:
+        if len(info.shape) != 3 or list(info.shape[1:]) != needed or number >= info.shape[0]:
             raise CheckpointError(
                 f"{info.file}: tensor {stored!r} has shape {list(info.shape)}; [experts, {needed[0]}, "
                 f"{needed[1]}] is needed"
             )
-        weight = self.checkpoint.read(stored)[int(number)]
+        weight = self.checkpoint.read_copy(stored, index=number)
         weight = weight.T if self.transposed else weight
         first = out if part == 1 else 0
         return _finite(weight[first : first + out].contiguous(), self.checkpoint, stored)
@@ -137,14 +147,18 @@ def _experts_of(name: str) -> str:
 
 def read_finite(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
     """A tensor that holds no NaN or infinity. Raises CheckpointError naming file and tensor."""
-    return _finite(checkpoint.read(name, shape), checkpoint, name)
+    return _finite(checkpoint.read_copy(name, shape), checkpoint, name)
+
+
+def check_floating(checkpoint: Checkpoint, name: str) -> None:
+    """Raises CheckpointError for a tensor of integers or truth values."""
+    info = checkpoint.info(name)
+    if not info.dtype.is_floating_point:
+        raise CheckpointError(f"{info.file}: tensor {name!r} is {info.dtype}; floating point is needed")
 
 
 def _finite(tensor: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
-    if not tensor.dtype.is_floating_point:
-        raise CheckpointError(
-            f"{checkpoint.info(name).file}: tensor {name!r} is {tensor.dtype}; floating point is needed"
-        )
+    check_floating(checkpoint, name)
     if not all_finite(tensor):
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise CheckpointError(f"{checkpoint.info(name).file}: tensor {name!r} holds {bad} values that are not finite")

@@ -1,0 +1,107 @@
+"""What a job will do, all of it checked before the work starts: model, names, settings, calibration, place, size.
+
+Reads headers and the calibration, no weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from squawq.config import ModelConfig
+from squawq.errors import CheckpointError, ConfigError
+from squawq.families import family_of
+from squawq.format.reader import Checkpoint
+from squawq.hub.download import resolve
+from squawq.kernels.devices import check_device
+from squawq.quant_config import QuantConfig
+from squawq.quantization.blocks import Blocks
+from squawq.quantization.calibration import Calibration, token_blocks
+from squawq.quantization.job import identity, target_path
+from squawq.quantization.plan import LayerPlan
+from squawq.quantization.size import result_bytes
+from squawq.report.files import public_name
+from squawq.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, checked. tokens: None where nothing is calibrated. name: the model's in reports. size: about
+    how many bytes the result has."""
+
+    blocks: Blocks
+    config: QuantConfig
+    tokens: Tensor | None
+    out: Path
+    identity: dict[str, Any]
+    name: str
+    size: int
+
+    def plan(self, index: int) -> LayerPlan:
+        """What becomes of the linears of a layer."""
+        return _plan(self.blocks, self.config, index)
+
+
+def prepare(model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str) -> Work:
+    """Whatever can be refused before work starts is refused here."""
+    check_device(device, mps=True)
+    checkpoint = Checkpoint(resolve(model))
+    family = family_of(checkpoint.config.model_type)
+    if checkpoint.config.quant is not None:
+        raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
+    folder = target_path(out, checkpoint.folder)
+    config = replace(config, seqlen=_calibration_length(config, checkpoint.config))
+    checkpoint.companions()  # raises now rather than when all else is done
+    blocks = Blocks(checkpoint, family, device)
+    blocks.check()
+    converted = _choice(blocks, config)
+    tokens = None
+    if config.method != "rtn":
+        tokens = token_blocks(
+            calibration,
+            lambda: Tokenizer(checkpoint.folder),
+            seqlen=config.seqlen or 0,
+            samples=config.samples,
+            vocab_size=checkpoint.config.vocab_size,
+        )
+    elif calibration is not None:
+        raise ConfigError("method 'rtn' rounds without looking at text; leave the calibration out, or use 'awq'")
+    size = result_bytes({name: checkpoint.tensors[name] for name in blocks.places.written}, converted, config)
+    same = identity(checkpoint, config, tokens, device)
+    return Work(blocks, config, tokens, folder, same, public_name(model), size)
+
+
+def _plan(blocks: Blocks, config: QuantConfig, index: int) -> LayerPlan:
+    return LayerPlan(blocks.skeleton.shapes(index), blocks.family, config, blocks.family.layer(index))
+
+
+def _choice(blocks: Blocks, config: QuantConfig) -> dict[str, int]:
+    """The tensors on disk that become integers, and their in_features.
+
+    Raises ConfigError when a name to skip matches nothing, or when nothing would be quantized.
+    """
+    layers = [_plan(blocks, config, index) for index in range(len(blocks.layers))]
+    names = [f"{plan.prefix}.{name}" for plan in layers for name in (*plan.converted, *plan.kept)]
+    for skip in config.modules_to_not_convert:
+        if not any(skip in name for name in names):
+            raise ConfigError(f"modules_to_not_convert: {skip!r} is in no name; names are like {names[0]}, {names[-1]}")
+    if not any(plan.converted for plan in layers):
+        reason = next(iter(layers[0].kept.values()))
+        raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
+    found: dict[str, int] = {}
+    for index, plan in enumerate(layers):
+        shapes = blocks.skeleton.shapes(index)
+        found |= {blocks.places.holder(f"{plan.prefix}.{n}.weight"): shapes[n][1] for n in plan.converted}
+    return found
+
+
+def _calibration_length(config: QuantConfig, model: ModelConfig) -> int:
+    """Tokens in a calibration block. Raises ConfigError when more are asked for than the model has positions."""
+    if config.seqlen is None:
+        return min(512, model.max_positions)
+    if config.seqlen > model.max_positions:
+        raise ConfigError(f"seqlen is {config.seqlen}; the model has {model.max_positions} positions")
+    return config.seqlen
