@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -78,7 +79,20 @@ def test_too_little_text(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n{broken', "line 2 is not JSON"),
         ("a.jsonl", b'{"prompt": "a"}', "line 1: needs a 'text' or 'messages'; has prompt"),
         ("a.jsonl", b'{"messages": [{"role": "robot", "content": "a"}]}', "role"),
-        ("a.txt", b"abc \xff\xfe", "not UTF-8"),
+        ("a.jsonl", b'"a"\n' + b"[" * 100_000, "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a \\ud800 b"}', "line 1: holds half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "a"}\n\xc3\x28', r"a.jsonl' line 2 is not UTF-8 text: .* \(byte 14 of the file\)"),
+        ("a.txt", b"abc \xff\xfe", r"a.txt' line 1 is not UTF-8 text: .* \(byte 4 of the file\)"),
+        (
+            "a.txt",
+            b"one line\n" * 200 + b"\xe2\x82",
+            r"line 201 is not UTF-8 text: .* \(byte 1,800 of the file\)",
+        ),
+        ("a.txt", "abc".encode("utf-16"), r"line 1 is not UTF-8 text: .* \(byte 0 of the file\)"),
+        ("a.txt", b"abc\na\0b", "line 2 holds a NUL byte"),
+        ("a.txt", b"", "a.txt' is empty"),
+        ("a.txt", gzip.compress(b"a dog"), "is a gzip file; give the text in it, unpacked"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "is a gzip file"),
     ],
 )
 def test_bad_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -90,6 +104,8 @@ def test_bad_files(name: str, content: bytes, message: str, tmp_path: Path) -> N
 def test_missing_file_and_wrong_kind(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="is no file"):
         blocks(str(tmp_path / "none.txt"))
+    with pytest.raises(CalibrationError, match="is a folder; give"):
+        blocks(str(tmp_path))
     with pytest.raises(ConfigError, match="dict"):
         blocks({"a": 1})
 
@@ -114,3 +130,16 @@ def blocks_of_chat(tokenizer: Tokenizer, chat: list[dict[str, str]]) -> None:
         file.write(json.dumps({"messages": chat}))
         file.flush()
         token_blocks(file.name, lambda: tokenizer, seqlen=32, samples=None, vocab_size=4096)
+
+
+def test_ids_that_the_model_has_not() -> None:
+    rows = [[1] * 200, [2] * 5 + [2**70]]
+    with pytest.raises(CalibrationError, match=rf"token id {2**70} \(token 205 of it\); the model knows 0 to 4095"):
+        blocks([*rows, [1] * 200])
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    text = json.dumps({"text": "a dog " * 200})
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text(text, encoding="utf-8")
+    assert torch.equal(blocks(tmp_path / "a.jsonl"), blocks(tmp_path / "b.jsonl"))

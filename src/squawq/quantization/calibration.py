@@ -22,6 +22,14 @@ SEPARATOR = "\n=====\n"
 DEFAULT_SAMPLES = 128
 LEAST_BLOCKS = 4
 DATE = datetime(2024, 7, 26)  # what templates that print today's date get: equal runs must see equal tokens
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK": "zip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"PAR1": "Parquet",
+}
 PIECE = 1 << 16  # characters of a plain text file tokenized at once
 
 Calibration = str | Path | Sequence[str] | Sequence[Sequence[int]] | None
@@ -56,10 +64,13 @@ def token_blocks(
             f"{_name(source)} gives {len(stream):,} tokens; {least * seqlen:,} are needed "
             f"({least} blocks of {seqlen}). Give more text, or ask for fewer samples or a smaller seqlen."
         )
-    tokens = torch.tensor(stream[: blocks * seqlen], dtype=torch.int64).view(blocks, seqlen)
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
-        bad = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
-        raise CalibrationError(f"{_name(source)} holds token id {bad}; the model knows 0 to {vocab_size - 1}")
+    del stream[blocks * seqlen :]
+    for place, token in enumerate(stream):
+        if not 0 <= token < vocab_size:
+            raise CalibrationError(
+                f"{_name(source)} holds token id {token} (token {place:,} of it); the model knows 0 to {vocab_size - 1}"
+            )
+    tokens = torch.tensor(stream, dtype=torch.int64).view(blocks, seqlen)
     if blocks > wanted:
         spread = torch.linspace(0, blocks - 1, wanted).round().long()
         tokens = tokens[spread] if source is None else tokens[:wanted]
@@ -144,7 +155,11 @@ def _is_file(source: str | Path) -> bool:
     if path.suffix in (".json", ".csv", ".parquet"):
         raise CalibrationError(f"{str(source)!r}: give a .txt or .jsonl file, or a Hub data set id")
     if path.is_file():
+        if not path.stat().st_size:
+            raise CalibrationError(f"{str(source)!r} is empty")
         return True
+    if path.is_dir():
+        raise CalibrationError(f"{str(source)!r} is a folder; give a .txt or .jsonl file in it")
     if isinstance(source, Path) or path.suffix in (".txt", ".jsonl", ".md") or path.exists():
         raise CalibrationError(f"{str(source)!r} is no file; give a .txt or .jsonl file, or a Hub data set id")
     return False
@@ -157,14 +172,30 @@ def read_text(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise CalibrationError(f"{str(path)!r} line {number} holds a NUL byte; this is no text file")
+                yield line
     except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{str(path)!r} is not UTF-8 text: {error.reason} (byte {error.start} of a block)"
-        ) from error
+        raise CalibrationError(f"{str(path)!r} {_what_it_is(path)}") from error
     except OSError as error:
         raise CalibrationError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+
+
+def _what_it_is(path: Path) -> str:
+    """Says what a file is that is not UTF-8, or where it stops to be."""
+    place = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and (kind := next((k for magic, k in PACKED.items() if line.startswith(magic)), None)):
+                return f"is a {kind} file; give the text in it, unpacked"
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"line {number} is not UTF-8 text: {error.reason} (byte {place + error.start:,} of the file)"
+            place += len(line)
+    return "is not UTF-8 text"
 
 
 def _file_rows(path: Path) -> Iterator[str | list[dict[str, str]]]:
@@ -173,7 +204,7 @@ def _file_rows(path: Path) -> Iterator[str | list[dict[str, str]]]:
             if line.strip():
                 try:
                     value = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise CalibrationError(f"{str(path)!r} line {number} is not JSON: {error}") from error
                 yield _row(value, f"{str(path)!r} line {number}")
         return
@@ -210,15 +241,15 @@ def _hub_rows(name: str) -> Iterator[str | list[dict[str, str]]]:
 
 def _row(value: Any, where: str) -> str | list[dict[str, str]]:
     """A text or a chat from one row: a string, {"text": ...}, or {"messages": [...]}."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        if isinstance(value.get("text"), str):
-            return str(value["text"])
-        if "messages" in value:
-            try:
-                return check_messages(value["messages"])
-            except ConfigError as error:
-                raise CalibrationError(f"{where}: {error}") from error
+    text = value.get("text") if isinstance(value, dict) else value
+    if isinstance(text, str):
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise CalibrationError(f"{where}: holds half of a surrogate pair, which is no character")
+        return text
+    if isinstance(value, dict) and "messages" in value:
+        try:
+            return check_messages(value["messages"])
+        except ConfigError as error:
+            raise CalibrationError(f"{where}: {error}") from error
     keys = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
     raise CalibrationError(f"{where}: needs a 'text' or 'messages'; has {keys:.100}")
