@@ -21,6 +21,7 @@ FLOORS: dict[str, float] = {
     "families": 4,
     "report": 4,
     "hub.download": 4,
+    "hub.stream": 4,
     "tokenizer": 4,
     "kernels": 5,
     "nn": 6,

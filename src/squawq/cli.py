@@ -21,6 +21,7 @@ from squawq.commands.generate import chat, generate
 from squawq.commands.inspect import inspect
 from squawq.commands.push import push
 from squawq.commands.quantize import quantize
+from squawq.commands.stopping import Stopped
 from squawq.serve.flags import Command, finish
 from squawq.serve.launcher import serve
 
@@ -56,11 +57,15 @@ app.command()(push)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 when the machine fails, 2 for a misuse, 130 when stopped."""
+    """Run the command line; the exit code: 0, 1 when the machine fails, 2 for a misuse, 130 or 143 if stopped."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     again = "stopped; run the same command again (quantize goes on where it was)"
-    return finish(app, "squawq", arguments, stopped=again)
+    try:
+        return finish(app, "squawq", arguments, stopped=again)
+    except Stopped as stop:
+        print(f"squawq: {stop}", file=sys.stderr)
+        return stop.code
 
 
 def entry() -> None:

@@ -36,13 +36,14 @@ class Repository:
 @dataclass
 class Hub:
     """The state, and what is to go wrong: `drops` PUTs are cut off in their middle; from the `stall_from`th object on
-    PUTs hang until `go` is set."""
+    PUTs hang until `go` is set; the next whole GET of a file in `damages` has another last byte."""
 
     endpoint: str = ""
     repos: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     puts: Counter[str] = field(default_factory=Counter)
     requests: list[str] = field(default_factory=list)
+    damages: dict[str, bool] = field(default_factory=dict)
     drops: int = 0
     stall_from: int | None = None
     go: Event = field(default_factory=Event)
@@ -138,6 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def api(self, repo: Repository, name: str, parts: list[str], body: bytes) -> None:
         verb, branch = (*parts, "", "main")[:2] if parts else ("", "main")
+        branch = "main" if branch == COMMIT else branch
         if verb == "branch":
             if branch in repo.branches:
                 return self.reply(409, {"error": "Reference already exists"})
@@ -152,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, {"files": [self.mode(files, entry) for entry in json.loads(body)["files"]]})
         if verb == "commit":
             return self.commit(repo, name, files, [json.loads(line) for line in body.splitlines()])
-        siblings = [{"rfilename": path} for path in files]
+        siblings = [sibling(path, content) for path, content in files.items()]
         info = {"id": name, "sha": COMMIT, "siblings": siblings, "private": repo.private, "tags": [], "downloads": 0}
         return self.reply(200, info)
 
@@ -176,10 +178,21 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
 
     def resolve(self, repo: Repository, parts: list[str]) -> None:
-        content = repo.branches.get(parts[1], {}).get("/".join(parts[2:])) if parts[:1] == ["resolve"] else None
+        files = (
+            repo.branches.get("main" if parts[1:2] == [COMMIT] else parts[1], {}) if parts[:1] == ["resolve"] else {}
+        )
+        content = files.get("/".join(parts[2:]))
         if content is None:
             return self.reply(404, {}, code="EntryNotFound")
-        return self.send(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{git_oid(content)}"'})
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{git_oid(content)}"'}
+        whole = self.command == "GET" and "Range" not in self.headers
+        if whole and self.hub.damages.pop("/".join(parts[2:]), False):
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if (asked := self.headers.get("Range")) and len(ends := asked.removeprefix("bytes=").split("-")) == 2:
+            first, last = int(ends[0]), min(int(ends[1] or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            return self.send(206, content[first : last + 1], headers)
+        return self.send(200, content, headers)
 
     def reply(self, status: int, value: Any, code: str | None = None) -> None:
         self.send(status, json.dumps(value).encode(), {"X-Error-Code": code} if code else {})
@@ -205,6 +218,14 @@ def entry(path: str, content: bytes) -> dict[str, Any]:
     found = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
     if path.endswith(".safetensors"):
         found["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return found
+
+
+def sibling(path: str, content: bytes) -> dict[str, Any]:
+    """A file in a model's description."""
+    found = {"rfilename": path, "size": len(content), "blobId": git_oid(content)}
+    if path.endswith(".safetensors"):
+        found["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, logits, shared_data
+from results import contents, settled
 from safetensors.torch import load_file, save_file
 
 import squawq
@@ -20,8 +21,6 @@ from squawq.demo import demo_model
 from squawq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
 from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
-from squawq.quantization.records import MEASURED
-from squawq.report.files import REPORT
 
 Rows = list[list[int]]
 SMALL = {"group_size": 32, "seqlen": 32, "samples": 8}
@@ -29,21 +28,6 @@ SMALL = {"group_size": 32, "seqlen": 32, "samples": 8}
 
 def quantize(folder: Path, out: Path, rows: Rows, **changes: Any) -> dict[str, Any]:
     return squawq.quantize(folder, out, QuantConfig(**{**SMALL, **changes}), calibration=rows)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def settled(folder: Path) -> dict[str, bytes]:
-    """A result's files without what each run measures anew: times in the report, and the page that shows them."""
-    files = contents(folder)
-    assert b"<!doctype html>" in files.pop("report.html")
-    report = json.loads(files[REPORT])
-    for layer in report["layers"]:
-        for key in MEASURED:
-            layer.pop(key, None)
-    return {**files, REPORT: json.dumps(report).encode()}
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

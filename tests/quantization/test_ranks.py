@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeModel
+from results import settled
 
 import squawq
 from squawq.config import ModelConfig
@@ -45,10 +46,6 @@ def assert_equal_within_rounding(folder: Path, other: Path) -> None:
     for mine, theirs in zip(reports[0]["layers"], reports[1]["layers"], strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
         assert [row["name"] for row in mine["linears"]] == [row["name"] for row in theirs["linears"]]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @needs_gloo
@@ -89,11 +86,11 @@ def test_two_processes_end_alike(make_model: MakeModel, rows: list[list[int]], t
     config = QuantConfig(group_size=32, seqlen=32, samples=8)
     squawq.quantize(model, tmp_path / "one", config, calibration=rows)
     assert_equal_within_rounding(tmp_path / "one", tmp_path / "straight")
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+    assert settled(tmp_path / "stopped") == settled(tmp_path / "straight")
     squawq.quantize(model, tmp_path / "left", config, calibration=rows)  # one process goes on with what two began
     assert_equal_within_rounding(tmp_path / "one", tmp_path / "left")
     squawq.quantize(model, tmp_path / "plain", QuantConfig(group_size=32, method="rtn"))
-    assert contents(tmp_path / "rounded") == contents(tmp_path / "plain")
+    assert settled(tmp_path / "rounded") == settled(tmp_path / "plain")
 
 
 def test_blocks_are_shared_evenly_and_each_once() -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from squawq.commands.options import Model
-from squawq.progress import LayerProgress, console
+from squawq.commands.stopping import StoppableProgress
+from squawq.progress import console
 from squawq.quant_config import DTYPES, GROUP_SIZES, METHODS, QuantConfig
 
 
@@ -30,6 +31,9 @@ def quantize(
         list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"Of what stays in 16 bits: {' or '.join(DTYPES)}")] = "float16",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Fetch a Hub model's files one by one, and keep only those in use")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; under torchrun cuda is a GPU each")] = "cpu",
     states_memory: Annotated[
         float, typer.Option(help="GiB of hidden states to keep in memory; larger ones go to a file beside OUT", min=0)
@@ -55,13 +59,14 @@ def quantize(
         samples=samples,
         seqlen=seqlen,
     )
-    with torchrun_ranks(device) as ranks, LayerProgress() as observer:
+    with torchrun_ranks(device) as ranks, StoppableProgress(ranks.first, ranks.size == 1) as observer:
         report = run(
             model,
             out,
             config,
             calibration=calibration,
             device=device,
+            stream=stream,
             observer=observer,
             ranks=ranks,
             states_memory=states_memory,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from squawq.errors import CheckpointError
 
-PATTERNS = [
-    "*.safetensors",
+SMALL = [
     "*.safetensors.index.json",
     "*.json",
     "*.jinja",
@@ -18,6 +19,7 @@ PATTERNS = [
     "NOTICE*",
     "USE_POLICY*",
 ]
+WEIGHTS = "*.safetensors"
 OTHER_LAYOUTS = ["consolidated*", "original/*"]  # the same weights once more
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -29,21 +31,46 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
+    return fetch(hub_id(model), [WEIGHTS, *SMALL], revision)
+
+
+def hub_id(model: str | Path) -> str:
+    """`model` as a Hub id. Raises CheckpointError when it cannot be one."""
     name = str(model)
     if Path(model).exists() or not _ID.fullmatch(name):
         raise CheckpointError(
             f"{name!r} is neither a model folder nor a Hub id such as 'meta-llama/Llama-3.1-8B-Instruct'"
         )
+    return name
+
+
+def fetch(name: str, patterns: list[str], revision: str | None) -> Path:
+    """The folder in the cache that holds what fits the patterns. Raises CheckpointError when it cannot be had."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    with hub_errors(name):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_LAYOUTS))
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises for a model into CheckpointError."""
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of the httpx it uses
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        SafetensorsParsingError,
+    )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=OTHER_LAYOUTS))
+        yield
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name!r} is not on the Hub, or needs a login (hf auth login); no such folder here either"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"{name!r} has a damaged file of weights on the Hub: {error}") from error
+    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{name!r} is no folder here, and the Hub could not be asked: {reason}") from error
 

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from squawq import __version__
+from squawq.errors import ConfigError
 from squawq.format.reader import read_json
 from squawq.format.writer import copy_file, write_index, write_json
 from squawq.quant_config import QuantConfig
@@ -35,7 +35,7 @@ from squawq.report.files import REPORT, write_report
 
 
 class Observer(Protocol):
-    """Hears how the work goes on."""
+    """Hears how the work goes on; each rank's own does. What it raises stops all ranks at that place."""
 
     def start(self, layers: int, tokens: int, resumed: int) -> None:
         """Before the first layer; `resumed` layers lie on disk already."""
@@ -56,6 +56,7 @@ def quantize(
     *,
     calibration: Calibration = None,
     device: str = "cpu",
+    stream: bool = False,
     observer: Observer | None = None,
     ranks: Ranks | None = None,
     states_memory: float = IN_MEMORY,
@@ -65,13 +66,16 @@ def quantize(
 
     model: a folder or a Hub id. out: a folder that does not exist, is empty, or holds this very job; a run that was
     killed goes on where it was and ends with the same weights. calibration: see `calibration.token_blocks`.
+    stream: keep only a few of a Hub model's weight files on disk at a time, see `stream.open_streamed`.
     ranks: the processes that share the calibration and each make this call (`ranks.torchrun_ranks`); the first writes.
     states_memory: GiB of hidden states that are kept in memory; larger ones lie in a file beside `out`.
     Raises SquawqError before work starts for anything that cannot work, and never leaves a half-written `out`.
     """
     observer, ranks = observer or _Silent(), ranks or Ranks()
     with ranks.together():
-        work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device))
+        if stream and ranks.size > 1:
+            raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
+        work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
         share = None if work.tokens is None else ranks.share(len(work.tokens))
     ranks.check_same(work.identity)
     with ranks.owned(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
@@ -80,8 +84,8 @@ def quantize(
             ranks.on_first(lambda: job.require_room(work.size, work.blocks.checkpoint.shards.room()))
             ranks.on_first(lambda: _write_outer(work, job))
             with ranks.together():
-                stream = None if share is None else _stream(work, share, states_memory)
-            _quantize_layers(work, stream, job, observer, ranks)
+                hidden = None if share is None else _embedded(work, share, states_memory)
+            _quantize_layers(work, hidden, job, observer, ranks)
             report = ranks.on_first(lambda: _finish(work, job))
         return report
 
@@ -101,14 +105,14 @@ def _write_outer(work: Work, job: Job) -> None:
 
 
 @dataclass(frozen=True)
-class _Stream:
+class _Hidden:
     """The calibration on its way through the model: this rank's hidden states, and which blocks stand for all."""
 
     states: Tensor
     sample: Sample
 
 
-def _stream(work: Work, share: slice, states_memory: float) -> _Stream:
+def _embedded(work: Work, share: slice, states_memory: float) -> _Hidden:
     """The embedded calibration, or this rank's share of its blocks."""
     assert work.tokens is not None
     blocks, length = work.tokens.shape
@@ -118,23 +122,25 @@ def _stream(work: Work, share: slice, states_memory: float) -> _Stream:
     step = max(1, BATCH_TOKENS // length)
     for start in range(0, len(tokens), step):
         states[start : start + step] = work.blocks.embed(tokens[start : start + step])
-    return _Stream(states, Sample.spread(blocks, length, share))
+    return _Hidden(states, Sample.spread(blocks, length, share))
 
 
-def _quantize_layers(work: Work, stream: _Stream | None, job: Job, observer: Observer, ranks: Ranks) -> None:
+def _quantize_layers(work: Work, hidden: _Hidden | None, job: Job, observer: Observer, ranks: Ranks) -> None:
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
     done = ranks.on_first(lambda: [job.record(part) for part in range(1, layers + 1)])
-    ranks.on_first(lambda: observer.start(layers, tokens, sum(r is not None for r in done)))
+    with ranks.together():
+        observer.start(layers, tokens, sum(r is not None for r in done))
     for index, record in enumerate(done):
         if record is None:
-            record = _quantize_layer(work, index, stream, job, ranks)
-        elif stream is not None and not all(done[index:]):
+            record = _quantize_layer(work, index, hidden, job, ranks)
+        elif hidden is not None and not all(done[index:]):
             with ranks.together(), work.blocks.open(index) as block:
-                block.run(stream.states, in_place=True)
-        ranks.on_first(partial(observer.layer, record))
+                block.run(hidden.states, in_place=True)
+        with ranks.together():
+            observer.layer(record)
 
 
-def _quantize_layer(work: Work, index: int, stream: _Stream | None, job: Job, ranks: Ranks) -> dict[str, Any]:
+def _quantize_layer(work: Work, index: int, hidden: _Hidden | None, job: Job, ranks: Ranks) -> dict[str, Any]:
     """One layer's way: every rank runs its hidden states through it, the first chooses and puts it on disk."""
     blocks, began = work.blocks, time.perf_counter()
 
@@ -147,11 +153,11 @@ def _quantize_layer(work: Work, index: int, stream: _Stream | None, job: Job, ra
 
     with ranks.opened(lambda: blocks.open(index)) as block:
         worker = LayerQuantizer(block, work.plan(index))
-        if stream is None:
+        if hidden is None:
             return ranks.on_first(lambda: commit(worker.round()))
         inputs = LayerInputs(block)
         with ranks.together():
-            inputs.collect(stream.states, stream.sample)
+            inputs.collect(hidden.states, hidden.sample)
         ranks.add_up(inputs.sums)
         return ranks.on_first(lambda: commit(worker.search(inputs)))
 

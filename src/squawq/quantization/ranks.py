@@ -132,7 +132,7 @@ class TorchRanks(Ranks):
 
 def _portable(rank: int, error: BaseException) -> tuple[Any, ...]:
     """What the other ranks raise: a class and its arguments."""
-    if isinstance(error, SquawqError | KeyboardInterrupt | SystemExit):
+    if isinstance(error, SquawqError) or not isinstance(error, Exception):
         return type(error), *error.args
     return RankError, f"process {rank} failed: {type(error).__name__}: {error}"
 

@@ -16,11 +16,12 @@ from squawq.errors import CheckpointError, ConfigError
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
+from squawq.hub.stream import open_streamed
 from squawq.kernels.devices import check_device
 from squawq.quant_config import QuantConfig
 from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import Calibration, token_blocks
-from squawq.quantization.job import identity, target_path
+from squawq.quantization.job import identity, scratch_folder, target_path
 from squawq.quantization.plan import LayerPlan
 from squawq.quantization.size import result_bytes
 from squawq.report.files import public_name
@@ -45,10 +46,12 @@ class Work:
         return _plan(self.blocks, self.config, index)
 
 
-def prepare(model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str) -> Work:
+def prepare(
+    model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str, stream: bool
+) -> Work:
     """Whatever can be refused before work starts is refused here."""
     check_device(device, mps=True)
-    checkpoint = Checkpoint(resolve(model))
+    checkpoint = open_streamed(model, scratch_folder(Path(out).resolve())) if stream else Checkpoint(resolve(model))
     family = family_of(checkpoint.config.model_type)
     if checkpoint.config.quant is not None:
         raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")

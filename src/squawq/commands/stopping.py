@@ -1,0 +1,78 @@
+"""SIGINT and SIGTERM while a model is quantized: the first waits for the layer under way, the second does not.
+
+Only the command line takes signals; who calls squawq.quantize gets KeyboardInterrupt as from any function.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+from squawq.progress import LayerProgress, console
+
+AGAIN = "run the same command again to go on"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """The user stopped the work; says how to go on. As with KeyboardInterrupt, nothing should catch it on its way."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message, number)  # ranks.py makes it anew from these
+        self.code = 128 + number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class StoppableProgress(LayerProgress):
+    """Progress that raises `Stopped` after the layer under way when a signal came, and at once when another came.
+
+    shown: whether this process speaks. alone: others that share the work would wait in vain for one that stops at
+    once; and torchrun passes on the signal that its processes have had from the terminal, so that it comes twice.
+    """
+
+    def __init__(self, shown: bool = True, alone: bool = True) -> None:
+        super().__init__()
+        self._shown, self._alone = shown, alone
+        self._layers = self._done = 0
+        self._asked: int | None = None
+
+    def __enter__(self) -> StoppableProgress:
+        super().__enter__()
+        self._before = [signal.signal(number, self._handle) for number in SIGNALS]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, before in zip(SIGNALS, self._before, strict=True):
+            signal.signal(number, before)
+        super().__exit__(*error)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        first, self._asked = self._asked is None, self._asked or number
+        if self._alone and not self._layers:
+            self._stop("before the first layer")
+        if self._alone and not first:
+            self._stop(f"in layer {self._done + 1} of {self._layers}")
+        if self._shown and first:
+            console.print("stopping when this layer is done" + ("; once more stops at once" if self._alone else ""))
+
+    def _stop(self, where: str) -> None:
+        """Stop if that was asked for."""
+        if self._asked is not None:
+            raise Stopped(f"stopped {where}; {AGAIN}", self._asked)
+
+    def start(self, layers: int, tokens: int, resumed: int) -> None:
+        if self._shown:
+            super().start(layers, tokens, resumed)
+        self._layers = layers
+        self._stop("before the first layer")
+
+    def layer(self, record: Mapping[str, Any]) -> None:
+        if self._shown:
+            super().layer(record)
+        self._done += 1
+        if self._done < self._layers:
+            self._stop(f"after layer {self._done} of {self._layers}")
