@@ -134,7 +134,7 @@ def blocks_of_chat(tokenizer: Tokenizer, chat: list[dict[str, str]]) -> None:
 
 def test_ids_that_the_model_has_not() -> None:
     rows = [[1] * 200, [2] * 5 + [2**70]]
-    with pytest.raises(CalibrationError, match=rf"token id {2**70} \(token 205 of it\); the model knows 0 to 4095"):
+    with pytest.raises(CalibrationError, match=rf"token id {2**70}; the model knows 0 to 4095 \(place 205\)"):
         blocks([*rows, [1] * 200])
 
 

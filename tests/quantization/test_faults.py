@@ -82,7 +82,7 @@ def test_room_is_asked_for_before_work_starts(
 ) -> None:
     folder = make_model()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=60_000))
-    with pytest.raises(OutputError, match=r"needs about 0.\d+ GB more, and its disk has 0.000 GB free; make room"):
+    with pytest.raises(OutputError, match=r"needs about 0.\d MB more, and its disk has 0.1 MB free; make room"):
         quantize(folder, tmp_path / "out", rows)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -68,7 +68,7 @@ def token_blocks(
     for place, token in enumerate(stream):
         if not 0 <= token < vocab_size:
             raise CalibrationError(
-                f"{_name(source)} holds token id {token} (token {place:,} of it); the model knows 0 to {vocab_size - 1}"
+                f"{_name(source)} holds token id {token}; the model knows 0 to {vocab_size - 1} (place {place:,})"
             )
     tokens = torch.tensor(stream, dtype=torch.int64).view(blocks, seqlen)
     if blocks > wanted:

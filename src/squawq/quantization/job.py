@@ -169,7 +169,7 @@ class Job:
         needed, free = max(0, size - there) + scratch, shutil.disk_usage(self.partial).free
         if needed > free:
             raise OutputError(
-                f"{self.out} needs about {needed / 1e9:,.3f} GB more, and its disk has {free / 1e9:,.3f} GB free; "
+                f"{self.out} needs about {needed / 1e6:,.1f} MB more, and its disk has {free / 1e6:,.1f} MB free; "
                 "make room and run the same again, or choose another place"
             )
 
