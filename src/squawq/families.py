@@ -193,20 +193,21 @@ _GEMMA = _attention() + _gated("pre_feedforward_layernorm")
 _DENSE_OR_MOE = _gated() + _moe("gate")  # the first layers of these have no experts
 _QWEN_MOE = _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert")
 _GRANITE_MOE = _moe("router", block="block_sparse_moe", names=_W123)
-_COHERE = (_parallel(_within("mlp", "gate_proj", "up_proj")), *_LLAMA[1:2], *_LLAMA[3:])
+_COHERE = (_parallel(_within("mlp", "gate_proj", "up_proj")), *_attention()[1:], *_gated()[1:])
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", _LLAMA, decoder=True),
-        Family("mistral", _LLAMA, decoder=True),
-        Family("qwen2", _LLAMA, decoder=True),
+        *(
+            Family(model_type, _LLAMA, decoder=True)
+            for model_type in ("llama", "internlm3", "iquestcoder", "ministral", "mistral", "qwen2", "seed_oss")
+        ),
         Family("qwen3", _LLAMA, decoder=True, qk_norm=True),
         *(
             Family(model_type, _LLAMA)
             for model_type in (
                 *("cwm", "ernie4_5", "exaone", "granite", "granite_swa", "helium", "hunyuan_v1_dense", "hyperclovax"),
-                *("internlm3", "iquestcoder", "ministral", "ministral3", "seed_oss", "smollm3"),
+                *("ministral3", "smollm3"),
             )
         ),
         Family("gemma", _LLAMA, norm_offset=1.0),

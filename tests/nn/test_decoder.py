@@ -46,6 +46,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2, window": ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
+    "ministral, both windows": (
+        "ministral",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "internlm3": ("internlm3", {}),
+    "iquestcoder": ("iquestcoder", {}),
+    "seed_oss": ("seed_oss", {"attention_bias": True}),
 }
 
 
