@@ -185,3 +185,24 @@ def test_what_our_decoder_does_not_run_says_what_does(model_type: str, tmp_path:
     family_model(model_type, tmp_path / "model")
     with pytest.raises(ConfigError, match=rf"does not run this model yet .*{model_type}.* import squawq.transformers"):
         load(tmp_path / "model")
+
+
+def test_layers_that_transformers_leaves_aside_are_said(tmp_path: Path) -> None:
+    """DeepSeek-V3's checkpoint has a layer 61 that predicts further tokens, beside the model's own 61."""
+    family_model("deepseek_v3", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({**load_file(file), "model.layers.61.eh_proj.weight": torch.zeros(64, 64)}, file, {"format": "pt"})
+    report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
+    said = "1 tensors that transformers leaves aside are not written, as model.layers.61.eh_proj.weight"
+    assert report["notes"][-1] == said
+    assert "model.layers.61.eh_proj.weight" not in Checkpoint(tmp_path / "awq").tensors
+
+
+def test_an_expert_of_another_shape_is_named(tmp_path: Path) -> None:
+    """Experts out of one parameter: it has to have the shape that the config says."""
+    family_model("granitemoe", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    name = "model.layers.1.block_sparse_moe.input_linear.weight"
+    save_file({**load_file(file), name: torch.zeros(4, 100, 64)}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name}' has shape \[4, 100, 64\]; \[experts, 192, 64\] is needed"):
+        squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
