@@ -43,10 +43,10 @@ class Blocks:
         for index, layer in enumerate(self.layers):
             self.places.check({f"{self.family.layer(index)}.{name}" for name in layer.state_dict()}, index)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """What the first layer is given, float32 [blocks, tokens, hidden], for ids int64 [blocks, tokens]."""
         table = self.checkpoint.read_copy(self.places.stored(f"{self.family.embedding}.weight"))
-        states = torch.empty(*ids.shape, self.skeleton.config.hidden_size, device=self.device)
+        states = torch.empty(*ids.shape, self.skeleton.config.hidden_size, device=self.device) if out is None else out
         step = max(1, BATCH_TOKENS // ids.shape[1])
         for start in range(0, len(ids), step):
             states[start : start + step] = self.skeleton.embed(ids[start : start + step], table)

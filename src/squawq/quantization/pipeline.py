@@ -21,7 +21,7 @@ from squawq.errors import ConfigError
 from squawq.format.reader import read_json
 from squawq.format.writer import copy_file, write_index, write_json
 from squawq.quant_config import QuantConfig
-from squawq.quantization.blocks import BATCH_TOKENS, Blocks
+from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import Calibration
 from squawq.quantization.inputs import LayerInputs
 from squawq.quantization.job import Job
@@ -119,9 +119,7 @@ def _embedded(work: Work, share: slice, states_memory: float) -> _Hidden:
     tokens = work.tokens[share]
     shape = len(tokens), length, work.blocks.checkpoint.config.hidden_size
     states = hidden_states(shape, work.out.parent, work.blocks.device, states_memory)
-    step = max(1, BATCH_TOKENS // length)
-    for start in range(0, len(tokens), step):
-        states[start : start + step] = work.blocks.embed(tokens[start : start + step])
+    work.blocks.embed(tokens, states)
     return _Hidden(states, Sample.spread(blocks, length, share))
 
 
