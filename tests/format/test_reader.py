@@ -86,7 +86,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     "layers as text": ({"num_hidden_layers": "two"}, "num_hidden_layers"),
     "no type": ({"model_type": None}, "model_type"),
-    "unknown rope": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     "other quantization": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
     "eight bits": ({"quantization_config": {"quant_method": "awq", "bits": 8}}, "bits is 8"),
     "other layout": ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "marlin"}}, "'gemv_fast'"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from squawq.commands.stopping import StoppableProgress, Stopped
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 from squawq.quantization.ranks import Ranks, torchrun_ranks
@@ -26,10 +27,23 @@ class Stopping:
         raise KeyboardInterrupt
 
 
+class Signalled(StoppableProgress):
+    """What the command line has; the second process is sent SIGINT in the first layer, twice as torchrun does it."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(shown=False, alone=False)
+        self._ranks = ranks
+
+    def layer(self, record: Mapping[str, Any]) -> None:
+        for _ in range(0 if self._ranks.first or self._done else 2):
+            os.kill(os.getpid(), signal.SIGINT)
+        super().layer(record)
+
+
 def end_of(run: Callable[[], Any]) -> str:
     try:
         return f"report of {len(run()['layers'])} layers"
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Stopped) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -48,10 +62,14 @@ def run_all(ranks: Ranks, model: Path, rows: list[list[int]], folder: Path) -> d
         "few": run("few", rows[:1]),
         "other text": run("other", rows if ranks.first else rows[::-1]),
         "bad device": run("other", rows, device="cuda:0"),
+        "streamed": run("other", rows, stream=True),
         "rounded": end_of(
             lambda: quantize(model, folder / "rounded", QuantConfig(group_size=32, method="rtn"), ranks=ranks)
         ),
     }
+    with Signalled(ranks) as observer:
+        ends["signalled"] = run("signalled", rows, observer=observer)
+    ends["signalled, resumed"] = run("signalled", rows)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if not ranks.first:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

@@ -73,11 +73,15 @@ def test_two_processes_end_alike(make_model: MakeModel, rows: list[list[int]], t
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     gone = first.pop("gone")
     assert first == second
-    assert {first[name] for name in ("straight", "again", "resumed", "rounded")} == {"report of 2 layers"}
+    assert {first[name] for name in ("straight", "again", "resumed", "signalled, resumed", "rounded")} == {
+        "report of 2 layers"
+    }
     assert first["stopped"] == first["stopped again"] == "KeyboardInterrupt: "
+    assert first["signalled"] == "Stopped: stopped after layer 1 of 2; run the same command again to go on"
     assert first["few"].startswith("CalibrationError: 2 processes cannot share 1 calibration blocks")
     assert first["other text"].startswith("ConfigError: process 1 has another calibration than process 0")
     assert first["bad device"].startswith("ConfigError: device 'cuda:0' cannot be shared by 2 processes")
+    assert first["streamed"].startswith("ConfigError: 2 processes cannot stream")
     assert first["full disk"].startswith("OutputError: ")  # of the second process
     assert gone.startswith("RankError: another process of this run has ended")
     for name in ("few", "other", "full", "gone"):
@@ -86,7 +90,8 @@ def test_two_processes_end_alike(make_model: MakeModel, rows: list[list[int]], t
     config = QuantConfig(group_size=32, seqlen=32, samples=8)
     squawq.quantize(model, tmp_path / "one", config, calibration=rows)
     assert_equal_within_rounding(tmp_path / "one", tmp_path / "straight")
-    assert settled(tmp_path / "stopped") == settled(tmp_path / "straight")
+    for name in ("stopped", "signalled"):
+        assert settled(tmp_path / name) == settled(tmp_path / "straight")
     squawq.quantize(model, tmp_path / "left", config, calibration=rows)  # one process goes on with what two began
     assert_equal_within_rounding(tmp_path / "one", tmp_path / "left")
     squawq.quantize(model, tmp_path / "plain", QuantConfig(group_size=32, method="rtn"))
