@@ -1,11 +1,18 @@
-"""What the benchmarks share: a table on stdout."""
+"""What the benchmarks share: a table on stdout, and a quantizer run in an environment and process of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+PEERS = Path(__file__).parent / "peers"
 
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -16,3 +23,19 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
     for row in rows:
         table.add_row(*row)
     Console(width=110).print(table)
+
+
+def quantize_apart(
+    peer: str, python: str, model: Path, out: Path, rows: Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Run peers/PEER_quantize.py with its environment's interpreter: `seconds` of quantizing alone and `peak_bytes`.
+
+    rows: a JSON file of token id lists. Ends the benchmark with the peer's own words when it fails.
+    """
+    script = PEERS / f"{peer}_quantize.py"
+    command = [python, str(script), str(model), str(out), str(rows), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{python} {script.name} failed:\n{done.stderr[-3000:]}")
+    outcome: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return outcome

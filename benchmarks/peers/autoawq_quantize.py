@@ -1,15 +1,13 @@
 """Quantize with AutoAWQ 0.2.9 on a CPU; runs in AutoAWQ's own environment, which does not have squawq.
 
-    python autoawq_quantize.py MODEL OUT ROWS.json    (rows of equal length, lists of token ids)
-
-Prints the seconds of `quantize` alone as the last line.
+python autoawq_quantize.py MODEL OUT ROWS.json SETTINGS    (SETTINGS: {"bits": 4}; 3 writes a dense folder)
 """
 
 import json
 import sys
-import time
 
 import torch
+from outcome import Clock, read_rows
 
 # On a CPU `.cpu()` returns the live tensor, and AutoAWQ's search, which relies on a copy, goes silently wrong.
 live_cpu = torch.Tensor.cpu
@@ -17,13 +15,28 @@ torch.Tensor.cpu = lambda self, *a, **k: live_cpu(self, *a, **k).clone()  # type
 
 from awq import AutoAWQForCausalLM  # noqa: E402
 
-model_path, out, rows_path = sys.argv[1:4]
-with open(rows_path) as file:  # noqa: PTH123
-    rows = json.load(file)
+model_path, out, rows_path, settings = sys.argv[1:5]
+rows = read_rows(rows_path)
+bits = json.loads(settings)["bits"]
 model = AutoAWQForCausalLM.from_pretrained(model_path, device_map="cpu", torch_dtype=torch.float32, use_cache=False)
-config = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
-started = time.monotonic()
-model.quantize(None, quant_config=config, calib_data=rows, max_calib_samples=len(rows), max_calib_seq_len=len(rows[0]))
-seconds = time.monotonic() - started
-model.save_quantized(out)
-print(f"seconds {seconds:.2f}")
+config = {"zero_point": True, "q_group_size": 128, "w_bit": bits, "version": "GEMM"}
+clock = Clock()
+model.quantize(
+    None,
+    quant_config=config,
+    calib_data=rows,
+    max_calib_samples=len(rows),
+    max_calib_seq_len=len(rows[0]),
+    export_compatible=bits != 4,  # scales and ranges alone: AutoAWQ packs four bits only
+)
+if bits != 4:
+    for name, module in model.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            fake = model.quantizer.pseudo_quantize_tensor  # type: ignore[attr-defined]  # `quantize` made it
+            module.weight.data = fake(module.weight.data)[0]
+clock.stop()
+if bits == 4:
+    model.save_quantized(out)
+else:
+    model.model.save_pretrained(out)
+clock.report()

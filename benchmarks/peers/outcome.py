@@ -1,0 +1,30 @@
+"""What the peers' scripts share: the calibration rows, and the last line that tells seconds and peak memory.
+
+Runs in every peer's environment: standard library only, knows no quantizer.
+"""
+
+import json
+import resource
+import time
+from pathlib import Path
+
+
+def read_rows(path: str) -> list[list[int]]:
+    """Token ids, rows of equal length."""
+    rows: list[list[int]] = json.loads(Path(path).read_text())
+    return rows
+
+
+class Clock:
+    """Runs from its making; `report` prints a JSON line with the seconds until then and this process's peak memory."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._seconds = 0.0
+
+    def stop(self) -> None:
+        self._seconds = time.monotonic() - self._started
+
+    def report(self) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": self._seconds, "peak_bytes": peak}))

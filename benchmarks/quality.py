@@ -1,0 +1,172 @@
+"""Quantizers side by side, same model and calibration tokens: KL to the 16-bit model, perplexity, time, memory.
+
+    python benchmarks/quality.py --work FOLDER [--data ../shared/data] [--mixed FOLDER] [--peer autoawq=PYTHON ...]
+                                 [--models demo twin ...] [--quantizers squawq AutoAWQ ...] [--bits 3] [--fresh]
+
+PYTHON is the interpreter of an environment of the peer's own (benchmarks/peers/README.md); peers that are not given are
+left out. FOLDER keeps what the peers made and their figures, by model and tokens: a second run measures only ours again
+and marks the kept ones with a star; --fresh does all anew, for times from one run. Every folder is measured by
+`squawq.evaluate` on text that calibration did not see. At 3 bits, which the format does not have, the peers hand over
+dequantized weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from common import print_table, quantize_apart
+from outliers import make_twin
+
+import squawq
+from squawq.demo import demo_model
+from squawq.evaluation.run import text_ids
+from squawq.format.reader import Checkpoint
+from squawq.quantization.calibration import Calibration, token_blocks
+from squawq.tokenizer import Tokenizer
+
+WINDOW = 256
+BASELINE = "AutoAWQ"
+# name: the peer, whose script in peers/ is run, and what the script is told besides the bits
+QUANTIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rounding": ("squawq", {"method": "rtn"}),
+    "squawq awq": ("squawq", {"method": "awq"}),
+    "squawq": ("squawq", {}),
+    BASELINE: ("autoawq", {}),
+    "AutoRound 50": ("autoround", {"iters": 50, "awq": False}),
+    "AutoRound 200": ("autoround", {"iters": 200, "awq": False}),
+    "AutoRound awq + 50": ("autoround", {"iters": 50, "awq": True}),
+    "AutoRound awq + 200": ("autoround", {"iters": 200, "awq": True}),
+    "AutoRound best": ("autoround", {"iters": 1000, "awq": False}),
+    "AutoRound awq + best": ("autoround", {"iters": 1000, "awq": True}),
+    "llm-compressor AWQ": ("llmcompressor", {"gptq": False}),
+    "llm-compressor AWQ + GPTQ": ("llmcompressor", {"gptq": True}),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to quantize, the text to calibrate it on and the text to measure it on."""
+
+    folder: Path
+    calibration: Calibration
+    held_back: Path
+
+
+def subjects(names: list[str], data: Path, mixed: Path | None, work: Path) -> dict[str, Subject]:
+    """The models by name; the outlier twin is made in `work`."""
+    stories = data / "tinystories-text" / "tinystories_train_2MiB.txt"
+    calibration = stories.read_bytes().decode("utf-8", "ignore").split("<|endoftext|>") if stories.exists() else None
+    told = partial(Subject, calibration=calibration, held_back=demo_model() / "held_back.txt")
+    twin = work / "twin"
+    if "twin" in names and not twin.exists():
+        make_twin(demo_model(), twin, channels=6, factor=30.0)
+    found = {"demo": told(demo_model()), "twin": told(twin), "babyllama": told(data / "babyllama-tok361" / "hf-g128")}
+    if mixed is not None:
+        found["mixed"] = Subject(mixed, mixed / "calibration.txt", mixed / "held_back.txt")
+    return {name: found[name] for name in names}
+
+
+class Bench:
+    """One model with its tokens, and the folder where what was made of it lies."""
+
+    def __init__(self, subject: Subject, name: str, args: argparse.Namespace) -> None:
+        self.model, self.args = subject.folder, args
+        tokenizer = Tokenizer(self.model)
+        vocab = Checkpoint(self.model).config.vocab_size
+        blocks = token_blocks(
+            subject.calibration, lambda: tokenizer, seqlen=args.seqlen, samples=args.rows, vocab_size=vocab
+        )
+        rows = json.dumps(blocks.tolist())
+        self.held_back = text_ids(tokenizer, subject.held_back)[: args.tokens]
+        weights = b"".join(path.read_bytes() for path in sorted(self.model.glob("*.safetensors")))
+        key = sha256(weights + rows.encode() + json.dumps(self.held_back).encode()).hexdigest()[:12]
+        self.folder = args.work / f"{name}-{key}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows = self.folder / "rows.json"
+        self.rows.write_text(rows)
+
+    def figures(self, name: str, peers: dict[str, str]) -> dict[str, Any]:
+        """What one quantizer reached; `kept` says that it was measured in an earlier run."""
+        environment, settings = QUANTIZERS[name]
+        out = self.folder / f"{name.replace(' ', '-')}-{self.args.bits}"
+        kept = out.with_suffix(".json")
+        if environment != "squawq":
+            settings = settings | {"bits": self.args.bits}
+            if kept.exists() and not self.args.fresh:
+                found: dict[str, Any] = json.loads(kept.read_text())
+                return found | {"kept": True}
+        shutil.rmtree(out, ignore_errors=True)
+        outcome = quantize_apart(environment, peers[environment], self.model, out, self.rows, settings)
+        scores = squawq.evaluate(out, self.model, ids=self.held_back, window=WINDOW, stride=WINDOW)
+        figures = outcome | {k: scores[k] for k in ("kl_mean", "perplexity", "reference_perplexity", "tokens")}
+        kept.write_text(json.dumps(figures))
+        return {**figures, "kept": False}
+
+
+def show(name: str, measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """The table of one model."""
+    base = measured.get(BASELINE)
+    rows = []
+    for quantizer, found in measured.items():
+        star = "*" if found["kept"] else ""
+        rows.append(
+            [
+                quantizer,
+                f"{found['kl_mean']:.5f}",
+                f"{found['kl_mean'] / base['kl_mean']:.3f}" if base else "",
+                f"{found['perplexity']:.4f}",
+                f"{found['seconds']:.1f}{star}",
+                f"{found['seconds'] / base['seconds']:.3f}" if base else "",
+                f"{found['peak_bytes'] / 2**30:.2f}{star}",
+            ]
+        )
+    any_of_them = next(iter(measured.values()))
+    title = (
+        f"{name}, {args.bits} bits, {args.rows} x {args.seqlen} calibration tokens, {any_of_them['tokens']:,} tokens "
+        f"measured (perplexity {any_of_them['reference_perplexity']:.4f} in 16 bits), "
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads"
+    )
+    headings = ["", "KL", f"of {BASELINE}'s", "perplexity", "seconds", f"of {BASELINE}'s", "peak GiB"]
+    print_table(title, headings, rows)
+    if any(found["kept"] for found in measured.values()):
+        print("* of an earlier run")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="keeps the peers' folders and figures")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--mixed", type=Path, help="the model that tools/train_mixed.py made")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--models", nargs="+", choices=("demo", "twin", "babyllama", "mixed"), default=["demo", "twin"])
+    parser.add_argument("--quantizers", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
+    parser.add_argument("--bits", type=int, choices=(3, 4), default=4)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=20_000, help="held-back tokens to measure on")
+    parser.add_argument("--fresh", action="store_true", help="keep nothing of earlier runs")
+    args = parser.parse_args()
+    if "mixed" in args.models and args.mixed is None:
+        parser.error("--models mixed needs --mixed FOLDER")
+    peers = dict(peer.split("=", 1) for peer in args.peer) | ({"squawq": sys.executable} if args.bits == 4 else {})
+    wanted = [name for name in args.quantizers if QUANTIZERS[name][0] in peers]
+    for name, subject in subjects(args.models, args.data, args.mixed, args.work).items():
+        bench = Bench(subject, name, args)
+        measured = {}
+        for quantizer in wanted:
+            measured[quantizer] = bench.figures(quantizer, peers)
+            print(name, quantizer, json.dumps(measured[quantizer]), file=sys.stderr, flush=True)
+        show(name, measured, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""How long quantizing takes: by calibration tokens, and for a large model's layer beside AutoAWQ.
+
+    python benchmarks/quantize_time.py growth [--tokens 8192 32768 131072] [--shape llama-3.2-1b --layers 1]
+    python benchmarks/quantize_time.py layer --peer PYTHON [--shape llama-3.1-8b] [--tokens 8192]
+
+growth: our own quantizer with ever more tokens, its time split by a profile into the runs of layers over all tokens
+(where the statistics are gathered) and the rest, which should not grow; the bundled model unless a shape is given.
+layer: one decoder layer of the shape with random weights and a small vocabulary, ours and AutoAWQ 0.2.9 (PYTHON is its
+environment's, peers/README.md) one after the other; prints the ratio and what all layers of the model would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import os
+import pstats
+import random
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoints import SHAPES, write_checkpoint
+from common import print_table, quantize_apart
+from transformers.models.llama import modeling_llama  # before any clock runs
+
+import squawq
+from squawq import QuantConfig
+from squawq.demo import demo_model
+from squawq.quantization.blocks import Block
+
+assert modeling_llama.LlamaForCausalLM
+VOCAB = 1024  # of the random models, and the least of the ids
+SEQLEN = 512
+
+
+def token_rows(tokens: int) -> list[list[int]]:
+    """Random ids; time does not depend on what they say."""
+    generator = random.Random(0)
+    return [[generator.randrange(VOCAB) for _ in range(SEQLEN)] for _ in range(tokens // SEQLEN)]
+
+
+def random_model(args: argparse.Namespace, folder: Path) -> Path:
+    """A checkpoint of the shape's layers."""
+    model = folder / "model"
+    write_checkpoint(model, replace(SHAPES[args.shape], vocab=VOCAB), args.layers, quantized=False)
+    return model
+
+
+def seconds_in(profile: pstats.Stats, function: object) -> float:
+    """Seconds in a Python function and all that it calls."""
+    code = getattr(function, "__wrapped__", function).__code__  # type: ignore[attr-defined]
+    where = (code.co_filename, code.co_firstlineno, code.co_name)
+    return float(profile.stats[where][3])  # type: ignore[attr-defined]
+
+
+def growth(args: argparse.Namespace, folder: Path) -> None:
+    """Table of seconds by number of tokens."""
+    model = demo_model() if args.shape is None else random_model(args, folder)
+    quantize = squawq.quantize
+    table, rests = [], []
+    quantize(model, folder / "warm", QuantConfig(samples=1, seqlen=SEQLEN), calibration=token_rows(SEQLEN))
+    for tokens in args.tokens:
+        rows = token_rows(tokens)
+        profile = cProfile.Profile()
+        config = QuantConfig(samples=len(rows), seqlen=SEQLEN)
+        profile.runcall(quantize, model, folder / str(tokens), config, calibration=rows)
+        stats = pstats.Stats(profile)
+        total, running = float(stats.total_tt), seconds_in(stats, Block.run)  # type: ignore[attr-defined]
+        rests.append(total - running)
+        table.append([f"{tokens:,}", f"{running:.1f}", f"{total - running:.1f}", f"{total:.1f}"])
+        print(*table[-1], file=sys.stderr, flush=True)
+    name = args.shape or "demo model"
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    headings = ["calibration tokens", "seconds running layers", "the rest", "all"]
+    print_table(f"{name}, {threads} threads, profiled", headings, table)
+    more, longer = args.tokens[-1] / args.tokens[0], rests[-1] / rests[0]
+    print(f"{more:g} times the tokens: the rest takes {longer:.2f} times as long")
+
+
+def layer(args: argparse.Namespace, folder: Path) -> None:
+    """Ours and AutoAWQ's seconds for the layers, and projected for the whole model."""
+    model, rows = random_model(args, folder), folder / "rows.json"
+    rows.write_text(json.dumps(token_rows(args.tokens[0])))
+    found = {
+        name: quantize_apart(peer, python, model, folder / peer, rows, settings)
+        for name, peer, python, settings in (
+            ("squawq", "squawq", sys.executable, {}),
+            ("AutoAWQ 0.2.9", "autoawq", args.peer, {"bits": 4}),
+        )
+    }
+    layers = SHAPES[args.shape].layers
+    table = [
+        [
+            name,
+            f"{outcome['seconds']:.1f}",
+            f"{outcome['peak_bytes'] / 2**30:.2f}",
+            f"{outcome['seconds'] / args.layers * layers / 60:.0f} min",
+        ]
+        for name, outcome in found.items()
+    ]
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    title = f"{args.shape}, {args.layers} layer(s), {args.tokens[0]:,} tokens, {threads} threads"
+    print_table(title, ["", "seconds", "peak GiB", f"all {layers} layers would take"], table)
+    ours, theirs = (outcome["seconds"] for outcome in found.values())
+    print(f"squawq takes {ours / theirs:.3f} of AutoAWQ's time")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    growing, one = commands.add_parser("growth"), commands.add_parser("layer")
+    growing.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    growing.add_argument("--shape", choices=SHAPES)
+    one.add_argument("--tokens", type=int, nargs=1, default=[8192])
+    one.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    one.add_argument("--peer", required=True, help="python of the environment with AutoAWQ")
+    for command in (growing, one):
+        command.add_argument("--layers", type=int, default=1, help="of a random model")
+        command.add_argument("--folder", type=Path, help="where the temporary folder goes")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        (growth if args.command == "growth" else layer)(args, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
