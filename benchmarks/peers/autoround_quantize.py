@@ -44,6 +44,8 @@ rounder = AutoRound(
 clock = Clock()
 rounder.quantize()
 clock.stop()
+# Of a float32 source AutoRound 0.16 would put norms and dense weights back as they were, undoing its own work.
+rounder.model.name_or_path = rounder.model.config.name_or_path = ""
 rounder.save_quantized(out, format="auto_awq" if settings["bits"] == 4 else "fake")
 assert Path(out).is_dir()
 clock.report()
