@@ -7,7 +7,7 @@ PYTHON is the interpreter of an environment of the peer's own (benchmarks/peers/
 left out. FOLDER keeps what the peers made and their figures, by model and tokens: a second run measures only ours again
 and marks the kept ones with a star; --fresh does all anew, for times from one run. Every folder is measured by
 `squawq.evaluate` on text that calibration did not see. At 3 bits, which the format does not have, the peers hand over
-dequantized weights. All but the mixed model are calibrated on the stories in --data, or on the built-in set without them.
+dequantized weights. All but the mixed model are calibrated on the stories in --data, or on the built-in set.
 """
 
 from __future__ import annotations
