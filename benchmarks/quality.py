@@ -139,6 +139,11 @@ def show(name: str, measured: dict[str, dict[str, Any]], args: argparse.Namespac
     print_table(title, headings, rows)
     if any(found["kept"] for found in measured.values()):
         print("* of an earlier run")
+    others = {name: found for name, found in measured.items() if QUANTIZERS[name][0] != "squawq"}
+    if "squawq" in measured and others:
+        best = min(others, key=lambda name: float(others[name]["kl_mean"]))
+        share = measured["squawq"]["kl_mean"] / others[best]["kl_mean"]
+        print(f"squawq's KL is {share:.3f} of the best peer's ({best})")
 
 
 def main() -> None:

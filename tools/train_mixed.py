@@ -167,7 +167,7 @@ def main() -> None:
     training.add_argument("--layers", type=int, default=5)
     training.add_argument("--inner", type=int, default=1024)
     training.add_argument("--kv-heads", type=int, default=2)
-    training.add_argument("--steps", type=int, default=2000)
+    training.add_argument("--steps", type=int, default=3000)
     training.add_argument("--batch", type=int, default=64, help=f"windows of {BLOCK} tokens a step")
     training.add_argument("--lr", type=float, default=2e-3)
     training.add_argument("--weight-decay", type=float, default=0.5)
