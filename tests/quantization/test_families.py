@@ -19,6 +19,7 @@ from squawq.nn.loader import load
 from squawq.quant_config import QuantConfig
 from squawq.quantization.blocks import Blocks
 from squawq.quantization.fold import Folding
+from squawq.quantization.job import Job
 from squawq.quantization.layer import LayerQuantizer
 from squawq.quantization.plan import GATE, LayerPlan
 
@@ -185,6 +186,16 @@ def test_what_our_decoder_does_not_run_says_what_does(model_type: str, tmp_path:
     family_model(model_type, tmp_path / "model")
     with pytest.raises(ConfigError, match=rf"does not run this model yet .*{model_type}.* import squawq.transformers"):
         load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "mixtral"])
+def test_the_room_asked_for_counts_experts(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored as one parameter of all experts, or each by itself; both become integers."""
+    asked: list[int] = []
+    monkeypatch.setattr(Job, "require_room", lambda self, size, scratch: asked.append(size))
+    family_model(model_type, tmp_path / "model")
+    report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
+    assert asked == [report["bytes"]]
 
 
 def test_layers_that_transformers_leaves_aside_are_said(tmp_path: Path) -> None:

@@ -443,7 +443,7 @@ def test_an_unfinished_job_with_other_settings_is_refused(make_model: MakeModel,
     ("rows", "message"),
     [
         ([[1, 2, 3]], "gives 3 tokens; 256 are needed"),
-        ([[1, 2000] * 200], "token id 2000 .*; the model knows 0 to 159"),
+        ([[1, 2000] * 200], "token id 2000; the model knows 0 to 159"),
         ([[1, -7] * 200], "token id -7"),
         ([[1.5] * 300], "row 0 is"),
     ],
