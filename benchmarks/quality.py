@@ -7,7 +7,8 @@ PYTHON is the interpreter of an environment of the peer's own (benchmarks/peers/
 left out. FOLDER keeps what the peers made and their figures, by model and tokens: a second run measures only ours again
 and marks the kept ones with a star; --fresh does all anew, for times from one run. Every folder is measured by
 `squawq.evaluate` on text that calibration did not see. At 3 bits, which the format does not have, the peers hand over
-dequantized weights. All but the mixed model are calibrated on the stories in --data, or on the built-in set.
+dequantized weights. All but the mixed model are calibrated on the stories in --data, or on the built-in set. The
+bundled model, its twin and the mixed one were trained on the text that calibrates them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ BASELINE = "AutoAWQ"
 # name: the peer, whose script in peers/ is run, and what the script is told besides the bits
 QUANTIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rounding": ("squawq", {"method": "rtn"}),
-    "squawq awq": ("squawq", {"method": "awq"}),
     "squawq": ("squawq", {}),
     BASELINE: ("autoawq", {}),
     "AutoRound 50": ("autoround", {"iters": 50, "awq": False}),

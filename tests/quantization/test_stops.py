@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,15 @@ def test_the_second_signal_stops_at_once(capfd: pytest.CaptureFixture[str]) -> N
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.fixture
+def keyboard_interrupt() -> Iterator[None]:
+    """Python's own handler of SIGINT, which it does not take where the tests run in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keyboard_interrupt")
 def test_a_library_call_leaves_signals_alone(make_model: MakeModel, rows: Rows, tmp_path: Path) -> None:
     """In another thread, and in the main one with Python's own KeyboardInterrupt."""
     folder = make_model()

@@ -10,7 +10,6 @@ from pathlib import Path
 from squawq.errors import CheckpointError
 
 SMALL = [
-    "*.safetensors.index.json",
     "*.json",
     "*.jinja",
     "*.model",

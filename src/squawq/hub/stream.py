@@ -1,8 +1,7 @@
 """A Hub model whose weight files are fetched when they are opened and deleted when others need their room.
 
 Headers are read from the Hub alone. At most two files lie on disk, or as many as the tensors of one layer are spread
-over. Files that the Hub's cache holds are used there, and nothing of it is deleted. Knows no
-order of layers.
+over. Files that the Hub's cache holds are used there, and nothing of it is deleted. Knows no order of layers.
 """
 
 from __future__ import annotations

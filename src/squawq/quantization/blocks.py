@@ -91,10 +91,11 @@ class Block:
         non-finite tensor."""
         places, prefix = self._blocks.places, self._blocks.family.layer(self.index) + "."
         places.check({prefix + name for name in self._shapes}, self.index)
-        state = {}
-        for name, shape in self._shapes.items():
-            state[name] = places.read(prefix + name, shape).to(self._blocks.device, torch.float32, copy=True)
-        self.module.load_state_dict(state, strict=True, assign=True)
+        for name, shape in self._shapes.items():  # each in place of the old one: never a second copy of the layer
+            owner, _, kind = name.rpartition(".")
+            holder = self.module.get_submodule(owner)
+            tensor = places.read(prefix + name, shape).to(self.device, torch.float32, copy=True)
+            setattr(holder, kind, nn.Parameter(tensor, requires_grad=False) if kind in holder._parameters else tensor)
         self._blocks.checkpoint.close()
 
     def weight(self, name: str) -> Tensor:
