@@ -101,7 +101,7 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     "missing argument": (["quantize", DEMO], "out"),
     "unknown option": (["quantize", DEMO, "OUT", "--groupsize", "4"], "--groupsize"),
     "bad group size": (["quantize", DEMO, "OUT", "--group-size", "7"], "choose one of 16, 32, 64, 128, 256, -1"),
-    "bad method": (["quantize", DEMO, "OUT", "--method", "gptq"], "choose one of awq, rtn"),
+    "bad method": (["quantize", DEMO, "OUT", "--method", "gptq"], "choose one of squawq, awq, rtn"),
     "bad device": (["quantize", DEMO, "OUT", "--device", "gpu"], "device 'gpu' is not there; choose one of cpu"),
     "no such model": (["quantize", "nowhere", "OUT"], "neither a model folder nor a Hub id"),
     "hub out of reach": (["quantize", "nobody/nothing", "OUT"], "the Hub could not be asked"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from safetensors.torch import save_file
 
 from squawq.demo import demo_model
 from squawq.format.reader import Checkpoint
@@ -44,7 +46,18 @@ def test_no_script_is_forgotten() -> None:
 
 
 def test_quantize(tmp_path: Path) -> None:
-    assert run("quantize_awq.py", demo_model(), tmp_path / "out").endswith("is ready\n")
+    """On the bundled model's first layer: the script takes the whole calibration set."""
+    model = tmp_path / "model"
+    shutil.copytree(demo_model(), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    source = Checkpoint(demo_model())
+    deeper = re.compile(r"model\.layers\.[1-9]")
+    tensors = {name: source.read_copy(name) for name in source.tensors if not deeper.match(name)}
+    save_file(tensors, model / "model.safetensors")
+    assert run("quantize_awq.py", model, tmp_path / "out").endswith("is ready\n")
     quant = Checkpoint(tmp_path / "out").config.quant
     assert quant is not None
     assert (quant.bits, quant.group_size, quant.zero_point) == (4, 128, True)

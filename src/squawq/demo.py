@@ -15,10 +15,12 @@ from squawq.evaluation.run import evaluate
 from squawq.format.reader import Checkpoint
 from squawq.llm import LLM
 from squawq.progress import LayerProgress, counting
+from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 from squawq.report.files import add_evaluation
 
 QUESTION = "Tell me a story."
+CALIBRATION_BLOCKS = 32
 EVALUATED_TOKENS = 16_384
 
 
@@ -33,7 +35,7 @@ def run(out: Path, console: Console) -> dict[str, Any]:
     console.print(f"[bold]1. Quantizing[/bold] the bundled model (7.3 M parameters, TinyStories) into {out}")
     started = time.monotonic()
     with LayerProgress() as observer:
-        quantize(model, out, observer=observer)
+        quantize(model, out, QuantConfig(samples=CALIBRATION_BLOCKS), observer=observer)
     seconds = time.monotonic() - started  # next to nothing where the result was there already
     console.print("[bold]2. Measuring[/bold] on stories that neither training nor calibration saw")
     with counting("evaluating") as progress:

@@ -21,7 +21,8 @@ class ScalingGroup:
     damage ("": the whole layer; None: each linear itself). `readers`: what else reads that input and stays in 16 bits.
     `input`: the module that has the whole input where the linears see parts of it, as experts do. `square` groups apply
     only where the two weights have the same shape (AutoAWQ's rule for v_proj -> o_proj, which leaves grouped-query
-    attention out). An op that makes gate and up in one takes the scale in its last rows.
+    attention out). An op that makes gate and up in one takes the scale in its last rows. `residual`: the norm whose
+    input a single linear's output is added to as it is ("": there is none).
     """
 
     previous: str
@@ -30,6 +31,7 @@ class ScalingGroup:
     readers: tuple[str, ...] = ()
     input: str = ""
     square: bool = False
+    residual: str = ""
 
     @property
     def watched(self) -> str:
@@ -69,8 +71,9 @@ class Family:
                 linears = tuple(name for pattern in each.linears for name in _matching(pattern, modules))
                 if linears:
                     readers = tuple(name for name in each.readers if name in modules)
-                    previous = each.previous if each.previous in modules else ""
-                    found.append(replace(each, previous=previous, linears=linears, readers=readers))
+                    previous, residual = (name if name in modules else "" for name in (each.previous, each.residual))
+                    row = replace(each, previous=previous, linears=linears, readers=readers, residual=residual)
+                    found.append(row)
         return tuple(found)
 
 
@@ -112,11 +115,12 @@ def _within(module: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{module}.{name}" for name in names)
 
 
-def _attention(norm: str = _ATTENTION, out: str = "o_proj", gates: tuple[str, ...] = ()) -> Groups:
-    """q, k and v after a norm; gates of the attention's output, if there are any, read the same."""
+def _attention(norm: str = _ATTENTION, out: str = "o_proj", gates: tuple[str, ...] = (), adds: bool = True) -> Groups:
+    """q, k and v after a norm; gates of the attention's output, if there are any, read the same. `adds` says that the
+    result is added as it is to what the norm is given."""
     return (
         ScalingGroup(norm, _within("self_attn", "q_proj", "k_proj", "v_proj", *gates), "self_attn"),
-        ScalingGroup("self_attn.v_proj", (f"self_attn.{out}",), square=True),
+        ScalingGroup("self_attn.v_proj", (f"self_attn.{out}",), square=True, residual=norm if adds else ""),
     )
 
 
@@ -141,11 +145,11 @@ def _delta_or_attention() -> Groups:
     )
 
 
-def _gated(norm: str = _MLP, module: str = "mlp") -> Groups:
-    """down(act(gate) * up)."""
+def _gated(norm: str = _MLP, module: str = "mlp", adds: bool = True) -> Groups:
+    """down(act(gate) * up), which may be added as attention's result is."""
     return (
         ScalingGroup(norm, _within(module, "gate_proj", "up_proj"), module),
-        ScalingGroup(f"{module}.up_proj", (f"{module}.down_proj",)),
+        ScalingGroup(f"{module}.up_proj", (f"{module}.down_proj",), residual=norm if adds else ""),
     )
 
 
@@ -188,12 +192,13 @@ def _parallel(linears: tuple[str, ...]) -> ScalingGroup:
 
 
 _LLAMA = _attention() + _gated()
+_MULTIPLIED = _attention(adds=False) + _gated(adds=False)  # what is added is multiplied or normalized first
 _UNSCALED = _attention("") + _gated("")  # norms come after attention and MLP, or have no weight
-_GEMMA = _attention() + _gated("pre_feedforward_layernorm")
+_GEMMA = _attention(adds=False) + _gated("pre_feedforward_layernorm", adds=False)
 _DENSE_OR_MOE = _gated() + _moe("gate")  # the first layers of these have no experts
 _QWEN_MOE = _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert")
 _GRANITE_MOE = _moe("router", block="block_sparse_moe", names=_W123)
-_COHERE = (_parallel(_within("mlp", "gate_proj", "up_proj")), *_attention()[1:], *_gated()[1:])
+_COHERE = (_parallel(_within("mlp", "gate_proj", "up_proj")), *_MULTIPLIED[1:2], *_MULTIPLIED[3:])
 
 FAMILIES = {
     family.model_type: family
@@ -205,11 +210,9 @@ FAMILIES = {
         Family("qwen3", _LLAMA, decoder=True, qk_norm=True),
         *(
             Family(model_type, _LLAMA)
-            for model_type in (
-                *("cwm", "ernie4_5", "exaone", "granite", "granite_swa", "helium", "hunyuan_v1_dense", "hyperclovax"),
-                *("ministral3", "smollm3"),
-            )
+            for model_type in ("cwm", "ernie4_5", "exaone", "helium", "hunyuan_v1_dense", "ministral3", "smollm3")
         ),
+        *(Family(model_type, _MULTIPLIED) for model_type in ("granite", "granite_swa", "hyperclovax")),
         Family("gemma", _LLAMA, norm_offset=1.0),
         Family("gemma2", _GEMMA, norm_offset=1.0),
         Family("gemma3_text", _GEMMA, norm_offset=1.0),
@@ -230,10 +233,10 @@ FAMILIES = {
             ),
         ),
         Family("glm", _attention() + _fused_gated()),
-        Family("glm4", _attention() + _fused_gated()),
+        Family("glm4", _attention(adds=False) + _fused_gated()),
         Family(
             "phi",
-            (_parallel(("mlp.fc1",)), *_attention(out="dense")[1:], ScalingGroup("", ("mlp.fc2",))),
+            (_parallel(("mlp.fc1",)), *_attention(out="dense", adds=False)[1:], ScalingGroup("", ("mlp.fc2",))),
             norm="model.final_layernorm",
         ),
         Family("starcoder2", _attention() + _plain(_MLP, "mlp.c_fc", "mlp.c_proj")),
@@ -244,7 +247,7 @@ FAMILIES = {
             "apertus",
             _attention("attention_layernorm") + _plain("feedforward_layernorm", "mlp.up_proj", "mlp.down_proj"),
         ),
-        Family("minicpm3", _latent_attention() + _gated()),
+        Family("minicpm3", _latent_attention() + _gated(adds=False)),
         Family("youtu", _latent_attention() + _gated()),
         Family("deepseek_v2", _latent_attention() + _DENSE_OR_MOE),
         Family("deepseek_v3", _latent_attention() + _DENSE_OR_MOE),
@@ -266,8 +269,8 @@ FAMILIES = {
         Family("granitemoe_swa", _attention() + _GRANITE_MOE, experts=_W123),
         Family(
             "afmoe",
-            _attention(gates=("gate_proj",))
-            + _gated("pre_mlp_layernorm")
+            _attention(gates=("gate_proj",), adds=False)
+            + _gated("pre_mlp_layernorm", adds=False)
             + _moe("router.gate", norm="pre_mlp_layernorm"),
         ),
         Family(

@@ -9,7 +9,7 @@ from typing import Any
 from squawq.errors import CheckpointError, ConfigError
 
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
-METHODS = ("awq", "rtn")
+METHODS = ("squawq", "awq", "rtn")
 DTYPES = ("float16", "bfloat16")
 LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 
@@ -31,9 +31,15 @@ class QuantConfig:
     bits: 4. group_size: weights along in_features that share a scale, -1 for a whole row.
     zero_point: asymmetric (True) or symmetric around 8 (False).
     modules_to_not_convert: linears whose full name contains one of these stay in 16 bits.
-    method: "awq" (activation-aware scales, Lin et al., arXiv 2306.00978) or "rtn" (plain rounding).
+    method: "awq" (activation-aware scales, Lin et al., arXiv 2306.00978), "squawq" (the same scales, then rounding
+    that sees the error) or "rtn" (plain rounding).
     clip: search a narrower range per group, as AutoAWQ does. duo_scaling: try scales from activations and weights
     as well as from activations alone. n_grid: steps of the scale search between 0 and 1.
+    Of "squawq" alone: compensate: what rounding a column of a weight loses, the columns after it make up for (Frantar
+    et al., arXiv 2210.17323), act_order: those of the strongest inputs first. refine: passes of coordinate descent over
+    the integers thereafter. sequential: calibrate each linear on what the quantized ones before it hand over, and let
+    it make up for what they lost. damping: how far correlations between inputs are mistrusted, as a share of the Gram
+    matrix's diagonal.
     dtype: of the tensors that stay in 16 bits.
     samples, seqlen: calibration blocks and tokens in each. None takes what there is, up to 128 blocks, and 512
     tokens or the model's context if that is shorter.
@@ -44,10 +50,15 @@ class QuantConfig:
     group_size: int = 128
     zero_point: bool = True
     modules_to_not_convert: tuple[str, ...] = ()
-    method: str = "awq"
+    method: str = "squawq"
     clip: bool = True
     duo_scaling: bool = True
     n_grid: int = 20
+    compensate: bool = True
+    act_order: bool = True
+    refine: int = 1
+    sequential: bool = True
+    damping: float = 0.75
     dtype: str = "float16"
     samples: int | None = None
     seqlen: int | None = None
@@ -58,10 +69,13 @@ class QuantConfig:
         _choice("method", self.method, METHODS)
         _choice("dtype", self.dtype, DTYPES)
         _integer("n_grid", self.n_grid, 1)
+        _integer("refine", self.refine, 0)
+        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 <= self.damping <= 10:
+            raise ConfigError(f"damping is {self.damping!r}; it must be a number from 0 to 10")
         for name, least in (("samples", 1), ("seqlen", 8)):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), least)
-        for name in ("zero_point", "clip", "duo_scaling"):
+        for name in ("zero_point", "clip", "duo_scaling", "compensate", "act_order", "sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         names: object = self.modules_to_not_convert

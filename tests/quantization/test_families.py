@@ -87,9 +87,32 @@ def test_scales_leave_the_function_as_it_was(model_type: str, tmp_path: Path) ->
                 if worker.takes_scales(group):
                     scales = torch.rand(block.weight(group.linears[0]).shape[1], generator=generator) + 0.5
                     worker.fold(group, scales, folding)
-            worker.apply(folding, {})
+            block.fold(folding)
             assert (block.run(states) - expected).abs().max() < 1e-4 * expected.abs().max()
             states = expected
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_residuals_are_what_outputs_are_added_to(model_type: str, tmp_path: Path) -> None:
+    """A row's residual plus the linear's output is what comes next: a norm's input, or the layer's output."""
+    family_model(model_type, tmp_path / "model")
+    blocks = blocks_of(tmp_path / "model", model_type)
+    states = blocks.embed(ROWS[:2])
+    for index in range(2):
+        with blocks.open(index) as block:
+            groups = [group for group in block.groups if group.residual]
+            inputs: dict[str, list[torch.Tensor]] = {g.previous: [] for g in block.groups if "norm" in g.previous}
+            inputs |= {name: [] for g in groups for name in (g.residual, *g.linears)}
+            with block.watching({name: seen.append for name, seen in inputs.items()}):
+                result = block.run(states)
+            for group in groups:
+                assert len(group.linears) == 1
+                linear = block.module.get_submodule(group.linears[0])
+                with torch.no_grad():
+                    added = torch.cat(inputs[group.residual]) + linear(torch.cat(inputs[group.linears[0]]))
+                after = [result, *(torch.cat(seen) for seen in inputs.values() if seen)]
+                assert any(a.shape == added.shape and torch.allclose(a, added, atol=1e-4) for a in after)
+            states = result
 
 
 def test_experts_that_see_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

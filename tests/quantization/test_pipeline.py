@@ -61,7 +61,7 @@ def test_every_family(
     assert ("lm_head.weight" in checkpoint.tensors) != changes.get("tie_word_embeddings", False)
     assert all(t.dtype in (torch.float16, torch.int32) for t in checkpoint.tensors.values())
     for layer in report["layers"]:
-        assert layer["method"] == "awq"  # wrongly folded scales would lose to plain rounding
+        assert layer["method"] == "squawq"  # wrongly folded scales would lose to plain rounding
         assert layer["loss"] < layer["loss_rounded"]
         assert {row["name"] for row in layer["linears"]} == {
             *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -233,7 +233,7 @@ def test_plain_rounding_is_kept_where_the_search_made_it_worse(
         shape = weight.shape[0], weight.shape[1] // blocks.shape[1]
         return torch.full(shape, -0.01), torch.full(shape, 0.01)
 
-    monkeypatch.setattr("squawq.quantization.layer.clip_limits", bad_limits)
+    monkeypatch.setattr("squawq.quantization.linear.clip_limits", bad_limits)
     report = quantize(folder, tmp_path / "out", rows)
     monkeypatch.undo()
     assert [layer["method"] for layer in report["layers"]] == ["rtn", "rtn"]

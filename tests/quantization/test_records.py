@@ -66,8 +66,9 @@ def test_measured_keys() -> None:
     assert found["peak_bytes"] > 10_000_000
 
 
-def test_a_real_layer_has_them_all(make_model: MakeModel, rows: list[list[int]], tmp_path: Path) -> None:
-    config = QuantConfig(group_size=32, samples=8, seqlen=32)
+@pytest.mark.parametrize("method", ["squawq", "awq"])
+def test_a_real_layer_has_them_all(method: str, make_model: MakeModel, rows: list[list[int]], tmp_path: Path) -> None:
+    config = QuantConfig(group_size=32, samples=8, seqlen=32, method=method)
     report = squawq.quantize(make_model(), tmp_path / "out", config, calibration=rows)
     assert report["model"] == "model"
     assert report["parameters"] == 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96 + 2 * 64) + 2 * 160 * 64 + 64
@@ -76,7 +77,7 @@ def test_a_real_layer_has_them_all(make_model: MakeModel, rows: list[list[int]],
         assert layer["peak_bytes"] > 10_000_000
         assert all(len(row["quantiles"]) == 5 for row in layer["scales"])
         for row in layer["linears"]:
-            clipped = not row["name"].endswith(("q_proj", "k_proj"))
+            clipped = method != "awq" or not row["name"].endswith(("q_proj", "k_proj"))
             assert ("clip" in row) == clipped
             assert not clipped or 0.5 < row["clip"][0] <= row["clip"][4] == 1
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

@@ -71,7 +71,7 @@ def test_a_full_disk_ends_a_run_that_may_go_on(
         return hidden_states(shape, folder, device, in_memory)
 
     folder, before = make_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr("squawq.quantization.pipeline.hidden_states", full)
+    monkeypatch.setattr("squawq.quantization.streams.hidden_states", full)
     try:
         with pytest.raises(OutputError, match="File too large"):
             squawq.quantize(folder, tmp_path / "out", CONFIG, calibration=rows, states_memory=0)

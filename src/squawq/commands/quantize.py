@@ -25,8 +25,19 @@ def quantize(
         int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))}")
     ] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero point")] = False,
-    method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "awq",
+    method: Annotated[
+        str, typer.Option(help=f"{' or '.join(METHODS)}: all that helps, the published search alone, plain rounding")
+    ] = METHODS[0],
     clip: Annotated[bool, typer.Option(help="Search a narrower range for each group")] = True,
+    compensate: Annotated[bool, typer.Option(help="Let columns make up for what rounding others loses")] = True,
+    act_order: Annotated[bool, typer.Option(help="Round the columns of the strongest inputs first")] = True,
+    refine: Annotated[int, typer.Option(help="Passes of coordinate descent over the integers")] = 1,
+    sequential: Annotated[
+        bool, typer.Option(help="Calibrate behind quantized layers, and make up for what they lose")
+    ] = True,
+    damping: Annotated[
+        float, typer.Option(help="How far to mistrust correlations between inputs; more for little calibration text")
+    ] = QuantConfig.damping,
     skip: Annotated[
         list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")
     ] = None,
@@ -55,6 +66,11 @@ def quantize(
         modules_to_not_convert=tuple(skip or ()),
         method=method,
         clip=clip,
+        compensate=compensate,
+        act_order=act_order,
+        refine=refine,
+        sequential=sequential,
+        damping=damping,
         dtype=dtype,
         samples=samples,
         seqlen=seqlen,

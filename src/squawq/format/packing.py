@@ -14,6 +14,7 @@ from squawq.format.groupwise import SYMMETRIC_ZERO, GroupwiseTensor
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PER_WORD = 8
+PACKED = ("qweight", "scales", "qzeros")  # what a linear's weight becomes
 
 
 def pack(values: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from squawq.errors import CheckpointError
@@ -102,6 +104,14 @@ class FolderShards:
 
     def room(self) -> int:
         return 0
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file. Raises CheckpointError for one that is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
 def stamp(path: Path) -> Stamp:

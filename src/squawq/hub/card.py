@@ -272,13 +272,22 @@ def _pair(scores: Mapping[str, Any]) -> str:
     return f"{scores['kl_mean']:.5f}, {scores['kl_p99']:.5f}"
 
 
+def _parts(method: str, config: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """What a method is made of, and whether it was asked for; earlier reports lack some settings."""
+    return [
+        ("activation-aware scales", method != "rtn"),
+        ("clipping", method != "rtn" and config["clip"]),
+        ("error-compensated rounding", config.get("compensate", False)),
+        ("each layer calibrated behind quantized ones", config.get("sequential", False)),
+    ]
+
+
 def _made(report: Mapping[str, Any] | None, drawn: bool) -> str:
     if report is None:
         return ""
     config, tokens = report["job"]["config"], report["calibration_tokens"]
-    method = "activation-aware scales" if report["method"] == "awq" else "plain rounding"
-    if report["method"] == "awq" and config["clip"]:
-        method += " and clipping"
+    parts = [name for name, used in _parts(report["method"], config) if used]
+    method = ", ".join(parts) or "plain rounding"
     text = f"on {tokens:,} tokens of text in blocks of {config['seqlen']}" if tokens else "without calibration text"
     return (
         f"## How it was made\n\nBy `squawq quantize` {report['squawq']}: {method}, {text}, group size "

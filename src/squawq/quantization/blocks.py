@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
 from squawq.families import Family
+from squawq.format.packing import PACKED, from_gemm
 from squawq.format.reader import Checkpoint
+from squawq.quantization.fold import Folding
 from squawq.quantization.places import Places, check_floating
 from squawq.quantization.skeleton import Skeleton
 
 BATCH_TOKENS = 4096
+BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch runs through it
+
+
+class _SeenEnough(Exception):  # noqa: N818 (no error: it ends a run early)
+    """Whatever was to be watched in this batch has been."""
 
 
 class Blocks:
@@ -82,21 +89,56 @@ class Block:
         self.module: nn.Module = blocks.layers[index]
         self.groups = blocks.skeleton.groups(index)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
-        self.device = blocks.device
+        self.device, self._prefix = blocks.device, blocks.family.layer(index) + "."
+        self._widest = max(size for shape in blocks.skeleton.shapes(index).values() for size in shape)
         blocks.skeleton.fill_constants(self.module)
         self.reload()
 
     def reload(self) -> None:
         """Fill the layer with the checkpoint's weights. Raises CheckpointError naming a missing, surplus, misshapen or
         non-finite tensor."""
-        places, prefix = self._blocks.places, self._blocks.family.layer(self.index) + "."
-        places.check({prefix + name for name in self._shapes}, self.index)
-        for name, shape in self._shapes.items():  # each in place of the old one: never a second copy of the layer
-            owner, _, kind = name.rpartition(".")
-            holder = self.module.get_submodule(owner)
-            tensor = places.read(prefix + name, shape).to(self.device, torch.float32, copy=True)
-            setattr(holder, kind, nn.Parameter(tensor, requires_grad=False) if kind in holder._parameters else tensor)
+        self._blocks.places.check({self._prefix + name for name in self._shapes}, self.index)
+        for name in self._shapes:  # each in place of the old one: never a second copy of the layer
+            self.restore(name)
         self._blocks.checkpoint.close()
+
+    def restore(self, name: str) -> None:
+        """Fill one tensor of the layer with the checkpoint's."""
+        self._set(name, self._blocks.places.read(self._prefix + name, self._shapes[name]))
+
+    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the layer, or of its quantized linears, by what they are called on disk."""
+        return {self._blocks.places.stored(self._prefix + name): tensor for name, tensor in tensors.items()}
+
+    def fill(self, stored: Mapping[str, Tensor]) -> None:
+        """Fill the layer with a quantized one's tensors as they lie on disk."""
+        for name in self._shapes:
+            owner, _, kind = name.rpartition(".")
+            packed = self.stored(dict.fromkeys((f"{owner}.{k}" for k in PACKED), torch.empty(0)))
+            if kind == "weight" and packed.keys() <= stored.keys():
+                self.put(owner, *(stored[key] for key in packed))
+            else:
+                (key,) = self.stored({name: torch.empty(0)})
+                self._set(name, stored[key])
+
+    def put(self, linear: str, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
+        """Replace a linear's weight with what packed integers stand for."""
+        self._set(f"{linear}.weight", from_gemm(qweight, scales, qzeros).dequantize())
+
+    def fold(self, folding: Folding) -> None:
+        """Do to the layer's tensors what scales do to them; what it computes stays the same."""
+        for name, parameter in self.module.named_parameters():
+            parameter.data = folding.apply(name, parameter.data)
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        owner, _, kind = name.rpartition(".")
+        holder = self.module.get_submodule(owner)
+        old = getattr(holder, kind)
+        if old.device == torch.device(self.device) and old.dtype == torch.float32 and old.shape == tensor.shape:
+            old.data.copy_(tensor)  # large: never two of them
+            return
+        tensor = tensor.to(self.device, torch.float32, copy=True)
+        setattr(holder, kind, nn.Parameter(tensor, requires_grad=False) if kind in holder._parameters else tensor)
 
     def weight(self, name: str) -> Tensor:
         """The weight (linear [out, in] or norm) of a module in this layer."""
@@ -122,24 +164,50 @@ class Block:
         """Output of a module of the layer (attention, MLP; "": itself) for its inputs [blocks, tokens, hidden]."""
         return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs))
 
+    @torch.no_grad()
+    def feed(self, states: Tensor, watchers: Mapping[str, Callable[[Tensor], object]]) -> None:
+        """Hidden states through the layer for what `watchers` see; a batch ends when each has seen its part of it."""
+        waiting: set[str] = set()
+
+        def last(name: str, watch: Callable[[Tensor], object]) -> Callable[[Tensor], None]:
+            def look(x: Tensor) -> None:
+                watch(x)
+                waiting.discard(name)
+                if not waiting:
+                    raise _SeenEnough
+
+            return look
+
+        with self.watching({name: last(name, watch) for name, watch in watchers.items()}):
+            for part in self._batches(states):
+                waiting.update(watchers)
+                with suppress(_SeenEnough):
+                    self._call(self.module, states[part])
+
     def _run(self, module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
-        blocks, tokens = states.shape[:2]
-        accepted = signature(module.forward).parameters
-        step = max(1, BATCH_TOKENS // tokens)
-        for start in range(0, blocks, step):
-            part = states[start : start + step].to(self.device)
-            given = self._blocks.skeleton.arguments(len(part), tokens)[self.index]
-            result = module(part, **{name: value for name, value in given.items() if name in accepted})
-            result = result[0] if isinstance(result, tuple) else result
-            out[start : start + step] = result.view(part.shape)
+        for part in self._batches(states):
+            out[part] = self._call(module, states[part])
         return out
 
+    def _batches(self, states: Tensor) -> Iterator[slice]:
+        blocks, tokens = states.shape[:2]
+        step = max(1, min(BATCH_TOKENS, BATCH_VALUES // self._widest) // tokens)
+        yield from (slice(start, start + step) for start in range(0, blocks, step))
+
+    def _call(self, module: nn.Module, states: Tensor) -> Tensor:
+        part = states.to(self.device)
+        accepted = signature(module.forward).parameters
+        given = self._blocks.skeleton.arguments(*part.shape[:2])[self.index]
+        result = module(part, **{name: value for name, value in given.items() if name in accepted})
+        result = result[0] if isinstance(result, tuple) else result
+        return result.view(part.shape)  # type: ignore[no-any-return]
+
     @contextmanager
-    def watching(self, watchers: dict[str, Callable[[Tensor], object]]) -> Iterator[None]:
+    def watching(self, watchers: Mapping[str, Callable[[Tensor], object]]) -> Iterator[None]:
         """While open, each named module's watcher sees that module's input whenever it runs."""
 
         def hook(watch: Callable[[Tensor], object]) -> Callable[..., None]:
-            def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            def look(_: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
                 watch(args[0] if args else kwargs["hidden_states"])
 
             return look

@@ -56,6 +56,12 @@ class Folding:
             tensor = tensor / (self.rows[module][:, None] if kind == "weight" else self.rows[module])
         return tensor
 
+    def original(self, module: str, rows: Tensor, part: slice) -> Tensor:
+        """Rows `part` of a linear's weight before folding, from those after it."""
+        if module in self.rows:
+            rows = rows * self.rows[module][part, None]
+        return rows / self.columns[module] if module in self.columns else rows
+
 
 def norm_scales(norm: Tensor, scales: Tensor, dtype: torch.dtype, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """A norm's weight divided by `scales` and rounded to `dtype`, and the scales that this rounded weight stands for.

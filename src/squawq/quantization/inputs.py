@@ -7,7 +7,8 @@ matrices of the layer's inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from squawq.quantization.blocks import Block
 from squawq.quantization.states import Sample
 from squawq.quantization.statistics import InputStatistics
 
+Watcher = Callable[[Tensor], object]
 LEAST_TOKENS = 256  # an expert that saw fewer is calibrated on all sampled tokens instead
 
 
@@ -36,14 +38,15 @@ class LayerInputs:
                 expert = expert_of(name)
                 self._watched[name] = first.setdefault((number, expert), name) if expert else group.watched
 
-    def collect(self, states: Tensor, sample: Sample) -> None:
-        """Run this process's hidden states [blocks, tokens, hidden] through the layer, in place."""
+    def collect(self, states: Tensor, sample: Sample, record: Mapping[str, Watcher] = MappingProxyType({})) -> None:
+        """Run this process's hidden states [blocks, tokens, hidden] through the layer, in place. record: what else sees
+        the inputs of modules."""
         self.before = sample.of(states)
         modules = dict.fromkeys(
             place for g in self.groups for place in (g.watched, *(self._watched[n] for n in g.linears))
         )
         self.statistics = {name: self._empty(name) for name in modules}
-        with self.block.watching({name: s.update for name, s in self.statistics.items()}):
+        with self.block.watching({name: s.update for name, s in self.statistics.items()}), self.block.watching(record):
             self.block.run(states, in_place=True)
         self.after = sample.of(states)
 
@@ -57,6 +60,10 @@ class LayerInputs:
         self._inputs = self._sample()
         self._route_to_rare()
 
+    def watched(self, linear: str) -> str:
+        """The module whose input a linear's is."""
+        return self._watched[linear]
+
     def of(self, linear: str) -> InputStatistics:
         return self.statistics[self._watched[linear]]
 
@@ -67,9 +74,17 @@ class LayerInputs:
         """The sampled blocks' input of an inspected module, float32 [blocks, tokens, hidden]."""
         return self._inputs[module]
 
-    def clear(self) -> None:
-        """The Gram matrices are large."""
-        self.statistics.clear()
+    def readers(self, linears: Iterable[str]) -> dict[str, list[str]]:
+        """Those of the linears whose inputs' statistics are still here, by the modules whose inputs these are."""
+        found: dict[str, list[str]] = {}
+        for name in linears:
+            if self._watched[name] in self.statistics:
+                found.setdefault(self._watched[name], []).append(name)
+        return found
+
+    def take(self, module: str) -> InputStatistics:
+        """The statistics of a module's input, which are large, for the last time."""
+        return self.statistics.pop(module)
 
     def _empty(self, module: str) -> InputStatistics:
         features = self.before.shape[-1] if module not in self._watched else self.block.weight(module).shape[1]

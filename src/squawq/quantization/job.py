@@ -18,7 +18,7 @@ from torch import Tensor
 from squawq import __version__
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
 from squawq.format.reader import Checkpoint, read_json
-from squawq.format.shards import read_header
+from squawq.format.shards import read_header, read_shard
 from squawq.format.writer import TEMPORARY, clear_temporary, shard_name, write_json, write_shard
 from squawq.quant_config import QuantConfig
 from squawq.report.files import REPORT
@@ -157,6 +157,10 @@ class Job:
             return read_json(self._record_path(part))
         except CheckpointError:  # damaged since: done again
             return None
+
+    def tensors(self, part: int) -> dict[str, Tensor]:
+        """What was put on disk of a part."""
+        return read_shard(self.shard_path(part))
 
     def commit(self, part: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Put a part on disk. The shard comes last: where it lies, the part is done."""

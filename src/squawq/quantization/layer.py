@@ -1,30 +1,32 @@
-"""Quantizes one decoder layer: statistics, scales, ranges, integers, and the choice against plain rounding.
+"""Quantizes one decoder layer: scales, ranges, integers, and the choice against plain rounding.
 
-Peak memory above the layer itself (float32): the Gram matrices of its inputs, the integers, and one linear's copy.
+Peak memory above the layer itself (float32): the Gram matrices of its inputs, the packed integers, and what rounding
+one linear takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from squawq.errors import CheckpointError
 from squawq.families import ScalingGroup, expert_of
-from squawq.format.groupwise import GroupwiseTensor, fake_quantize, quantize
+from squawq.format.groupwise import fake_quantize, quantize
 from squawq.format.packing import to_gemm
 from squawq.quantization.blocks import Block
 from squawq.quantization.fold import Folding
 from squawq.quantization.inputs import LayerInputs
+from squawq.quantization.linear import LinearRounder
 from squawq.quantization.plan import LayerPlan
 from squawq.quantization.records import GroupRecord, LayerRecord, LinearRecord, clip_quantiles, quantiles
 from squawq.quantization.search import (
     ScaleCandidate,
     best_scales,
-    clip_limits,
+    rows_at_once,
     sampled_rows,
     scale_candidates,
     weight_importance,
@@ -32,6 +34,7 @@ from squawq.quantization.search import (
 from squawq.quantization.statistics import InputStatistics, all_finite
 
 SAMPLED_LINEARS = 16  # of a group, on which scales are judged: those of many experts are much alike
+Packed = dict[str, Tensor]  # a linear's qweight, scales and qzeros
 EXACT = ("correction_bias", "expert_bias")  # of routers: rounding them would change who is chosen
 
 
@@ -44,11 +47,13 @@ class LayerResult:
 
 
 @dataclass
-class _Chosen:
-    """What the search decided: what scales do to the layer's tensors, and the integers of each linear."""
+class Chosen:
+    """What has been decided of a layer so far, and what the report says of it. integers: packed, by linear. losses:
+    mean squared output error by plain rounding and by the integers."""
 
     folding: Folding = field(default_factory=Folding)
-    integers: dict[str, GroupwiseTensor] = field(default_factory=dict)
+    integers: dict[str, Packed] = field(default_factory=dict)
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
     clips: dict[str, list[float]] = field(default_factory=dict)
     groups: list[GroupRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -64,7 +69,8 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 class LayerQuantizer:
-    """One layer's run through the algorithm, by its plan."""
+    """One layer's run through the algorithm, by its plan: scales, whose folding changes the layer; then the integers of
+    one linear after another; then `finish`."""
 
     def __init__(self, block: Block, plan: LayerPlan) -> None:
         self.block, self.family, self.config, self.prefix = block, plan.family, plan.config, plan.prefix
@@ -74,54 +80,28 @@ class LayerQuantizer:
     @torch.no_grad()
     def round(self) -> LayerResult:
         """Plain rounding to nearest; needs no calibration."""
-        record = self._record(_Chosen(), {}, kept="rtn", before=None, after=None)
-        return LayerResult(self._tensors(_Chosen()), record)
+        return LayerResult(self._tensors(Chosen()), self._record(Chosen(), kept="rtn", before=None, after=None))
 
     @torch.no_grad()
-    def search(self, inputs: LayerInputs) -> LayerResult:
-        """AWQ by what was collected, which is given up on the way."""
-        inputs.complete()
-        chosen = self._choose(inputs)
-        losses = self._linear_losses(chosen, inputs)
-        inputs.clear()
-        self.apply(chosen.folding, chosen.integers)
-        after = _mean_square(self.block.run(inputs.before), inputs.after)
-        self.block.reload()
-        tensors = self._tensors(chosen)
-        self._round_in_place()
-        before = _mean_square(self.block.run(inputs.before), inputs.after)
-        kept = "awq" if after <= before else "rtn"  # also false when `after` is not a number
-        if kept == "rtn":
-            self.block.reload()
-            tensors = self._tensors(_Chosen())
-            chosen.notes.append("the search made this layer worse; plain rounding is kept")
-        record = self._record(chosen, losses, kept, before, after if kept == "awq" else before)
-        return LayerResult(tensors, record)
-
-    def _choose(self, inputs: LayerInputs) -> _Chosen:
-        """Scales for every group first: a group's scales change the rows of the linear before it."""
-        chosen = _Chosen(notes=list(inputs.notes()), tokens=inputs.tokens)
+    def choose_scales(self, inputs: LayerInputs, passing: Collection[str] = ()) -> Chosen:
+        """Scales for every group first: a group's scales change the rows of the linear before it. passing: modules
+        whose inputs' statistics are not needed for anything else, and large."""
+        chosen = Chosen(notes=list(inputs.notes()), tokens=inputs.tokens)
         for group in self.groups:
-            self._choose_scales(group, inputs, chosen)
-        for name in self.converted:
-            chosen.integers[name] = self._integers(name, inputs.of(name), chosen)
+            stats, names = inputs.of_group(group), [n for n in group.linears if n in self.converted]
+            if names and stats.has_signal and self.takes_scales(group):
+                best = self._best_scales(group, names[:: -(-len(names) // SAMPLED_LINEARS)], stats, inputs)
+                chosen.groups.append(GroupRecord(group.linears, best.formula, best.ratio, quantiles(best.scales)))
+                if best.formula != "identity":
+                    self.fold(group, best.scales, chosen.folding)
+            if group.watched in passing:
+                inputs.take(group.watched)
         return chosen
 
-    def _choose_scales(self, group: ScalingGroup, inputs: LayerInputs, chosen: _Chosen) -> None:
-        stats = inputs.of_group(group)
-        names = [n for n in group.linears if n in self.converted]
-        if not names or not stats.has_signal or not self.takes_scales(group):
-            return
-        parameters = [self.block.parameter(n) for n in names[:: -(-len(names) // SAMPLED_LINEARS)]]
-        best = self._best_scales(group, parameters, stats, inputs)
-        chosen.groups.append(GroupRecord(group.linears, best.formula, best.ratio, quantiles(best.scales)))
-        if best.formula != "identity":
-            self.fold(group, best.scales, chosen.folding)
-
     def _best_scales(
-        self, group: ScalingGroup, parameters: list[nn.Parameter], stats: InputStatistics, inputs: LayerInputs
+        self, group: ScalingGroup, names: list[str], stats: InputStatistics, inputs: LayerInputs
     ) -> ScaleCandidate:
-        weights = [parameter.data for parameter in parameters]
+        weights = [self.block.weight(name) for name in names]
         size, zero_point = self.config.group_of(weights[0].shape[1]), self.config.zero_point
         candidates = scale_candidates(stats.mean_absolute, weight_importance(weights, size), self.config.n_grid)
         if not self.config.duo_scaling:
@@ -132,11 +112,11 @@ class LayerQuantizer:
         wanted = self.block.inspect(module, given)
 
         def inspect(candidate: ScaleCandidate) -> float:
-            for parameter, weight in zip(parameters, weights, strict=True):
-                parameter.data = fake_quantize(weight * candidate.scales, size, zero_point).div_(candidate.scales)
+            for name in names:
+                self._round_in_place(name, candidate.scales)
             loss = _mean_square(self.block.inspect(module, given), wanted)
-            for parameter, weight in zip(parameters, weights, strict=True):
-                parameter.data = weight
+            for name in names:
+                self.block.restore(f"{name}.weight")  # a second copy of the weights would be large
             return loss
 
         return best_scales(candidates, weights, stats.loss, size, zero_point, inspect)
@@ -161,55 +141,59 @@ class LayerQuantizer:
             bias = bias.data if isinstance(bias, Tensor) else None
             folding.into_norm(group, weight, bias, scales, self.dtype, self.family.norm_offset)
 
-    def _integers(self, name: str, stats: InputStatistics, chosen: _Chosen) -> GroupwiseTensor:
-        folding = chosen.folding
-        weight = folding.apply(f"{name}.weight", self.block.weight(name))
-        size = self.config.group_of(weight.shape[1])
-        limits = None
-        if self.config.clip and stats.has_signal and not name.endswith(self.family.never_clip):
-            limits = clip_limits(weight, stats.gram_blocks(size, folding.columns.get(name)), self.config.zero_point)
+    @torch.no_grad()
+    def choose_integers(self, linears: Iterable[str], rounder: LinearRounder, chosen: Chosen) -> dict[str, Packed]:
+        """Integers, packed, for linears of the folded layer that share an input; their weights are given up for it."""
+        return {name: self._integers(name, rounder, chosen) for name in linears}
+
+    def _integers(self, name: str, rounder: LinearRounder, chosen: Chosen) -> Packed:
+        weight, folding, stats = self.block.weight(name), chosen.folding, rounder.stats
+        part = sampled_rows(weight)
+        original = folding.original(name, weight[part], part)
+        clip = self.config.clip and not (self.config.method == "awq" and name.endswith(self.family.never_clip))
+        integers, limits = rounder.choose(weight, clip)
+        if limits is not None:
             chosen.clips[name] = clip_quantiles(weight, limits)
-        return quantize(weight, size, self.config.zero_point, limits)
+        if stats.rows:
+            rounded = fake_quantize(original, self.config.group_of(weight.shape[1]), self.config.zero_point) - original
+            found = integers.rows(part).dequantize() - weight[part]
+            if name in folding.columns:
+                rounded *= folding.columns[name]
+            if name in folding.rows:
+                found *= folding.rows[name][part, None]
+            scale = 1 / (stats.rows * len(original))
+            chosen.losses[name] = stats.loss(rounded) * scale, stats.loss(found) * scale
+        chosen.integers[name] = to_gemm(integers)
+        return chosen.integers[name]
 
-    def _linear_losses(self, chosen: _Chosen, inputs: LayerInputs) -> dict[str, tuple[float, float]]:
-        """Per linear: mean squared output error by plain rounding and by what was chosen, on sampled rows."""
-        losses, folding = {}, chosen.folding
+    @torch.no_grad()
+    def finish(self, chosen: Chosen, before: Tensor, wanted: Tensor) -> LayerResult:
+        """What to write: what was chosen, or plain rounding where that is better for these hidden states [blocks,
+        tokens, hidden] and the output wanted for them. The layer holds what was chosen."""
+        after = _mean_square(self.block.run(before), wanted)
+        tensors = self._tensors(chosen)
+        self.block.reload()
         for name in self.converted:
-            if (stats := inputs.of(name)).rows:
-                weight = self.block.weight(name)
-                part = sampled_rows(weight)
-                rows = weight[part]
-                rounded = fake_quantize(rows, self.config.group_of(rows.shape[1]), self.config.zero_point)
-                found = chosen.integers[name].rows(part).dequantize()
-                if name in folding.rows:
-                    found *= folding.rows[name][part, None]
-                if name in folding.columns:
-                    found /= folding.columns[name]
-                scale = 1 / (stats.rows * len(rows))
-                losses[name] = (
-                    stats.loss(rounded - rows) * scale,
-                    stats.loss(found - rows) * scale,
-                )
-        return losses
+            self._round_in_place(name)
+        rounded = _mean_square(self.block.run(before), wanted)
+        if after <= rounded:  # also false when `after` is not a number
+            return LayerResult(tensors, self._record(chosen, self.config.method, rounded, after))
+        self.block.reload()
+        chosen.notes.append("the search made this layer worse; plain rounding is kept")
+        return LayerResult(self._tensors(Chosen()), self._record(chosen, "rtn", rounded, rounded))
 
-    def apply(self, folding: Folding, integers: Mapping[str, GroupwiseTensor]) -> None:
-        """Put what was chosen into the layer, dequantized, to judge it as it will be read back."""
-        for name, parameter in self.block.module.named_parameters():
-            module, _, kind = name.rpartition(".")
-            if kind == "weight" and module in integers:
-                parameter.data = integers[module].dequantize()
+    def _round_in_place(self, name: str, scales: Tensor | None = None) -> None:
+        """To nearest, as it is read back; with scales, multiplied by them before and divided after."""
+        weight = self.block.weight(name)
+        size, zero_point = self.config.group_of(weight.shape[1]), self.config.zero_point
+        for rows in torch.split(weight, rows_at_once(weight)):
+            if scales is None:
+                rows.copy_(fake_quantize(rows, size, zero_point))
             else:
-                parameter.data = folding.apply(name, parameter.data)
+                rows.copy_(fake_quantize(rows * scales, size, zero_point).div_(scales))
 
-    def _round_in_place(self) -> None:
-        for name in self.converted:
-            weight = self.block.weight(name)
-            self.block.parameter(name).data = fake_quantize(
-                weight, self.config.group_of(weight.shape[1]), self.config.zero_point
-            )
-
-    def _tensors(self, chosen: _Chosen) -> dict[str, Tensor]:
-        """The tensors to write; linears without chosen integers are rounded to nearest. Needs the original weights."""
+    def _tensors(self, chosen: Chosen) -> dict[str, Tensor]:
+        """The tensors to write; linears without chosen integers are rounded to nearest."""
         tensors: dict[str, Tensor] = {}
         converted = set(self.converted)
         for name, tensor in self.block.state().items():
@@ -219,29 +203,23 @@ class LayerQuantizer:
             elif name.endswith(EXACT):
                 tensors[name] = tensor
             else:
-                tensors[name] = cast(chosen.folding.apply(name, tensor), self.dtype, f"{self.prefix}.{name}")
+                tensors[name] = cast(tensor, self.dtype, f"{self.prefix}.{name}")
         return tensors
 
-    def _packed(self, linear: str, weight: Tensor, chosen: _Chosen) -> dict[str, Tensor]:
-        size = self.config.group_of(weight.shape[1])
-        packed = to_gemm(chosen.integers.get(linear) or quantize(weight, size, self.config.zero_point))
+    def _packed(self, linear: str, weight: Tensor, chosen: Chosen) -> dict[str, Tensor]:
+        packed = chosen.integers.get(linear)
+        if packed is None:
+            packed = to_gemm(quantize(weight, self.config.group_of(weight.shape[1]), self.config.zero_point))
         if not all_finite(packed["scales"]):
             full = f"{self.prefix}.{linear}.weight"
             raise CheckpointError(f"tensor {full!r} holds values too large for float16 scales; use --skip {linear}")
         return {f"{linear}.{kind}": tensor for kind, tensor in packed.items()}
 
-    def _record(
-        self,
-        chosen: _Chosen,
-        losses: Mapping[str, tuple[float, float]],
-        kept: str,
-        before: float | None,
-        after: float | None,
-    ) -> dict[str, Any]:
-        linears = []
+    def _record(self, chosen: Chosen, kept: str, before: float | None, after: float | None) -> dict[str, Any]:
+        searched, linears = kept != "rtn", []
         for name in (name for group in self.groups for name in (*group.linears, *group.readers)):
             out_features, in_features = self.block.weight(name).shape
-            rounded, searched = losses.get(name, (None, None))
+            rounded, loss = chosen.losses.get(name, (None, None))
             linears.append(
                 LinearRecord(
                     name,
@@ -250,11 +228,11 @@ class LayerQuantizer:
                     tokens=chosen.tokens.get(expert_of(name) or ""),
                     kept_in_16_bits=self.kept.get(name),
                     loss_rounded=rounded,
-                    loss=searched if kept == "awq" else rounded,
-                    clip=chosen.clips.get(name) if kept == "awq" else None,
+                    loss=loss if searched else rounded,
+                    clip=chosen.clips.get(name) if searched else None,
                 )
             )
-        groups = chosen.groups if kept == "awq" else []
+        groups = chosen.groups if searched else []
         return LayerRecord(self.prefix, kept, before, after, groups, linears, chosen.notes).to_dict()
 
 

@@ -1,7 +1,7 @@
 """The loop: layer in, packed layer out, renamed into place, dropped. Knows the order of things and no algorithm.
 
-Peak memory: one decoder layer in float32, its statistics, and the calibration's hidden states (blocks x tokens x
-hidden_size x 4 bytes) as far as they are kept in memory.
+Peak memory: one decoder layer in float32, its statistics, and the calibration's hidden states (twice blocks x tokens x
+hidden_size x 4 bytes, and a record of the layer's inputs) as far as they are kept in memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +22,13 @@ from squawq.format.writer import copy_file, write_index, write_json
 from squawq.quant_config import QuantConfig
 from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import Calibration
-from squawq.quantization.inputs import LayerInputs
 from squawq.quantization.job import Job
 from squawq.quantization.layer import LayerQuantizer, LayerResult, cast
 from squawq.quantization.places import read_finite
 from squawq.quantization.ranks import Ranks
 from squawq.quantization.records import measured
-from squawq.quantization.states import IN_MEMORY, Sample, hidden_states
+from squawq.quantization.states import IN_MEMORY
+from squawq.quantization.streams import LayerPass, Streams
 from squawq.quantization.work import Work, prepare
 from squawq.report.files import REPORT, write_report
 
@@ -84,8 +83,8 @@ def quantize(
             ranks.on_first(lambda: job.require_room(work.size, work.blocks.checkpoint.shards.room()))
             ranks.on_first(lambda: _write_outer(work, job))
             with ranks.together():
-                hidden = None if share is None else _embedded(work, share, states_memory)
-            _quantize_layers(work, hidden, job, observer, ranks)
+                streams = None if share is None else Streams.embedded(work, share, states_memory)
+            _quantize_layers(work, streams, job, observer, ranks)
             report = ranks.on_first(lambda: _finish(work, job))
         return report
 
@@ -104,60 +103,43 @@ def _write_outer(work: Work, job: Job) -> None:
             job.commit(part, {n: cast(read_finite(checkpoint, n), dtype, n) for n in own}, {})
 
 
-@dataclass(frozen=True)
-class _Hidden:
-    """The calibration on its way through the model: this rank's hidden states, and which blocks stand for all."""
-
-    states: Tensor
-    sample: Sample
-
-
-def _embedded(work: Work, share: slice, states_memory: float) -> _Hidden:
-    """The embedded calibration, or this rank's share of its blocks."""
-    assert work.tokens is not None
-    blocks, length = work.tokens.shape
-    tokens = work.tokens[share]
-    shape = len(tokens), length, work.blocks.checkpoint.config.hidden_size
-    states = hidden_states(shape, work.out.parent, work.blocks.device, states_memory)
-    work.blocks.embed(tokens, states)
-    return _Hidden(states, Sample.spread(blocks, length, share))
-
-
-def _quantize_layers(work: Work, hidden: _Hidden | None, job: Job, observer: Observer, ranks: Ranks) -> None:
+def _quantize_layers(work: Work, streams: Streams | None, job: Job, observer: Observer, ranks: Ranks) -> None:
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
     done = ranks.on_first(lambda: [job.record(part) for part in range(1, layers + 1)])
     with ranks.together():
         observer.start(layers, tokens, sum(r is not None for r in done))
     for index, record in enumerate(done):
         if record is None:
-            record = _quantize_layer(work, index, hidden, job, ranks)
-        elif hidden is not None and not all(done[index:]):
-            with ranks.together(), work.blocks.open(index) as block:
-                block.run(hidden.states, in_place=True)
+            record = _quantize_layer(work, index, streams, job, ranks)
+        elif streams is not None and not all(done[index:]):
+            _skip_layer(work, index, streams, job, ranks)
         with ranks.together():
             observer.layer(record)
 
 
-def _quantize_layer(work: Work, index: int, hidden: _Hidden | None, job: Job, ranks: Ranks) -> dict[str, Any]:
-    """One layer's way: every rank runs its hidden states through it, the first chooses and puts it on disk."""
+def _skip_layer(work: Work, index: int, streams: Streams, job: Job, ranks: Ranks) -> None:
+    with ranks.opened(lambda: work.blocks.open(index)) as block:
+        streams.skip(block, lambda: job.tensors(index + 1), ranks)
+
+
+def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, ranks: Ranks) -> dict[str, Any]:
+    """One layer's way: chosen and put on disk by the first rank, left behind by all."""
     blocks, began = work.blocks, time.perf_counter()
 
-    def commit(result: LayerResult) -> dict[str, Any]:
-        record = result.record | measured(began, blocks.device)
-        prefix = blocks.family.layer(index)
-        named = {blocks.places.stored(f"{prefix}.{name}"): tensor for name, tensor in result.tensors.items()}
-        job.commit(index + 1, named, record)
-        return record
-
+    goes_on = streams is not None and streams.quantized is not None and index + 1 < len(blocks.layers)
     with ranks.opened(lambda: blocks.open(index)) as block:
-        worker = LayerQuantizer(block, work.plan(index))
-        if hidden is None:
-            return ranks.on_first(lambda: commit(worker.round()))
-        inputs = LayerInputs(block)
-        with ranks.together():
-            inputs.collect(hidden.states, hidden.sample)
-        ranks.add_up(inputs.sums)
-        return ranks.on_first(lambda: commit(worker.search(inputs)))
+
+        def commit(result: LayerResult) -> tuple[dict[str, Any], dict[str, Tensor]]:
+            record, stored = result.record | measured(began, blocks.device), block.stored(result.tensors)
+            job.commit(index + 1, stored, record)
+            return record, stored if goes_on else {}
+
+        if streams is None:
+            return ranks.on_first(lambda: commit(LayerQuantizer(block, work.plan(index)).round()))[0]
+        record, stored = LayerPass(work, block, streams, ranks).run(commit)
+        if goes_on:
+            streams.leave(block, stored, ranks)
+        return record
 
 
 def _finish(work: Work, job: Job) -> dict[str, Any]:

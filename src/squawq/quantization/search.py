@@ -19,7 +19,7 @@ SAMPLED_WORK = 1 << 34
 REFINED = 4  # candidates that go on to the loss on the inspected module
 CLIP_STEPS = 10
 CLIP_GRID = 20  # ranges shrink by steps of 1/20, down to 0.55
-CHUNK = 1 << 22  # weights handled at once in the clip search
+CHUNK = 1 << 22  # weights handled at once
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class ScaleCandidate:
 def weight_importance(weights: Sequence[Tensor], group: int) -> Tensor:
     """Mean over rows of |w| relative to the largest |w| of its group: float32 [in_features]."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
-    for weight in weights:
-        grouped = weight.abs().view(weight.shape[0], -1, group)
-        total += (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).view(weight.shape).sum(0)
+    for rows in (part for weight in weights for part in torch.split(weight, rows_at_once(weight))):
+        grouped = rows.abs().view(len(rows), -1, group)
+        total += (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).view(rows.shape).sum(0)
     return total / sum(w.shape[0] for w in weights)
 
 
@@ -60,6 +60,11 @@ def scale_candidates(x_mean: Tensor, w_mean: Tensor, n_grid: int) -> list[ScaleC
             if bool(torch.isfinite(scales).all()) and not (formula == "x" and step == 0):
                 candidates.append(ScaleCandidate(formula, ratio, scales))
     return candidates
+
+
+def rows_at_once(weight: Tensor) -> int:
+    """Rows of [out, in] that are handled at once, where a copy of all would be large."""
+    return max(1, CHUNK // weight.shape[1])
 
 
 def sampled_rows(weight: Tensor) -> slice:
@@ -108,6 +113,12 @@ def best_scales(
     return min(finalists, key=inspect)
 
 
+def whole_ranges(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Range (low, high), each [out, groups], that clips nothing."""
+    low, high = weight.view(len(weight), -1, group).aminmax(dim=-1)
+    return low, high
+
+
 def clip_limits(weight: Tensor, gram_blocks: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:
     """Range (low, high), each [out, groups], that loses least for each row and group on its own.
 
@@ -118,7 +129,7 @@ def clip_limits(weight: Tensor, gram_blocks: Tensor, zero_point: bool) -> tuple[
     group = gram_blocks.shape[1]
     low = torch.empty(out, features // group, device=weight.device)
     high = torch.empty_like(low)
-    step = max(1, CHUNK // features)
+    step = rows_at_once(weight)
     for start in range(0, out, step):
         part = slice(start, min(out, start + step))
         low[part], high[part] = _clip_rows(weight[part].view(-1, features // group, group), gram_blocks, zero_point)

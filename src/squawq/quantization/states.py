@@ -22,22 +22,28 @@ SAMPLED_TOKENS = 2048  # tokens on which modules and the whole layer are judged
 ZEROS = bytes(1 << 24)
 
 
-def hidden_states(shape: tuple[int, int, int], folder: Path, device: str, in_memory: float = IN_MEMORY) -> Tensor:
-    """float32 [blocks, tokens, hidden] to be filled: on `device` up to `in_memory` GiB, else mapped from a file.
+def hidden_states(
+    shape: tuple[int, ...],
+    folder: Path,
+    device: str,
+    in_memory: float = IN_MEMORY,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """[blocks, tokens, hidden] to be filled: on `device` up to `in_memory` GiB, else mapped from a file.
 
     The file lies in `folder` and takes its disk at once, so that a full disk shows now and as OutputError; a mapping
     that finds no room later ends the process.
     """
-    if 4 * math.prod(shape) <= in_memory * 2**30:
-        return torch.empty(shape, device=device)
-    size = 4 * math.prod(shape)
+    size = dtype.itemsize * math.prod(shape)
+    if size <= in_memory * 2**30:
+        return torch.empty(shape, dtype=dtype, device=device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             for start in range(0, size, len(ZEROS)):
                 file.write(ZEROS[: size - start])
             file.flush()
-            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+            return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(size,))).view(dtype).view(shape)
     except OSError as error:
         raise OutputError(
             f"{folder}: the calibration's hidden states need {size / 1e9:.1f} GB of disk there: {error.strerror}. Make "

@@ -118,14 +118,17 @@ class InputStatistics:
         """tr(D G D'), the summed squared error that a weight difference D [rows, features] makes on these inputs."""
         return sum(gram_loss(difference[:, span], gram) for span, gram in zip(self.spans, self._grams, strict=True))
 
-    def gram_blocks(self, group: int, scales: Tensor | None = None) -> Tensor:
-        """The Gram matrix's diagonal blocks [groups, group, group], for inputs divided by `scales` if given."""
+    def gram_blocks(self, group: int) -> Tensor:
+        """The Gram matrix's diagonal blocks [groups, group, group]."""
         grams = self._grams if group <= BOUNDARY else [self._whole()]
-        blocks = torch.stack([g[i : i + group, i : i + group] for g in grams for i in range(0, len(g), group)])
-        if scales is None:
-            return blocks
-        inverse = (1 / scales).view(-1, group)
-        return blocks * inverse[:, :, None] * inverse[:, None, :]
+        return torch.stack([g[i : i + group, i : i + group] for g in grams for i in range(0, len(g), group)])
+
+    def divide(self, scales: Tensor) -> None:
+        """Henceforth stand for the inputs divided by `scales` [features]."""
+        self.absolute /= scales
+        for span, gram in zip(self.spans, self._grams, strict=True):
+            gram /= scales[span]
+            gram /= scales[span, None]
 
     def _whole(self) -> Tensor:
         """For groups of a whole row: the Gram matrix, with zeros between the spans."""

@@ -57,6 +57,8 @@ def prepare(
         raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
     folder = target_path(out, checkpoint.folder)
     config = replace(config, seqlen=_calibration_length(config, checkpoint.config))
+    if config.method != "squawq":
+        config = replace(config, compensate=False, refine=0, sequential=False)
     checkpoint.companions()  # raises now rather than when all else is done
     blocks = Blocks(checkpoint, family, device)
     blocks.check()

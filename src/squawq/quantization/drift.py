@@ -1,0 +1,141 @@
+"""How far the inputs of one layer's linears have drifted because what comes before them is quantized.
+
+A run of the 16-bit model is recorded; then the quantized model's hidden states run through the same layer, stage by
+stage, each behind the quantized stages before it. Both are seen token by token, so that a linear can make up for what
+was lost on the way to it: its weights W become W + E (G + damping)^-1, where G sums x x' over the quantized inputs x,
+and E sums e x' over what is missing from its outputs, e. Peak memory: the record, in bfloat16, in a file when large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from squawq.families import expert_of
+from squawq.quantization.blocks import Block
+from squawq.quantization.inputs import LayerInputs, Watcher
+from squawq.quantization.states import hidden_states
+from squawq.quantization.statistics import InputStatistics, all_finite
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears that read the same input, that of the module `watched`. residual: the norm whose input their output is
+    added to, "" where that is not so."""
+
+    watched: str
+    linears: tuple[str, ...]
+    residual: str
+
+
+def stages(block: Block, inputs: LayerInputs, converted: list[str]) -> list[Stage]:
+    """In the order of the layer's groups. Experts have none: which tokens they see is not the same in both runs."""
+    found: dict[str, Stage] = {}
+    for group in block.groups:
+        linears = [name for name in group.linears if name in converted and expert_of(name) is None]
+        for name in linears:
+            watched = inputs.watched(name)
+            same = tuple(n for n in linears if inputs.watched(n) == watched)
+            found.setdefault(watched, Stage(watched, same, group.residual if len(linears) == 1 else ""))
+    return list(found.values())
+
+
+class Recording:
+    """Inputs of modules while a layer runs over all tokens, in the order of the run."""
+
+    def __init__(self, features: Mapping[str, int], tokens: int, folder: Path, device: str, in_memory: float) -> None:
+        whole = sum(features.values())
+        self._kept = {
+            name: hidden_states((tokens, width), folder, device, in_memory * width / whole, torch.bfloat16)
+            for name, width in features.items()
+        }
+        self.watchers: dict[str, Watcher] = {name: self._keeper(kept) for name, kept in self._kept.items()}
+
+    @staticmethod
+    def _keeper(kept: Tensor) -> Watcher:
+        place = 0
+
+        def keep(x: Tensor) -> None:
+            nonlocal place
+            rows = x.reshape(-1, x.shape[-1])
+            kept[place : place + len(rows)] = rows
+            place += len(rows)
+
+        return keep
+
+    def again(self, module: str) -> Reading:
+        """What was recorded of a module, from the start."""
+        return Reading(self._kept[module])
+
+    def forget(self, module: str) -> None:
+        """It will not be read again."""
+        self._kept.pop(module, None)
+
+
+class Reading:
+    """A record read on while another run sees the same tokens."""
+
+    def __init__(self, kept: Tensor) -> None:
+        self._kept, self._place = kept, 0
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs of the run that goes on, float32 [tokens, features], and those recorded of the same tokens."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        found = self._kept[self._place : self._place + len(rows)]
+        self._place += len(rows)
+        return rows, found.to(x.device).float()
+
+
+class Drift:
+    """Statistics of a stage's inputs in the quantized run, and of what its outputs lack.
+
+    A single linear's lack is summed as it is, E [out, in]; where several share an input it is W (sum of d x'), d the
+    input's own lack, which is summed once for all. Inputs too wide for a whole Gram matrix have each part make up for
+    its share.
+    """
+
+    def __init__(self, block: Block, stage: Stage, scales: Tensor | None) -> None:
+        self.stage, self._scales, self._block = stage, scales, block
+        self._single = len(stage.linears) == 1
+        out, features = block.weight(stage.linears[0]).shape
+        self.inputs = InputStatistics(features, block.device)
+        self._lack = torch.zeros(out if self._single else features, features, device=block.device)
+        self._residual: Tensor | None = None
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """All that is added up over processes."""
+        return [*self.inputs.sums, self._lack]
+
+    def observe(self, states: Tensor, recording: Recording) -> None:
+        """Run the quantized model's hidden states up to the stage."""
+        at, residual = recording.again(self.stage.watched), self.stage.residual
+        watchers: dict[str, Watcher] = {self.stage.watched: lambda x: self._add(*at.beside(x))}
+        if residual:
+            base = recording.again(residual)
+            watchers = {residual: lambda x: self._keep(*base.beside(x))} | watchers
+        self._block.feed(states, watchers)
+
+    def _keep(self, x: Tensor, wanted: Tensor) -> None:
+        self._residual = wanted - x
+
+    def _add(self, x: Tensor, wanted: Tensor) -> None:
+        self.inputs.update(x)
+        lack = (wanted if self._scales is None else wanted / self._scales) - x
+        if self._single:
+            lack = lack @ self._block.weight(self.stage.linears[0]).T
+            if self._residual is not None:
+                lack += self._residual
+        if not (all_finite(lack) and all_finite(x)):
+            finite = torch.isfinite(lack).all(-1) & torch.isfinite(x).all(-1)
+            lack, x = lack[finite], x[finite]
+        self._lack.addmm_(lack.T, x)
+
+    def lacks(self, rows: Tensor, part: slice, span: slice) -> Tensor:
+        """E for rows of a linear's weight, those of `part`, and the inputs of one of the statistics' spans."""
+        lack = self._lack[part, span] if self._single else rows @ self._lack[:, span]
+        return lack / len(self.inputs.spans)

@@ -1,0 +1,60 @@
+"""Chooses the integers of linears that share an input: what to round, the range of each group, the rounding.
+
+By the input's statistics, and in a run behind quantized linears by what the outputs lack. Knows no layer and no files.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from squawq.format.groupwise import GroupwiseTensor, quantize
+from squawq.quant_config import QuantConfig
+from squawq.quantization.drift import Drift
+from squawq.quantization.rounding import DampedGram, Grid
+from squawq.quantization.search import clip_limits, rows_at_once, whole_ranges
+from squawq.quantization.statistics import InputStatistics
+
+
+class LinearRounder:
+    """For linears whose input has these statistics; `drift`: what their outputs lack."""
+
+    def __init__(self, stats: InputStatistics, config: QuantConfig, drift: Drift | None = None) -> None:
+        self.stats, self.config, self.drift = stats, config, drift
+        self._last: tuple[slice, DampedGram] | None = None
+
+    def choose(self, weight: Tensor, clip: bool) -> tuple[GroupwiseTensor, tuple[Tensor, Tensor] | None]:
+        """Integers for a weight [out, in], and the limits (low, high) [out, groups] of its ranges where searched.
+
+        The weight becomes what was rounded: itself and what makes up for the outputs' lack.
+        """
+        config, size = self.config, self.config.group_of(weight.shape[1])
+        if not self.stats.has_signal:
+            return quantize(weight, size, config.zero_point), None
+        if self.drift is not None:
+            self._make_up(weight, self.drift)
+        limits = clip_limits(weight, self.stats.gram_blocks(size), config.zero_point) if clip else None
+        if not config.compensate and not config.refine:
+            return quantize(weight, size, config.zero_point, limits), limits
+        grid = Grid.of(limits or whole_ranges(weight, size), size, config.zero_point)
+        q = torch.empty(weight.shape[::-1], dtype=torch.uint8, device=weight.device)
+        for span in self.stats.spans:
+            damped, part = self._damped(span), weight[:, span]
+            q[span] = damped.round(part, grid.columns(span), config.compensate, config.refine)
+        return grid.tensor(q), limits
+
+    def _make_up(self, weight: Tensor, drift: Drift) -> None:
+        spans = self.stats.spans
+        original = weight if len(spans) == 1 else weight.clone()
+        for span in spans:
+            damped = self._damped(span)
+            for start in range(0, len(weight), step := rows_at_once(weight)):
+                part = slice(start, start + step)
+                weight[part, span] += damped.solve(drift.lacks(original[part], part, span))
+
+    def _damped(self, span: slice) -> DampedGram:
+        """The last one is kept: most inputs have only one."""
+        if self._last is None or self._last[0] != span:
+            self._last = None
+            self._last = span, DampedGram(self.stats.gram_of(span), self.config.damping, self.config.act_order)
+        return self._last[1]

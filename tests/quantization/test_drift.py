@@ -1,0 +1,149 @@
+"""What the 16-bit run and the quantized run of one layer differ by, and how linears make up for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeModel
+from torch import Tensor
+
+import squawq
+from squawq.families import FAMILIES
+from squawq.format.reader import Checkpoint
+from squawq.quant_config import QuantConfig
+from squawq.quantization.blocks import Blocks
+from squawq.quantization.drift import Drift, Recording, Stage, stages
+from squawq.quantization.inputs import LayerInputs
+from squawq.quantization.layer import LayerQuantizer
+from squawq.quantization.linear import LinearRounder
+from squawq.quantization.states import Sample
+
+CONFIG = QuantConfig(group_size=32, samples=8, seqlen=32)
+LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+QKV = tuple(LINEARS[:3])
+
+
+def blocks_of(folder: Path) -> Blocks:
+    return Blocks(Checkpoint(folder), FAMILIES["llama"], "cpu")
+
+
+def test_stages_of_a_llama(make_model: MakeModel) -> None:
+    with blocks_of(make_model()).open(0) as block:
+        found = stages(block, LayerInputs(block), LINEARS)
+    assert found == [
+        Stage("self_attn.q_proj", QKV, ""),
+        Stage("self_attn.o_proj", ("self_attn.o_proj",), "input_layernorm"),
+        Stage("mlp.gate_proj", ("mlp.gate_proj", "mlp.up_proj"), ""),
+        Stage("mlp.down_proj", ("mlp.down_proj",), "post_attention_layernorm"),
+    ]
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+@pytest.mark.parametrize("states_memory", [1.0, 0.0])
+def test_sums_are_those_of_both_runs(
+    place: int, states_memory: float, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G and E by their definitions, over inputs that were kept whole."""
+    monkeypatch.setattr("squawq.quantization.blocks.BATCH_TOKENS", 64)
+    states = torch.randn(5, 32, 64, generator=torch.Generator().manual_seed(0))
+    other = states + 0.1 * torch.randn(5, 32, 64, generator=torch.Generator().manual_seed(1))
+    scales = torch.rand(96 if place == 3 else 64, generator=torch.Generator().manual_seed(2)) + 0.5
+    with blocks_of(make_model()).open(0) as block:
+        inputs = LayerInputs(block)
+        stage = stages(block, inputs, LINEARS)[place]
+        names = [stage.watched, *([stage.residual] if stage.residual else [])]
+        whole: dict[str, dict[str, Tensor]] = {}
+        for run, given in (("wanted", states), ("found", other)):
+            seen: dict[str, list[Tensor]] = {name: [] for name in names}
+            with block.watching({name: pieces.append for name, pieces in seen.items()}):
+                block.run(given)
+            whole[run] = {name: torch.cat(pieces).flatten(0, 1) for name, pieces in seen.items()}
+        features = {name: whole["found"][name].shape[1] for name in names}
+        recording = Recording(features, 160, tmp_path, "cpu", states_memory)
+        inputs.collect(states.clone(), Sample.spread(5, 32, slice(0, 5)), recording.watchers)
+        drift = Drift(block, stage, scales)
+        drift.observe(other, recording)
+        x = whole["found"][stage.watched]
+        lack = whole["wanted"][stage.watched] / scales - x
+        weight = block.weight(stage.linears[0])
+        missing = lack @ weight.T
+        if stage.residual:
+            missing += whole["wanted"][stage.residual] - whole["found"][stage.residual]
+        expected = missing.T @ x
+        assert torch.allclose(drift.inputs.gram, x.T @ x, rtol=1e-4, atol=1e-3)
+        span = slice(0, len(scales))
+        found = drift.lacks(weight[3:9], slice(3, 9), span)
+        assert (found - expected[3:9]).abs().max() < 0.02 * expected.abs().max()  # the record is in bfloat16
+
+
+def test_what_is_lacking_is_made_up_for(make_model: MakeModel, tmp_path: Path) -> None:
+    """A layer whose attention output is halved before o_proj: o_proj's new weights are about twice the old ones."""
+    states = torch.randn(8, 32, 64, generator=torch.Generator().manual_seed(0))
+    with blocks_of(make_model()).open(0) as block:
+        inputs = LayerInputs(block)
+        stage = Stage("self_attn.o_proj", ("self_attn.o_proj",), "")
+        recording = Recording({"self_attn.o_proj": 64}, 256, tmp_path, "cpu", 1.0)
+        inputs.collect(states.clone(), Sample.spread(8, 32, slice(0, 8)), recording.watchers)
+        block.weight("self_attn.v_proj").mul_(0.5)
+        drift = Drift(block, stage, None)
+        drift.observe(states, recording)
+        weight = block.weight("self_attn.o_proj").clone()
+        rounder = LinearRounder(drift.inputs, QuantConfig(group_size=32, damping=1e-3), drift)
+        rounder.choose(block.weight("self_attn.o_proj"), clip=False)
+        made = block.weight("self_attn.o_proj")
+        assert (made - 2 * weight).abs().max() < 0.1 * weight.abs().max()
+
+
+def test_inputs_that_are_not_finite_are_left_out(make_model: MakeModel, tmp_path: Path) -> None:
+    states = torch.randn(4, 32, 64, generator=torch.Generator().manual_seed(0))
+    broken = states.clone()
+    broken[1, 5, 3] = torch.inf
+    with blocks_of(make_model()).open(0) as block:
+        inputs, stage = LayerInputs(block), Stage("self_attn.q_proj", QKV, "")
+        recording = Recording({"self_attn.q_proj": 64}, 128, tmp_path, "cpu", 1.0)
+        inputs.collect(states.clone(), Sample.spread(4, 32, slice(0, 4)), recording.watchers)
+        drift = Drift(block, stage, None)
+        drift.observe(broken, recording)
+        assert (drift.inputs.rows, drift.inputs.dropped) == (127, 1)
+        assert drift.lacks(block.weight(LINEARS[0]), slice(0, 64), slice(0, 64)).isfinite().all()
+
+
+def test_the_next_layer_sees_the_quantized_one(
+    make_model: MakeModel, rows: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The states that the second layer is judged on are those that the folder on disk hands over, to the last bit."""
+    seen: list[Tensor] = []
+    finish = LayerQuantizer.finish
+
+    def watch(self: LayerQuantizer, chosen: object, before: Tensor, wanted: Tensor) -> object:
+        seen.append(before.clone())
+        return finish(self, chosen, before, wanted)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LayerQuantizer, "finish", watch)
+    folder = make_model()
+    squawq.quantize(folder, tmp_path / "out", CONFIG, calibration=rows)
+    states = blocks_of(folder).embed(torch.tensor(rows)[:8, :32])
+    assert torch.equal(seen[0], states)
+    with blocks_of(tmp_path / "out").open(0) as block:
+        assert torch.equal(seen[1], block.run(states))
+
+
+def test_each_part_is_for_something(make_model: MakeModel, rows: list[list[int]], tmp_path: Path) -> None:
+    """Every switch changes what is written, and the published method knows none of them."""
+    folder, found = make_model(), {}
+    settings: dict[str, dict[str, object]] = {
+        "all": {},
+        "published": {"method": "awq"},
+        "published, too": {"method": "awq", "compensate": False, "sequential": False, "refine": 0},
+        **{f"no {name}": {name: False} for name in ("clip", "compensate", "act_order", "sequential")},
+        "no refine": {"refine": 0},
+        "damped": {"damping": 1.0},
+    }
+    for name, changes in settings.items():
+        config = QuantConfig(group_size=32, samples=8, seqlen=32, **changes)  # type: ignore[arg-type]
+        squawq.quantize(folder, tmp_path / name, config, calibration=rows)
+        found[name] = (tmp_path / name / "model-00003-of-00004.safetensors").read_bytes()
+    assert found.pop("published, too") == found["published"]
+    assert len(set(found.values())) == len(found)
