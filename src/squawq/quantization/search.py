@@ -14,9 +14,9 @@ from torch import Tensor
 
 from squawq.format.groupwise import fake_quantize, round_to_grid, scale_and_zero
 
-SAMPLED_ROWS = 512  # output rows that a candidate is judged on, fewer where rows are long: rows * in^2 stays below
+SAMPLED_ROWS = 128  # output rows that a candidate is judged on, fewer where rows are long: rows * in^2 stays below
 SAMPLED_WORK = 1 << 34
-REFINED = 4  # candidates that go on to the loss on the inspected module
+REFINED = 2  # candidates that go on to the loss on the inspected module
 CLIP_STEPS = 10
 CLIP_GRID = 20  # ranges shrink by steps of 1/20, down to 0.55
 CHUNK = 1 << 22  # weights handled at once

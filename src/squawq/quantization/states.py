@@ -18,7 +18,7 @@ from torch import Tensor
 from squawq.errors import OutputError
 
 IN_MEMORY = 1.0  # GiB
-SAMPLED_TOKENS = 2048  # tokens on which modules and the whole layer are judged
+SAMPLED_TOKENS = 1024  # tokens on which modules and the whole layer are judged
 ZEROS = bytes(1 << 24)
 
 
