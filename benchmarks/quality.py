@@ -7,8 +7,9 @@ PYTHON is the interpreter of an environment of the peer's own (benchmarks/peers/
 left out. FOLDER keeps what the peers made and their figures, by model and tokens: a second run measures only ours again
 and marks the kept ones with a star; --fresh does all anew, for times from one run. Every folder is measured by
 `squawq.evaluate` on text that calibration did not see. At 3 bits, which the format does not have, the peers hand over
-dequantized weights. All but the mixed model are calibrated on the stories in --data, or on the built-in set. The
-bundled model, its twin and the mixed one were trained on the text that calibrates them.
+dequantized weights, and ours are integers 0..7 in 4 bits each. All but the mixed model are calibrated on the stories in
+--data, or on the built-in set. The bundled model, its twin and the mixed one were trained on the text that calibrates
+them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ BASELINE = "AutoAWQ"
 # name: the peer, whose script in peers/ is run, and what the script is told besides the bits
 QUANTIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rounding": ("squawq", {"method": "rtn"}),
+    "squawq awq": ("squawq", {"method": "awq"}),
     "squawq": ("squawq", {}),
     BASELINE: ("autoawq", {}),
     "AutoRound 50": ("autoround", {"iters": 50, "awq": False}),
@@ -99,11 +101,10 @@ class Bench:
         environment, settings = QUANTIZERS[name]
         out = self.folder / f"{name.replace(' ', '-')}-{self.args.bits}"
         kept = out.with_suffix(".json")
-        if environment != "squawq":
-            settings = settings | {"bits": self.args.bits}
-            if kept.exists() and not self.args.fresh:
-                found: dict[str, Any] = json.loads(kept.read_text())
-                return found | {"kept": True}
+        settings = settings | {"bits": self.args.bits}
+        if environment != "squawq" and kept.exists() and not self.args.fresh:
+            found: dict[str, Any] = json.loads(kept.read_text())
+            return found | {"kept": True}
         shutil.rmtree(out, ignore_errors=True)
         outcome = quantize_apart(environment, peers[environment], self.model, out, self.rows, settings)
         scores = squawq.evaluate(out, self.model, ids=self.held_back, window=WINDOW, stride=WINDOW)
@@ -162,7 +163,7 @@ def main() -> None:
     args = parser.parse_args()
     if "mixed" in args.models and args.mixed is None:
         parser.error("--models mixed needs --mixed FOLDER")
-    peers = dict(peer.split("=", 1) for peer in args.peer) | ({"squawq": sys.executable} if args.bits == 4 else {})
+    peers = dict(peer.split("=", 1) for peer in args.peer) | {"squawq": sys.executable}
     wanted = [name for name in args.quantizers if QUANTIZERS[name][0] in peers]
     for name, subject in subjects(args.models, args.data, args.mixed, args.work).items():
         bench = Bench(subject, name, args)

@@ -1,6 +1,8 @@
 """Quantize with squawq in a process of its own, so that all sides of a comparison start alike.
 
 python squawq_quantize.py MODEL OUT ROWS.json SETTINGS    (SETTINGS: QuantConfig's fields as JSON)
+
+3 bits, which the format does not have, are simulated: integers 0..7 in 4 bits each.
 """
 
 import json
@@ -12,12 +14,16 @@ from transformers.models.llama import modeling_llama
 
 import squawq
 from squawq import QuantConfig
+from squawq.format import groupwise
+from squawq.quantization import rounding
 
 assert transformers.__version__
 assert modeling_llama.LlamaForCausalLM
 model, out, rows_path, settings = sys.argv[1:5]
 rows = read_rows(rows_path)
-config = QuantConfig(**json.loads(settings), samples=len(rows), seqlen=len(rows[0]))
+fields = json.loads(settings)
+groupwise.LEVELS = rounding.LEVELS = 2 ** fields.pop("bits", 4) - 1  # type: ignore[attr-defined]
+config = QuantConfig(**fields, samples=len(rows), seqlen=len(rows[0]))
 quantize = squawq.quantize
 clock = Clock()
 quantize(model, out, config, calibration=None if config.method == "rtn" else rows)

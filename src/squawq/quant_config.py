@@ -58,7 +58,7 @@ class QuantConfig:
     act_order: bool = True
     refine: int = 1
     sequential: bool = True
-    damping: float = 0.75
+    damping: float = 0.5
     dtype: str = "float16"
     samples: int | None = None
     seqlen: int | None = None

@@ -93,23 +93,22 @@ class Reading:
 class Drift:
     """Statistics of a stage's inputs in the quantized run, and of what its outputs lack.
 
-    A single linear's lack is summed as it is, E [out, in]; where several share an input it is W (sum of d x'), d the
-    input's own lack, which is summed once for all. Inputs too wide for a whole Gram matrix have each part make up for
-    its share.
+    A single linear's lack is summed as it is, E [out, in]. Where several share an input, the input's own lack d is
+    summed once for all, D = sum of d x' [in, in], and E is W D.
     """
 
     def __init__(self, block: Block, stage: Stage, scales: Tensor | None) -> None:
         self.stage, self._scales, self._block = stage, scales, block
-        self._single = len(stage.linears) == 1
+        self.single = len(stage.linears) == 1
         out, features = block.weight(stage.linears[0]).shape
         self.inputs = InputStatistics(features, block.device)
-        self._lack = torch.zeros(out if self._single else features, features, device=block.device)
+        self.lack = torch.zeros(out if self.single else features, features, device=block.device)
         self._residual: Tensor | None = None
 
     @property
     def sums(self) -> list[Tensor]:
         """All that is added up over processes."""
-        return [*self.inputs.sums, self._lack]
+        return [*self.inputs.sums, self.lack]
 
     def observe(self, states: Tensor, recording: Recording) -> None:
         """Run the quantized model's hidden states up to the stage."""
@@ -126,16 +125,11 @@ class Drift:
     def _add(self, x: Tensor, wanted: Tensor) -> None:
         self.inputs.update(x)
         lack = (wanted if self._scales is None else wanted / self._scales) - x
-        if self._single:
+        if self.single:
             lack = lack @ self._block.weight(self.stage.linears[0]).T
             if self._residual is not None:
                 lack += self._residual
         if not (all_finite(lack) and all_finite(x)):
             finite = torch.isfinite(lack).all(-1) & torch.isfinite(x).all(-1)
             lack, x = lack[finite], x[finite]
-        self._lack.addmm_(lack.T, x)
-
-    def lacks(self, rows: Tensor, part: slice, span: slice) -> Tensor:
-        """E for rows of a linear's weight, those of `part`, and the inputs of one of the statistics' spans."""
-        lack = self._lack[part, span] if self._single else rows @ self._lack[:, span]
-        return lack / len(self.inputs.spans)
+        self.lack.addmm_(lack.T, x)

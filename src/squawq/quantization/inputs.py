@@ -7,7 +7,7 @@ matrices of the layer's inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -19,6 +19,7 @@ from squawq.quantization.states import Sample
 from squawq.quantization.statistics import InputStatistics
 
 Watcher = Callable[[Tensor], object]
+SCALING_TOKENS = 8192  # are enough to choose scales by
 LEAST_TOKENS = 256  # an expert that saw fewer is calibrated on all sampled tokens instead
 
 
@@ -38,15 +39,23 @@ class LayerInputs:
                 expert = expert_of(name)
                 self._watched[name] = first.setdefault((number, expert), name) if expert else group.watched
 
-    def collect(self, states: Tensor, sample: Sample, record: Mapping[str, Watcher] = MappingProxyType({})) -> None:
+    def collect(
+        self,
+        states: Tensor,
+        sample: Sample,
+        record: Mapping[str, Watcher] = MappingProxyType({}),
+        passing: Collection[str] = (),
+    ) -> None:
         """Run this process's hidden states [blocks, tokens, hidden] through the layer, in place. record: what else sees
-        the inputs of modules."""
+        the inputs of modules. passing: modules whose statistics serve the choice of scales alone."""
         self.before = sample.of(states)
         modules = dict.fromkeys(
             place for g in self.groups for place in (g.watched, *(self._watched[n] for n in g.linears))
         )
         self.statistics = {name: self._empty(name) for name in modules}
-        with self.block.watching({name: s.update for name, s in self.statistics.items()}), self.block.watching(record):
+        step = max(1, sample.tokens // SCALING_TOKENS)
+        watchers = {n: _thinned(s, step if n in passing else 1) for n, s in self.statistics.items()}
+        with self.block.watching(watchers), self.block.watching(record):
             self.block.run(states, in_place=True)
         self.after = sample.of(states)
 
@@ -125,3 +134,7 @@ class LayerInputs:
         if self.rare:
             few, all_ = len(self.rare), len(self.tokens)
             yield f"{few} of {all_} experts saw fewer than {LEAST_TOKENS} tokens; calibrated on all sampled tokens"
+
+
+def _thinned(statistics: InputStatistics, step: int) -> Watcher:
+    return lambda x: statistics.update(x.reshape(-1, x.shape[-1])[::step])

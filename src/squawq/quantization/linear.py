@@ -22,6 +22,7 @@ class LinearRounder:
     def __init__(self, stats: InputStatistics, config: QuantConfig, drift: Drift | None = None) -> None:
         self.stats, self.config, self.drift = stats, config, drift
         self._last: tuple[slice, DampedGram] | None = None
+        self._last_change: tuple[slice, Tensor] | None = None
 
     def choose(self, weight: Tensor, clip: bool) -> tuple[GroupwiseTensor, tuple[Tensor, Tensor] | None]:
         """Integers for a weight [out, in], and the limits (low, high) [out, groups] of its ranges where searched.
@@ -44,13 +45,21 @@ class LinearRounder:
         return grid.tensor(q), limits
 
     def _make_up(self, weight: Tensor, drift: Drift) -> None:
+        """Where the input is too wide for a whole Gram matrix, each part of it makes up for its share."""
         spans = self.stats.spans
         original = weight if len(spans) == 1 else weight.clone()
         for span in spans:
-            damped = self._damped(span)
+            change = None if drift.single else self._change(span, drift)
             for start in range(0, len(weight), step := rows_at_once(weight)):
                 part = slice(start, start + step)
-                weight[part, span] += damped.solve(drift.lacks(original[part], part, span))
+                made = self._damped(span).solve(drift.lack[part, span]) if change is None else original[part] @ change
+                weight[part, span] += made / len(spans)
+
+    def _change(self, span: slice, drift: Drift) -> Tensor:
+        """Of all linears of the stage: W becomes W + W change, in this span."""
+        if self._last_change is None or self._last_change[0] != span:
+            self._last_change = span, self._damped(span).solve(drift.lack[:, span])
+        return self._last_change[1]
 
     def _damped(self, span: slice) -> DampedGram:
         """The last one is kept: most inputs have only one."""

@@ -53,16 +53,17 @@ def hidden_states(
 
 @dataclass(frozen=True)
 class Sample:
-    """The blocks on which losses are judged, spread over all; this process holds the blocks of `share`."""
+    """The blocks on which losses are judged, spread over all `tokens`; this process holds the blocks of `share`."""
 
     blocks: Tensor
     share: slice
+    tokens: int
 
     @classmethod
     def spread(cls, blocks: int, tokens: int, share: slice) -> Sample:
         """Some of so many blocks of so many tokens: SAMPLED_TOKENS of them, and at least a block."""
         count = max(1, min(blocks, SAMPLED_TOKENS // tokens))
-        return cls(torch.linspace(0, blocks - 1, count).round().long(), share)
+        return cls(torch.linspace(0, blocks - 1, count).round().long(), share, blocks * tokens)
 
     def of(self, states: Tensor) -> Tensor:
         """float32 [sampled blocks, tokens, hidden] of this process's states; zero where another has the block."""

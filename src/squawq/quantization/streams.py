@@ -78,9 +78,9 @@ class LayerPass:
             before = None if streams.quantized is None else streams.sample.of(streams.quantized)
             todo = [] if before is None else stages(block, inputs, self.worker.converted)
             recording = self._recording(todo)
-            inputs.collect(streams.reference, streams.sample, recording.watchers)
+            passing = [stage.watched for stage in todo]
+            inputs.collect(streams.reference, streams.sample, recording.watchers, passing)
         ranks.add_up(inputs.sums if before is None else [*inputs.sums, before])
-        passing = [stage.watched for stage in todo]
         chosen = ranks.on_first(lambda: self._scales(inputs, passing))
         with ranks.together():
             block.fold(chosen.folding)
