@@ -1,4 +1,4 @@
-"""What AWQ recovers: plain rounding, AWQ, and AWQ with clip, on the demo model and on its outlier twin.
+"""What AWQ recovers: plain rounding, AWQ, AWQ with clip, and all of squawq, on the demo model and its outlier twin.
 
     python benchmarks/outliers.py [--channels 6 --factor 30] [--text STORIES.txt]
 
@@ -13,6 +13,7 @@ import argparse
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import print_table
@@ -26,7 +27,12 @@ READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
-SETTINGS = {"rounding": {"method": "rtn"}, "AWQ": {"clip": False}, "AWQ + clip": {}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rounding": {"method": "rtn"},
+    "AWQ": {"method": "awq", "clip": False},
+    "AWQ + clip": {"method": "awq"},
+    "squawq": {},
+}
 
 
 def make_twin(model: Path, twin: Path, channels: int, factor: float) -> None:
@@ -60,7 +66,7 @@ def main() -> None:
         for name, model in (("demo model", demo), ("outlier twin", twin)):
             for setting, changes in SETTINGS.items():
                 out = Path(folder) / f"{name} {setting}"
-                config = QuantConfig(samples=64, seqlen=256, **changes)  # type: ignore[arg-type]
+                config = QuantConfig(samples=64, seqlen=256, **changes)
                 squawq.quantize(model, out, config, calibration=args.text)
                 scores = squawq.evaluate(out, model, text=held_back, window=256, stride=256)
                 rows.append(
