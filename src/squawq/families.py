@@ -265,8 +265,8 @@ FAMILIES = {
         Family("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
         Family("flex_olmo", _attention("") + _moe("gate", norm="")),
         Family("hunyuan_v1_moe", _attention() + _moe("gate.wg", shared="shared_mlp")),
-        Family("granitemoe", _attention() + _GRANITE_MOE, experts=_W123),
-        Family("granitemoe_swa", _attention() + _GRANITE_MOE, experts=_W123),
+        Family("granitemoe", _attention(adds=False) + _GRANITE_MOE, experts=_W123),
+        Family("granitemoe_swa", _attention(adds=False) + _GRANITE_MOE, experts=_W123),
         Family(
             "afmoe",
             _attention(gates=("gate_proj",), adds=False)

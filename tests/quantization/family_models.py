@@ -29,6 +29,7 @@ SIZES: dict[str, Any] = {  # under every name that some config has for them
     **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"), 1),
     **dict.fromkeys(("topk_group", "decoder_sparse_step", "bos_token_id", "eos_token_id"), 1),
     "num_hidden_layers": 2,
+    "residual_multiplier": 0.5,
     "linear_num_value_heads": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -123,7 +123,10 @@ class Block:
 
     def put(self, linear: str, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
         """Replace a linear's weight with what packed integers stand for."""
-        self._set(f"{linear}.weight", from_gemm(qweight, scales, qzeros).dequantize())
+        integers, weight = from_gemm(qweight, scales, qzeros), self.weight(linear)
+        for start in range(0, len(weight), step := max(1, BATCH_VALUES // weight.shape[1])):
+            part = slice(start, start + step)
+            weight[part] = integers.rows(part).dequantize()
 
     def fold(self, folding: Folding) -> None:
         """Do to the layer's tensors what scales do to them; what it computes stays the same."""
@@ -134,7 +137,11 @@ class Block:
         owner, _, kind = name.rpartition(".")
         holder = self.module.get_submodule(owner)
         old = getattr(holder, kind)
-        if old.device == torch.device(self.device) and old.dtype == torch.float32 and old.shape == tensor.shape:
+        if (
+            old.device.type == torch.device(self.device).type
+            and old.dtype == torch.float32
+            and old.shape == tensor.shape
+        ):
             old.data.copy_(tensor)  # large: never two of them
             return
         tensor = tensor.to(self.device, torch.float32, copy=True)

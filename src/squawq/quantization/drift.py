@@ -8,7 +8,7 @@ and E sums e x' over what is missing from its outputs, e. Peak memory: the recor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +71,11 @@ class Recording:
         """What was recorded of a module, from the start."""
         return Reading(self._kept[module])
 
-    def forget(self, module: str) -> None:
-        """It will not be read again."""
-        self._kept.pop(module, None)
+    def keep(self, todo: Iterable[Stage]) -> None:
+        """Forget what none of these stages reads."""
+        needed = {module for stage in todo for module in (stage.watched, stage.residual)}
+        for module in self._kept.keys() - needed:
+            del self._kept[module], self.watchers[module]
 
 
 class Reading:
@@ -94,7 +96,8 @@ class Drift:
     """Statistics of a stage's inputs in the quantized run, and of what its outputs lack.
 
     A single linear's lack is summed as it is, E [out, in]. Where several share an input, the input's own lack d is
-    summed once for all, D = sum of d x' [in, in], and E is W D.
+    summed once for all, D = sum of d x' [in, in], and E is W D. Of inputs too wide for a whole Gram matrix, each part
+    makes up for what it lacks itself, and for its share of what the residual stream does; `lack` has a tensor for each.
     """
 
     def __init__(self, block: Block, stage: Stage, scales: Tensor | None) -> None:
@@ -102,13 +105,15 @@ class Drift:
         self.single = len(stage.linears) == 1
         out, features = block.weight(stage.linears[0]).shape
         self.inputs = InputStatistics(features, block.device)
-        self.lack = torch.zeros(out if self.single else features, features, device=block.device)
+        self._spans = self.inputs.spans
+        sizes = [span.stop - span.start for span in self._spans]
+        self.lack = [torch.zeros(out if self.single else size, size, device=block.device) for size in sizes]
         self._residual: Tensor | None = None
 
     @property
     def sums(self) -> list[Tensor]:
         """All that is added up over processes."""
-        return [*self.inputs.sums, self.lack]
+        return [*self.inputs.sums, *self.lack]
 
     def observe(self, states: Tensor, recording: Recording) -> None:
         """Run the quantized model's hidden states up to the stage."""
@@ -124,12 +129,14 @@ class Drift:
 
     def _add(self, x: Tensor, wanted: Tensor) -> None:
         self.inputs.update(x)
-        lack = (wanted if self._scales is None else wanted / self._scales) - x
-        if self.single:
-            lack = lack @ self._block.weight(self.stage.linears[0]).T
-            if self._residual is not None:
-                lack += self._residual
-        if not (all_finite(lack) and all_finite(x)):
-            finite = torch.isfinite(lack).all(-1) & torch.isfinite(x).all(-1)
-            lack, x = lack[finite], x[finite]
-        self.lack.addmm_(lack.T, x)
+        own = (wanted if self._scales is None else wanted / self._scales) - x
+        for span, total in zip(self._spans, self.lack, strict=True):
+            lack, part = own[:, span], x[:, span]
+            if self.single:
+                lack = lack @ self._block.weight(self.stage.linears[0])[:, span].T
+                if self._residual is not None:
+                    lack += self._residual / len(self._spans)
+            if not (all_finite(lack) and all_finite(part)):
+                finite = torch.isfinite(lack).all(-1) & torch.isfinite(part).all(-1)
+                lack, part = lack[finite], part[finite]
+            total.addmm_(lack.T, part)

@@ -45,10 +45,15 @@ class Folding:
         for name in (*group.linears, *group.readers):
             self.columns[name] = scales
 
+    def to(self, device: str) -> Folding:
+        """The same with its tensors there."""
+        kinds = ({n: t.to(device) for n, t in kind.items()} for kind in (self.columns, self.rows, self.norms))
+        return Folding(*kinds)
+
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the layer after folding, by its name in it: float32."""
         if name in self.norms:
-            return self.norms[name]
+            return self.norms[name].clone()
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module in self.columns:
             tensor = tensor * self.columns[module]

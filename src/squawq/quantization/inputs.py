@@ -44,17 +44,18 @@ class LayerInputs:
         states: Tensor,
         sample: Sample,
         record: Mapping[str, Watcher] = MappingProxyType({}),
-        passing: Collection[str] = (),
+        lasting: Collection[str] | None = None,
     ) -> None:
         """Run this process's hidden states [blocks, tokens, hidden] through the layer, in place. record: what else sees
-        the inputs of modules. passing: modules whose statistics serve the choice of scales alone."""
+        the inputs of modules. lasting: modules whose statistics serve more than the choice of scales (None: all)."""
         self.before = sample.of(states)
         modules = dict.fromkeys(
             place for g in self.groups for place in (g.watched, *(self._watched[n] for n in g.linears))
         )
         self.statistics = {name: self._empty(name) for name in modules}
-        step = max(1, sample.tokens // SCALING_TOKENS)
-        watchers = {n: _thinned(s, step if n in passing else 1) for n, s in self.statistics.items()}
+        step = max(1, sample.tokens // SCALING_TOKENS) | 1  # odd: else it would meet the same places of every block
+        whole = self.statistics if lasting is None else lasting
+        watchers = {n: s.update if n in whole else _thinned(s, step) for n, s in self.statistics.items()}
         with self.block.watching(watchers), self.block.watching(record):
             self.block.run(states, in_place=True)
         self.after = sample.of(states)
@@ -73,9 +74,6 @@ class LayerInputs:
         """The module whose input a linear's is."""
         return self._watched[linear]
 
-    def of(self, linear: str) -> InputStatistics:
-        return self.statistics[self._watched[linear]]
-
     def of_group(self, group: ScalingGroup) -> InputStatistics:
         return self.statistics[group.watched]
 
@@ -90,6 +88,10 @@ class LayerInputs:
             if self._watched[name] in self.statistics:
                 found.setdefault(self._watched[name], []).append(name)
         return found
+
+    def keep(self, modules: Collection[str]) -> None:
+        """Give up the statistics of all others."""
+        self.statistics = {name: stats for name, stats in self.statistics.items() if name in modules}
 
     def take(self, module: str) -> InputStatistics:
         """The statistics of a module's input, which are large, for the last time."""
@@ -125,11 +127,8 @@ class LayerInputs:
     def notes(self) -> Iterable[str]:
         """What is out of the ordinary, for the report."""
         for name, stats in self.statistics.items():
-            if stats.dropped:
-                yield f"{name}: {stats.dropped} inputs were not finite and are left out"
-            if not stats.has_signal:
-                yield f"{name}: no calibration signal; rounded to nearest"
-            elif dead := int((stats.absolute == 0).sum()):
+            yield from stats.notes(name)
+            if stats.has_signal and (dead := int((stats.absolute == 0).sum())):
                 yield f"{name}: {dead} input channels without signal keep scale 1"
         if self.rare:
             few, all_ = len(self.rare), len(self.tokens)
@@ -137,4 +136,13 @@ class LayerInputs:
 
 
 def _thinned(statistics: InputStatistics, step: int) -> Watcher:
-    return lambda x: statistics.update(x.reshape(-1, x.shape[-1])[::step])
+    """Every so many-th token, counted on from batch to batch."""
+    ahead = 0
+
+    def update(x: Tensor) -> None:
+        nonlocal ahead
+        rows = x.reshape(-1, x.shape[-1])
+        statistics.update(rows[ahead::step])
+        ahead = (ahead - len(rows)) % step
+
+    return update

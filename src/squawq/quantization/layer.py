@@ -83,9 +83,9 @@ class LayerQuantizer:
         return LayerResult(self._tensors(Chosen()), self._record(Chosen(), kept="rtn", before=None, after=None))
 
     @torch.no_grad()
-    def choose_scales(self, inputs: LayerInputs, passing: Collection[str] = ()) -> Chosen:
-        """Scales for every group first: a group's scales change the rows of the linear before it. passing: modules
-        whose inputs' statistics are not needed for anything else, and large."""
+    def choose_scales(self, inputs: LayerInputs, lasting: Collection[str]) -> Chosen:
+        """Scales for every group first: a group's scales change the rows of the linear before it. lasting: modules
+        whose inputs' statistics, which are large, are needed for more."""
         chosen = Chosen(notes=list(inputs.notes()), tokens=inputs.tokens)
         for group in self.groups:
             stats, names = inputs.of_group(group), [n for n in group.linears if n in self.converted]
@@ -94,8 +94,8 @@ class LayerQuantizer:
                 chosen.groups.append(GroupRecord(group.linears, best.formula, best.ratio, quantiles(best.scales)))
                 if best.formula != "identity":
                     self.fold(group, best.scales, chosen.folding)
-            if group.watched in passing:
-                inputs.take(group.watched)
+            if group.watched not in lasting:
+                inputs.statistics.pop(group.watched, None)
         return chosen
 
     def _best_scales(
@@ -144,12 +144,14 @@ class LayerQuantizer:
     @torch.no_grad()
     def choose_integers(self, linears: Iterable[str], rounder: LinearRounder, chosen: Chosen) -> dict[str, Packed]:
         """Integers, packed, for linears of the folded layer that share an input; their weights are given up for it."""
+        if rounder.drift is not None:
+            chosen.notes += rounder.stats.notes(f"{rounder.drift.stage.watched}, behind quantized layers")
         return {name: self._integers(name, rounder, chosen) for name in linears}
 
     def _integers(self, name: str, rounder: LinearRounder, chosen: Chosen) -> Packed:
         weight, folding, stats = self.block.weight(name), chosen.folding, rounder.stats
         part = sampled_rows(weight)
-        original = folding.original(name, weight[part], part)
+        original = folding.original(name, weight[part].clone(), part)
         clip = self.config.clip and not (self.config.method == "awq" and name.endswith(self.family.never_clip))
         integers, limits = rounder.choose(weight, clip)
         if limits is not None:
@@ -163,7 +165,7 @@ class LayerQuantizer:
                 found *= folding.rows[name][part, None]
             scale = 1 / (stats.rows * len(original))
             chosen.losses[name] = stats.loss(rounded) * scale, stats.loss(found) * scale
-        chosen.integers[name] = to_gemm(integers)
+        chosen.integers[name] = {kind: tensor.cpu() for kind, tensor in to_gemm(integers).items()}
         return chosen.integers[name]
 
     @torch.no_grad()

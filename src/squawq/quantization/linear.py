@@ -45,20 +45,18 @@ class LinearRounder:
         return grid.tensor(q), limits
 
     def _make_up(self, weight: Tensor, drift: Drift) -> None:
-        """Where the input is too wide for a whole Gram matrix, each part of it makes up for its share."""
-        spans = self.stats.spans
-        original = weight if len(spans) == 1 else weight.clone()
-        for span in spans:
-            change = None if drift.single else self._change(span, drift)
+        for span, lack in zip(self.stats.spans, drift.lack, strict=True):
+            change = None if drift.single else self._change(span, lack)
             for start in range(0, len(weight), step := rows_at_once(weight)):
                 part = slice(start, start + step)
-                made = self._damped(span).solve(drift.lack[part, span]) if change is None else original[part] @ change
-                weight[part, span] += made / len(spans)
+                weight[part, span] += (
+                    self._damped(span).solve(lack[part]) if change is None else weight[part, span] @ change
+                )
 
-    def _change(self, span: slice, drift: Drift) -> Tensor:
-        """Of all linears of the stage: W becomes W + W change, in this span."""
+    def _change(self, span: slice, lack: Tensor) -> Tensor:
+        """Of all linears of the stage: W becomes W + W change, in this span. The last one is kept, too."""
         if self._last_change is None or self._last_change[0] != span:
-            self._last_change = span, self._damped(span).solve(drift.lack[:, span])
+            self._last_change = span, self._damped(span).solve(lack)
         return self._last_change[1]
 
     def _damped(self, span: slice) -> DampedGram:

@@ -47,7 +47,7 @@ class Ranks:
         return nullcontext()
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the first rank, told to all."""
+        """What `work` gives on the first rank, told to all; tensors in it have to be on the CPU."""
         return work()
 
     def opened(self, make: Callable[[], AbstractContextManager[T]]) -> AbstractContextManager[T]:
@@ -96,11 +96,13 @@ class TorchRanks(Ranks):
                 raise kind(*arguments)
 
     def on_first(self, work: Callable[[], T]) -> T:
-        found: list[T] = []
+        found: list[Any] = [None]
         with self.together():
             if self.first:
-                found.append(work())
-        return cast(T, self._gather(found)[0][0])
+                found[0] = work()
+        with _answered():
+            distributed.broadcast_object_list(found, src=0)
+        return cast(T, found[0])
 
     @contextmanager
     def opened(self, make: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:

@@ -77,8 +77,9 @@ class DampedGram:
 
     def solve(self, owed: Tensor) -> Tensor:
         """owed [out, in] times the inverse: the change of weights that makes up for it."""
+        half = torch.linalg.solve_triangular(self.factor, owed[:, self.columns].T, upper=False)  # copies no factor
         found = torch.empty_like(owed)
-        found[:, self.columns] = torch.cholesky_solve(owed[:, self.columns].T, self.factor).T
+        found[:, self.columns] = torch.linalg.solve_triangular(self.factor.T, half, upper=True).T
         return found
 
     def round(self, target: Tensor, grid: Grid, compensate: bool, passes: int) -> Tensor:

@@ -114,6 +114,11 @@ class InputStatistics:
         """The Gram matrix of the inputs in one of `spans`."""
         return self._grams[self.spans.index(span)]
 
+    def notes(self, name: str) -> list[str]:
+        """What is out of the ordinary, for the report."""
+        found = [f"{name}: {self.dropped} inputs were not finite and are left out"] if self.dropped else []
+        return found if self.has_signal else [*found, f"{name}: no calibration signal; rounded to nearest"]
+
     def loss(self, difference: Tensor) -> float:
         """tr(D G D'), the summed squared error that a weight difference D [rows, features] makes on these inputs."""
         return sum(gram_loss(difference[:, span], gram) for span, gram in zip(self.spans, self._grams, strict=True))

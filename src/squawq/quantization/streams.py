@@ -6,7 +6,7 @@ quantized ones, the states travel twice, through the 16-bit model and through th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from squawq.quantization.blocks import Block
 from squawq.quantization.drift import Drift, Recording, Stage, stages
 from squawq.quantization.inputs import LayerInputs
-from squawq.quantization.layer import Chosen, LayerQuantizer, LayerResult
+from squawq.quantization.layer import Chosen, LayerQuantizer, LayerResult, Packed
 from squawq.quantization.linear import LinearRounder
 from squawq.quantization.ranks import Ranks
 from squawq.quantization.states import Sample, hidden_states
@@ -78,21 +78,24 @@ class LayerPass:
             before = None if streams.quantized is None else streams.sample.of(streams.quantized)
             todo = [] if before is None else stages(block, inputs, self.worker.converted)
             recording = self._recording(todo)
-            passing = [stage.watched for stage in todo]
-            inputs.collect(streams.reference, streams.sample, recording.watchers, passing)
+            staged = {name for stage in todo for name in stage.linears}
+            lasting = {inputs.watched(name) for name in self.worker.converted if name not in staged}
+            inputs.collect(streams.reference, streams.sample, recording.watchers, lasting)
         ranks.add_up(inputs.sums if before is None else [*inputs.sums, before])
-        chosen = ranks.on_first(lambda: self._scales(inputs, passing))
+        chosen = ranks.on_first(lambda: self._scales(inputs, lasting))
+        chosen.folding = chosen.folding.to(block.device)
         with ranks.together():
             block.fold(chosen.folding)
-        for watched in passing:
-            inputs.statistics.pop(watched, None)
-        for stage in todo:
-            self._round(stage.linears, self._behind(stage, recording, chosen), chosen)
+        inputs.keep(lasting)
+        for place, stage in enumerate(todo):
+            self._put(self._behind(stage, recording, chosen))
+            recording.keep(todo[place + 1 :])
         for watched, linears in inputs.readers(self.worker.converted).items():
             stats = inputs.take(watched)
-            if (scales := chosen.folding.columns.get(linears[0])) is not None:
-                stats.divide(scales)
-            self._round(linears, LinearRounder(stats, self.config), chosen)
+            with ranks.together():
+                if (scales := chosen.folding.columns.get(linears[0])) is not None:
+                    stats.divide(scales)
+            self._put(self._round(linears, LinearRounder(stats, self.config), chosen))
         given = inputs.before if before is None else before
         return ranks.on_first(lambda: commit(self.worker.finish(chosen, given, inputs.after)))
 
@@ -103,22 +106,25 @@ class LayerPass:
         tokens = self.streams.reference[..., 0].numel()
         return Recording(features, tokens, self.folder, self.block.device, self.streams.states_memory)
 
-    def _scales(self, inputs: LayerInputs, passing: list[str]) -> Chosen:
+    def _scales(self, inputs: LayerInputs, lasting: Collection[str]) -> Chosen:
         inputs.complete()
-        return self.worker.choose_scales(inputs, passing)
+        chosen = self.worker.choose_scales(inputs, lasting)
+        chosen.folding = chosen.folding.to("cpu")
+        return chosen
 
-    def _behind(self, stage: Stage, recording: Recording, chosen: Chosen) -> LinearRounder:
-        """The rounder of a stage that sees what the quantized ones before it hand over."""
+    def _behind(self, stage: Stage, recording: Recording, chosen: Chosen) -> dict[str, Packed]:
+        """Integers of a stage by what the quantized ones before it hand over; its statistics are gone thereafter."""
         assert self.streams.quantized is not None
-        drift = Drift(self.block, stage, chosen.folding.columns.get(stage.linears[0]))
         with self.ranks.together():
+            drift = Drift(self.block, stage, chosen.folding.columns.get(stage.linears[0]))
             drift.observe(self.streams.quantized, recording)
         self.ranks.add_up(drift.sums)
-        recording.forget(stage.watched)
-        return LinearRounder(drift.inputs, self.config, drift)
+        return self._round(stage.linears, LinearRounder(drift.inputs, self.config, drift), chosen)
 
-    def _round(self, linears: Sequence[str], rounder: LinearRounder, chosen: Chosen) -> None:
-        packed = self.ranks.on_first(lambda: self.worker.choose_integers(linears, rounder, chosen))
+    def _round(self, linears: Sequence[str], rounder: LinearRounder, chosen: Chosen) -> dict[str, Packed]:
+        return self.ranks.on_first(lambda: self.worker.choose_integers(linears, rounder, chosen))
+
+    def _put(self, packed: Mapping[str, Packed]) -> None:
         with self.ranks.together():
             for name, tensors in packed.items():
                 self.block.put(name, **tensors)

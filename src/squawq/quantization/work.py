@@ -58,7 +58,9 @@ def prepare(
     folder = target_path(out, checkpoint.folder)
     config = replace(config, seqlen=_calibration_length(config, checkpoint.config))
     if config.method != "squawq":
+        plain = QuantConfig()
         config = replace(config, compensate=False, refine=0, sequential=False)
+        config = replace(config, act_order=plain.act_order, damping=plain.damping)
     checkpoint.companions()  # raises now rather than when all else is done
     blocks = Blocks(checkpoint, family, device)
     blocks.check()
@@ -73,7 +75,9 @@ def prepare(
             vocab_size=checkpoint.config.vocab_size,
         )
     elif calibration is not None:
-        raise ConfigError("method 'rtn' rounds without looking at text; leave the calibration out, or use 'awq'")
+        raise ConfigError(
+            "method 'rtn' rounds without looking at text; leave the calibration out, or use another method"
+        )
     size = result_bytes({name: checkpoint.tensors[name] for name in blocks.places.written}, converted, config)
     same = identity(checkpoint, config, tokens, device)
     return Work(blocks, config, tokens, folder, same, public_name(model), size)

@@ -10,6 +10,11 @@ from squawq.report.drawings import column, loss_ratio
 from squawq.report.scales import number
 
 Record = Mapping[str, Any]
+METHODS = {
+    "squawq": "squawq: AWQ's scales, rounding that sees the error",
+    "awq": "awq: scales and ranges as published",
+    "rtn": "rtn: rounding to nearest",
+}
 
 
 def facts(report: Record) -> list[tuple[str, str]]:
@@ -18,7 +23,7 @@ def facts(report: Record) -> list[tuple[str, str]]:
     group = "a whole row" if config["group_size"] == -1 else f"{config['group_size']:,}"
     tokens = report["calibration_tokens"]
     found = [
-        ("method", str(report["method"])),
+        ("method", METHODS.get(report["method"], str(report["method"]))),
         (
             "weights",
             f"{config['bits']} bits, groups of {group}, {'zero point' if config['zero_point'] else 'symmetric'}",
