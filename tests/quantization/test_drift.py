@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import squawq
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
+from squawq.quantization import statistics
 from squawq.quantization.blocks import Blocks
 from squawq.quantization.drift import Drift, Recording, Stage, stages
 from squawq.quantization.inputs import LayerInputs
@@ -95,6 +97,40 @@ def test_what_is_lacking_is_made_up_for(make_model: MakeModel, tmp_path: Path) -
         rounder.choose(block.weight("self_attn.o_proj"), clip=False)
         made = block.weight("self_attn.o_proj")
         assert (made - 2 * weight).abs().max() < 0.1 * weight.abs().max()
+
+
+@pytest.mark.parametrize("linears", [("mlp.gate_proj", "mlp.up_proj"), ("mlp.gate_proj",)])
+def test_wide_inputs_make_up_part_by_part(
+    linears: tuple[str, ...], make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halved inputs, whose parts know nothing of each other: every part of the weights becomes about twice itself."""
+    monkeypatch.setattr(statistics, "WIDEST", 32)
+    monkeypatch.setattr(statistics, "BOUNDARY", 16)
+    states = torch.randn(64, 32, 64, generator=torch.Generator().manual_seed(0))
+    with blocks_of(make_model()).open(0) as block:
+        block.weight("self_attn.o_proj").zero_()
+        block.weight("post_attention_layernorm").fill_(1)
+        inputs, stage = LayerInputs(block), Stage("mlp.gate_proj", linears, "")
+        recording = Recording({"mlp.gate_proj": 64}, 2048, tmp_path, "cpu", 1.0)
+        inputs.collect(states.clone(), Sample.spread(64, 32, slice(0, 64)), recording.watchers)
+        block.weight("post_attention_layernorm").fill_(0.5)
+        drift = Drift(block, stage, None)
+        drift.observe(states, recording)
+        assert len(drift.lack) == 2
+        rounder = LinearRounder(drift.inputs, QuantConfig(group_size=32, damping=1e-3), drift)
+        for name in linears:
+            weight = block.weight(name).clone()
+            rounder.choose(block.weight(name), clip=False)
+            assert (block.weight(name) - 2 * weight).abs().max() < 0.2 * weight.abs().max()
+
+
+def test_a_record_is_forgotten(tmp_path: Path) -> None:
+    recording = Recording({"a": 8, "b": 8, "norm": 8}, 4, tmp_path, "cpu", 1.0)
+    kept = {name: weakref.ref(recording._kept[name]) for name in ("a", "b", "norm")}
+    recording.keep([Stage("b", ("b",), "norm")])
+    assert [kept[name]() is None for name in ("a", "b", "norm")] == [True, False, False]
+    recording.keep([])
+    assert all(reference() is None for reference in kept.values())
 
 
 def test_inputs_that_are_not_finite_are_left_out(make_model: MakeModel, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from results import settled
 import squawq
 from squawq.errors import OutputError
 from squawq.quant_config import QuantConfig
+from squawq.quantization import inputs
 from squawq.quantization.states import Sample, hidden_states
 
 resource = pytest.importorskip("resource")
@@ -95,3 +96,17 @@ def test_the_sample_is_the_same_however_blocks_are_shared() -> None:
     shared = [Sample.spread(7, 300, share).of(states[share]) for share in (slice(0, 2), slice(2, 7))]
     assert torch.equal(shared[0] + shared[1], whole)
     assert Sample.spread(7, 2048, slice(0, 7)).of(states).shape == (1, 2, 3)
+
+
+def test_thinned_statistics_stand_for_all_places() -> None:
+    """One token in so many, but not the same places of every block."""
+    found: list[torch.Tensor] = []
+
+    class Seen:
+        def update(self, x: torch.Tensor) -> None:
+            found.append(x[:, 0])
+
+    update = inputs._thinned(Seen(), 9)  # type: ignore[arg-type]
+    for start in range(0, 4096, 256):
+        update(torch.arange(start, start + 256.0).view(4, 64, 1))
+    assert torch.equal(torch.cat(found), torch.arange(0, 4096.0, 9))

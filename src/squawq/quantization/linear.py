@@ -49,9 +49,8 @@ class LinearRounder:
             change = None if drift.single else self._change(span, lack)
             for start in range(0, len(weight), step := rows_at_once(weight)):
                 part = slice(start, start + step)
-                weight[part, span] += (
-                    self._damped(span).solve(lack[part]) if change is None else weight[part, span] @ change
-                )
+                rows = weight[part, span]
+                rows += self._damped(span).solve(lack[part]) if change is None else rows @ change
 
     def _change(self, span: slice, lack: Tensor) -> Tensor:
         """Of all linears of the stage: W becomes W + W change, in this span. The last one is kept, too."""
