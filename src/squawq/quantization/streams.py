@@ -88,8 +88,11 @@ class LayerPass:
             block.fold(chosen.folding)
         inputs.keep(lasting)
         for place, stage in enumerate(todo):
-            self._put(self._behind(stage, recording, chosen))
+            drift = self._observed(stage, recording, chosen)
             recording.keep(todo[place + 1 :])
+            packed = self._round(stage.linears, LinearRounder(drift.inputs, self.config, drift), chosen)
+            del drift  # large, and so is what `put` takes
+            self._put(packed)
         for watched, linears in inputs.readers(self.worker.converted).items():
             stats = inputs.take(watched)
             with ranks.together():
@@ -112,14 +115,14 @@ class LayerPass:
         chosen.folding = chosen.folding.to("cpu")
         return chosen
 
-    def _behind(self, stage: Stage, recording: Recording, chosen: Chosen) -> dict[str, Packed]:
-        """Integers of a stage by what the quantized ones before it hand over; its statistics are gone thereafter."""
+    def _observed(self, stage: Stage, recording: Recording, chosen: Chosen) -> Drift:
+        """What the quantized stages before it hand over to a stage."""
         assert self.streams.quantized is not None
         with self.ranks.together():
             drift = Drift(self.block, stage, chosen.folding.columns.get(stage.linears[0]))
             drift.observe(self.streams.quantized, recording)
         self.ranks.add_up(drift.sums)
-        return self._round(stage.linears, LinearRounder(drift.inputs, self.config, drift), chosen)
+        return drift
 
     def _round(self, linears: Sequence[str], rounder: LinearRounder, chosen: Chosen) -> dict[str, Packed]:
         return self.ranks.on_first(lambda: self.worker.choose_integers(linears, rounder, chosen))
