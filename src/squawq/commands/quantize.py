@@ -29,14 +29,16 @@ def quantize(
         str, typer.Option(help=f"{' or '.join(METHODS)}: all that helps, the published search alone, plain rounding")
     ] = METHODS[0],
     clip: Annotated[bool, typer.Option(help="Search a narrower range for each group")] = True,
-    compensate: Annotated[bool, typer.Option(help="Let columns make up for what rounding others loses")] = True,
-    act_order: Annotated[bool, typer.Option(help="Round the columns of the strongest inputs first")] = True,
-    refine: Annotated[int, typer.Option(help="Passes of coordinate descent over the integers")] = 1,
+    compensate: Annotated[
+        bool, typer.Option(help="Let columns make up for what rounding others loses (method squawq)")
+    ] = True,
+    act_order: Annotated[bool, typer.Option(help="Round the columns of the strongest inputs first (squawq)")] = True,
+    refine: Annotated[int, typer.Option(help="Passes of coordinate descent over the integers (squawq)")] = 1,
     sequential: Annotated[
-        bool, typer.Option(help="Calibrate behind quantized layers, and make up for what they lose")
+        bool, typer.Option(help="Calibrate behind quantized layers, and make up for what they lose (squawq)")
     ] = True,
     damping: Annotated[
-        float, typer.Option(help="How far to mistrust correlations between inputs; more for little calibration text")
+        float, typer.Option(help="How far to mistrust correlations of inputs; more for little text (squawq)")
     ] = QuantConfig.damping,
     skip: Annotated[
         list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")
