@@ -63,7 +63,7 @@ def test_sums_are_those_of_both_runs(
                 block.run(given)
             whole[run] = {name: torch.cat(pieces).flatten(0, 1) for name, pieces in seen.items()}
         features = {name: whole["found"][name].shape[1] for name in names}
-        recording = Recording(features, 160, tmp_path, "cpu", states_memory)
+        recording = Recording(features, tmp_path, states_memory)
         inputs.collect(states.clone(), Sample.spread(5, 32, slice(0, 5)), recording.watchers)
         drift = Drift(block, stage, scales)
         drift.observe(other, recording)
@@ -87,7 +87,7 @@ def test_what_is_lacking_is_made_up_for(make_model: MakeModel, tmp_path: Path) -
     with blocks_of(make_model()).open(0) as block:
         inputs = LayerInputs(block)
         stage = Stage("self_attn.o_proj", ("self_attn.o_proj",), "")
-        recording = Recording({"self_attn.o_proj": 64}, 256, tmp_path, "cpu", 1.0)
+        recording = Recording({"self_attn.o_proj": 64}, tmp_path, 1.0)
         inputs.collect(states.clone(), Sample.spread(8, 32, slice(0, 8)), recording.watchers)
         block.weight("self_attn.v_proj").mul_(0.5)
         drift = Drift(block, stage, None)
@@ -111,7 +111,7 @@ def test_wide_inputs_make_up_part_by_part(
         block.weight("self_attn.o_proj").zero_()
         block.weight("post_attention_layernorm").fill_(1)
         inputs, stage = LayerInputs(block), Stage("mlp.gate_proj", linears, "")
-        recording = Recording({"mlp.gate_proj": 64}, 2048, tmp_path, "cpu", 1.0)
+        recording = Recording({"mlp.gate_proj": 64}, tmp_path, 1.0)
         inputs.collect(states.clone(), Sample.spread(64, 32, slice(0, 64)), recording.watchers)
         block.weight("post_attention_layernorm").fill_(0.5)
         drift = Drift(block, stage, None)
@@ -125,7 +125,7 @@ def test_wide_inputs_make_up_part_by_part(
 
 
 def test_a_record_is_forgotten(tmp_path: Path) -> None:
-    recording = Recording({"a": 8, "b": 8, "norm": 8}, 4, tmp_path, "cpu", 1.0)
+    recording = Recording({"a": 8, "b": 8, "norm": 8}, tmp_path, 1.0)
     kept = {name: weakref.ref(recording._kept[name]) for name in ("a", "b", "norm")}
     recording.keep([Stage("b", ("b",), "norm")])
     assert [kept[name]() is None for name in ("a", "b", "norm")] == [True, False, False]
@@ -139,7 +139,7 @@ def test_inputs_that_are_not_finite_are_left_out(make_model: MakeModel, tmp_path
     broken[1, 5, 3] = torch.inf
     with blocks_of(make_model()).open(0) as block:
         inputs, stage = LayerInputs(block), Stage("self_attn.q_proj", QKV, "")
-        recording = Recording({"self_attn.q_proj": 64}, 128, tmp_path, "cpu", 1.0)
+        recording = Recording({"self_attn.q_proj": 64}, tmp_path, 1.0)
         inputs.collect(states.clone(), Sample.spread(4, 32, slice(0, 4)), recording.watchers)
         drift = Drift(block, stage, None)
         drift.observe(broken, recording)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,14 @@ def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypa
     import squawq.transformers
 
     monkeypatch.setattr("squawq.quantization.inputs.LEAST_TOKENS", 130)  # some experts see more, some fewer
+    seen: list[torch.Tensor] = []  # what each layer is given in the quantized run
+    finish = LayerQuantizer.finish
+
+    def watched(self: LayerQuantizer, chosen: Any, before: torch.Tensor, wanted: torch.Tensor) -> Any:
+        seen.append(before.clone())
+        return finish(self, chosen, before, wanted)
+
+    monkeypatch.setattr(LayerQuantizer, "finish", watched)
     model = family_model(model_type, tmp_path / "model")
     report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
     for index, layer in enumerate(report["layers"]):
@@ -62,6 +71,8 @@ def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypa
     for index in range(2):
         with blocks.open(index) as block:
             states = block.run(states)
+            if index == 0:
+                assert torch.equal(block.run(seen[0]), seen[1])  # as the folder on disk has it, to the last bit
     assert (blocks.logits()(states) - expected).abs().max() < 1e-3
     score = squawq.evaluate(tmp_path / "awq", tmp_path / "model", ids=ids.flatten().tolist(), window=24)
     assert 0 < score["kl_mean"] < 1

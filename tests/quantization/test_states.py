@@ -16,7 +16,7 @@ import squawq
 from squawq.errors import OutputError
 from squawq.quant_config import QuantConfig
 from squawq.quantization import inputs
-from squawq.quantization.states import Sample, hidden_states
+from squawq.quantization.states import Sample, Spool, hidden_states
 
 resource = pytest.importorskip("resource")
 CONFIG = QuantConfig(group_size=32, seqlen=32, samples=8)
@@ -79,6 +79,28 @@ def test_a_full_disk_ends_a_run_that_may_go_on(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("in_memory", [0.0, 200 / 2**30, 1.0])
+def test_a_spool_gives_back_what_was_added(in_memory: float, tmp_path: Path) -> None:
+    pieces = [torch.randn(2, 3, 4), torch.randn(5, 8).to(torch.bfloat16), torch.randn(8, 6).T, torch.randn(1)]
+    spool = Spool(tmp_path / "new", in_memory)
+    for number, piece in enumerate(pieces, start=1):
+        spool.add(piece)
+        for found, expected in zip(spool, pieces[:number], strict=True):  # also between two that are added
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+    first, second = iter(spool), iter(spool)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert list(tmp_path.rglob("*")) == ([] if in_memory == 1 else [tmp_path / "new"])
+
+
+def test_a_spool_on_a_full_disk(small_disk: int, tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 4096 / 2**30)
+    spool.add(torch.zeros(1024))
+    spool.add(torch.zeros(1024))
+    with pytest.raises(OutputError, match=r"File too large.*--states-memory"):
+        spool.add(torch.zeros(1024))
 
 
 def test_both_ways_give_the_same_bytes(make_model: MakeModel, rows: list[list[int]], tmp_path: Path) -> None:

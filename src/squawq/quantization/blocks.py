@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,18 @@ BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch run
 
 class _SeenEnough(Exception):  # noqa: N818 (no error: it ends a run early)
     """Whatever was to be watched in this batch has been."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A module of a layer that gives out what its last linear does: alone, or first in a tuple of Nones."""
+
+    module: str
+    nones: tuple[None, ...] | None = None
+
+    def output(self, tensor: Tensor) -> Any:
+        """What the module gives out where its last linear does `tensor`."""
+        return tensor if self.nones is None else (tensor, *self.nones)
 
 
 class Blocks:
@@ -228,6 +242,50 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @torch.no_grad()
+    def endings(self, linears: Iterable[str]) -> dict[str, Ending]:
+        """Those of the linears that the module around them ends in, seen in a run of a single token."""
+        seen: dict[str, list[Any]] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda _module, _args, output: seen.setdefault(name, []).append(output)
+
+        around = {name: name.rpartition(".")[0] for name in linears if "." in name}
+        handles = [
+            self.module.get_submodule(name).register_forward_hook(keep(name)) for name in {*around, *around.values()}
+        ]
+        try:
+            self._call(self.module, torch.zeros(1, 1, self._blocks.skeleton.config.hidden_size))
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = {}
+        for name, module in around.items():
+            outputs, results = seen.get(name, []), seen.get(module, [])
+            if len(outputs) == len(results) == 1:
+                result, nones = results[0], None
+                if isinstance(result, tuple) and all(other is None for other in result[1:]):
+                    result, nones = result[0], result[1:]
+                if result is outputs[0]:
+                    found[name] = Ending(module, nones)
+        return found
+
+    @contextmanager
+    def replacing(self, outputs: Mapping[Ending, Iterator[Tensor]]) -> Iterator[None]:
+        """While open, these modules do not run: each gives out what is next of its outputs."""
+
+        def forward(ending: Ending, pieces: Iterator[Tensor]) -> Callable[..., Any]:
+            return lambda *_, **__: ending.output(next(pieces))
+
+        modules = {self.module.get_submodule(ending.module): forward(ending, p) for ending, p in outputs.items()}
+        for module, instead in modules.items():
+            module.forward = instead
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
 
 
 def _give_memory_back() -> None:

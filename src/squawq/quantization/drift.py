@@ -8,9 +8,10 @@ and E sums e x' over what is missing from its outputs, e. Peak memory: the recor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from squawq.families import expert_of
 from squawq.quantization.blocks import Block
 from squawq.quantization.inputs import LayerInputs, Watcher
-from squawq.quantization.states import hidden_states
+from squawq.quantization.states import Spool
 from squawq.quantization.statistics import InputStatistics, all_finite
 
 
@@ -45,31 +46,21 @@ def stages(block: Block, inputs: LayerInputs, converted: list[str]) -> list[Stag
 
 
 class Recording:
-    """Inputs of modules while a layer runs over all tokens, in the order of the run."""
+    """Inputs of modules while a layer runs over all tokens, in bfloat16; by how wide they are (`features`) they share
+    `in_memory` GiB."""
 
-    def __init__(self, features: Mapping[str, int], tokens: int, folder: Path, device: str, in_memory: float) -> None:
+    def __init__(self, features: Mapping[str, int], folder: Path, in_memory: float) -> None:
         whole = sum(features.values())
-        self._kept = {
-            name: hidden_states((tokens, width), folder, device, in_memory * width / whole, torch.bfloat16)
-            for name, width in features.items()
-        }
-        self.watchers: dict[str, Watcher] = {name: self._keeper(kept) for name, kept in self._kept.items()}
+        self._kept = {name: Spool(folder, in_memory * width / whole) for name, width in features.items()}
+        self.watchers: dict[str, Watcher] = {name: self._keeper(spool) for name, spool in self._kept.items()}
 
     @staticmethod
-    def _keeper(kept: Tensor) -> Watcher:
-        place = 0
-
-        def keep(x: Tensor) -> None:
-            nonlocal place
-            rows = x.reshape(-1, x.shape[-1])
-            kept[place : place + len(rows)] = rows
-            place += len(rows)
-
-        return keep
+    def _keeper(spool: Spool) -> Watcher:
+        return lambda x: spool.add(x.to(torch.bfloat16))
 
     def again(self, module: str) -> Reading:
         """What was recorded of a module, from the start."""
-        return Reading(self._kept[module])
+        return Reading(iter(self._kept[module]))
 
     def keep(self, todo: Iterable[Stage]) -> None:
         """Forget what none of these stages reads."""
@@ -79,17 +70,15 @@ class Recording:
 
 
 class Reading:
-    """A record read on while another run sees the same tokens."""
+    """A record read on while another run sees the same tokens in the same batches."""
 
-    def __init__(self, kept: Tensor) -> None:
-        self._kept, self._place = kept, 0
+    def __init__(self, kept: Iterator[Tensor]) -> None:
+        self._kept = kept
 
     def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs of the run that goes on, float32 [tokens, features], and those recorded of the same tokens."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        found = self._kept[self._place : self._place + len(rows)]
-        self._place += len(rows)
-        return rows, found.to(x.device).float()
+        return rows, next(self._kept).reshape(rows.shape).float()
 
 
 class Drift:
@@ -115,14 +104,15 @@ class Drift:
         """All that is added up over processes."""
         return [*self.inputs.sums, *self.lack]
 
-    def observe(self, states: Tensor, recording: Recording) -> None:
-        """Run the quantized model's hidden states up to the stage."""
+    def observe(self, states: Tensor, recording: Recording, also: Mapping[str, Watcher] = MappingProxyType({})) -> None:
+        """Run the quantized model's hidden states up to the stage. also: what else sees the inputs of modules."""
         at, residual = recording.again(self.stage.watched), self.stage.residual
         watchers: dict[str, Watcher] = {self.stage.watched: lambda x: self._add(*at.beside(x))}
         if residual:
             base = recording.again(residual)
             watchers = {residual: lambda x: self._keep(*base.beside(x))} | watchers
-        self._block.feed(states, watchers)
+        with self._block.watching(also):
+            self._block.feed(states, watchers)
 
     def _keep(self, x: Tensor, wanted: Tensor) -> None:
         self._residual = wanted - x

@@ -142,6 +142,15 @@ class LayerQuantizer:
             folding.into_norm(group, weight, bias, scales, self.dtype, self.family.norm_offset)
 
     @torch.no_grad()
+    def fold_in(self, folding: Folding) -> None:
+        """Change the layer as its scales ask for; what stays in 16 bits is henceforth what will be read back."""
+        self.block.fold(folding)
+        for name, tensor in self.block.state().items():
+            module, _, kind = name.rpartition(".")
+            if not (kind == "weight" and module in self.converted):
+                tensor.copy_(self._stored(name, tensor))
+
+    @torch.no_grad()
     def choose_integers(self, linears: Iterable[str], rounder: LinearRounder, chosen: Chosen) -> dict[str, Packed]:
         """Integers, packed, for linears of the folded layer that share an input; their weights are given up for it."""
         if rounder.drift is not None:
@@ -202,11 +211,13 @@ class LayerQuantizer:
             module, _, kind = name.rpartition(".")
             if kind == "weight" and module in converted:
                 tensors |= self._packed(module, tensor, chosen)
-            elif name.endswith(EXACT):
-                tensors[name] = tensor
             else:
-                tensors[name] = cast(tensor, self.dtype, f"{self.prefix}.{name}")
+                tensors[name] = self._stored(name, tensor)
         return tensors
+
+    def _stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the layer that is not quantized, as it goes to disk."""
+        return tensor if name.endswith(EXACT) else cast(tensor, self.dtype, f"{self.prefix}.{name}")
 
     def _packed(self, linear: str, weight: Tensor, chosen: Chosen) -> dict[str, Tensor]:
         packed = chosen.integers.get(linear)

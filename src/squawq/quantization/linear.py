@@ -45,7 +45,8 @@ class LinearRounder:
         return grid.tensor(q), limits
 
     def _make_up(self, weight: Tensor, drift: Drift) -> None:
-        for span, lack in zip(self.stats.spans, drift.lack, strict=True):
+        for place, span in enumerate(self.stats.spans):
+            lack = drift.lack.pop(0) if drift.single else drift.lack[place]  # large, and only one linear needs it
             change = None if drift.single else self._change(span, lack)
             for start in range(0, len(weight), step := rows_at_once(weight)):
                 part = slice(start, start + step)

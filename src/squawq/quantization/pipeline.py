@@ -28,7 +28,7 @@ from squawq.quantization.places import read_finite
 from squawq.quantization.ranks import Ranks
 from squawq.quantization.records import measured
 from squawq.quantization.states import IN_MEMORY
-from squawq.quantization.streams import LayerPass, Streams
+from squawq.quantization.streams import ANEW, LayerPass, Streams
 from squawq.quantization.work import Work, prepare
 from squawq.report.files import REPORT, write_report
 
@@ -136,9 +136,11 @@ def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, r
 
         if streams is None:
             return ranks.on_first(lambda: commit(LayerQuantizer(block, work.plan(index)).round()))[0]
-        record, stored = LayerPass(work, block, streams, ranks).run(commit)
+        way = LayerPass(work, block, streams, ranks)
+        record, stored = way.run(commit)
         if goes_on:
-            streams.leave(block, stored, ranks)
+            kept = record["method"] == work.config.method  # else plain rounding was better, and what was seen is void
+            streams.leave(block, stored, ranks, way.replay.playing() if kept else ANEW)
         return record
 
 

@@ -1,14 +1,19 @@
-"""The calibration's hidden states between layers: in memory while small, else in a file that the system pages.
+"""What the calibration keeps of all its tokens: in memory while small, else in a file.
 
-The file has no name, so nothing of it stays however the process ends, and a run that goes on makes a new one.
-Knows no model; the states are one tensor either way.
+Hidden states between layers are one tensor, its file one that the system pages; what is only written and read again
+in the same order is a spool. Files have no name, so nothing of them stays however the process ends, and a run that
+goes on makes new ones. Knows no model.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -22,33 +27,74 @@ SAMPLED_TOKENS = 1024  # tokens on which modules and the whole layer are judged
 ZEROS = bytes(1 << 24)
 
 
-def hidden_states(
-    shape: tuple[int, ...],
-    folder: Path,
-    device: str,
-    in_memory: float = IN_MEMORY,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """[blocks, tokens, hidden] to be filled: on `device` up to `in_memory` GiB, else mapped from a file.
+def hidden_states(shape: tuple[int, int, int], folder: Path, device: str, in_memory: float = IN_MEMORY) -> Tensor:
+    """float32 [blocks, tokens, hidden] to be filled: on `device` up to `in_memory` GiB, else mapped from a file.
 
     The file lies in `folder` and takes its disk at once, so that a full disk shows now and as OutputError; a mapping
     that finds no room later ends the process.
     """
-    size = dtype.itemsize * math.prod(shape)
+    size = torch.float32.itemsize * math.prod(shape)
     if size <= in_memory * 2**30:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(shape, device=device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             for start in range(0, size, len(ZEROS)):
                 file.write(ZEROS[: size - start])
             file.flush()
-            return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(size,))).view(dtype).view(shape)
+            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
     except OSError as error:
-        raise OutputError(
-            f"{folder}: the calibration's hidden states need {size / 1e9:.1f} GB of disk there: {error.strerror}. Make "
-            "room, take fewer or shorter samples, or keep more of them in memory (--states-memory)"
-        ) from error
+        raise _no_room(folder, size, error) from error
+
+
+def _no_room(folder: Path, size: int, error: OSError) -> OutputError:
+    return OutputError(
+        f"{folder}: the calibration's hidden states need {size / 1e9:.1f} GB of disk there: {error.strerror}. Make "
+        "room, take fewer or shorter samples, or keep more of them in memory (--states-memory)"
+    )
+
+
+class Spool:
+    """Tensors added one after another, to be read in that order as often as wanted: up to `in_memory` GiB as they are,
+    the rest in a file in `folder`. Whoever adds a tensor leaves it alone from then on."""
+
+    def __init__(self, folder: Path, in_memory: float) -> None:
+        self._folder, self._room = folder, in_memory * 2**30
+        self._pieces: list[Tensor] = []
+        self._file: FileIO | None = None
+        self._filed: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+
+    def add(self, piece: Tensor) -> None:
+        """Raises OutputError where the disk is full."""
+        self._room -= piece.nbytes
+        if self._file is None and self._room >= 0:
+            self._pieces.append(piece)
+            return
+        try:
+            if self._file is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+                weakref.finalize(self, self._file.close)
+            self._file.seek(0, os.SEEK_END)
+            left = piece.contiguous().cpu().view(torch.uint8).numpy().ravel()
+            while len(left):
+                left = left[self._file.write(left.data) :]
+        except OSError as error:
+            raise _no_room(self._folder, piece.nbytes, error) from error
+        self._filed.append((piece.shape, piece.dtype, piece.device))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self._pieces
+        place = 0
+        for shape, dtype, device in self._filed:
+            assert self._file is not None
+            found = torch.empty(shape, dtype=dtype)
+            left = found.view(torch.uint8).numpy().ravel()
+            self._file.seek(place)
+            place += len(left)
+            while len(left):
+                left = left[self._file.readinto(left.data) :]
+            yield found.to(device)
 
 
 @dataclass(frozen=True)

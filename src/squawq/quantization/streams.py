@@ -7,6 +7,7 @@ quantized ones, the states travel twice, through the 16-bit model and through th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,10 +19,12 @@ from squawq.quantization.inputs import LayerInputs
 from squawq.quantization.layer import Chosen, LayerQuantizer, LayerResult, Packed
 from squawq.quantization.linear import LinearRounder
 from squawq.quantization.ranks import Ranks
+from squawq.quantization.replay import Replay
 from squawq.quantization.states import Sample, hidden_states
 from squawq.quantization.work import Work
 
 T = TypeVar("T")
+ANEW = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,18 @@ class Streams:
             block.run(self.reference, in_place=True)
         self.leave(block, ranks.on_first(stored) if self.quantized is not None else {}, ranks)
 
-    def leave(self, block: Block, stored: Mapping[str, Tensor], ranks: Ranks) -> None:
-        """The quantized stream through the layer as it lies on disk."""
+    def leave(
+        self, block: Block, stored: Mapping[str, Tensor], ranks: Ranks, replay: AbstractContextManager[None] = ANEW
+    ) -> None:
+        """The quantized stream through the layer as it lies on disk. replay: spares what was computed before."""
         if self.quantized is not None:
-            with ranks.together():
+            with ranks.together(), replay:
                 block.fill(stored)
                 block.run(self.quantized, in_place=True)
 
 
 class LayerPass:
-    """One layer's way: seen, scaled, its linears rounded in turn, left behind."""
+    """One layer's way: seen, scaled, its linears rounded in turn. replay: what the quantized run need not repeat."""
 
     def __init__(self, work: Work, block: Block, streams: Streams, ranks: Ranks) -> None:
         self.config, self.block, self.streams, self.ranks = work.config, block, streams, ranks
@@ -80,12 +85,13 @@ class LayerPass:
             recording = self._recording(todo)
             staged = {name for stage in todo for name in stage.linears}
             lasting = {inputs.watched(name) for name in self.worker.converted if name not in staged}
+            self.replay = Replay(block, staged, self.folder, streams.states_memory / 4)
             inputs.collect(streams.reference, streams.sample, recording.watchers, lasting)
         ranks.add_up(inputs.sums if before is None else [*inputs.sums, before])
         chosen = ranks.on_first(lambda: self._scales(inputs, lasting))
         chosen.folding = chosen.folding.to(block.device)
         with ranks.together():
-            block.fold(chosen.folding)
+            self.worker.fold_in(chosen.folding)
         inputs.keep(lasting)
         for place, stage in enumerate(todo):
             drift = self._observed(stage, recording, chosen)
@@ -93,6 +99,8 @@ class LayerPass:
             packed = self._round(stage.linears, LinearRounder(drift.inputs, self.config, drift), chosen)
             del drift  # large, and so is what `put` takes
             self._put(packed)
+            with ranks.together():
+                self.replay.settle()
         for watched, linears in inputs.readers(self.worker.converted).items():
             stats = inputs.take(watched)
             with ranks.together():
@@ -106,8 +114,7 @@ class LayerPass:
         features = {stage.watched: self.block.weight(stage.linears[0]).shape[1] for stage in todo}
         hidden = self.streams.reference.shape[-1]
         features |= {stage.residual: hidden for stage in todo if stage.residual}
-        tokens = self.streams.reference[..., 0].numel()
-        return Recording(features, tokens, self.folder, self.block.device, self.streams.states_memory)
+        return Recording(features, self.folder, self.streams.states_memory / 2)
 
     def _scales(self, inputs: LayerInputs, lasting: Collection[str]) -> Chosen:
         inputs.complete()
@@ -120,7 +127,8 @@ class LayerPass:
         assert self.streams.quantized is not None
         with self.ranks.together():
             drift = Drift(self.block, stage, chosen.folding.columns.get(stage.linears[0]))
-            drift.observe(self.streams.quantized, recording)
+            with self.replay.playing():
+                drift.observe(self.streams.quantized, recording, self.replay.watchers(stage.linears))
         self.ranks.add_up(drift.sums)
         return drift
 
