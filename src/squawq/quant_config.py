@@ -34,7 +34,7 @@ class QuantConfig:
     method: "awq" (activation-aware scales, Lin et al., arXiv 2306.00978), "squawq" (the same scales, then rounding
     that sees the error) or "rtn" (plain rounding).
     clip: search a narrower range per group, as AutoAWQ does. duo_scaling: try scales from activations and weights
-    as well as from activations alone. n_grid: steps of the scale search between 0 and 1.
+    as well as from activations alone. n_grid: steps of the scale search between 0 and 1; None: 10, of "awq" 20.
     Of "squawq" alone: compensate: what rounding a column of a weight loses, the columns after it make up for (Frantar
     et al., arXiv 2210.17323), act_order: those of the strongest inputs first. refine: passes of coordinate descent over
     the integers thereafter. sequential: calibrate each linear on what the quantized ones before it hand over, and let
@@ -53,7 +53,7 @@ class QuantConfig:
     method: str = "squawq"
     clip: bool = True
     duo_scaling: bool = True
-    n_grid: int = 20
+    n_grid: int | None = None
     compensate: bool = True
     act_order: bool = True
     refine: int = 1
@@ -68,11 +68,10 @@ class QuantConfig:
         _choice("group_size", self.group_size, GROUP_SIZES)
         _choice("method", self.method, METHODS)
         _choice("dtype", self.dtype, DTYPES)
-        _integer("n_grid", self.n_grid, 1)
         _integer("refine", self.refine, 0)
         if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 <= self.damping <= 10:
             raise ConfigError(f"damping is {self.damping!r}; it must be a number from 0 to 10")
-        for name, least in (("samples", 1), ("seqlen", 8)):
+        for name, least in (("n_grid", 1), ("samples", 1), ("seqlen", 8)):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), least)
         for name in ("zero_point", "clip", "duo_scaling", "compensate", "act_order", "sequential"):
@@ -82,6 +81,16 @@ class QuantConfig:
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
             raise ConfigError(f"modules_to_not_convert is {names!r}; it must be a list of module names")
         object.__setattr__(self, "modules_to_not_convert", tuple(names))
+
+    @property
+    def sees_errors(self) -> bool:
+        """Whether integers make up for each other; else each is the nearest."""
+        return self.compensate or self.refine > 0
+
+    @property
+    def scale_steps(self) -> int:
+        """`n_grid`, or what goes with the method."""
+        return self.n_grid or (20 if self.method == "awq" else 10)
 
     def group_of(self, in_features: int) -> int:
         """The group size for a linear with this many inputs."""

@@ -14,7 +14,7 @@ import squawq
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
-from squawq.quantization import statistics
+from squawq.quantization import linear, statistics
 from squawq.quantization.blocks import Blocks
 from squawq.quantization.drift import Drift, Recording, Stage, stages
 from squawq.quantization.inputs import LayerInputs
@@ -106,6 +106,7 @@ def test_wide_inputs_make_up_part_by_part(
     """Halved inputs, whose parts know nothing of each other: every part of the weights becomes about twice itself."""
     monkeypatch.setattr(statistics, "WIDEST", 32)
     monkeypatch.setattr(statistics, "BOUNDARY", 16)
+    monkeypatch.setattr(linear, "CHUNK", 32 * 7)  # several chunks of rows
     states = torch.randn(64, 32, 64, generator=torch.Generator().manual_seed(0))
     with blocks_of(make_model()).open(0) as block:
         block.weight("self_attn.o_proj").zero_()

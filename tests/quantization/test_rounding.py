@@ -10,7 +10,7 @@ from torch import Tensor
 
 from squawq.format.groupwise import quantize, round_to_grid
 from squawq.quant_config import QuantConfig
-from squawq.quantization import linear, rounding
+from squawq.quantization import rounding
 from squawq.quantization.linear import LinearRounder
 from squawq.quantization.rounding import DampedGram, Grid
 from squawq.quantization.search import whole_ranges
@@ -125,7 +125,6 @@ def test_wide_inputs_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(statistics, "WIDEST", 64)
     monkeypatch.setattr(statistics, "BOUNDARY", 32)
-    monkeypatch.setattr(linear, "rows_at_once", lambda weight: 7)
     x = inputs(2000, 160)
     for group in (32, -1):
         target = weight(24, 160)

@@ -95,11 +95,19 @@ def test_best_scales_is_the_brute_force_minimum() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(out=st.integers(1, 20), groups=st.integers(1, 3), seed=st.integers(0, 999), zero_point=st.booleans())
-def test_clip_never_loses_to_the_full_range(out: int, groups: int, seed: int, zero_point: bool) -> None:
+@given(
+    out=st.integers(1, 20),
+    groups=st.integers(1, 3),
+    seed=st.integers(0, 999),
+    zero_point=st.booleans(),
+    whole=st.booleans(),
+)
+def test_clip_never_loses_to_the_full_range(out: int, groups: int, seed: int, zero_point: bool, whole: bool) -> None:
     weight, x = gaussian(out, groups * 16, seed=seed), gaussian(64, groups * 16, seed=seed + 1)
-    blocks = statistics_of(x).gram_blocks(16)
-    limits = clip_limits(weight, blocks, zero_point)
+    energy = x.square().sum(0).view(groups, 16)
+    assert torch.allclose(statistics_of(x).energy.view(groups, 16), energy, rtol=1e-4)
+    blocks = statistics_of(x).gram_blocks(16) if whole else torch.diag_embed(energy)
+    limits = clip_limits(weight, blocks if whole else energy, zero_point)
 
     def errors(rounded: torch.Tensor) -> torch.Tensor:
         difference = (rounded - weight).view(out, groups, 16).transpose(0, 1)

@@ -19,7 +19,7 @@ from squawq.quantization.states import Sample
 from squawq.quantization.statistics import InputStatistics
 
 Watcher = Callable[[Tensor], object]
-SCALING_TOKENS = 8192  # are enough to choose scales by
+SCALING_TOKENS = 4096  # are enough to choose scales by
 LEAST_TOKENS = 256  # an expert that saw fewer is calibrated on all sampled tokens instead
 
 
@@ -65,9 +65,10 @@ class LayerInputs:
         """All that was collected: added up over processes, it is what one process collects of all their tokens."""
         return [self.before, self.after, *(t for s in self.statistics.values() for t in s.sums)]
 
-    def complete(self) -> None:
-        """Once it is added up: the sampled blocks' inputs of modules, and tokens for experts that saw too few."""
-        self._inputs = self._sample()
+    def complete(self, inspected: bool) -> None:
+        """Once it is added up: the sampled blocks' inputs of modules, and tokens for experts that saw too few.
+        inspected: whether those of modules that scales are judged by are wanted."""
+        self._inputs = self._sample(inspected)
         self._route_to_rare()
 
     def watched(self, linear: str) -> str:
@@ -101,12 +102,13 @@ class LayerInputs:
         features = self.before.shape[-1] if module not in self._watched else self.block.weight(module).shape[1]
         return InputStatistics(features, self.block.device)
 
-    def _sample(self) -> dict[str, Tensor]:
+    def _sample(self, inspected: bool) -> dict[str, Tensor]:
         """Inputs of the modules that are inspected or hold experts, for the sampled blocks."""
-        names = {n for group in self.groups for n in (group.inspect, group.input) if n}
+        names = {n for group in self.groups for n in (group.inspect if inspected else "", group.input) if n}
         seen: dict[str, list[Tensor]] = {name: [] for name in names}
-        with self.block.watching({name: pieces.append for name, pieces in seen.items()}):
-            self.block.run(self.before)
+        if seen:
+            with self.block.watching({name: pieces.append for name, pieces in seen.items()}):
+                self.block.run(self.before)
         return {"": self.before} | {name: torch.cat(pieces) for name, pieces in seen.items()}
 
     def _route_to_rare(self) -> None:

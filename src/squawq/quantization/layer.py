@@ -103,10 +103,10 @@ class LayerQuantizer:
     ) -> ScaleCandidate:
         weights = [self.block.weight(name) for name in names]
         size, zero_point = self.config.group_of(weights[0].shape[1]), self.config.zero_point
-        candidates = scale_candidates(stats.mean_absolute, weight_importance(weights, size), self.config.n_grid)
+        candidates = scale_candidates(stats.mean_absolute, weight_importance(weights, size), self.config.scale_steps)
         if not self.config.duo_scaling:
             candidates = [c for c in candidates if c.formula != "xw"]
-        if group.inspect is None:
+        if group.inspect is None or self.config.sees_errors:  # a module would judge another rounding than will be
             return best_scales(candidates, weights, stats.loss, size, zero_point)
         module, given = group.inspect, inputs.whole(group.inspect)
         wanted = self.block.inspect(module, given)

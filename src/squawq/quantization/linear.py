@@ -11,8 +11,8 @@ from torch import Tensor
 from squawq.format.groupwise import GroupwiseTensor, quantize
 from squawq.quant_config import QuantConfig
 from squawq.quantization.drift import Drift
-from squawq.quantization.rounding import DampedGram, Grid
-from squawq.quantization.search import clip_limits, rows_at_once, whole_ranges
+from squawq.quantization.rounding import CHUNK, DampedGram, Grid
+from squawq.quantization.search import clip_limits, whole_ranges
 from squawq.quantization.statistics import InputStatistics
 
 
@@ -34,8 +34,9 @@ class LinearRounder:
             return quantize(weight, size, config.zero_point), None
         if self.drift is not None:
             self._make_up(weight, self.drift)
-        limits = clip_limits(weight, self.stats.gram_blocks(size), config.zero_point) if clip else None
-        if not config.compensate and not config.refine:
+        gram = self.stats.energy.view(-1, size) if config.sees_errors else self.stats.gram_blocks(size)
+        limits = clip_limits(weight, gram, config.zero_point) if clip else None
+        if not config.sees_errors:
             return quantize(weight, size, config.zero_point, limits), limits
         grid = Grid.of(limits or whole_ranges(weight, size), size, config.zero_point)
         q = torch.empty(weight.shape[::-1], dtype=torch.uint8, device=weight.device)
@@ -48,7 +49,7 @@ class LinearRounder:
         for place, span in enumerate(self.stats.spans):
             lack = drift.lack.pop(0) if drift.single else drift.lack[place]  # large, and only one linear needs it
             change = None if drift.single else self._change(span, lack)
-            for start in range(0, len(weight), step := rows_at_once(weight)):
+            for start in range(0, len(weight), step := max(1, CHUNK // (span.stop - span.start))):
                 part = slice(start, start + step)
                 rows = weight[part, span]
                 rows += self._damped(span).solve(lack[part]) if change is None else rows @ change

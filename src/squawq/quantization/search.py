@@ -14,8 +14,7 @@ from torch import Tensor
 
 from squawq.format.groupwise import fake_quantize, round_to_grid, scale_and_zero
 
-SAMPLED_ROWS = 128  # output rows that a candidate is judged on, fewer where rows are long: rows * in^2 stays below
-SAMPLED_WORK = 1 << 34
+SAMPLED_ROWS = 64  # output rows that a candidate is judged on
 REFINED = 2  # candidates that go on to the loss on the inspected module
 CLIP_STEPS = 10
 CLIP_GRID = 20  # ranges shrink by steps of 1/20, down to 0.55
@@ -68,10 +67,8 @@ def rows_at_once(weight: Tensor) -> int:
 
 
 def sampled_rows(weight: Tensor) -> slice:
-    """Which rows of [out, in] stand for all: at most SAMPLED_ROWS, 64 or more by SAMPLED_WORK, evenly spread."""
-    most = min(SAMPLED_ROWS, max(64, SAMPLED_WORK // weight.shape[1] ** 2))
-    step = -(-weight.shape[0] // most)
-    return slice(None, None, step)
+    """Which rows of [out, in] stand for all: at most SAMPLED_ROWS, evenly spread."""
+    return slice(None, None, -(-weight.shape[0] // SAMPLED_ROWS))
 
 
 def gram_loss(difference: Tensor, gram: Tensor) -> float:
@@ -119,24 +116,25 @@ def whole_ranges(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def clip_limits(weight: Tensor, gram_blocks: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:
+def clip_limits(weight: Tensor, gram: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:
     """Range (low, high), each [out, groups], that loses least for each row and group on its own.
 
-    gram_blocks [groups, group, group]. Tries the full range, the range shrunk at both ends, and AutoAWQ's symmetric
-    clamp; a group's error is d' G d for its weight differences d.
+    Tries the full range, the range shrunk at both ends, and AutoAWQ's symmetric clamp. A group's error is d' G d for
+    its weight differences d; gram holds the blocks G of all groups [groups, group, group], or their diagonals alone
+    [groups, group], for integers that will make up for each other.
     """
     out, features = weight.shape
-    group = gram_blocks.shape[1]
+    group = gram.shape[1]
     low = torch.empty(out, features // group, device=weight.device)
     high = torch.empty_like(low)
     step = rows_at_once(weight)
     for start in range(0, out, step):
         part = slice(start, min(out, start + step))
-        low[part], high[part] = _clip_rows(weight[part].view(-1, features // group, group), gram_blocks, zero_point)
+        low[part], high[part] = _clip_rows(weight[part].view(-1, features // group, group), gram, zero_point)
     return low, high
 
 
-def _clip_rows(grouped: Tensor, gram_blocks: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:
+def _clip_rows(grouped: Tensor, gram: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:
     full_low, full_high = grouped.amin(-1), grouped.amax(-1)
     extent = torch.maximum(full_low.abs(), full_high.abs())
     best = torch.full_like(full_low, torch.inf)
@@ -149,9 +147,12 @@ def _clip_rows(grouped: Tensor, gram_blocks: Tensor, zero_point: bool) -> tuple[
         for try_low, try_high in ranges:
             scale, zero = scale_and_zero(try_low, try_high, zero_point)
             scale, zero = scale[..., None], zero[..., None]
-            difference = (round_to_grid(grouped, scale, zero) - zero) * scale - grouped
-            by_group = difference.transpose(0, 1)
-            error = ((by_group @ gram_blocks) * by_group).sum(-1).T
+            difference = round_to_grid(grouped, scale, zero).sub_(zero).mul_(scale).sub_(grouped)
+            if gram.dim() == 3:
+                by_group = difference.transpose(0, 1)
+                error = ((by_group @ gram) * by_group).sum(-1).T
+            else:
+                error = difference.square_().mul_(gram).sum(-1)
             better = error < best
             best = torch.where(better, error, best)
             low, high = torch.where(better, try_low, low), torch.where(better, try_high, high)

@@ -114,6 +114,11 @@ class InputStatistics:
         """The Gram matrix of the inputs in one of `spans`."""
         return self._grams[self.spans.index(span)]
 
+    @property
+    def energy(self) -> Tensor:
+        """The Gram matrix's diagonal [features]."""
+        return torch.cat([gram.diagonal() for gram in self._sums])
+
     def notes(self, name: str) -> list[str]:
         """What is out of the ordinary, for the report."""
         found = [f"{name}: {self.dropped} inputs were not finite and are left out"] if self.dropped else []
