@@ -3,8 +3,8 @@
     python benchmarks/quantize_time.py growth [--tokens 8192 32768 131072] [--shape llama-3.2-1b --layers 1]
     python benchmarks/quantize_time.py layer --peer PYTHON [--shape llama-3.1-8b] [--tokens 8192]
 
-growth: our own quantizer with ever more tokens, its time split by a profile into the runs of layers over all tokens
-(where the statistics are gathered) and the rest, which should not grow; the bundled model unless a shape is given.
+growth: our own quantizer with ever more tokens, its time split by a profile into the passes over all tokens (where the
+statistics are gathered) and the rest, which should not grow; the bundled model unless a shape is given.
 layer: one decoder layer of the shape with random weights and a small vocabulary, ours and AutoAWQ 0.2.9 (PYTHON is its
 environment's, peers/README.md) one after the other; prints the ratio and what all layers of the model would take.
 """
@@ -30,6 +30,7 @@ import squawq
 from squawq import QuantConfig
 from squawq.demo import demo_model
 from squawq.quantization.blocks import Block
+from squawq.quantization.replay import Replay
 
 assert modeling_llama.LlamaForCausalLM
 VOCAB = 1024  # of the random models, and the least of the ids
@@ -68,13 +69,14 @@ def growth(args: argparse.Namespace, folder: Path) -> None:
         config = QuantConfig(samples=len(rows), seqlen=SEQLEN)
         profile.runcall(quantize, model, folder / str(tokens), config, calibration=rows)
         stats = pstats.Stats(profile)
-        total, running = float(stats.total_tt), seconds_in(stats, Block.run)  # type: ignore[attr-defined]
+        total = float(stats.total_tt)  # type: ignore[attr-defined]
+        running = sum(seconds_in(stats, passes) for passes in (Block.run, Block.feed, Replay.settle))
         rests.append(total - running)
         table.append([f"{tokens:,}", f"{running:.1f}", f"{total - running:.1f}", f"{total:.1f}"])
         print(*table[-1], file=sys.stderr, flush=True)
     name = args.shape or "demo model"
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    headings = ["calibration tokens", "seconds running layers", "the rest", "all"]
+    headings = ["calibration tokens", "seconds in passes over tokens", "the rest", "all"]
     print_table(f"{name}, {threads} threads, profiled", headings, table)
     more, longer = args.tokens[-1] / args.tokens[0], rests[-1] / rests[0]
     print(f"{more:g} times the tokens: the rest takes {longer:.2f} times as long")
