@@ -26,15 +26,22 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
 
 def quantize_apart(
-    peer: str, python: str, model: Path, out: Path, rows: Path, settings: Mapping[str, Any]
+    peer: str,
+    python: str,
+    model: Path,
+    out: Path,
+    rows: Path,
+    settings: Mapping[str, Any],
+    patience: float | None = None,
 ) -> dict[str, Any]:
     """Run peers/PEER_quantize.py with its environment's interpreter: `seconds` of quantizing alone and `peak_bytes`.
 
-    rows: a JSON file of token id lists. Ends the benchmark with the peer's own words when it fails.
+    rows: a JSON file of token id lists. Ends the benchmark with the peer's own words when it fails, the peer when it
+    has not come to an end after `patience` seconds (subprocess.TimeoutExpired).
     """
     script = PEERS / f"{peer}_quantize.py"
     command = [python, str(script), str(model), str(out), str(rows), json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
     if done.returncode:
         sys.exit(f"{python} {script.name} failed:\n{done.stderr[-3000:]}")
     outcome: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

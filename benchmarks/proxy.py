@@ -3,7 +3,7 @@
     python benchmarks/proxy.py [--model FOLDER] [--rows 64 --seqlen 256]
 
 For every group of linears that a module is inspected for (q/k/v in attention, gate/up in the MLP), all candidates are
-judged both ways. Columns: the module's loss under the proxy's first choice, and under the choice that squawq makes (the
+judged both ways. Columns: the module's loss under the proxy's first choice, and under the choice of --method awq (the
 module's judgement of the proxy's best few), each relative to the least of all candidates, which AutoAWQ's search finds
 at the price of running the module for each; and where the truly best candidate stands in the proxy's order.
 """
@@ -25,7 +25,7 @@ from squawq.demo import demo_model
 from squawq.quantization import layer
 from squawq.quantization.search import ScaleCandidate, best_scales, sampled_rows, scaled_difference
 
-Found = dict[int, list[tuple[float, float, int]]]  # by number of linears: first choice, squawq's choice, place of best
+Found = dict[int, list[tuple[float, float, int]]]  # by number of linears: first choice, final choice, place of best
 
 
 def judging(found: Found) -> Callable[..., ScaleCandidate]:
@@ -69,7 +69,9 @@ def main() -> None:
     found: Found = {}
     layer.best_scales = judging(found)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
-        squawq.quantize(args.model, Path(folder) / "out", QuantConfig(samples=args.rows, seqlen=args.seqlen))
+        squawq.quantize(
+            args.model, Path(folder) / "out", QuantConfig(method="awq", samples=args.rows, seqlen=args.seqlen)
+        )
     names = {3: "q, k, v", 2: "gate, up"}
     rows = [
         [
@@ -80,7 +82,7 @@ def main() -> None:
         ]
         for linears, judged in found.items()
     ]
-    headings = ["linears", "layers", "first by proxy", "squawq's choice", "place of the best"]
+    headings = ["linears", "layers", "first by proxy", "choice of --method awq", "place of the best"]
     print_table(
         f"{args.model.name}: module's loss relative to the best of all candidates, median / worst", headings, rows
     )

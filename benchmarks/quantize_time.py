@@ -1,12 +1,13 @@
 """How long quantizing takes: by calibration tokens, and for a large model's layer beside AutoAWQ.
 
     python benchmarks/quantize_time.py growth [--tokens 8192 32768 131072] [--shape llama-3.2-1b --layers 1]
-    python benchmarks/quantize_time.py layer --peer PYTHON [--shape llama-3.1-8b] [--tokens 8192]
+    python benchmarks/quantize_time.py layer --peer PYTHON [--shape llama-3.1-8b] [--tokens 8192] [--patience 8]
 
 growth: our own quantizer with ever more tokens, its time split by a profile into the passes over all tokens (where the
 statistics are gathered) and the rest, which should not grow; the bundled model unless a shape is given.
 layer: one decoder layer of the shape with random weights and a small vocabulary, ours and AutoAWQ 0.2.9 (PYTHON is its
-environment's, peers/README.md) one after the other; prints the ratio and what all layers of the model would take.
+environment's, peers/README.md) one after the other; prints the ratio and what all layers of the model would take. With
+--patience 8, AutoAWQ is stopped once it has taken eight times as long as ours.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import json
 import os
 import pstats
 import random
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from checkpoints import SHAPES, write_checkpoint
 from common import print_table, quantize_apart
@@ -35,6 +38,7 @@ from squawq.quantization.replay import Replay
 assert modeling_llama.LlamaForCausalLM
 VOCAB = 1024  # of the random models, and the least of the ids
 SEQLEN = 512
+STARTING = 60.0  # seconds that AutoAWQ has to be ready to work, which are not counted
 
 
 def token_rows(tokens: int) -> list[list[int]]:
@@ -86,28 +90,26 @@ def layer(args: argparse.Namespace, folder: Path) -> None:
     """Ours and AutoAWQ's seconds for the layers, and projected for the whole model."""
     model, rows = random_model(args, folder), folder / "rows.json"
     rows.write_text(json.dumps(token_rows(args.tokens[0])))
-    found = {
-        name: quantize_apart(peer, python, model, folder / peer, rows, settings)
-        for name, peer, python, settings in (
-            ("squawq", "squawq", sys.executable, {}),
-            ("AutoAWQ 0.2.9", "autoawq", args.peer, {"bits": 4}),
-        )
-    }
     layers = SHAPES[args.shape].layers
-    table = [
-        [
-            name,
-            f"{outcome['seconds']:.1f}",
-            f"{outcome['peak_bytes'] / 2**30:.2f}",
-            f"{outcome['seconds'] / args.layers * layers / 60:.0f} min",
-        ]
-        for name, outcome in found.items()
-    ]
+    ours = quantize_apart("squawq", sys.executable, model, folder / "squawq", rows, {})
+    print("squawq", ours, file=sys.stderr, flush=True)
+    ended, patience = True, args.patience and args.patience * ours["seconds"] + STARTING
+    try:
+        theirs = quantize_apart("autoawq", args.peer, model, folder / "autoawq", rows, {"bits": 4}, patience)
+    except subprocess.TimeoutExpired:
+        ended, theirs = False, {"seconds": args.patience * ours["seconds"], "peak_bytes": None}
+
+    def row(name: str, outcome: dict[str, Any], least: str = "") -> list[str]:
+        peak, seconds = outcome["peak_bytes"], outcome["seconds"]
+        whole = seconds / args.layers * layers / 60
+        return [name, f"{least}{seconds:.1f}", f"{peak / 2**30:.2f}" if peak else "", f"{least}{whole:.0f} min"]
+
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     title = f"{args.shape}, {args.layers} layer(s), {args.tokens[0]:,} tokens, {threads} threads"
+    table = [row("squawq", ours), row("AutoAWQ 0.2.9", theirs, "" if ended else "> ")]
     print_table(title, ["", "seconds", "peak GiB", f"all {layers} layers would take"], table)
-    ours, theirs = (outcome["seconds"] for outcome in found.values())
-    print(f"squawq takes {ours / theirs:.3f} of AutoAWQ's time")
+    share = ours["seconds"] / theirs["seconds"]
+    print(f"squawq takes {share:.3f} of AutoAWQ's time" + ("" if ended else " or less: that was stopped at work"))
 
 
 def main() -> None:
@@ -118,6 +120,7 @@ def main() -> None:
     growing.add_argument("--shape", choices=SHAPES)
     one.add_argument("--tokens", type=int, nargs=1, default=[8192])
     one.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    one.add_argument("--patience", type=float, help="times our seconds after which AutoAWQ is stopped")
     one.add_argument("--peer", required=True, help="python of the environment with AutoAWQ")
     for command in (growing, one):
         command.add_argument("--layers", type=int, default=1, help="of a random model")
