@@ -71,6 +71,9 @@ class QuantConfig:
         _integer("refine", self.refine, 0)
         if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 <= self.damping <= 10:
             raise ConfigError(f"damping is {self.damping!r}; it must be a number from 0 to 10")
+        for name in () if self.method == "squawq" else ("refine", "damping"):
+            if (value := getattr(self, name)) not in (0, getattr(QuantConfig, name)):
+                raise ConfigError(f"{name} is {value!r}, but method {self.method!r} has none; leave it out")
         for name, least in (("n_grid", 1), ("samples", 1), ("seqlen", 8)):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), least)
