@@ -30,11 +30,12 @@ struct Ops {
     decltype(&scalar::silu_mul) silu_mul;
     decltype(&scalar::rotate_and_store) rotate_and_store;
     decltype(&scalar::attention) attention;
+    decltype(&scalar::round_columns) round_columns;
 };
 
 #define TABLE(ISA)                                                                                              \
     {#ISA, ISA::int4_matmul, ISA::int4_matmul_exact, ISA::int8_matmul, ISA::dense_matmul, ISA::rms_norm,         \
-     ISA::silu_mul, ISA::rotate_and_store, ISA::attention}
+     ISA::silu_mul, ISA::rotate_and_store, ISA::attention, ISA::round_columns}
 
 // Best first.
 const Ops TABLES[] = {
@@ -140,7 +141,7 @@ int locked(Function function) {
 
 using namespace squawq;
 
-EXPORT int squawq_abi() { return 3; }
+EXPORT int squawq_abi() { return 4; }
 EXPORT const char* squawq_isa() { return current->name; }
 
 // -1: not built in or not on this machine.
@@ -228,4 +229,11 @@ EXPORT int squawq_layers(const Layer* layers, int64_t number, float* hidden, int
         const Step step{rows, hidden_size, inner, {query_heads, kv_heads, dim}, eps, cos, sin, slots, list, count};
         run_layers(*current, layers, number, step, hidden);
     });
+}
+
+EXPORT int squawq_round_columns(const float* wanted, const float* base, const float* feedback, const float* scales,
+                                const float* zeros, const int64_t* groups, int64_t columns, int64_t out, float highest,
+                                float* levels, float* errors) {
+    const Columns block{wanted, base, feedback, scales, zeros, groups, columns, out, highest};
+    return locked([=] { current->round_columns(block, levels, errors); });
 }

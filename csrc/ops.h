@@ -52,6 +52,17 @@ struct Heads {
     int64_t query, kv, dim;
 };
 
+constexpr int MOST_COLUMNS = 128;
+
+// A block of weights to round, [columns][out]. wanted: what each would be but for the errors of the columns after it, of
+// which column c takes feedback[c][other] each. base: what errors are counted from. scales, zeros [groups][out].
+struct Columns {
+    const float *wanted, *base, *feedback, *scales, *zeros;
+    const int64_t* groups;  // [columns]: the group of each
+    int64_t columns, out;
+    float highest;          // integers are 0 .. highest
+};
+
 #define SQUAWQ_OPS(ISA)                                                                                                \
     namespace ISA {                                                                                                    \
     void int4_matmul(const float* x, int64_t m, const Int4& w, float* y);                                              \
@@ -64,6 +75,7 @@ struct Heads {
                           const float* k_norm, float eps, const int64_t* slots, uint16_t* keys, uint16_t* values);     \
     void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, int64_t window,            \
                    const uint16_t* keys, const uint16_t* values, float* y);                                            \
+    void round_columns(const Columns& c, float* levels, float* errors);                                                \
     }
 
 SQUAWQ_OPS(avx512)

@@ -251,6 +251,23 @@ def test_rotate_and_store(normed: bool) -> None:
     assert (float(results[0][2].max()), float(results[0][2].min())) == (65504.0, -65504.0)
 
 
+@pytest.mark.parametrize("highest", [15, 7])
+@pytest.mark.parametrize(("columns", "out"), [(1, 1), (5, 63), (64, 64), (127, 65), (128, 200)])
+def test_round_columns(columns: int, out: int, highest: int) -> None:
+    """A sum in another order may turn a value between two integers, and what comes after it in its channel."""
+    groups = torch.randint(3, (columns,), generator=torch.Generator().manual_seed(1))
+    scales, zeros = random(3, out).abs() * 0.2 + 0.1, (random(3, out, seed=2).abs() * 4).round()
+    wanted, base, feedback = random(columns, out, seed=3), random(columns, out, seed=4), random(columns, columns) * 0.2
+    wanted[0, 0], wanted[-1, -1] = 1e30, -1e30
+    given = (wanted, base, feedback, scales, zeros, groups, highest)
+    levels, errors = cpu.round_columns(*given)
+    expected, _ = reference.round_columns(*given)
+    assert (levels != expected).any(0).float().mean() < 0.02
+    assert torch.equal(levels, levels.round().clamp(0, highest))
+    assert torch.allclose(errors, base - (levels - zeros[groups]) * scales[groups], atol=1e-6)
+    assert columns == 1 or (float(levels[0, 0]), float(levels[-1, -1])) == (highest, 0)
+
+
 def test_isas_agree_on_integers(isa: str) -> None:
     """Integer sums are exact everywhere; the float additions differ only where fused multiply-add is missing."""
     tensor, x = quantize(random(48, 256), 128, True), random(9, 256, seed=3)

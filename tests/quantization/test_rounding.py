@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from squawq.format.groupwise import quantize, round_to_grid
+from squawq.kernels import library
 from squawq.quant_config import QuantConfig
 from squawq.quantization import rounding
 from squawq.quantization.linear import LinearRounder
@@ -63,6 +64,14 @@ def test_gptqs_integers(features: int, act_order: bool, monkeypatch: pytest.Monk
     expected = gptq(target, gram + torch.diag(0.1 * diagonal + rounding.FLOOR * diagonal.mean()), grid, order)
     found = damped.round(target, grid, compensate=True, passes=0)
     assert (found != expected).float().mean() < 0.002  # a value between two integers may turn, and those after it
+
+
+def test_without_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, target = inputs(2000, 320), weight(100, 320)
+    damped, grid = DampedGram(x.T @ x, 0.1, act_order=True), grid_of(target)
+    found = damped.round(target, grid, compensate=True, passes=1)
+    monkeypatch.setattr(library, "load", lambda: None)
+    assert (damped.round(target, grid, compensate=True, passes=1) != found).float().mean() < 0.002
 
 
 def test_each_step_loses_less() -> None:

@@ -57,7 +57,7 @@ def test_long_sums_stay_exact() -> None:
     for piece in (64, 65536):
         found = statistics_of(x, piece)
         assert ((found.gram - exact) / exact).abs().max() < 5e-6
-        assert torch.allclose(found.absolute, x.double().abs().sum(0), rtol=1e-9)
+        assert torch.allclose(found.absolute, x.double().abs().sum(0), rtol=1e-6)
         assert found.rows == 65536
 
 

@@ -17,6 +17,7 @@ from squawq.kernels.library import POINTER, SIZE, address, check, required
 from squawq.kernels.packed import Packed
 
 MOST_SHARED_HEADS = 16  # query heads for each key-value head
+MOST_COLUMNS = 128  # rounded in one call
 
 
 def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -74,6 +75,16 @@ def attention(
     batch = (sequences.data_ptr(), sequences.shape[0], pages.data_ptr(), window or 0)
     check(required().squawq_attention(qkv.data_ptr(), *heads, *batch, *map(address, (keys, values, y))))
     return y
+
+
+def round_columns(
+    wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, highest: int
+) -> tuple[Tensor, Tensor]:
+    """reference.round_columns for contiguous float32 of at most MOST_COLUMNS columns."""
+    levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+    sources = map(address, (wanted, base, feedback, scales, zeros, groups))
+    check(required().squawq_round_columns(*sources, *wanted.shape, highest, levels.data_ptr(), errors.data_ptr()))
+    return levels, errors
 
 
 class _Matrix(ctypes.Structure):

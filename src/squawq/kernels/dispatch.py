@@ -127,3 +127,14 @@ def attention(
     kernels = cpu if _native_attention(qkv, heads, keys) else reference
     y: Tensor = kernels.attention(qkv, heads, sequences, pages, window, keys, values)
     return y
+
+
+def round_columns(
+    wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, highest: int
+) -> tuple[Tensor, Tensor]:
+    """Integers and errors of a block of columns whose errors are fed on. See `reference`."""
+    native = wanted.device.type == "cpu" and len(wanted) <= cpu.MOST_COLUMNS and library.load() is not None
+    kernels = cpu if native else reference
+    wanted, base, feedback = wanted.contiguous(), base.contiguous(), feedback.contiguous()
+    found: tuple[Tensor, Tensor] = kernels.round_columns(wanted, base, feedback, scales, zeros, groups, highest)
+    return found

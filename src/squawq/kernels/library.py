@@ -20,7 +20,7 @@ from torch import Tensor
 from squawq.errors import ConfigError, KernelError
 
 logger = logging.getLogger("squawq")
-ABI = 3
+ABI = 4
 LANES = 16  # output rows of a packed block, tokens of a page
 ISAS = ("avx512", "avx2", "neon", "scalar", "torch")
 
@@ -40,6 +40,7 @@ _SIGNATURES = {
     "squawq_rotate_and_store": (POINTER, *(SIZE,) * 4, *(POINTER,) * 4, FLOAT, *(POINTER,) * 3),
     "squawq_layers": (POINTER, SIZE, POINTER, *(SIZE,) * 6, FLOAT, *(POINTER,) * 4, SIZE, POINTER),
     "squawq_attention": (POINTER, *(SIZE,) * 3, POINTER, SIZE, POINTER, SIZE, *(POINTER,) * 3),
+    "squawq_round_columns": (*(POINTER,) * 6, SIZE, SIZE, FLOAT, POINTER, POINTER),
 }
 
 

@@ -122,3 +122,22 @@ def causal_mask(rows: int, start: int, window: int | None, device: torch.device)
     at = torch.arange(start, start + rows, device=device)[:, None]
     key = torch.arange(start + rows, device=device)[None, :]
     return (key <= at) & (key > at - (window or start + rows))
+
+
+def round_columns(
+    wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, highest: int
+) -> tuple[Tensor, Tensor]:
+    """Integers 0..highest (as float32) of a block of weights [columns, out], the last column first, and what each
+    loses: base minus what the integers stand for, both [columns, out].
+
+    What is rounded of column c is wanted[c] plus feedback[c, other] times the error of each column after it; feedback
+    [columns, columns]. scales, zeros float32 [groups, out]; groups int64 [columns] on the CPU: the group of each.
+    """
+    levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+    of = groups.tolist()
+    for own in range(len(wanted) - 1, -1, -1):
+        after, scale, zero = slice(own + 1, None), scales[of[own]], zeros[of[own]]
+        column = torch.addmv(wanted[own], errors[after].T, feedback[own, after])
+        torch.div(column, scale, out=levels[own]).round_().add_(zero).clamp_(0, highest)
+        torch.sub(zero, levels[own], out=errors[own]).mul_(scale).add_(base[own])
+    return levels, errors

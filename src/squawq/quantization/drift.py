@@ -76,7 +76,7 @@ class Reading:
         self._kept = kept
 
     def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs of the run that goes on, float32 [tokens, features], and those recorded of the same tokens."""
+        """Inputs of the run that goes on, float32 [tokens, features], and a copy of those recorded of the same."""
         rows = x.reshape(-1, x.shape[-1]).float()
         return rows, next(self._kept).reshape(rows.shape).float()
 
@@ -115,17 +115,17 @@ class Drift:
             self._block.feed(states, watchers)
 
     def _keep(self, x: Tensor, wanted: Tensor) -> None:
-        self._residual = wanted - x
+        self._residual = wanted.sub_(x)
 
     def _add(self, x: Tensor, wanted: Tensor) -> None:
         self.inputs.update(x)
-        own = (wanted if self._scales is None else wanted / self._scales) - x
+        own = (wanted if self._scales is None else wanted.div_(self._scales)).sub_(x)
         for span, total in zip(self._spans, self.lack, strict=True):
             lack, part = own[:, span], x[:, span]
             if self.single:
                 lack = lack @ self._block.weight(self.stage.linears[0])[:, span].T
                 if self._residual is not None:
-                    lack += self._residual / len(self._spans)
+                    lack.add_(self._residual, alpha=1 / len(self._spans))
             if not (all_finite(lack) and all_finite(part)):
                 finite = torch.isfinite(lack).all(-1) & torch.isfinite(part).all(-1)
                 lack, part = lack[finite], part[finite]

@@ -7,14 +7,16 @@ format has them; then coordinate descent. Ranges are given: only integers are ch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from squawq.format.groupwise import LEVELS, GroupwiseTensor, round_to_grid, scale_and_zero
+from squawq.kernels.dispatch import round_columns
 
-BLOCK = 128  # columns between whose errors only short products are made
+BLOCK = 128  # columns between whose errors no matrix product is made
 CHUNK = 1 << 24  # weights handled at once: rows do not depend on each other
 FLOOR = 1e-4  # of the mean energy, for channels without signal
 TRIES = 8
@@ -36,7 +38,7 @@ class Grid:
 
     def rows(self, part: slice) -> Grid:
         """Some of the output channels."""
-        return Grid(self.scale[:, part], self.zero[:, part], self.group)
+        return Grid(self.scale[:, part].contiguous(), self.zero[:, part].contiguous(), self.group)
 
     def columns(self, part: slice) -> Grid:
         """Some of the inputs: whole groups, or a part of one that is larger."""
@@ -47,6 +49,16 @@ class Grid:
         """Integers as float32 for weights [in, out]."""
         grouped = target.view(len(self.scale), -1, target.shape[1])
         return round_to_grid(grouped, self.scale[:, None], self.zero[:, None]).view_as(target)
+
+    def round(self, wanted: Tensor, base: Tensor, feedback: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers as float32 for a block of columns [columns, out], the last one first, and their errors from `base`,
+        of which each column takes feedback [columns, columns] along. groups int64 [columns]: which it stands in."""
+        return round_columns(wanted, base, feedback, self.scale, self.zero, groups.cpu(), LEVELS)
+
+    def values(self, levels: Tensor) -> Tensor:
+        """Weights [in, out] for integers as float32."""
+        grouped = levels.view(len(self.scale), -1, levels.shape[1])
+        return (grouped - self.zero[:, None]).mul_(self.scale[:, None]).view_as(levels)
 
     def tensor(self, q: Tensor) -> GroupwiseTensor:
         """With integers uint8 [in, out]."""
@@ -97,42 +109,33 @@ class DampedGram:
 
     def _compensate(self, target: Tensor, grid: Grid) -> Tensor:
         """Integers as float32 [in, out] for [in, out], each column's error fed to those that come after."""
-        factor, diagonal = self.factor, self._diagonal
-        groups = (self.columns // grid.group).tolist()
-        target = target[self.columns]
+        groups, target = self.columns // grid.group, target[self.columns]
         errors, levels = torch.empty_like(target), torch.empty_like(target)
-        for stop in range(len(target), 0, -BLOCK):
-            start = max(0, stop - BLOCK)
-            feedback = factor[start:, start:stop] / diagonal[start:stop]
-            wanted = torch.addmm(target[start:stop], feedback[stop - start :].T, errors[stop:])
-            for own in range(stop - 1, start - 1, -1):
-                column, group = wanted[own - start], groups[own]
-                if own + 1 < stop:
-                    column.addmv_(errors[own + 1 : stop].T, feedback[own + 1 - start : stop - start, own - start])
-                scale, zero = grid.scale[group], grid.zero[group]
-                torch.div(column, scale, out=levels[own]).round_().add_(zero).clamp_(0, LEVELS)
-                torch.sub(zero, levels[own], out=errors[own]).mul_(scale).add_(target[own])
+        for part in _blocks(len(target)):
+            feedback = self.factor[part.start :, part].T / self._diagonal[part, None]
+            size = part.stop - part.start
+            wanted = torch.addmm(target[part], feedback[:, size:], errors[part.stop :])
+            levels[part], errors[part] = grid.round(wanted, target[part], feedback[:, :size], groups[part])
         found = torch.empty_like(levels)
         found[self.columns] = levels
         return found
 
     def _descend(self, levels: Tensor, target: Tensor, grid: Grid) -> None:
         """Move each integer in turn to where the loss is least, the others given. levels, target [in, out]."""
+        groups = torch.arange(len(target)) // grid.group
         energy = self.gram.diagonal() + self.ridge
-        size = grid.group
-        errors = ((levels.view(-1, size, levels.shape[1]) - grid.zero[:, None]) * grid.scale[:, None]).view_as(levels)
-        errors -= target
-        for start in range(0, len(target), BLOCK):
-            stop = min(len(target), start + BLOCK)
-            slope = torch.addmm(self.ridge[start:stop, None] * errors[start:stop], self.gram[start:stop], errors)
-            for own in range(start, stop):
-                scale, level, row = grid.scale[own // size], levels[own], own - start
-                moved = (slope[row] / (scale * -energy[own])).round_().add_(level).clamp_(0, LEVELS)
-                change = (moved - level).mul_(scale)
-                level.copy_(moved)
-                errors[own] += change
-                if own + 1 < stop:
-                    slope[row + 1 :].addr_(self.gram[own + 1 : stop, own], change)
+        errors = target - grid.values(levels)
+        for part in _blocks(len(target)):
+            feedback = self.gram[part] / energy[part, None]
+            feedback[:, part].fill_diagonal_(0)
+            wanted = torch.addmm(target[part], feedback, errors)
+            levels[part], change = grid.round(wanted, target[part] - errors[part], feedback[:, part], groups[part])
+            errors[part] += change
+
+
+def _blocks(columns: int) -> Iterator[slice]:
+    """The last one first."""
+    return (slice(max(0, stop - BLOCK), stop) for stop in range(columns, 0, -BLOCK))
 
 
 def _cholesky(gram: Tensor, ridge: Tensor) -> tuple[Tensor, bool]:

@@ -94,12 +94,12 @@ def best_scales(
     All are ranked by `loss`, that of a linear's weight difference [rows, in] (`InputStatistics.loss`); with `inspect`
     (the loss on the inspected module's output) the best few and identity are judged by that instead.
     """
-    rows = [w[sampled_rows(w)] for w in weights]
-    shares = [len(w) / len(r) for w, r in zip(weights, rows, strict=True)]
+    sampled = [w[sampled_rows(w)] for w in weights]
+    rows = torch.cat(sampled)
+    stands_for = torch.cat([r.new_full((len(r), 1), len(w) / len(r)) for w, r in zip(weights, sampled, strict=True)])
 
     def proxy(candidate: ScaleCandidate) -> float:
-        losses = (loss(scaled_difference(r, candidate.scales, group, zero_point)) for r in rows)
-        return sum(share * found for share, found in zip(shares, losses, strict=True))
+        return loss(scaled_difference(rows, candidate.scales, group, zero_point) * stands_for.sqrt())
 
     ranked = sorted(candidates, key=proxy)
     if inspect is None or len(ranked) == 1:

@@ -16,7 +16,7 @@ from squawq.quantization.search import gram_loss
 WIDEST = 16_384  # inputs up to which the Gram matrix is whole: 1 GiB
 BOUNDARY = 256  # wider ones are cut at multiples of the largest group size, so that a group lies in one block
 ROWS = 4096  # inputs added up at once: a long sum of short ones loses less in float32, and copies stay small
-PANEL = 1024  # rows of a Gram matrix that end at the same column: what lies above its diagonal is not computed twice
+PANEL = 256  # rows of a Gram matrix that end at the same column: what lies above its diagonal is not computed twice
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -87,7 +87,7 @@ class InputStatistics:
             self._counts[1] += (~finite).sum()
             x = x[finite]
         self._counts[0] += len(x)
-        self.absolute += x.abs().sum(0, dtype=self.absolute.dtype)
+        self.absolute += x.abs().sum(0)
         for span, gram in zip(self.spans, self._sums, strict=True):
             part = x[:, span]
             for rows in _panels(gram):
