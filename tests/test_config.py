@@ -24,7 +24,7 @@ from squawq.quant_config import LAYOUTS, QuantConfig
         ({"samples": 0}, "samples is 0"),
         ({"n_grid": 0}, "n_grid is 0"),
         ({"method": "awq", "damping": 1.0}, "damping is 1.0, but method 'awq' has none"),
-        ({"method": "rtn", "refine": 3}, "refine is 3, but method 'rtn' has none"),
+        ({"method": "rtn", "refine": 2}, "refine is 2, but method 'rtn' has none"),
         ({"seqlen": 4}, "at least 8"),
         ({"zero_point": 1}, "zero_point is 1"),
         ({"modules_to_not_convert": "lm_head"}, "list of module names"),

@@ -37,9 +37,9 @@ class QuantConfig:
     as well as from activations alone. n_grid: steps of the scale search between 0 and 1; None: 10, of "awq" 20.
     Of "squawq" alone: compensate: what rounding a column of a weight loses, the columns after it make up for (Frantar
     et al., arXiv 2210.17323), act_order: those of the strongest inputs first. refine: passes of coordinate descent over
-    the integers thereafter. sequential: calibrate each linear on what the quantized ones before it hand over, and let
-    it make up for what they lost. damping: how far correlations between inputs are mistrusted, as a share of the Gram
-    matrix's diagonal.
+    integers and scales thereafter. sequential: calibrate each linear on what the quantized ones before it hand over,
+    and let it make up for what they lost. damping: how far correlations between inputs are mistrusted, as a share of
+    the Gram matrix's diagonal.
     dtype: of the tensors that stay in 16 bits.
     samples, seqlen: calibration blocks and tokens in each. None takes what there is, up to 128 blocks, and 512
     tokens or the model's context if that is shorter.
@@ -56,7 +56,7 @@ class QuantConfig:
     n_grid: int | None = None
     compensate: bool = True
     act_order: bool = True
-    refine: int = 1
+    refine: int = 3
     sequential: bool = True
     damping: float = 0.5
     dtype: str = "float16"

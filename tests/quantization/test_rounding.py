@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squawq.format.groupwise import quantize, round_to_grid
+from squawq.format.groupwise import GroupwiseTensor, quantize, round_to_grid
 from squawq.kernels import library
 from squawq.quant_config import QuantConfig
 from squawq.quantization import rounding
@@ -35,8 +35,13 @@ def grid_of(target: Tensor) -> Grid:
     return Grid.of(whole_ranges(target, GROUP), GROUP, zero_point=True)
 
 
-def loss(grid: Grid, q: Tensor, target: Tensor, gram: Tensor) -> float:
-    difference = (grid.tensor(q).dequantize() - target).double()
+def rounded(damped: DampedGram, target: Tensor, grid: Grid, compensate: bool, passes: int) -> GroupwiseTensor:
+    q, scale = damped.round(target, grid, compensate, passes)
+    return Grid(scale, grid.zero, grid.group).tensor(q)
+
+
+def loss(found: GroupwiseTensor, target: Tensor, gram: Tensor) -> float:
+    difference = (found.dequantize() - target).double()
     return float(((difference @ gram.double()) * difference).sum())
 
 
@@ -62,28 +67,57 @@ def test_gptqs_integers(features: int, act_order: bool, monkeypatch: pytest.Monk
     diagonal = gram.diagonal()
     order = diagonal.argsort(stable=True).flip(0) if act_order else torch.arange(features)
     expected = gptq(target, gram + torch.diag(0.1 * diagonal + rounding.FLOOR * diagonal.mean()), grid, order)
-    found = damped.round(target, grid, compensate=True, passes=0)
+    found, scale = damped.round(target, grid, compensate=True, passes=0)
+    assert torch.equal(scale, grid.scale)
     assert (found != expected).float().mean() < 0.002  # a value between two integers may turn, and those after it
 
 
 def test_without_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     x, target = inputs(2000, 320), weight(100, 320)
     damped, grid = DampedGram(x.T @ x, 0.1, act_order=True), grid_of(target)
-    found = damped.round(target, grid, compensate=True, passes=1)
+    found = rounded(damped, target, grid, compensate=True, passes=1)
     monkeypatch.setattr(library, "load", lambda: None)
-    assert (damped.round(target, grid, compensate=True, passes=1) != found).float().mean() < 0.002
+    again = rounded(damped, target, grid, compensate=True, passes=1)
+    assert (again.q != found.q).float().mean() < 0.002
+    assert torch.allclose(again.scales, found.scales, rtol=1e-2)
 
 
 def test_each_step_loses_less() -> None:
     x, target = inputs(2000, 256), weight(64, 256)
     gram, grid = x.T @ x, grid_of(weight(64, 256))
     damped = DampedGram(gram, 0.0, act_order=True)
-    nearest = loss(grid, quantize(target, GROUP, True).q.T, target, gram)
-    found = [loss(grid, damped.round(target, grid, True, passes), target, gram) for passes in (0, 1, 2)]
+    nearest = loss(quantize(target, GROUP, True), target, gram)
+    found = [loss(rounded(damped, target, grid, True, passes), target, gram) for passes in (0, 1, 2)]
     assert found[0] < 0.6 * nearest
     assert found[2] < found[1] < found[0]
-    assert loss(grid, damped.round(target, grid, False, 0), target, gram) == pytest.approx(nearest)
-    assert loss(grid, damped.round(target, grid, False, 2), target, gram) < 0.8 * nearest
+    assert loss(rounded(damped, target, grid, False, 0), target, gram) == pytest.approx(nearest)
+    assert loss(rounded(damped, target, grid, False, 2), target, gram) < 0.8 * nearest
+
+
+def test_a_scale_is_where_its_integers_lose_least() -> None:
+    """Of one group, against least squares in float64; a group without signal keeps its scale."""
+    x, target = inputs(2000, GROUP), weight(64, GROUP)
+    gram, grid = x.T @ x, grid_of(target)
+    levels = grid.nearest(target.T.contiguous())
+    energy, steps = gram.diagonal()[:, None], (levels - grid.zero[0]).double()
+    levels[:, 7] = grid.zero[0, 7]
+    before, pull = grid.scale.clone(), gram / energy @ (target.T - grid.values(levels))
+    change = grid.fit(levels, pull, gram / energy, energy, torch.tensor(0))
+    by_gram = gram.double() @ steps
+    best = ((by_gram * target.T).sum(0) / (by_gram * steps).sum(0)).float()
+    others = torch.arange(64) != 7
+    assert torch.allclose(grid.scale[0, others], best[others], rtol=1e-3)
+    assert (grid.scale[0, others] != before[0, others]).any()
+    assert grid.scale[0, 7] == before[0, 7]
+    assert torch.equal(grid.scale, grid.scale.half().float())
+    assert torch.allclose(change, (levels - grid.zero[0]) * (grid.scale - before), atol=1e-6)
+
+
+def test_large_groups_keep_their_scales() -> None:
+    x, target = inputs(2000, 512), weight(16, 512)
+    grid = Grid.of(whole_ranges(target, 256), 256, zero_point=True)
+    _, scale = DampedGram(x.T @ x, 0.1, act_order=True).round(target, grid, compensate=True, passes=2)
+    assert torch.equal(scale, grid.scale)
 
 
 @settings(max_examples=40, deadline=None)
@@ -94,10 +128,10 @@ def test_rules(rows: int, seed: int, damping: float, passes: int, few: bool) -> 
     x[:, 5] = 0
     gram, grid = x.T @ x, grid_of(target)
     damped = DampedGram(gram, damping, act_order=bool(seed % 2))
-    before, after = (damped.round(target, grid, bool(seed % 3), n) for n in (passes, passes + 1))
-    assert int(after.max()) <= 15
+    before, after = (rounded(damped, target, grid, bool(seed % 3), n) for n in (passes, passes + 1))
+    assert int(after.q.max()) <= 15
     raised = gram + torch.diag(damped.ridge)
-    assert loss(grid, after, target, raised) <= loss(grid, before, target, raised) * (1 + 1e-5) + 1e-6
+    assert loss(after, target, raised) <= loss(before, target, raised) * (1 + 1e-5) + 1e-6
 
 
 def test_solve_inverts() -> None:

@@ -33,7 +33,9 @@ def quantize(
         bool, typer.Option(help="Let columns make up for what rounding others loses (method squawq)")
     ] = True,
     act_order: Annotated[bool, typer.Option(help="Round the columns of the strongest inputs first (squawq)")] = True,
-    refine: Annotated[int, typer.Option(help="Passes of coordinate descent over the integers (squawq)")] = 1,
+    refine: Annotated[
+        int, typer.Option(help="Passes of coordinate descent over integers and scales (squawq)")
+    ] = QuantConfig.refine,
     sequential: Annotated[
         bool, typer.Option(help="Calibrate behind quantized layers, and make up for what they lose (squawq)")
     ] = True,

@@ -41,8 +41,9 @@ class LinearRounder:
         grid = Grid.of(limits or whole_ranges(weight, size), size, config.zero_point)
         q = torch.empty(weight.shape[::-1], dtype=torch.uint8, device=weight.device)
         for span in self.stats.spans:
-            damped, part = self._damped(span), weight[:, span]
-            q[span] = damped.round(part, grid.columns(span), config.compensate, config.refine)
+            damped, own = self._damped(span), grid.columns(span)
+            q[span], scale = damped.round(weight[:, span], own, config.compensate, config.refine)
+            own.scale.copy_(scale)  # a view
         return grid.tensor(q), limits
 
     def _make_up(self, weight: Tensor, drift: Drift) -> None:

@@ -2,7 +2,7 @@
 
 Frantar et al., GPTQ, arXiv 2210.17323, in LDLQ's form (Chee et al., QuIP, arXiv 2307.13304), which needs one
 factorization and no inverse; columns in descending order of their inputs' energy, inside groups that stay where the
-format has them; then coordinate descent. Ranges are given: only integers are chosen. No model, no files.
+format has them; then coordinate descent, over integers and scales. Zeros are given. No model, no files.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squawq.format.groupwise import LEVELS, GroupwiseTensor, round_to_grid, scale_and_zero
+from squawq.format.groupwise import LEVELS, MIN_SCALE, GroupwiseTensor, round_to_grid, scale_and_zero
 from squawq.kernels.dispatch import round_columns
 
 BLOCK = 128  # columns between whose errors no matrix product is made
 CHUNK = 1 << 24  # weights handled at once: rows do not depend on each other
+GPU_CHUNK = 1 << 26  # where a column's operations are too short to be worth starting
 FLOOR = 1e-4  # of the mean energy, for channels without signal
 TRIES = 8
 
@@ -37,13 +38,13 @@ class Grid:
         return cls(scale.T.contiguous(), zero.T.contiguous(), group)
 
     def rows(self, part: slice) -> Grid:
-        """Some of the output channels."""
-        return Grid(self.scale[:, part].contiguous(), self.zero[:, part].contiguous(), self.group)
+        """Some of the output channels, with scales of their own."""
+        return Grid(self.scale[:, part].clone(), self.zero[:, part].contiguous(), self.group)
 
     def columns(self, part: slice) -> Grid:
         """Some of the inputs: whole groups, or a part of one that is larger."""
         groups = slice(part.start // self.group, -(-part.stop // self.group))
-        return Grid(self.scale[groups], self.zero[groups], min(self.group, part.stop - part.start))
+        return Grid(self.scale[groups], self.zero[groups], self.group)
 
     def nearest(self, target: Tensor) -> Tensor:
         """Integers as float32 for weights [in, out]."""
@@ -54,6 +55,16 @@ class Grid:
         """Integers as float32 for a block of columns [columns, out], the last one first, and their errors from `base`,
         of which each column takes feedback [columns, columns] along. groups int64 [columns]: which it stands in."""
         return round_columns(wanted, base, feedback, self.scale, self.zero, groups.cpu(), LEVELS)
+
+    def fit(self, levels: Tensor, pull: Tensor, gram: Tensor, energy: Tensor, group: Tensor) -> Tensor:
+        """Move a group's scales, in place, to where the loss is least for its integers, [columns, out]; the weights'
+        change. pull [columns, out]: the loss's slope; gram [columns, columns]; both divided by energy [columns, 1]."""
+        steps, scale = levels - self.zero[group], self.scale[group].clone()
+        gain = (energy * pull * steps).sum(0) / (energy * (gram @ steps) * steps).sum(0)  # NaN where all steps are 0
+        fitted = (scale + gain).half().float()
+        possible = (fitted > scale / 2) & (fitted < scale * 2) & (fitted >= MIN_SCALE)
+        self.scale[group] = torch.where(possible, fitted, scale)
+        return steps * (self.scale[group] - scale)
 
     def values(self, levels: Tensor) -> Tensor:
         """Weights [in, out] for integers as float32."""
@@ -94,18 +105,23 @@ class DampedGram:
         found[:, self.columns] = torch.linalg.solve_triangular(self.factor.T, half, upper=True).T
         return found
 
-    def round(self, target: Tensor, grid: Grid, compensate: bool, passes: int) -> Tensor:
-        """Integers uint8 [in, out] for a weight [out, in]: errors fed on, or to nearest; then coordinate descent."""
+    def round(self, target: Tensor, grid: Grid, compensate: bool, passes: int) -> tuple[Tensor, Tensor]:
+        """Integers uint8 [in, out] for a weight [out, in], and the scales float32 [groups, out] they are to stand on.
+
+        Errors are fed on, or integers are the nearest; then so many passes of coordinate descent.
+        """
         q = torch.empty(target.shape[::-1], dtype=torch.uint8, device=target.device)
-        step = max(1, CHUNK // target.shape[1])
+        scale = grid.scale.clone()
+        chunk = CHUNK if target.device.type == "cpu" else GPU_CHUNK
+        step = max(1, chunk // target.shape[1])
         for start in range(0, len(target), step):
             part = slice(start, start + step)
             wanted, own = target[part].T.contiguous(), grid.rows(part)
             levels = self._compensate(wanted, own) if compensate else own.nearest(wanted)
             for _ in range(passes):
                 self._descend(levels, wanted, own)
-            q[:, part] = levels.to(torch.uint8)
-        return q
+            q[:, part], scale[:, part] = levels.to(torch.uint8), own.scale
+        return q, scale
 
     def _compensate(self, target: Tensor, grid: Grid) -> Tensor:
         """Integers as float32 [in, out] for [in, out], each column's error fed to those that come after."""
@@ -121,15 +137,26 @@ class DampedGram:
         return found
 
     def _descend(self, levels: Tensor, target: Tensor, grid: Grid) -> None:
-        """Move each integer in turn to where the loss is least, the others given. levels, target [in, out]."""
+        """Move each group's scale and each integer in turn to where the loss is least, the others given, in place.
+
+        levels, target [in, out]. Groups larger than a block keep their scales.
+        """
         groups = torch.arange(len(target)) // grid.group
         energy = self.gram.diagonal() + self.ridge
         errors = target - grid.values(levels)
         for part in _blocks(len(target)):
             feedback = self.gram[part] / energy[part, None]
-            feedback[:, part].fill_diagonal_(0)
-            wanted = torch.addmm(target[part], feedback, errors)
-            levels[part], change = grid.round(wanted, target[part] - errors[part], feedback[:, part], groups[part])
+            within = feedback[:, part].fill_diagonal_(1)
+            pull = feedback @ errors  # each weight's way to where the loss is least
+            for start in range(0, len(pull), grid.group) if BLOCK % grid.group == 0 else ():
+                own = slice(start, start + grid.group)
+                change = grid.fit(
+                    levels[part][own], pull[own], within[own, own], energy[part][own, None], groups[part][start]
+                )
+                errors[part][own] -= change
+                pull -= within[:, own] @ change
+            base = target[part] - errors[part]
+            levels[part], change = grid.round(base + pull, base, within.fill_diagonal_(0), groups[part])
             errors[part] += change
 
 
