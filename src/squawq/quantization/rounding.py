@@ -53,8 +53,8 @@ class Grid:
 
     def round(self, wanted: Tensor, base: Tensor, feedback: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Integers as float32 for a block of columns [columns, out], the last one first, and their errors from `base`,
-        of which each column takes feedback [columns, columns] along. groups int64 [columns]: which it stands in."""
-        return round_columns(wanted, base, feedback, self.scale, self.zero, groups.cpu(), LEVELS)
+        of which each column takes feedback [columns, columns] along. groups int64 [columns], on the CPU: its place."""
+        return round_columns(wanted, base, feedback, self.scale, self.zero, groups, LEVELS)
 
     def fit(self, levels: Tensor, pull: Tensor, gram: Tensor, energy: Tensor, group: Tensor) -> Tensor:
         """Move a group's scales, in place, to where the loss is least for its integers, [columns, out]; the weights'
@@ -125,7 +125,7 @@ class DampedGram:
 
     def _compensate(self, target: Tensor, grid: Grid) -> Tensor:
         """Integers as float32 [in, out] for [in, out], each column's error fed to those that come after."""
-        groups, target = self.columns // grid.group, target[self.columns]
+        groups, target = (self.columns // grid.group).cpu(), target[self.columns]
         errors, levels = torch.empty_like(target), torch.empty_like(target)
         for part in _blocks(len(target)):
             feedback = self.factor[part.start :, part].T / self._diagonal[part, None]
