@@ -3,7 +3,7 @@ alone; every sequence ends once, every page comes back, and nobody waits for eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from fakes import EOS, VOCAB, FakeRunner, FakeTokenizer, collect, expected, request
@@ -33,7 +33,6 @@ class Bench:
         self.room = min(runner.max_positions, runner.num_pages * runner.page_size)
         self.outputs: list[Output] = []
         self.loop = Loop(runner, max_batch_tokens=tokens, max_sequences=sequences, prefix_caching=caching)
-        self._arrivals = 0
 
     def visit(self, asked: Request) -> Request:
         limit = self.room
@@ -44,14 +43,12 @@ class Bench:
                 asked,
                 self.outputs.append,
                 limit=limit,
-                arrival=self._arrivals,
                 matcher=None,
                 tokenizer=FakeTokenizer(),
                 eos_ids=frozenset([EOS]),
                 share=self.caching,
             )
         )
-        self._arrivals += asked.params.sequences
         return asked
 
     def step(self) -> None:
@@ -75,7 +72,7 @@ def requests(draw: st.DrawFn, room: int) -> Request:
     shared = shared[: draw(st.integers(0, len(shared)))]
     own = draw(st.lists(st.integers(1, VOCAB - 1), min_size=0 if shared else 1, max_size=8))
     n = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    return request(
+    asked = request(
         [*shared, *own][: room - 1],
         max_tokens=draw(st.one_of(st.none(), st.integers(1, 12))),
         temperature=draw(st.sampled_from([0.0, 0.7, 1.5])),
@@ -89,6 +86,12 @@ def requests(draw: st.DrawFn, room: int) -> Request:
         include_stop=draw(st.booleans()),
         logprobs=draw(st.sampled_from([None, 0, 3])),
         prompt_logprobs=draw(st.sampled_from([None, None, 2])),
+    )
+    return replace(
+        asked,
+        tenant=draw(st.sampled_from(["", "", "a", "b"])),
+        group=draw(st.sampled_from([None, None, "g"])),
+        cache_salt=draw(st.sampled_from(["", "", "s"])),
     )
 
 

@@ -57,7 +57,6 @@ class Crowd:
         self.outputs: list[Output] = []
         self.loop = Loop(runner, max_batch_tokens=tokens, max_sequences=5, prefix_caching=caching)
         self._caching = caching
-        self._arrivals = 0
 
     def add(self, asked: Request) -> None:
         limit = min(self.room, len(asked.prompt) + (asked.params.max_tokens or self.room))
@@ -66,13 +65,11 @@ class Crowd:
             asked,
             self.outputs.append,
             limit=limit,
-            arrival=self._arrivals,
             matcher=None,
             tokenizer=None,
             eos_ids=eos,
             share=self._caching,
         )
-        self._arrivals += asked.params.sequences
         self.loop.add(job)
 
     def finish(self) -> dict[tuple[str, int], Output]:

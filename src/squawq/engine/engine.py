@@ -90,7 +90,6 @@ class Engine:
         self._inbox: list[Callable[[], None]] = []
         self._live: set[str] = set()
         self._queued = 0
-        self._arrivals = 0
         self._closed = False
         self._stop = False
         self._worker = threading.Thread(target=self._work, name="squawq-engine", daemon=True)
@@ -133,14 +132,10 @@ class Engine:
         limit = self._room
         if request.params.max_tokens is not None:
             limit = min(limit, len(request.prompt) + request.params.max_tokens)
-        with self._changed:
-            arrival = self._arrivals
-            self._arrivals += request.params.sequences
         job = new_job(
             request,
             sink,
             limit=limit,
-            arrival=arrival,
             matcher=matcher,
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,

@@ -22,6 +22,17 @@ def chain(parent: bytes, ids: Sequence[int]) -> bytes:
     return blake2b(parent + array("q", ids).tobytes(), digest_size=32).digest()
 
 
+def root(tenant: str, salt: str) -> bytes:
+    """What the first digest of a tenant's prompts follows, so that no prefix is found with another tenant or salt.
+
+    The time to the first token would tell what others have asked (CVE-2025-46570). ROOT where both are empty.
+    """
+    if not tenant and not salt:
+        return ROOT
+    named = f"{len(tenant)} {tenant}{salt}".encode("utf-8", "surrogatepass")
+    return blake2b(named, digest_size=32, person=b"squawq root").digest()  # never a page's digest
+
+
 class PagePool:
     """Pages 0 to `num_pages` - 1 of `page_size` tokens. Each is free, referenced, or idle: cached without a reference.
 

@@ -184,11 +184,19 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt of token ids and what to make of it. `id` is unique among the requests that are under way."""
+    """One prompt of token ids and what to make of it. `id` is unique among the requests that are under way.
+
+    tenant: on whose behalf; tenants are served round robin and find no cached prefix of one another. group: requests of
+    a tenant with the same one take turns with its others as a single request; None: this one alone. cache_salt: cached
+    prefixes are found by requests with the same one alone (as with vLLM).
+    """
 
     id: str
     prompt: Sequence[int]
     params: SamplingParams
+    tenant: str = ""
+    group: str | None = None
+    cache_salt: str = ""
 
 
 class FinishReason(StrEnum):

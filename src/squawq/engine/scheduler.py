@@ -1,13 +1,13 @@
 """Which tokens of which sequences run in the next step, and on which pages. Plain Python: no tensors, no text.
 
 Continuous batching (Yu et al., Orca, OSDI 2022) with prompts in chunks (Agrawal et al., arXiv 2308.16369) over paged
-keys and values (Kwon et al., arXiv 2309.06180). When pages run out the youngest sequence gives its own back.
+keys and values (Kwon et al., arXiv 2309.06180). Tenants are served round robin, as fair queueing does (Nagle, RFC 970).
 """
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from squawq.engine.pages import ROOT, PagePool, chain
@@ -19,14 +19,17 @@ MAX_SCORED = 64  # rows of logits a step for prompt logprobs: 64 rows of 152k fl
 class Sequence:
     """One sequence's place in the queue, tokens and pages.
 
-    tokens: prompt and output. limit: tokens at most. arrival: its place among all. after: a sibling whose prompt is
-    computed first, so that this one finds it in the cache. score: logits of the whole prompt are wanted, so the cache
-    is not read. computed: tokens whose keys and values lie in `pages`. digests: of the full pages of `tokens`.
+    tokens: prompt and output. limit: tokens at most. tenant, request: with whom it takes turns. root: what its digests
+    begin with. after: a sibling whose prompt is computed first, so that this one finds it in the cache. score: logits
+    of the whole prompt are wanted, so the cache is not read. computed: tokens whose keys and values lie in `pages`.
+    digests: of the full pages of `tokens`.
     """
 
     tokens: list[int]
     limit: int
-    arrival: int
+    tenant: str = ""
+    request: str = ""
+    root: bytes = ROOT
     after: Sequence | None = None
     score: bool = False
     computed: int = 0
@@ -37,9 +40,6 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
-
-    def __lt__(self, other: Sequence) -> bool:
-        return self.arrival < other.arrival
 
     @property
     def left(self) -> int:
@@ -52,22 +52,113 @@ class Sequence:
         return self.after is not None and not self.after.ended and self.after.computed < self.prompt
 
 
+@dataclass(eq=False)
+class _Line:
+    """A request's sequences that have not ended, in order.
+
+    turn: where it stands among its tenant's requests with a prompt to compute. ran: tokens of prompts in this turn.
+    """
+
+    turn: int
+    sequences: list[Sequence] = field(default_factory=list)
+    ran: int = 0
+
+
+class Turns:
+    """The order in which sequences are served: one of each tenant, then a second of each, and so on; a tenant's are one
+    of each of its requests, then a second of each.
+
+    Tenants and requests stand in the order in which they came. One whose first sequence ends goes to the end. So the
+    very first sequence stays first until it ends, and every other becomes first in the end.
+    """
+
+    def __init__(self, quantum: int) -> None:
+        self._tenants: dict[str, dict[str, _Line]] = {}
+        self._quantum = quantum
+        self._count = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence behind the others of its request."""
+        lines = self._tenants.setdefault(sequence.tenant, {})
+        if sequence.request not in lines:
+            lines[sequence.request] = _Line(self._next())
+        lines[sequence.request].sequences.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence that ended."""
+        lines = self._tenants[sequence.tenant]
+        line = lines[sequence.request]
+        first = line.sequences[0] is sequence
+        foremost = first and next(iter(lines.values())) is line
+        line.sequences.remove(sequence)
+        if first:
+            del lines[sequence.request]
+        if foremost:
+            del self._tenants[sequence.tenant]
+        if line.sequences:
+            lines[sequence.request] = line
+        if lines:
+            self._tenants[sequence.tenant] = lines
+
+    def by_tenant(self) -> list[Iterator[Sequence]]:
+        """Each tenant's sequences in their order, the tenants in theirs."""
+        return [_in_turn(line.sequences for line in lines.values()) for lines in self._tenants.values()]
+
+    def prompt_turn(self, sequence: Sequence) -> int:
+        """Where a sequence's request stands among those of its tenant that have a prompt to compute."""
+        return self._tenants[sequence.tenant][sequence.request].turn
+
+    def ran(self, sequence: Sequence, count: int) -> None:
+        """Say that so many tokens of a prompt run; after a quantum of them the request goes behind the others."""
+        line = self._tenants[sequence.tenant][sequence.request]
+        line.ran += count
+        if line.ran >= self._quantum:
+            line.turn, line.ran = self._next(), 0
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
+
+
+def _in_turn(lines: Iterable[list[Sequence]]) -> Iterator[Sequence]:
+    """The first of each, then the second of each, and so on."""
+    place = 0
+    while lines:
+        longer = []
+        for line in lines:
+            yield line[place]
+            if len(line) > place + 1:
+                longer.append(line)
+        lines = longer
+        place += 1
+
+
 class Scheduler:
     """Plans steps of at most `max_tokens` tokens of at most `max_sequences` sequences.
 
-    Decodes come first and take at most half a step, since max_tokens >= 2 * max_sequences: neither they nor prompts
-    starve. Prompts follow in order of arrival. A sequence that was given pages keeps them until it ends or is the
-    youngest when an older one needs a page; then it waits again at its place. The oldest is never put back, so all end.
+    Who runs is decided by `Turns` alone: a waiting sequence takes the slot and the pages of running ones that come
+    later in that order, the last first. They wait again, and find in the prefix cache what they had computed. So the
+    slots are shared evenly by the tenants that ask for them, and by the requests of each; and a tenant's first sequence
+    starts with the next step, whatever others have under way, unless there are more tenants than slots or the first
+    sequences of those before it hold the pages. A sequence that does not fit is overtaken by other tenants' alone.
+
+    Decodes go first in a step and take at most half of it, since max_tokens >= 2 * max_sequences: neither they nor
+    prompts starve. The rest is shared evenly by the tenants that have prompts; a tenant's requests take turns of
+    max_tokens tokens each.
+
+    The first in order is never put back, a step always runs some of its tenant's tokens, and every sequence becomes the
+    first: so all end.
     """
 
     def __init__(self, pool: PagePool, max_tokens: int, max_sequences: int, prefix_caching: bool) -> None:
         assert max_tokens >= 2 * max_sequences
         self.pool = pool
-        self.running: list[Sequence] = []
-        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []  # in the order of the last plan
+        self.waiting: set[Sequence] = set()
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self._turns = Turns(max_tokens)
         self._max_tokens = max_tokens
         self._max_sequences = max_sequences
         self._caching = prefix_caching
@@ -75,32 +166,28 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose `limit` tokens fit into the pool."""
         assert sequence.prompt < sequence.limit <= self.pool.num_pages * self.pool.page_size
-        insort(self.waiting, sequence)
+        self._turns.add(sequence)
+        self.waiting.add(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """Take a sequence out, at any moment; its pages go back."""
         if not sequence.ended:
             sequence.ended = True
             (self.running if sequence.pages else self.waiting).remove(sequence)
+            self._turns.remove(sequence)
             self._drop(sequence)
 
     def plan(self) -> list[tuple[Sequence, int]]:
         """The next step: sequences and how many of their tokens to run from `computed` on."""
-        shares: list[tuple[Sequence, int]] = []
-        for sequence in list(self.running):
-            if sequence.left == 1 and sequence.pages and self._grow(sequence):
-                shares.append((sequence, 1))
-        budget, scored = self._max_tokens - len(shares), MAX_SCORED
-        decoding = {id(sequence) for sequence, _ in shares}
-        for sequence in self._prompts(decoding):
-            count = min(sequence.left, budget, scored if sequence.score else budget)
-            if count:
-                shares.append((sequence, count))
-            budget -= count
-            scored -= count if sequence.score else 0
-            if not budget:
-                break
-        return shares
+        self._take_turns()
+        decodes = [s for s in list(self.running) if s.left == 1 and s.pages and self._grow(s)]
+        wanted = {s: s.left for s in self.running if s.left > 1}
+        if scored := {s: count for s, count in wanted.items() if s.score}:
+            wanted |= self._split(scored, max(MAX_SCORED, len(scored)))
+        prompts = self._split(wanted, self._max_tokens - len(decodes))
+        for sequence, count in prompts.items():
+            self._turns.ran(sequence, count)
+        return [(s, 1) for s in decodes] + [(s, prompts[s]) for s in wanted if prompts[s]]
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Say that `count` more tokens are in the pages; those that became full can be found from now on."""
@@ -118,28 +205,47 @@ class Scheduler:
         assert not any(sequence.pages or sequence.computed for sequence in self.waiting)
         assert all(len(s.pages) * self.pool.page_size >= s.computed for s in self.running)
 
-    def _prompts(self, decoding: set[int]) -> Iterator[Sequence]:
-        """Running sequences with more than a decode's token to run, then waiting ones as they are admitted."""
-        yield from [sequence for sequence in self.running if id(sequence) not in decoding]
-        for sequence in list(self.waiting):
-            if len(self.running) >= self._max_sequences:
-                return
-            if sequence.blocked:
+    def _take_turns(self) -> None:
+        """Admit waiting sequences in turn, in the place of running ones that come later."""
+        kept: list[Sequence] = []
+        later = dict.fromkeys(self.running)
+        lines = deque(self._turns.by_tenant())
+        while lines and len(kept) < self._max_sequences:
+            line = lines.popleft()
+            sequence = next((s for s in line if s.pages or not s.blocked), None)
+            if sequence is None:
                 continue
-            if not self._admit(sequence):
-                return  # first come, first served: a smaller one behind does not overtake
-            yield sequence
+            if sequence.pages:
+                del later[sequence]
+            elif not self._admit(sequence, kept, later):
+                continue  # nothing of its own tenant overtakes it
+            kept.append(sequence)
+            lines.append(line)
+        self.running = [*kept, *later]
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence pages for all its tokens, if each running one could still take one more."""
+    def _admit(self, sequence: Sequence, kept: list[Sequence], later: dict[Sequence, None]) -> bool:
+        """Give a waiting sequence pages for all its tokens, if each running one could still take one more.
+
+        kept: the running ones that stay. later: those that give way where that makes room enough.
+        """
         shared: list[int] = []
         if self._caching and not sequence.score:
             reusable = (len(sequence.tokens) - 1) // self.pool.page_size  # at least one token must run
             self._extend_digests(sequence, reusable)
             shared = self.pool.match(sequence.digests[:reusable])
         fresh = self.pool.pages_for(len(sequence.tokens)) - len(shared)
-        if fresh + self.pool.idle(shared) + len(self.running) > self.pool.available:
-            return False
+
+        def fits() -> bool:
+            running = len(kept) + len(later)
+            room = fresh + self.pool.idle(shared) + running <= self.pool.available
+            return room and running < self._max_sequences
+
+        if not fits():
+            held = set(shared).union(*(other.pages for other in kept))
+            if not later or len(held) + fresh + len(kept) > self.pool.num_pages:
+                return False
+            while not fits():
+                self._put_back(later.popitem()[0])
         self.pool.share(shared)
         sequence.pages = shared + [self.pool.take() for _ in range(fresh)]
         sequence.computed = len(shared) * self.pool.page_size
@@ -147,22 +253,42 @@ class Scheduler:
             self.prefix_queries += len(sequence.tokens)
             self.prefix_hits += sequence.computed
         self.waiting.remove(sequence)
-        insort(self.running, sequence)
         return True
+
+    def _split(self, wanted: Mapping[Sequence, int], budget: int) -> Counter[Sequence]:
+        """How many of the tokens that each wants it gets, of `budget` in all: tenants evenly, their requests in turn.
+
+        What a tenant leaves goes to those that want more.
+        """
+        tenants: dict[str, list[Sequence]] = {}
+        for sequence in sorted(wanted, key=self._turns.prompt_turn):
+            tenants.setdefault(sequence.tenant, []).append(sequence)
+        found: Counter[Sequence] = Counter()
+        by_size = sorted(tenants.values(), key=lambda own: sum(wanted[s] for s in own))
+        for place, own in enumerate(by_size):
+            room = -(-budget // (len(by_size) - place))
+            for sequence in own:
+                found[sequence] = min(wanted[sequence], room)
+                room -= found[sequence]
+                budget -= found[sequence]
+        return found
 
     def _grow(self, sequence: Sequence) -> bool:
         """A page for the next token, where it needs one; False if the sequence itself had to give way."""
         if len(sequence.tokens) <= len(sequence.pages) * self.pool.page_size:
             return True
         while not self.pool.available:
-            youngest = self.running.pop()
-            self._drop(youngest)
-            insort(self.waiting, youngest)
-            self.preemptions += 1
-            if youngest is sequence:
+            last = self.running.pop()
+            self._put_back(last)
+            if last is sequence:
                 return False
         sequence.pages.append(self.pool.take())
         return True
+
+    def _put_back(self, sequence: Sequence) -> None:
+        self._drop(sequence)
+        self.waiting.add(sequence)
+        self.preemptions += 1
 
     def _drop(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
@@ -172,5 +298,5 @@ class Scheduler:
     def _extend_digests(self, sequence: Sequence, pages: int) -> None:
         size = self.pool.page_size
         for index in range(len(sequence.digests), pages):
-            parent = sequence.digests[-1] if sequence.digests else ROOT
+            parent = sequence.digests[-1] if sequence.digests else sequence.root
             sequence.digests.append(chain(parent, sequence.tokens[index * size : (index + 1) * size]))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squawq.engine.grammar import Matcher
+from squawq.engine.pages import root
 from squawq.engine.request import FinishReason, Output, Request, Sink, TokenLogprob
 from squawq.engine.sampler import Sampler, token_logprob
 from squawq.engine.scheduler import Sequence
@@ -173,15 +174,14 @@ def new_job(
     sink: Sink,
     *,
     limit: int,
-    arrival: int,
     matcher: Matcher | None,
     tokenizer: Decoder | None,
     eos_ids: frozenset[int],
     share: bool,
 ) -> Job:
-    """A request with its sequences. `arrival` is the first one's place in the queue, the others follow it; `share` lets
-    them wait for its prompt."""
+    """A request with its sequences; `share` lets them wait for the first one's prompt."""
     params = request.params
+    prefix = root(request.tenant, request.cache_salt)
     ending = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
     seed = secrets.randbits(63) if params.seed is None else params.seed
     generations: list[Generation] = []
@@ -189,7 +189,9 @@ def new_job(
         place = Sequence(
             tokens=list(request.prompt),
             limit=limit,
-            arrival=arrival + index,
+            tenant=request.tenant,
+            request=request.id if request.group is None else request.group,
+            root=prefix,
             after=generations[0].place if generations and share else None,
             score=params.prompt_logprobs is not None and index == 0,
         )

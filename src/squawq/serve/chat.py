@@ -140,7 +140,7 @@ def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
     )
-    request = Request(f"chatcmpl-{uuid.uuid4().hex}", ids, params)
+    request = Request(f"chatcmpl-{uuid.uuid4().hex}", ids, params, cache_salt=body.cache_salt or "")
     served.check(request)
     return ChatCall(body, served, request)
 

@@ -90,7 +90,7 @@ def completion(raw: Mapping[str, Any], served: Served) -> CompletionCall:
             best_of=body.best_of,
             grammar=grammar,
         )
-        requests.append(Request(f"{name}-{number}", ids, params))
+        requests.append(Request(f"{name}-{number}", ids, params, cache_salt=body.cache_salt or ""))
         served.check(requests[-1])
     return CompletionCall(body, served, name, requests)
 

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 from squawq.engine.engine import Engine
 from squawq.engine.request import FinishReason, Output
@@ -25,11 +26,14 @@ class HungUp(Exception):  # noqa: N818
 class Exchange:
     """A context for one call. `clock` started when the request arrived.
 
-    inter_token: told the seconds between a sequence's outputs.
+    inter_token: told the seconds between a sequence's outputs. tenant: on whose behalf the engine works.
     """
 
-    def __init__(self, engine: Engine, arrived: float, inter_token: Callable[[float], object]) -> None:
+    def __init__(
+        self, engine: Engine, arrived: float, inter_token: Callable[[float], object], tenant: str = ""
+    ) -> None:
         self._engine = engine
+        self._tenant = tenant
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
         self._open: dict[str, int] = {}
@@ -69,7 +73,8 @@ class Exchange:
         try:
             for request in call.requests:
                 self._open[request.id] = request.params.n
-                self._engine.submit(request, self._sink)
+                owned = replace(request, tenant=self._tenant, group=call.requests[0].id)
+                self._engine.submit(owned, self._sink)
         except QueueFull as error:
             self._abort()
             raise ApiError("overloaded", "Model is overloaded") from error

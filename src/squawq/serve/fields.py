@@ -139,6 +139,7 @@ class SamplingFields(Body):
     priority: Annotated[int, Field(ge=0, le=0)] = 0
     request_id: Annotated[str, Field(max_length=200)] | None = None
     session_id: Annotated[str, Field(max_length=200)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
     return_tokens_as_token_ids: bool = False
     return_token_ids: bool = False
 

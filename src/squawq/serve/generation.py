@@ -61,7 +61,8 @@ class Generation:
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, parse: Parse) -> None:
         """Read, check, run and answer a request. Raises ApiError before the answer has begun, never after."""
-        exchange = Exchange(self.served.engine, time.perf_counter(), self.metrics.inter_token)
+        tenant = scope.get("tenant", "")
+        exchange = Exchange(self.served.engine, time.perf_counter(), self.metrics.inter_token, tenant)
         try:
             raw = await self.body(scope, receive)
             with self.admitted():

@@ -1,0 +1,92 @@
+"""Two API keys on one server: neither waits for what the other has queued, and neither finds the other's prompts in the
+prefix cache, whose speed would tell of them (CVE-2025-46570). How turns are taken is tests/engine/test_scheduler.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from running import MESSAGES, Running, running
+
+KEYS = {name: {"authorization": f"Bearer key-of-{name}"} for name in "ab"}
+PROMPT = "One day, a cat and a dog went to the park. They saw a big red ball and ran to it. "
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": PROMPT * 2, "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": PROMPT * 2}], "max_tokens": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Running]:
+    with running(api_keys=("key-of-a", "key-of-b"), max_num_seqs=8) as server:
+        yield server
+
+
+def hits(server: Running, path: str, body: dict[str, Any], **options: Any) -> int:
+    """Tokens of the prompt that the cache had."""
+    before = server.served.engine.stats().prefix_hits
+    assert server.post(path, body, **options).status_code == 200
+    return server.served.engine.stats().prefix_hits - before
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_key_finds_its_own_prompts_alone(shared: Running, path: str) -> None:
+    found = [hits(shared, path, BODIES[path], headers=KEYS[name]) for name in "abab"]
+    assert found[:2] == [0, 0]
+    assert min(found[2:]) > 16
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("keys", [(), ("key-of-a", "key-of-b")], ids=["no keys", "keys"])
+def test_salts_part_the_cache(server: Running, shared: Running, keys: tuple[str, ...], path: str) -> None:
+    one = shared if keys else server
+    found = []
+    for salt in (None, "x", "y", "x", None):
+        body = {**BODIES[path], **({} if salt is None else {"cache_salt": f"salt {salt}"})}
+        found.append(hits(one, path, body, headers=KEYS["a"]))
+    assert found[1:3] == [0, 0]
+    assert min(found[3:]) > 16
+
+
+def test_without_keys_all_share_the_cache(server: Running) -> None:
+    body = {**BODIES["/v1/completions"], "prompt": "Tom and Sue. " + PROMPT}
+    assert hits(server, "/v1/completions", body, headers=KEYS["a"]) == 0
+    assert hits(server, "/v1/completions", body, headers=KEYS["b"]) > 16
+
+
+@pytest.mark.parametrize("salt", ["", 1, ["x"], "x" * 1001])
+def test_a_salt_is_text(server: Running, salt: Any) -> None:
+    for path, body in BODIES.items():
+        reply = server.post(path, {**body, "cache_salt": salt})
+        assert reply.status_code == 400
+        assert "cache_salt" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": PROMPT, "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2}),
+        ("/generate", {"inputs": PROMPT, "parameters": {"max_new_tokens": 2}}),
+    ],
+)
+def test_a_large_request_does_not_hold_up_another_key(shared: Running, path: str, body: dict[str, Any]) -> None:
+    engine, many = shared.served.engine, 200
+    large = {"prompt": ["Once upon a time"] * many, "max_tokens": 150, "ignore_eos": True, "stream": True}
+    with httpx.Client(base_url=shared.url, headers=KEYS["a"], timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json=large) as answer:
+            lines = answer.iter_lines()
+            json.loads(next(lines).removeprefix("data: "))
+            before = engine.stats()
+            assert before.running == 8
+            assert before.waiting >= many - 2 * 8
+            assert shared.post(path, body, headers=KEYS["b"]).status_code == 200
+            after = engine.stats()
+            assert after.running == 8
+            assert after.waiting >= many - 4 * 8, "the small request waited for sequences of the large one"
+            assert after.preemptions > before.preemptions
+    assert shared.idle()
