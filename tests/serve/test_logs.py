@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -15,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from squawq.errors import ConfigError
+from squawq.serve.log_writer import LIMITED, MAX_LINES
 from squawq.serve.logs import MAX_VALUE, Formatter, event, setup
 
-NAMES = ("squawq", "uvicorn", "uvicorn.access", "uvicorn.error")
+NAMES = ("squawq", "uvicorn", "asyncio", "uvicorn.access", "uvicorn.error")
 logger = logging.getLogger("squawq.serve.test")
 
 
@@ -151,11 +155,12 @@ def test_any_record_is_one_line_that_reads_back(message: str, fields: dict[str, 
 def test_setup_sends_squawq_and_uvicorn_to_stderr(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("uvicorn.access").handlers = [logging.StreamHandler()]
     setup(form, "warning")
-    setup(form, "info")  # again: no line comes twice
+    writer = setup(form, "info")  # again: no line comes twice
     event(logger, logging.INFO, "started", name="m", level=3, port=8000)
     event(logger, logging.DEBUG, "detail")
     logging.getLogger("uvicorn.access").info('%s - "%s %s HTTP/%s" %d', "1.2.3.4:5", "GET", "/x\ny", "1.1", 200)
     logging.getLogger("uvicorn.error").warning("hm")
+    assert writer.close(20)
     found = capsys.readouterr()
     assert found.out == ""
     lines = found.err.splitlines()
@@ -176,11 +181,50 @@ def test_setup_sends_squawq_and_uvicorn_to_stderr(form: str, capsys: pytest.Capt
 
 
 def test_the_level_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    setup("text", "ERROR")
+    writer = setup("text", "ERROR")
     event(logger, logging.WARNING, "quiet")
     event(logger, logging.ERROR, "loud")
+    assert writer.close(20)
     assert "quiet" not in (err := capsys.readouterr().err)
     assert "ERROR loud" in err
+
+
+def test_a_reader_that_stalls_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that find the queue full are dropped; how many is said as soon as somebody reads again."""
+    end, start = os.pipe()
+    with os.fdopen(start, "w") as stalled:
+        monkeypatch.setattr(sys, "stderr", stalled)
+        writer = setup("text", "info")
+        count = 3 * MAX_LINES
+        for number in range(count):  # far more bytes than a pipe holds
+            event(logger, logging.INFO, "line", number=number, filler="x" * 100)
+        assert not writer.close(0.05)
+        with os.fdopen(end, "rb") as reader, ThreadPoolExecutor(1) as pool:
+            lines = pool.submit(lambda: [*takewhile(lambda line: b"last" not in line, reader)])
+            assert writer.flush(20)
+            event(logger, logging.INFO, "last")
+            found = lines.result(20)
+            assert writer.close(20)
+    kept = sum(b"INFO line " in line for line in found)
+    dropped = [int(line.partition(b"lines=")[2]) for line in found if b"dropped" in line]
+    assert MAX_LINES <= kept < count
+    assert kept + sum(dropped) == count
+
+
+def test_lines_that_anybody_can_cause_are_limited(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = setup("text", "info")
+    count = 3 * LIMITED
+    for number in range(count):
+        event(logger, logging.INFO, "forbidden", limited=True, number=number)
+        event(logger, logging.INFO, "answered", number=number)
+        logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    assert writer.close(20)
+    lines = capsys.readouterr().err.splitlines()
+    limited = sum(" forbidden " in line or "Invalid" in line for line in lines)
+    suppressed = [int(line.partition("lines=")[2]) for line in lines if "suppressed" in line]
+    assert limited + sum(suppressed) == 2 * count
+    assert limited < count
+    assert sum(" answered " in line for line in lines) == count
 
 
 @pytest.mark.parametrize(("form", "level", "choices"), [("xml", "info", "text, json"), ("text", "loud", "debug, info")])

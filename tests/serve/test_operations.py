@@ -16,6 +16,8 @@ import httpx
 import pytest
 from running import MESSAGES, Running, running
 
+from squawq.serve import bodies
+
 LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True}
 CHAT = {"messages": MESSAGES, "max_tokens": 8}
 
@@ -103,15 +105,53 @@ def test_a_full_server_says_so_and_stays_healthy() -> None:
 
 def test_too_many_connections_are_answered() -> None:
     with running(max_connections=5) as server:
-        idle = [socket.create_connection(address(server)) for _ in range(5)]
-        time.sleep(0.1)
+        busy = [socket.create_connection(address(server)) for _ in range(5)]
+        for connection in busy:
+            connection.sendall(request("/v1/completions", LONG))
+        assert until(lambda: server.server.api.generation.in_flight == 5)
         answer = raw(server, request("/v1/completions", {"prompt": "a", "max_tokens": 1}))
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"5 connections are open" in answer
-        for connection in idle:
+        for connection in busy:
             connection.close()
         assert until(lambda: not server.server.server_state.connections)
         assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", HEALTH, HEALTH[:-2], HEALTH * 2 + HEALTH[:9]], ids=range(4))
+def test_idle_connections_make_room(sent: bytes) -> None:
+    """Silent ones, kept-alive ones and those that owe the rest of a head; the longest idle first, never a busy one."""
+    with running(max_connections=5) as server:
+        busy = socket.create_connection(address(server))
+        busy.sendall(request("/v1/completions", {**LONG, "stream": True}))
+        assert busy.recv(15) == b"HTTP/1.1 200 OK"
+        idle = [socket.create_connection(address(server), timeout=20) for _ in range(4)]
+        for connection in idle:
+            connection.sendall(sent)
+            said = b""
+            while said.count(b"HTTP/1.1 200") < sent.count(HEALTH):
+                said += connection.recv(2000)
+        assert until(lambda: len(server.server.server_state.connections) == 5)
+        assert server.get("/health").status_code == 200
+        assert closed(idle[0])
+        for connection in idle[1:]:
+            connection.sendall(HEALTH[len(sent.rpartition(HEALTH)[2]) :])
+            assert b"HTTP/1.1 200" in connection.recv(2000)
+        while b"data: " not in busy.recv(65536):
+            pass
+        for connection in (busy, *idle):
+            connection.close()
+        assert server.idle()
+
+
+def closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
 
 
 def test_a_slow_head_is_cut_off() -> None:
@@ -126,6 +166,49 @@ def test_a_slow_body_is_cut_off() -> None:
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"did not arrive within 0.3 s" in answer
         assert server.server.api.generation.in_flight == 0
+
+
+def test_stalled_large_bodies_lock_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many large bodies as may be arriving lack their last byte: small ones go on, and of the large ones the
+    stalled make room."""
+    monkeypatch.setattr(bodies, "MAX_LARGE", 3)
+    with running(max_body_bytes=200_000) as server:
+        large = request("/v1/completions", {"prompt": "a", "max_tokens": 1, "user": "x" * 150_000})
+        stalled = [socket.create_connection(address(server), timeout=20) for _ in range(4)]
+        for connection in stalled:
+            connection.sendall(large[:-1])
+        held = server.server.api.generation.bodies
+        assert until(lambda: held._held > 2 * 150_000)
+        time.sleep(0.3)  # until the slow one below is quicker than these
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+        with socket.create_connection(address(server), timeout=20) as slow:
+            for place in range(0, len(large), 40_000):
+                slow.sendall(large[place : place + 40_000])
+                time.sleep(0.01)
+            assert slow.recv(15) == b"HTTP/1.1 200 OK"
+        answers = []
+        for connection in stalled:
+            connection.sendall(large[-1:])
+            answers.append(connection.recv(65536))
+            connection.close()
+        assert sum(answer.startswith(b"HTTP/1.1 408 ") and b"most slowly" in answer for answer in answers) in (1, 2)
+        assert sum(answer.startswith(b"HTTP/1.1 200 ") for answer in answers) in (2, 3)
+        assert until(lambda: held._held == 0)
+        assert server.idle()
+
+
+def test_a_large_body_must_come_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "WINDOW", 0.3)
+    large = request("/v1/completions", {"prompt": "a", "max_tokens": 1, "user": "x" * 100_000})
+    with running(min_body_rate=10_000) as server:
+        answer = raw(server, large[:-1])
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"less than 3000 bytes" in answer
+        with socket.create_connection(address(server), timeout=20) as steady:
+            for place in range(0, len(large), 20_000):
+                steady.sendall(large[place : place + 20_000])
+                time.sleep(0.1)
+            assert steady.recv(15) == b"HTTP/1.1 200 OK"
 
 
 def test_half_sent_bodies_take_no_place() -> None:

@@ -106,7 +106,7 @@ class Api:
         """A handler for what is computed from a body without the engine."""
 
         async def handle(scope: Scope, receive: Receive, send: Send) -> None:
-            raw = await self.generation.body(scope, receive)
+            raw = await self.generation.bodies.read(scope, receive)
             with self.generation.admitted():
                 value = await self.generation.in_thread(lambda: answer(parse_json(raw), self.served))
             await send_json(send, value)

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from squawq.engine.request import Output
 from squawq.errors import ConfigError, EngineClosed, QueueFull
+from squawq.serve.bodies import Bodies
 from squawq.serve.call import Call, dump
 from squawq.serve.errors import ApiError
 from squawq.serve.exchange import Exchange, HungUp
@@ -26,7 +27,6 @@ from squawq.serve.model import Served
 from squawq.serve.responses import KEEP_ALIVE, send_bytes, send_events, start_events
 
 logger = logging.getLogger("squawq.serve")
-MAX_READING = 64  # bodies of the largest size that may be arriving at once
 Parse = Callable[[Mapping[str, Any], Served], Call]
 
 
@@ -42,7 +42,7 @@ class Generation:
         self._exchanges: set[Exchange] = set()
         self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
         self._replies = ThreadPoolExecutor(2, "squawq-replies")
-        self._reading = 0  # bytes of bodies that are not whole yet
+        self.bodies = Bodies(self.settings)
 
     @property
     def full(self) -> bool:
@@ -64,7 +64,7 @@ class Generation:
         tenant = scope.get("tenant", "")
         exchange = Exchange(self.served.engine, time.perf_counter(), self.metrics.inter_token, tenant)
         try:
-            raw = await self.body(scope, receive)
+            raw = await self.bodies.read(scope, receive)
             with self.admitted():
                 await self._run(scope, receive, send, parse, raw, exchange)
         except ApiError as error:
@@ -202,39 +202,6 @@ class Generation:
             yield
         finally:
             self.in_flight -= 1
-
-    async def body(self, scope: Scope, receive: Receive) -> bytes:
-        """A request's body, within the limits of size, time and memory: a client that is slow to send takes no
-        request's place. Raises ApiError."""
-        headers = dict(scope["headers"])
-        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if kind != b"application/json":
-            raise ApiError("media_type", "send JSON, with the header Content-Type: application/json")
-        limit, body = self.settings.max_body_bytes, bytearray()
-        too_large = ApiError("too_large", f"the body has more than {limit} bytes")
-        length = headers.get(b"content-length", b"0")
-        if len(length) > 18 or int(length) > limit:
-            raise too_large
-        try:
-            async with asyncio.timeout(self.settings.body_timeout):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError("slow", "the client hung up")
-                    piece = message.get("body", b"")
-                    self._reading += len(piece)
-                    body += piece
-                    if len(body) > limit:
-                        raise too_large
-                    if self._reading > MAX_READING * limit:
-                        raise ApiError("overloaded", "too many large requests are arriving")
-                    more = message.get("more_body", False)
-        except TimeoutError as error:
-            raise ApiError("slow", f"the body did not arrive within {self.settings.body_timeout:g} s") from error
-        finally:
-            self._reading -= len(body)
-        return bytes(body)
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:

@@ -56,8 +56,9 @@ class Guard:
             await send(message)
 
         path, method = scope["path"], scope["method"]
+        refusal = self._refusal(scope)
         try:
-            if refusal := self._refusal(scope):
+            if refusal:
                 await send_error(answer, refusal, self._settings.tgi, own=path in self._own)
             else:
                 await self._app(scope, receive, answer)
@@ -66,7 +67,8 @@ class Guard:
             fields = {"id": scope["request_id"], "method": method, "path": path, "status": status}
             seconds = round(time.perf_counter() - began, 4)
             level = logging.DEBUG if (method, path) in PUBLIC or path == "/metrics" else logging.INFO
-            event(logger, level, "http", **fields, seconds=seconds)
+            keyless = bool(refusal) or not self._keys  # nobody was asked for a key, or none was given
+            event(logger, level, "http", **fields, seconds=seconds, limited=keyless and status >= 400)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers, settings = scope["headers"], self._settings

@@ -80,6 +80,7 @@ FLAGS: Flags = {
         Flag("h11_max_header_count", "Headers of a request", "max_headers"),
         Flag("header_timeout", "For a request's head to arrive"),
         Flag("body_timeout", "For a request's body to arrive"),
+        Flag("min_body_rate", "Bytes a second at which a body of more than 64 KiB has to arrive"),
         Flag("idle_timeout", "A connection without a request is closed after it"),
         Flag("write_timeout", "A client that reads nothing is hung up on after it"),
         Flag("generation_timeout", "For an answer to be generated"),

@@ -1,7 +1,8 @@
 """Logs on stderr, one line a record, as text or JSON: the time, the level, an event and its fields.
 
 Every value is cut at MAX_VALUE characters and written in printable ASCII, so that no request can forge a line or grow
-the log. Knows nothing of requests: what is logged is its callers' choice.
+the log. A thread of its own writes the lines: a reader that stalls stops nothing but the log (log_writer.py). Knows
+nothing of requests: what is logged is its callers' choice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import time
 
 from squawq.errors import ConfigError
+from squawq.serve.log_writer import Writer
 
 FORMS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -20,12 +22,12 @@ MAX_VALUE = 500
 MAX_TRACEBACK = 8000
 
 _BARE = re.compile(r"[\w.:/@+-]+", re.ASCII)
-_ROOTS = ("squawq", "uvicorn")
+_ROOTS = ("squawq", "uvicorn", "asyncio")
 _Value = str | int | float | bool | None
 
 
-def setup(form: str, level: str) -> None:
-    """Send what squawq and uvicorn log to stderr, and to nothing else.
+def setup(form: str, level: str) -> Writer:
+    """Send what squawq, uvicorn and asyncio log to stderr, and to nothing else. Returns the writer, to be closed.
 
     Start uvicorn with log_config=None after this. May be called again. Raises ConfigError for an unknown form or level.
     """
@@ -33,8 +35,10 @@ def setup(form: str, level: str) -> None:
         raise ConfigError(f"log format is {form!r}; choose one of {', '.join(FORMS)}")
     if level.lower() not in LEVELS:
         raise ConfigError(f"log level is {level!r}; choose one of {', '.join(LEVELS)}")
-    handler = logging.StreamHandler()
-    handler.setFormatter(Formatter(form))
+    formatter = Formatter(form)
+    writer = Writer(lambda name, **fields: formatter.format(_record(name, fields)))
+    handler = Handler(writer)
+    handler.setFormatter(formatter)
     for name in _ROOTS:
         root = logging.getLogger(name)
         root.handlers = [handler]
@@ -45,11 +49,39 @@ def setup(form: str, level: str) -> None:
         child.handlers = []
         child.propagate = True
         child.setLevel(logging.NOTSET)
+    return writer
 
 
-def event(logger: logging.Logger, level: int, name: str, /, **fields: object) -> None:
-    """Log an event with its fields."""
-    logger.log(level, "%s", name, extra={"fields": fields})
+def event(logger: logging.Logger, level: int, name: str, /, *, limited: bool = False, **fields: object) -> None:
+    """Log an event with its fields. limited: anybody can cause it, without a key; only so many a second are written."""
+    logger.log(level, "%s", name, extra={"fields": fields, "limited": limited})
+
+
+def _record(name: str, fields: dict[str, object]) -> logging.LogRecord:
+    made = logging.LogRecord(__name__, logging.WARNING, __file__, 0, "%s", (name,), None)
+    made.fields = fields
+    return made
+
+
+class Handler(logging.Handler):
+    """Formats a record on its own thread, so that no request is held, and gives the line to the writer."""
+
+    def __init__(self, writer: Writer) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            limited = getattr(record, "limited", False) or _unasked(record)
+            if not limited or self._writer.allows():
+                self._writer.put(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def _unasked(record: logging.LogRecord) -> bool:
+    """Whether uvicorn warns of a client's bytes that were no request."""
+    return record.name.startswith("uvicorn") and record.levelno == logging.WARNING
 
 
 class Formatter(logging.Formatter):

@@ -1,5 +1,6 @@
 """Limits on a connection that no application sees: how many there are, the time until a request's head has arrived,
-the time that a client may leave an answer unread. On uvicorn's HTTP/1.1 protocol.
+the time that a client may leave an answer unread. Where there are too many, the one that is idle for the longest time
+makes room. On uvicorn's HTTP/1.1 protocol.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ SURPLUS_S = 1.0  # seconds for those to ask
 
 def protocol(settings: Settings) -> type[H11Protocol]:
     """The protocol class for a server with these limits."""
+    idle: dict[H11Protocol, None] = {}  # connections with no request under way, the longest idle first
 
     class Protocol(H11Protocol):
         """One connection. `_clock` runs while a client owes us bytes, `_stall` while it does not read ours."""
@@ -33,13 +35,21 @@ def protocol(settings: Settings) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            if len(self.connections) > settings.max_connections and idle:
+                oldest = next(iter(idle))
+                self.connections.discard(oldest)  # its place is free at once, though its loss shows later
+                del idle[oldest]
+                oldest.transport.abort()
             self._surplus = len(self.connections) > settings.max_connections
+            if not self._surplus:
+                idle[self] = None
             self._clock = self.loop.call_later(SURPLUS_S if self._surplus else settings.header_timeout, transport.abort)
             if len(self.connections) > settings.max_connections + MAX_SURPLUS:
                 transport.abort()  # not even told why: each is an open file
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
+            idle.pop(self, None)
             self._clock = _cancel(self._clock)
             self._stall = _cancel(self._stall)
 
@@ -48,6 +58,8 @@ def protocol(settings: Settings) -> type[H11Protocol]:
                 self._refuse(ApiError("unavailable", f"{settings.max_connections} connections are open; try later"))
                 return
             super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                idle.pop(self, None)
             owed = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
             answered = self.cycle is None or self.cycle.response_complete
             if not answered and (early := self.conn.trailing_data[0]):
@@ -60,6 +72,13 @@ def protocol(settings: Settings) -> type[H11Protocol]:
                 self._clock = _cancel(self._clock)
             elif self._clock is None and (self.conn.trailing_data[0] or self.conn.their_state is h11.SEND_BODY):
                 self._clock = self.loop.call_later(settings.header_timeout, self.transport.abort)
+
+        def on_response_complete(self) -> None:
+            if not self.transport.is_closing():
+                idle[self] = None
+            super().on_response_complete()  # which begins the next request, where that has come
+            if not self.cycle.response_complete:
+                idle.pop(self, None)
 
         def send_400_response(self, msg: str) -> None:
             error = sys.exc_info()[1]

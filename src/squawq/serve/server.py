@@ -128,18 +128,20 @@ class Server(uvicorn.Server):
 
 def run(settings: Settings) -> int:
     """Serve until a signal; returns the exit code. Raises SquawqError for what cannot be served."""
-    logs.setup(settings.log_format, settings.log_level)
+    writer = logs.setup(settings.log_format, settings.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    with console.status(f"loading {settings.model}"):
-        served = Served(settings)
-    gc.collect()
-    gc.freeze()  # what is loaded stays: no collection, which stops all threads, need look at it
+    served = None
     try:
+        with console.status(f"loading {settings.model}"):
+            served = Served(settings)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection, which stops all threads, need look at it
         _allow_files(settings.max_connections + 256)
         server = Server(Api(served))
         server.run()
     finally:
-        ended = _close(served)
+        ended = writer.close(LAST_WORDS / 2)  # a log that nobody reads keeps no server
+        ended &= served is None or _close(served)
     code = 0 if server.started else 1
     if not ended:
         os._exit(code)

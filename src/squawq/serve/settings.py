@@ -69,6 +69,7 @@ class Settings:
     max_headers: int = 256
     header_timeout: float = 10
     body_timeout: float = 30
+    min_body_rate: int = 1000
     idle_timeout: float = 75
     write_timeout: float = 60
     generation_timeout: float = 3600
