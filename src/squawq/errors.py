@@ -2,7 +2,8 @@
 
 SquawqError
 ├── ConfigError         a setting that cannot work (also a ValueError)
-│   └── FusionError     a model of transformers that our decoder cannot run, so that its own layers must
+│   ├── FusionError     a model of transformers that our decoder cannot run, so that its own layers must
+│   └── TemplateError   a chat template that takes too much time or memory, or crashes
 ├── CheckpointError     a model folder that is missing, damaged, lying or of an unknown kind
 ├── CalibrationError    calibration or evaluation text that is missing or too short
 ├── OutputError         a target folder that is not ours, belongs to another job, or has no room
@@ -52,6 +53,10 @@ class ConfigError(SquawqError, ValueError):
 
 class FusionError(ConfigError):
     """A model of transformers that our decoder cannot run, so that its own layers must."""
+
+
+class TemplateError(ConfigError):
+    """A chat template that takes too much time or memory, or crashes, whatever the chat."""
 
 
 class CheckpointError(SquawqError):
