@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +13,12 @@ from conftest import shared_data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from squawq.chat_template import MAX_MESSAGE, render
+from squawq.chat_template import MAX_MESSAGE, load, render
 from squawq.demo import demo_model
-from squawq.errors import ConfigError
+from squawq.errors import ConfigError, TemplateError
 
 LLAMA = "llama3-chat-template/meta-llama-Llama-3.1-8B-Instruct.jinja"
 DEMO = (demo_model() / "chat_template.jinja").read_text(encoding="utf-8")
-PROGRAM = (sys.executable, "-P", "-m", "squawq.chat_template", str(2**30))
 TOOLS = [
     {
         "type": "function",
@@ -175,7 +172,7 @@ def test_errors_are_short_and_name_no_memory() -> None:
     with pytest.raises(ConfigError) as error:
         render("{{ raise_exception('a' * 10**6) }}", [])
     assert len(str(error.value)) < MAX_MESSAGE + 100
-    with pytest.raises(ConfigError, match="out of memory"):
+    with pytest.raises(TemplateError, match="out of memory"):
         render("{{ 'a' * 10**18 }}", [])
 
 
@@ -184,40 +181,15 @@ def test_importing_it_takes_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def request(**changes: Any) -> bytes:
-    return (
-        json.dumps(
-            {"template": "{{ messages[0].content }}", "messages": [{"content": "é\ud800"}], "now": None, **changes}
-        ).encode()
-        + b"\n"
-    )
+def test_messages_are_answered() -> None:
+    answer = load(b"")
 
+    def ask(**changes: Any) -> Any:
+        request = {"template": "{{ messages[0].content }}", "messages": [{"content": "é\ud800"}], "now": None}
+        return json.loads(answer(json.dumps({**request, **changes}).encode()))
 
-def test_the_program_answers_lines_and_ends_with_them() -> None:
-    lines = request() + request(template="{{ raise_exception('no') }}") + request(now="2024-07-26T00:00:00")
-    done = subprocess.run([*PROGRAM, "60"], input=lines, capture_output=True, check=True)
-    replies = [json.loads(line) for line in done.stdout.splitlines()]
-    error = {"error": "the chat template refuses these messages: no"}
-    assert replies == [{}, {"text": "é\ud800"}, error, {"text": "é\ud800"}]
-    assert done.stderr == b""
-
-
-def test_the_program_ends_without_a_parent() -> None:
-    """A parent that was killed cannot stop a template that never ends."""
-    endless = request(template="{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
-    done = subprocess.run([*PROGRAM, "0.2"], input=endless, capture_output=True, timeout=60)
-    assert done.returncode == -signal.SIGALRM
-
-
-@pytest.mark.parametrize(
-    "deed",
-    ["open('/dev/null')", "open('x', 'w')", "socket.socket()", "os.pipe()", "bytes(2**29)", "os.dup(0)"],
-)
-def test_what_is_given_up(deed: str, tmp_path: Path) -> None:
-    """Even code that got out of the sandbox opens nothing."""
-    code = (
-        "import os, socket\nfrom squawq import chat_template\nchat_template._confine(2**28)\n"
-        f"try:\n    {deed}\nexcept (OSError, MemoryError) as error:\n    print(type(error).__name__, end='')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout == ("MemoryError" if "bytes" in deed else "OSError")
+    assert ask() == {"text": "é\ud800"}
+    error = {"error": "the chat template refuses these messages: no", "limit": False}
+    assert ask(template="{{ raise_exception('no') }}") == error
+    assert ask(template="{{ 'a' * 10**18 }}") == {"error": "the chat template ran out of memory", "limit": True}
+    assert ask(template="{{ strftime_now('%Y') }}", now="2024-07-26T00:00:00") == {"text": "2024"}

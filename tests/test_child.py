@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket  # noqa: F401 (what a process is asked to use)
 import subprocess
 import sys
 import time
@@ -34,6 +35,12 @@ def load(data: bytes) -> Handler:
             return str(os.getpid()).encode()
         if message == b"environment":
             return " ".join(sorted(os.environ)).encode()
+        if message.startswith(b"do "):
+            try:
+                eval(message[3:])
+            except (OSError, MemoryError) as error:
+                return type(error).__name__.encode()
+            return b"done"
         said.append(message)
         return b" ".join(said)
 
@@ -128,6 +135,35 @@ def test_secrets_in_the_environment_stay_outside(monkeypatch: pytest.MonkeyPatch
     child = Child.start(f"{__name__}:load", b"")
     assert b"SOME_API_KEY" not in child.call(b"environment", 1)
     child.close()
+
+
+def test_what_a_process_without_copies_gives_up() -> None:
+    """Even code that got out of a sandbox opens nothing."""
+    child = Child.start(f"{__name__}:load", b"", memory=2**28, forks=False)
+    for deed in ("open('/dev/null')", "open('x', 'w')", "socket.socket()", "os.pipe()", "os.dup(0)"):
+        assert child.call(f"do {deed}".encode(), 60) == b"OSError", deed
+    if sys.platform == "linux":
+        assert child.call(b"do bytes(2**29)", 60) == b"MemoryError"
+    assert child.call(b"a", 60) == b" a"
+    child.close()
+
+
+def test_how_a_process_ended_is_said() -> None:
+    for harm, message in (
+        (b"loop", r"it took more than 0\.1 s"),
+        (b"crash", rf"it died \(code -{int(signal.SIGSEGV)}\)"),
+    ):
+        child = Child.start(f"{__name__}:load", b"", forks=False)
+        with pytest.raises(ChildError, match=message):
+            child.call(harm, 0.1)
+        assert not child.alive
+
+
+def test_a_supervisor_that_ends_all_processes_leaves_the_parent_its_own(first: Child) -> None:
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGTERM)
+    os.kill(first.pid, signal.SIGINT)
+    assert first.fork().call(b"a", 1) == b"begin a"
 
 
 def test_what_cannot_be_loaded(capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,8 @@ FLOORS: dict[str, float] = {
     "memory": 2,
     "child": 2,
     "chat_template": 3,
+    "tokenizer_trial": 3,
+    "templates": 3.5,
     "format": 3,
     "families": 4,
     "report": 4,

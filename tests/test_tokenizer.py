@@ -65,7 +65,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+    with pytest.raises(CheckpointError, match="cannot be used as a tokenizer"):
         Tokenizer(tmp_path)
     shutil.copy(demo_model() / "tokenizer.json", tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match="no chat template"):

@@ -1,17 +1,14 @@
 """Chat templates: messages to the text that a model was trained to read. Knows no tokenizer.
 
-A template comes with a downloaded model and is not trusted, so it runs in jinja2's sandbox. As a program
-(`python -m squawq.chat_template BYTES SECONDS`) this file renders JSON lines from stdin to stdout, within that much
-memory and time and without opening a file; squawq.serve.templates runs it so.
+A template comes with a downloaded model and is not trusted: it runs in jinja2's sandbox, and squawq.templates runs this
+file in a process with limits of memory, time and files. Nothing else calls `render`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import signal
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -22,7 +19,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from squawq.errors import ConfigError
+from squawq.errors import ConfigError, TemplateError
 
 RESERVED = ("messages", "tools", "add_generation_prompt")
 MAX_MESSAGE = 500  # characters of a template's own error that are passed on
@@ -43,7 +40,8 @@ def render(
 
     continue_final: the text ends with the last message's, to be continued, and has no generation prompt.
     variables: what else the template reads, as bos_token. now: the date that some templates print.
-    Raises ConfigError for a chat that the template refuses, or whose last message cannot be continued.
+    Raises ConfigError for a chat that the template refuses, or whose last message cannot be continued, TemplateError
+    for a template that takes too much memory.
     """
     given = dict(variables or {})
     if taken := [name for name in RESERVED if name in given]:
@@ -60,7 +58,7 @@ def render(
     try:
         text = _compile(template).render(context)
     except MemoryError as error:
-        raise ConfigError("the chat template ran out of memory") from error
+        raise TemplateError("the chat template ran out of memory") from error
     except Exception as error:  # a template is a program: it can fail in any way
         reason = (str(error) or type(error).__name__)[:MAX_MESSAGE]
         raise ConfigError(f"the chat template refuses these messages: {reason}") from error
@@ -128,55 +126,24 @@ def _compile(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def main() -> None:
-    """Answer each line of stdin, `render`'s arguments as a JSON object, with {"text"} or {"error"}; end where it ends.
+def load(_: bytes) -> Callable[[bytes], bytes]:
+    """What renders in a process of its own (squawq.child): JSON of `render`'s arguments to {"text"} or {"error"}.
 
-    The first line that is written says that the process is ready.
+    An error's "limit" says whether the template went over its limits, rather than refused the chat.
     """
-    memory_bytes, seconds = int(sys.argv[1]), float(sys.argv[2])
-    _confine(memory_bytes)
-    sys.stdout.buffer.write(b"{}\n")
-    sys.stdout.buffer.flush()
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # ends this process even where nobody is left to do it
-        reply = _answer(line)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.stdout.buffer.write(reply + b"\n")
-        sys.stdout.buffer.flush()
+    with contextlib.suppress(ConfigError):  # what is imported late must be imported before files are given up
+        render("{{ strftime_now('%c') }}{{ raise_exception('') }}", [])
+    return _answer
 
 
-def _answer(line: bytes) -> bytes:
+def _answer(message: bytes) -> bytes:
     try:
-        request = json.loads(line)
+        request = json.loads(message)
         now = request.pop("now")
         text = render(**request, now=now and datetime.fromisoformat(now))
         return json.dumps({"text": text}).encode()
     except ConfigError as error:
-        message = str(error)
+        reply = {"error": str(error), "limit": isinstance(error, TemplateError)}
     except MemoryError:  # the request or the reply is too large
-        message = "the chat template ran out of memory"
-    return json.dumps({"error": message}).encode()
-
-
-def _confine(memory_bytes: int) -> None:
-    """Give up files, core dumps and all memory above the limit, for good; leave Ctrl-C to the parent."""
-    import resource
-
-    for signum in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent still has chats to render
-        signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    with contextlib.suppress(ConfigError):  # what is imported late must be imported before files are given up
-        render("{{ strftime_now('%c') }}{{ raise_exception('') }}", [])
-    for name, limit in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, 0),  # pipes that are open stay open
-    ):
-        hard = resource.getrlimit(name)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(name, (limit, limit))
-
-
-if __name__ == "__main__":
-    main()
+        reply = {"error": "the chat template ran out of memory", "limit": True}
+    return json.dumps(reply).encode()

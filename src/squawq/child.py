@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,7 +28,11 @@ _HEADER = struct.Struct("<Id")  # a message's bytes, and the processor seconds t
 _SIZE = struct.Struct("<I")  # an answer's bytes
 _PATIENCE = 30.0  # seconds to wait beyond the limit: on a busy machine a process gets less than a second a second
 _ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "LANG", "TZ")  # no secrets
+_THREADS = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # threads' stacks count as memory
 MEMORY = 128 * 2**20  # bytes that a process may take beyond what was loaded (Linux)
+LOAD_MEMORY = 4 * 2**30  # bytes that it may take while it loads
+LOAD_S = 60  # seconds of processor time for that
+MAX_ANSWER = 16 * 2**20
 
 
 class ChildError(RuntimeError):
@@ -35,40 +40,48 @@ class ChildError(RuntimeError):
 
 
 class Child:
-    """The near end of a process. For one thread at a time, but for `fork`."""
+    """The near end of a process. For one thread at a time, but for `fork` and `kill`."""
 
-    def __init__(self, port: socket.socket, process: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(self, port: socket.socket, process: subprocess.Popen[bytes] | None = None, forks: bool = True) -> None:
         self._port = port
         self._process = process
-        self._end = weakref.finalize(self, _end, port, process)
+        self._owner = os.getpid()
+        self._seconds = 0.0  # what the latest message may take
+        self._end = weakref.finalize(self, _end, port, process, forks, self._owner)
 
     @classmethod
-    def start(cls, load: str, data: bytes) -> Child:
+    def start(cls, load: str, data: bytes, *, memory: int = MEMORY, forks: bool = True) -> Child:
         """A new process that calls `load`, "module:function", with `data`: that returns what answers its messages.
 
-        Raises ChildError when it does not load, and on a system without fork().
+        memory: bytes that it may take beyond what was loaded. forks: whether it can be copied; one that cannot gives
+        up all files. Raises ChildError when it does not load, and on a system without fork().
         """
         if not hasattr(os, "fork"):
-            raise ChildError("this system has no fork()")
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+            raise ChildError("it needs a system with fork(), as Linux and macOS have it (on Windows: WSL)")
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | _THREADS
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         near, far = socket.socketpair()
         with far:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "squawq.child", load],
+                [sys.executable, "-P", "-m", "squawq.child", load, str(memory), str(int(forks))],
                 stdin=far.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is the parent's to handle
             )
-        child = cls(near, process)
+        child = cls(near, process, forks)
         child.call(data, _PATIENCE)
         return child
 
     @property
+    def pid(self) -> int | None:
+        """The number of a started process; None for a copy."""
+        return None if self._process is None else self._process.pid
+
+    @property
     def alive(self) -> bool:
-        """Whether a started process still runs."""
-        return self._process is not None and self._process.poll() is None
+        """Whether a started process still runs. After a fork() of this process, whose other half holds it: False."""
+        return self._process is not None and self._owner == os.getpid() and self._process.poll() is None
 
     def fork(self) -> Child:
         """A copy of the process, as it is after the messages sent so far. Raises ChildError."""
@@ -86,42 +99,71 @@ class Child:
 
     def send(self, message: bytes, seconds: float) -> None:
         """Ask for an answer, which may take so many seconds of processor time. Raises ChildError."""
-        self._port.settimeout(seconds + _PATIENCE)
+        self._seconds = seconds
         try:
+            self._port.settimeout(seconds + _PATIENCE)
             self._port.sendall(_HEADER.pack(len(message), seconds) + message)
         except OSError as error:
-            raise ChildError("the process has ended") from error
+            raise ChildError(self._fate("the process has ended")) from error
 
     def receive(self) -> bytes:
         """The answer to the oldest message that has none. Raises ChildError."""
+        deadline = time.monotonic() + self._seconds + _PATIENCE
         try:
-            return _read(self._port, *_SIZE.unpack(_read(self._port, _SIZE.size)))
+            (size,) = _SIZE.unpack(_read(self._port, _SIZE.size, deadline))
+            if size <= MAX_ANSWER:
+                return _read(self._port, size, deadline)
+        except TimeoutError as error:
+            self.close()
+            raise ChildError(f"it gave no answer within {self._seconds + _PATIENCE:g} s") from error
         except (OSError, EOFError) as error:
-            raise ChildError("it took too much time or memory, or crashed") from error
+            raise ChildError(self._fate("it took too much time or memory, or crashed")) from error
+        self.close()
+        raise ChildError(f"it answered with {size:,} bytes; {MAX_ANSWER:,} are allowed")
 
     def call(self, message: bytes, seconds: float) -> bytes:
         """Send and receive."""
         self.send(message, seconds)
         return self.receive()
 
+    def kill(self) -> None:
+        """End a started process at once, whatever it is doing; whoever waits for its answer gets a ChildError."""
+        if self._process is not None:
+            self._process.kill()
+
     def close(self) -> None:
         """Let the process end. Idempotent."""
         self._end()
 
+    def _fate(self, unknown: str) -> str:
+        """How the process ended, which is known of a started one alone."""
+        if self._process is None or self._owner != os.getpid():
+            return unknown
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        self.close()
+        code = self._process.returncode
+        if code == -signal.SIGPROF:
+            return f"it took more than {self._seconds:g} s of processor time"
+        return f"it died (code {code}), perhaps out of memory"
 
-def _end(port: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
+
+def _end(port: socket.socket, process: subprocess.Popen[bytes] | None, forks: bool, owner: int) -> None:
     port.close()
-    if process is not None:
-        try:
+    if process is None or owner != os.getpid():
+        return
+    if forks:
+        with suppress(subprocess.TimeoutExpired):  # it waits for its copies, one of which is still held
             process.wait(1.0)
-        except subprocess.TimeoutExpired:  # it waits for its copies, one of which is still held
-            process.kill()
-            process.wait()
+    process.kill()
+    process.wait()
 
 
-def _read(port: socket.socket, size: int) -> bytes:
+def _read(port: socket.socket, size: int, deadline: float | None = None) -> bytes:
     data = bytearray()
     while len(data) < size:
+        if deadline is not None:
+            port.settimeout(max(0.001, deadline - time.monotonic()))
         piece = port.recv(min(size - len(data), 2**20))
         if not piece:
             raise EOFError
@@ -129,30 +171,49 @@ def _read(port: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def _main(load: str) -> None:
+def _main(load: str, memory: int, forks: bool) -> None:
     """What the process does."""
     import resource  # not on Windows
 
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a supervisor sends them to all; the parent has work to finish
+        signal.signal(signum, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_memory(LOAD_MEMORY, for_good=False)
+    signal.setitimer(signal.ITIMER_PROF, LOAD_S)  # SIGPROF ends the process, whatever it is doing
     port = socket.socket(fileno=os.dup(0))
     module, _, function = load.partition(":")
     size, _ = _HEADER.unpack(_read(port, _HEADER.size))
     handle: Handler = getattr(importlib.import_module(module), function)(_read(port, size))
-    gc.collect()
-    gc.freeze()
-    gc.disable()  # a collection would write to every page that the copies share
+    if forks:
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection would write to every page that the copies share
     with Path(os.devnull).open("r+b") as null:  # Rust and the C library write there when they abort
         for descriptor in (0, 2):
             os.dup2(null.fileno(), descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a copy ended
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # what loading left over: half of the memory, and of the time that a copy takes
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _limit_memory(memory, for_good=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    if not forks:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # what is open stays open
+    signal.setitimer(signal.ITIMER_PROF, 0)
     port.sendall(_SIZE.pack(0))
     _serve(port, handle)
+
+
+def _limit_memory(more: int, for_good: bool) -> None:
+    """Allow so many bytes more than the process has."""
+    import resource
+
+    if sys.platform != "linux":
+        return
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what loading left over: half of the memory, and of the time that a copy takes
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = pages * resource.getpagesize() + more
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit if for_good else hard))
 
 
 def _serve(port: socket.socket, handle: Handler) -> None:
@@ -169,7 +230,7 @@ def _serve(port: socket.socket, handle: Handler) -> None:
             continue
         size, seconds = _HEADER.unpack(header)
         message = _read(port, size)
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process, whatever it is doing
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         answer = handle(message)
         signal.setitimer(signal.ITIMER_PROF, 0)
         port.sendall(_SIZE.pack(len(answer)) + answer)
@@ -180,4 +241,4 @@ def _serve(port: socket.socket, handle: Handler) -> None:
 
 if __name__ == "__main__":
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is gone
-        _main(sys.argv[1])
+        _main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1")

@@ -2,7 +2,8 @@
 
 SquawqError
 ├── ConfigError         a setting that cannot work (also a ValueError)
-│   └── FusionError     a model of transformers that our decoder cannot run, so that its own layers must
+│   ├── FusionError     a model of transformers that our decoder cannot run, so that its own layers must
+│   └── TemplateError   a chat template that takes too much time or memory, or crashes
 ├── CheckpointError     a model folder that is missing, damaged, lying or of an unknown kind
 ├── CalibrationError    calibration or evaluation text that is missing or too short
 ├── OutputError         a target folder that is not ours, belongs to another job, or has no room
@@ -16,9 +17,34 @@ SquawqError
 
 from __future__ import annotations
 
+import re
+
+# C0 and C1 controls, overrides and isolates of the writing direction, halves of surrogate pairs
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text that a terminal shows as it is: what would steer the terminal is escaped, as \\x1b or \\u202e.
+
+    Args:
+        text: Text that comes from a model folder, a client or a model.
+        keep: Characters that stay as they are, such as "\\n\\t".
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        character = match[0]
+        if character in keep:
+            return character
+        return f"\\x{ord(character):02x}" if character < "\u0100" else f"\\u{ord(character):04x}"
+
+    return _UNSAFE.sub(escape, text)
+
 
 class SquawqError(Exception):
-    """Base of every error that squawq raises for its user."""
+    """Base of every error that squawq raises for its user. Its text is safe to show on a terminal."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n\t")
 
 
 class ConfigError(SquawqError, ValueError):
@@ -27,6 +53,10 @@ class ConfigError(SquawqError, ValueError):
 
 class FusionError(ConfigError):
     """A model of transformers that our decoder cannot run, so that its own layers must."""
+
+
+class TemplateError(ConfigError):
+    """A chat template that takes too much time or memory, or crashes, whatever the chat."""
 
 
 class CheckpointError(SquawqError):

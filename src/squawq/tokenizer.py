@@ -1,4 +1,4 @@
-"""Text to token ids and back, what a token stands for, and the model's chat templates; chat_template.py renders those.
+"""Text to token ids and back, what a token stands for, and the model's chat templates; templates.py renders those.
 
 Knows no tensors and no model.
 """
@@ -15,9 +15,10 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from squawq.chat_template import render
 from squawq.errors import CheckpointError, ConfigError
-from squawq.format.reader import read_json
+from squawq.format.reader import MAX_JSON, read_json
+from squawq.templates import TemplateProcess
+from squawq.tokenizer_trial import check_tokenizer, failure
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 Message = Mapping[str, str]
@@ -40,7 +41,10 @@ def check_messages(messages: object) -> list[dict[str, str]]:
 
 
 class Tokenizer:
-    """A folder's tokenizer.json and chat template. Raises CheckpointError when the folder has none."""
+    """A folder's tokenizer.json and chat template, both untrusted.
+
+    Raises CheckpointError when the folder has none, or one that fails its trial (tokenizer_trial.py).
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -50,23 +54,37 @@ class Tokenizer:
                 f"{self.folder}: has no tokenizer.json; save a fast tokenizer there (AutoTokenizer.save_pretrained)"
             )
         try:
-            self.fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path}: cannot be read as a tokenizer: {error}") from error
+            content = _checked_size(path).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        check_tokenizer(content, str(path))
+        try:
+            self.fast = FastTokenizer.from_buffer(content)
+        except BaseException as error:
+            raise CheckpointError(f"{path}: cannot be used as a tokenizer: {failure(error)}") from error
         self.fast.no_truncation()
         self.fast.no_padding()
         settings = self.folder / "tokenizer_config.json"
         self.settings = read_json(settings) if settings.is_file() else {}
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; `special` adds what the tokenizer puts around a text, as a begin token."""
-        (found,) = self.fast.encode_batch_fast([text], add_special_tokens=special)  # other threads run meanwhile
+        """Token ids; `special` adds what the tokenizer puts around a text, as a begin token.
+
+        Raises ConfigError for a text that cannot be encoded, such as one with half of a surrogate pair.
+        """
+        try:
+            (found,) = self.fast.encode_batch_fast([text], add_special_tokens=special)  # other threads run meanwhile
+        except BaseException as error:
+            raise ConfigError(f"{self.folder}: the tokenizer cannot encode the text: {failure(error)}") from error
         ids: list[int] = found.ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of token ids."""
-        text: str = self.fast.decode(list(ids), skip_special_tokens=skip_special)
+        """Text of token ids. Raises ConfigError for ids that cannot be decoded."""
+        try:
+            text: str = self.fast.decode(list(ids), skip_special_tokens=skip_special)
+        except BaseException as error:
+            raise ConfigError(f"{self.folder}: the tokenizer cannot decode the tokens: {failure(error)}") from error
         return text
 
     def token(self, name: str) -> str | None:
@@ -95,30 +113,31 @@ class Tokenizer:
         """Templates by name: tokenizer_config.json's, a text or a list of named ones, and before those the files."""
         given = self.settings.get("chat_template")
         rows = given if isinstance(given, list) else [{"name": "default", "template": given}]
-        found = {row.get("name"): row.get("template") for row in rows if isinstance(row, Mapping)}
+        pairs = [(row.get("name"), row.get("template")) for row in rows if isinstance(row, Mapping)]
+        found = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
         for name, file in (
             ("default", "chat_template.jinja"),
             ("tool_use", "additional_chat_templates/tool_use.jinja"),
         ):
             path = self.folder / file
             if path.is_file():
-                found[name] = path.read_text(encoding="utf-8")
-        return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+                found[name] = read_template(path)
+        return found
 
     def render(self, messages: Iterable[Message], generation_prompt: bool = True, now: datetime | None = None) -> str:
         """The chat as text, as the model was trained to read it; `now` is the date that some templates print.
 
-        Raises ConfigError for a chat that the template refuses.
+        Raises ConfigError for a chat that the template refuses, TemplateError for a template that goes over its limits.
         """
-        if self.chat_template is None:
+        if self._renderer is None:
             raise ConfigError(f"{self.folder}: the model has no chat template; use plain text (squawq generate)")
-        return render(
-            self.chat_template,
-            check_messages(list(messages)),
-            generation_prompt=generation_prompt,
-            variables=self.template_variables(),
-            now=now,
-        )
+        return self._renderer.render(check_messages(list(messages)), generation_prompt=generation_prompt, now=now)
+
+    @cached_property
+    def _renderer(self) -> TemplateProcess | None:
+        """Its process starts at the first chat and ends with this tokenizer."""
+        template = self.chat_template
+        return None if template is None else TemplateProcess(template, self.template_variables())
 
     def encode_chat(
         self, messages: Iterable[Message], generation_prompt: bool = True, now: datetime | None = None
@@ -163,6 +182,22 @@ class Tokenizer:
             return frozenset()
         state = json.loads(self.fast.decoder.__getstate__())
         return frozenset(step["type"] for step in state.get("decoders", [state]))
+
+
+def read_template(path: Path) -> str:
+    """A chat template's text. Raises CheckpointError for a file that cannot be read or is no UTF-8."""
+    try:
+        return _checked_size(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is not UTF-8 text: {error.reason} (byte {error.start:,})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _checked_size(path: Path) -> Path:
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{path}: is larger than {MAX_JSON:,} bytes")
+    return path
 
 
 def _byte_characters() -> dict[str, int]:

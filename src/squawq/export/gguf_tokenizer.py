@@ -15,7 +15,6 @@ from typing import Any
 from squawq.config import ModelConfig
 from squawq.engine.generation_config import GenerationConfig
 from squawq.errors import CheckpointError, ConfigError
-from squawq.format.reader import read_json
 from squawq.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # GGUF's token types
@@ -71,7 +70,7 @@ class Vocabulary:
 def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
     """The vocabulary of a model folder. Raises ConfigError for a tokenizer that GGUF cannot name exactly."""
     tokenizer = Tokenizer(folder)
-    state = read_json(folder / "tokenizer.json")
+    state = json.loads(tokenizer.fast.to_str())  # as the library writes it: with every key, which the file may lack
     model = state["model"]
     where = f"{folder / 'tokenizer.json'}"
     if model.get("type") != "BPE":

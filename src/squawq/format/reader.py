@@ -32,6 +32,7 @@ COMPANIONS = re.compile(
 )
 LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
 INDEX = "model.safetensors.index.json"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,7 +40,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON:
             raise CheckpointError(f"{path}: larger than {MAX_JSON} bytes; this is no configuration file")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # half of a pair is no text, and breaks whatever writes it
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

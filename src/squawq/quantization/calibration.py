@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squawq.errors import CalibrationError, ConfigError, DependencyError
+from squawq.errors import CalibrationError, ConfigError, DependencyError, TemplateError
 from squawq.tokenizer import Tokenizer, check_messages
 
 SEPARATOR = "\n=====\n"
@@ -89,6 +89,8 @@ def _documents(source: Calibration, open_tokenizer: Callable[[], Tokenizer]) -> 
         for number, row in enumerate(_rows(source), 1):
             try:
                 yield _encode(row, tokenizer)
+            except TemplateError:  # not one chat is at fault: each would take as long
+                raise
             except ConfigError as error:
                 if source is not None or isinstance(row, str):
                     raise CalibrationError(f"{_name(source)}, row {number}: {error}") from error

@@ -20,9 +20,9 @@ from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
-from squawq.serve.templates import TemplateProcess
 from squawq.serve.tools import added_tokens, tool_format
-from squawq.tokenizer import Tokenizer
+from squawq.templates import TemplateProcess
+from squawq.tokenizer import Tokenizer, read_template
 
 MAX_WAITING = 1024
 MAX_LISTED = 2**17  # tokens that a reply lists one by one, each in up to a hundred bytes
@@ -76,6 +76,7 @@ class Served:
                 tool_template=tool_template,
                 timeout_s=settings.template_timeout,
             )
+            self._templates.start()
 
     @property
     def name(self) -> str:
@@ -105,8 +106,14 @@ class Served:
             raise ApiError("invalid", str(error)) from error
 
     def text_ids(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text; `special` adds a begin token where the model has one."""
-        return self.tokenizer.encode(text, special)
+        """Token ids of a text; `special` adds a begin token where the model has one.
+
+        Raises ApiError for a text that cannot be encoded.
+        """
+        try:
+            return self.tokenizer.encode(text, special)
+        except ConfigError as error:
+            raise ApiError("invalid", str(error)) from error
 
     @staticmethod
     def check_listed(tokens: int) -> None:
@@ -158,10 +165,7 @@ class Served:
         path = self.settings.chat_template
         if path is None:
             return self.tokenizer.chat_template, self.tokenizer.tool_template
-        try:
-            return path.read_text(encoding="utf-8"), None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"chat_template {path}: cannot be read: {error}") from error
+        return read_template(path), None
 
     def _length(self, positions: int, cached: int) -> int:
         wanted, settings = self.settings.max_model_len, self.settings

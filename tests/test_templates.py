@@ -1,9 +1,12 @@
-"""Templates in a process of their own: the same text as here, and nothing that a template does reaches the server."""
+"""Templates in a process of their own: the same text as here, and nothing that a template does reaches its caller."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +16,13 @@ from typing import Any
 
 import pytest
 from conftest import shared_data
+from test_child import wait_until_ended
 
 from squawq.chat_template import render
+from squawq.child import MAX_ANSWER
 from squawq.demo import demo_model
-from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.serve import templates
-from squawq.serve.templates import TemplateProcess
+from squawq.errors import ConfigError, EngineClosed, QueueFull, TemplateError
+from squawq.templates import TemplateProcess
 
 DEMO = (demo_model() / "chat_template.jinja").read_text(encoding="utf-8")
 LLAMA = "llama3-chat-template/meta-llama-Llama-3.1-8B-Instruct.jinja"
@@ -41,8 +45,10 @@ def say(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-def pids(process: TemplateProcess) -> list[int]:
-    return [worker._process.pid for worker in process._workers if worker._process]
+def pid(process: TemplateProcess) -> int:
+    assert process._child is not None
+    assert process._child.pid is not None
+    return process._child.pid
 
 
 def alive(pid: int) -> bool:
@@ -54,9 +60,10 @@ def alive(pid: int) -> bool:
 
 
 def start_endless(process: TemplateProcess, pool: ThreadPoolExecutor) -> Any:
+    process.start()
     future = pool.submit(process.render, say("loop"))
     deadline = time.monotonic() + 60
-    while process._free.qsize() and time.monotonic() < deadline:
+    while not process._turn.locked() and time.monotonic() < deadline:
         time.sleep(0.001)
     return future
 
@@ -87,20 +94,23 @@ def test_options_of_the_process() -> None:
         assert process.render(say("a"), tools=[{"name": "f"}]) == "f"
         with pytest.raises(ConfigError, match="must not be named"):
             process.render(say("a"), variables={"messages": []})
-    with pytest.raises(ConfigError, match="must be above 0"):
-        TemplateProcess("a", timeout_s=0)
-    with pytest.raises(ConfigError, match="must be above 0"):
-        TemplateProcess("a", workers=0)
+    for timeout_s in (0, float("inf")):
+        with pytest.raises(ConfigError, match="must be above 0"):
+            TemplateProcess("a", timeout_s=timeout_s)
 
 
 def test_errors_come_back_and_the_process_stays() -> None:
     with TemplateProcess("{% for", memory_bytes=2**28) as process, pytest.raises(ConfigError, match="refuses"):
         process.render(say("a"))
     with TemplateProcess(DEEDS, memory_bytes=2**28) as process:
-        before = pids(process)
-        for deed, message in (("bomb", "out of memory"), ("grow", "out of memory"), ("file", "unsafe")):
-            with pytest.raises(ConfigError, match=message):
+        process.start()
+        before = pid(process)
+        for deed in ("bomb", "grow"):
+            with pytest.raises(TemplateError, match="out of memory"):
                 process.render(say(deed))
+        with pytest.raises(ConfigError, match="unsafe") as refused:
+            process.render(say("file"))
+        assert not isinstance(refused.value, TemplateError)
         with pytest.raises(ConfigError, match="cannot be written as JSON"):
             process.render([{"role": "user", "content": object()}])
         nested: list[Any] = []
@@ -109,23 +119,23 @@ def test_errors_come_back_and_the_process_stays() -> None:
         with pytest.raises(ConfigError, match="cannot be written as JSON"):
             process.render([{"role": "user", "content": nested}])
         assert process.render(say("good")) == "good"
-        assert pids(process) == before
+        assert pid(process) == before
 
 
 @pytest.mark.parametrize("deed", ["loop", "power"])
 def test_a_template_that_takes_too_long_is_stopped(deed: str) -> None:
     with TemplateProcess(DEEDS, timeout_s=0.5) as process:
-        (before,) = pids(process)
-        with pytest.raises(ConfigError, match=r"the chat template took longer than 0\.5 s"):
+        process.start()
+        before = pid(process)
+        with pytest.raises(TemplateError, match=r"chat template is refused: it took more than 0\.5 s"):
             process.render(say(deed))
         assert not alive(before)
-        process._workers[0]._timeout_s = 60  # the next answer may take longer on a busy machine
         assert process.render(say("good")) == "good"
 
 
 def test_a_reply_is_bounded() -> None:
     with TemplateProcess(DEEDS) as process:
-        with pytest.raises(ConfigError, match=f"writes more than {templates.MAX_REPLY} bytes"):
+        with pytest.raises(TemplateError, match=f"answered with .* bytes; {MAX_ANSWER:,} are allowed"):
             process.render(say("flood"))
         assert process.render(say("good")) == "good"
 
@@ -145,13 +155,14 @@ def test_a_request_too_large_for_the_memory() -> None:
 
 def test_a_killed_process_is_started_again() -> None:
     with TemplateProcess(DEEDS, timeout_s=60) as process, ThreadPoolExecutor() as pool:
-        (idle,) = pids(process)
+        process.start()
+        idle = pid(process)
         os.kill(idle, signal.SIGKILL)
         os.waitid(os.P_PID, idle, os.WEXITED | os.WNOWAIT)
         assert process.render(say("good")) == "good"
         future = start_endless(process, pool)
-        os.kill(pids(process)[0], signal.SIGKILL)
-        with pytest.raises(ConfigError, match=r"died \(code -9\), perhaps out of memory"):
+        os.kill(pid(process), signal.SIGKILL)
+        with pytest.raises(TemplateError, match=r"died \(code -9\), perhaps out of memory"):
             future.result()
         assert process.render(say("good")) == "good"
 
@@ -159,34 +170,33 @@ def test_a_killed_process_is_started_again() -> None:
 def test_a_process_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "false")
     with pytest.raises(ConfigError, match=r"died \(code 1\)"):
-        TemplateProcess(DEMO)
+        TemplateProcess(DEMO).start()
 
 
 def test_ctrl_c_does_not_end_it() -> None:
     with TemplateProcess(DEEDS) as process:
-        (pid,) = pids(process)
-        os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGTERM)
+        process.start()
+        before = pid(process)
+        os.kill(before, signal.SIGINT)
+        os.kill(before, signal.SIGTERM)
         assert process.render(say("good")) == "good"
-        assert pids(process) == [pid]
-        assert os.getpgid(pid) == os.getpgid(0)
+        assert pid(process) == before
 
 
 def test_it_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQUAWQ_TEST_SECRET", "open sesame")
     with TemplateProcess(DEMO) as process:
-        environment = Path(f"/proc/{pids(process)[0]}/environ")
+        process.start()
+        environment = Path(f"/proc/{pid(process)}/environ")
         if not environment.is_file():
             pytest.skip("needs /proc")
         assert b"sesame" not in environment.read_bytes()
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_many_threads(workers: int) -> None:
-    with TemplateProcess(DEEDS, timeout_s=60, workers=workers) as process, ThreadPoolExecutor(8) as pool:
+def test_many_threads() -> None:
+    with TemplateProcess(DEEDS, timeout_s=60) as process, ThreadPoolExecutor(8) as pool:
         texts = [f"{n} " * (n % 50 + 1) for n in range(400)]
         assert list(pool.map(lambda text: process.render(say(text)), texts)) == texts
-        assert len(set(pids(process))) == workers
 
 
 def test_waiting_is_bounded() -> None:
@@ -201,10 +211,10 @@ def test_waiting_is_bounded() -> None:
 
 
 def test_close_ends_what_runs_and_leaves_nothing() -> None:
-    process = TemplateProcess(DEEDS, timeout_s=60, workers=2)
-    left = pids(process)
+    process = TemplateProcess(DEEDS, timeout_s=60)
     with ThreadPoolExecutor() as pool:
-        future = pool.submit(process.render, say("loop"))
+        future = start_endless(process, pool)
+        left = pid(process)
         closers = [threading.Thread(target=process.close) for _ in range(3)]
         for closer in closers:
             closer.start()
@@ -214,7 +224,31 @@ def test_close_ends_what_runs_and_leaves_nothing() -> None:
         with pytest.raises(EngineClosed):
             future.result()
     process.close()
-    assert not any(map(alive, left))
+    assert not alive(left)
     with pytest.raises(EngineClosed, match="was closed"):
         process.render(say("good"))
-    assert not any(map(alive, pids(process)))
+    assert not alive(pid(process))
+
+
+def test_it_starts_at_the_first_chat_and_ends_with_its_owner() -> None:
+    process = TemplateProcess(DEEDS)
+    assert process._child is None
+    process.render(say("good"))
+    left = pid(process)
+    assert alive(left)
+    del process
+    gc.collect()
+    assert not alive(left)
+
+
+def test_a_killed_parent_leaves_no_endless_template() -> None:
+    program = (
+        "import sys, threading\nfrom squawq.templates import TemplateProcess\n"
+        f"process = TemplateProcess({ENDLESS!r}, timeout_s=1); process.start()\n"
+        "threading.Thread(target=process.render, args=([],)).start(); print(process._child.pid, flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        left = int(parent.stdout.readline())
+        parent.kill()
+    wait_until_ended(left)

@@ -1,0 +1,119 @@
+"""Tries a tokenizer.json before this process reads it: a hostile one can crash, take all memory or never end.
+
+It is loaded and used in a process with limits, and steps that make a text much longer are refused, since the trial sees
+only some texts. A file that passed is not tried again.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from importlib.resources import files
+from typing import Any
+
+from squawq.child import Child, ChildError
+from squawq.errors import CheckpointError
+
+SECONDS = 30.0  # of processor time; a vocabulary of 128,000 tokens takes one or two
+MEMORY = 2 * 2**30  # the same takes 0.3 GB
+MAX_GROWTH = 1024  # how much longer a tokenizer's steps may make a text; Llama's and Gemma's: 3
+MAX_TOKENS = 64  # for a character; bytes as tokens: 4
+MAX_ADDED = 4096  # tokens around a text
+ODD = "\0\t\r\n\x7f\x85\u00a0\u00ad\u0301é\u2028\u202e\u3000中ﷺﬃ\u0e33\ud7ff\ue000\ufffd\uffff😀\U0010ffff"
+LONG = "".join(sign * 1000 for sign in " a0.\n-_é中") + "The quick brown fox isn't 12,345.67 years old. " * 200
+_passed: set[bytes] = set()
+
+
+def check_tokenizer(content: bytes, where: str) -> None:
+    """Try a tokenizer.json. Raises CheckpointError, which begins with `where`, for one that must not be used."""
+    digest = hashlib.sha256(content).digest()
+    if digest in _passed or content == (files("squawq") / "demo_model" / "tokenizer.json").read_bytes():
+        return
+    try:
+        child = Child.start(f"{__name__}:{load.__name__}", b"", memory=MEMORY, forks=False)
+    except ChildError as error:
+        raise CheckpointError(f"{where}: cannot be tried in a process of its own: {error}") from error
+    try:
+        refused = child.call(content, SECONDS).decode("utf-8", "replace")
+    except ChildError as error:
+        raise CheckpointError(f"{where}: cannot be used as a tokenizer: {error} when it was tried") from error
+    finally:
+        child.close()
+    if refused:
+        raise CheckpointError(f"{where}: cannot be used as a tokenizer: {refused}")
+    _passed.add(digest)
+
+
+def failure(error: BaseException) -> str:
+    """What a tokenizer raised, in a line. Raises what is not a tokenizer's: Rust's panics are no Exception either."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def load(_: bytes) -> Callable[[bytes], bytes]:
+    """What tries tokenizers in a process of its own: a tokenizer.json to why it is refused, nothing if it is not."""
+    from tokenizers import Tokenizer
+
+    def answer(content: bytes) -> bytes:
+        try:
+            return _try(Tokenizer.from_buffer(content)).encode("utf-8", "replace")
+        except BaseException as error:
+            return failure(error).encode("utf-8", "replace")
+
+    return answer
+
+
+def _try(tokenizer: Any) -> str:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    state = json.loads(tokenizer.to_str())
+    if (growth := math.prod(map(_growth, _steps(state)))) > MAX_GROWTH:
+        return f"its steps may make a text {growth:.3g} times as long; at most {MAX_GROWTH} times is taken"
+    for text in ("", "a", ODD, LONG):
+        for special in (True, False):
+            try:
+                ids = tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+            except Exception:  # it has no token for a character: so may a user's text, which is refused then
+                continue
+            if len(ids) > MAX_TOKENS * len(text) + MAX_ADDED:
+                return f"it makes {len(ids):,} tokens of {len(text):,} characters"
+            tokenizer.decode(ids, skip_special_tokens=special)
+    for token in (*range(0, tokenizer.get_vocab_size(), 997), 2**32 - 1):
+        tokenizer.decode([token])
+    tokenizer.decode(list(range(tokenizer.get_vocab_size())))
+    return ""
+
+
+def _steps(state: Any) -> Iterator[Mapping[str, Any]]:
+    """Every step of a tokenizer.json, those inside sequences too."""
+    if isinstance(state, dict):
+        if isinstance(state.get("type"), str):
+            yield state
+        for key in ("normalizer", "pre_tokenizer", "decoder", "normalizers", "pretokenizers", "decoders"):
+            yield from _steps(state.get(key))
+    elif isinstance(state, list):
+        for step in state:
+            yield from _steps(step)
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """How much longer, in bytes, a step can make a text at most."""
+    kind = step["type"]
+    if kind == "ByteLevel":
+        return 2  # a byte above 127 becomes a character of two
+    if kind == "Replace":
+        pattern, content = step["pattern"], len(step["content"].encode())
+        return max(1, content / max(1, len(pattern.get("String", "").encode())))
+    if kind == "Precompiled":  # a trie, and texts between zeros that it points into
+        try:
+            blob = base64.b64decode(step["precompiled_charsmap"])
+        except binascii.Error:
+            return math.inf
+        texts = blob[4 + int.from_bytes(blob[:4], "little") :]
+        return max(map(len, texts.split(b"\0")))
+    return 1
