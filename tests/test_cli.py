@@ -58,7 +58,7 @@ def test_eval_table_json_and_plot(quantized: Path, tmp_path: Path) -> None:
     assert report["evaluation"] == {**added, "reference": "demo_model"}  # no way to a folder of this machine
     page = (quantized / "report.html").read_text(encoding="utf-8")
     assert f"mean KL {scores['kl_mean']:.3g} nats" in page
-    assert not (quantized / ".tmp").exists()
+    assert not list(quantized.glob(".*"))
     table = run(*common).stdout
     assert "perplexity" in table
     assert "KL" not in table

@@ -237,7 +237,7 @@ def test_a_card_is_ours_until_it_is_changed(folder: Path) -> None:
         write_card(folder, REPO)
     assert path.read_text() == changed
     assert is_ours(write_card(folder, REPO, force=True).read_text())
-    assert not (folder / ".tmp").exists()
+    assert not list(folder.glob(".*"))
 
 
 def test_what_another_is_writing_stays(folder: Path) -> None:

@@ -54,7 +54,7 @@ def test_no_room_at_any_write(
         with pytest.raises(OutputError, match="No space left on device"):
             quantize(folder, out, rows)
     assert not out.exists()
-    assert not list(tmp_path.glob("out.partial/.tmp/*"))
+    assert not list(tmp_path.glob("out.partial/.squawq-*"))
     quantize(folder, out, rows)
     quantize(folder, tmp_path / "straight", rows)
     assert settled(out) == settled(tmp_path / "straight")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import squawq
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
+from squawq.format.locking import locked
 from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
 
@@ -310,14 +311,11 @@ def test_a_damaged_part_is_done_again(make_model: MakeModel, rows: Rows, tmp_pat
 
 
 def test_two_runs_at_once(make_model: MakeModel, rows: Rows, tmp_path: Path) -> None:
-    import fcntl
-
     folder, out = make_model(), tmp_path / "out"
     assert killed_runs(folder, rows, [(out, "before", 8)]) == [-signal.SIGKILL]
-    with (tmp_path / "out.partial" / "squawq_job.json").open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another run is working"):
-            quantize(folder, out, rows)
+    busy = r"another process is at work on .*out\.partial; wait until it ends"
+    with locked(tmp_path / "out.partial"), pytest.raises(OutputError, match=busy):
+        quantize(folder, out, rows)
     quantize(folder, out, rows)
 
 

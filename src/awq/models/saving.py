@@ -10,8 +10,9 @@ from typing import Any
 
 from awq.models._config import AwqConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError
+from squawq.format.locking import locked
 from squawq.format.reader import COMPANIONS, INDEX, LEGACY, check_inside, read_config, read_json
-from squawq.format.writer import TEMPORARY, clear_temporary, copy_file, write_json
+from squawq.format.writer import beside, clear_temporary, copy_file, write_json
 from squawq.report.files import PAGE, REPORT
 
 CALLERS = (  # what a tokenizer or processor saves is the caller's, as with AutoAWQ
@@ -35,27 +36,33 @@ def save(source: Path, target: Path, shard_size: str | int, *, move: bool) -> No
     limit, largest = _bytes(shard_size), max(path.stat().st_size for path in shards)
     if largest > limit:
         raise ConfigError(f"shard_size is {shard_size!r}; the largest layer takes a file of {largest / 1e6:,.1f} MB")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name in (*LAST, *LEGACY):
-            (target / name).unlink(missing_ok=True)
-        for path in shards:
-            _put(path, target / path.name, link=move)
-        for path in target.iterdir():
-            if WEIGHTS.fullmatch(path.name) and path.name not in {shard.name for shard in shards}:
-                path.unlink()
-        for path in (*small, *(source / name for name in LAST if (source / name).is_file())):
-            if path.name == "config.json" and older is not None:
-                write_json(target / path.name, older)
-            else:
-                copy_file(path, target / path.name)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
+    with locked(target):
         clear_temporary(target)
+        try:
+            _fill(target, shards, small, move=move)
+            for path in (source / name for name in LAST if (source / name).is_file()):
+                if path.name == "config.json" and older is not None:
+                    write_json(target / path.name, older)
+                else:
+                    copy_file(path, target / path.name)
+        except OSError as error:
+            raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
     for path in shards if move else ():
         with suppress(OSError):  # the temporary folder is removed later in any case
             path.unlink()
+
+
+def _fill(target: Path, shards: list[Path], small: list[Path], *, move: bool) -> None:
+    """Weights and what goes along into the folder, which is no model any more until the rest has come."""
+    for name in (*LAST, *LEGACY):
+        (target / name).unlink(missing_ok=True)
+    for path in shards:
+        _put(path, target / path.name, link=move)
+    for path in target.iterdir():
+        if WEIGHTS.fullmatch(path.name) and path.name not in {shard.name for shard in shards}:
+            path.unlink()
+    for path in small:
+        copy_file(path, target / path.name)
 
 
 def _weights(source: Path) -> list[Path]:
@@ -91,15 +98,12 @@ def _older_config(source: Path) -> dict[str, Any] | None:
 
 def _put(path: Path, target: Path, *, link: bool) -> None:
     """A weight file to its place, whole or not at all. link: the same bytes under two names, where that can be."""
-    temporary = target.parent / TEMPORARY / path.name
-    temporary.parent.mkdir(exist_ok=True)
-    temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # another file system, or one without links
-        if link:
-            temporary.hardlink_to(path)
-    if not temporary.exists():
-        shutil.copyfile(path, temporary)
-    temporary.replace(target)
+    with beside(target) as temporary:
+        with suppress(OSError):  # another file system, or one without links
+            if link:
+                temporary.hardlink_to(path)
+        if not temporary.exists():
+            shutil.copyfile(path, temporary)
 
 
 def _bytes(size: str | int) -> int:

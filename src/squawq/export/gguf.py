@@ -217,7 +217,7 @@ def _declare(writer: Any, entries: list[Entry], factors: Tensor | None) -> None:
 
 def _check(config: ModelConfig, out: Path) -> None:
     if out.exists():
-        raise OutputError(f"{out} exists; name a file that does not, such as model.gguf")
+        raise _taken(out)
     if config.model_type not in ARCHITECTURES:
         raise ConfigError(f"model_type is {config.model_type!r}; GGUF takes {', '.join(ARCHITECTURES)}")
     if config.rope.type == "llama3" and ARCHITECTURES[config.model_type].name != "llama":
@@ -244,9 +244,23 @@ def export_gguf(folder: Path, out: Path, *, progress: Progress | None = None) ->
                 _write(writer, checkpoint, entries, vocabulary, progress)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            partial.replace(out)
+            _name(partial, out)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error
+
+
+def _taken(out: Path) -> OutputError:
+    return OutputError(f"{out} exists; name a file that does not, such as model.gguf")
+
+
+def _name(partial: Path, out: Path) -> None:
+    """Give the file its name. Raises OutputError if another has taken it meanwhile."""
+    try:
+        os.link(partial, out)
+    except FileExistsError as error:
+        raise _taken(out) from error
+    except OSError:  # a file system without hard links
+        partial.replace(out)
 
 
 def _write(

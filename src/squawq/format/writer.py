@@ -5,12 +5,15 @@ All that writes raises OutputError when it cannot, for a full disk above all.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -21,34 +24,52 @@ from squawq.errors import OutputError
 from squawq.format.reader import INDEX
 from squawq.format.shards import read_header
 
-TEMPORARY = ".tmp"
+TEMPORARY = ".squawq-tmp-"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether this is the name of a folder that `beside` made."""
+    return re.fullmatch(re.escape(TEMPORARY) + "[a-z0-9_]{8}", name) is not None
 
 
 def clear_temporary(folder: Path) -> None:
-    """Remove what a killed run left half written."""
-    shutil.rmtree(folder / TEMPORARY, ignore_errors=True)
+    """Remove what a killed process of ours left half written. For a caller that holds the folder's lock."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if is_temporary(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A path on the target's disk, in a new folder of our own; what is written there replaces the target at the end.
+
+    The folder is removed whatever goes wrong: safetensors makes a temporary file of its own in it.
+    """
+    with TemporaryDirectory(prefix=TEMPORARY, dir=target.parent, ignore_cleanup_errors=True) as folder:
+        temporary = Path(folder, target.name)
+        yield temporary
+        os.replace(temporary, target)  # noqa: PTH105 (the tests kill here)
 
 
 @contextmanager
 def _named_at_the_end(target: Path, size: int) -> Iterator[Path]:
-    """Where to write a file of about so many bytes: in a folder that `clear_temporary` removes whole.
+    """Where to write a file of about so many bytes; it gets its name when the context ends.
 
-    The file gets its name when the context ends. Raises OutputError, for a full disk too, and gives the room back.
+    Raises OutputError, for a full disk too, and gives the room back.
     """
-    temporary = target.parent / TEMPORARY / target.name
     try:
-        temporary.parent.mkdir(exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)  # noqa: PTH105 (the tests kill here)
+        with beside(target) as temporary:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise OutputError(
-            f"{target} cannot be written: {reason}. It needs {size:,} bytes, {shutil.disk_usage(target.parent).free:,} "
-            "are free. When there is room, run the same again; it goes on where it was"
-        ) from error
+        room = ""
+        if isinstance(error, SafetensorError) or error.errno in NO_ROOM:
+            free = shutil.disk_usage(target.parent).free
+            room = f". It needs {size:,} bytes, {free:,} are free; make room and run the same again"
+        raise OutputError(f"{target} cannot be written: {reason}{room}") from error
 
 
 def write_text(path: Path, text: str) -> None:

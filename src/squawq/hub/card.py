@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError
+from squawq.format.locking import locked
 from squawq.format.reader import Checkpoint, read_json
-from squawq.format.writer import TEMPORARY, write_text
+from squawq.format.writer import clear_temporary, write_text
 from squawq.hub.download import find_hub_file
 from squawq.hub.usage import usage
 from squawq.inspection import inspect
@@ -99,11 +99,12 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
 def write_card(folder: Path, repo: str, origin: Origin | None = None, *, force: bool = False) -> Path:
     """Write `folder`/README.md. Raises OutputError over a card that a person wrote or changed, unless `force`."""
     path = folder / README
-    if path.exists() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
-        raise OutputError(f"{path} is not as squawq wrote it; edit it by hand, or give --force to write it anew")
-    write_text(path, model_card(folder, repo, origin))
-    with suppress(OSError):  # another's files in it stay
-        (folder / TEMPORARY).rmdir()
+    text = model_card(folder, repo, origin)
+    with locked(folder, wait=True):
+        clear_temporary(folder)
+        if path.exists() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
+            raise OutputError(f"{path} is not as squawq wrote it; edit it by hand, or give --force to write it anew")
+        write_text(path, text)
     return path
 
 

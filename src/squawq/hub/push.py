@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
 from squawq.format.reader import INDEX, Checkpoint, check_inside, read_json
-from squawq.format.writer import TEMPORARY
 from squawq.hub.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.inspection import missing
 from squawq.quantization.job import JOB, PART
@@ -109,7 +108,7 @@ def check_folder(folder: Path) -> list[str]:
 
     Raises a SquawqError for a folder that is not a whole AWQ checkpoint or holds anything else.
     """
-    if folder.name.endswith(".partial") or any((folder / name).exists() for name in (JOB, TEMPORARY)):
+    if folder.name.endswith(".partial") or (folder / JOB).exists():
         raise CheckpointError(f"{folder}: is not finished; run squawq quantize again and push what it makes")
     checkpoint = Checkpoint(folder)
     if checkpoint.config.quant is None:

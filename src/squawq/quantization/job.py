@@ -10,21 +10,24 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 
 from squawq import __version__
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
+from squawq.format.locking import locked
 from squawq.format.reader import Checkpoint, read_json
 from squawq.format.shards import read_header, read_shard
-from squawq.format.writer import TEMPORARY, clear_temporary, shard_name, write_json, write_shard
+from squawq.format.writer import clear_temporary, is_temporary, shard_name, write_json, write_shard
 from squawq.quant_config import QuantConfig
 from squawq.report.files import REPORT
 
 JOB = "squawq_job.json"
 PART = "squawq_part_"
+SCRATCH = ".squawq-scratch"
 
 
 def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None, device: str) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None,
 
 def scratch_folder(out: Path) -> Path:
     """A place for what a job needs only while it runs; whatever is in it goes with the job, however that ends."""
-    return _partial(out) / TEMPORARY / "scratch"
+    return _partial(out) / SCRATCH
 
 
 def _partial(out: Path) -> Path:
@@ -64,17 +67,31 @@ def target_path(out: str | Path, source: Path) -> Path:
 class Job:
     """The folders of one job. `finished` says that OUT already holds its result.
 
-    Holds a lock on OUT.partial until `with` ends, which removes OUT.partial after a SquawqError if no layer lies there.
-    Raises OutputError when OUT or OUT.partial belongs to something else, or another run works there.
+    Holds the lock on OUT.partial until `with` ends, which removes what it wrote there after a SquawqError if no layer is
+    among it. Raises OutputError when OUT or OUT.partial belongs to something else, or another process works there.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], layers: int) -> None:
         self.out, self.partial = out, _partial(out)
         self.identity, self.layers = dict(identity), layers
+        self._held = ExitStack()
         self.finished = self._is_finished()
         if not self.finished:
-            self._claim()
-            self._lock = self._take_lock()
+            self._begin()
+
+    def _begin(self) -> None:
+        """Lock first, then look: what was seen before the lock may be another's since."""
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.partial))
+            try:
+                self.finished = self._is_finished()  # by a run that ended meanwhile
+                if self.finished:
+                    return
+                self._claim()
+            finally:
+                with suppress(OSError):  # it is not empty: begun, or another's
+                    self.partial.rmdir()
+            self._held = stack.pop_all()
 
     def _is_finished(self) -> bool:
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
@@ -93,53 +110,47 @@ class Job:
 
     def _claim(self) -> None:
         job = self.partial / JOB
-        if self.partial.exists() and any(path.name != TEMPORARY for path in self.partial.iterdir()):
-            if not job.is_file():
-                raise OutputError(f"{self.partial} exists and squawq did not make it; move it, or choose another OUT")
+        if job.is_file():
             if (begun := read_json(job)) != self.identity:
                 other = ", ".join(sorted(k for k in self.identity if begun.get(k) != self.identity[k]))
                 raise OutputError(
                     f"{self.partial} holds an unfinished run with another {other}; "
                     "remove that folder to start anew, or choose another OUT"
                 )
-            return
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.partial} cannot be made: {error.strerror}") from error
-        write_json(job, self.identity)
+        elif any(not is_temporary(path.name) for path in self.partial.iterdir()):
+            raise OutputError(f"{self.partial} exists and squawq did not make it; move it, or choose another OUT")
+        else:
+            write_json(job, self.identity)
+        self._clear()
 
-    def _take_lock(self) -> IO[bytes] | None:
-        """One run at a time; the lock goes with the process, however it ends."""
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            return None
-        handle = (self.partial / JOB).open("rb")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.close()
-            raise OutputError(f"another run is working in {self.partial}; wait for it or stop it") from error
+    def _clear(self) -> None:
+        """Remove what only a running process needs."""
         clear_temporary(self.partial)
-        return handle
+        shutil.rmtree(self.partial / SCRATCH, ignore_errors=True)
 
     def __enter__(self) -> Job:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.finished:
-            return
-        clear_temporary(self.partial)
-        if kind is not None and issubclass(kind, SquawqError):
-            self._abandon()
-        if self._lock is not None:
-            self._lock.close()
+        with self._held:
+            if self.finished:
+                return
+            self._clear()
+            if kind is not None and issubclass(kind, SquawqError):
+                self._abandon()
 
     def _abandon(self) -> None:
-        """Nothing is lost, and other settings may be tried at once."""
-        if not any(self.shard_path(part).exists() for part in range(1, self.layers + 1)):
-            shutil.rmtree(self.partial, ignore_errors=True)
+        """Where nothing is lost by it, let other settings be tried at once."""
+        if any(self.shard_path(part).exists() for part in range(1, self.layers + 1)):
+            return
+        with suppress(OSError):  # another's files stay
+            for path in (self.shard_path(0), self.shard_path(self.layers + 1), *self._notes(self.partial)):
+                path.unlink(missing_ok=True)
+            self.partial.rmdir()
+
+    def _notes(self, folder: Path) -> list[Path]:
+        """The files that only resuming needs."""
+        return [folder / JOB, *(folder / self._record_path(part).name for part in range(self.layers + 2))]
 
     def _record_path(self, part: int) -> Path:
         return self.partial / f"{PART}{part:05d}.json"
@@ -179,16 +190,16 @@ class Job:
 
     def finish(self) -> None:
         """Give the folder its name, then clear what only resuming needs."""
-        clear_temporary(self.partial)
+        self._clear()
         try:
             if self.out.is_dir():
                 self.out.rmdir()  # empty, as was checked
             os.replace(self.partial, self.out)  # noqa: PTH105 (the tests kill here)
         except OSError as error:
             raise OutputError(f"{self.partial} is done, and cannot be renamed: {error.strerror}") from error
+        self.finished = True
         self._tidy()
 
     def _tidy(self) -> None:
-        for path in sorted(self.out.iterdir()):
-            if path.name == JOB or path.name.startswith(PART):
-                path.unlink()
+        for path in self._notes(self.out):
+            path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from squawq.format.locking import locked
 from squawq.format.reader import read_json
 from squawq.format.writer import clear_temporary, write_json, write_text
 from squawq.report.page import render
@@ -23,11 +24,12 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 def add_evaluation(folder: Path, reference: str | Path, scores: Mapping[str, Any]) -> None:
     """Put what `evaluate` measured against `reference` into the report, in place of an earlier evaluation.
 
-    Raises CheckpointError for a report that cannot be read, OSError for a folder that cannot be written.
+    Raises CheckpointError for a report that cannot be read, OutputError for a folder that cannot be written.
     """
     evaluation = {"reference": public_name(reference), **scores}
-    write_report(folder, {**read_json(folder / REPORT), "evaluation": evaluation})
-    clear_temporary(folder)
+    with locked(folder, wait=True):
+        clear_temporary(folder)
+        write_report(folder, {**read_json(folder / REPORT), "evaluation": evaluation})
 
 
 def public_name(model: str | Path) -> str:
