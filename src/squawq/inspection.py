@@ -86,6 +86,7 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
         "tied_embeddings": config.tied_embeddings,
         "parameters": sum(tensor.weights for tensor in tensors.values()),
         "quantization": _quantization(config),
+        "runs_in": readers(config),
         "head": "tied" if config.tied_embeddings else _form(tensors, family.head),
         "linears": _linears(skeleton, tensors),
         "kept_in_16_bits": _kept(config, skeleton, tensors),

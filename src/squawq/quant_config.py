@@ -10,7 +10,7 @@ from squawq.errors import CheckpointError, ConfigError
 
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 METHODS = ("squawq", "awq", "rtn")
-DTYPES = ("float16", "bfloat16")
+DTYPES = ("auto", "float16", "bfloat16")
 LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 
 
@@ -40,7 +40,7 @@ class QuantConfig:
     integers and scales thereafter. sequential: calibrate each linear on what the quantized ones before it hand over,
     and let it make up for what they lost. damping: how far correlations between inputs are mistrusted, as a share of
     the Gram matrix's diagonal.
-    dtype: of the tensors that stay in 16 bits.
+    dtype: of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
     samples, seqlen: calibration blocks and tokens in each. None takes what there is, up to 128 blocks, and 512
     tokens or the model's context if that is shorter.
     Raises ConfigError for any value that cannot work.
@@ -59,7 +59,7 @@ class QuantConfig:
     refine: int = 3
     sequential: bool = True
     damping: float = 0.5
-    dtype: str = "float16"
+    dtype: str = "auto"
     samples: int | None = None
     seqlen: int | None = None
 

@@ -216,9 +216,14 @@ def test_dead_channels_and_layers_without_signal(make_model: MakeModel, rows: Ro
     assert torch.isfinite(logits(tmp_path / "out", torch.tensor(rows[:1]))).all()
 
 
-def test_activations_that_are_not_finite(make_model: MakeModel, rows: Rows, tmp_path: Path) -> None:
+def test_activations_that_are_not_finite(
+    make_model: MakeModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_model()
     edit(folder, lambda state: state["model.layers.0.mlp.down_proj.weight"].fill_(3e38))
+    with pytest.raises(CheckpointError, match=r"^model\.layers\.0: .*not finite in float32 either"):
+        quantize(folder, tmp_path / "refused", rows, modules_to_not_convert=("layers.0",), dtype="bfloat16")
+    monkeypatch.setattr("squawq.quantization.check.DtypeCheck._compare", lambda *_: 0.0)
     report = quantize(folder, tmp_path / "out", rows, modules_to_not_convert=("layers.0",), dtype="bfloat16")
     notes = "\n".join(report["notes"])
     assert "layers.1: self_attn.q_proj: 256 inputs were not finite" in notes

@@ -35,7 +35,7 @@ class AutoAWQForCausalLM:
         """Open a 16-bit model to quantize (it is loaded only if it is run), or load an AWQ one.
 
         torch_dtype, or dtype: what the model runs in; float16 or bfloat16 is also what stays in 16 bits gets when it
-        is quantized ("auto": the checkpoint's to run, float16 on disk). model_init_kwargs: see `open_model`.
+        is quantized ("auto": the checkpoint's). model_init_kwargs: see `open_model`.
         Raises TypeError for an unknown argument, SquawqError for what cannot be read.
         """
         if use_cache is not None:

@@ -209,8 +209,9 @@ def _remove(work: Path, owner: int) -> None:
 
 
 def _stored_dtype(given: Any) -> str:
-    """What stays in 16 bits is float16, which every reader of AWQ takes, unless bfloat16 was asked for."""
-    return "bfloat16" if str(given).removeprefix("torch.") == "bfloat16" else "float16"
+    """What stays in 16 bits: float16 or bfloat16 if asked for, else the source's, as in AutoAWQ."""
+    name = str(given).removeprefix("torch.")
+    return name if name in ("float16", "bfloat16") else "auto"
 
 
 def _quantization_device(device_map: Any) -> str:

@@ -45,7 +45,9 @@ def quantize(
     skip: Annotated[
         list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of what stays in 16 bits: {' or '.join(DTYPES)}")] = "float16",
+    dtype: Annotated[
+        str, typer.Option(help=f"Of what stays in 16 bits: {', '.join(DTYPES)} (bfloat16 if the source is)")
+    ] = DTYPES[0],
     stream: Annotated[
         bool, typer.Option("--stream", help="Fetch a Hub model's files one by one, and keep only those in use")
     ] = False,

@@ -90,7 +90,7 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
         _facts(found, report),
         _measured(report, scores),
         _made(report, (folder / PAGE).is_file()),
-        usage(repo, has_template(folder)),
+        usage(repo, has_template(folder), found["runs_in"]),
     ]
     text = f"---\n{_yaml(matter)}---\n" + "\n\n".join(part for part in parts if part) + "\n\n"
     return text + _mark(text, repo, _fingerprint(folder))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from string import Template
+
+from squawq.readers import READERS
 
 _CHAT = {
     "command": "chat $repo",
@@ -31,9 +34,7 @@ answer = client.completions.create(model="$repo", prompt="Once upon a time", max
 print(answer.choices[0].text)""",
     "inference": 'print(client.text_generation("Once upon a time", max_new_tokens=256))',
 }
-_USAGE = """\
-## Use it
-
+_SQUAWQ = """\
 ### squawq
 
 ```sh
@@ -46,9 +47,11 @@ from squawq import LLM
 
 with LLM("$repo") as llm:
     print(llm$llm)
-```
-
+```"""
+_FUSED = """\
 ### transformers
+
+`device_map` needs the package accelerate.
 
 ```python
 import torch
@@ -58,15 +61,31 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, AwqConfig
 tokenizer = AutoTokenizer.from_pretrained("$repo")
 model = AutoModelForCausalLM.from_pretrained(
     "$repo",
-    dtype=torch.float16,
+    dtype="auto",
     device_map="auto",
     quantization_config=AwqConfig(bits=4, fuse_max_seq_len=512, do_fuse=True),
 )
 $inputs
 outputs = model.generate(**inputs, do_sample=True, max_new_tokens=256)
 print(tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
-```
+```"""
+_PLAIN = """\
+### transformers
 
+`device_map` needs the package accelerate.
+
+```python
+import torch
+import squawq.transformers  # AWQ kernels for the CPU too
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("$repo")
+model = AutoModelForCausalLM.from_pretrained("$repo", dtype="auto", device_map="auto")
+$inputs
+outputs = model.generate(**inputs, do_sample=True, max_new_tokens=256)
+print(tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+```"""
+_AUTOAWQ = """\
 ### AutoAWQ's names (the `awq` package that comes with squawq)
 
 ```python
@@ -76,25 +95,25 @@ from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("$repo")
 model = AutoAWQForCausalLM.from_pretrained(
-    "$repo", torch_dtype=torch.float16, low_cpu_mem_usage=True, device_map="auto"
+    "$repo", torch_dtype="auto", low_cpu_mem_usage=True, device_map="auto"
 )
 $inputs
 outputs = model.generate(**inputs, do_sample=True, max_new_tokens=256)
 print(tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
-```
-
+```"""
+_VLLM = """\
 ### vLLM
 
 ```sh
 vllm serve $repo --port 8000
-```
-
+```"""
+_TGI = """\
 ### Text Generation Inference
 
 ```sh
 text-generation-launcher --model-id $repo --quantize awq --port 8000
-```
-
+```"""
+_CLIENTS = """\
 ### Clients of any of these servers
 
 ```python
@@ -112,7 +131,20 @@ $inference
 ```"""
 
 
-def usage(repo: str, chat: bool) -> str:
-    """A block of code for every engine; servers listen on port 8000."""
-    text = Template(_USAGE).substitute(_CHAT if chat else _TEXT, repo="$repo")  # twice: the parts hold $repo too
+def usage(repo: str, chat: bool, engines: Sequence[str] = tuple(READERS)) -> str:
+    """A block of code for each of the engines (keys of READERS), and for clients where one of them is a server.
+
+    Servers listen on port 8000.
+    """
+    ours = "squawq" in engines
+    sections = [
+        (_SQUAWQ, ours),
+        (_FUSED if ours else _PLAIN, "transformers" in engines),
+        (_AUTOAWQ, "transformers" in engines),
+        (_VLLM, "vllm" in engines),
+        (_TGI, "tgi" in engines),
+        (_CLIENTS, bool({"squawq", "vllm", "tgi"} & set(engines))),
+    ]
+    text = "\n\n".join(["## Use it", *(section for section, wanted in sections if wanted)])
+    text = Template(text).substitute(_CHAT if chat else _TEXT, repo="$repo")  # twice: the parts hold $repo too
     return Template(text).substitute(repo=repo)

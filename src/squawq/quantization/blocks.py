@@ -25,6 +25,7 @@ from squawq.quantization.skeleton import Skeleton
 
 BATCH_TOKENS = 4096
 BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch runs through it
+EXACT = ("correction_bias", "expert_bias")  # of routers: rounding them would change who is chosen
 
 
 class _SeenEnough(Exception):  # noqa: N818 (no error: it ends a run early)
@@ -85,9 +86,10 @@ class Blocks:
         return self.skeleton.logits
 
     @contextmanager
-    def open(self, index: int) -> Iterator[Block]:
-        """Layer `index` with its weights; gone when the context ends."""
-        block = Block(self, index)
+    def open(self, index: int, stored: Mapping[str, Tensor] | None = None) -> Iterator[Block]:
+        """Layer `index` with its weights; gone when the context ends. stored: those of the quantized layer, by their
+        names on disk, in place of the checkpoint's."""
+        block = Block(self, index, stored)
         try:
             yield block
         finally:
@@ -98,15 +100,20 @@ class Blocks:
 class Block:
     """One decoder layer in float32."""
 
-    def __init__(self, blocks: Blocks, index: int) -> None:
+    def __init__(self, blocks: Blocks, index: int, stored: Mapping[str, Tensor] | None = None) -> None:
         self._blocks, self.index = blocks, index
         self.module: nn.Module = blocks.layers[index]
         self.groups = blocks.skeleton.groups(index)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
         self.device, self._prefix = blocks.device, blocks.family.layer(index) + "."
         self._widest = max(size for shape in blocks.skeleton.shapes(index).values() for size in shape)
+        if stored is not None:
+            self.module.float().to_empty(device=blocks.device).requires_grad_(False)
         blocks.skeleton.fill_constants(self.module)
-        self.reload()
+        if stored is None:
+            self.reload()
+        else:
+            self.fill(stored)
 
     def reload(self) -> None:
         """Fill the layer with the checkpoint's weights. Raises CheckpointError naming a missing, surplus, misshapen or
@@ -134,6 +141,12 @@ class Block:
             else:
                 (key,) = self.stored({name: torch.empty(0)})
                 self._set(name, stored[key])
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Compute in another dtype from now on."""
+        for name, parameter in self.module.named_parameters():
+            if not name.endswith(EXACT):
+                parameter.data = parameter.data.to(dtype)
 
     def put(self, linear: str, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
         """Replace a linear's weight with what packed integers stand for."""
@@ -218,7 +231,7 @@ class Block:
     def _call(self, module: nn.Module, states: Tensor) -> Tensor:
         part = states.to(self.device)
         accepted = signature(module.forward).parameters
-        given = self._blocks.skeleton.arguments(*part.shape[:2])[self.index]
+        given = self._blocks.skeleton.arguments(*part.shape[:2], part.dtype)[self.index]
         result = module(part, **{name: value for name, value in given.items() if name in accepted})
         result = result[0] if isinstance(result, tuple) else result
         return result.view(part.shape)  # type: ignore[no-any-return]

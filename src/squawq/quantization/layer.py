@@ -17,7 +17,7 @@ from squawq.errors import CheckpointError
 from squawq.families import ScalingGroup, expert_of
 from squawq.format.groupwise import fake_quantize, quantize
 from squawq.format.packing import to_gemm
-from squawq.quantization.blocks import Block
+from squawq.quantization.blocks import EXACT, Block
 from squawq.quantization.fold import Folding
 from squawq.quantization.inputs import LayerInputs
 from squawq.quantization.linear import LinearRounder
@@ -35,7 +35,6 @@ from squawq.quantization.statistics import InputStatistics, all_finite
 
 SAMPLED_LINEARS = 16  # of a group, on which scales are judged: those of many experts are much alike
 Packed = dict[str, Tensor]  # a linear's qweight, scales and qzeros
-EXACT = ("correction_bias", "expert_bias")  # of routers: rounding them would change who is chosen
 
 
 @dataclass

@@ -22,6 +22,7 @@ from squawq.format.writer import copy_file, write_index, write_json
 from squawq.quant_config import QuantConfig
 from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import Calibration
+from squawq.quantization.check import DtypeCheck
 from squawq.quantization.job import Job
 from squawq.quantization.layer import LayerQuantizer, LayerResult, cast
 from squawq.quantization.places import read_finite
@@ -84,8 +85,9 @@ def quantize(
             ranks.on_first(lambda: _write_outer(work, job))
             with ranks.together():
                 streams = None if share is None else Streams.embedded(work, share, states_memory)
-            _quantize_layers(work, streams, job, observer, ranks)
-            report = ranks.on_first(lambda: _finish(work, job))
+                check = DtypeCheck(work, job) if ranks.first else None
+            _quantize_layers(work, streams, job, observer, ranks, check)
+            report = ranks.on_first(lambda: _finish(work, job, check))
         return report
 
 
@@ -103,7 +105,9 @@ def _write_outer(work: Work, job: Job) -> None:
             job.commit(part, {n: cast(read_finite(checkpoint, n), dtype, n) for n in own}, {})
 
 
-def _quantize_layers(work: Work, streams: Streams | None, job: Job, observer: Observer, ranks: Ranks) -> None:
+def _quantize_layers(
+    work: Work, streams: Streams | None, job: Job, observer: Observer, ranks: Ranks, check: DtypeCheck | None
+) -> None:
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
     done = ranks.on_first(lambda: [job.record(part) for part in range(1, layers + 1)])
     with ranks.together():
@@ -114,6 +118,8 @@ def _quantize_layers(work: Work, streams: Streams | None, job: Job, observer: Ob
         elif streams is not None and not all(done[index:]):
             _skip_layer(work, index, streams, job, ranks)
         with ranks.together():
+            if check is not None:
+                check.layer(index)
             observer.layer(record)
 
 
@@ -144,8 +150,10 @@ def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, r
         return record
 
 
-def _finish(work: Work, job: Job) -> dict[str, Any]:
+def _finish(work: Work, job: Job, check: DtypeCheck | None) -> dict[str, Any]:
     """The small files, the index, config.json and the report; then OUT gets its name."""
+    assert check is not None  # it is the first rank's
+    logits_error = check.head()
     blocks, config, tokens = work.blocks, work.config, work.tokens
     checkpoint = blocks.checkpoint
     for path in checkpoint.companions():
@@ -173,6 +181,7 @@ def _finish(work: Work, job: Job) -> dict[str, Any]:
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
         "kept_in_16_bits": kept,
         "notes": [f"{record['name']}: {note}" for record in records for note in record["notes"]] + _left_out(blocks),
+        "stored_dtype": {"dtype": config.dtype, "logits_error": round(logits_error, 6)},
         "layers": records,
         "job": job.identity,
     }

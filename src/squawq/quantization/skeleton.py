@@ -41,7 +41,7 @@ class Skeleton:
             self.outer.pop(f"{family.head}.weight", None)
         inside = set(self.layers.modules())
         self._fill_constants(part for part in self.model.modules() if part not in inside)
-        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
+        self._arguments: dict[tuple[int, int, torch.dtype], list[Arguments]] = {}
 
     def groups(self, index: int) -> tuple[ScalingGroup, ...]:
         """A layer's scaling groups. Raises ConfigError for a linear that the family's row does not know."""
@@ -76,8 +76,9 @@ class Skeleton:
                 self.model._init_weights(part)
 
     @torch.no_grad()
-    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        """What the first layer is given for ids [blocks, tokens]; only their rows of `table` are read."""
+    def embed(self, ids: Tensor, table: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the first layer is given for ids [blocks, tokens]; only their rows of `table` are read. dtype: in which
+        it is computed."""
         used, compact = torch.unique(ids, return_inverse=True)
         given: list[Tensor] = []
 
@@ -85,14 +86,14 @@ class Skeleton:
             given.append(hidden)
             return hidden
 
-        self._run(self._base, compact.to(self.device), table[used].float(), lambda _: first)
-        return given[0].float()
+        self._run(self._base, compact.to(self.device), table[used].to(dtype), lambda _: first)
+        return given[0].to(dtype)
 
     @torch.no_grad()
-    def arguments(self, blocks: int, tokens: int) -> list[Arguments]:
-        """What each layer is called with beside the hidden states, for a batch of this shape."""
-        if (found := self._arguments.get((blocks, tokens))) is None:
-            found = self._arguments[blocks, tokens] = [{} for _ in self.layers]
+    def arguments(self, blocks: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[Arguments]:
+        """What each layer is called with beside the hidden states, for a batch of this shape and dtype."""
+        if (found := self._arguments.get((blocks, tokens, dtype))) is None:
+            found = self._arguments[blocks, tokens, dtype] = [{} for _ in self.layers]
 
             def keep(index: int) -> Callable[..., Tensor]:
                 def layer(hidden: Tensor, **kwargs: Any) -> Tensor:
@@ -101,7 +102,7 @@ class Skeleton:
 
                 return layer
 
-            self._run(self._base, self._no_ids(blocks, tokens), self._no_rows(), keep)
+            self._run(self._base, self._no_ids(blocks, tokens), self._no_rows(dtype), keep)
         return found
 
     def put(self, outer: Mapping[str, Tensor]) -> None:
@@ -114,7 +115,7 @@ class Skeleton:
     def logits(self, states: Tensor) -> Tensor:
         """[blocks, tokens, vocab] from the last layer's output: final norm, head, and what the model does to logits."""
         ids = self._no_ids(*states.shape[:2])
-        found: Tensor = self._run(self.model, ids, self._no_rows(), lambda _: lambda *_, **__: states).logits
+        found: Tensor = self._run(self.model, ids, self._no_rows(states.dtype), lambda _: lambda *_, **__: states).logits
         return found
 
     def renaming(self) -> Callable[[str], str]:
@@ -154,8 +155,8 @@ class Skeleton:
     def _no_ids(self, blocks: int, tokens: int) -> Tensor:
         return torch.zeros(blocks, tokens, dtype=torch.int64, device=self.device)
 
-    def _no_rows(self) -> Tensor:
-        return torch.zeros(1, self.config.hidden_size)
+    def _no_rows(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(1, self.config.hidden_size, dtype=dtype)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from squawq.config import ModelConfig
@@ -64,6 +65,7 @@ def prepare(
     checkpoint.companions()  # raises now rather than when all else is done
     blocks = Blocks(checkpoint, family, device)
     blocks.check()
+    config = replace(config, dtype=_stored_dtype(config, blocks))
     converted = _choice(blocks, config)
     tokens = None
     if config.method != "rtn":
@@ -105,6 +107,14 @@ def _choice(blocks: Blocks, config: QuantConfig) -> dict[str, int]:
         shapes = blocks.skeleton.shapes(index)
         found |= {blocks.places.holder(f"{plan.prefix}.{n}.weight"): shapes[n][1] for n in plan.converted}
     return found
+
+
+def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:
+    """What was asked for, or the source's: bfloat16 holds values that float16 cannot, and the model may need them."""
+    if config.dtype != "auto":
+        return config.dtype
+    info = blocks.checkpoint.info(blocks.places.stored(f"{blocks.family.embedding}.weight"))
+    return "bfloat16" if info.dtype == torch.bfloat16 else "float16"
 
 
 def _calibration_length(config: QuantConfig, model: ModelConfig) -> int:

@@ -1,0 +1,83 @@
+"""Runs a few tokens through the quantized layers in the dtype in which they are stored, and the same in float32.
+
+Activations of some models overflow float16: such a result loads everywhere and answers with NaN. Each layer is checked
+when it lies on disk, so that a wrong dtype shows at the first layer that it breaks. Peak memory: one layer in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from squawq.errors import CheckpointError
+from squawq.quantization.job import Job
+from squawq.quantization.statistics import all_finite
+from squawq.quantization.work import Work
+
+ROWS, TOKENS = 4, 32
+VOCABULARY = 8192  # logits that are computed, evenly spread: a whole head in float32 can be larger than a layer
+FAR_OFF = 0.5  # relative error: rounding to 16 bits costs a few percent, also over a hundred layers
+
+
+class DtypeCheck:
+    """`layer` after each layer in turn, `head` at the end. All raise CheckpointError naming the part that goes wrong
+    first, and what to do."""
+
+    @torch.no_grad()
+    def __init__(self, work: Work, job: Job) -> None:
+        self.blocks, self.job, self.dtype = work.blocks, job, getattr(torch, work.config.dtype)
+        skeleton, family = self.blocks.skeleton, self.blocks.family
+        embedding = f"{family.embedding}.weight"
+        table = job.tensors(0)[self.blocks.places.stored(embedding)]
+        ids = _tokens(work, len(table))
+        self.wide = skeleton.embed(ids, table)
+        self.narrow = skeleton.embed(ids, table, self.dtype)
+        self._compare(family.embedding, self.wide, self.narrow)
+
+    @torch.no_grad()
+    def layer(self, index: int) -> None:
+        with self.blocks.open(index, self.job.tensors(index + 1)) as block:
+            self.wide = block.run(self.wide)
+            block.cast(self.dtype)
+            self.narrow = block.run(self.narrow)
+        self._compare(self.blocks.family.layer(index), self.wide, self.narrow)
+
+    @torch.no_grad()
+    def head(self) -> float:
+        """The relative error of the logits: root mean square of the difference, by that of the logits' spread."""
+        places, skeleton, family = self.blocks.places, self.blocks.skeleton, self.blocks.family
+        found = {**self.job.tensors(0), **self.job.tensors(self.job.layers + 1)}
+        embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
+        outer = {name: found[places.stored(name)] for name in skeleton.outer if name != embedding}
+        outer.setdefault(head, found[places.stored(embedding)])
+        step = -(-len(outer[head]) // VOCABULARY)
+        outer = {name: t[::step] if name.startswith(f"{family.head}.") else t for name, t in outer.items()}
+        logits = []
+        for states in (self.wide, self.narrow):
+            skeleton.put({name: t.to(self.blocks.device, states.dtype) for name, t in outer.items()})
+            logits.append(skeleton.logits(states).float())
+        wide, narrow = (each - each.mean(-1, keepdim=True) for each in logits)
+        return self._compare("the final norm and head", wide, narrow)
+
+    def _compare(self, where: str, wide: Tensor, narrow: Tensor) -> float:
+        if not all_finite(wide):
+            raise CheckpointError(f"{where}: its output is not finite in float32 either; the 16-bit model is broken")
+        error = float((narrow.double() - wide).norm() / wide.double().norm().clamp(min=1e-300))
+        if error <= FAR_OFF:  # false where it is not a number
+            return error
+        name = str(self.dtype).removeprefix("torch.")
+        other = "float16" if name == "bfloat16" else "bfloat16"
+        wrong = f"{error:.0%} away from that in float32" if all_finite(narrow) else "not finite"
+        raise CheckpointError(
+            f"{where}: computed in {name}, in which the result would be stored, its output is {wrong}; "
+            f"remove {self.job.partial} and quantize with --dtype {other}"
+        )
+
+
+def _tokens(work: Work, vocabulary: int) -> Tensor:
+    """Beginnings of calibration blocks, the first among them; without calibration, ids spread over the vocabulary."""
+    if work.tokens is None:
+        length = min(TOKENS, work.blocks.checkpoint.config.max_positions)
+        return torch.linspace(0, vocabulary - 1, ROWS * length).round().long().view(ROWS, length)
+    blocks = torch.linspace(0, len(work.tokens) - 1, min(ROWS, len(work.tokens))).round().long()
+    return work.tokens[blocks, :TOKENS]

@@ -1,0 +1,61 @@
+"""What runs a quantized model, told from its config alone: our engine, transformers, vLLM, TGI.
+
+The one answer for the command line, the model card and `inspect`. Nobody is sent to a program that refuses the folder.
+"""
+
+from __future__ import annotations
+
+from squawq.config import ModelConfig
+from squawq.errors import ConfigError
+from squawq.families import FAMILIES
+from squawq.nn.loader import check_decoder
+from squawq.quant_config import QuantConfig
+
+READERS = {
+    "squawq": "squawq generate, chat, serve and LLM",
+    "transformers": "transformers, after import squawq.transformers",
+    "vllm": "vLLM",
+    "tgi": "Text Generation Inference",
+}
+VLLM_GROUPS = (-1, 32, 64, 128)  # of its Marlin kernels
+VLLM = frozenset(  # families of ours whose architecture is in vLLM's registry
+    """afmoe apertus arcee cohere cohere2 cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone exaone4
+    flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe granite granitemoe hunyuan_v1_dense hunyuan_v1_moe internlm3
+    jais2 llama llama4_text minicpm3 minimax_m2 mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2
+    qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss stablelm starcoder2""".split()
+)
+TGI = frozenset(  # those in TGI's list of supported models
+    """cohere deepseek_v2 deepseek_v3 gemma gemma2 gemma3_text granite llama llama4_text mistral mixtral phi phi3 phimoe
+    qwen2 starcoder2""".split()
+)
+
+
+def readers(config: ModelConfig, quant: QuantConfig | None = None) -> list[str]:
+    """The keys of READERS that run this model in AWQ, ours first. quant: how it will be quantized, if it is not yet."""
+    quant = config.quant or quant or QuantConfig()
+    family, gemm = config.model_type, config.layout == "gemm"
+    ours = why_not_ours(config) is None
+    found = {
+        "squawq": ours,
+        "transformers": gemm and family in FAMILIES,
+        "vllm": gemm and family in VLLM and quant.group_size in VLLM_GROUPS,
+        "tgi": gemm and quant.group_size in VLLM_GROUPS and quant.zero_point and family in TGI,
+    }
+    return [name for name, runs in found.items() if runs]
+
+
+def why_not_ours(config: ModelConfig) -> str | None:
+    """Why our own engine does not run it, None where it does."""
+    if "text_config" in config.raw:
+        return "its text model is part of a larger one"
+    try:
+        check_decoder(config)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def in_words(config: ModelConfig, quant: QuantConfig | None = None) -> str:
+    """One line: what runs the result."""
+    found = ", ".join(READERS[name] for name in readers(config, quant))
+    return f"the result runs in: {found or 'no engine that squawq knows'}"
