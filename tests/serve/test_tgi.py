@@ -318,11 +318,10 @@ def test_best_of(served: Served) -> None:
 
     assert mean(details) >= mean(other)
     assert [joined(details["tokens"]), joined(other["tokens"])] == [body["generated_text"], other["generated_text"]]
-    first, second = sorted((details, other), key=lambda found: found["seed"] is None)
-    assert second["seed"] is None
-    text = body["generated_text"] if first is details else other["generated_text"]
-    again = body_of(served, {"do_sample": True, "max_new_tokens": 12, "seed": first["seed"]})
-    assert again["generated_text"] == text
+    assert details["seed"] != other["seed"]
+    for text, found in ((body["generated_text"], details), (other["generated_text"], other)):
+        again = body_of(served, {"do_sample": True, "max_new_tokens": 12, "seed": found["seed"]})
+        assert again["generated_text"] == text
 
 
 def test_best_of_chooses_without_details(served: Served) -> None:
