@@ -43,6 +43,7 @@ REFUSED = {
     "logits_processors": _CODE,
     "logprob_token_ids": "use logprobs",
     "lora_path": _LORA,
+    "max_length": "use max_tokens, or TGI's max_new_tokens",
     "max_new_tokens": _LENGTH,
     "media_io_kwargs": _TEXT,
     "min_new_tokens": "use min_tokens",
