@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import queue
 from collections.abc import Sequence
@@ -32,10 +33,10 @@ def call_of(served: Served, parameters: dict[str, Any] | None = None, inputs: st
 
 
 def outputs_of(served: Served, call: Call) -> list[Output]:
-    (request,) = call.requests
     outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
-    served.engine.submit(request, outputs.put)
-    found, left = [], request.params.n
+    for request in call.requests:
+        served.engine.submit(request, outputs.put)
+    found, left = [], len(call.requests)
     while left:
         found.append(outputs.get(timeout=60))
         left -= found[-1].finish is not None
@@ -44,8 +45,8 @@ def outputs_of(served: Served, call: Call) -> list[Output]:
 
 def reply_of(served: Served, call: Call) -> Reply:
     outputs = outputs_of(served, call)
-    sequences = [[o for o in outputs if o.index == index] for index in range(call.requests[0].params.n)]
-    return call.reply([[join(parts) for parts in sequences]], TIMES)
+    sequences = [[o for o in outputs if o.request == request.id] for request in call.requests]
+    return call.reply([[join(parts)] for parts in sequences], TIMES)
 
 
 def body_of(served: Served, parameters: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -130,7 +131,6 @@ def test_limits_are_the_settings(served: Served, monkeypatch: pytest.MonkeyPatch
 def test_edges_that_are_allowed(served: Served) -> None:
     for parameters in (
         {"best_of": 1, "seed": 0},
-        {"best_of": 2, "temperature": 0.5},
         {"temperature": 1e-9},
         {"frequency_penalty": -2},
         {"truncate": 4095},
@@ -138,6 +138,7 @@ def test_edges_that_are_allowed(served: Served) -> None:
         {"watermark": False, "grammar": None, "adapter_id": None, "seed": None},
     ):
         assert len(call_of(served, parameters).requests) == 1
+    assert len(call_of(served, {"best_of": 2, "temperature": 0.5}).requests) == 2
 
 
 def test_inputs_that_are_empty_or_too_long(served: Served) -> None:
@@ -188,8 +189,13 @@ def test_what_is_not_supported_is_refused(served: Served, parameters: dict[str, 
     assert name in refusal(served, parameters)
 
 
-def test_unknown_fields_beside_the_inputs_are_refused(served: Served) -> None:
-    assert "prompt" in refusal(served, more={"prompt": "a"})
+def test_unknown_fields_are_taken_as_in_tgi(served: Served) -> None:
+    plain = body_of(served, {"max_new_tokens": 5})
+    assert body_of(served, {"max_new_tokens": 5, "max_retries": 2, "x": 1}, more={"y": {"z": []}}) == plain
+    strict = copy.copy(served)
+    strict.settings = replace(served.settings, strict_fields=True)
+    assert "y" in refusal(strict, more={"y": 1})
+    assert "parameters.x" in refusal(strict, {"x": 1})
 
 
 @pytest.mark.parametrize(
@@ -318,24 +324,21 @@ def test_best_of(served: Served) -> None:
 
     assert mean(details) >= mean(other)
     assert [joined(details["tokens"]), joined(other["tokens"])] == [body["generated_text"], other["generated_text"]]
-    first, second = sorted((details, other), key=lambda found: found["seed"] is None)
-    assert second["seed"] is None
-    text = body["generated_text"] if first is details else other["generated_text"]
-    again = body_of(served, {"do_sample": True, "max_new_tokens": 12, "seed": first["seed"]})
-    assert again["generated_text"] == text
+    assert details["seed"] != other["seed"]
+    for text, found in ((body["generated_text"], details), (other["generated_text"], other)):
+        again = body_of(served, {"do_sample": True, "max_new_tokens": 12, "seed": found["seed"]})
+        assert again["generated_text"] == text
 
 
 def test_best_of_chooses_without_details(served: Served) -> None:
     call = call_of(served, {"best_of": 2, "do_sample": True, "max_new_tokens": 5})
-    name = call.requests[0].id
 
-    def output(index: int, text: str, *scores: float) -> Output:
-        found = tuple(TokenLogprob(9, score, ()) for score in scores)
-        return Output(name, index, (9,) * len(scores), text, found, finish=FinishReason.LENGTH)
+    def output(number: int, text: str, *scores: float) -> list[Output]:
+        found, name = tuple(TokenLogprob(9, score, ()) for score in scores), call.requests[number].id
+        return [Output(name, 0, (9,) * len(scores), text, found, finish=FinishReason.LENGTH)]
 
-    assert call.reply([[output(0, "long", -1, -1, -4), output(1, "good", -1.5)]], TIMES).body == {
-        "generated_text": "good"
-    }
+    best = call.reply([output(0, "long", -1, -1, -4), output(1, "good", -1.5)], TIMES).body
+    assert best == {"generated_text": "good"}
 
 
 def test_the_root_route(served: Served) -> None:

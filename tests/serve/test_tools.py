@@ -50,7 +50,11 @@ def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **schema}}
 
 
-TOOLS = [tool("weather", WEATHER), tool("time.now-2"), tool("f", {"properties": {"x": {"type": "integer"}}})]
+TOOLS = [
+    tool("weather", WEATHER),
+    tool("time.now-2", {"additionalProperties": True}),
+    tool("f", {"properties": {"x": {"type": "integer"}}}),
+]
 NAMES = ["weather", "time.now-2", "f"]
 
 
@@ -257,6 +261,31 @@ def test_arguments_are_an_object_of_the_schema(parameters: dict[str, Any], good:
         assert not accepts("plain", "hermes", "f", written("hermes", "f", "null"), tools=tools)
     except ConfigError:
         assert not good
+
+
+@pytest.mark.parametrize("form", TOOL_FORMATS)
+@pytest.mark.parametrize(
+    "parameters",
+    [None, {}, {"type": "object"}, {"properties": {}}, {"type": "object", "properties": {}, "required": []}],
+)
+def test_a_function_without_arguments(form: str, parameters: dict[str, Any] | None) -> None:
+    tools = [tool("f", parameters)]
+    assert accepts("plain", form, "required", written(form, "f"), tools=tools)
+    assert not accepts("plain", form, "required", written(form, "f", '{"a": 1}'), tools=tools)
+
+
+@pytest.mark.parametrize("form", TOOL_FORMATS)
+def test_arguments_have_the_properties_of_the_schema_alone(form: str) -> None:
+    nested = {"type": "object", "properties": {"b": {"$ref": "#/$defs/c"}}, "required": ["b"]}
+    schema = {"properties": {"a": nested}, "$defs": {"c": {"type": "object", "properties": {"d": {"type": "null"}}}}}
+    for arguments, good in (
+        ({"a": {"b": {"d": None}}}, True),
+        ({"a": {"b": {"d": None}}, "x": 1}, False),
+        ({"a": {"b": {"d": None}, "x": 1}}, False),
+        ({"a": {"b": {"d": None, "x": 1}}}, False),
+    ):
+        call = written(form, "f", json.dumps(arguments))
+        assert accepts("plain", form, "required", call, tools=[tool("f", schema)]) == good, arguments
 
 
 DEEP: dict[str, Any] = {}

@@ -1,5 +1,5 @@
-"""The one door to llguidance: a JSON schema, regex or Lark grammar as a mask over the next token. Knows the tokenizer's
-JSON and the end tokens; knows no logits and no requests.
+"""The one door to llguidance: a JSON schema, regex, Lark or GBNF grammar as a mask over the next token. Knows the
+tokenizer's JSON and the end tokens; knows no logits and no requests.
 
 A grammar is untrusted input. Its size is bounded (request.py), and llguidance bounds most of what it may cost, but not
 all: some grammars take minutes to compile, loop for ever at their hundredth token, or overflow the stack. So each is
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from squawq.child import Child, ChildError
 from squawq.engine.request import Grammar
+from squawq.engine.schema import close_objects
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 
 if TYPE_CHECKING:  # the processes need neither
@@ -257,12 +258,16 @@ class _Process:
 
     def _compile(self, kind: str, text: str) -> None:
         from llguidance import LLMatcher, LLParserLimits
+        from llguidance.gbnf_to_lark import gbnf_to_lark
 
         if kind == "json_schema":
             options: Any = {"whitespace_pattern": SPACE, "item_separator": ",", "key_separator": ":"}
-            source = LLMatcher.grammar_from_json_schema(text, overrides=options)
+            schema = json.dumps(close_objects(json.loads(text)))
+            source = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        elif kind == "regex":
+            source = LLMatcher.grammar_from_regex(text)
         else:
-            source = LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)
+            source = LLMatcher.grammar_from_lark(gbnf_to_lark(text) if kind == "gbnf" else text)
         limits = LLParserLimits(**LIMITS, verbose_errors=False)
         self._matcher = LLMatcher(self._tokens, source, log_level=0, limits=limits)
         trial = self._matcher.deep_copy()

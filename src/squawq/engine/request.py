@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-GRAMMARS = ("json_schema", "regex", "lark")
+GRAMMARS = ("json_schema", "regex", "lark", "gbnf")
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_LOGPROBS = 20
 MAX_SEQUENCES = 64
@@ -55,7 +55,8 @@ def _ids(name: str, ids: object, least: int, most: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the text must match: kind "json_schema", "regex" or "lark" (llguidance's dialect), and its source."""
+    """What the text must match: kind "json_schema", "regex", "lark" (llguidance's dialect) or "gbnf" (llama.cpp's), and
+    its source. Objects of a JSON schema are closed (squawq.engine.schema)."""
 
     kind: str
     text: str

@@ -222,7 +222,7 @@ def _tokenize(raw: Mapping[str, Any], served: Served) -> Any:
 
 
 def _chat_tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
-    body = validate(ChatBody, raw)
+    body = validate(ChatBody, raw, strict=served.settings.strict_fields)
     served.check_name(body.model)
     text = render(body, served)
     return {"tokenize_response": tgi.chat_tokens(text, served), "templated_text": text}

@@ -22,21 +22,25 @@ from squawq.serve.logprobs import Spelling
 from squawq.serve.model import Served
 from squawq.serve.structured import response_grammar
 from squawq.serve.tool_parser import Delta, ToolParser
-from squawq.serve.tools import call_id, template_messages, tool_grammar
+from squawq.serve.tools import call_id, plain_messages, template_messages, tool_grammar
 
+NO_TOOLS = "the server knows no format of tool calls for this model; --tool-call-parser names one"
 RESERVED = (*chat_template.RESERVED, "tokenize", "chat_template")
 
 
 class Message(Body):
-    """One message; content may be text or a list of text parts."""
+    """One message; content may be text or a list of text parts. What clients replay beside that is taken."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Many[dict[str, Any]] | None = None
     name: Annotated[str, Field(max_length=200)] | None = None
     tool_calls: Many[dict[str, Any]] | None = None
     tool_call_id: Annotated[str, Field(max_length=200)] | None = None
+    function_call: dict[str, Any] | None = None
     refusal: str | None = None
-    type: Literal["text"] | None = None  # lm-evaluation-harness up to 0.4.10 sends it
+    reasoning_content: Any = None
+    reasoning: Any = None
+    type: Any = None  # lm-evaluation-harness up to 0.4.10 sends it
 
 
 class Function(Body):
@@ -63,10 +67,13 @@ class ChatBody(SamplingFields):
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    tool_prompt: str | None = None
     parallel_tool_calls: bool = True
-    reasoning_effort: Literal["none"] | None = None
+    reasoning_effort: Annotated[str, Field(max_length=100)] | None = None
+    enable_thinking: bool | None = None
+    thinking: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -96,13 +103,34 @@ class ChatBody(SamplingFields):
             "tool", f"Tool error: tool_choice must be none, auto, required or one of the tools: {known}", "tool_choice"
         )
 
+    def variables(self) -> dict[str, Any]:
+        """What the request says to the template: chat_template_kwargs, and what other fields say of thinking.
+
+        Raises ApiError.
+        """
+        given = self.chat_template_kwargs or {}
+        if taken := sorted(set(given) & set(RESERVED)):
+            raise ApiError("invalid", f"chat_template_kwargs may not set {taken[0]}", "chat_template_kwargs")
+        found: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            found["reasoning_effort"] = self.reasoning_effort
+            if self.reasoning_effort == "none":
+                found["enable_thinking"] = False
+        if self.thinking is not None:
+            kind = self.thinking.get("type")
+            if kind not in ("enabled", "disabled", "adaptive", "auto") or self.thinking.get("budget_tokens"):
+                why = 'thinking may be {"type": "enabled"} or {"type": "disabled"}, without a budget'
+                raise ApiError("invalid", why, "thinking")
+            if kind in ("enabled", "disabled"):
+                found |= {"enable_thinking": kind == "enabled", "thinking": kind == "enabled"}
+        if self.enable_thinking is not None:
+            found["enable_thinking"] = self.enable_thinking
+        return {**found, **given}
+
 
 def render(body: ChatBody, served: Served) -> str:
     """The chat as text, by the model's template. Raises ApiError."""
-    variables = body.chat_template_kwargs or {}
-    if taken := sorted(set(variables) & set(RESERVED)):
-        raise ApiError("invalid", f"chat_template_kwargs may not set {taken[0]}", "chat_template_kwargs")
-    messages = [message.model_dump(exclude_none=True, exclude={"refusal"}) for message in body.messages]
+    messages = [message.model_dump(exclude_none=True) for message in body.messages]
     tools = None
     if body.tools and body.choice() != "none":
         tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools]
@@ -110,6 +138,9 @@ def render(body: ChatBody, served: Served) -> str:
         messages = template_messages(messages)
     except ConfigError as error:
         raise ApiError("invalid", str(error), "messages") from error
+    if not served.teaches_tools:
+        messages = plain_messages(messages, tools, body.tool_prompt)
+        tools = None
     continued = body.continue_final_message
     if served.settings.tgi and messages[-1]["role"] == "assistant":
         continued = True  # TGI goes on with an assistant's last message
@@ -120,15 +151,15 @@ def render(body: ChatBody, served: Served) -> str:
         tools=tools,
         generation_prompt=body.add_generation_prompt and not continued,
         continue_final=continued,
-        variables=variables,
+        variables=body.variables(),
     )
 
 
 def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
     """A checked chat request, ready for the engine. Raises ApiError."""
-    body = validate(ChatBody, raw)
+    body = validate(ChatBody, raw, strict=served.settings.strict_fields)
     body.check(served)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError("invalid", "top_logprobs needs logprobs: true", "top_logprobs")
     grammar = _grammar(body, served)
     ids = body.truncated(served.text_ids(render(body, served), body.add_special_tokens), served)
@@ -146,17 +177,26 @@ def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
 
 
 def _grammar(body: ChatBody, served: Served) -> Grammar | None:
-    asked = response_grammar(body.response_format, body.structured_outputs)
+    """What the answer is held to: a response's form, calls of tools, or ("auto") either."""
+    asked = response_grammar(body.response_format, body.outputs(), served.added_tokens)
+    tgi = served.settings.tgi
+    if asked is not None and tgi and body.tools is not None:
+        raise ApiError("tool", "Tool error: Grammar and tools are mutually exclusive", "response_format")
     choice = body.choice()
     if choice == "none":
         return asked
-    if asked is not None:
-        raise ApiError("tool", "Tool error: Grammar and tools are mutually exclusive", "response_format")
     if served.tool_format is None:
-        raise ApiError("tool", "Tool error: the model's chat template knows no tools", "tools")
+        raise ApiError("tool", f"Tool error: {NO_TOOLS}", "tools")
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     try:
-        return tool_grammar(served.tool_format, tools, choice, body.parallel_tool_calls, served.added_tokens)
+        return tool_grammar(
+            served.tool_format,
+            tools,
+            choice,
+            body.parallel_tool_calls and not tgi,  # TGI's grammar has one call
+            served.added_tokens,
+            asked if choice == "auto" else None,
+        )
     except ConfigError as error:
         raise ApiError("tool", f"Tool error: {error}", "tools") from error
 
@@ -209,10 +249,11 @@ class ChatCall:
         choice = self._choices[output.index]
         deltas = [self._delta(delta) for delta in choice.read(output)]
         first = not choice.begun
-        if first:
-            choice.begun = True
+        choice.begun = True
+        if first and not self._tgi:
             deltas.insert(0, {"role": "assistant", "content": ""})
-        if not deltas and not output.finish and output.logprobs is None and not self._body.return_token_ids:
+        scored = output.logprobs is not None or output.prompt_logprobs is not None
+        if not deltas and not output.finish and not scored and not self._body.return_token_ids:
             return []
         chunks = [self._chunk(output.index, delta, None) for delta in deltas] or [self._chunk(output.index, {}, None)]
         last = chunks[-1]["choices"][0]
@@ -225,9 +266,11 @@ class ChatCall:
         if output.prompt_logprobs is not None:
             chunks[0]["prompt_logprobs"] = self._spelling.prompt(output.prompt_logprobs)
         if output.finish:
-            if last["delta"]:
+            if last["delta"] and not self._tgi:
                 chunks.append(self._chunk(output.index, {}, None))
                 last = chunks[-1]["choices"][0]
+            elif not last["delta"]:
+                last["delta"] = self._last_delta(choice)
             last["finish_reason"] = choice.finish(output, self._tgi, self._served.eos_ids)
             last["stop_reason"] = self._stop_reason(output)
         return [dump(chunk) for chunk in chunks]
@@ -240,7 +283,7 @@ class ChatCall:
 
     def fail(self, error: ApiError) -> list[str]:
         """The error as a chunk of its own, and the end mark."""
-        return [dump(error.body(self._tgi, own=False)), DONE]
+        return [dump(error.event(self._tgi)), DONE]
 
     def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
         """OpenAI's chat.completion."""
@@ -274,13 +317,19 @@ class ChatCall:
 
     def _delta(self, delta: Delta) -> dict[str, Any]:
         role = {"role": "assistant"} if self._tgi else {}  # TGI repeats it
-        if delta.name is None and not delta.arguments:
+        if delta.call is None:
             return {**role, "content": delta.content}
         call: dict[str, Any] = {"index": delta.call, "function": {"arguments": delta.arguments}}
         if delta.name is not None:
             call |= {"id": call_id(), "type": "function"}
             call["function"] = {"name": delta.name, "arguments": delta.arguments}
         return {**role, "tool_calls": [call]}
+
+    def _last_delta(self, choice: _Choice) -> dict[str, Any]:
+        """Nothing; in TGI's dialect of the kind of those before it, since its clients add them all."""
+        if not self._tgi:
+            return {}
+        return self._delta(Delta(call=choice.calls - 1) if choice.calls else Delta())
 
     def _chunk(self, index: int, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}

@@ -71,9 +71,9 @@ class CompletionBody(SamplingFields):
 
 def completion(raw: Mapping[str, Any], served: Served) -> CompletionCall:
     """A checked completion request, ready for the engine. Raises ApiError."""
-    body = validate(CompletionBody, raw)
+    body = validate(CompletionBody, raw, strict=served.settings.strict_fields)
     body.check(served)
-    grammar = response_grammar(body.response_format, body.structured_outputs)
+    grammar = response_grammar(body.response_format, body.outputs(), served.added_tokens)
     scored = body.logprobs if body.echo else None
     if body.prompt_logprobs is not None:
         scored = max(body.prompt_logprobs, scored or 0)
@@ -130,6 +130,11 @@ class CompletionCall:
         if not (found["text"] or found["logprobs"] or found["finish_reason"] or self._body.return_token_ids):
             return []
         chunk: dict[str, Any] = {**self._head(), "choices": [found]}
+        if self._tgi and found["finish_reason"] is None:
+            found["finish_reason"] = ""
+        elif self._tgi:
+            choice = self._choices[output.request, output.index]
+            chunk["usage"] = usage(len(choice.prompt), choice.tokens)
         options = self._body.stream_options
         if options is not None and options.continuous_usage_stats:
             chunk["usage"] = self._usage()
@@ -144,7 +149,7 @@ class CompletionCall:
 
     def fail(self, error: ApiError) -> list[str]:
         """The error as a chunk of its own, and the end mark."""
-        return [dump(error.body(self._tgi, own=False)), DONE]
+        return [dump(error.event(self._tgi)), DONE]
 
     def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
         """OpenAI's text_completion."""

@@ -1,7 +1,7 @@
 """What a request can be refused with: one exception, a table of kinds, and the bodies that each dialect's clients read.
 
-The shared /v1 routes carry OpenAI's `error` object and TGI's `error_type` side by side, so that both clients show the
-message; TGI's own routes carry its two strings. Knows no HTTP framework.
+In OpenAI's dialect a body has OpenAI's `error` object and TGI's `error_type`; in TGI's, and on its own routes, its two
+strings. Knows no HTTP framework.
 """
 
 from __future__ import annotations
@@ -67,14 +67,17 @@ class ApiError(Exception):
         """The HTTP status in a dialect."""
         return self.kind.tgi_status if tgi else self.kind.openai_status
 
-    def body(self, tgi: bool, own: bool) -> dict[str, object]:
-        """The JSON body. `tgi`: the dialect that statuses follow; `own`: for one of TGI's own routes."""
-        if own:
+    def body(self, tgi: bool, own: bool = False) -> dict[str, object]:
+        """The JSON body in a dialect, or (`own`) of one of TGI's own routes. TGI's error is a text."""
+        if tgi or own:
             return {"error": self.message, "error_type": self.kind.tgi_type}
-        error = {
-            "message": self.message,
-            "type": self.kind.openai_type,
-            "param": self.param,
-            "code": self.status(tgi),
-        }
-        return {"error": error, "error_type": self.kind.tgi_type}
+        return {"error": self._error(self.kind.openai_status), "error_type": self.kind.tgi_type}
+
+    def event(self, tgi: bool) -> dict[str, object]:
+        """What ends a stream of a shared route: an object in both dialects, since their clients read its message."""
+        status = self.status(tgi)
+        found = {**self._error(status), "http_status_code": status} if tgi else self._error(status)
+        return {"error": found, "error_type": self.kind.tgi_type}
+
+    def _error(self, status: int) -> dict[str, object]:
+        return {"message": self.message, "type": self.kind.openai_type, "param": self.param, "code": status}

@@ -1,7 +1,7 @@
 """Request bodies: strict types, bounded errors, and the sampling fields that OpenAI's, vLLM's and TGI's chat and
 completion bodies share, with what they mean in each dialect.
 
-A field that is not supported is refused with a reason, never ignored; a key whose value is null counts as absent.
+A key whose value is null counts as absent; fields that no class here has are known.py's.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
 from squawq.engine.request import Grammar, SamplingParams
 from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
+from squawq.serve.known import known, why_refused
 from squawq.serve.model import Served
 
 Model = TypeVar("Model", bound="Body")
@@ -24,19 +25,7 @@ Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 MAX_ERRORS = 5
 MAX_KEYS = 1024  # of an object in a body: each unknown one is an error
-WHY_NOT = {
-    "adapter_id": "adapters (LoRA) are not supported",
-    "chat_template": "a template in a request is not rendered; the server's model has its own",
-    "documents": "put documents into the messages",
-    "guided_choice": "use structured_outputs",
-    "guided_grammar": "use structured_outputs",
-    "guided_json": "use structured_outputs",
-    "guided_regex": "use structured_outputs",
-    "mm_processor_kwargs": "this server reads text only",
-    "modalities": "this server reads and writes text only",
-    "prompt_embeds": "give text or token ids",
-    "tool_prompt": "the model's chat template presents the tools",
-}
+STRICT = {"strict_fields": True}
 
 
 class Body(BaseModel):
@@ -46,12 +35,13 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, values: Any) -> Any:
+    def _prepare(cls, values: Any, info: ValidationInfo) -> Any:
         if not isinstance(values, dict):
             return values
         if any(len(value) > MAX_KEYS for value in (values, *values.values()) if isinstance(value, dict)):
             raise PydanticCustomError("too_many_keys", f"an object may have at most {MAX_KEYS} keys")
-        return {k: v for k, v in values.items() if v is not None}
+        given = {k: v for k, v in values.items() if v is not None}
+        return given if info.context == STRICT else known(given, cls.model_fields)
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -65,10 +55,13 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def validate(model: type[Model], values: Mapping[str, Any]) -> Model:
-    """An instance of a body. Raises ApiError naming the first fields that are wrong and why, never their contents."""
+def validate(model: type[Model], values: Mapping[str, Any], *, strict: bool) -> Model:
+    """An instance of a body. strict: refuse every field that the body has not.
+
+    Raises ApiError naming the first fields that are wrong and why, never their contents.
+    """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=STRICT if strict else None)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)
         raise ApiError(
@@ -82,8 +75,7 @@ def _where(item: Mapping[str, Any]) -> str:
 
 def _sentence(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
-        why = WHY_NOT.get(str(item["loc"][-1]), "this server does not know the field")
-        return f"{_where(item)}: not supported: {why}"
+        return f"{_where(item)}: not supported: {why_refused(str(item['loc'][-1]))}"
     return f"{_where(item)}: {item['msg'][:200]}"
 
 
@@ -110,7 +102,7 @@ class SamplingFields(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Any = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -132,6 +124,10 @@ class SamplingFields(Body):
     allowed_token_ids: Many[TokenId] | None = None
     bad_words: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)] = []
     structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None  # vLLM's older names of structured_outputs
+    guided_regex: str | None = None
+    guided_choice: list[Any] | None = None
+    guided_grammar: str | None = None
     response_format: dict[str, Any] | None = None
     use_beam_search: Literal[False] = False
     length_penalty: Annotated[float, Field(ge=1, le=1)] = 1
@@ -150,6 +146,15 @@ class SamplingFields(Body):
             return ids
         keep = served.max_input if keep == -1 else keep
         return ids[-keep:] if self.truncation_side == "left" else ids[:keep]
+
+    def outputs(self) -> dict[str, Any] | None:
+        """structured_outputs, by whichever names it was given. Raises ApiError for both."""
+        guided = {name: getattr(self, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
+        guided = {name: value for name, value in guided.items() if value is not None}
+        if guided and self.structured_outputs is not None:
+            name = f"guided_{next(iter(guided))}"
+            raise ApiError("invalid", f"{name} and structured_outputs are both given; choose one", name)
+        return guided or self.structured_outputs
 
     def check(self, served: Served) -> None:
         """Raise ApiError for what no single field's type can say."""

@@ -36,6 +36,7 @@ FLAGS: Flags = {
         Flag("model", "The same as MODEL"),
         Flag("served_model_name", "What replies call the model, then aliases; one or several", "served_names"),
         Flag("strict_model_name", "404 for any other `model`; without it all names are taken", switch=True),
+        Flag("strict_fields", "Refuse fields that no route knows; without it they are ignored", switch=True),
         Flag("dialect", f"{' or '.join(DIALECTS)}: whose rules hold on the shared routes"),
         Flag("revision", "A branch, tag or commit of the Hub"),
         Flag("dtype", f"{', '.join(DTYPES)}; weights are run as stored", read=choice(DTYPES)),

@@ -20,7 +20,7 @@ from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
-from squawq.serve.tools import added_tokens, tool_format
+from squawq.serve.tools import PLAIN_FORMAT, added_tokens, teaches_tools, tool_format
 from squawq.templates import TemplateProcess
 from squawq.tokenizer import Tokenizer, read_template
 
@@ -56,6 +56,7 @@ class Served:
         self.defaults = generation.sampling_defaults()
         if self.defaults.temperature == 0:  # OpenAI's default, where the model asks for nothing
             self.defaults = replace(self.defaults, temperature=1.0)
+        self.teaches_tools = teaches_tools(tool_template or self.template)
         self.tool_format = self._tool_format(tool_template or self.template)
         self.added_tokens = added_tokens(self.tokenizer)
         self.engine = Engine(
@@ -156,9 +157,11 @@ class Served:
         return left if max_tokens is None else max_tokens
 
     def _tool_format(self, template: str | None) -> str | None:
-        """How the model writes calls of functions; None where it may not make any."""
+        """How the model writes calls of functions; None where it may not make any, or its way is not known."""
         asked = self.settings.tool_call_parser
-        return tool_format(template) if asked == "auto" else None if asked == "none" else asked
+        if asked == "auto":
+            return tool_format(template) if self.teaches_tools else PLAIN_FORMAT
+        return None if asked == "none" else asked
 
     def _read_templates(self) -> tuple[str | None, str | None]:
         """The chat template, and the one for chats with tools where the model has one of its own for those."""

@@ -35,6 +35,7 @@ class Settings:
     dialect: str = "openai"
     served_names: tuple[str, ...] = ()
     strict_model_name: bool = False
+    strict_fields: bool = False
 
     revision: str | None = None
     dtype: str = "auto"

@@ -76,7 +76,7 @@ class GenerateBody(Body):
 def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bool) -> Call:
     """A checked request, ready for the engine. compat: for /, where the body says whether to stream, a whole reply is
     a list of one, and the inputs are part of the text unless return_full_text is false. Raises ApiError."""
-    body = validate(GenerateBody, raw)
+    body = validate(GenerateBody, raw, strict=served.settings.strict_fields)
     parameters = body.parameters
     if body.stream and not (compat or stream):
         raise _refused("`stream` is true; use /generate_stream")
@@ -85,14 +85,16 @@ def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bo
     if not body.inputs:
         raise _refused("`inputs` cannot be empty")
     ids = _prompt(body, served)
-    seed = None
-    if parameters.sampled:
-        seed = secrets.randbits(63) if parameters.seed is None else parameters.seed
     details = parameters.details or parameters.decoder_input_details
-    params = _sampling(parameters, _room(len(ids), parameters.max_new_tokens, served), seed, stream or details)
-    request = Request(f"tgi-{uuid.uuid4().hex}", ids, params)
+    room = _room(len(ids), parameters.max_new_tokens, served)
+    name, requests = f"tgi-{uuid.uuid4().hex}", []
+    seeds = _seeds(parameters)
+    for number, seed in enumerate(seeds):
+        scored = parameters.decoder_input_details and number == 0
+        params = _sampling(parameters, room, seed, shown=stream or details, scored=scored)
+        requests.append(Request(f"{name}-{number}", ids, params))
     try:
-        served.engine.check(request)
+        served.engine.check(requests[0])
     except ConfigError as error:
         raise _refused(f"grammar is not valid: {error}" if params.grammar else str(error)) from error
     asked = Asked(
@@ -101,9 +103,9 @@ def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bo
         listed=compat,
         full_text=compat if parameters.return_full_text is None else parameters.return_full_text,
         details=details,
-        seed=seed,
+        seeds=seeds,
     )
-    return Generation(served, request, asked)
+    return Generation(served, requests, asked)
 
 
 def tokens(raw: Mapping[str, Any], served: Served) -> list[dict[str, Any]]:
@@ -111,7 +113,7 @@ def tokens(raw: Mapping[str, Any], served: Served) -> list[dict[str, Any]]:
 
     Raises ApiError.
     """
-    body = validate(GenerateBody, raw)
+    body = validate(GenerateBody, raw, strict=served.settings.strict_fields)
     keep = _truncate(body.parameters, served)
     return _places(body.inputs, served, special=True)[-keep if keep else 0 :]
 
@@ -211,8 +213,16 @@ def _room(count: int, wanted: int | None, served: Served) -> int:
     return served.max_len - count if wanted is None else wanted
 
 
-def _sampling(given: Parameters, max_tokens: int, seed: int | None, shown: bool) -> SamplingParams:
-    """The engine's settings. shown: whether the answer lists tokens with their log probabilities."""
+def _seeds(given: Parameters) -> list[int | None]:
+    """What each of best_of sequences is drawn by, which alone gives it again; None where nothing is drawn."""
+    if not given.sampled:
+        return [None]
+    return [secrets.randbits(63) if given.seed is None else given.seed for _ in range(given.best_of or 1)]
+
+
+def _sampling(given: Parameters, max_tokens: int, seed: int | None, *, shown: bool, scored: bool) -> SamplingParams:
+    """The engine's settings for one sequence. shown: whether the answer lists tokens with their log probabilities;
+    scored: the prompt's too."""
     best_of = given.best_of or 1
     top_n = (given.top_n_tokens or 0) if shown else 0
     try:
@@ -225,11 +235,10 @@ def _sampling(given: Parameters, max_tokens: int, seed: int | None, shown: bool)
             repetition_penalty=given.repetition_penalty or 1.0,
             frequency_penalty=given.frequency_penalty or 0.0,
             seed=None if seed is None else seed & (2**63 - 1),
-            n=best_of,  # and not best_of, since the others are shown too
             stop=given.stop,
             include_stop=True,
             logprobs=top_n if shown or best_of > 1 else None,
-            prompt_logprobs=0 if given.decoder_input_details else None,
+            prompt_logprobs=0 if scored else None,
             grammar=_grammar(given.grammar),
         )
     except ConfigError as error:

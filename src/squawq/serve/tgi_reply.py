@@ -22,27 +22,27 @@ FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 
 @dataclass(frozen=True)
 class Asked:
-    """What a reply shows. listed: as a list of one. seed: what tokens are drawn by; None: they are not drawn."""
+    """What a reply shows. listed: as a list of one. seeds: what each sequence is drawn by; None: it is not drawn."""
 
     inputs: str
     stream: bool
     listed: bool
     full_text: bool
     details: bool
-    seed: int | None
+    seeds: Sequence[int | None]
 
 
 class Generation:
     """A request of TGI's routes under way (call.Call)."""
 
-    def __init__(self, served: Served, request: Request, asked: Asked) -> None:
-        self.requests: Sequence[Request] = [request]
+    def __init__(self, served: Served, requests: Sequence[Request], asked: Asked) -> None:
+        self.requests = requests  # one for each of best_of sequences
         self.stream = asked.stream
         self.headers: Mapping[str, str] = {
             "x-compute-type": served.settings.device,
             "x-compute-characters": str(len(asked.inputs)),
         }
-        self._request = request
+        self._request = request = requests[0]
         self._served = served
         self._asked = asked
         self._before = asked.inputs if asked.full_text else ""
@@ -63,7 +63,7 @@ class Generation:
                 events[-1]["details"] = {
                     "finish_reason": _reason(output),
                     "generated_tokens": self._count,
-                    "seed": self._asked.seed,
+                    "seed": self._asked.seeds[0],
                     "input_length": len(self._request.prompt),
                 }
         return [dump(event) for event in events]
@@ -74,11 +74,11 @@ class Generation:
 
     def fail(self, error: ApiError) -> list[str]:
         """The error as an event."""
-        return [dump(error.body(tgi=True, own=True))]
+        return [dump(error.body(tgi=True))]
 
     def reply(self, outputs: Sequence[Sequence[Output]], times: Times, /) -> Reply:
         """The likeliest sequence, with the others in its details."""
-        (sequences,) = outputs
+        sequences = [output for (output,) in outputs]
         if any(output.finish in FAILED for output in sequences):
             raise _incomplete()
         best = max(sequences, key=_mean_logprob) if len(sequences) > 1 else sequences[0]
@@ -113,23 +113,24 @@ class Generation:
 
     def _details(self, best: Output, sequences: Sequence[Output]) -> dict[str, Any]:
         prefill = self._prefill(sequences[0].prompt_logprobs or ())
-        details = self._account(best, prefill)
+        pairs = [*zip(sequences, self._asked.seeds, strict=True)]
+        details, *_ = (self._account(output, seed, prefill) for output, seed in pairs if output is best)
         if len(sequences) > 1:
             details["best_of_sequences"] = [
-                {"generated_text": self._before + other.text, **self._account(other, prefill)}
-                for other in sequences
+                {"generated_text": self._before + other.text, **self._account(other, seed, prefill)}
+                for other, seed in pairs
                 if other is not best
             ]
         return details
 
-    def _account(self, output: Output, prefill: list[dict[str, Any]]) -> dict[str, Any]:
+    def _account(self, output: Output, seed: int | None, prefill: list[dict[str, Any]]) -> dict[str, Any]:
         scores = output.logprobs or ()
         top = {"top_tokens": [self._top_tokens(scored) for scored in scores]} if self._top else {}
         pieces = zip(output.ids, self._pieces(output), scores, strict=True)
         return {
             "finish_reason": _reason(output),
             "generated_tokens": len(output.ids),
-            "seed": self._asked.seed if output.index == 0 else None,  # alone, a seed gives the first sequence
+            "seed": seed,
             "prefill": prefill,
             "tokens": [self._token(token, text, scored.logprob) for token, text, scored in pieces],
             **top,

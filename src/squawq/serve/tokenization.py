@@ -37,10 +37,10 @@ def tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
     """{"count", "max_model_len", "tokens", "token_strs"} of a prompt or of messages. Raises ApiError."""
     body: TokenizeBody | TokenizeChatBody
     if "messages" in raw:
-        body = validate(TokenizeChatBody, raw)
+        body = validate(TokenizeChatBody, raw, strict=served.settings.strict_fields)
         ids = body.truncated(served.text_ids(render(body, served), body.add_special_tokens), served)
     else:
-        body = validate(TokenizeBody, raw)
+        body = validate(TokenizeBody, raw, strict=served.settings.strict_fields)
         ids = served.text_ids(body.prompt, body.add_special_tokens)
     served.check_name(body.model)
     if body.return_token_strs:
@@ -51,7 +51,7 @@ def tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
 
 def detokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
     """{"prompt"} of token ids. Raises ApiError for ids that the vocabulary has not."""
-    body = validate(DetokenizeBody, raw)
+    body = validate(DetokenizeBody, raw, strict=served.settings.strict_fields)
     served.check_name(body.model)
     if bad := [token for token in body.tokens if token >= served.config.vocab_size]:
         raise ApiError("invalid", f"token {bad[0]}: the model has ids 0 to {served.config.vocab_size - 1}", "tokens")

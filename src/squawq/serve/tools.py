@@ -9,19 +9,28 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from squawq.engine.grammar import SPACE
 from squawq.engine.request import Grammar
+from squawq.engine.schema import close_objects
 from squawq.errors import ConfigError
 from squawq.tokenizer import Tokenizer
 
 TOOL_FORMATS = ("llama3_json", "hermes")
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-ROLES = ("system", "developer", "user", "assistant", "tool")
+PLAIN_FORMAT = "llama3_json"  # of calls, where the template knows no tools
+PLAIN_PROMPT = (
+    "To call one of these functions, answer with nothing but JSON of the form "
+    '{"name": the function, "parameters": an object with its arguments}. Give values, no variables.'
+)
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
+_TEXTS = ("text", "input_text", "output_text", "refusal")  # OpenAI's names of parts that are text
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _MODES = ("auto", "required", "none")  # tool_choice has one name space for these and for functions
+_SHAPES = ("properties", "patternProperties", "additionalProperties", "$ref", "allOf", "anyOf", "oneOf")
 _KEYS = {"llama3_json": "parameters", "hermes": "arguments"}
 
 
@@ -32,6 +41,11 @@ def tool_format(template: str | None) -> str | None:
         return "hermes"
     teaches = re.search(r"\btools\b", template) and '"parameters"' in template and OPEN not in template
     return "llama3_json" if teaches else None
+
+
+def teaches_tools(template: str | None) -> bool:
+    """Whether a chat template reads the tools at all, in whatever format it shows them."""
+    return re.search(r"\btools\b", template or "") is not None
 
 
 def added_tokens(tokenizer: Tokenizer) -> dict[str, int]:
@@ -59,11 +73,13 @@ def tool_grammar(
     choice: str,
     parallel: bool,
     added: Mapping[str, int] | None = None,
+    answer: Grammar | None = None,
 ) -> Grammar:
     """What an answer may be: one call or more ("required"; one where not `parallel`), exactly one call to the function
     that `choice` names, or ("auto") free text as well: before the calls in hermes, instead of them in llama3_json.
 
-    tools: OpenAI's. added: `added_tokens` of the model's tokenizer. Raises ConfigError.
+    tools: OpenAI's. added: `added_tokens` of the model's tokenizer. answer: in place of free text, a JSON schema's.
+    Raises ConfigError.
     """
     check_format(form)
     functions = _functions(tools)
@@ -72,14 +88,19 @@ def tool_grammar(
     chosen = list(functions) if choice in _MODES else [choice]
     many = parallel and choice in _MODES
     added = added or {}
-    free = choice == "auto"
+    free = choice == "auto" and answer is None
     rules = _hermes_rules(free, many, added) if form == "hermes" else _llama_rules(free, many, added)
+    if answer is not None:
+        if answer.kind != "json_schema":
+            raise ConfigError("Grammar and tools are mutually exclusive, but for JSON schemas")
+        rules[0] = rules[0].replace("start: ", "start: answer | ", 1)
+        rules.append(f"answer: %json {embedded(json.loads(answer.text))}")
     rules.append(f"WS: /{SPACE}/")
     rules.append("object: (" + " | ".join(f"call_{i}" for i in range(len(chosen))) + ') WS? "}"')
     for i, name in enumerate(chosen):
         words = ["{", '"name"', ":", f'"{name}"', ",", f'"{_KEYS[form]}"', ":"]
-        rules.append(f"HEAD_{i}: " + " WS? ".join(json.dumps(word) for word in words) + " WS?")
-        rules.append(f"call_{i}: HEAD_{i} arguments_{i}")
+        head = " WS? ".join(json.dumps(word) for word in words)  # no terminal: it would take an answer's characters
+        rules.append(f"call_{i}: {head} WS? arguments_{i}")
         rules.append(f"arguments_{i}: %json {_schema(name, functions[name])}")
     return Grammar("lark", "\n".join(rules) + "\n")
 
@@ -99,7 +120,7 @@ def _hermes_rules(free: bool, many: bool, added: Mapping[str, int]) -> list[str]
         return [f"start: call{more}", *rules]
     return [
         f"start: text | text first{more}",
-        f"text: ({_either('TEXT', _others(added))})*",
+        f"text: ({_either('TEXT', other_tokens(added, without=(OPEN,)))})*",
         "TEXT: /(?s:.+)/",
         f"first: ({_either('lazy', opening if OPEN in added else '')}) body",
         f"lazy[lazy]: /(?s:.*){OPEN}/",
@@ -112,7 +133,7 @@ def _llama_rules(free: bool, many: bool, added: Mapping[str, int]) -> list[str]:
     calls = "calls: object" + (r" (/;[ \n]?|\n/ object)*" if many else "")
     if not free:
         return ["start: calls", calls]
-    others = _others(added)
+    others = other_tokens(added, without=(OPEN,))
     begin = _either("FIRST", others and f"LEAD? {others}")
     return [
         f"start: LEAD? | LEAD? calls | ({begin}) ({_either('TEXT', others)})*",
@@ -123,9 +144,9 @@ def _llama_rules(free: bool, many: bool, added: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _others(added: Mapping[str, int]) -> str:
-    """The added tokens that are text like any other; "" for none."""
-    ids = ",".join(str(index) for mark, index in sorted(added.items()) if mark != OPEN)
+def other_tokens(added: Mapping[str, int], without: Container[str]) -> str:
+    """The added tokens that are text like any other, in a Lark rule; "" for none."""
+    ids = ",".join(str(index) for mark, index in sorted(added.items()) if mark not in without)
     return ids and f"<[{ids}]>"
 
 
@@ -156,13 +177,22 @@ def _schema(name: str, function: Mapping[str, Any]) -> str:
     """The JSON schema of a function's arguments, an object. It stays a root, so that its references hold."""
     schema = function.get("parameters")
     schema = {} if schema is None else schema
+    if isinstance(schema, Mapping) and not any(key in schema for key in _SHAPES):
+        schema = {**schema, "properties": {}}  # a function without arguments
     kind = schema.get("type", "object") if isinstance(schema, Mapping) else None
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise ConfigError(f"the parameters of {name!r} must be the JSON schema of an object; the type is {kind!r:.80}")
     try:
-        return json.dumps({**schema, "type": "object", "x-guidance": {"whitespace_pattern": SPACE}}, allow_nan=False)
+        return embedded({**schema, "type": "object"})
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the parameters of {name!r} are no JSON: {error}") from error
+
+
+def embedded(schema: Any) -> str:
+    """A JSON schema as it stands after %json in a Lark grammar. Raises ValueError."""
+    closed = close_objects(schema)
+    closed = closed if isinstance(closed, dict) else {"allOf": [closed]}
+    return json.dumps({**closed, "x-guidance": {"whitespace_pattern": SPACE}}, allow_nan=False)
 
 
 def _listed(names: Mapping[str, Any]) -> str:
@@ -172,10 +202,11 @@ def _listed(names: Mapping[str, Any]) -> str:
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """OpenAI's messages as chat templates take them. Raises ConfigError for what is no text, and for bad calls.
 
-    Arguments of calls become objects, "developer" becomes "system", text parts are joined by line breaks as in vLLM
-    (transformers joins them by spaces, TGI by nothing). An assistant's missing content becomes "": Llama's templates
-    would print None, and Qwen's would add it to text. `tool_calls` is there only where there are calls, since Llama's
-    templates look for the key alone.
+    Arguments of calls become objects, "developer" becomes "system", "function" becomes "tool", text parts are joined by
+    line breaks as in vLLM (transformers joins them by spaces, TGI by nothing). An assistant's missing content becomes
+    "": Llama's templates would print None, and Qwen's would add it to text. `tool_calls` is there only where there are
+    calls, since Llama's templates look for the key alone. An assistant's thoughts are there for templates that read
+    them, under either name. Whatever else clients replay is left out.
     """
     return [_message(message) for message in messages]
 
@@ -185,14 +216,51 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     if role not in ROLES:
         raise ConfigError(f"a message has the role {role!r:.80}; choose one of {', '.join(ROLES)}")
     content = message.get("content")
-    if content is None and role == "assistant":
-        content = ""
-    made = {"role": "system" if role == "developer" else role, "content": _text(role, content)}
+    if content is None and role in ("assistant", "tool", "function"):
+        refusal = message.get("refusal")
+        content = refusal if isinstance(refusal, str) else ""
+    made = {"role": _TEMPLATE_ROLES.get(role, role), "content": _text(role, content)}
     for name in ("name", "tool_call_id"):
         if isinstance(message.get(name), str):
             made[name] = message[name]
-    if role == "assistant" and message.get("tool_calls"):
-        made["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+    if role == "assistant":
+        calls = message.get("tool_calls") or []
+        if not calls and message.get("function_call"):
+            calls = [{"function": message["function_call"]}]
+        if calls:
+            made["tool_calls"] = [_call(call) for call in calls]
+        for thought in (message.get("reasoning_content"), message.get("reasoning")):
+            if isinstance(thought, str) and thought:
+                made |= {"reasoning_content": thought, "reasoning": thought}
+                break
+    return made
+
+
+def plain_messages(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompt: str | None
+) -> list[dict[str, Any]]:
+    """Messages of `template_messages` for a template that knows no tools: these are told at the end of the last user's
+    message, as TGI does, calls are the assistant's text and their results a user's.
+
+    prompt: how to call, after the tools; None: PLAIN_PROMPT.
+    """
+    made = [dict(message) for message in messages]
+    for message in made:
+        if calls := message.pop("tool_calls", None):
+            texts = [
+                json.dumps({"name": call["function"]["name"], "parameters": call["function"]["arguments"]})
+                for call in calls
+            ]
+            message["content"] = "\n".join([message["content"], *texts] if message["content"] else texts)
+        if message["role"] == "tool":
+            message["role"] = "user"
+    if tools:
+        told = f"{json.dumps(tools, ensure_ascii=False)}\n{PLAIN_PROMPT if prompt is None else prompt}"
+        last = next((message for message in reversed(made) if message["role"] == "user"), None)
+        if last is None:
+            made.insert(0, {"role": "system", "content": told})
+        else:
+            last["content"] += f"\n---\n{told}"
     return made
 
 
@@ -204,8 +272,8 @@ def _text(role: str, content: object) -> str:
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(text, str):
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, Mapping) else None
+        if kind not in _TEXTS or not isinstance(text, str):
             raise ConfigError(f"a content part has the type {kind!r:.80}; this server reads text parts only")
         texts.append(text)
     return "\n".join(texts)
@@ -216,7 +284,7 @@ def _call(call: object) -> dict[str, Any]:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str):
         raise ConfigError("each of tool_calls must have a function with a name and arguments")
-    arguments = function.get("arguments")
+    arguments = function.get("arguments") or {}  # of a function without arguments
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
