@@ -89,6 +89,7 @@ class Engine:
         self._changed = threading.Condition()  # guards what follows
         self._inbox: list[Callable[[], None]] = []
         self._live: set[str] = set()
+        self._stepped: list[Callable[[], object]] = []
         self._queued = 0
         self._closed = False
         self._stop = False
@@ -155,6 +156,10 @@ class Engine:
             self._live.add(request.id)
             self._queued += 1
             self._tell(lambda: self._loop.add(job))
+
+    def on_step(self, callback: Callable[[], object]) -> None:
+        """Have the worker call `callback` whenever it has handed out the outputs of a step. It must not raise."""
+        self._stepped.append(callback)
 
     def abort(self, request_id: str) -> None:
         """End a request with the reason "abort", from any thread, at any moment; one that is not under way is left."""
@@ -265,6 +270,7 @@ class Engine:
         try:
             while self._listen():
                 self._loop.step()
+                self._tell_of_step()
         except BaseException as error:  # a mistake of ours: nobody may be left waiting
             reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
         with self._changed:
@@ -272,8 +278,13 @@ class Engine:
             self._stop = True
         self._listen()
         self._loop.end_all(reason, why)
+        self._tell_of_step()
         if self._compiler is not None:
             self._compiler.close()
+
+    def _tell_of_step(self) -> None:
+        for callback in self._stepped:
+            callback()
 
     def _listen(self) -> bool:
         """Do what other threads asked for, waiting while there is nothing to do; False when it is time to stop."""

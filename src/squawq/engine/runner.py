@@ -6,6 +6,7 @@ With the native kernels a row's logits are the same bits in any batch, in any ch
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class DecoderRunner:
             raise ConfigError(f"kv_tokens is {tokens!r}; it must be a whole number, at least one page of {PAGE} tokens")
         self.num_pages = tokens // PAGE
         self._decoder, self._device = decoder, device
+        self._thread = 0
         try:
             self._cache = Cache(self.config, self.num_pages, str(device))
         except (MemoryError, RuntimeError, ValueError) as error:
@@ -48,6 +50,10 @@ class DecoderRunner:
 
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         """Logits float32 [chunk.logits, vocab] for each chunk; keys and values go to the chunks' pages."""
+        if threading.get_ident() != self._thread:
+            self._thread = threading.get_ident()
+            if self._decoder.native(self._cache):
+                _one_torch_thread()
         ids: list[int] = []
         pages: list[int] = []
         outputs: list[int] = []
@@ -76,6 +82,20 @@ class DecoderRunner:
 
     def _tensor(self, values: Sequence[object] | NDArray[np.int64]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _one_torch_thread() -> None:
+    """Keep torch's operations of the calling thread on it.
+
+    A gather of 16 rows wakes torch's OpenMP threads, which then spin for milliseconds on the cores that the kernels'
+    threads and the event loop need.
+    """
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # That is also what threads which start later get. Only from another thread can it be put back for them.
+    other = threading.Thread(target=torch.set_num_threads, args=(usual,))
+    other.start()
+    other.join()
 
 
 def default_kv_tokens(config: ModelConfig, device: torch.device) -> int:

@@ -63,14 +63,18 @@ class Decoder:
     def __post_init__(self) -> None:
         self.frequencies = inverse_frequencies(self.config.rope, self.config.head_dim).to(self.norm.device)
 
+    def native(self, cache: Cache) -> bool:
+        """Whether all layers run on the native kernels, in one call over this cache."""
+        if self._bound[0] is not cache:
+            self._bound = cache, layer_stack(self.layers, cache)
+        return self._bound[1] is not None
+
     @torch.inference_mode()
     def __call__(self, batch: Batch, cache: Cache) -> Tensor:
         """Run the batch's tokens, write their keys and values to `cache`; logits float32 [outputs, vocab]."""
         hidden = self.embedding[batch.ids.to(self.embedding.device)].to(self.norm.device, torch.float32)
         rotary = dispatch.rotary(batch.positions, self.frequencies)
-        if self._bound[0] is not cache:
-            self._bound = cache, layer_stack(self.layers, cache)
-        if (stack := self._bound[1]) is not None:
+        if self.native(cache) and (stack := self._bound[1]) is not None:
             stack(hidden, rotary, batch.slots, batch.sequences, batch.pages)
         else:
             self._run(hidden, rotary, batch, cache)

@@ -23,6 +23,38 @@ class HungUp(Exception):  # noqa: N818
     """The client is gone: nobody reads an answer."""
 
 
+class Mailbox:
+    """Outputs on their way from the engine's thread to the event loop, which is woken once for all of a step.
+
+    Each wake-up in the middle of a step would have the event loop take the interpreter's lock from the engine.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._items: list[tuple[asyncio.Queue[Output | Exception], Output]] = []  # the engine's thread's alone
+        self._loop: asyncio.AbstractEventLoop | None = None
+        engine.on_step(self._send)
+
+    def open(self) -> None:
+        """Deliver to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, queue: asyncio.Queue[Output | Exception], output: Output) -> None:
+        """Deliver an output to a queue of the event loop when the step ends; from the engine's thread."""
+        self._items.append((queue, output))
+
+    def _send(self) -> None:
+        items, self._items = self._items, []
+        if items and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                self._loop.call_soon_threadsafe(_deliver, items)
+
+
+def _deliver(items: list[tuple[asyncio.Queue[Output | Exception], Output]]) -> None:
+    for queue, output in items:
+        queue.put_nowait(output)
+
+
 class Exchange:
     """A context for one call. `clock` started when the request arrived.
 
@@ -30,15 +62,16 @@ class Exchange:
     """
 
     def __init__(
-        self, engine: Engine, arrived: float, inter_token: Callable[[float], object], tenant: str = ""
+        self, mailbox: Mailbox, arrived: float, inter_token: Callable[[float], object], tenant: str = ""
     ) -> None:
-        self._engine = engine
+        mailbox.open()
+        self._mailbox = mailbox
+        self._engine = mailbox.engine
         self._tenant = tenant
-        self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
         self._open: dict[str, int] = {}
         self._left = False
-        self.ending = self._loop.create_future()  # done when `end` was called
+        self.ending = asyncio.get_running_loop().create_future()  # done when `end` was called
         self._seen: dict[tuple[str, int], float] = {}
         self._inter_token = inter_token
         self.arrived = arrived
@@ -131,7 +164,7 @@ class Exchange:
         return [[join(parts[request.id, index]) for index in range(request.params.n)] for request in call.requests]
 
     def _sink(self, output: Output) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, output)
+        self._mailbox.put(self._queue, output)
 
     def _check(self, item: Output | Exception) -> Output:
         """Take note of an output; raise what is none."""

@@ -19,7 +19,7 @@ from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.serve.bodies import Bodies
 from squawq.serve.call import Call, dump
 from squawq.serve.errors import ApiError
-from squawq.serve.exchange import Exchange, HungUp
+from squawq.serve.exchange import Exchange, HungUp, Mailbox
 from squawq.serve.fields import parse_json
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics, Timing
@@ -40,6 +40,7 @@ class Generation:
         self.draining = False
         self.in_flight = 0
         self._exchanges: set[Exchange] = set()
+        self._mailbox = Mailbox(served.engine)
         self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
         self._replies = ThreadPoolExecutor(2, "squawq-replies")
         self.bodies = Bodies(self.settings)
@@ -62,7 +63,7 @@ class Generation:
     async def handle(self, scope: Scope, receive: Receive, send: Send, parse: Parse) -> None:
         """Read, check, run and answer a request. Raises ApiError before the answer has begun, never after."""
         tenant = scope.get("tenant", "")
-        exchange = Exchange(self.served.engine, time.perf_counter(), self.metrics.inter_token, tenant)
+        exchange = Exchange(self._mailbox, time.perf_counter(), self.metrics.inter_token, tenant)
         try:
             raw = await self.bodies.read(scope, receive)
             with self.admitted():
