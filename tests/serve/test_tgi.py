@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from squawq import __version__
 from squawq.engine.request import FinishReason, Output, TokenLogprob
 from squawq.engine.sequence import join
-from squawq.serve.call import Call, Reply, Times
+from squawq.serve.call import Call, Reply, Times, dump
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
 from squawq.serve.tgi import chat_tokens, generate, info, tokens
@@ -45,7 +45,8 @@ def outputs_of(served: Served, call: Call) -> list[Output]:
 def reply_of(served: Served, call: Call) -> Reply:
     outputs = outputs_of(served, call)
     sequences = [[o for o in outputs if o.index == index] for index in range(call.requests[0].params.n)]
-    return call.reply([[join(parts) for parts in sequences]], TIMES)
+    reply = call.reply([[join(parts) for parts in sequences]], TIMES)
+    return replace(reply, body=json.loads(dump(reply.body)))
 
 
 def body_of(served: Served, parameters: dict[str, Any] | None = None, **options: Any) -> Any:

@@ -22,6 +22,7 @@ from squawq.errors import ConfigError
 from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, validate
+from squawq.serve.logprobs import bounded_tokens
 from squawq.serve.model import Served
 from squawq.serve.settings import Settings
 from squawq.serve.structured import tgi_grammar
@@ -89,7 +90,16 @@ def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bo
     if parameters.sampled:
         seed = secrets.randbits(63) if parameters.seed is None else parameters.seed
     details = parameters.details or parameters.decoder_input_details
-    params = _sampling(parameters, _room(len(ids), parameters.max_new_tokens, served), seed, stream or details)
+    shown = stream or details
+    each = (parameters.best_of or 1) * ((parameters.top_n_tokens or 0) + 1) if shown else 0
+    room = bounded_tokens(
+        served.settings,
+        len(ids) * (parameters.best_of or 1) if parameters.decoder_input_details else 0,
+        each,
+        _room(len(ids), parameters.max_new_tokens, served),
+        asked=parameters.max_new_tokens is not None,
+    )
+    params = _sampling(parameters, room, seed, shown)
     request = Request(f"tgi-{uuid.uuid4().hex}", ids, params)
     try:
         served.engine.check(request)
