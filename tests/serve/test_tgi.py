@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from squawq import __version__
 from squawq.engine.request import FinishReason, Output, TokenLogprob
 from squawq.engine.sequence import join
-from squawq.serve.call import Call, Reply, Times
+from squawq.serve.call import Call, Reply, Times, dump
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
 from squawq.serve.tgi import chat_tokens, generate, info, tokens
@@ -46,7 +46,8 @@ def outputs_of(served: Served, call: Call) -> list[Output]:
 def reply_of(served: Served, call: Call) -> Reply:
     outputs = outputs_of(served, call)
     sequences = [[o for o in outputs if o.request == request.id] for request in call.requests]
-    return call.reply([[join(parts)] for parts in sequences], TIMES)
+    reply = call.reply([[join(parts)] for parts in sequences], TIMES)
+    return replace(reply, body=json.loads(dump(reply.body)))
 
 
 def body_of(served: Served, parameters: dict[str, Any] | None = None, **options: Any) -> Any:

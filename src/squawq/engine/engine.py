@@ -175,6 +175,12 @@ class Engine:
             self.check(request)
         return self._generate(deque(requests))
 
+    def waits(self, request_id: str) -> bool:
+        """Whether a request is queued and none of its tokens has been run yet."""
+        with self._changed:
+            job = self._loop.jobs.get(request_id)
+            return request_id in self._live and (job is None or not job.started)
+
     @property
     def alive(self) -> bool:
         """Whether the worker runs; False after `close` and after a failure."""

@@ -29,7 +29,7 @@ from squawq.serve.guard import Guard
 from squawq.serve.metrics import Metrics
 from squawq.serve.model import Served
 from squawq.serve.openapi import document
-from squawq.serve.responses import send_bytes, send_error, send_json
+from squawq.serve.responses import blocks, send_blocks, send_bytes, send_error, send_json
 from squawq.serve.tokenization import detokenize, tokenize, tokenizer_info
 
 logger = logging.getLogger("squawq.serve")
@@ -107,9 +107,9 @@ class Api:
 
         async def handle(scope: Scope, receive: Receive, send: Send) -> None:
             raw = await self.generation.bodies.read(scope, receive)
-            with self.generation.admitted():
-                value = await self.generation.in_thread(lambda: answer(parse_json(raw), self.served))
-            await send_json(send, value)
+            with self.generation.admitted(len(raw)):
+                body = await self.generation.in_thread(lambda: blocks(answer(parse_json(raw), self.served)), len(raw))
+            await send_blocks(send, body)
 
         return handle
 

@@ -6,9 +6,9 @@ Pure: no HTTP, no threads. generation.py runs every Call in the same way, whatev
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from squawq import __version__
 from squawq.engine.request import Output, Request
@@ -16,13 +16,69 @@ from squawq.serve.errors import ApiError
 
 DONE = "[DONE]"
 # Clients that split a stream into lines as str.splitlines does would end one at these.
-_LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
+_LINE_ENDS = {mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
+_ROWS = 64  # of Rows that are encoded at once: json holds the interpreter's lock, and others wait for it
+_ITEMS = 4096  # of a plain list
+Item = TypeVar("Item")
+
+
+class Rows(Generic[Item]):
+    """A JSON array whose rows are made from items as they are written, so that a long one is never held."""
+
+    def __init__(self, make: Callable[[Item], object], items: Sequence[Item]) -> None:
+        self._make, self._items = make, items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, part: slice) -> list[object]:
+        return [self._make(item) for item in self._items[part]]
 
 
 def dump(value: object) -> str:
     """Compact JSON in one line, characters as they are. Raises ValueError for a number that JSON has not."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text if text.isascii() else text.translate(_LINE_ENDS)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_rows)
+    if not text.isascii():
+        for mark, escape in _LINE_ENDS.items():
+            text = text.replace(mark, escape)
+    return text
+
+
+def dump_large(value: object) -> str:
+    """The same for a large value, in a thread beside the event loop."""
+    return "".join(pieces(value))
+
+
+def pieces(value: object) -> Iterator[str]:
+    """The same in pieces, each of which is made in a moment, so that other threads get their turn."""
+    if isinstance(value, dict) and any(isinstance(item, dict | list | Rows) for item in value.values()):
+        begin = "{"
+        for key, item in value.items():
+            yield f"{begin}{dump(key)}:"
+            yield from pieces(item)
+            begin = ","
+        yield "}"
+    elif isinstance(value, list) and len(value) <= _ITEMS and any(isinstance(item, dict | Rows) for item in value):
+        begin = "["
+        for item in value:
+            yield begin
+            yield from pieces(item)
+            begin = ","
+        yield "]"
+    elif isinstance(value, list | Rows) and len(value):
+        begin, step = "[", _ROWS if isinstance(value, Rows) else _ITEMS
+        for first in range(0, len(value), step):
+            yield begin + dump(value[first : first + step])[1:-1]
+            begin = ","
+        yield "]"
+    else:
+        yield dump(value)
+
+
+def _rows(value: object) -> list[object]:
+    if isinstance(value, Rows):
+        return value[:]
+    raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
 @dataclass(frozen=True)

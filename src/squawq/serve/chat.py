@@ -15,10 +15,10 @@ from pydantic import Field
 from squawq import chat_template
 from squawq.engine.request import FinishReason, Grammar, Output, Request
 from squawq.errors import ConfigError
-from squawq.serve.call import DONE, Reply, Times, dump, head, usage
+from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, SamplingFields, validate
-from squawq.serve.logprobs import Spelling
+from squawq.serve.logprobs import Spelling, bounded_tokens
 from squawq.serve.model import Served
 from squawq.serve.structured import response_grammar
 from squawq.serve.tool_parser import Delta, ToolParser
@@ -164,9 +164,12 @@ def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
     grammar = _grammar(body, served)
     ids = body.truncated(served.text_ids(render(body, served), body.add_special_tokens), served)
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    scored = 0 if body.prompt_logprobs is None else len(ids) * (body.prompt_logprobs + 1)
+    each = body.n * ((body.top_logprobs or 0) + 1) if body.logprobs else 0
+    room = served.room(len(ids), asked)
     params = body.params(
         served,
-        max_tokens=served.room(len(ids), asked),
+        max_tokens=bounded_tokens(served.settings, scored, each, room, asked=asked is not None),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
@@ -273,7 +276,7 @@ class ChatCall:
                 last["delta"] = self._last_delta(choice)
             last["finish_reason"] = choice.finish(output, self._tgi, self._served.eos_ids)
             last["stop_reason"] = self._stop_reason(output)
-        return [dump(chunk) for chunk in chunks]
+        return [dump(chunk) if output.prompt_logprobs is None else dump_large(chunk) for chunk in chunks]
 
     def end(self) -> list[str]:
         """The usage, where it was asked for, and the end mark."""

@@ -13,10 +13,10 @@ from pydantic import Field
 
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
 from squawq.engine.text import TextStream
-from squawq.serve.call import DONE, Reply, Times, dump, head, usage
+from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Many, SamplingFields, TokenId, validate
-from squawq.serve.logprobs import Offsets, Spelling
+from squawq.serve.logprobs import Offsets, Spelling, bounded_tokens
 from squawq.serve.model import Served
 from squawq.serve.structured import response_grammar
 
@@ -52,6 +52,20 @@ class CompletionBody(SamplingFields):
         ids = [served.text_ids(item, self.add_special_tokens) if isinstance(item, str) else item for item in given]
         return [self.truncated(item, served) for item in ids]
 
+    def bounded_tokens(self, served: Served, prompts: list[list[int]], tokens: int) -> int:
+        """New tokens of a sequence that the reply has room for. Raises ApiError."""
+        shown = 0 if self.logprobs is None else self.logprobs + 1
+        listed = (self.n * shown if self.echo else 0) + (
+            0 if self.prompt_logprobs is None else self.prompt_logprobs + 1
+        )
+        return bounded_tokens(
+            served.settings,
+            sum(map(len, prompts)) * listed,
+            len(prompts) * max(self.n, self.best_of or 1) * shown,
+            tokens,
+            asked=self.max_tokens is not None or not served.settings.tgi,
+        )
+
     def check(self, served: Served) -> None:
         """Raise ApiError for what no single field's type can say."""
         super().check(served)
@@ -78,13 +92,15 @@ def completion(raw: Mapping[str, Any], served: Served) -> CompletionCall:
     if body.prompt_logprobs is not None:
         scored = max(body.prompt_logprobs, scored or 0)
     default = None if served.settings.tgi else DEFAULT_MAX_TOKENS
-    name, requests = f"cmpl-{uuid.uuid4().hex}", []
-    for number, ids in enumerate(body.prompts(served)):
-        room = served.room(len(ids), body.max_tokens)
-        asked = min(room, default) if body.max_tokens is None and default is not None else room
+    name, requests, prompts = f"cmpl-{uuid.uuid4().hex}", [], body.prompts(served)
+    rooms = [served.room(len(ids), body.max_tokens) for ids in prompts]
+    if body.max_tokens is None and default is not None:
+        rooms = [min(room, default) for room in rooms]
+    most = body.bounded_tokens(served, prompts, max(rooms))
+    for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
         params = body.params(
             served,
-            max_tokens=max(1, asked),  # with 0 the engine's one token is left out of the reply
+            max_tokens=max(1, min(room, most)),  # with 0 the engine's one token is left out of the reply
             logprobs=body.logprobs,
             prompt_logprobs=scored,
             best_of=body.best_of,
@@ -138,7 +154,7 @@ class CompletionCall:
         options = self._body.stream_options
         if options is not None and options.continuous_usage_stats:
             chunk["usage"] = self._usage()
-        return [dump(chunk)]
+        return [dump(chunk) if output.prompt_logprobs is None else dump_large(chunk)]
 
     def end(self) -> list[str]:
         """The usage, where it was asked for, and the end mark."""

@@ -122,6 +122,10 @@ class Exchange:
         """Whether nobody waits for this call any more."""
         return self._left
 
+    def waits(self) -> bool:
+        """Whether it is still being checked, or waits for its turn in the engine."""
+        return self.checked is None or all(map(self._engine.waits, self._open))
+
     def end(self, reason: Exception) -> None:
         """End the waiting with an exception, for outputs or for the check before; from the event loop."""
         self._queue.put_nowait(reason)

@@ -7,27 +7,38 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
 from squawq.engine.request import Output
 from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.serve.bodies import Bodies
-from squawq.serve.call import Call, dump
+from squawq.serve.bodies import SMALL, Bodies
+from squawq.serve.budget import Budget, cost, scores
+from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
 from squawq.serve.exchange import Exchange, HungUp, Mailbox
 from squawq.serve.fields import parse_json
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics, Timing
 from squawq.serve.model import Served
-from squawq.serve.responses import KEEP_ALIVE, send_bytes, send_events, start_events
+from squawq.serve.responses import KEEP_ALIVE, blocks, events, send_blocks, send_events, start_events, write
 
 logger = logging.getLogger("squawq.serve")
+MAX_SHOWN = 2000  # bytes of a body for the log, which shows fewer
+SCORED = 4  # requests with as many log probabilities as one may have that are under way at once
 Parse = Callable[[Mapping[str, Any], Served], Call]
+
+
+@dataclass
+class Place:
+    """A request's place among those that are under way, and the bytes that it holds."""
+
+    size: int = 0
 
 
 class Generation:
@@ -42,17 +53,20 @@ class Generation:
         self._exchanges: set[Exchange] = set()
         self._mailbox = Mailbox(served.engine)
         self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
+        self._large = ThreadPoolExecutor(1, "squawq-validation-large")  # so that small bodies never wait for large ones
+        self._scores = Budget(SCORED * self.settings.max_logprob_entries)
+        self.held = 0  # bytes of the requests that are under way or waiting, as `_cost` has them
         self._replies = ThreadPoolExecutor(2, "squawq-replies")
         self.bodies = Bodies(self.settings)
 
     @property
     def full(self) -> bool:
-        """Whether there are as many requests as may be, or as many prompts waiting."""
-        return self.in_flight >= self.settings.max_concurrent or self.served.engine.full
+        """Whether there are as many requests as may be, or as much is held of them."""
+        return self.in_flight >= self.settings.max_concurrent or self.held >= self.settings.max_queue_bytes
 
     def close(self) -> None:
         """End the threads; what waits for one is dropped."""
-        for pool in (self._pool, self._replies):
+        for pool in (self._pool, self._large, self._replies):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def end_all(self) -> None:
@@ -65,35 +79,38 @@ class Generation:
         tenant = scope.get("tenant", "")
         exchange = Exchange(self._mailbox, time.perf_counter(), self.metrics.inter_token, tenant)
         try:
-            raw = await self.bodies.read(scope, receive)
-            with self.admitted():
-                await self._run(scope, receive, send, parse, raw, exchange)
+            raw = [await self.bodies.read(scope, receive)]
+            with self.admitted(len(raw[0])) as place:
+                shown = raw[0][:MAX_SHOWN] if self.settings.log_requests else None
+
+                async def prepare(held: AsyncExitStack) -> Call:
+                    call = await self._prepare(parse, raw, exchange, place, held)
+                    if shown is not None:
+                        text = shown.decode("utf-8", "replace")
+                        event(logger, logging.INFO, "request", id=scope["request_id"], body=text)
+                    return call
+
+                await self._run(scope, receive, send, exchange, prepare)
         except ApiError as error:
             if exchange.checked is None:  # else it is counted by how it ended
                 self.metrics.rejected(error.name)
             raise
 
     async def _run(
-        self, scope: Scope, receive: Receive, send: Send, parse: Parse, raw: bytes, exchange: Exchange
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        exchange: Exchange,
+        prepare: Callable[[AsyncExitStack], Coroutine[Any, Any, Call]],
     ) -> None:
-        def prepare() -> Call:
-            if exchange.left():
-                raise HungUp
-            call = parse(parse_json(raw), self.served)
-            exchange.submit(call)
-            return call
-
         watch = asyncio.create_task(_watch(receive, exchange))
-        limit = self.settings.generation_timeout
-        late = ApiError("incomplete", f"the answer was not ready after {limit:g} s")
-        alarm = asyncio.get_running_loop().call_later(limit, exchange.end, late)
+        alarms = self._alarms(exchange)
         call = None
         self._exchanges.add(exchange)
         try:
-            async with exchange:
-                call = await exchange.checking(asyncio.create_task(self.in_thread(prepare)))
-                if self.settings.log_requests:
-                    event(logger, logging.INFO, "request", id=scope["request_id"], body=raw.decode("utf-8", "replace"))
+            async with AsyncExitStack() as held, exchange:
+                call = await exchange.checking(asyncio.create_task(prepare(held)))
                 if call.stream:
                     await self._stream(call, exchange, send)
                 else:
@@ -102,21 +119,55 @@ class Generation:
             pass
         finally:
             self._exchanges.discard(exchange)
-            alarm.cancel()
+            for alarm in alarms:
+                alarm.cancel()
             watch.cancel()
             if call is not None:
                 self._observe(scope, exchange)
+
+    async def _prepare(
+        self, parse: Parse, raw: list[bytes], exchange: Exchange, place: Place, held: AsyncExitStack
+    ) -> Call:
+        """Check a body and hand its requests to the engine, when their log probabilities have room. The body is let go
+        as soon as it was parsed."""
+        size = len(raw[0])
+
+        def read() -> Call:
+            if exchange.left():
+                raise HungUp
+            return parse(parse_json(raw.pop()), self.served)
+
+        call: Call = await self.in_thread(read, size)
+        self._hold(place, size + cost(call.requests))
+        await held.enter_async_context(self._scores.take(scores(call.requests)))
+        await self.in_thread(lambda: exchange.submit(call), size)
+        return call
+
+    def _alarms(self, exchange: Exchange) -> list[asyncio.TimerHandle]:
+        """End a request that waits too long for its turn, or that takes too long altogether."""
+        queued, limit = self.settings.queue_timeout, self.settings.generation_timeout
+
+        def turn() -> None:
+            if exchange.waits():
+                message = (
+                    f"The request waited {queued:g} s for its turn, as long as it may (--queue-timeout); try later"
+                )
+                exchange.end(ApiError("overloaded", message))
+
+        late = ApiError("incomplete", f"the answer was not ready after {limit:g} s")
+        loop = asyncio.get_running_loop()
+        return [loop.call_later(queued, turn), loop.call_later(limit, exchange.end, late)]
 
     async def _whole(self, call: Call, exchange: Exchange, send: Send) -> None:
         """Answer with one body. A long one takes seconds to make: beside the event loop."""
         outputs = await exchange.all(call)
 
-        def make() -> tuple[bytes, Mapping[str, str]]:
+        def make() -> tuple[list[bytes], Mapping[str, str]]:
             reply = call.reply(outputs, exchange.times)
-            return dump(reply.body).encode("utf-8", "replace"), reply.headers
+            return blocks(reply.body), reply.headers
 
         body, headers = await asyncio.get_running_loop().run_in_executor(self._replies, make)
-        await send_bytes(send, 200, body, "application/json", headers)
+        await send_blocks(send, body, headers)
 
     async def _stream(self, call: Call, exchange: Exchange, send: Send) -> None:
         """Answer with events. The head waits for the first output, so that what fails before it has its own status."""
@@ -127,7 +178,7 @@ class Generation:
                     begun = True
                     await start_events(send, call.headers)
                 if batch:
-                    await send_events(send, await self._payloads(call, batch))
+                    await write(send, await self._events(call, batch), last=False)
                 else:
                     await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
             await send_events(send, call.end(), last=True)
@@ -143,11 +194,11 @@ class Generation:
                 raise
             await send_events(send, call.fail(ApiError("internal", "internal error")), last=True)
 
-    async def _payloads(self, call: Call, batch: list[Output]) -> list[str]:
+    async def _events(self, call: Call, batch: list[Output]) -> list[bytes]:
         """What a batch adds to a stream; a prompt's log probabilities take seconds to write: beside the event loop."""
 
-        def make() -> list[str]:
-            return [payload for output in batch for payload in call.push(output)]
+        def make() -> list[bytes]:
+            return events(payload for output in batch for payload in call.push(output))
 
         if all(output.prompt_logprobs is None for output in batch):
             return make()
@@ -180,10 +231,13 @@ class Generation:
             seconds=round(timing.ended - timing.arrived, 4),
         )
 
-    async def in_thread(self, work: Callable[[], Any]) -> Any:
-        """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError."""
+    async def in_thread(self, work: Callable[[], Any], size: int) -> Any:
+        """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError.
+
+        size: bytes of the body; large ones have a thread of their own, so that small ones never wait for them.
+        """
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+            return await asyncio.get_running_loop().run_in_executor(self._large if size > SMALL else self._pool, work)
         except QueueFull as error:
             raise ApiError("overloaded", str(error)) from error
         except EngineClosed as error:
@@ -192,17 +246,28 @@ class Generation:
             raise ApiError("invalid", str(error)) from error
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Count a request that costs work. Raises ApiError while there are as many as may be, or none are taken."""
+    def admitted(self, size: int) -> Iterator[Place]:
+        """Count a request that costs work, and the bytes of its body. Raises ApiError while there are as many as may
+        be, or none are taken."""
         if self.draining:
             raise ApiError("unavailable", "The server is shutting down")
         if self.full:
             raise ApiError("overloaded", "Model is overloaded")
+        place = Place()
         self.in_flight += 1
         try:
-            yield
+            self._hold(place, size)
+            yield place
         finally:
             self.in_flight -= 1
+            self.held -= place.size
+
+    def _hold(self, place: Place, size: int) -> None:
+        """Count what a request holds now. Raises ApiError where that is too much beside the others."""
+        others = self.held - place.size
+        if others and others + size > self.settings.max_queue_bytes:
+            raise ApiError("overloaded", "Model is overloaded")
+        self.held, place.size = others + size, size
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:

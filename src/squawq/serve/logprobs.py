@@ -8,6 +8,9 @@ from typing import Any
 
 from squawq.engine.request import TokenLogprob
 from squawq.engine.text import TextStream
+from squawq.serve.call import Rows
+from squawq.serve.errors import ApiError
+from squawq.serve.settings import Settings
 from squawq.tokenizer import Tokenizer
 
 LEAST = -9999.0  # JSON has no minus infinity
@@ -30,12 +33,7 @@ class Spelling:
 
     def chat(self, items: Sequence[TokenLogprob]) -> dict[str, Any]:
         """OpenAI's chat form."""
-        return {
-            "content": [
-                {**self._entry(item.token, item.logprob), "top_logprobs": [self._entry(*pair) for pair in item.top]}
-                for item in items
-            ]
-        }
+        return {"content": Rows(self._scored, items)}
 
     def completion(
         self, items: Sequence[TokenLogprob | None], ids: Sequence[int], offsets: Sequence[int]
@@ -45,14 +43,16 @@ class Spelling:
             "text_offset": list(offsets),
             "token_logprobs": [None if item is None else bounded(item.logprob) for item in items],
             "tokens": [self.text(token) for token in ids],
-            "top_logprobs": [None if item is None else self._top(item) for item in items],
+            "top_logprobs": Rows(self._top, items),
         }
 
-    def prompt(self, items: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
+    def prompt(self, items: Sequence[TokenLogprob | None]) -> Rows[TokenLogprob | None]:
         """vLLM's prompt_logprobs: for each token of the prompt its own and the likeliest, by id. rank: where known."""
-        return [None if item is None else self._ranked(item) for item in items]
+        return Rows(self._ranked, items)
 
-    def _ranked(self, item: TokenLogprob) -> dict[str, Any]:
+    def _ranked(self, item: TokenLogprob | None) -> dict[str, Any] | None:
+        if item is None:
+            return None
         pairs: dict[int, tuple[float, int | None]] = {item.token: (item.logprob, None)}
         pairs |= {token: (logprob, rank) for rank, (token, logprob) in enumerate(item.top, 1)}
         return {
@@ -64,8 +64,13 @@ class Spelling:
         spelled = self.tokenizer.token_bytes(token)
         return {"token": self.text(token), "logprob": bounded(logprob), "bytes": list(spelled)}
 
-    def _top(self, item: TokenLogprob) -> dict[str, float]:
+    def _scored(self, item: TokenLogprob) -> dict[str, Any]:
+        return {**self._entry(item.token, item.logprob), "top_logprobs": [self._entry(*pair) for pair in item.top]}
+
+    def _top(self, item: TokenLogprob | None) -> dict[str, float] | None:
         """The likeliest by name, best first; the token itself is always among them, as in OpenAI's replies."""
+        if item is None:
+            return None
         top: dict[str, float] = {}
         for token, logprob in (*item.top, (item.token, item.logprob)):
             top.setdefault(self.text(token), bounded(logprob))
@@ -87,6 +92,26 @@ class Offsets:
             places.append(self._at)
             self._at += len(self._stream.push(token))
         return places
+
+
+def bounded_tokens(settings: Settings, prompt: int, each: int, tokens: int, *, asked: bool) -> int:
+    """New tokens whose log probabilities a reply has room for, `tokens` at most.
+
+    prompt: log probabilities that the reply lists of its prompts. each: those for one more token of all its sequences.
+    asked: the request said `tokens`, so that fewer will not do. Raises ApiError for a reply that would be too large.
+    """
+    most = settings.max_logprob_entries
+    if each and not asked:
+        tokens = min(tokens, max(1, (most - prompt) // each))
+    size = prompt + each * tokens
+    if size > most:
+        raise ApiError(
+            "invalid",
+            f"The reply would list {size} log probabilities (prompts x tokens x (logprobs + 1) x n); at most {most} "
+            "are listed (--max-logprob-entries). Ask for fewer prompts, tokens, logprobs or choices.",
+            "logprobs",
+        )
+    return tokens
 
 
 def bounded(logprob: float) -> float:

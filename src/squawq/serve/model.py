@@ -24,7 +24,6 @@ from squawq.serve.tools import PLAIN_FORMAT, added_tokens, teaches_tools, tool_f
 from squawq.templates import TemplateProcess
 from squawq.tokenizer import Tokenizer, read_template
 
-MAX_WAITING = 1024
 MAX_LISTED = 2**17  # tokens that a reply lists one by one, each in up to a hundred bytes
 
 
@@ -65,7 +64,7 @@ class Served:
             eos_ids=sorted(generation.eos_ids),
             max_batch_tokens=max(settings.max_num_batched_tokens, 2 * settings.max_num_seqs),
             max_sequences=settings.max_num_seqs,
-            max_waiting=max(settings.max_queued, MAX_WAITING),  # prompts; the server's own limit counts requests
+            max_waiting=settings.max_concurrent * settings.max_prompts,  # never reached: the server's own limits count
             prefix_caching=settings.prefix_caching,
             grammar_timeout=settings.grammar_timeout,
         )
@@ -76,6 +75,7 @@ class Served:
                 self.tokenizer.template_variables(),
                 tool_template=tool_template,
                 timeout_s=settings.template_timeout,
+                workers=2,  # a large chat has one, so that small ones do not wait for it
             )
             self._templates.start()
 

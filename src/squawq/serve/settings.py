@@ -26,8 +26,9 @@ class Settings:
     contradict each other. served_names: what `model` is called in replies, the first of them; others are aliases.
     max_model_len: tokens of a prompt and its answer together. max_input_tokens: of a prompt alone.
     max_num_seqs: sequences under way together; max_num_batched_tokens: of a step, at least twice as many. max_queued:
-    requests that wait for their turn beyond those, the next is
-    refused. tensor_parallel_size: GPUs that share a model; 1 for now.
+    requests that wait for their turn beyond those, as many as there may be connections; the next is refused.
+    max_queue_bytes: what requests hold while they wait or run, the next is refused. tensor_parallel_size: GPUs that
+    share a model; 1 for now.
     Raises ConfigError for values that cannot work.
     """
 
@@ -53,7 +54,7 @@ class Settings:
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
-    max_queued: int = 128
+    max_queued: int = 2048
     prefix_caching: bool = True
 
     host: str = "127.0.0.1"
@@ -66,6 +67,7 @@ class Settings:
 
     max_connections: int = 2048
     max_body_bytes: int = 2_000_000
+    max_queue_bytes: int = 2**30
     max_header_bytes: int = 64 * 1024
     max_headers: int = 256
     header_timeout: float = 10
@@ -73,6 +75,7 @@ class Settings:
     min_body_rate: int = 1000
     idle_timeout: float = 75
     write_timeout: float = 60
+    queue_timeout: float = 1800
     generation_timeout: float = 3600
     template_timeout: float = 10
     grammar_timeout: float = 2
@@ -81,6 +84,7 @@ class Settings:
     validation_workers: int = 2
 
     max_logprobs: int = 20
+    max_logprob_entries: int = 2**20
     max_choices: int = 64
     max_prompts: int = 256
     max_best_of: int = 2

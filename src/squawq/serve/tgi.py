@@ -22,6 +22,7 @@ from squawq.errors import ConfigError
 from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, validate
+from squawq.serve.logprobs import bounded_tokens
 from squawq.serve.model import Served
 from squawq.serve.settings import Settings
 from squawq.serve.structured import tgi_grammar
@@ -86,12 +87,19 @@ def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bo
         raise _refused("`inputs` cannot be empty")
     ids = _prompt(body, served)
     details = parameters.details or parameters.decoder_input_details
-    room = _room(len(ids), parameters.max_new_tokens, served)
-    name, requests = f"tgi-{uuid.uuid4().hex}", []
     seeds = _seeds(parameters)
+    shown = stream or details
+    room = bounded_tokens(
+        served.settings,
+        len(ids) * len(seeds) if parameters.decoder_input_details else 0,
+        len(seeds) * ((parameters.top_n_tokens or 0) + 1) if shown else 0,
+        _room(len(ids), parameters.max_new_tokens, served),
+        asked=parameters.max_new_tokens is not None,
+    )
+    name, requests = f"tgi-{uuid.uuid4().hex}", []
     for number, seed in enumerate(seeds):
         scored = parameters.decoder_input_details and number == 0
-        params = _sampling(parameters, room, seed, shown=stream or details, scored=scored)
+        params = _sampling(parameters, room, seed, shown=shown, scored=scored)
         requests.append(Request(f"{name}-{number}", ids, params))
     try:
         served.engine.check(requests[0])

@@ -12,7 +12,7 @@ from typing import Any
 
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
 from squawq.engine.text import TextStream
-from squawq.serve.call import Reply, Times, dump
+from squawq.serve.call import Reply, Rows, Times, dump
 from squawq.serve.errors import ApiError
 from squawq.serve.logprobs import bounded
 from squawq.serve.model import Served
@@ -123,29 +123,28 @@ class Generation:
             ]
         return details
 
-    def _account(self, output: Output, seed: int | None, prefill: list[dict[str, Any]]) -> dict[str, Any]:
+    def _account(self, output: Output, seed: int | None, prefill: Rows[Any]) -> dict[str, Any]:
         scores = output.logprobs or ()
-        top = {"top_tokens": [self._top_tokens(scored) for scored in scores]} if self._top else {}
-        pieces = zip(output.ids, self._pieces(output), scores, strict=True)
+        top = {"top_tokens": Rows(self._top_tokens, scores)} if self._top else {}
+        pieces = [*zip(output.ids, self._pieces(output), scores, strict=True)]
         return {
             "finish_reason": _reason(output),
             "generated_tokens": len(output.ids),
             "seed": seed,
             "prefill": prefill,
-            "tokens": [self._token(token, text, scored.logprob) for token, text, scored in pieces],
+            "tokens": Rows(lambda row: self._token(row[0], row[1], row[2].logprob), pieces),
             **top,
         }
 
-    def _prefill(self, scores: Sequence[TokenLogprob | None]) -> list[dict[str, Any]]:
+    def _prefill(self, scores: Sequence[TokenLogprob | None]) -> Rows[tuple[int, TokenLogprob | None]]:
         """The prompt's tokens, where they were scored."""
-        return [
-            {
-                "id": token,
-                "text": self._served.tokenizer.token_text(token),
-                "logprob": None if scored is None else bounded(scored.logprob),
-            }
-            for token, scored in zip(self._request.prompt, scores, strict=False)
-        ]
+
+        def row(item: tuple[int, TokenLogprob | None]) -> dict[str, Any]:
+            token, scored = item
+            logprob = None if scored is None else bounded(scored.logprob)
+            return {"id": token, "text": self._served.tokenizer.token_text(token), "logprob": logprob}
+
+        return Rows(row, [*zip(self._request.prompt, scores, strict=False)])
 
     def _pieces(self, output: Output) -> list[str]:
         """What each token of a whole sequence added to its text, which a stop string may have cut."""
