@@ -42,9 +42,8 @@ def test_prints_where_it_is(format_: str, source: Path, tmp_path: Path, capsys: 
     assert {"config.json", "squawq_report.json", "tokenizer_config.json", "chat_template.jinja"} <= names
     assert "training.log" not in names
     assert len([name for name in names if name.endswith(".safetensors")]) == 4
-    assert not [
-        path for path in tmp_path.rglob("*") if path.name in ("here.partial", "squawq_job.json") or path.name[0] == "."
-    ]
+    left = [*tmp_path.rglob(".*"), *tmp_path.rglob("*.partial"), *tmp_path.rglob("squawq_job.json")]
+    assert not left
 
 
 def test_misuse_is_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,9 +183,10 @@ def test_what_lies_in_the_partial_folder_of_nobody_stays(tmp_path: Path) -> None
 def test_what_is_put_into_a_run_s_folder_stays(name: str, tmp_path: Path) -> None:
     """Whether the run fails or ends well."""
     out = tmp_path / "out"
-    with pytest.raises(ConfigError), Job(out, IDENTITY, 1) as job:
-        (job.partial / name).mkdir()
-        (job.partial / name / "thesis.txt").write_text("mine")
+    job = Job(out, IDENTITY, 1)
+    (job.partial / name).mkdir()
+    (job.partial / name / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError), job:
         raise ConfigError("no such setting")
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.txt")] == [Path("out.partial", name, "thesis.txt")]
     shutil.rmtree(job.partial)

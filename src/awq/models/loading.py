@@ -133,7 +133,6 @@ def check_as_stored(config: Any, model: Any, checkpoint: Checkpoint) -> None:
         read = name in checkpoint.tensors and not tensor.is_meta
         if read and not torch.equal(tensor.cpu(), checkpoint.read(name).to(tensor.dtype)):
             raise ConfigError(f"{name} in the model is not what {checkpoint.folder} has; {advice}")
-    checkpoint.close()
 
 
 def check_count(name: str, value: object) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from squawq.commands.options import Exact, Head, Model, Threads
+from squawq.commands.output import results
 from squawq.progress import console
 
 
@@ -39,10 +40,11 @@ def bench(
             exact=exact,
             head=head,
         )
-    if as_json:
-        print(json.dumps(found))
-    else:
-        _print_speed(found)
+    with results():
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _print_speed(found)
 
 
 def _print_speed(found: dict[str, Any]) -> None:

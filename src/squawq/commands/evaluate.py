@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 from rich.table import Table
 
 from squawq.commands.options import Device, Model
+from squawq.commands.output import do_all, results
+from squawq.errors import OutputError
 from squawq.progress import console, counting
 
 
@@ -48,21 +51,31 @@ def evaluate(
             device=device,
             progress=progress,
         )
-    if plot is not None:
-        from squawq.evaluation.plots import save_plot
-        from squawq.format.reader import read_json
-        from squawq.hub.download import resolve
-        from squawq.report.files import REPORT
 
-        report = resolve(model) / REPORT
-        save_plot(plot, read_json(report) if report.is_file() else None, scores)
-        console.print(f"plot: {plot}")
-    if as_json:
-        print(json.dumps(allow_nan=False, obj={"model": model, "reference": reference, **scores}))
-    else:
-        _print_scores(scores)
+    def show() -> None:
+        with results():
+            if as_json:
+                print(json.dumps(allow_nan=False, obj={"model": model, "reference": reference, **scores}))
+            else:
+                _print_scores(scores)
+
+    steps: list[Callable[[], object]] = [show]  # first: they took long, and what follows may fail
     if reference is not None:
-        _add_to_report(Path(model), reference, scores)
+        steps.append(lambda: _add_to_report(Path(model), reference, scores))
+    if plot is not None:
+        steps.append(lambda: _draw(model, plot, scores))
+    do_all(*steps)
+
+
+def _draw(model: str, plot: Path, scores: dict[str, Any]) -> None:
+    from squawq.evaluation.plots import save_plot
+    from squawq.format.reader import read_json
+    from squawq.hub.download import resolve
+    from squawq.report.files import REPORT
+
+    report = resolve(model) / REPORT
+    save_plot(plot, read_json(report) if report.is_file() else None, scores)
+    console.print(f"plot: {plot}")
 
 
 def _print_scores(scores: dict[str, Any]) -> None:
@@ -88,7 +101,7 @@ def _add_to_report(folder: Path, reference: str, scores: dict[str, Any]) -> None
         return
     try:
         add_evaluation(folder, reference, scores)
-    except OSError as error:  # the figures are out already
-        console.print(f"{folder} cannot be written ({error.strerror}); its report stays as it was")
+    except OutputError as error:  # the figures are out already
+        console.print(f"the report stays as it was: {error}")
     else:
         console.print(f"report: {folder / PAGE}")

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from squawq.commands.output import results
+
 
 def inspect(
     model: Annotated[
@@ -26,10 +28,11 @@ def inspect(
     from squawq.inspection import inspect as run
 
     found = run(model, context, batch)
-    if as_json:
-        print(json.dumps(found))
-    else:
-        _print(found)
+    with results():
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _print(found)
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from squawq.errors import ConfigError, DependencyError
+from squawq.errors import ConfigError, DependencyError, OutputError
 
 
 def check_plot(path: str | Path) -> None:
-    """Raises DependencyError without matplotlib, ConfigError for a folder that is not there."""
+    """Raises DependencyError without matplotlib, ConfigError for a folder or a file in one that is not there."""
     if find_spec("matplotlib") is None:
         raise DependencyError("--plot needs the package matplotlib: pip install 'squawq[plot]'")
     if not Path(path).resolve().parent.is_dir():
         raise ConfigError(f"--plot {str(path)!r}: there is no such folder")
+    if Path(path).is_dir():
+        raise ConfigError(f"--plot {str(path)!r} is a folder; name a file in it, such as loss.png")
 
 
 def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mapping[str, Any]) -> None:
-    """Write a PNG. `report` is squawq_report.json if the folder has one, `scores` the result of `evaluate`."""
+    """Write a PNG. `report` is squawq_report.json if the folder has one, `scores` the result of `evaluate`.
+
+    Raises OutputError where it cannot be written, ConfigError and DependencyError as `check_plot`.
+    """
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -52,4 +58,9 @@ def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mappin
         )
     else:
         right.text(0.5, 0.5, "give --reference to see the KL", ha="center", transform=right.transAxes)
-    figure.savefig(path, format="png", dpi=120)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    try:
+        Path(path).write_bytes(drawn.getvalue())
+    except OSError as error:
+        raise OutputError(f"the plot {path} cannot be written: {error.strerror}") from error

@@ -276,6 +276,5 @@ def _write(
         writer.write_tensor_data(factors.numpy())
     for done, entry in enumerate(entries, 1):
         writer.write_tensor_data(read_entry(checkpoint, entry).numpy())
-        checkpoint.close()  # the pages of this tensor go back
         if progress is not None:
             progress(done, len(entries))

@@ -151,7 +151,6 @@ def _write_parts(checkpoint: Checkpoint, plan: _Plan, writer: Writer, job: Job, 
     for part, names in enumerate(plan.parts):
         if job.record(part) is None:
             job.commit(part, _convert(checkpoint, plan, writer, names), {})
-            checkpoint.close()  # the pages of this layer's shard go back
         if progress is not None:
             progress(part + 1, len(plan.parts))
 

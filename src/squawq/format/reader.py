@@ -1,7 +1,7 @@
 """Reads checkpoint folders: config.json, tensors on demand from the files that shards.py finds and checks.
 
-Only safetensors is read. `read` maps a tensor into memory, so that reading one layer costs that layer, and `close`
-gives the pages back; `read_copy` is for work that goes on for hours, while files may change.
+Only safetensors is read. Tensors are read, not mapped: reading a map of a file that has got shorter kills the process,
+and here is an error.
 """
 
 from __future__ import annotations
@@ -82,16 +82,14 @@ def check_inside(path: Path) -> None:
 class Checkpoint:
     """A model folder, opened but not loaded.
 
-    `config` is checked on opening, and so is every shard's header. Tensors are read one at a time; call
-    `close` to drop the memory maps. shards: where the weights are, if not in the folder. Raises CheckpointError for
-    anything missing, damaged or unknown.
+    `config` is checked on opening, and so is every shard's header. Tensors are read one at a time. shards: where the
+    weights are, if not in the folder. Raises CheckpointError for anything missing, damaged or unknown.
     """
 
     def __init__(self, folder: str | Path, shards: Shards | None = None) -> None:
         self.folder = Path(folder)
         self.shards = shards or FolderShards(self.folder)
         self.config = ModelConfig.from_dict(read_config(self.folder), str(self.folder / "config.json"))
-        self._handles: dict[Path, Any] = {}
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -141,32 +139,35 @@ class Checkpoint:
         if info.shape != shape:
             raise CheckpointError(f"{info.file}: tensor {name!r} has shape {list(info.shape)}; {list(shape)} is needed")
 
-    def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A tensor in its own dtype, backed by the memory map; `shape` is checked if given."""
-        info = self._shaped(name, shape)
-        if info.file not in self._handles:
-            try:
-                with self.shards.open(info.file.name) as file:
-                    self._handles[info.file] = safe_open(file.name, framework="pt")
-            except SafetensorError as error:
-                raise CheckpointError(f"{info.file}: cannot be read as safetensors: {error}") from error
-        tensor: Tensor = self._handles[info.file].get_tensor(name)
-        return tensor
+    def read(self, name: str, shape: tuple[int, ...] | None = None, index: int | None = None) -> Tensor:
+        """A tensor in its own dtype, in memory of its own.
 
-    def read_copy(self, name: str, shape: tuple[int, ...] | None = None, index: int | None = None) -> Tensor:
-        """The same as memory of its own: a file that shrinks under a map kills the process, and here is an error.
+        Args:
+            shape: Checked, if given.
+            index: Read only the part at this index of the first dimension.
 
-        index: read only the part at this index of the first dimension.
+        Raises:
+            CheckpointError: There is no such tensor, it has another shape, or its file has changed.
         """
-        info = self._shaped(name, shape)
+        if shape is not None:
+            self.check_shape(name, shape)
+        info = self.info(name)
         info = info if index is None else info.part(index)
         with self.shards.open(info.file.name) as file:
             return read_tensor(file, info)
 
-    def _shaped(self, name: str, shape: tuple[int, ...] | None) -> TensorInfo:
-        if shape is not None:
-            self.check_shape(name, shape)
-        return self.info(name)
+    def mapped(self, name: str) -> Tensor:
+        """The same as a memory map of its file: no memory until it is looked at.
+
+        Only for tensors that hardly ever are: where the file has got shorter, looking kills the process (SIGBUS).
+        """
+        info = self.info(name)
+        try:
+            with self.shards.open(info.file.name) as file, safe_open(file.name, framework="pt") as handle:
+                tensor: Tensor = handle.get_tensor(name)
+                return tensor
+        except SafetensorError as error:
+            raise CheckpointError(f"{info.file}: cannot be read as safetensors: {error}") from error
 
     def is_quantized(self, linear: str) -> bool:
         """Whether this linear (full name) is stored as AWQ integers."""
@@ -226,7 +227,3 @@ class Checkpoint:
         for path in found:
             check_inside(path)
         return found
-
-    def close(self) -> None:
-        """Drop the memory maps; tensors read before stay valid while they are held."""
-        self._handles.clear()

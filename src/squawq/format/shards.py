@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from squawq.errors import CheckpointError
@@ -108,10 +106,10 @@ class FolderShards:
 
 def read_shard(path: Path) -> dict[str, Tensor]:
     """All tensors of a file. Raises CheckpointError for one that is damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+    known = stamp(path)
+    header = read_header(path)
+    with open_unchanged(path, known) as file:
+        return {name: read_tensor(file, info) for name, info in header.items()}
 
 
 def stamp(path: Path) -> Stamp:

@@ -165,7 +165,7 @@ def _map(model: Any, checkpoint: Checkpoint) -> None:
                 "model to another folder and load it from there, or leave do_fuse out"
             )
         if stored.dtype == tensor.dtype and (tensor.device.type == "cpu" or name.endswith(PACKED)):
-            views.append((tensor, stored))
+            views.append((tensor, checkpoint.mapped(name)))
     for tensor, view in views:
         tensor.data = view
 

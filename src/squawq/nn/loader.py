@@ -1,7 +1,8 @@
 """From a checkpoint to our decoder.
 
-With the native kernels AWQ tensors go from the memory map straight into the kernels' layout. Peak memory of `load`: the
-packed weights, one layer's shards, and the embedding's rows as they are used.
+With the native kernels AWQ tensors are read one linear at a time and packed into the kernels' layout. Peak memory of
+`load`: the packed weights, the embedding, and one linear as it is stored. Nothing stays mapped from the files, which may
+change while the model runs.
 """
 
 from __future__ import annotations
@@ -166,12 +167,12 @@ def load_layer(checkpoint: Checkpoint, index: int, options: Options) -> Layer:
 
 
 def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:
-    """The embedding in the checkpoint's own dtype, memory-mapped: rows are read as they are used."""
+    """The embedding in the checkpoint's own dtype."""
     config = checkpoint.config
     return checkpoint.read(f"{family.embedding}.weight", (config.vocab_size, config.hidden_size))
 
 
-def load_head(checkpoint: Checkpoint, family: Family, options: Options) -> tuple[Tensor, Linear]:
+def load_head(checkpoint: Checkpoint, family: Family, options: Options, embedding: Tensor) -> tuple[Tensor, Linear]:
     """The final norm [hidden] and the head, which is the embedding where the two are tied.
 
     Raises ConfigError for a head that was asked for and cannot be.
@@ -181,7 +182,8 @@ def load_head(checkpoint: Checkpoint, family: Family, options: Options) -> tuple
     name = family.embedding if config.tied_embeddings else family.head
     wanted = options.head or ("16-bit" if options.exact else "int8")
     if wanted != "16-bit" and options.native and not checkpoint.is_quantized(name):
-        weight = checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
+        tied = name == family.embedding
+        weight = embedding if tied else checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
         if wanted == "int4" and config.hidden_size % HEAD_GROUP == 0 and config.vocab_size % 8 == 0:
             return norm, Linear(PackedInt4.rounded(weight, HEAD_GROUP))
         if wanted == "int8" and kernel_group(config.hidden_size) is not None and weight.dtype in DENSE_TYPES:
@@ -201,11 +203,7 @@ def load(folder: str | Path, options: Options | None = None) -> Decoder:
     checkpoint = Checkpoint(folder)
     check_decoder(checkpoint.config)
     family = family_of(checkpoint.config.model_type)
-    norm, head = load_head(checkpoint, family, options)  # first: what was asked for it may be refused
-    checkpoint.close()
-    layers = []
-    for index in range(checkpoint.config.num_layers):
-        layers.append(load_layer(checkpoint, index, options))
-        checkpoint.close()  # the pages of this layer's shard go back
     embedding = load_embedding(checkpoint, family)
+    norm, head = load_head(checkpoint, family, options, embedding)  # first: what was asked for it may be refused
+    layers = [load_layer(checkpoint, index, options) for index in range(checkpoint.config.num_layers)]
     return Decoder(checkpoint.config, embedding.to(options.device), layers, norm, head)

@@ -67,7 +67,7 @@ class Blocks:
 
     def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """What the first layer is given, float32 [blocks, tokens, hidden], for ids int64 [blocks, tokens]."""
-        table = self.checkpoint.read_copy(self.places.stored(f"{self.family.embedding}.weight"))
+        table = self.checkpoint.read(self.places.stored(f"{self.family.embedding}.weight"))
         states = torch.empty(*ids.shape, self.skeleton.config.hidden_size, device=self.device) if out is None else out
         step = max(1, BATCH_TOKENS // ids.shape[1])
         for start in range(0, len(ids), step):
@@ -82,7 +82,6 @@ class Blocks:
         if head not in outer:
             outer[head] = self.places.read(embedding, shapes[embedding]).to(self.device, torch.float32)
         self.skeleton.put(outer)
-        self.checkpoint.close()
         return self.skeleton.logits
 
     @contextmanager
@@ -121,7 +120,6 @@ class Block:
         self._blocks.places.check({self._prefix + name for name in self._shapes}, self.index)
         for name in self._shapes:  # each in place of the old one: never a second copy of the layer
             self.restore(name)
-        self._blocks.checkpoint.close()
 
     def restore(self, name: str) -> None:
         """Fill one tensor of the layer with the checkpoint's."""

@@ -135,7 +135,7 @@ class Places:
                 f"{info.file}: tensor {stored!r} has shape {list(info.shape)}; [experts, {needed[0]}, "
                 f"{needed[1]}] is needed"
             )
-        weight = self.checkpoint.read_copy(stored, index=number)
+        weight = self.checkpoint.read(stored, index=number)
         weight = weight.T if self.transposed else weight
         first = out if part == 1 else 0
         return _finite(weight[first : first + out].contiguous(), self.checkpoint, stored)
@@ -147,7 +147,7 @@ def _experts_of(name: str) -> str:
 
 def read_finite(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
     """A tensor that holds no NaN or infinity. Raises CheckpointError naming file and tensor."""
-    return _finite(checkpoint.read_copy(name, shape), checkpoint, name)
+    return _finite(checkpoint.read(name, shape), checkpoint, name)
 
 
 def check_floating(checkpoint: Checkpoint, name: str) -> None:

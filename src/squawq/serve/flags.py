@@ -222,10 +222,17 @@ def parse(function: Callable[..., None], arguments: Sequence[str]) -> dict[str, 
         return context.params
 
 
+def discard_stdout() -> None:
+    """Write nothing more to stdout, which failed: Python would try again at its end, and complain."""
+    with Path(os.devnull).open("wb") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())
+
+
 def finish(app: typer.Typer, program: str, arguments: list[str] | None, stopped: str = "stopped") -> int:
     """Run a command line; returns the exit code: 0, 1 when the machine fails, 2 for a misuse, 130 when stopped."""
     try:
         code = app(arguments, standalone_mode=False, prog_name=program)
+        sys.stdout.flush()  # now, while an error can be told
     except (TyperException, SquawqError) as error:
         message = f"{error.format_message()} ({program} --help)" if isinstance(error, TyperException) else str(error)
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -233,10 +240,14 @@ def finish(app: typer.Typer, program: str, arguments: list[str] | None, stopped:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
         return 1
     except (OSError, MemoryError, RuntimeError) as error:  # disk full, CUDA out of memory
         print(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was stdout's
+            discard_stdout()
         return 1
     if code == 130:
         print(f"{program}: {stopped}", file=sys.stderr)

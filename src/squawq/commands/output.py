@@ -1,0 +1,41 @@
+"""Results on stdout, which may be a file on a full disk: what took long to find is not lost for that."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+
+from squawq.errors import OutputError, SquawqError
+from squawq.serve.flags import discard_stdout
+
+
+@contextmanager
+def results() -> Iterator[None]:
+    """What is printed in this context goes to stderr where stdout cannot be written; then OutputError is raised."""
+    if sys.stdout.isatty():
+        yield
+        return
+    with redirect_stdout(StringIO()) as text:
+        yield
+    try:
+        print(text.getvalue(), end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_stdout()
+        print(text.getvalue(), end="", file=sys.stderr)
+        raise OutputError(f"stdout cannot be written: {error.strerror}; the result is shown here instead") from error
+
+
+def do_all(*steps: Callable[[], object]) -> None:
+    """Do every step, whatever became of those before; then raise OutputError with what failed."""
+    failures = []
+    for step in steps:
+        try:
+            step()
+        except SquawqError as error:
+            failures.append(str(error))
+    if failures:
+        raise OutputError("; ".join(failures))
