@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from squawq.chat_template import render
 from squawq.errors import CheckpointError, ConfigError
-from squawq.format.reader import read_json
+from squawq.format.files import has_file, read_json, read_text
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 Message = Mapping[str, str]
@@ -45,7 +45,7 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
-        if not path.is_file():
+        if not has_file(path):
             raise CheckpointError(
                 f"{self.folder}: has no tokenizer.json; save a fast tokenizer there (AutoTokenizer.save_pretrained)"
             )
@@ -56,7 +56,7 @@ class Tokenizer:
         self.fast.no_truncation()
         self.fast.no_padding()
         settings = self.folder / "tokenizer_config.json"
-        self.settings = read_json(settings) if settings.is_file() else {}
+        self.settings = read_json(settings) if has_file(settings) else {}
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the tokenizer puts around a text, as a begin token."""
@@ -101,8 +101,8 @@ class Tokenizer:
             ("tool_use", "additional_chat_templates/tool_use.jinja"),
         ):
             path = self.folder / file
-            if path.is_file():
-                found[name] = path.read_text(encoding="utf-8")
+            if has_file(path, self.folder):
+                found[name] = read_text(path, self.folder)
         return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
 
     def render(self, messages: Iterable[Message], generation_prompt: bool = True, now: datetime | None = None) -> str:

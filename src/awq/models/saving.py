@@ -10,7 +10,8 @@ from typing import Any
 
 from awq.models._config import AwqConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError
-from squawq.format.reader import COMPANIONS, INDEX, LEGACY, check_inside, read_config, read_json
+from squawq.format.files import has_file, read_json
+from squawq.format.reader import COMPANIONS, INDEX, LEGACY, read_config
 from squawq.format.writer import TEMPORARY, clear_temporary, copy_file, write_json
 from squawq.report.files import PAGE, REPORT
 
@@ -44,7 +45,7 @@ def save(source: Path, target: Path, shard_size: str | int, *, move: bool) -> No
         for path in target.iterdir():
             if WEIGHTS.fullmatch(path.name) and path.name not in {shard.name for shard in shards}:
                 path.unlink()
-        for path in (*small, *(source / name for name in LAST if (source / name).is_file())):
+        for path in (*small, *(source / name for name in LAST if has_file(source / name))):
             if path.name == "config.json" and older is not None:
                 write_json(target / path.name, older)
             else:
@@ -60,13 +61,14 @@ def save(source: Path, target: Path, shard_size: str | int, *, move: bool) -> No
 
 def _weights(source: Path) -> list[Path]:
     """The files that the index names, or all. Raises CheckpointError if one is missing."""
-    if (source / INDEX).is_file():
-        found = [source / name for name in sorted(set(read_json(source / INDEX)["weight_map"].values()))]
+    if has_file(source / INDEX):
+        weight_map = read_json(source / INDEX).get("weight_map")
+        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     else:
-        found = sorted(source.glob("*.safetensors"))
-    if not found or not all(path.is_file() for path in found):
+        names = sorted(path.name for path in source.glob("*.safetensors"))
+    if not names or not all(Path(name).name == name and has_file(source / name) for name in names):
         raise CheckpointError(f"{source}: the weights saved here before are gone; quantize again")
-    return found
+    return [source / name for name in names]
 
 
 def _small(source: Path) -> list[Path]:
@@ -74,10 +76,7 @@ def _small(source: Path) -> list[Path]:
     found = [
         path for path in sorted(source.iterdir()) if COMPANIONS.fullmatch(path.name) or path.name in (REPORT, PAGE)
     ]
-    found = [path for path in found if not path.name.startswith(CALLERS)]
-    for path in found:
-        check_inside(path)
-    return found
+    return [path for path in found if not path.name.startswith(CALLERS) and has_file(path)]
 
 
 def _older_config(source: Path) -> dict[str, Any] | None:
