@@ -17,8 +17,9 @@ from typing import Any
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import expert_of, family_of
+from squawq.format.files import has_file, read_json
 from squawq.format.layouts import LAYOUTS
-from squawq.format.reader import INDEX, Checkpoint, read_json
+from squawq.format.reader import INDEX, Checkpoint
 from squawq.hub.download import hub_file
 from squawq.kernels.reference import PAGE
 from squawq.nn.cache import Cache
@@ -159,7 +160,7 @@ def _open(model: str | Path) -> tuple[ModelConfig, Skeleton, dict[str, Stored] |
         return config, _skeleton(config, str(model)), None
     checkpoint = Checkpoint(path)
     skeleton = _skeleton(checkpoint.config, str(path / "config.json"))
-    if not (path / INDEX).is_file() and not any(path.glob("*.safetensors")):
+    if not has_file(path / INDEX) and not checkpoint.shards.names():
         return checkpoint.config, skeleton, None
     places = Places(checkpoint, skeleton)
     names = {**places.names, **{name: name for name in places.beside}}

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from squawq.errors import CheckpointError, ConfigError
-from squawq.format.reader import MAX_JSON, read_json
+from squawq.format.files import has_file, read_bytes, read_json, read_text
 from squawq.templates import TemplateProcess
 from squawq.tokenizer_trial import check_tokenizer, failure
 
@@ -49,14 +49,11 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
-        if not path.is_file():
+        if not has_file(path):
             raise CheckpointError(
                 f"{self.folder}: has no tokenizer.json; save a fast tokenizer there (AutoTokenizer.save_pretrained)"
             )
-        try:
-            content = _checked_size(path).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        content = read_bytes(path)
         check_tokenizer(content, str(path))
         try:
             self.fast = FastTokenizer.from_buffer(content)
@@ -65,7 +62,7 @@ class Tokenizer:
         self.fast.no_truncation()
         self.fast.no_padding()
         settings = self.folder / "tokenizer_config.json"
-        self.settings = read_json(settings) if settings.is_file() else {}
+        self.settings = read_json(settings) if has_file(settings) else {}
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the tokenizer puts around a text, as a begin token.
@@ -120,8 +117,8 @@ class Tokenizer:
             ("tool_use", "additional_chat_templates/tool_use.jinja"),
         ):
             path = self.folder / file
-            if path.is_file():
-                found[name] = read_template(path)
+            if has_file(path, self.folder):
+                found[name] = read_text(path, self.folder)
         return found
 
     def render(self, messages: Iterable[Message], generation_prompt: bool = True, now: datetime | None = None) -> str:
@@ -182,22 +179,6 @@ class Tokenizer:
             return frozenset()
         state = json.loads(self.fast.decoder.__getstate__())
         return frozenset(step["type"] for step in state.get("decoders", [state]))
-
-
-def read_template(path: Path) -> str:
-    """A chat template's text. Raises CheckpointError for a file that cannot be read or is no UTF-8."""
-    try:
-        return _checked_size(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: is not UTF-8 text: {error.reason} (byte {error.start:,})") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _checked_size(path: Path) -> Path:
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{path}: is larger than {MAX_JSON:,} bytes")
-    return path
 
 
 def _byte_characters() -> dict[str, int]:

@@ -14,8 +14,9 @@ from torch import Tensor
 from squawq.errors import CheckpointError
 from squawq.export.dense import Dense
 from squawq.export.run import export
+from squawq.format.files import read_json
 from squawq.format.groupwise import GroupwiseTensor
-from squawq.format.reader import Checkpoint, read_json
+from squawq.format.reader import Checkpoint
 from squawq.format.writer import write_index, write_shard
 from squawq.nn.loader import Options
 from squawq.quant_config import QuantConfig

@@ -18,7 +18,8 @@ import squawq
 from squawq.config import ModelConfig
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, ConfigError
-from squawq.format.reader import Checkpoint, read_json
+from squawq.format.files import read_json
+from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
 from squawq.quantization.ranks import Ranks, torchrun_ranks
 

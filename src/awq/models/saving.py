@@ -10,8 +10,9 @@ from typing import Any
 
 from awq.models._config import AwqConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError
+from squawq.format.files import has_file, read_json
 from squawq.format.locking import locked
-from squawq.format.reader import COMPANIONS, INDEX, LEGACY, check_inside, read_config, read_json
+from squawq.format.reader import COMPANIONS, INDEX, LEGACY, read_config
 from squawq.format.writer import beside, clear_temporary, copy_file, write_json
 from squawq.report.files import PAGE, REPORT
 
@@ -40,7 +41,7 @@ def save(source: Path, target: Path, shard_size: str | int, *, move: bool) -> No
         clear_temporary(target)
         try:
             _fill(target, shards, small, move=move)
-            for path in (source / name for name in LAST if (source / name).is_file()):
+            for path in (source / name for name in LAST if has_file(source / name)):
                 if path.name == "config.json" and older is not None:
                     write_json(target / path.name, older)
                 else:
@@ -67,13 +68,14 @@ def _fill(target: Path, shards: list[Path], small: list[Path], *, move: bool) ->
 
 def _weights(source: Path) -> list[Path]:
     """The files that the index names, or all. Raises CheckpointError if one is missing."""
-    if (source / INDEX).is_file():
-        found = [source / name for name in sorted(set(read_json(source / INDEX)["weight_map"].values()))]
+    if has_file(source / INDEX):
+        weight_map = read_json(source / INDEX).get("weight_map")
+        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     else:
-        found = sorted(source.glob("*.safetensors"))
-    if not found or not all(path.is_file() for path in found):
+        names = sorted(path.name for path in source.glob("*.safetensors"))
+    if not names or not all(Path(name).name == name and has_file(source / name) for name in names):
         raise CheckpointError(f"{source}: the weights saved here before are gone; quantize again")
-    return found
+    return [source / name for name in names]
 
 
 def _small(source: Path) -> list[Path]:
@@ -81,10 +83,7 @@ def _small(source: Path) -> list[Path]:
     found = [
         path for path in sorted(source.iterdir()) if COMPANIONS.fullmatch(path.name) or path.name in (REPORT, PAGE)
     ]
-    found = [path for path in found if not path.name.startswith(CALLERS)]
-    for path in found:
-        check_inside(path)
-    return found
+    return [path for path in found if not path.name.startswith(CALLERS) and has_file(path)]
 
 
 def _older_config(source: Path) -> dict[str, Any] | None:

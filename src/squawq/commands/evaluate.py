@@ -69,12 +69,12 @@ def evaluate(
 
 def _draw(model: str, plot: Path, scores: dict[str, Any]) -> None:
     from squawq.evaluation.plots import save_plot
-    from squawq.format.reader import read_json
+    from squawq.format.files import has_file, read_json
     from squawq.hub.download import resolve
     from squawq.report.files import REPORT
 
     report = resolve(model) / REPORT
-    save_plot(plot, read_json(report) if report.is_file() else None, scores)
+    save_plot(plot, read_json(report) if has_file(report) else None, scores)
     console.print(f"plot: {plot}")
 
 

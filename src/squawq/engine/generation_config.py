@@ -5,7 +5,6 @@ A value that cannot work is passed over with a warning: a downloaded file should
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from squawq.config import ModelConfig
 from squawq.engine.request import SamplingParams
 from squawq.errors import ConfigError
+from squawq.format.files import has_file, read_json
 
 logger = logging.getLogger("squawq")
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -22,16 +22,12 @@ _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 class GenerationConfig:
     """A folder's generation_config.json; without one, nothing but config.json's end tokens.
 
-    Raises ConfigError for a file that is not JSON.
+    Raises CheckpointError for a file that is not a JSON object.
     """
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self._path = folder / "generation_config.json"
-        try:
-            values = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
-        except ValueError as error:
-            raise ConfigError(f"{self._path} is not JSON: {error}") from error
-        self._values: Mapping[str, Any] = values if isinstance(values, dict) else {}
+        self._values: Mapping[str, Any] = read_json(self._path) if has_file(self._path) else {}
         self.eos_ids = self._read_eos_ids(config)
 
     def sampling_defaults(self) -> SamplingParams:
@@ -56,4 +52,4 @@ class GenerationConfig:
         value = self._values.get("eos_token_id")
         value = config.raw.get("eos_token_id") if value is None else value
         values = value if isinstance(value, list) else [value]
-        return frozenset(v for v in values if isinstance(v, int) and 0 <= v < config.vocab_size)
+        return frozenset(v for v in values if type(v) is int and 0 <= v < config.vocab_size)

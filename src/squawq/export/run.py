@@ -18,8 +18,9 @@ from squawq.errors import CheckpointError, ConfigError
 from squawq.export.compressed_tensors import CompressedTensors
 from squawq.export.dense import Dense
 from squawq.families import Family, family_of
+from squawq.format.files import has_file, read_json
 from squawq.format.groupwise import GroupwiseTensor
-from squawq.format.reader import Checkpoint, read_json
+from squawq.format.reader import Checkpoint
 from squawq.format.writer import copy_file, write_index, write_json
 from squawq.hub.download import resolve
 from squawq.nn.loader import linear_shapes
@@ -108,7 +109,7 @@ def _quant_of(checkpoint: Checkpoint, format: str) -> QuantConfig:  # noqa: A002
 def _report_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What was measured while quantizing; it holds for the same integers elsewhere. Empty for others' folders."""
     path = checkpoint.folder / REPORT
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if has_file(path) else {}
 
 
 def _plan(checkpoint: Checkpoint, family: Family) -> _Plan:

@@ -6,9 +6,10 @@ and here is an error.
 
 from __future__ import annotations
 
-import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from torch import Tensor
 
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError
+from squawq.format.files import MAX_FILE, has_file, read_json
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.layouts import LAYOUTS
 from squawq.format.packing import from_gemm
 from squawq.format.shards import FolderShards, Shards, TensorInfo, read_tensor
 
-MAX_JSON = 64 * 2**20
 COMPANIONS = re.compile(
     r"tokenizer\.(json|model)|(tokenizer|generation|preprocessor|processor)_config\.json|special_tokens_map\.json"
     r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)"
@@ -32,23 +33,6 @@ COMPANIONS = re.compile(
 )
 LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
 INDEX = "model.safetensors.index.json"
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of sane size. Raises CheckpointError naming the file."""
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise CheckpointError(f"{path}: larger than {MAX_JSON} bytes; this is no configuration file")
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text)
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()  # half of a pair is no text, and breaks whatever writes it
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return value
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -58,25 +42,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
-    if not (folder / "config.json").is_file():
+    if not has_file(folder / "config.json"):
         raise CheckpointError(f"{folder}: has no config.json, so it is no model folder")
     raw = read_json(folder / "config.json")
     if raw.get("quantization_config") is None:
         for name, method in LEGACY.items():
-            if (folder / name).is_file():
+            if has_file(folder / name):
                 raw["quantization_config"] = {"quant_method": method, **read_json(folder / name)}
     return raw
 
 
-def check_inside(path: Path) -> None:
-    """Raises CheckpointError for a link out of its folder: what it leads to was never part of the model.
-
-    The files of a snapshot in the Hub's cache are links to the blobs beside it, and may be.
-    """
-    folder, target = path.parent.resolve(), path.resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    if not target.is_relative_to(folder) and target.parent != blobs:
-        raise CheckpointError(f"{path}: is a link out of its folder; put the file itself there")
+@contextmanager
+def _safetensors(file: Path) -> Iterator[None]:
+    """Turns the library's errors into CheckpointError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
 
 
 class Checkpoint:
@@ -109,7 +91,7 @@ class Checkpoint:
     def _files(self) -> tuple[list[str], dict[str, str]]:
         """The names of the safetensors files, and what the index (if any) promises of them."""
         there = self.shards.names()
-        if (self.folder / INDEX).is_file():
+        if has_file(self.folder / INDEX):
             promised = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(promised, dict) or not all(isinstance(f, str) for f in promised.values()):
                 raise CheckpointError(f"{self.folder / INDEX}: weight_map must map tensor names to file names")
@@ -223,7 +205,4 @@ class Checkpoint:
         Raises CheckpointError for one that is a link out of the folder.
         """
         named = (path for path in sorted(self.folder.iterdir()) if COMPANIONS.fullmatch(path.name))
-        found = [path for path in named if path.is_file() and path.stat().st_size <= MAX_JSON]
-        for path in found:
-            check_inside(path)
-        return found
+        return [path for path in named if has_file(path) and path.stat().st_size <= MAX_FILE]

@@ -6,7 +6,6 @@ opened. Knows no model.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from squawq.errors import CheckpointError
+from squawq.format.files import has_file, open_file, parse_json
 
 MAX_HEADER = 100 * 2**20  # safetensors' own limit
 DTYPES = {
@@ -35,6 +35,8 @@ DTYPES = {
     "U8": (torch.uint8, 1),
     "BOOL": (torch.bool, 1),
 }
+MAX_DIMENSIONS = 8
+MAX_NAME = 1024  # characters: names are shown in errors
 Stamp = tuple[int, int, int]  # of a file: its size, time of change and number
 
 
@@ -81,7 +83,7 @@ class FolderShards:
         self._stamps: dict[str, Stamp] = {}
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.glob("*.safetensors") if path.is_file())
+        return sorted(path.name for path in self.folder.glob("*.safetensors") if has_file(path))
 
     def header(self, name: str) -> dict[str, TensorInfo]:
         self._stamps[name] = stamp(self.folder / name)
@@ -128,7 +130,7 @@ def _stamp(status: os.stat_result) -> Stamp:
 def open_unchanged(path: Path, known: Stamp) -> Iterator[BufferedReader]:
     """A file that must be the one that had this stamp, from its opening to the end of the context."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             yield file
             now = _stamp(os.fstat(file.fileno()))
     except OSError as error:
@@ -154,14 +156,14 @@ def read_header(path: Path, known_as: Path | None = None) -> dict[str, TensorInf
     """
     name = known_as or path
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise CheckpointError(f"{name}: damaged: the header says {length} bytes, the file has {size}")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, RecursionError) as error:
+            header = parse_json(file.read(length))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: cannot be read as safetensors: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{name}: damaged: the header is not an object")
@@ -171,6 +173,8 @@ def read_header(path: Path, known_as: Path | None = None) -> dict[str, TensorInf
 
 def check_header(path: Path, header: Mapping[str, Any], start: int, size: int) -> dict[str, TensorInfo]:
     """The tensors of a header whose file has so many bytes, data from `start` on. Raises CheckpointError."""
+    if longest := next((name for name in header if len(name) > MAX_NAME), None):
+        raise CheckpointError(f"{path}: damaged: a tensor's name has {len(longest):,} characters")
     infos = {name: _tensor_info(path, name, entry, start) for name, entry in header.items()}
     end = start
     for info in sorted(infos.values(), key=lambda info: (info.start, info.nbytes)):
@@ -189,9 +193,12 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         dtype, itemsize = DTYPES[entry["dtype"]]
         shape = tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: tensor {name!r}: unreadable entry or unknown dtype in the header") from error
-    if not whole or end - begin != math.prod(shape) * itemsize:
-        raise CheckpointError(f"{path}: tensor {name!r}: shape {list(shape)} and bytes {begin} to {end} disagree")
+    possible = whole and len(shape) <= MAX_DIMENSIONS and math.prod(n or 1 for n in shape) < 2**60  # also if empty
+    if not possible or end - begin != math.prod(shape) * itemsize:
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: shape {list(shape)!s:.100} and bytes {begin!r:.20} to {end!r:.20} disagree"
+        )
     return TensorInfo(path, dtype, shape, start + begin, end - begin)

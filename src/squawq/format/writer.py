@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from squawq.errors import OutputError
+from squawq.format.files import read_bytes
 from squawq.format.reader import INDEX
 from squawq.format.shards import read_header
 
@@ -86,7 +87,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Atomically copy a small file."""
-    content = source.read_bytes()
+    content = read_bytes(source)
     with _named_at_the_end(target, len(content)) as temporary:
         temporary.write_bytes(content)
 

@@ -16,8 +16,9 @@ from statistics import median
 from typing import Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError
+from squawq.format.files import has_file, parse_json, read_bytes, read_json
 from squawq.format.locking import locked
-from squawq.format.reader import Checkpoint, read_json
+from squawq.format.reader import Checkpoint
 from squawq.format.writer import clear_temporary, write_text
 from squawq.hub.download import find_hub_file
 from squawq.hub.usage import usage
@@ -30,6 +31,7 @@ README = "README.md"
 TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
 FROM_SOURCE = ("license", "license_name", "license_link", "language")
 SCORES = ("tokens", "window", "stride", "perplexity")
+MAX_MATTER = 2**16  # characters of a card in which its front matter must end
 COMPARED = ("reference_perplexity", "kl_mean", "kl_p99", "top1_agreement")  # with --reference, all of them
 _MARK = re.compile(r"<!-- squawq card of (\S+), model ([0-9a-f]{64}): [0-9a-f]{64} -->\n\Z")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -89,7 +91,7 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
         "([Lin et al.](https://arxiv.org/abs/2306.00978)): safetensors in AutoAWQ's GEMM layout.",
         _facts(found, report),
         _measured(report, scores),
-        _made(report, (folder / PAGE).is_file()),
+        _made(report, has_file(folder / PAGE)),
         usage(repo, has_template(folder), found["runs_in"]),
     ]
     text = f"---\n{_yaml(matter)}---\n" + "\n\n".join(part for part in parts if part) + "\n\n"
@@ -102,7 +104,7 @@ def write_card(folder: Path, repo: str, origin: Origin | None = None, *, force: 
     text = model_card(folder, repo, origin)
     with locked(folder, wait=True):
         clear_temporary(folder)
-        if path.exists() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
+        if path.exists() and not force and not is_ours(_read(path)):
             raise OutputError(f"{path} is not as squawq wrote it; edit it by hand, or give --force to write it anew")
         write_text(path, text)
     return path
@@ -117,10 +119,14 @@ def outdated(folder: Path, repo: str) -> str | None:
     """Why the folder's card, as squawq wrote it, is none of this model under the name `repo`; None where it is one, or
     there is none, or a person wrote or changed it."""
     path = folder / README
-    written = _written_for(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    written = _written_for(_read(path)) if has_file(path) else None
     if written is None or written == (repo, _fingerprint(folder)):
         return None
     return f"was written for {written[0]}" if written[0] != repo else "was written before the model changed"
+
+
+def _read(path: Path) -> str:
+    return read_bytes(path).decode(errors="replace")
 
 
 def _written_for(text: str) -> tuple[str, str] | None:
@@ -142,13 +148,13 @@ def _fingerprint(folder: Path) -> str:
 def has_template(folder: Path) -> bool:
     """Whether the model can be talked to."""
     config = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").is_file() or (config.is_file() and "chat_template" in read_json(config))
+    return has_file(folder / "chat_template.jinja") or (has_file(config) and "chat_template" in read_json(config))
 
 
 def front_matter(origin: Origin) -> dict[str, Any]:
     """The card's metadata as the Hub wants it."""
     known = _source_matter(origin.source) if origin.source else {}
-    matter: dict[str, Any] = {key: known[key] for key in FROM_SOURCE if known.get(key)}
+    matter: dict[str, Any] = dict(known)
     if origin.license is not None:
         matter = {"license": origin.license} | {k: v for k, v in matter.items() if not k.startswith("license")}
     base = origin.base_model or (_hub_id(origin.source) if origin.source else None)
@@ -167,16 +173,30 @@ def _hub_id(source: str) -> str | None:
 
 
 def _source_matter(source: str) -> dict[str, Any]:
-    """The front matter of the source's card; empty where it has none."""
-    from huggingface_hub.repocard import metadata_load
+    """What a card may take from the front matter of the source's; empty where it has none."""
+    from huggingface_hub import RepoCard
 
     path = Path(source) / README if Path(source).is_dir() else find_hub_file(source, README)
-    if path is None or not path.is_file():
+    if path is None or not has_file(path):
+        return {}
+    text = _read(path).removeprefix("\ufeff")[:MAX_MATTER]
+    if not text.startswith("---"):
         return {}
     try:
-        return dict(metadata_load(path) or {})
+        if "<<" in text.partition("\n---")[0]:
+            raise ValueError("it has YAML's merge keys, with which a few lines become gigabytes")
+        known = RepoCard(text).data.to_dict()  # type: ignore[no-untyped-call]
     except Exception as error:  # of the YAML reader, which is huggingface_hub's own affair
-        raise CheckpointError(f"{path}: its front matter cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: its front matter cannot be read: {error!s:.200}") from error
+    if bad := next((key for key in FROM_SOURCE if not _is_plain(known.get(key))), None):
+        raise CheckpointError(f"{path}: its front matter has a {bad} that is no text; quote it there")
+    return {key: known[key] for key in FROM_SOURCE if known.get(key)}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a text or a list of texts, of usual length, or nothing."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return len(values) <= 200 and all(isinstance(v, str) and len(v) <= 500 for v in values)
 
 
 def _yaml(matter: Mapping[str, Any]) -> str:
@@ -210,7 +230,7 @@ def _size(count: int) -> str:
 
 def _report(path: Path) -> dict[str, Any] | None:
     """The report, what a card takes from it checked; None where there is none."""
-    if not path.is_file():
+    if not has_file(path):
         return None
     report = read_json(path)
     try:
@@ -233,7 +253,11 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 def _scores(path: Path, folder: Path, repo: str) -> dict[str, Any]:
     """An evaluation, checked: its figures, and that the model it names is called as this one."""
-    scores = read_json(path)
+    try:
+        read = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not what `squawq eval --json` prints: {error}") from error
+    scores: dict[str, Any] = read if isinstance(read, dict) else {}
     needed = (*SCORES, *(COMPARED if any(key in scores for key in COMPARED) else ()))
     if not isinstance(scores.get("model"), str) or not all(_is_number(scores.get(key)) for key in needed):
         raise ConfigError(f"{path} is not what `squawq eval --json` prints: it needs model, {', '.join(needed)}")

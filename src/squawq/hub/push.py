@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
-from squawq.format.reader import INDEX, Checkpoint, check_inside, read_json
+from squawq.format.files import has_file, open_file, read_bytes, read_json
+from squawq.format.reader import INDEX, Checkpoint
 from squawq.hub.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.inspection import missing
 from squawq.quantization.job import JOB, PART
@@ -116,7 +117,7 @@ def check_folder(folder: Path) -> list[str]:
     check_gemm(folder, checkpoint.config.layout)
     if lost := missing(checkpoint):
         raise CheckpointError(f"{folder}: is not whole: {len(lost)} tensors are missing, such as {lost[0]}")
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not any(has_file(folder / name) for name in TOKENIZERS):
         raise CheckpointError(f"{folder}: has no tokenizer ({', '.join(TOKENIZERS)}); copy the source's into it")
     known = {*OWN, *(path.name for path in checkpoint.companions())}
     known |= {info.file.name for info in checkpoint.tensors.values()}
@@ -124,7 +125,7 @@ def check_folder(folder: Path) -> list[str]:
     if stray := [name for name in names if name not in known or name.startswith(PART)]:
         raise OutputError(f"{folder}: holds what is no part of the model: {', '.join(stray[:5])}; move it elsewhere")
     for name in names:
-        check_inside(folder / name)
+        open_file(folder / name).close()  # raises
     return names
 
 
@@ -172,8 +173,8 @@ def _prepare(api: HfApi, folder: Path, files: list[str], repo: str, private: boo
         raise OutputError(f"{repo} has other weights ({others[0]}); choose another repository, or --force")
     if README in there:
         path = Path(api.hf_hub_download(repo, README, revision=revision))
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text != (folder / README).read_text(encoding="utf-8", errors="replace") and not is_ours(text):
+        there_too = read_bytes(path)
+        if there_too != read_bytes(folder / README) and not is_ours(there_too.decode(errors="replace")):
             raise OutputError(
                 f"{repo} has a README.md that squawq did not write; put it into {folder} to keep it, or --force"
             )
@@ -183,13 +184,13 @@ def _is_there(path: Path, found: RepoFile) -> bool:
     """Whether the Hub has this file of weights, byte for byte."""
     if found.lfs is None or found.lfs.size != path.stat().st_size:
         return False
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == found.lfs.sha256
 
 
 def _same_source(api: HfApi, folder: Path, reported: bool, repo: str, revision: str) -> bool:
     """Whether both reports name one 16-bit model: its weights may be quantized anew and put over the old."""
-    if not reported or not (folder / REPORT).is_file():
+    if not reported or not has_file(folder / REPORT):
         return False
     ours, theirs = read_json(folder / REPORT), read_json(Path(api.hf_hub_download(repo, REPORT, revision=revision)))
     return _source(ours) is not None and _source(ours) == _source(theirs)

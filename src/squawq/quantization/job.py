@@ -18,8 +18,9 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
+from squawq.format.files import has_file, read_bytes, read_json
 from squawq.format.locking import locked
-from squawq.format.reader import Checkpoint, read_json
+from squawq.format.reader import Checkpoint
 from squawq.format.shards import read_header, read_shard
 from squawq.format.writer import clear_temporary, is_temporary, shard_name, write_json, write_shard
 from squawq.quant_config import QuantConfig
@@ -32,7 +33,7 @@ SCRATCH = ".squawq-scratch"
 
 def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None, device: str) -> dict[str, Any]:
     """What must be equal for a run to go on from another's files."""
-    source = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
+    source = hashlib.sha256(read_bytes(checkpoint.folder / "config.json"))
     for name in sorted({info.file.name for info in checkpoint.tensors.values()}):
         source.update(checkpoint.shards.fingerprint(name))
     calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
@@ -97,7 +98,7 @@ class Job:
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return False
         report = self.out / REPORT
-        if not report.is_file():
+        if not has_file(report):
             raise OutputError(f"{self.out} exists and squawq did not make it; choose another folder")
         if read_json(report).get("job") != self.identity:
             raise OutputError(
@@ -110,7 +111,7 @@ class Job:
 
     def _claim(self) -> None:
         job = self.partial / JOB
-        if job.is_file():
+        if has_file(job):
             if (begun := read_json(job)) != self.identity:
                 other = ", ".join(sorted(k for k in self.identity if begun.get(k) != self.identity[k]))
                 raise OutputError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.errors import ConfigError
-from squawq.format.reader import read_json
+from squawq.format.files import read_json
 from squawq.format.writer import copy_file, write_index, write_json
 from squawq.quant_config import QuantConfig
 from squawq.quantization.blocks import Blocks

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from squawq.format.files import read_json
 from squawq.format.locking import locked
-from squawq.format.reader import read_json
 from squawq.format.writer import clear_temporary, write_json, write_text
 from squawq.report.page import render
 

@@ -16,13 +16,14 @@ from squawq.engine.generation_config import GenerationConfig
 from squawq.engine.request import Request
 from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError
+from squawq.format.files import read_text
 from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
 from squawq.serve.tools import PLAIN_FORMAT, added_tokens, teaches_tools, tool_format
 from squawq.templates import TemplateProcess
-from squawq.tokenizer import Tokenizer, read_template
+from squawq.tokenizer import Tokenizer
 
 MAX_LISTED = 2**17  # tokens that a reply lists one by one, each in up to a hundred bytes
 
@@ -168,7 +169,7 @@ class Served:
         path = self.settings.chat_template
         if path is None:
             return self.tokenizer.chat_template, self.tokenizer.tool_template
-        return read_template(path), None
+        return read_text(path.resolve()), None
 
     def _length(self, positions: int, cached: int) -> int:
         wanted, settings = self.settings.max_model_len, self.settings
