@@ -1,4 +1,4 @@
-"""What runs a result: one answer for the command line, the model card and `inspect`, and it names nothing that refuses."""
+"""What runs a result: one answer for command line, model card and `inspect`, which names nothing that refuses."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ def test_python_shows_progress_unless_told_not_to(
     squawq.quantize(folder, tmp_path / "out", settings, calibration=rows)
     shown = capsys.readouterr()
     assert shown.out == ""
+    assert shown.err.startswith("the result runs in: squawq generate")
     assert "2 layers, 256 calibration tokens" in shown.err
     assert "model.layers.1  output off by" in shown.err
     squawq.quantize(folder, tmp_path / "out", settings, calibration=rows)

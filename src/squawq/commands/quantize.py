@@ -88,8 +88,6 @@ def quantize(
         seqlen=seqlen,
     )
     with torchrun_ranks(device) as ranks, StoppableProgress(ranks.first, ranks.size == 1) as observer:
-        if ranks.first:
-            observer.opening = _what_runs_it(model, config)
         report = run(
             model,
             out,
@@ -114,19 +112,3 @@ def quantize(
     for line in how_to_run(Checkpoint(out).config, out, has_template(out)):
         console.print(line)
     print(out)
-
-
-def _what_runs_it(model: str, config: QuantConfig) -> str:
-    """Before the work; empty for a model that will be refused."""
-    from squawq.config import ModelConfig
-    from squawq.errors import SquawqError
-    from squawq.format.reader import read_json
-    from squawq.hub.download import hub_file
-    from squawq.readers import in_words
-
-    folder = Path(model)
-    try:
-        file = folder / "config.json" if folder.is_dir() else hub_file(model, "config.json")
-        return in_words(ModelConfig.from_dict(read_json(file), model), config)
-    except SquawqError:
-        return ""

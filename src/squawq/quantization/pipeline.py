@@ -33,7 +33,7 @@ from squawq.quantization.records import measured
 from squawq.quantization.states import IN_MEMORY
 from squawq.quantization.streams import ANEW, LayerPass, Streams
 from squawq.quantization.work import Work, prepare
-from squawq.readers import readers
+from squawq.readers import in_words, readers
 from squawq.report.files import REPORT, public_name, write_report
 
 
@@ -107,6 +107,8 @@ def _quantize(
             raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
         work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
         share = None if work.tokens is None else ranks.share(len(work.tokens))
+        if isinstance(observer, LayerProgress):
+            observer.opening = in_words(work.blocks.checkpoint.config, work.config)
     ranks.check_same(work.identity)
     with ranks.owned(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
         report = ranks.on_first(lambda: read_json(job.out / REPORT) if job.finished else None)
