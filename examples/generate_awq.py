@@ -14,9 +14,7 @@ model_id = sys.argv[1]
 messages = [{"role": "user", "content": "Tell me a story about a brave little dog."}]
 
 tokenizer = AutoTokenizer.from_pretrained(model_id)
-model = AutoAWQForCausalLM.from_pretrained(
-    model_id, torch_dtype=torch.float16, low_cpu_mem_usage=True, device_map="auto"
-)
+model = AutoAWQForCausalLM.from_pretrained(model_id, torch_dtype="auto", low_cpu_mem_usage=True, device_map="auto")
 inputs = tokenizer.apply_chat_template(
     messages, tokenize=True, add_generation_prompt=True, return_tensors="pt", return_dict=True
 ).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,6 @@ python examples/generate_transformers.py FOLDER
 
 import sys
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, AwqConfig
 
 import squawq.transformers  # noqa: F401 (the one line)
@@ -21,7 +20,7 @@ quantization_config = AwqConfig(
 tokenizer = AutoTokenizer.from_pretrained(model_id)
 model = AutoModelForCausalLM.from_pretrained(
     model_id,
-    dtype=torch.float16,
+    dtype="auto",
     low_cpu_mem_usage=True,
     device_map="auto",
     quantization_config=quantization_config,

@@ -19,6 +19,7 @@ def settled(folder: Path) -> dict[str, bytes]:
     files = contents(folder)
     assert b"<!doctype html>" in files.pop("report.html")
     report = json.loads(files[REPORT])
+    report.pop("date")
     for layer in report["layers"]:
         for key in MEASURED:
             layer.pop(key, None)

@@ -32,8 +32,13 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out)
     assert "8 layers, 512 calibration tokens" in done.stderr
-    assert "model.layers.7  loss" in done.stderr
-    assert "14.7 MB -> 5.4 MB" in done.stderr
+    assert done.stderr.startswith("the result runs in: squawq generate, chat, serve and LLM, transformers, ")
+    assert re.search(r"model\.layers\.7  output off by \d+\.\d+% \(plain rounding: \d+\.\d+%\)", done.stderr)
+    assert "14.7 MB → 5.4 MB: " in done.stderr
+    assert "the embedding is 2.1 MB of them" in done.stderr
+    assert f"squawq eval {out} --reference {DEMO}\n" in done.stderr  # one line, however long
+    assert f"squawq chat {out}, or squawq serve {out}\n" in done.stderr
+    assert "━" not in done.stderr  # no bar in a log
     return out
 
 
@@ -41,6 +46,11 @@ def test_quantize_again_is_done_at_once(quantized: Path) -> None:
     done = run("quantize", DEMO, quantized, *ROWS)
     assert done.returncode == 0
     assert "model.layers" not in done.stderr
+    assert f"already done: {quantized} holds the result" in done.stderr
+    assert "MB" not in done.stderr
+    other = run("quantize", DEMO, quantized, *ROWS, "--group-size", "64")
+    assert other.returncode == 2
+    assert "with another config (group_size 128, now 64); choose another folder" in other.stderr
 
 
 def test_eval_table_json_and_plot(quantized: Path, tmp_path: Path) -> None:
@@ -58,10 +68,20 @@ def test_eval_table_json_and_plot(quantized: Path, tmp_path: Path) -> None:
     assert report["evaluation"] == {**added, "reference": "demo_model"}  # no way to a folder of this machine
     page = (quantized / "report.html").read_text(encoding="utf-8")
     assert f"mean KL {scores['kl_mean']:.3g} nats" in page
+    assert f"KL {scores['kl_mean']:.3g}: " in page  # the verdict
+    assert scores["text"] == "held_back.txt"
     assert not list(quantized.glob(".*"))
     table = run(*common).stdout
     assert "perplexity" in table
     assert "KL" not in table
+    assert "1,023 tokens of held_back.txt" in table
+    assert "unlike" not in table
+    own = run("eval", quantized, "--max-tokens", "600", "--window", "128")
+    assert "the built-in text (general prose in eight languages)" in own.stdout
+    assert "this text is unlike what the model was trained on" in own.stdout
+    itself = run("eval", quantized, "--reference", quantized)
+    assert itself.returncode == 2
+    assert "is the model itself, so that KL is 0; give the 16-bit model" in itself.stderr
 
 
 def test_generate_gives_the_continuation_alone(quantized: Path) -> None:

@@ -27,6 +27,7 @@ from squawq.quant_config import QuantConfig
 from squawq.quantization.places import FUSED, INTEGERS, Places
 from squawq.quantization.plan import LayerPlan
 from squawq.quantization.skeleton import Skeleton
+from squawq.readers import readers
 
 STEP_TOKENS = 512  # that run through the model at once: the engine's chunk of a prompt
 DEFAULT_CONTEXT = 8192

@@ -9,7 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False)
+# Lines are never wrapped: a suggested command is pasted whole, from a terminal and from a log. Names are only text.
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def output() -> Console:
+    """stdout for tables; where it is no terminal they are as wide as they need."""
+    wide = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if not wide.is_terminal:
+        wide.width = 10_000
+    return wide
 
 
 def bar() -> Progress:
@@ -22,16 +31,20 @@ def bar() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,  # a log gets the lines alone
     )
 
 
 class LayerProgress:
-    """A quantization's observer: a bar over the layers, and each layer's loss before and after.
+    """A quantization's observer: a bar over the layers, and each layer's error by plain rounding and as kept.
 
-    Nothing shows before the work starts, so that a misuse stays one line.
+    Nothing shows before the work starts, so that a misuse stays one line. opening: a line to begin with. started:
+    whether there was work to do.
     """
 
     def __init__(self) -> None:
+        self.started = False
+        self.opening = ""
         self._bar = bar()
         self._task = self._bar.add_task("quantizing", total=None)
 
@@ -42,6 +55,9 @@ class LayerProgress:
         self._bar.stop()
 
     def start(self, layers: int, tokens: int, resumed: int) -> None:
+        self.started = True
+        if self.opening:
+            console.print(self.opening)
         if tokens:
             console.print(f"{layers} layers, {tokens:,} calibration tokens")
         if resumed:
@@ -51,12 +67,10 @@ class LayerProgress:
 
     def layer(self, record: Mapping[str, Any]) -> None:
         self._bar.advance(self._task)
-        before, after = record["loss_rounded"], record["loss"]
-        if before is not None and after is not None:
-            change = f"{(after - before) / before:+.0%}" if before else "no change"
-            console.print(
-                f"{record['name']}  loss {before:.3g} rounded, {after:.3g} with {record['method']} ({change})"
-            )
+        if (error := record.get("relative_error")) is not None:
+            rounded = record["relative_error_rounded"]
+            plain = "" if rounded is None else f" (plain rounding: {rounded:.2%})"
+            console.print(f"{record['name']}  output off by {error:.2%}{plain}")
         for note in record["notes"]:
             console.print(f"{record['name']}  note: {note}", style="yellow")
 

@@ -5,6 +5,9 @@ The one answer for the command line, the model card and `inspect`. Nobody is sen
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import FAMILIES
@@ -18,15 +21,19 @@ READERS = {
     "tgi": "Text Generation Inference",
 }
 VLLM_GROUPS = (-1, 32, 64, 128)  # of its Marlin kernels
-VLLM = frozenset(  # families of ours whose architecture is in vLLM's registry
-    """afmoe apertus arcee cohere cohere2 cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone exaone4
-    flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe granite granitemoe hunyuan_v1_dense hunyuan_v1_moe internlm3
-    jais2 llama llama4_text minicpm3 minimax_m2 mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2
-    qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss stablelm starcoder2""".split()
+VLLM = (  # families of ours whose architecture is in vLLM's registry
+    *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "deepseek_v2"),
+    *("deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "flex_olmo"),
+    *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "granite"),
+    *("granitemoe", "hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "jais2", "llama", "llama4_text"),
+    *("minicpm3", "minimax_m2", "mistral", "mixtral", "nemotron", "olmo", "olmo2"),
+    *("olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe"),
+    *("qwen3", "qwen3_moe", "qwen3_next", "seed_oss", "stablelm", "starcoder2"),
 )
-TGI = frozenset(  # those in TGI's list of supported models
-    """cohere deepseek_v2 deepseek_v3 gemma gemma2 gemma3_text granite llama llama4_text mistral mixtral phi phi3 phimoe
-    qwen2 starcoder2""".split()
+TGI = (  # those in TGI's list of supported models
+    *("cohere", "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "granite"),
+    *("llama", "llama4_text", "mistral", "mixtral", "phi", "phi3", "phimoe"),
+    *("qwen2", "starcoder2"),
 )
 
 
@@ -53,6 +60,19 @@ def why_not_ours(config: ModelConfig) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+def how_to_run(config: ModelConfig, out: Path, chats: bool) -> list[str]:
+    """A command or two lines of code for each reader of the folder `out`."""
+    place = shlex.quote(str(out))
+    talk = f"squawq chat {place}" if chats else f'squawq generate {place} -p "Once upon a time"'
+    lines = {
+        "squawq": f"run it: {talk}, or squawq serve {place}",
+        "transformers": f"in transformers: import squawq.transformers, then from_pretrained({str(out)!r})",
+        "vllm": f"in vLLM: vllm serve {place}",
+        "tgi": f"in TGI: text-generation-launcher --model-id {place} --quantize awq",
+    }
+    return [lines[name] for name in readers(config)]
 
 
 def in_words(config: ModelConfig, quant: QuantConfig | None = None) -> str:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 import squawq
 from awq import AutoAWQForCausalLM
 from awq.models import loading
-from awq.models.base import BaseAWQForCausalLM
+from awq.models.base import BaseAWQForCausalLM, _stored_dtype
 from awq.utils.calib_data import calibration_blocks
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
@@ -132,6 +132,14 @@ def test_what_stays_in_16_bits(make_model: MakeModel, rows: Rows, tmp_path: Path
     model.save_quantized(str(tmp_path / "out") + "/")
     dtype = Checkpoint(tmp_path / "out").info("lm_head.weight").dtype
     assert dtype is {"F16": torch.float16, "BF16": torch.bfloat16}[stored]
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored"),
+    [("auto", "auto"), (None, "auto"), (torch.float32, "auto"), (torch.float16, "float16"), ("bfloat16", "bfloat16")],
+)
+def test_the_sources_dtype_is_kept_unless_16_bits_are_asked_for(asked: object, stored: str) -> None:
+    assert _stored_dtype(asked) == stored
 
 
 def test_export_compatible_saves_floats_and_then_integers(make_model: MakeModel, rows: Rows, tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ import pytest
 from reports import evaluation, report
 
 from squawq.errors import CheckpointError
+from squawq.quant_config import QuantConfig
 from squawq.report.charts import lines
 from squawq.report.files import PAGE, REPORT, add_evaluation, public_name, write_report
 from squawq.report.page import render
 from squawq.report.scales import Axis, column_ticks
+from squawq.report.words import command, verdict
 
 VOID = {"meta", "link"}
 HOSTILE = "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>{{ 7 * 7 }}"
@@ -194,3 +196,46 @@ def test_few_labels_at_round_numbers_and_gaps_in_lines() -> None:
     drawn = lines("t", "layer", ["0", "1", "2", "3"], {("a", "after"): [1.0, 2.0, None, 3.0]})
     assert drawn.lines[0].path.count("M") == 2
     assert len(drawn.lines[0].dots) == 3
+
+
+def test_the_top_says_what_it_is_how_good_and_what_next() -> None:
+    changes = {"date": "2026-01-02 03:04 UTC", "embedding_bytes": 2_097_152, "calibration": "my chats.jsonl"}
+    found = report(2, **changes)
+    for record in found["layers"]:
+        record |= {"relative_error": 0.0123, "relative_error_rounded": 0.05}
+    header = render(found).partition("</header>")[0]
+    for words in (
+        "<h1>tiny-llama</h1>",
+        "2026-01-02 03:04 UTC",
+        "squawq quantize tiny-llama OUT --calibration &#39;my chats.jsonl&#39; --method awq",
+        "off by 1.23% on calibration text",
+        "Next: squawq eval OUT --reference tiny-llama",
+        "stay in 16 bits, the embedding is 2.1 MB of them",
+    ):
+        assert words in header, words
+    measured = render({**found, "evaluation": evaluation()}).partition("</header>")[0]
+    assert "KL 0.0123: small" in measured
+    assert "Next: squawq generate OUT" in measured
+    elsewhere = render({**found, "evaluation": evaluation(), "runs_in": ["transformers"]}).partition("</header>")[0]
+    assert "squawq generate" not in elsewhere
+
+
+@pytest.mark.parametrize(
+    ("kl", "words"),
+    [(0.0, "hardly any difference"), (0.01, "small"), (0.15, "noticeable"), (0.2, "large"), (9.0, "large")],
+)
+def test_a_verdict_in_words(kl: float, words: str) -> None:
+    assert verdict(kl) == f"KL {kl:.3g}: {words}"
+
+
+def test_the_command_has_what_differs_from_the_defaults_and_is_read_again() -> None:
+    config = QuantConfig(
+        method="squawq", group_size=64, zero_point=False, clip=False, sequential=False, dtype="bfloat16", seqlen=128,
+        samples=8, modules_to_not_convert=("layers.0", "a b"), damping=0.25,
+    )  # fmt: skip
+    found = report(1)
+    found["job"] |= {"config": config.to_dict(), "device": "cuda"}
+    assert command(found) == (
+        "squawq quantize tiny-llama OUT --samples 8 --seqlen 128 --group-size 64 --damping 0.25 --symmetric --no-clip "
+        "--no-sequential --skip layers.0 --skip 'a b' --dtype bfloat16 --device cuda"
+    )

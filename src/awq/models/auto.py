@@ -69,7 +69,7 @@ class AutoAWQForCausalLM:
         offload_folder: str | None = None,
         download_kwargs: Mapping[str, Any] | None = None,
         *,
-        torch_dtype: Any = "float16",
+        torch_dtype: Any = "auto",
         dtype: Any = None,
         **config_kwargs: Any,
     ) -> BaseAWQForCausalLM:

@@ -12,8 +12,11 @@ from rich.table import Table
 
 from squawq.commands.options import Device, Model
 from squawq.commands.output import do_all, results
-from squawq.errors import OutputError
-from squawq.progress import console, counting
+from squawq.errors import ConfigError, OutputError
+from squawq.progress import console, counting, output
+from squawq.report.words import verdict
+
+UNLIKE = 200  # perplexity; language models have 5 to 50 on text that they know
 
 
 def evaluate(
@@ -36,6 +39,11 @@ def evaluate(
     """
     from squawq.evaluation.run import evaluate as run
 
+    if reference is not None and _same(model, reference):
+        raise ConfigError(
+            f"--reference {reference!r} is the model itself, so that KL is 0; give the 16-bit model that it was made "
+            "from, or leave --reference out for its perplexity alone"
+        )
     if plot is not None:
         from squawq.evaluation.plots import check_plot
 
@@ -79,7 +87,8 @@ def _draw(model: str, plot: Path, scores: dict[str, Any]) -> None:
 
 
 def _print_scores(scores: dict[str, Any]) -> None:
-    table = Table(title=f"{scores['tokens']:,} tokens, window {scores['window']}, stride {scores['stride']}")
+    title = f"{scores['tokens']:,} tokens of {scores['text']}, window {scores['window']}, stride {scores['stride']}"
+    table = Table(title=title, title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("perplexity", f"{scores['perplexity']:.4f}")
@@ -88,9 +97,21 @@ def _print_scores(scores: dict[str, Any]) -> None:
         table.add_row("KL to the reference, mean (nats)", f"{scores['kl_mean']:.5f}")
         table.add_row("KL to the reference, 99th percentile", f"{scores['kl_p99']:.5f}")
         table.add_row("same likeliest token", f"{scores['top1_agreement']:.2%}")
-    from rich.console import Console
+    console = output()
+    console.print(table, soft_wrap=False)
+    if "kl_mean" in scores:
+        console.print(f"{verdict(scores['kl_mean'])} (docs/evaluation.md says what the words mean)")
+    own = scores.get("reference_perplexity", scores["perplexity"])
+    if own > UNLIKE:
+        console.print(
+            f"A perplexity of {own:,.0f} says that this text is unlike what the model was trained on; measure on text "
+            "of the kind that it is used for: --text FILE"
+        )
 
-    Console().print(table)
+
+def _same(model: str, reference: str) -> bool:
+    """Whether both are one folder, or one Hub id."""
+    return model == reference or Path(model).resolve() == Path(reference).resolve()
 
 
 def _add_to_report(folder: Path, reference: str, scores: dict[str, Any]) -> None:

@@ -36,13 +36,23 @@ def inspect(
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
+    from squawq.progress import output
+    from squawq.readers import READERS
 
-    console = Console(highlight=False, markup=False, emoji=False)  # a folder's name may look like markup
+    console = output()
     for table in (_model(found), _sizes(found), _memory(found)):
-        console.print(table)
+        console.print(table, soft_wrap=False)
     if found["kept_in_16_bits"]:
-        console.print(f"not quantized: {', '.join(found['kept_in_16_bits'])}", soft_wrap=True)
+        console.print(f"not quantized: {', '.join(found['kept_in_16_bits'])}")
+    runs = ", ".join(READERS[name] for name in found["runs_in"]) or "no engine that squawq knows"
+    console.print(f"{'runs' if found['quantization'] else 'once quantized it runs'} in: {runs}")
+    console.print(_kept_bytes(found))
+
+
+def _kept_bytes(found: dict[str, Any]) -> str:
+    """Why INT4 is not a quarter of 16 bits."""
+    kept, weights = 2 * found["vocab_size"] * found["hidden_size"], found["memory"]["int4"]["weights"]
+    return f"INT4 weights are {size(weights)}, of which the embedding, which stays in 16 bits, is {size(kept)}"
 
 
 def _table(title: str, *headings: str) -> Any:

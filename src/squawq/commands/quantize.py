@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -62,9 +63,14 @@ def quantize(
     | squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
     | torchrun --nproc-per-node 4 -m squawq quantize MODEL OUT --device cuda
     """
+    from squawq.format.reader import Checkpoint
+    from squawq.hub.card import has_template
+    from squawq.quantization.pipeline import already_done
     from squawq.quantization.pipeline import quantize as run
     from squawq.quantization.ranks import torchrun_ranks
+    from squawq.readers import how_to_run
     from squawq.report.files import PAGE
+    from squawq.report.words import sizes
 
     config = QuantConfig(
         group_size=group_size,
@@ -95,9 +101,14 @@ def quantize(
         )
     if not ranks.first:
         return
-    for kept in report["kept_in_16_bits"]:
-        console.print(f"{kept['name']} stays in 16 bits: {kept['reason']}")
-    console.print(f"{report['source_bytes'] / 1e6:,.1f} MB -> {report['bytes'] / 1e6:,.1f} MB")
+    if observer.started:
+        for kept in report["kept_in_16_bits"]:
+            console.print(f"{kept['name']} stays in 16 bits: {kept['reason']}")
+        console.print(sizes(report))
+    else:
+        console.print(already_done(out))
     console.print(f"report: {out / PAGE}")
-    console.print(f"See what was lost: squawq eval {out} --reference {model}")
+    console.print(f"see what was lost: squawq eval {shlex.quote(str(out))} --reference {shlex.quote(model)}")
+    for line in how_to_run(Checkpoint(out).config, out, has_template(out)):
+        console.print(line)
     print(out)

@@ -67,6 +67,7 @@ class StoppableProgress(LayerProgress):
     def start(self, layers: int, tokens: int, resumed: int) -> None:
         if self._shown:
             super().start(layers, tokens, resumed)
+        self.started = True
         self._layers = layers
         self._stop("before the first layer")
 

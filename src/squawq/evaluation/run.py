@@ -28,6 +28,7 @@ from squawq.tokenizer import Tokenizer
 
 DEFAULT_WINDOW = 1024
 MAX_TOKENS = 32_768
+BUILT_IN = "the built-in text (general prose in eight languages)"
 LOGITS = 1 << 23  # logits held at once
 Progress = Callable[[int, int], None]
 
@@ -78,7 +79,8 @@ def evaluate(
     text: a text file (a line of five equals signs separates documents); None for the built-in text, which is apart
     from the calibration set. ids: token ids instead of a text. window: tokens of context, by default the model's
     positions up to 1,024; stride: how far windows are apart, by default half of it. max_tokens: how much is read.
-    Returns what `Score.summary` gives plus `window`, `stride` and `kl_by_position` (mean KL at each place).
+    Returns what `Score.summary` gives plus `text` (its name), `window`, `stride` and `kl_by_position` (mean KL at each
+    place).
     Raises SquawqError for anything that cannot work.
     """
     check_device(device)
@@ -92,8 +94,9 @@ def evaluate(
     window = min(DEFAULT_WINDOW, positions) if window is None else window
     if window > positions:
         raise ConfigError(f"window is {window}; the model has {positions} positions")
+    name = "given token ids"
     if ids is None:
-        ids = text_ids(Tokenizer(checkpoint.folder), text)
+        ids, name = text_ids(Tokenizer(checkpoint.folder), text), BUILT_IN if text is None else Path(text).name
     if not all(0 <= i < checkpoint.config.vocab_size for i in ids):
         raise CalibrationError(f"the text holds token ids outside 0 to {checkpoint.config.vocab_size - 1}")
     cut = windows_of(ids[:max_tokens], window, max(1, window // 2) if stride is None else stride)
@@ -108,7 +111,7 @@ def evaluate(
 
     finals = [final_states(_blocks(c, device), cut.ids, step) for c in (checkpoint, other) if c is not None]
     score, by_position = _score(finals, cut, checkpoint.config.vocab_size)
-    return {**score.summary(), "window": window, "stride": cut.stride, "kl_by_position": by_position}
+    return {**score.summary(), "text": name, "window": window, "stride": cut.stride, "kl_by_position": by_position}
 
 
 def text_ids(tokenizer: Tokenizer, text: str | Path | None) -> list[int]:

@@ -65,6 +65,17 @@ def target_path(out: str | Path, source: Path) -> Path:
     return path
 
 
+def _differing(theirs: object, ours: Mapping[str, Any]) -> str:
+    """What of a job's identity another has not: its keys, and of the config each setting with both values."""
+    other: Mapping[str, Any] = theirs if isinstance(theirs, Mapping) else {}
+    names = sorted(key for key in {*ours, *other} if other.get(key) != ours.get(key))
+    before, now = other.get("config"), ours.get("config")
+    if "config" in names and isinstance(before, Mapping) and isinstance(now, Mapping):
+        settings = [f"{key} {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]
+        names[names.index("config")] = f"config ({'; '.join(settings)})"
+    return ", ".join(names)
+
+
 class Job:
     """The folders of one job. `finished` says that OUT already holds its result.
 
@@ -100,10 +111,12 @@ class Job:
         report = self.out / REPORT
         if not has_file(report):
             raise OutputError(f"{self.out} exists and squawq did not make it; choose another folder")
-        if read_json(report).get("job") != self.identity:
+        made = read_json(report).get("job")
+        if made != self.identity:
+            other = _differing(made, self.identity)
             raise OutputError(
-                f"{self.out} holds the result of another run (other model, settings, calibration, device or "
-                "squawq version); choose another folder, or remove it first"
+                f"{self.out} holds the result of another run, with another {other}; choose another folder, or remove "
+                "it first"
             )
         assert Checkpoint(self.out).tensors  # raises when a file of it has gone or is damaged
         self._tidy()  # of what a run killed at its last moment left
@@ -113,7 +126,7 @@ class Job:
         job = self.partial / JOB
         if has_file(job):
             if (begun := read_json(job)) != self.identity:
-                other = ", ".join(sorted(k for k in self.identity if begun.get(k) != self.identity[k]))
+                other = _differing(begun, self.identity)
                 raise OutputError(
                     f"{self.partial} holds an unfinished run with another {other}; "
                     "remove that folder to start anew, or choose another OUT"

@@ -186,11 +186,12 @@ class LayerQuantizer:
         for name in self.converted:
             self._round_in_place(name)
         rounded = _mean_square(self.block.run(before), wanted)
+        output = _mean_square(wanted)
         if after <= rounded:  # also false when `after` is not a number
-            return LayerResult(tensors, self._record(chosen, self.config.method, rounded, after))
+            return LayerResult(tensors, self._record(chosen, self.config.method, rounded, after, output))
         self.block.reload()
         chosen.notes.append("the search made this layer worse; plain rounding is kept")
-        return LayerResult(self._tensors(Chosen()), self._record(chosen, "rtn", rounded, rounded))
+        return LayerResult(self._tensors(Chosen()), self._record(chosen, "rtn", rounded, rounded, output))
 
     def _round_in_place(self, name: str, scales: Tensor | None = None) -> None:
         """To nearest, as it is read back; with scales, multiplied by them before and divided after."""
@@ -227,7 +228,9 @@ class LayerQuantizer:
             raise CheckpointError(f"tensor {full!r} holds values too large for float16 scales; use --skip {linear}")
         return {f"{linear}.{kind}": tensor for kind, tensor in packed.items()}
 
-    def _record(self, chosen: Chosen, kept: str, before: float | None, after: float | None) -> dict[str, Any]:
+    def _record(
+        self, chosen: Chosen, kept: str, before: float | None, after: float | None, output: float = 0.0
+    ) -> dict[str, Any]:
         searched, linears = kept != "rtn", []
         for name in (name for group in self.groups for name in (*group.linears, *group.readers)):
             out_features, in_features = self.block.weight(name).shape
@@ -245,8 +248,8 @@ class LayerQuantizer:
                 )
             )
         groups = chosen.groups if searched else []
-        return LayerRecord(self.prefix, kept, before, after, groups, linears, chosen.notes).to_dict()
+        return LayerRecord(self.prefix, kept, before, after, groups, linears, chosen.notes, output).to_dict()
 
 
-def _mean_square(a: Tensor, b: Tensor) -> float:
-    return float((a - b).square().mean(-1).cpu().mean(dtype=torch.float64))
+def _mean_square(a: Tensor, b: Tensor | None = None) -> float:
+    return float((a if b is None else a - b).square().mean(-1).cpu().mean(dtype=torch.float64))

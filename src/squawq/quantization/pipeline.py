@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from squawq import __version__
 from squawq.errors import ConfigError
 from squawq.format.files import read_json
 from squawq.format.writer import copy_file, write_index, write_json
+from squawq.progress import LayerProgress, console
 from squawq.quant_config import QuantConfig
 from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import Calibration
@@ -31,14 +33,15 @@ from squawq.quantization.records import measured
 from squawq.quantization.states import IN_MEMORY
 from squawq.quantization.streams import ANEW, LayerPass, Streams
 from squawq.quantization.work import Work, prepare
-from squawq.report.files import REPORT, write_report
+from squawq.readers import in_words, readers
+from squawq.report.files import REPORT, public_name, write_report
 
 
 class Observer(Protocol):
     """Hears how the work goes on; each rank's own does. What it raises stops all ranks at that place."""
 
     def start(self, layers: int, tokens: int, resumed: int) -> None:
-        """Before the first layer; `resumed` layers lie on disk already."""
+        """Before the first layer; `resumed` layers lie on disk already. Not called where all was done before."""
 
     def layer(self, record: Mapping[str, Any]) -> None:
         """After each layer, with its row of the report."""
@@ -58,6 +61,7 @@ def quantize(
     device: str = "cpu",
     stream: bool = False,
     observer: Observer | None = None,
+    progress: bool = True,
     ranks: Ranks | None = None,
     states_memory: float = IN_MEMORY,
 ) -> dict[str, Any]:
@@ -67,16 +71,44 @@ def quantize(
     model: a folder or a Hub id. out: a folder that does not exist, is empty, or holds this very job; a run that was
     killed goes on where it was and ends with the same weights. calibration: see `calibration.token_blocks`.
     stream: keep only a few of a Hub model's weight files on disk at a time, see `stream.open_streamed`.
+    progress: show on stderr how the work goes on, where no observer does: a bar on a terminal, else a line a layer.
     ranks: the processes that share the calibration and each make this call (`ranks.torchrun_ranks`); the first writes.
     states_memory: GiB of hidden states that are kept in memory; larger ones lie in a file beside `out`.
     Raises SquawqError before work starts for anything that cannot work, and never leaves a half-written `out`.
     """
-    observer, ranks = observer or _Silent(), ranks or Ranks()
+    ranks = ranks or Ranks()
+    if observer is not None or not progress or not ranks.first:
+        return _quantize(model, out, config, calibration, device, stream, observer or _Silent(), ranks, states_memory)
+    with LayerProgress() as shown:
+        report = _quantize(model, out, config, calibration, device, stream, shown, ranks, states_memory)
+    if not shown.started:
+        console.print(already_done(out))
+    return report
+
+
+def already_done(out: str | Path) -> str:
+    """What to say where there was nothing to do."""
+    return f"already done: {out} holds the result of this model, settings and calibration; nothing was changed"
+
+
+def _quantize(
+    model: str | Path,
+    out: str | Path,
+    config: QuantConfig | None,
+    calibration: Calibration,
+    device: str,
+    stream: bool,
+    observer: Observer,
+    ranks: Ranks,
+    states_memory: float,
+) -> dict[str, Any]:
     with ranks.together():
         if stream and ranks.size > 1:
             raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
         work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
         share = None if work.tokens is None else ranks.share(len(work.tokens))
+        if isinstance(observer, LayerProgress):
+            observer.opening = in_words(work.blocks.checkpoint.config, work.config)
     ranks.check_same(work.identity)
     with ranks.owned(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
         report = ranks.on_first(lambda: read_json(job.out / REPORT) if job.finished else None)
@@ -87,7 +119,7 @@ def quantize(
                 streams = None if share is None else Streams.embedded(work, share, states_memory)
                 check = DtypeCheck(work, job) if ranks.first else None
             _quantize_layers(work, streams, job, observer, ranks, check)
-            report = ranks.on_first(lambda: _finish(work, job, check))
+            report = ranks.on_first(lambda: _finish(work, job, check, _public_calibration(calibration)))
         return report
 
 
@@ -150,7 +182,7 @@ def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, r
         return record
 
 
-def _finish(work: Work, job: Job, check: DtypeCheck | None) -> dict[str, Any]:
+def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | None) -> dict[str, Any]:
     """The small files, the index, config.json and the report; then OUT gets its name."""
     assert check is not None  # it is the first rank's
     logits_error = check.head()
@@ -174,10 +206,14 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None) -> dict[str, Any]:
     report = {
         "squawq": __version__,
         "model": work.name,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "runs_in": readers(checkpoint.config, config),
         "method": config.method,
         "source_bytes": checkpoint.nbytes(),
         "bytes": size,
         "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
+        "embedding_bytes": math.prod(blocks.skeleton.outer[f"{blocks.family.embedding}.weight"]) * 2,
+        "calibration": calibration,
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
         "kept_in_16_bits": kept,
         "notes": [f"{record['name']}: {note}" for record in records for note in record["notes"]] + _left_out(blocks),
@@ -188,6 +224,11 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None) -> dict[str, Any]:
     write_report(job.partial, report)
     job.finish()
     return report
+
+
+def _public_calibration(calibration: Calibration) -> str | None:
+    """A text or data set as a report may name it; None where none was named, or it was no name."""
+    return public_name(calibration) if isinstance(calibration, str | Path) else None
 
 
 def _without_dtype(config: Any) -> Any:

@@ -6,6 +6,7 @@ nothing. MEASURED are the keys whose values differ between equal runs.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -59,7 +60,7 @@ class GroupRecord:
 @dataclass(frozen=True)
 class LayerRecord:
     """A layer: the method that was kept, mean squared error of its output by plain rounding and as kept (None: not
-    measured), its groups and linears, notes for people."""
+    measured), mean square of the output itself, its groups and linears, notes for people."""
 
     name: str
     method: str
@@ -68,6 +69,7 @@ class LayerRecord:
     scales: Sequence[GroupRecord]
     linears: Sequence[LinearRecord]
     notes: Sequence[str]
+    output: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types, which have no NaN and no infinity."""
@@ -76,10 +78,16 @@ class LayerRecord:
             "method": self.method,
             "loss_rounded": finite(self.loss_rounded),
             "loss": finite(self.loss),
+            "relative_error_rounded": self._relative(self.loss_rounded),
+            "relative_error": self._relative(self.loss),
             "scales": [row.to_dict() for row in self.scales],
             "linears": [row.to_dict() for row in self.linears],
             "notes": list(self.notes),
         }
+
+    def _relative(self, loss: float | None) -> float | None:
+        """Root mean square of the error, by that of the output."""
+        return None if loss is None or not self.output > 0 else finite(round(math.sqrt(loss / self.output), 6))
 
 
 def finite(value: float | None) -> float | None:

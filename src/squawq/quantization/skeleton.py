@@ -115,7 +115,9 @@ class Skeleton:
     def logits(self, states: Tensor) -> Tensor:
         """[blocks, tokens, vocab] from the last layer's output: final norm, head, and what the model does to logits."""
         ids = self._no_ids(*states.shape[:2])
-        found: Tensor = self._run(self.model, ids, self._no_rows(states.dtype), lambda _: lambda *_, **__: states).logits
+        found: Tensor = self._run(
+            self.model, ids, self._no_rows(states.dtype), lambda _: lambda *_, **__: states
+        ).logits
         return found
 
     def renaming(self) -> Callable[[str], str]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from squawq.errors import CheckpointError
 from squawq.report.drawings import sections
-from squawq.report.words import HEADINGS, facts, summary, table
+from squawq.report.words import HEADINGS, facts, headline, summary, table
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -29,6 +29,7 @@ def render(report: Mapping[str, Any]) -> str:
     try:
         return template.render(
             model=str(report.get("model") or "A quantized model"),
+            headline=headline(report),
             facts=facts(report),
             summary=summary(report),
             sections=sections(report),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from squawq.quant_config import QuantConfig
 from squawq.report.drawings import column, loss_ratio
 from squawq.report.scales import number
 
@@ -17,19 +19,80 @@ METHODS = {
 }
 
 
+VERDICTS = ((0.01, "hardly any difference"), (0.05, "small"), (0.2, "noticeable"), (float("inf"), "large"))  # of KL
+
+
+def verdict(kl: float) -> str:
+    """A mean KL to the 16-bit model (nats) in words; docs/evaluation.md has the reasons."""
+    return f"KL {number(kl)}: {next(words for limit, words in VERDICTS if kl < limit or limit == float('inf'))}"
+
+
+def headline(report: Record) -> list[str]:
+    """What to know first: how good the result is, and what to do next."""
+    scores, model = report.get("evaluation") or {}, str(report.get("model") or "MODEL")
+    if "kl_mean" not in scores:
+        errors = [record["relative_error"] for record in report["layers"] if record.get("relative_error") is not None]
+        off = f"; the last layer's output is off by {errors[-1]:.2%} on calibration text" if errors else ""
+        return [f"Not compared with the 16-bit model yet{off}.", f"Next: squawq eval OUT --reference {model}"]
+    said = [f"{verdict(scores['kl_mean'])}, the same likeliest token in {scores['top1_agreement']:.1%}."]
+    if scores["kl_mean"] >= VERDICTS[-2][0]:
+        said.append("Next: a smaller --group-size, or calibration text of the kind that the model is used for.")
+    elif "squawq" in report.get("runs_in", ["squawq"]):
+        said.append('Next: squawq generate OUT -p "Once upon a time", or squawq serve OUT')
+    else:
+        said.append("Next: load OUT in transformers, after import squawq.transformers")
+    return said
+
+
+def command(report: Record) -> str:
+    """The command line that makes this result, without the ways to its folders."""
+    config, default = report["job"]["config"], QuantConfig()
+    words = ["squawq quantize", shlex.quote(str(report.get("model") or "MODEL")), "OUT"]
+    if report.get("calibration"):
+        words += ["--calibration", shlex.quote(str(report["calibration"]))]
+    values = {"samples": None, "seqlen": 512, "group_size": default.group_size, "method": default.method}
+    if config.get("method") == "squawq":
+        values |= {"refine": default.refine, "damping": default.damping}
+    words += [f"{_flag(key)} {config[key]}" for key, plain in values.items() if config.get(key, plain) != plain]
+    words += ["--symmetric"] if not config["zero_point"] else []
+    switches = ("clip", "compensate", "act_order", "sequential") if config.get("method") == "squawq" else ("clip",)
+    words += [f"--no{_flag(key)[1:]}" for key in switches if not config.get(key, True)]
+    words += [f"--skip {shlex.quote(str(name))}" for name in config.get("modules_to_not_convert", ())]
+    words += [f"--dtype {config['dtype']}"] if config.get("dtype") else []
+    device = report["job"]["device"]
+    return " ".join([*words, *([f"--device {device}"] if device != "cpu" else [])])
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def sizes(report: Record) -> str:
+    """Where the bytes are: what became 4-bit integers, and what stays in 16 bits."""
+    weights, quantized = _quantized(report)
+    text = f"{_size(report['source_bytes'])} → {_size(report['bytes'])}"
+    if not weights:
+        return text
+    rest, embedding = report["bytes"] - quantized, report.get("embedding_bytes")
+    inside = f", the embedding is {_size(embedding)} of them" if embedding else ""
+    return f"{text}: {_size(round(quantized))} of 4-bit linears, {_size(round(rest))} stay in 16 bits{inside}"
+
+
 def facts(report: Record) -> list[tuple[str, str]]:
     """Names and values at the head."""
     config, job = report["job"]["config"], report["job"]
     group = "a whole row" if config["group_size"] == -1 else f"{config['group_size']:,}"
     tokens = report["calibration_tokens"]
     found = [
+        *([("date", str(report["date"]))] if report.get("date") else []),
+        ("command", command(report)),
         ("method", METHODS.get(report["method"], str(report["method"]))),
         (
             "weights",
             f"{config['bits']} bits, groups of {group}, {'zero point' if config['zero_point'] else 'symmetric'}",
         ),
         ("bits a weight", _bits(report)),
-        ("size", f"{_size(report['source_bytes'])} → {_size(report['bytes'])}"),
+        ("size", sizes(report)),
         ("calibration", f"{tokens:,} tokens in blocks of {config['seqlen']:,}" if tokens else "none"),
         ("made by", f"squawq {report['squawq']} on {job['device']}"),
     ]
@@ -44,16 +107,22 @@ def facts(report: Record) -> list[tuple[str, str]]:
 
 def _bits(report: Record) -> str:
     """Of the 4-bit linears (integers, and a 16-bit scale and a 4-bit zero a group), and of the whole model."""
+    weights, quantized = _quantized(report)
+    text = f"{8 * quantized / weights:.2f} in quantized linears" if weights else "nothing quantized"
+    if parameters := report.get("parameters"):
+        text += f", {8 * report['bytes'] / parameters:.2f} over the whole model"
+    return text
+
+
+def _quantized(report: Record) -> tuple[int, float]:
+    """Weights of the 4-bit linears, and the bytes of their integers, scales and zeros."""
     size = report["job"]["config"]["group_size"]
     rows = [row for record in report["layers"] for row in record["linears"] if "kept_in_16_bits" not in row]
     weights = sum(row["out_features"] * row["in_features"] for row in rows)
     groups = sum(
         row["out_features"] * row["in_features"] / (row["in_features"] if size == -1 else size) for row in rows
     )
-    text = f"{4 + 20 * groups / weights:.2f} in quantized linears" if weights else "nothing quantized"
-    if parameters := report.get("parameters"):
-        text += f", {8 * report['bytes'] / parameters:.2f} over the whole model"
-    return text
+    return weights, weights / 2 + 2.5 * groups
 
 
 def _size(count: int) -> str:
@@ -71,9 +140,10 @@ def summary(report: Record) -> list[str]:
         worst, record = max(ratios, key=lambda pair: pair[0])
         largest = max((record for _, record in ratios), key=lambda record: record["loss"])
         said.append(f"The error of a layer's output is {half:.0%} of plain rounding's in the median layer.")
+        off = largest.get("relative_error")
         said.append(
             f"Least was gained in layer {column(record)} ({worst:.0%}); the largest error is layer {column(largest)}'s "
-            f"({number(largest['loss'])})."
+            f"({number(largest['loss'])}{'' if off is None else f', {off:.2%} of its output'})."
         )
         fell = [column(record) for record in layers if record["method"] == "rtn"]
         said.append(
