@@ -8,7 +8,6 @@ sequence's log probabilities are the raw model's, before penalties and temperatu
 
 from __future__ import annotations
 
-import secrets
 import uuid
 from collections.abc import Mapping
 from itertools import accumulate
@@ -87,10 +86,12 @@ def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bo
     ids = _prompt(body, served)
     seed = None
     if parameters.sampled:
-        seed = secrets.randbits(63) if parameters.seed is None else parameters.seed
+        seed = served.engine.draw_seed() if parameters.seed is None else parameters.seed
     details = parameters.details or parameters.decoder_input_details
     params = _sampling(parameters, _room(len(ids), parameters.max_new_tokens, served), seed, stream or details)
     request = Request(f"tgi-{uuid.uuid4().hex}", ids, params)
+    if params.grammar is not None and not served.settings.grammar_support:
+        raise _refused("grammar is not supported")
     try:
         served.engine.check(request)
     except ConfigError as error:
