@@ -21,14 +21,16 @@ from squawq.commands.generate import chat, generate
 from squawq.commands.inspect import inspect
 from squawq.commands.push import push
 from squawq.commands.quantize import quantize
-from squawq.commands.stopping import Stopped
-from squawq.serve.flags import Command, finish
+from squawq.commands.stopping import AGAIN, Stopped
+from squawq.serve.flags import HELP, Command, finish
 from squawq.serve.launcher import serve
 
+RESUMABLE = ("quantize", "export", "push")
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings=HELP,
     help="Make Llama-class models small (AWQ INT4), see what is left of them, and run them.",
 )
 
@@ -60,9 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code: 0, 1 when the machine fails, 2 for a misuse, 130 or 143 if stopped."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    again = "stopped; run the same command again (quantize goes on where it was)"
+    words = sys.argv[1:] if arguments is None else arguments
+    stopped = f"stopped; {AGAIN}" if words and words[0] in RESUMABLE else "stopped"
     try:
-        return finish(app, "squawq", arguments, stopped=again)
+        return finish(app, "squawq", arguments, stopped=stopped)
     except Stopped as stop:
         print(f"squawq: {stop}", file=sys.stderr)
         return stop.code

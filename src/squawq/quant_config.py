@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from squawq.errors import CheckpointError, ConfigError
 
-GROUP_SIZES = (16, 32, 64, 128, 256, -1)
-METHODS = ("squawq", "awq", "rtn")
+GroupSize = Literal[16, 32, 64, 128, 256, -1]
+GROUP_SIZES: tuple[GroupSize, ...] = get_args(GroupSize)
+Method = Literal["squawq", "awq", "rtn"]
+METHODS: tuple[Method, ...] = get_args(Method)
 DTYPES = ("auto", "float16", "bfloat16")
 LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 

@@ -24,6 +24,7 @@ from squawq.serve import launcher, tgi_launcher
 from squawq.serve.settings import Settings
 
 Runs = list[Settings]
+noted: list[tuple[dict[str, str], bool]] = []  # what the servers of `runs` were to say
 FLAGS = {
     "--served-model-name a": ("served_names", ("a",)),
     "--served-model-name a b": ("served_names", ("a", "b")),
@@ -88,10 +89,78 @@ FLAGS = {
     "--uvicorn-log-level warning": ("log_level", "warning"),
     "--enable-log-requests": ("log_requests", True),
     "--no-enable-log-requests": ("log_requests", False),
+    "--disable-log-requests": ("log_requests", False),
+    "--uvicorn-log-level trace": ("log_level", "debug"),
+    "--tokenizer t": ("tokenizer", "t"),
+    "--generation-config vllm": ("generation_config", "vllm"),
+    "--seed 0": ("seed", 0),
+    "--gpu-memory-utilization 0.9": ("gpu_memory_utilization", 0.9),
+    "--grammar-support": ("grammar_support", True),
+    "--no-grammar-support": ("grammar_support", False),
+    "--prometheus-port 9000": ("prometheus_port", 9000),
 }
+NOTED = [  # accepted, and the log says why they change nothing
+    "--trust-remote-code",
+    "--enforce-eager",
+    "--disable-log-stats",
+    "--disable-uvicorn-access-log",
+    "--enable-request-id-headers",
+    "--enable-tokenizer-info-endpoint",
+    "--enable-server-load-tracking",
+    "--disable-custom-all-reduce",
+    "--disable-frontend-multiprocessing",
+    "--enable-expert-parallel",
+    "--disable-cascade-attn",
+    "--disable-hybrid-kv-cache-manager",
+    "--use-v2-block-manager",
+    "--enable-chunked-prefill",
+    "--async-scheduling",
+    "--use-tqdm-on-load",
+    "--swap-space 4",
+    "--cpu-offload-gb 0",
+    "--block-size 16",
+    "--prefix-caching-hash-algo sha256",
+    "--max-seq-len-to-capture 8192",
+    '--compilation-config {"level":3}',
+    "--attention-backend FLASH_ATTN",
+    "--max-num-partial-prefills 1",
+    "--max-long-partial-prefills 1",
+    "--long-prefill-token-threshold 0",
+    "--num-scheduler-steps 1",
+    "--max-parallel-loading-workers 4",
+    "--safetensors-load-strategy lazy",
+    "--code-revision main",
+    "--max-log-len 100",
+    '--limit-mm-per-prompt {"image":0}',
+    "--otlp-traces-endpoint http://x",
+    "--collect-detailed-traces all",
+    "--guided-decoding-backend xgrammar",
+    "--distributed-executor-backend mp",
+]
 ACCEPTED = [
     "--enable-auto-tool-choice",
-    "--enforce-eager",
+    "--no-enable-chunked-prefill",
+    "--no-async-scheduling",
+    "-O3",
+    "-O 3",
+    "-cc 3",
+    "--load-format safetensors",
+    "--tokenizer-mode auto",
+    "--config-format hf",
+    "--runner generate",
+    "--convert none",
+    "--task auto",
+    "--chat-template-content-format string",
+    "--response-role assistant",
+    "--logprobs-mode raw_logprobs",
+    "--scheduling-policy fcfs",
+    "--api-server-count 1",
+    "-asc 1",
+    "--decode-context-parallel-size 1",
+    "-dcp 1",
+    "--nnodes 1",
+    "--download-dir d",
+    "--hf-token t",
     "--kv-cache-dtype auto",
     "--kv-cache-dtype float16",
     "--pipeline-parallel-size 1",
@@ -113,8 +182,23 @@ REFUSED = {
     "-tp 2": "must be 1",
     "-pp 2": "--pipeline-parallel-size is '2'; it must be 1",
     "-dp 2": "--data-parallel-size is '2'; it must be 1",
-    "--trust-remote-code": "--trust-remote-code is 'True'; no code of a model is ever run",
-    "--gpu-memory-utilization 0.9": "use --kv-tokens",
+    "--gpu-memory-utilization 0": "--gpu-memory-utilization is '0'; it must be a number above 0, at most 1",
+    "--gpu-memory-utilization 1.5": "above 0, at most 1",
+    "--load-format gguf": "--load-format is 'gguf'; choose one of auto, safetensors",
+    "--task embed": "choose one of auto, generate",
+    "--runner pooling": "choose one of auto, generate",
+    "--response-role tool": "choose one of assistant",
+    "--chat-template-content-format openai": "choose one of auto, string",
+    "--scheduling-policy priority": "choose one of fcfs",
+    "--logprobs-mode processed_logits": "choose one of raw_logprobs",
+    "--tokenizer-mode mistral": "choose one of auto, hf, fast",
+    "--distributed-executor-backend ray": "choose one of mp, uni",
+    "--guided-decoding-backend mine": "choose one of auto, guidance",
+    "--api-server-count 2": "it must be 1",
+    "--nnodes 2": "it must be 1",
+    "--seed -1": "a whole number of at least 0",
+    "--prometheus-port 8000": "prometheus_port is 8000; it must be 1 to 65535 and not the server's",
+    "--prometheus-port 70000": "1 to 65535",
     "--max-model-len 1.5K": "--max-model-len is '1.5K'; it must be a whole number of at least 1, such as 4096, 4K",
     "--max-model-len 0": "at least 1",
     "--max-num-seqs 0": "--max-num-seqs is '0'; it must be a whole number of at least 1",
@@ -151,13 +235,21 @@ TGI = {
     "GRACEFUL_TERMINATION_TIMEOUT=17": ("shutdown_timeout", 17),
     "JSON_OUTPUT=true": ("log_format", "json"),
     "LOG_LEVEL=WARN": ("log_level", "warning"),
+    "LOG_LEVEL=info,text_generation_router=debug": ("log_level", "debug"),  # TGI's conftest.py
+    "LOG_LEVEL=text_generation_router::infer=trace, info": ("log_level", "debug"),
+    "LOG_LEVEL=warn,text_generation_launcher=debug": ("log_level", "warning"),
+    "LOG_LEVEL=hyper=error": ("log_level", "info"),
+    "CUDA_MEMORY_FRACTION=0.5": ("gpu_memory_utilization", 0.5),
+    "PROMETHEUS_PORT=9000": ("prometheus_port", 9000),
+    "DISABLE_GRAMMAR_SUPPORT=true": ("grammar_support", False),
 }
 TGI_ACCEPTED = [
     *("WAITING_SERVED_RATIO=1.2", "MAX_WAITING_TOKENS=20", "CUDA_GRAPHS=1,2,4", "SHARD_UDS_PATH=/tmp/x"),
     *("MASTER_ADDR=localhost", "MASTER_PORT=29500", "OTLP_SERVICE_NAME=x", "USAGE_STATS=off", "HF_TOKEN=x"),
     *("ENABLE_PREFILL_LOGPROBS=true", "DISABLE_CUSTOM_KERNELS=1", "HUGGINGFACE_HUB_CACHE=/data"),
+    *("OTLP_ENDPOINT=http://x", "WATERMARK_GAMMA=0.5", "WATERMARK_DELTA=2", "TRUST_REMOTE_CODE=true"),
     *("NUM_SHARD=1", "SHARDED=false", "SPECULATE=0", "TRUST_REMOTE_CODE=false", "TRUST_REMOTE_CODE=0"),
-    *("CUDA_MEMORY_FRACTION=1.0", "DISABLE_GRAMMAR_SUPPORT=0", "REVISION=", "MAX_BATCH_SIZE=", "ROPE_SCALING="),
+    *("DISABLE_GRAMMAR_SUPPORT=0", "REVISION=", "MAX_BATCH_SIZE=", "ROPE_SCALING=", "NGROK=false"),
 ]
 TGI_REFUSED = {
     "NUM_SHARD=4": "is '4'; it must be 1: tensor parallelism comes later",
@@ -168,19 +260,19 @@ TGI_REFUSED = {
     "SPECULATE=2": "no speculative decoding",
     "ROPE_SCALING=dynamic": "config.json",
     "ROPE_FACTOR=2.0": "config.json",
-    "CUDA_MEMORY_FRACTION=0.5": "MAX_BATCH_TOTAL_TOKENS",
+    "CUDA_MEMORY_FRACTION=2": "above 0, at most 1",
     "TOKENIZER_CONFIG_PATH=x.json": "squawq serve --chat-template",
     "WEIGHTS_CACHE_OVERRIDE=/w": "MODEL_ID takes a folder",
     "LORA_ADAPTERS=a,b": "no adapters",
-    "WATERMARK_GAMMA=0.5": "no watermark",
-    "WATERMARK_DELTA=2": "no watermark",
-    "OTLP_ENDPOINT=http://x": "no traces",
-    "PROMETHEUS_PORT=9000": "/metrics is on the server's own port",
+    "NGROK_AUTHTOKEN=x": "no tunnel",
+    "NGROK_EDGE=x": "no tunnel",
     "MAX_BEST_OF=two": "is 'two'; it must be a whole number of at least 1",
     "PORT=-1": "is '-1'; it must be a whole number of at least 0",
     "LOG_LEVEL=loud": "choose one of trace, debug, info, warn",
+    "LOG_LEVEL=info,text_generation_router=loud": "or write TARGET=LEVEL between commas",
+    "LOG_LEVEL=info,=debug": "TARGET=LEVEL",
 }
-TGI_SWITCHES = {"trust_remote_code": "no code of a model", "disable_grammar_support": "always supported"}
+TGI_SWITCHES = {"ngrok": "no tunnel"}
 
 
 def flags(table: serve_flags.Flags) -> Iterable[serve_flags.Flag]:
@@ -199,7 +291,7 @@ def as_flag(assignment: str) -> list[str]:
     """NAME=value as --name=value; a switch without its value."""
     name, _, value = assignment.partition("=")
     flag = "--" + name.lower().replace("_", "-")
-    return [flag] if name == "JSON_OUTPUT" else [f"{flag}={value}"]
+    return [flag] if name in ("JSON_OUTPUT", "DISABLE_GRAMMAR_SUPPORT") else [f"{flag}={value}"]
 
 
 def as_variable(assignment: str) -> dict[str, str]:
@@ -212,10 +304,12 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """A server that takes its settings down and ends with code 7, and an environment that ends with the test."""
     taken: Runs = []
 
-    def run(settings: Settings) -> int:
+    def run(settings: Settings, notes: dict[str, str], environment: bool = False) -> int:
         taken.append(settings)
+        noted.append((notes, environment))
         return 7
 
+    noted.clear()
     monkeypatch.setitem(sys.modules, "squawq.serve.server", SimpleNamespace(run=run))
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     return taken
@@ -228,12 +322,48 @@ def test_a_flag_reaches_its_setting(line: str) -> None:
 
 
 def test_every_setting_has_a_flag_and_every_flag_a_case() -> None:
-    lines = [*FLAGS, *ACCEPTED, *REFUSED]
+    lines = [*FLAGS, *NOTED, *ACCEPTED, *REFUSED]
     assert {flag.setting for flag in flags(launcher.FLAGS)} - {""} == {entry.name for entry in fields(Settings)}
     assert {setting for setting, _ in FLAGS.values()} | {"model"} == {entry.name for entry in fields(Settings)}
     for flag in flags(launcher.FLAGS):
         for name in (flag.name, *flag.names):
             assert any(name in re.split("[ =]", line) for line in lines), name
+
+
+@pytest.mark.parametrize("line", NOTED)
+def test_what_changes_nothing_is_accepted_and_said(line: str, runs: Runs) -> None:
+    assert cli.main(["serve", "m", *line.split()]) == 7
+    assert runs == [Settings(model="m")]
+    ((notes, _),) = noted
+    assert list(notes) == [line.split()[0]]
+    assert all(notes.values())
+
+
+def test_what_has_a_meaning_is_not_said_to_have_none(runs: Runs) -> None:
+    assert cli.main(["serve", "m", "--seed", "1", "--no-enable-log-requests", "--load-format", "auto"]) == 7
+    assert noted == [({}, False)]
+
+
+def test_a_download_folder_and_a_token_reach_the_hub(runs: Runs) -> None:
+    assert cli.main(["serve", "m", "--download-dir", "/d", "--hf-token", "t"]) == 7
+    assert (os.environ["HF_HUB_CACHE"], os.environ["HF_TOKEN"]) == ("/d", "t")
+
+
+def test_the_hubs_folder_is_set_before_the_server_is_imported(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub reads the environment when it is imported."""
+    found = []
+
+    class Module:
+        @property
+        def run(self) -> Callable[..., int]:
+            found.append(os.environ.get("HF_HUB_CACHE"))
+            return lambda *_, **__: 0
+
+    monkeypatch.setitem(sys.modules, "squawq.serve.server", Module())
+    assert cli.main(["serve", "m", "--download-dir", "/d"]) == 0
+    del os.environ["HF_HUB_CACHE"]
+    assert tgi_launcher.main(["--model-id", "m", "--huggingface-hub-cache", "/e"]) == 0
+    assert found == ["/d", "/e"]
 
 
 @pytest.mark.parametrize("line", ACCEPTED)
@@ -362,8 +492,17 @@ def test_input_and_total_agree() -> None:
             tgi(MAX_TOTAL_TOKENS="9", **{name: "9"})
 
 
+def test_port_and_host_of_the_environment() -> None:
+    found = vllm("", PORT="80", HOST="0.0.0.0")
+    assert (found.port, found.host) == (80, "0.0.0.0")
+    assert (vllm("--port 81 --host ::1", PORT="80", HOST="0.0.0.0")) == vllm("--port 81 --host ::1")
+    with pytest.raises(ConfigError, match="^PORT is 'tcp://10.0.0.1:80'; it must be a whole number"):
+        vllm("", PORT="tcp://10.0.0.1:80")
+
+
 def test_the_name_of_the_machine_is_no_address_to_listen_on() -> None:
     name = socket.gethostname()
+    assert vllm("", HOST=name).host == "127.0.0.1"  # some shells export it
     assert tgi(HOSTNAME=name).host == "0.0.0.0"
     assert tgi(f"--hostname {name}").host == name
     assert tgi(HOSTNAME="::").host == "::"
@@ -388,9 +527,9 @@ def test_the_line_of_the_model_card(runs: Runs, capsys: pytest.CaptureFixture[st
 def test_misuse_of_tgi_is_one_line_and_code_2(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert tgi_launcher.main([]) == 2
     assert capsys.readouterr().err.startswith("text-generation-launcher: error: no model: set MODEL_ID")
-    assert tgi_launcher.main(["--model-id", "m", "--ngrok"]) == 2
+    assert tgi_launcher.main(["--model-id", "m", "--ngroc"]) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"text-generation-launcher: error: .*--ngrok.*\(text-generation-launcher --help\)\n", error)
+    assert re.fullmatch(r"text-generation-launcher: error: .*--ngroc.*\(see text-generation-launcher --help\)\n", error)
     assert runs == []
 
 
@@ -409,12 +548,12 @@ def test_serve_runs_and_ends_with_its_code(runs: Runs, monkeypatch: pytest.Monke
 
 
 def test_stopped_by_hand_is_code_130(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(settings: Settings) -> int:
+    def run(*_: object, **__: object) -> int:
         raise KeyboardInterrupt
 
     sys.modules["squawq.serve.server"].run = run  # type: ignore[attr-defined]
     assert cli.main(["serve", "m"]) == 130
-    assert capsys.readouterr().err.startswith("squawq: stopped")
+    assert capsys.readouterr().err == "squawq: stopped\n"
     assert tgi_launcher.main(["--model-id", "m"]) == 130
     assert capsys.readouterr().err == "text-generation-launcher: stopped\n"
 
@@ -445,3 +584,35 @@ def test_starting_is_quick_to_import() -> None:
 def test_the_console_script() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["scripts"]["text-generation-launcher"] == f"{tgi_launcher.__name__}:{tgi_launcher.entry.__name__}"
+
+
+def test_the_start_of_tgis_own_tests(runs: Runs) -> None:
+    """As integration-tests/conftest.py starts the launcher, in a process and in a container."""
+    os.environ |= {"LOG_LEVEL": "info,text_generation_router=debug", "PREFILL_CHUNKING": "1"}
+    common = ["--num-shard", "1", "--dtype", "float16", "--trust-remote-code", "--disable-grammar-support"]
+    local = ["--port", "8123", "--master-port", "12345", "--shard-uds-path", "/tmp/tgi-tests-m-1-None-server"]
+    assert tgi_launcher.main(["--model-id", "m", *local, *common, "--cuda-graphs", "0"]) == 7
+    assert (runs[0].port, runs[0].log_level, runs[0].grammar_support) == (8123, "debug", False)
+    assert sorted(noted[0][0]) == ["--cuda-graphs", "--master-port", "--shard-uds-path", "--trust-remote-code"]
+    assert tgi_launcher.main(["--model-id", "m", "--env", *common]) == 7
+    assert noted[1][1] is True
+
+
+def test_notes_name_their_source(runs: Runs) -> None:
+    os.environ |= {"MASTER_PORT": "29500", "TRUST_REMOTE_CODE": "false"}
+    assert tgi_launcher.main(["--model-id", "m"]) == 7
+    assert noted == [({"MASTER_PORT": "there are no shards"}, False)]
+
+
+def test_the_launchers_version(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tgi_launcher.main(["-V"]) == 0
+    assert re.fullmatch(r"text-generation-launcher \d+\.\d+\.\d+ \(squawq\)\n", capsys.readouterr().out)
+    assert runs == []
+
+
+@given(st.text())
+def test_any_log_level_is_read_or_refused(text: str) -> None:
+    try:
+        assert tgi_launcher.log_level(text) in ("debug", "info", "warning", "error")
+    except ConfigError as error:
+        assert "choose one of" in str(error)

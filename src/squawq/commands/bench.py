@@ -25,8 +25,10 @@ def bench(
 ) -> None:
     """Measure how fast a model runs on this CPU: random token ids, no early stop; it needs no tokenizer.
 
-    Examples: squawq bench OUT
-    | squawq bench OUT --prompt-tokens 128 --new-tokens 128 --streams 8 --json
+    \b
+    Examples:
+      squawq bench OUT
+      squawq bench OUT --prompt-tokens 128 --new-tokens 128 --streams 8 --json
     """
     from squawq.bench import bench as run
 

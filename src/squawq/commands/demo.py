@@ -15,7 +15,9 @@ def demo(
 ) -> None:
     """Quantize the bundled demo model, measure it, and let both versions answer the same question.
 
-    Example: squawq demo
+    \b
+    Example:
+      squawq demo
     """
     from rich.console import Console
 

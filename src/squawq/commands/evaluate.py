@@ -34,8 +34,10 @@ def evaluate(
 ) -> None:
     """Measure a model: perplexity, and with --reference how far it is from its 16-bit original (added to its report).
 
-    Examples: squawq eval OUT --reference MODEL
-    | squawq eval OUT --reference MODEL --text wiki.txt --window 2048 --json --plot loss.png
+    \b
+    Examples:
+      squawq eval OUT --reference MODEL
+      squawq eval OUT --reference MODEL --text wiki.txt --window 2048 --json --plot loss.png
     """
     from squawq.evaluation.run import evaluate as run
 

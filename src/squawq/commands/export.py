@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from squawq.progress import console, counting
 
+Formats = Literal["compressed-tensors", "gguf", "dense"]  # export.run.FORMATS, without importing torch
+
 
 def export(
-    model: Annotated[str, typer.Argument(help="An AWQ folder, or a Hub id of one")],
-    out: Annotated[Path, typer.Argument(help="The folder (GGUF: file) to make; it appears when the work is done")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An AWQ folder, or a Hub id of one")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder (GGUF: file) to make; it appears when the work is done")
+    ],
     format: Annotated[  # noqa: A002 (the flag's name)
-        str, typer.Option(help="compressed-tensors (vLLM), gguf (llama.cpp) or dense (16-bit weights)")
+        Formats, typer.Option(help="compressed-tensors (vLLM), gguf (llama.cpp) or dense (16-bit weights)")
     ],
 ) -> None:
     """Write a quantized model in another format: the same integers and scales, one layer in memory at a time.
 
-    Examples: squawq export Llama-3.1-8B-AWQ Llama-3.1-8B-W4A16 --format compressed-tensors
-    | squawq export Llama-3.1-8B-AWQ llama-3.1-8b.gguf --format gguf
+    \b
+    Examples:
+      squawq export Llama-3.1-8B-AWQ Llama-3.1-8B-W4A16 --format compressed-tensors
+      squawq export Llama-3.1-8B-AWQ llama-3.1-8b.gguf --format gguf
     """
     from squawq.export.run import export as run
 

@@ -28,7 +28,9 @@ def generate(
 ) -> None:
     """Continue a text: the continuation on stdout, everything else on stderr.
 
-    Example: squawq generate OUT -p "Once upon a time" --max-tokens 100 --temperature 0
+    \b
+    Example:
+      squawq generate OUT -p "Once upon a time" --max-tokens 100 --temperature 0
     """
     llm = _load(model, device=device, threads=threads, exact=exact, head=head)
     _write(llm.stream(prompt, _sampling(llm, max_tokens, temperature, top_p, seed)))

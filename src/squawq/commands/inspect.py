@@ -12,7 +12,10 @@ from squawq.commands.output import results
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="A model folder, a config.json, or a Hub id (config.json alone is fetched)")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model folder, a config.json, or a Hub id (config.json alone is fetched)"
+        ),
     ],
     context: Annotated[
         int | None, typer.Option(help="Tokens of a sequence; default: 8192, or the model's positions")
@@ -22,8 +25,10 @@ def inspect(
 ) -> None:
     """See what a model is without loading it: architecture, quantization, sizes, and the memory to run it.
 
-    Examples: squawq inspect OUT
-    | squawq inspect Llama-3.1-70B/config.json --context 32768 --batch 4 --json
+    \b
+    Examples:
+      squawq inspect OUT
+      squawq inspect Llama-3.1-70B/config.json --context 32768 --batch 4 --json
     """
     from squawq.inspection import inspect as run
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A model folder, or a Hub id such as meta-llama/Llama-3.1-8B-Instruct")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A model folder, or a Hub id such as meta-llama/Llama-3.1-8B-Instruct"),
+]
+DEVICES = "cpu|cuda|cuda:N"
+Device = Annotated[str, typer.Option(metavar=DEVICES, help="Where to run")]
 Temperature = Annotated[
     float | None, typer.Option(help="0 takes the likeliest token; default: what the model asks for")
 ]
 MaxTokens = Annotated[int, typer.Option(help="At most so many new tokens")]
 Seed = Annotated[int | None, typer.Option(help="The same text again")]
 Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels; default: the machine's", min=1)]
+Heads = Literal["int8", "int4", "16-bit"]  # nn.loader.HEADS, without importing torch
 Head = Annotated[
-    str | None,
+    Heads | None,
     typer.Option(help="The output layer: int8 (default), int4 (smaller, less exact) or 16-bit (--exact's)"),
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="32-bit activations: slower, for comparison")]

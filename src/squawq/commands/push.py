@@ -11,8 +11,10 @@ from squawq.progress import console
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="A folder that squawq quantize made, or another AWQ folder")],
-    repo: Annotated[str, typer.Argument(help="The Hub id to make or to add to: owner/name")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="One that squawq quantize made, or another AWQ folder")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="The Hub id to make or to add to: owner/name")],
     source: Annotated[
         str | None, typer.Option(help="The 16-bit model (folder or Hub id): its licence, languages and id for the card")
     ] = None,
@@ -36,8 +38,10 @@ def push(
 ) -> None:
     """Upload an AWQ folder to the Hub with a model card. Run it again to go on after a stop.
 
-    Examples: squawq push OUT me/Llama-3.1-8B-AWQ --source meta-llama/Llama-3.1-8B --card-only
-    | squawq push OUT me/Llama-3.1-8B-AWQ --private --token-file ~/.hf-token
+    \b
+    Examples:
+      squawq push OUT me/Llama-3.1-8B-AWQ --source meta-llama/Llama-3.1-8B --card-only
+      squawq push OUT me/Llama-3.1-8B-AWQ --private --token-file ~/.hf-token
     """
     from squawq.errors import ConfigError
     from squawq.hub.card import Origin, write_card

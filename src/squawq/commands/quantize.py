@@ -8,26 +8,25 @@ from typing import Annotated
 
 import typer
 
-from squawq.commands.options import Model
+from squawq.commands.options import DEVICES, Model
 from squawq.commands.stopping import StoppableProgress
 from squawq.progress import console
-from squawq.quant_config import DTYPES, GROUP_SIZES, METHODS, QuantConfig
+from squawq.quant_config import DTYPES, METHODS, GroupSize, Method, QuantConfig
 
 
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="The folder to make; it appears when the work is done")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it appears when the work is done")],
     calibration: Annotated[
         str | None, typer.Option(help="A .txt or .jsonl file, or a Hub data set id; default: the built-in set")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration blocks; default: what there is, up to 128")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a block; default: 512, or the model's context")] = None,
-    group_size: Annotated[
-        int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))}")
-    ] = 128,
+    group_size: Annotated[GroupSize, typer.Option(help="Weights that share a scale; -1: a whole row")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero point")] = False,
     method: Annotated[
-        str, typer.Option(help=f"{' or '.join(METHODS)}: all that helps, the published search alone, plain rounding")
+        Method,
+        typer.Option(help="squawq: AWQ's scales and error feedback; awq: the published search; rtn: plain rounding"),
     ] = METHODS[0],
     clip: Annotated[bool, typer.Option(help="Search a narrower range for each group")] = True,
     compensate: Annotated[
@@ -52,16 +51,20 @@ def quantize(
     stream: Annotated[
         bool, typer.Option("--stream", help="Fetch a Hub model's files one by one, and keep only those in use")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; under torchrun cuda is a GPU each")] = "cpu",
+    device: Annotated[
+        str, typer.Option(metavar=f"{DEVICES}|mps", help="Where to compute; under torchrun cuda is a GPU each")
+    ] = "cpu",
     states_memory: Annotated[
         float, typer.Option(help="GiB of hidden states to keep in memory; larger ones go to a file beside OUT", min=0)
     ] = 1.0,
 ) -> None:
     """Quantize a 16-bit model to AWQ INT4, one layer in memory at a time. Run it again to go on after a stop.
 
-    Examples: squawq quantize Llama-3.1-8B-Instruct Llama-3.1-8B-AWQ
-    | squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
-    | torchrun --nproc-per-node 4 -m squawq quantize MODEL OUT --device cuda
+    \b
+    Examples:
+      squawq quantize Llama-3.1-8B-Instruct Llama-3.1-8B-AWQ
+      squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
+      torchrun --nproc-per-node 4 -m squawq quantize MODEL OUT --device cuda
     """
     from squawq.format.reader import Checkpoint
     from squawq.hub.card import has_template

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import queue
+import random
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,7 +50,8 @@ class Engine:
 
     max_batch_tokens: tokens of a step at most, twice max_sequences at least. max_sequences: under way together.
     max_waiting: requests that have not begun. eos_ids: tokens that end a text. grammar_timeout: seconds of processor
-    time that a grammar may take to compile. Raises ConfigError for sizes that cannot work.
+    time that a grammar may take to compile. seed: draws the seeds of requests that have none, in order of arrival;
+    None: at random. Raises ConfigError for sizes that cannot work.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Engine:
         max_waiting: int = 1024,
         prefix_caching: bool = True,
         grammar_timeout: float = 2.0,
+        seed: int | None = None,
     ) -> None:
         if max_sequences < 1 or max_waiting < 1:
             raise ConfigError(f"max_sequences is {max_sequences}, max_waiting {max_waiting}; each must be at least 1")
@@ -76,6 +80,7 @@ class Engine:
         self._caching = prefix_caching
         self._room = min(runner.max_positions, runner.num_pages * runner.page_size)
         self._grammar_timeout = grammar_timeout
+        self._seeds = secrets.SystemRandom() if seed is None else random.Random(seed)
         self._compiler: GrammarCompiler | None = None
         self._loop = Loop(
             runner,
@@ -141,6 +146,7 @@ class Engine:
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
             share=self._caching,
+            draw_seed=self.draw_seed,
         )
         if os.getpid() != self._process:
             raise EngineClosed("the engine's thread did not survive a fork; load the model in the child process")
@@ -174,6 +180,10 @@ class Engine:
         for request in requests:
             self.check(request)
         return self._generate(deque(requests))
+
+    def draw_seed(self) -> int:
+        """A seed for a request that has none."""
+        return self._seeds.getrandbits(63)
 
     def waits(self, request_id: str) -> bool:
         """Whether a request is queued and none of its tokens has been run yet."""

@@ -32,15 +32,20 @@ class DecoderRunner:
 
     page_size = PAGE
 
-    def __init__(self, decoder: Decoder, kv_tokens: int | None = None) -> None:
+    def __init__(self, decoder: Decoder, kv_tokens: int | None = None, gpu_share: float | None = None) -> None:
         self.config: ModelConfig = decoder.config
         self.vocab_size = self.config.vocab_size
         self.max_positions = self.config.max_positions
         device = decoder.norm.device
-        tokens = default_kv_tokens(self.config, device) if kv_tokens is None else kv_tokens
+        tokens = kv_tokens
+        if tokens is None and gpu_share is not None and device.type == "cuda":
+            tokens = shared_kv_tokens(self.config, gpu_share, *torch.cuda.mem_get_info(device))
+        if tokens is None:
+            tokens = default_kv_tokens(self.config, device)
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < PAGE:
             raise ConfigError(f"kv_tokens is {tokens!r}; it must be a whole number, at least one page of {PAGE} tokens")
         self.num_pages = tokens // PAGE
+        self.token_bytes = Cache.token_bytes(self.config)
         self._decoder, self._device = decoder, device
         self._thread = 0
         try:
@@ -106,6 +111,20 @@ def default_kv_tokens(config: ModelConfig, device: torch.device) -> int:
     return max(min(config.max_positions, int(free * 2 * CACHE_SHARE) // each), wanted, PAGE) // PAGE * PAGE
 
 
+def shared_kv_tokens(config: ModelConfig, share: float, free: int, total: int) -> int:
+    """Tokens of keys and values that fit when everything on a GPU together may take this share of its memory.
+
+    free, total: bytes of the GPU with the weights on it. Raises ConfigError where the share is used up by them.
+    """
+    room = int(share * total) - (total - free)
+    if room < PAGE * Cache.token_bytes(config):
+        raise ConfigError(
+            f"gpu_memory_utilization is {share:g} of the GPU's {total / 2**30:.1f} GiB, and "
+            f"{(total - free) / 2**30:.1f} GiB are taken; none are left for keys and values: raise it"
+        )
+    return room // Cache.token_bytes(config) // PAGE * PAGE
+
+
 def _free_memory() -> int:
     """Bytes that the machine, or the container's limit (cgroup v2), can still give without swapping."""
     free = _machine_memory()
@@ -134,14 +153,16 @@ def load_runner(
     exact: bool = False,
     head: str | None = None,
     kv_tokens: int | None = None,
+    gpu_share: float | None = None,
 ) -> DecoderRunner:
     """Load a folder for the engine.
 
     threads: of the CPU kernels, for the whole process; None leaves them. exact: float32 activations in 4-bit products.
     head: "int8", "int4", "16-bit", or None for what suits (`nn.loader.Options`). kv_tokens: how many tokens of keys and
-    values fit at once; None takes a share of the free memory. Raises SquawqError for what cannot be.
+    values fit at once; None takes a share of the free memory. gpu_share: on CUDA, the share of the GPU's memory that
+    weights and cache may take together, where kv_tokens does not say. Raises SquawqError for what cannot be.
     """
     options = Options(device, exact, head)
     if threads is not None:
         library.set_threads(threads)
-    return DecoderRunner(load(folder, options), kv_tokens)
+    return DecoderRunner(load(folder, options), kv_tokens, gpu_share)

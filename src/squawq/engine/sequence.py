@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
@@ -178,12 +179,16 @@ def new_job(
     tokenizer: Decoder | None,
     eos_ids: frozenset[int],
     share: bool,
+    draw_seed: Callable[[], int] | None = None,
 ) -> Job:
-    """A request with its sequences; `share` lets them wait for the first one's prompt."""
+    """A request with its sequences; `share` lets them wait for the first one's prompt; `draw_seed` gives the seed of a
+    request that has none."""
     params = request.params
     prefix = root(request.tenant, request.cache_salt)
     ending = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
-    seed = secrets.randbits(63) if params.seed is None else params.seed
+    seed = params.seed
+    if seed is None:
+        seed = secrets.randbits(63) if draw_seed is None else draw_seed()
     generations: list[Generation] = []
     for index in range(params.sequences):
         place = Sequence(

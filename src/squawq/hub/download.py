@@ -33,6 +33,11 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     return fetch(hub_id(model), [WEIGHTS, *SMALL], revision)
 
 
+def resolve_small(model: str | Path) -> Path:
+    """The same without weights, for a tokenizer or a config."""
+    return Path(model) if Path(model).is_dir() else fetch(hub_id(model), SMALL, None)
+
+
 def hub_id(model: str | Path) -> str:
     """`model` as a Hub id. Raises CheckpointError when it cannot be one."""
     name = str(model)

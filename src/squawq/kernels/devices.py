@@ -10,11 +10,18 @@ from squawq.errors import ConfigError
 def check_device(device: str, *, mps: bool = False) -> None:
     """Raises ConfigError, with the choices, for a device that is not there: cpu, cuda, cuda:1 ...
 
-    mps: Apple's GPU will do as well.
+    mps: Apple's GPU will do as well. A GPU's name is CUDA's on ROCm, too.
     """
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     choices = ["cpu", *(["cuda"] if cuda else []), *cuda]
     if mps and torch.backends.mps.is_available():
         choices.append("mps")
+    if device.partition(":")[0] == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        raise ConfigError(
+            f"device is {device!r}, but this torch ({torch.__version__}) is built for the CPU alone; "
+            "install a CUDA build of torch (pytorch.org says how), or use cpu"
+        )
+    if device.partition(":")[0] == "cuda" and not cuda:
+        raise ConfigError(f"device is {device!r}, but torch ({torch.__version__}) finds no GPU here; use cpu")
     if device not in choices:
         raise ConfigError(f"device {device!r} is not there; choose one of {', '.join(choices)}")

@@ -84,6 +84,8 @@ class Api:
         inner = Starlette(routes=routes, exception_handlers={HTTPException: self._not_ours}, lifespan=self._lifespan)
         inner.router.redirect_slashes = False
         guarded: ASGIApp = Guard(inner, self.settings, self.metrics, OWN)
+        if self.settings.prometheus_port is not None:
+            guarded = _metrics_alone(guarded, self.settings.prometheus_port)
         if not self.settings.allowed_origins:
             return guarded
         return CORSMiddleware(
@@ -196,6 +198,18 @@ class _Endpoint:
                 raise
             # No name for the refusal here: a cycle with its traceback would keep the request, and a grammar's process.
             await send_error(send, _refusal(error), self._tgi, own=self._own)
+
+
+def _metrics_alone(app: ASGIApp, port: int) -> ASGIApp:
+    """The application, of which this port has nothing but the metrics, with the same keys."""
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["server"][1] == port and scope["path"] != "/metrics":
+            await send_error(send, ApiError("not_found", "this port has /metrics alone"), tgi=False, own=False)
+        else:
+            await app(scope, receive, send)
+
+    return route
 
 
 def _refusal(error: Exception) -> ApiError:

@@ -11,8 +11,9 @@ import json
 import math
 import os
 import re
+import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from pathlib import Path
@@ -63,6 +64,14 @@ def number(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A share above 0, at most 1."""
+    value = number(text)
+    if not 0 < value <= 1:
+        raise ConfigError("it must be a number above 0, at most 1, such as 0.9")
+    return value
+
+
 def listed(text: str) -> tuple[str, ...]:
     """A text, or the texts of a JSON list."""
     try:
@@ -71,34 +80,52 @@ def listed(text: str) -> tuple[str, ...]:
         raise ConfigError('it must be a text or a JSON list such as ["https://a.example"]') from None
 
 
-def choice(known: Mapping[str, Any]) -> Reader:
+@dataclass(frozen=True)
+class Choice:
     """Reads one of the keys, in upper or lower case, as what it maps to."""
 
-    def read(text: str) -> Any:
-        if text.lower() not in known:
-            raise ConfigError(f"choose one of {', '.join(known)}")
-        return known[text.lower()]
+    known: Mapping[str, Any]
 
-    return read
+    def __call__(self, text: str) -> Any:
+        if text.lower() not in self.known:
+            raise ConfigError(f"choose one of {', '.join(self.known)}")
+        return self.known[text.lower()]
+
+    @property
+    def metavar(self) -> str:
+        return "|".join(self.known)
 
 
-def only(value: object, reader: Reader, why: str) -> Reader:
+def among(names: Iterable[str]) -> Choice:
+    """Reads one of these names."""
+    return Choice({name: name for name in names})
+
+
+@dataclass(frozen=True)
+class Only:
     """Reads `value` and nothing else; `why` is what to say of the rest."""
 
-    def read(text: str) -> Any:
-        if reader(text) != value:
-            raise ConfigError(why)
-        return value
+    value: object
+    reader: Reader
+    why: str
 
-    return read
+    def __call__(self, text: str) -> Any:
+        if self.reader(text) != self.value:
+            raise ConfigError(self.why)
+        return self.value
+
+    @property
+    def metavar(self) -> str:
+        return "TEXT" if self.value is None else str(self.value).lower()
 
 
-truth = choice({"true": True, "false": False, "1": True, "0": False})
+truth = Choice({"true": True, "false": False, "1": True, "0": False})
 KINDS: dict[str, tuple[Reader, str]] = {  # by a setting's type: how its text is read, what help calls it
     "str": (str, "TEXT"),
     "bool": (truth, "true|false"),
     "int": (whole(1), "N"),
     "int | None": (whole(1), "N"),
+    "float | None": (number, "NUMBER"),
     "float": (number, "SECONDS"),
     "Path | None": (Path, "FILE"),
     "tuple[str, ...]": (lambda text: (text,), "TEXT"),
@@ -111,6 +138,8 @@ class Flag:
 
     read: how, else by the setting's type. names: further ones. switch: it takes no value; "no": and there is --no-key.
     variable: of the environment, read where the flag is absent. default: where both are, if it is not the setting's.
+    noted: it changes nothing here, and the log says so with its help text when it is given. metavar: what help calls
+    its value, where that does not follow from how it is read.
     """
 
     key: str
@@ -121,6 +150,8 @@ class Flag:
     switch: bool | str = False
     variable: str = ""
     default: object = None
+    noted: bool = False
+    metavar: str = ""
 
     @property
     def name(self) -> str:
@@ -144,18 +175,23 @@ class Flag:
             *self.names,
             help=f"{self.help} (default: {default})" if shown else self.help,
             rich_help_panel=panel,
-            metavar=None if self.switch else KINDS[self.kind][1],
+            metavar=None if self.switch else self.metavar or getattr(self.read, "metavar", KINDS[self.kind][1]),
         )
         kind: Any = bool if self.switch else list[str] if self.kind.startswith("tuple") else str
         annotation = Annotated[kind | None, option]
         return inspect.Parameter(self.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
-    def value(self, given: Any, environ: Mapping[str, str]) -> Any:
-        """What typer gave, else the environment, read; else the default."""
-        source, texts = self.name, given if isinstance(given, list | tuple) else [] if given is None else [str(given)]
+    def texts(self, given: Any, environ: Mapping[str, str]) -> tuple[str, Sequence[str]]:
+        """What typer gave, else the environment, and where it is from."""
+        texts = given if isinstance(given, list | tuple) else [] if given is None else [str(given)]
         text = environ.get(self.variable)
-        if not texts and (text or (text == "" and self.setting == "api_keys")):  # an empty key must not open the server
-            source, texts = self.variable, [text]
+        if texts or text is None or (text == "" and self.setting != "api_keys"):  # an empty key opens no server
+            return self.name, texts
+        return self.variable, [text]
+
+    def value(self, given: Any, environ: Mapping[str, str]) -> Any:
+        """What was given, read; else the default."""
+        source, texts = self.texts(given, environ)
         read, found = self.read or KINDS[self.kind][0], []
         for text in texts:
             try:
@@ -181,11 +217,30 @@ def read_flags(flags: Flags, given: Mapping[str, Any], environ: Mapping[str, str
     return {key: value for key, value in found.items() if value is not None}
 
 
+def named_address(variable: str, environ: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment, without the variable of the address where it is the machine's name: containers and some shells
+    set that, and nobody chose it to listen on."""
+    return {**environ, variable: ""} if environ.get(variable) == socket.gethostname() else environ
+
+
+def notes(flags: Flags, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Why each flag or variable that was given has no effect, by its name."""
+    found = {}
+    for flag in (flag for rows in flags.values() for flag in rows if flag.noted):
+        source, texts = flag.texts(given[flag.key], environ)
+        if texts and (flag.switch == "no" or flag.value(given[flag.key], environ) not in (False, None)):
+            found[source] = flag.help
+    return found
+
+
 def to_settings(flags: Flags, found: Mapping[str, Any], **others: Any) -> Settings:
     """Settings from what was asked for."""
     known = {flag.setting: found[flag.key] for rows in flags.values() for flag in rows if flag.key in found}
     known.pop("", None)
     return Settings(**{**known, **others})
+
+
+HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class Command(TyperCommand):
@@ -216,10 +271,17 @@ class Command(TyperCommand):
 
 def parse(function: Callable[..., None], arguments: Sequence[str]) -> dict[str, Any]:
     """The arguments that typer would call `function` with."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=HELP)
     app.command(cls=Command)(function)
     with typer.main.get_command(app).make_context(function.__name__, list(arguments)) as context:
         return context.params
+
+
+def _misuse(error: TyperException, program: str) -> str:
+    """What was wrong with the command line, and the command whose help tells more."""
+    context = getattr(error, "ctx", None)
+    message = error.format_message().replace(": Value error, ", ": ").removesuffix(".")
+    return f"{message} (see {program if context is None else context.command_path} --help)"
 
 
 def discard_stdout() -> None:
@@ -234,7 +296,7 @@ def finish(app: typer.Typer, program: str, arguments: list[str] | None, stopped:
         code = app(arguments, standalone_mode=False, prog_name=program)
         sys.stdout.flush()  # now, while an error can be told
     except (TyperException, SquawqError) as error:
-        message = f"{error.format_message()} ({program} --help)" if isinstance(error, TyperException) else str(error)
+        message = _misuse(error, program) if isinstance(error, TyperException) else str(error)
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):

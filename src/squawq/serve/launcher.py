@@ -1,4 +1,6 @@
-"""`squawq serve`: vLLM's flags, each read into its setting."""
+"""`squawq serve`: vLLM's flags, each read into its setting, refused, or taken with a word in the log on why it changes
+nothing. A value that would change what users get and cannot be had is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,67 +13,145 @@ import typer
 
 from squawq.errors import ConfigError
 from squawq.serve.flags import (
+    Choice,
     Flag,
     Flags,
-    choice,
+    Only,
+    among,
     listed,
-    only,
+    named_address,
+    notes,
     parse,
     read_flags,
+    share,
     signature,
     to_settings,
     tokens,
-    truth,
     whole,
 )
 from squawq.serve.settings import DIALECTS, LOG_FORMATS, LOG_LEVELS, TOOL_PARSERS, Settings
 
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16"}
-AWQ = choice({"awq": "awq", "auto_awq": "awq", "awq_marlin": "awq"})
-ONE = only(1, whole(1), "it must be 1: one process serves a model here for now")
-NO_CODE = only(False, truth, "no code of a model is ever run; leave it out")
-NO_SHARE = only(None, str, "the cache is not a share of a GPU's memory here; use --kv-tokens")
+LEVELS = {level: level for level in LOG_LEVELS} | {"critical": "error", "trace": "debug"}  # uvicorn's further ones
+AWQ = Choice({"awq": "awq", "auto_awq": "awq", "awq_marlin": "awq"})
+ONE = Only(1, whole(1), "it must be 1: one process serves a model here for now")
+NO_CODE = "no code of a model is ever run"
+STEPS = "every step takes prompts in chunks and running answers together"
+SWITCHES = {
+    "trust_remote_code": NO_CODE,
+    "enforce_eager": "nothing is compiled",
+    "disable_log_stats": "no statistics are logged; /metrics has them",
+    "disable_uvicorn_access_log": "--log-level warning leaves out the lines of requests",
+    "enable_request_id_headers": "replies always carry X-Request-Id",
+    "enable_tokenizer_info_endpoint": "/tokenizer_info is always there",
+    "enable_server_load_tracking": "/metrics has the load",
+    "disable_custom_all_reduce": "there is one process",
+    "disable_frontend_multiprocessing": "there is one process",
+    "enable_expert_parallel": "there is one process",
+    "disable_cascade_attn": "there is no cascade attention",
+    "disable_hybrid_kv_cache_manager": "there is one kind of cache",
+    "use_v2_block_manager": "there is one block manager",
+}
+PAIRS = {  # --x and --no-x
+    "enable_chunked_prefill": STEPS,
+    "async_scheduling": STEPS,
+    "use_tqdm_on_load": "there is no bar",
+}
+VALUES = {
+    "swap_space": "nothing is swapped",
+    "cpu_offload_gb": "weights are not offloaded",
+    "block_size": "a page of the cache holds 16 tokens",
+    "prefix_caching_hash_algo": "the prefix cache has one hash",
+    "max_seq_len_to_capture": "nothing is captured",
+    "compilation_config": "nothing is compiled",
+    "attention_backend": "there is one",
+    "max_num_partial_prefills": STEPS,
+    "max_long_partial_prefills": STEPS,
+    "long_prefill_token_threshold": STEPS,
+    "num_scheduler_steps": STEPS,
+    "max_parallel_loading_workers": "layers are loaded one by one",
+    "safetensors_load_strategy": "weights are memory-mapped",
+    "code_revision": NO_CODE,
+    "max_log_len": "the first 500 characters of a body are logged",
+    "limit_mm_per_prompt": "text alone is taken",
+    "otlp_traces_endpoint": "there are no traces",
+    "collect_detailed_traces": "there are no traces",
+}
+BACKENDS = ("auto", "guidance", "xgrammar", "outlines", "lm-format-enforcer")
+NAMES = {"compilation_config": ("-O", "-cc")}
+ALWAYS = {  # the values that hold here; any other would change what users get
+    "load_format": (("auto", "safetensors"), "weights are safetensors"),
+    "tokenizer_mode": (("auto", "hf", "fast"), "the tokenizer is tokenizer.json"),
+    "config_format": (("auto", "hf"), "the config is config.json"),
+    "runner": (("auto", "generate"), "the model generates text"),
+    "convert": (("auto", "none"), "the model generates text"),
+    "task": (("auto", "generate"), "the model generates text"),
+    "chat_template_content_format": (("auto", "string"), "contents are texts"),
+    "response_role": (("assistant",), "answers are the assistant's"),
+    "logprobs_mode": (("raw_logprobs",), "log probabilities are the raw model's"),
+    "scheduling_policy": (("fcfs",), "there are no priorities"),
+}
+ACCEPTED = [
+    *(Flag(key, why, switch=True, noted=True) for key, why in SWITCHES.items()),
+    *(Flag(key, why, switch="no", noted=True) for key, why in PAIRS.items()),
+    *(Flag(key, why, noted=True, names=NAMES.get(key, ())) for key, why in VALUES.items()),
+    Flag("guided_decoding_backend", "llguidance keeps to grammars", read=among(BACKENDS), noted=True),
+    Flag("distributed_executor_backend", "there is one process", read=among(("mp", "uni")), noted=True),
+    *(Flag(key, why, read=among(values)) for key, (values, why) in ALWAYS.items()),
+    Flag("api_server_count", "there is one process", read=ONE, names=("-asc",)),
+    Flag("decode_context_parallel_size", "there is one process", read=ONE, names=("-dcp",)),
+    Flag("nnodes", "there is one process", read=ONE),
+]
 FLAGS: Flags = {
     "Model": [
         Flag("model", "The same as MODEL"),
         Flag("served_model_name", "What replies call the model, then aliases; one or several", "served_names"),
         Flag("strict_model_name", "404 for any other `model`; without it all names are taken", switch=True),
         Flag("strict_fields", "Refuse fields that no route knows; without it they are ignored", switch=True),
-        Flag("dialect", f"{' or '.join(DIALECTS)}: whose rules hold on the shared routes"),
+        Flag("dialect", "Whose rules hold on the shared routes", read=among(DIALECTS)),
         Flag("revision", "A branch, tag or commit of the Hub"),
-        Flag("dtype", f"{', '.join(DTYPES)}; weights are run as stored", read=choice(DTYPES)),
-        Flag("quantization", "awq, auto_awq, awq_marlin; without it as the checkpoint says", read=AWQ, names=("-q",)),
+        Flag("download_dir", "The folder of models from the Hub (HF_HUB_CACHE)", metavar="FOLDER"),
+        Flag("hf_token", "The Hub's token; better HF_TOKEN, which no list of processes shows"),
+        Flag("tokenizer", "A folder or Hub id whose tokenizer is used in place of the model's"),
+        Flag(
+            "generation_config",
+            "auto: sampling defaults are the model's; vllm: none; or a folder whose generation_config.json has them",
+            metavar="auto|vllm|FOLDER",
+        ),
+        Flag("dtype", "Weights are run as stored", read=Choice(DTYPES)),
+        Flag("quantization", "Without it as the checkpoint says", read=AWQ, names=("-q",)),
         Flag("max_model_len", "Tokens of a prompt and its answer: 4096, 4K (4096), 4k (4000), auto", read=tokens),
         Flag("max_input_tokens", "Tokens of a prompt alone", read=tokens),
         Flag("chat_template", "A jinja file in place of the model's own template"),
-        Flag("tool_call_parser", ", ".join(TOOL_PARSERS)),
+        Flag("tool_call_parser", "How the model writes calls", read=among(TOOL_PARSERS)),
+        Flag("grammar_support", "Take schemas, regexes, grammars and tools; on", switch="no"),
         Flag("enable_auto_tool_choice", "Accepted: it is always on", switch=True),
-        Flag("trust_remote_code", "Refused: no code of a model is ever run", read=NO_CODE, switch=True),
     ],
     "Engine": [
-        Flag("device", "cpu, cuda, cuda:1"),
+        Flag("device", "Where to run", metavar="cpu|cuda|cuda:N"),
         Flag("threads", "Of the CPU kernels; without it the machine's"),
         Flag("exact", "32-bit activations: slower, for comparison", switch=True),
-        Flag("head", "The output layer: int8 (without it), int4 or 16-bit (--exact's)"),
+        Flag("head", "The output layer; without it int8 (with --exact 16-bit)", metavar="int8|int4|16-bit"),
         Flag("kv_tokens", "Tokens that the cache holds", read=tokens),
-        Flag("kv_cache_dtype", "auto or float16", read=choice({"auto": None, "float16": None})),
+        Flag("gpu_memory_utilization", "CUDA: the share of the GPU's memory to use, above 0 to 1", read=share),
+        Flag("kv_cache_dtype", "The cache is float16", read=Choice({"auto": None, "float16": None})),
+        Flag("seed", "Draws the seeds of requests that have none, in order of arrival", read=whole(0)),
         Flag("max_num_seqs", "Sequences under way together"),
         Flag("max_num_batched_tokens", "Tokens of a step", read=tokens),
         Flag("enable_prefix_caching", "Reuse the cache of equal beginnings; on", "prefix_caching", switch="no"),
         Flag("tensor_parallel_size", "1 for now", names=("-tp",)),
         Flag("pipeline_parallel_size", "1 for now", read=ONE, names=("-pp",)),
         Flag("data_parallel_size", "1 for now", read=ONE, names=("-dp",)),
-        Flag("enforce_eager", "Accepted: nothing is compiled here", switch=True),
-        Flag("gpu_memory_utilization", "Refused: use --kv-tokens", read=NO_SHARE),
     ],
     "Network": [
-        Flag("host", "The address to listen on; 0.0.0.0 for all"),
-        Flag("port", "0 takes a free one", read=whole(0)),
+        Flag("host", "The address to listen on; 0.0.0.0 for all; or HOST", variable="HOST"),
+        Flag("port", "0 takes a free one; or PORT", read=whole(0), variable="PORT"),
         Flag("uds", "Listen on this Unix socket instead"),
         Flag("ssl_keyfile", "TLS: the key (PEM)"),
         Flag("ssl_certfile", "TLS: the certificate (PEM)"),
         Flag("api_key", "One or several; or VLLM_API_KEY", "api_keys", variable="VLLM_API_KEY"),
         Flag("allowed_origins", "CORS: origins, or a JSON list of them; without it none", read=listed),
+        Flag("prometheus_port", "Serve /metrics on this port, too; without it on the server's alone"),
     ],
     "Limits": [
         Flag("max_num_queued_reqs", "Requests that wait for their turn; the next is refused", "max_queued", whole(0)),
@@ -108,9 +188,17 @@ FLAGS: Flags = {
             "log_requests",
             switch="no",
         ),
-        Flag("log_format", " or ".join(LOG_FORMATS)),
-        Flag("log_level", ", ".join(LOG_LEVELS), names=("--uvicorn-log-level",)),
+        Flag(
+            "disable_log_requests",
+            "The older name of --no-enable-log-requests",
+            "log_requests",
+            Choice({"true": False}),
+            switch=True,
+        ),
+        Flag("log_format", "For people or for machines", read=among(LOG_FORMATS)),
+        Flag("log_level", "The least that is logged", read=Choice(LEVELS), names=("--uvicorn-log-level",)),
     ],
+    "vLLM's flags that change nothing here": ACCEPTED,
 }
 MODEL = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A model folder or a Hub id", rich_help_panel="Model")
@@ -127,9 +215,14 @@ def serve(path: str | None, **given: Any) -> None:
       curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Tell me a story."}]}'
     """
+    found = read_flags(FLAGS, given, named_address("HOST", os.environ))
+    settings = _settings(path, found)
+    for key, variable in (("download_dir", "HF_HUB_CACHE"), ("hf_token", "HF_TOKEN")):
+        if key in found:
+            os.environ[variable] = found[key]  # before huggingface_hub, which reads it when it is imported
     from squawq.serve.server import run
 
-    raise typer.Exit(run(_settings({"path": path, **given}, os.environ)))
+    raise typer.Exit(run(settings, notes(FLAGS, given, os.environ)))
 
 
 serve.__signature__ = signature(  # type: ignore[attr-defined]
@@ -139,11 +232,11 @@ serve.__signature__ = signature(  # type: ignore[attr-defined]
 
 def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """What `squawq serve` with these arguments would serve."""
-    return _settings(parse(serve, arguments), environ)
+    given = parse(serve, arguments)
+    return _settings(given["path"], read_flags(FLAGS, given, named_address("HOST", environ)))
 
 
-def _settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
-    path, found = given["path"], read_flags(FLAGS, given, environ)
+def _settings(path: str | None, found: Mapping[str, Any]) -> Settings:
     model = found.get("model", path)
     if model is None:
         raise ConfigError("no model: squawq serve MODEL (words after --api-key or --served-model-name belong to those)")

@@ -13,11 +13,12 @@ from typing import Any
 
 from squawq.engine.engine import Engine
 from squawq.engine.generation_config import GenerationConfig
-from squawq.engine.request import Request
+from squawq.engine.request import Request, SamplingParams
 from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError
-from squawq.format.files import read_text
-from squawq.hub.download import resolve
+from squawq.format.files import has_file, read_text
+from squawq.hub.download import resolve, resolve_small
+from squawq.kernels import library
 from squawq.kernels.devices import check_device
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
@@ -37,7 +38,7 @@ class Served:
         self.folder = resolve(settings.model, revision=settings.revision)
         self.names = settings.served_names or (_name(settings.model),)
         self.started = int(time.time())
-        self.tokenizer = Tokenizer(self.folder)
+        self.tokenizer = Tokenizer(self.folder if settings.tokenizer is None else resolve_small(settings.tokenizer))
         self.template, tool_template = self._read_templates()
         runner = load_runner(
             self.folder,
@@ -46,14 +47,17 @@ class Served:
             exact=settings.exact,
             head=settings.head,
             kv_tokens=settings.kv_tokens,
+            gpu_share=settings.gpu_memory_utilization,
         )
         self.config = runner.config
+        self.cached = runner.num_pages * runner.page_size
+        self.token_bytes = runner.token_bytes
         self._check_weights()
-        self.max_len = self._length(runner.max_positions, runner.num_pages * runner.page_size)
+        self.max_len = self._length(runner.max_positions, self.cached)
         self.max_input = min(settings.max_input_tokens or self.max_len, self.max_len - 1)
-        generation = GenerationConfig(self.folder, runner.config)
+        generation = self._generation_config()
         self.eos_ids = generation.eos_ids
-        self.defaults = generation.sampling_defaults()
+        self.defaults = SamplingParams() if settings.generation_config == "vllm" else generation.sampling_defaults()
         if self.defaults.temperature == 0:  # OpenAI's default, where the model asks for nothing
             self.defaults = replace(self.defaults, temperature=1.0)
         self.teaches_tools = teaches_tools(tool_template or self.template)
@@ -68,6 +72,7 @@ class Served:
             max_waiting=settings.max_concurrent * settings.max_prompts,  # never reached: the server's own limits count
             prefix_caching=settings.prefix_caching,
             grammar_timeout=settings.grammar_timeout,
+            seed=settings.seed,
         )
         self._templates = None
         if self.template is not None:
@@ -85,6 +90,14 @@ class Served:
         """What replies call the model."""
         return self.names[0]
 
+    def facts(self) -> dict[str, Any]:
+        """What it runs on, for the log."""
+        facts: dict[str, Any] = {"device": self.settings.device}
+        if self.settings.device == "cpu":
+            facts |= {"threads": library.threads(), "instructions": library.isa()}
+        cache = self.cached * self.token_bytes
+        return {**facts, "cache_tokens": self.cached, "cache_mib": round(cache / 2**20, 1)}
+
     def close(self) -> None:
         """Abort what runs and end the threads and processes. Idempotent."""
         self.engine.close()
@@ -101,7 +114,9 @@ class Served:
         return self.name if name is None or name == "tgi" or not self.settings.tgi else name
 
     def check(self, request: Request) -> None:
-        """Raise ApiError for a request that the engine can never run."""
+        """Raise ApiError for a request that the engine can never run, or may not with these settings."""
+        if request.params.grammar is not None and not self.settings.grammar_support:
+            raise ApiError("invalid", "grammars and tools are not supported: the server runs with --no-grammar-support")
         try:
             self.engine.check(request)
         except ConfigError as error:
@@ -156,6 +171,18 @@ class Served:
                 "max_tokens",
             )
         return left if max_tokens is None else max_tokens
+
+    def _generation_config(self) -> GenerationConfig:
+        """The model's, or that of the folder that was asked for; end tokens are the model's with "vllm", too."""
+        asked = self.settings.generation_config
+        if asked in ("auto", "vllm"):
+            return GenerationConfig(self.folder, self.config)
+        if not has_file(Path(asked) / "generation_config.json"):
+            raise ConfigError(
+                f"generation_config is {asked!r}, which is no folder with a generation_config.json; "
+                "give one, or auto or vllm"
+            )
+        return GenerationConfig(Path(asked), self.config)
 
     def _tool_format(self, template: str | None) -> str | None:
         """How the model writes calls of functions; None where it may not make any, or its way is not known."""

@@ -10,20 +10,24 @@ import contextlib
 import gc
 import logging
 import os
+import platform
 import resource
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 
+import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from squawq import __version__
 from squawq.progress import console
 from squawq.serve import logs
 from squawq.serve.app import Api
+from squawq.serve.listening import bind, is_open, refusal, uds_refusal, url
 from squawq.serve.model import Served
 from squawq.serve.protocol import protocol
 from squawq.serve.settings import Settings
@@ -89,14 +93,21 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where."""
-        await super().startup(sockets)
+        """Listen, and say where. Raises ConfigError where that cannot be."""
         settings, served = self.api.settings, self.api.served
-        if self.started:
-            place = (
-                settings.uds or f"{'https' if settings.ssl_certfile else 'http'}://{settings.host}:{self.bound_port}"
-            )
-            logs.event(logger, logging.INFO, "serving", model=served.name, at=place, context=served.max_len)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # somebody else was quicker
+            if settings.uds is not None:
+                raise uds_refusal(settings.uds, error) from error
+            raise refusal(settings.host, settings.port, error) from error
+        if not self.started:
+            return
+        if is_open(settings):
+            text = "there is no API key: whoever reaches this machine may use the model; give --api-key"
+            logs.event(logger, logging.WARNING, text, host=settings.host)
+        at = url(settings, 0 if settings.uds else self.bound_port)
+        logs.event(logger, logging.INFO, "serving", model=served.name, at=at, context=served.max_len, **served.facts())
 
     async def main_loop(self) -> None:
         """Serve until told to stop, then let requests end."""
@@ -126,19 +137,30 @@ class Server(uvicorn.Server):
             await self.on_tick(count := count + 2)
 
 
-def run(settings: Settings) -> int:
-    """Serve until a signal; returns the exit code. Raises SquawqError for what cannot be served."""
+def run(settings: Settings, notes: Mapping[str, str] | None = None, environment: bool = False) -> int:
+    """Serve until a signal; returns the exit code. Raises SquawqError for what cannot be served.
+
+    notes: flags that were given and change nothing, and why, for the log. environment: log what runs here.
+    """
     writer = logs.setup(settings.log_format, settings.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    notes = dict(notes or {})
+    if settings.gpu_memory_utilization is not None and settings.device == "cpu":
+        notes["gpu_memory_utilization"] = "on a CPU the number of tokens bounds the cache (--kv-tokens)"
     served = None
     try:
+        if environment:
+            logs.event(logger, logging.INFO, "environment", **_environment())
+        if notes:
+            logs.event(logger, logging.INFO, "these flags change nothing", **notes)
+        sockets = bind(settings)
         with console.status(f"loading {settings.model}"):
             served = Served(settings)
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection, which stops all threads, need look at it
         _allow_files(settings.max_connections + 256)
         server = Server(Api(served))
-        server.run()
+        server.run(sockets)
     finally:
         ended = writer.close(LAST_WORDS / 2)  # a log that nobody reads keeps no server
         ended &= served is None or _close(served)
@@ -146,6 +168,17 @@ def run(settings: Settings) -> int:
     if not ended:
         os._exit(code)
     return code
+
+
+def _environment() -> dict[str, str]:
+    """Versions and the machine, for reports of faults."""
+    return {
+        "squawq": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
 
 
 def _close(served: Served) -> bool:

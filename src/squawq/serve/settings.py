@@ -24,6 +24,10 @@ class Settings:
 
     dialect: "openai" (as vLLM answers) or "tgi": which one's rule holds on the shared routes where the two
     contradict each other. served_names: what `model` is called in replies, the first of them; others are aliases.
+    tokenizer: a folder or Hub id, None for the model's own. generation_config: where sampling defaults are from:
+    "auto", the model's; "vllm", nowhere; or a folder. seed: draws the seeds of requests that have none, in order of
+    arrival; None: at random. gpu_memory_utilization: the share of a GPU's memory for weights and cache together.
+    grammar_support: whether schemas, regexes, grammars and tools are taken. prometheus_port: /metrics is there, too.
     max_model_len: tokens of a prompt and its answer together. max_input_tokens: of a prompt alone.
     max_num_seqs: sequences under way together; max_num_batched_tokens: of a step, at least twice as many. max_queued:
     requests that wait for their turn beyond those, as many as there may be connections; the next is refused.
@@ -39,6 +43,8 @@ class Settings:
     strict_fields: bool = False
 
     revision: str | None = None
+    tokenizer: str | None = None
+    generation_config: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
     device: str = "cpu"
@@ -46,11 +52,14 @@ class Settings:
     exact: bool = False
     head: str | None = None
     kv_tokens: int | None = None
+    gpu_memory_utilization: float | None = None
+    seed: int | None = None
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_input_tokens: int | None = None
     chat_template: Path | None = None
     tool_call_parser: str = "auto"
+    grammar_support: bool = True
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -59,6 +68,7 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    prometheus_port: int | None = None
     uds: Path | None = None
     ssl_keyfile: Path | None = None
     ssl_certfile: Path | None = None
@@ -112,8 +122,9 @@ class Settings:
                 raise ConfigError(f"{entry.name} is {value}; it must be at least {least}")
             if entry.type == "float" and not (0 <= value < math.inf and (value > 0 or entry.name in MAY_BE_0)):
                 raise ConfigError(f"{entry.name} is {value}; it must be a number of seconds above 0")
-            if entry.type == "int | None" and value is not None and value < 1:
-                raise ConfigError(f"{entry.name} is {value}; it must be at least 1")
+            least = 0 if entry.name == "seed" else 1
+            if entry.type == "int | None" and value is not None and value < least:
+                raise ConfigError(f"{entry.name} is {value}; it must be at least {least}")
         for name, most in (
             ("max_logprobs", MAX_LOGPROBS),
             ("max_top_n_tokens", MAX_LOGPROBS),
@@ -125,6 +136,10 @@ class Settings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; the engine takes at most {most}")
         if self.port > 65535:
             raise ConfigError(f"port is {self.port}; it must be 0 (any free one) to 65535")
+        if self.prometheus_port is not None and (self.prometheus_port > 65535 or self.prometheus_port == self.port):
+            raise ConfigError(f"prometheus_port is {self.prometheus_port}; it must be 1 to 65535 and not the server's")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1")
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 f"tensor_parallel_size is {self.tensor_parallel_size}; one process serves a model here for now, "

@@ -8,9 +8,8 @@ sequence's log probabilities are the raw model's, before penalties and temperatu
 
 from __future__ import annotations
 
-import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
@@ -87,7 +86,7 @@ def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bo
         raise _refused("`inputs` cannot be empty")
     ids = _prompt(body, served)
     details = parameters.details or parameters.decoder_input_details
-    seeds = _seeds(parameters)
+    seeds = _seeds(parameters, served.engine.draw_seed)
     shown = stream or details
     room = bounded_tokens(
         served.settings,
@@ -101,6 +100,8 @@ def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bo
         scored = parameters.decoder_input_details and number == 0
         params = _sampling(parameters, room, seed, shown=shown, scored=scored)
         requests.append(Request(f"{name}-{number}", ids, params))
+    if params.grammar is not None and not served.settings.grammar_support:
+        raise _refused("grammar is not supported")
     try:
         served.engine.check(requests[0])
     except ConfigError as error:
@@ -221,11 +222,11 @@ def _room(count: int, wanted: int | None, served: Served) -> int:
     return served.max_len - count if wanted is None else wanted
 
 
-def _seeds(given: Parameters) -> list[int | None]:
+def _seeds(given: Parameters, draw: Callable[[], int]) -> list[int | None]:
     """What each of best_of sequences is drawn by, which alone gives it again; None where nothing is drawn."""
     if not given.sampled:
         return [None]
-    return [secrets.randbits(63) if given.seed is None else given.seed for _ in range(given.best_of or 1)]
+    return [draw() if given.seed is None else given.seed for _ in range(given.best_of or 1)]
 
 
 def _sampling(given: Parameters, max_tokens: int, seed: int | None, *, shown: bool, scored: bool) -> SamplingParams:

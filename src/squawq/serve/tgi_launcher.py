@@ -6,26 +6,31 @@ Knows TGI's names and defaults; the server behind them is that of `squawq serve`
 
 from __future__ import annotations
 
+import inspect
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from squawq import __version__
 from squawq.errors import ConfigError
 from squawq.serve.flags import (
+    HELP,
+    Choice,
     Command,
     Flag,
     Flags,
-    choice,
+    Only,
+    among,
     finish,
-    number,
-    only,
+    named_address,
+    notes,
     parse,
     read_flags,
+    share,
     signature,
     to_settings,
     truth,
@@ -43,9 +48,13 @@ IGNORED = {
     "shard_uds_path": "there are no shards",
     "master_addr": "there are no shards",
     "master_port": "there are no shards",
+    "otlp_endpoint": "there are no traces",
     "otlp_service_name": "there are no traces",
     "usage_stats": "none are sent",
+    "watermark_gamma": "requests for a watermark are refused",
+    "watermark_delta": "requests for a watermark are refused",
 }
+NO_TUNNEL = "there is no tunnel"
 ABSENT = {
     "kv_cache_dtype": "the cache is float16",
     "rope_scaling": "positions are scaled as the model's config.json says",
@@ -53,23 +62,42 @@ ABSENT = {
     "tokenizer_config_path": "the chat template is the model's (squawq serve --chat-template takes another)",
     "weights_cache_override": "MODEL_ID takes a folder",
     "lora_adapters": "there are no adapters",
-    "watermark_gamma": "there is no watermark",
-    "watermark_delta": "there is no watermark",
-    "otlp_endpoint": "there are no traces",
-    "prometheus_port": "/metrics is on the server's own port",
+    "ngrok_authtoken": NO_TUNNEL,
+    "ngrok_edge": NO_TUNNEL,
 }
+OFF = Choice({"true": False, "1": False, "false": True, "0": True})  # of a switch that turns something off
 LATER = "tensor parallelism comes later"
+
+
+def log_level(text: str) -> str:
+    """The level of Rust's directives, as TGI reads LOG_LEVEL: `info`, `info,text_generation_router=debug`.
+
+    What they say of the router, which this server is, goes before a bare level; other targets are not here.
+    """
+    level = router = None
+    for directive in filter(None, text.split(",")):
+        target, equals, name = directive.strip().rpartition("=")
+        if name.lower() not in LEVELS or (equals and not target):
+            raise ConfigError(f"choose one of {', '.join(LEVELS)}, or write TARGET=LEVEL between commas")
+        if not target:
+            level = LEVELS[name.lower()]
+        elif target.partition("::")[0] == "text_generation_router":
+            router = LEVELS[name.lower()]
+    return router or level or "info"
+
+
 TABLE: Flags = {
     "Model": [
         Flag("model_id", "A model folder or a Hub id; it must be given", "model"),
         Flag("revision", "A branch, tag or commit of the Hub"),
-        Flag("quantize", "awq; without it as the checkpoint says", "quantization", choice({"awq": "awq"})),
-        Flag("dtype", "float16 or bfloat16", read=choice({"float16": "float16", "bfloat16": "bfloat16"})),
+        Flag("quantize", "awq; without it as the checkpoint says", "quantization", Choice({"awq": "awq"})),
+        Flag("dtype", "Weights are run as stored", read=among(("float16", "bfloat16"))),
         Flag("huggingface_hub_cache", "The folder of models from the Hub, where HF_HUB_CACHE names none"),
     ],
     "Network": [
         Flag("hostname", "The address to listen on", "host", default="0.0.0.0"),
         Flag("port", "0 takes a free one", read=whole(0), names=("-p",), default=3000),
+        Flag("prometheus_port", "Serve /metrics on this port, too; without it on the server's alone"),
         Flag("api_key", "What requests must carry as a bearer token", "api_keys"),
         Flag("cors_allow_origin", "An origin whose pages may ask, or *; without it none", "allowed_origins"),
     ],
@@ -77,8 +105,14 @@ TABLE: Flags = {
         Flag("max_input_tokens", "Tokens of a prompt alone"),
         Flag("max_input_length", "The older name of --max-input-tokens", "max_input_tokens"),
         Flag("max_total_tokens", "Tokens of a prompt and its answer", "max_model_len"),
-        Flag("max_concurrent_requests", "Requests under way or waiting; more are refused", read=whole(1), default=128),
-        Flag("max_batch_size", "Sequences under way together", read=whole(1), default=BATCH),
+        Flag(
+            "max_concurrent_requests",
+            "Requests under way or waiting; more are refused",
+            read=whole(1),
+            default=128,
+            metavar="N",
+        ),
+        Flag("max_batch_size", "Sequences under way together", read=whole(1), default=BATCH, metavar="N"),
         Flag("max_batch_prefill_tokens", "Tokens of a step", "max_num_batched_tokens"),
         Flag("max_batch_total_tokens", "Tokens that the cache holds", "kv_tokens"),
         Flag("max_best_of", "Largest best_of"),
@@ -86,43 +120,35 @@ TABLE: Flags = {
         Flag("max_top_n_tokens", "Largest top_n_tokens"),
         Flag("max_client_batch_size", "Prompts of a completion request", "max_client_batch"),
         Flag("validation_workers", "Requests that are checked and tokenized at once"),
+        Flag("cuda_memory_fraction", "CUDA: the share of the GPU's memory to use", "gpu_memory_utilization", share),
+        Flag("disable_grammar_support", "Refuse grammars and tools", "grammar_support", OFF, switch=True),
         Flag("payload_limit", "Bytes of a request's body", "max_body_bytes"),
         Flag("graceful_termination_timeout", "For requests to finish after a signal", "shutdown_timeout", default=90),
     ],
     "Logs": [
         Flag("json_output", "Write JSON", read=truth, switch=True),
-        Flag("log_level", ", ".join(LEVELS), read=choice(LEVELS)),
+        Flag("log_level", "A level, or directives such as info,text_generation_router=debug", read=log_level),
     ],
     "Accepted: they change nothing here": [
-        *(Flag(key, why) for key, why in IGNORED.items()),
-        Flag("enable_prefill_logprobs", "they can always be had", read=truth, switch=True),
-        Flag("disable_custom_kernels", "none come from elsewhere", read=truth, switch=True),
+        *(Flag(key, why, noted=True) for key, why in IGNORED.items()),
+        Flag("trust_remote_code", NO_CODE, read=truth, switch=True, noted=True),
+        Flag("enable_prefill_logprobs", "they can always be had", read=truth, switch=True, noted=True),
+        Flag("disable_custom_kernels", "none come from elsewhere", read=truth, switch=True, noted=True),
     ],
     "Refused where they ask for what is not here": [
-        Flag("num_shard", f"must be 1: {LATER}", read=only(1, whole(1), f"it must be 1: {LATER}")),
-        Flag("sharded", f"must be false: {LATER}", read=only(False, truth, f"it must be false: {LATER}")),
-        Flag("speculate", "must be 0", read=only(0, whole(0), "it must be 0: there is no speculative decoding")),
-        Flag("trust_remote_code", "no code of a model is ever run", read=NO_CODE, switch=True),
-        Flag(
-            "disable_grammar_support",
-            "grammars are always supported",
-            read=only(False, truth, "grammars are always supported; leave it out"),
-            switch=True,
-        ),
-        Flag(
-            "cuda_memory_fraction",
-            "must be 1: MAX_BATCH_TOTAL_TOKENS bounds the cache",
-            read=only(1, number, "it must be 1; MAX_BATCH_TOTAL_TOKENS bounds the cache"),
-        ),
-        *(Flag(key, why, read=only(None, str, f"{why}; leave it out")) for key, why in ABSENT.items()),
+        Flag("num_shard", f"must be 1: {LATER}", read=Only(1, whole(1), f"it must be 1: {LATER}")),
+        Flag("sharded", f"must be false: {LATER}", read=Only(False, truth, f"it must be false: {LATER}")),
+        Flag("speculate", "must be 0", read=Only(0, whole(0), "it must be 0: there is no speculative decoding")),
+        Flag("ngrok", NO_TUNNEL, read=Only(False, truth, f"{NO_TUNNEL}; leave it out"), switch=True),
+        *(Flag(key, why, read=Only(None, str, f"{why}; leave it out")) for key, why in ABSENT.items()),
     ],
 }
 FLAGS: Flags = {panel: [replace(flag, variable=flag.key.upper()) for flag in rows] for panel, rows in TABLE.items()}
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
 
 
 @app.command(cls=Command)
-def launch(**given: Any) -> None:
+def launch(env: bool, version: bool, **given: Any) -> None:
     """Serve a model as text-generation-inference does: its routes, its defaults, its errors.
 
     Each flag is an environment variable too, by its name in capitals: MODEL_ID for --model-id. The flag wins. A switch
@@ -135,16 +161,27 @@ def launch(**given: Any) -> None:
       curl localhost:8080/generate -H 'Content-Type: application/json' \\
         -d '{"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20}}'
     """
-    from squawq.serve.server import run
-
+    if version:
+        print(f"text-generation-launcher {__version__} (squawq)")
+        raise typer.Exit
     found = _found(given, os.environ)
     settings = _settings(found)
-    if "huggingface_hub_cache" in found:
+    if "huggingface_hub_cache" in found:  # before huggingface_hub, which reads it when it is imported
         os.environ.setdefault("HF_HUB_CACHE", found["huggingface_hub_cache"])
-    raise typer.Exit(run(settings))
+    from squawq.serve.server import run
+
+    raise typer.Exit(run(settings, notes(FLAGS, given, os.environ), environment=env))
 
 
-launch.__signature__ = signature(FLAGS)  # type: ignore[attr-defined]
+ENV = Annotated[bool, typer.Option("--env", "-e", help="Log what runs here, then serve", rich_help_panel="Logs")]
+VERSION = Annotated[bool, typer.Option("--version", "-V", help="Print the version and end", rich_help_panel="Logs")]
+launch.__signature__ = signature(  # type: ignore[attr-defined]
+    FLAGS,
+    *(
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in (("env", ENV), ("version", VERSION))
+    ),
+)
 
 
 def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -153,10 +190,7 @@ def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Setti
 
 
 def _found(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    # A container's HOSTNAME is the machine's name, not an address that somebody chose; TGI binds to it all the same.
-    if environ.get("HOSTNAME") == socket.gethostname():
-        environ = {**environ, "HOSTNAME": ""}
-    return read_flags(FLAGS, given, environ)
+    return read_flags(FLAGS, given, named_address("HOSTNAME", environ))  # TGI binds to it all the same
 
 
 def _settings(found: Mapping[str, Any]) -> Settings:
