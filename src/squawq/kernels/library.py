@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import struct
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -53,32 +54,54 @@ def load() -> ctypes.CDLL | None:
     wanted = os.environ.get("SQUAWQ_ISA", "")
     if wanted and wanted not in ISAS:
         raise ConfigError(f"SQUAWQ_ISA is {wanted!r}; choose one of {', '.join(ISAS)}")
-    path = None if wanted == "torch" else _find()
-    if path is None:
-        if wanted not in ("", "torch"):
-            raise ConfigError(
-                f"SQUAWQ_ISA is {wanted!r}, but the native kernels are not built; reinstall with a compiler"
-            )
-        if wanted != "torch":
-            logger.warning(
-                "the native CPU kernels are not built; running on torch, much slower. "
-                "Install a C++ compiler and reinstall squawq."
-            )
+    if wanted == "torch":
         return None
     try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        logger.warning("the native CPU kernels cannot be loaded; running on torch, much slower: %s", error)
+        library = _open(_find())
+    except KernelError as error:
+        if wanted:
+            raise ConfigError(f"SQUAWQ_ISA is {wanted!r}, but {error}") from error
+        logger.warning("%s; running on torch, much slower", error)
         return None
-    if library.squawq_abi() != ABI:
-        raise ConfigError(f"{path} is of another version of squawq; reinstall the package")
-    library.squawq_isa.restype = ctypes.c_char_p
-    for name, types in _SIGNATURES.items():
-        getattr(library, name).argtypes = types
     if wanted and library.squawq_set_isa(wanted.encode()):
         raise ConfigError(f"SQUAWQ_ISA is {wanted!r}, which this machine or this build does not have")
     library.squawq_set_threads(default_threads())
     return library
+
+
+def _open(path: Path | None) -> ctypes.CDLL:
+    """The library with its functions declared. Raises KernelError for one that is not this version's, or not whole."""
+    if path is None:
+        raise KernelError("the native CPU kernels are not built: install a C++ compiler and reinstall squawq")
+    try:
+        _check_whole(path)
+        library = ctypes.CDLL(str(path))
+        if library.squawq_abi() != ABI:
+            raise KernelError(f"{path} is of another version of squawq: reinstall the package")
+        library.squawq_isa.restype = ctypes.c_char_p
+        for name, types in _SIGNATURES.items():
+            getattr(library, name).argtypes = types
+    except (OSError, AttributeError) as error:  # unreadable, or without a symbol
+        raise KernelError(f"the native CPU kernels cannot be loaded ({error}): reinstall the package") from error
+    return library
+
+
+def _check_whole(path: Path) -> None:
+    """Raises KernelError for an ELF file that ends before what its headers name: to load it kills the process (SIGBUS)."""
+    data = path.read_bytes()
+    if data[:6] != b"\x7fELF\2\1":  # no ELF of 64 bits, little-endian
+        return
+    try:
+        programs, sections = struct.unpack_from("<QQ", data, 32)
+        *program, section_size, section_count = struct.unpack_from("<4H", data, 54)
+        ends = [sections + section_size * section_count]
+        for index in range(program[1]):
+            offset, _, _, size = struct.unpack_from("<4Q", data, programs + index * program[0] + 8)
+            ends.append(offset + size)
+    except struct.error:
+        ends = [len(data) + 1]
+    if max(ends) > len(data):
+        raise KernelError(f"{path} is cut off: reinstall the package")
 
 
 def _find() -> Path | None:
