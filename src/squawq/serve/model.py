@@ -20,6 +20,7 @@ from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
+from squawq.serve.sizes import Sizes
 from squawq.serve.templates import TemplateProcess
 from squawq.serve.tools import added_tokens, tool_format
 from squawq.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ class Served:
         self._check_weights()
         self.max_len = self._length(runner.max_positions, runner.num_pages * runner.page_size)
         self.max_input = min(settings.max_input_tokens or self.max_len, self.max_len - 1)
+        self.sizes = Sizes(self.tokenizer, self.max_len, self.max_input)
         generation = GenerationConfig(self.folder, runner.config)
         self.eos_ids = generation.eos_ids
         self.defaults = generation.sampling_defaults()
