@@ -157,12 +157,14 @@ def render(body: ChatBody, served: Served) -> str:
 
 def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
     """A checked chat request, ready for the engine. Raises ApiError."""
+    if not raw.get("truncate_prompt_tokens"):
+        served.sizes.check_messages(raw.get("messages"))
     body = validate(ChatBody, raw, strict=served.settings.strict_fields)
     body.check(served)
     if body.top_logprobs and not body.logprobs:
         raise ApiError("invalid", "top_logprobs needs logprobs: true", "top_logprobs")
     grammar = _grammar(body, served)
-    ids = body.truncated(served.text_ids(render(body, served), body.add_special_tokens), served)
+    ids = body.prompt_ids(render(body, served), "messages", body.add_special_tokens, served)
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     scored = 0 if body.prompt_logprobs is None else len(ids) * (body.prompt_logprobs + 1)
     each = body.n * ((body.top_logprobs or 0) + 1) if body.logprobs else 0

@@ -49,8 +49,12 @@ class CompletionBody(SamplingFields):
             if len(given) <= most:
                 message = f"prompts times n (or best_of) exceed {max(most, settings.max_choices)}"
             raise ApiError("batch", message, "prompt")
-        ids = [served.text_ids(item, self.add_special_tokens) if isinstance(item, str) else item for item in given]
-        return [self.truncated(item, served) for item in ids]
+        return [
+            self.prompt_ids(item, "prompt", self.add_special_tokens, served)
+            if isinstance(item, str)
+            else self.truncated(item, served)
+            for item in given
+        ]
 
     def bounded_tokens(self, served: Served, prompts: list[list[int]], tokens: int) -> int:
         """New tokens of a sequence that the reply has room for. Raises ApiError."""

@@ -139,6 +139,12 @@ class SamplingFields(Body):
     return_tokens_as_token_ids: bool = False
     return_token_ids: bool = False
 
+    def prompt_ids(self, text: str, param: str, special: bool, served: Served) -> list[int]:
+        """A prompt's tokens, cut as truncate_prompt_tokens asks. Raises ApiError for a text that cannot fit."""
+        if not self.truncate_prompt_tokens:
+            served.sizes.check_text(text, param)
+        return self.truncated(served.text_ids(text, special), served)
+
     def truncated(self, ids: list[int], served: Served) -> list[int]:
         """A prompt cut as truncate_prompt_tokens asks; -1: to what the model takes."""
         keep = self.truncate_prompt_tokens

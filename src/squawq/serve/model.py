@@ -22,6 +22,7 @@ from squawq.kernels import library
 from squawq.kernels.devices import check_device
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
+from squawq.serve.sizes import Sizes
 from squawq.serve.tools import PLAIN_FORMAT, added_tokens, teaches_tools, tool_format
 from squawq.templates import TemplateProcess
 from squawq.tokenizer import Tokenizer
@@ -55,6 +56,7 @@ class Served:
         self._check_weights()
         self.max_len = self._length(runner.max_positions, self.cached)
         self.max_input = min(settings.max_input_tokens or self.max_len, self.max_len - 1)
+        self.sizes = Sizes(self.tokenizer, self.max_len, self.max_input)
         generation = self._generation_config()
         self.eos_ids = generation.eos_ids
         self.defaults = SamplingParams() if settings.generation_config == "vllm" else generation.sampling_defaults()

@@ -207,6 +207,8 @@ def _truncate(given: Parameters, served: Served) -> int | None:
 def _prompt(body: GenerateBody, served: Served) -> list[int]:
     """The last tokens of the inputs, a begin token counted, as many as truncate keeps."""
     keep = _truncate(body.parameters, served)
+    if not keep:
+        served.sizes.check_text(body.inputs, "inputs")
     return served.text_ids(body.inputs)[-keep if keep else 0 :]
 
 
