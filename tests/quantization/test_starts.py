@@ -16,8 +16,8 @@ import pytest
 from awq.models.saving import save
 from squawq.errors import ConfigError, OutputError
 from squawq.format import locking
+from squawq.format.files import read_json
 from squawq.format.locking import locked
-from squawq.format.reader import read_json
 from squawq.format.writer import clear_temporary, write_json
 from squawq.quantization import job as jobs
 from squawq.quantization.job import Job

@@ -20,6 +20,7 @@ from squawq.format.files import has_file, read_text
 from squawq.hub.download import resolve, resolve_small
 from squawq.kernels import library
 from squawq.kernels.devices import check_device
+from squawq.serve.bodies import SMALL
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
 from squawq.serve.sizes import Sizes
@@ -76,16 +77,16 @@ class Served:
             grammar_timeout=settings.grammar_timeout,
             seed=settings.seed,
         )
-        self._templates = None
+        self._templates: list[TemplateProcess] = []
         if self.template is not None:
-            self._templates = TemplateProcess(
-                self.template,
-                self.tokenizer.template_variables(),
-                tool_template=tool_template,
-                timeout_s=settings.template_timeout,
-                workers=2,  # a large chat has one, so that small ones do not wait for it
-            )
-            self._templates.start()
+            variables = self.tokenizer.template_variables()
+            self._templates = [
+                TemplateProcess(
+                    self.template, variables, tool_template=tool_template, timeout_s=settings.template_timeout
+                )
+                for _ in range(2)  # the second is for large chats, so that small ones do not wait for them
+            ]
+            self._templates[0].start()
 
     @property
     def name(self) -> str:
@@ -103,8 +104,8 @@ class Served:
     def close(self) -> None:
         """Abort what runs and end the threads and processes. Idempotent."""
         self.engine.close()
-        if self._templates is not None:
-            self._templates.close()
+        for process in self._templates:
+            process.close()
 
     def check_name(self, name: str | None) -> None:
         """Raise ApiError for a name that is not this model's, where strict_model_name asks for that."""
@@ -145,10 +146,10 @@ class Served:
 
         Raises ApiError for a chat that the template refuses, and for a model without one.
         """
-        if self._templates is None:
+        if not self._templates:
             raise ApiError("template", "the model has no chat template; use /v1/completions, or start with one")
         try:
-            text = self._templates.render(messages, **options)
+            text = self._templates[len(str(messages)) > SMALL].render(messages, **options)
             text.encode()
         except (ConfigError, UnicodeEncodeError) as error:  # JSON in a message may spell half a character
             raise ApiError("template", str(error), "messages") from error

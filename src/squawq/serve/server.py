@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 import torch
 import uvicorn
@@ -137,7 +138,7 @@ class Server(uvicorn.Server):
             await self.on_tick(count := count + 2)
 
 
-def run(settings: Settings, notes: Mapping[str, str] | None = None, environment: bool = False) -> int:
+def run(settings: Settings, notes: Mapping[str, Any] | None = None, environment: bool = False) -> int:
     """Serve until a signal; returns the exit code. Raises SquawqError for what cannot be served.
 
     notes: flags that were given and change nothing, and why, for the log. environment: log what runs here.
@@ -170,7 +171,7 @@ def run(settings: Settings, notes: Mapping[str, str] | None = None, environment:
     return code
 
 
-def _environment() -> dict[str, str]:
+def _environment() -> dict[str, Any]:
     """Versions and the machine, for reports of faults."""
     return {
         "squawq": __version__,
