@@ -4,6 +4,7 @@ crowd, with and without cached prefixes, in any chunks, on however few pages."""
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,3 +166,29 @@ def test_the_cache_fits_the_memory(decoder: Decoder) -> None:
     tokens = default_kv_tokens(decoder.config, torch.device("cpu"))
     assert tokens == 16 * decoder.config.max_positions  # a tiny model: all that is useful
     assert Cache.token_bytes(decoder.config) == 2 * 2 * 2 * 16 * 2
+
+
+def test_torch_has_one_thread_beside_the_kernels_and_elsewhere_what_it_had(decoder: Decoder) -> None:
+    """Its OpenMP threads, which a step of many sequences would wake, spin on the cores of the kernels' threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    found: list[int] = []
+
+    def run() -> None:
+        crowd = Crowd(decoder)
+        crowd.add(Request("r", [5, 6], SamplingParams(max_tokens=2)))
+        crowd.finish()
+        found.append(torch.get_num_threads())
+
+    def look() -> None:
+        found.append(torch.get_num_threads())
+
+    try:
+        for work in (run, look):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        assert found == [1, 3]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

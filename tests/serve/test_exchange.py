@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from running import Running
 
-from squawq.engine.request import Output
+from squawq.engine.request import Output, Request, SamplingParams
 from squawq.serve.errors import ApiError
 from squawq.serve.exchange import Exchange, Mailbox
 
@@ -35,3 +37,32 @@ def test_the_reason_is_raised_though_outputs_came_before() -> None:
 
     with pytest.raises(ApiError, match="shutting down"):
         asyncio.run(run())
+
+
+def test_the_event_loop_is_woken_once_for_the_outputs_of_a_step(server: Running) -> None:
+    engine, params = server.served.engine, SamplingParams(max_tokens=20, ignore_eos=True)
+
+    async def run() -> tuple[list[int], int]:
+        mailbox, woken = Mailbox(engine), []
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+
+        def count(*arguments: Any) -> Any:
+            woken.append(arguments)
+            return wake(*arguments)
+
+        loop.call_soon_threadsafe = count  # type: ignore[method-assign]
+
+        async def ask(number: int) -> int:
+            call: Any = SimpleNamespace(requests=[Request(f"exchange {number}", [100 + number], params)])
+            async with Exchange(mailbox, 0.0, lambda _: None) as exchange:
+                exchange.submit(call)
+                ((output,),) = await exchange.all(call)
+            return len(output.ids)
+
+        return list(await asyncio.gather(*map(ask, range(16)))), len(woken)
+
+    before = engine.stats().steps
+    found, woken = asyncio.run(run())
+    assert found == [20] * 16
+    assert woken <= engine.stats().steps - before
