@@ -8,8 +8,20 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+from squawq.errors import printable
+
+
+class SafeConsole(Console):
+    """rich's, but texts cannot steer the terminal: names and messages come from model folders too."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text as rich shows it, in cells of tables too."""
+        return super().render_str(printable(text, keep="\n\t"), **options)
+
+
+console = SafeConsole(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def bar() -> Progress:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from squawq.commands.options import Exact, Head, Model, Threads
-from squawq.progress import console
+from squawq.progress import SafeConsole, console
 
 
 def bench(
@@ -46,8 +46,6 @@ def bench(
 
 
 def _print_speed(found: dict[str, Any]) -> None:
-    from rich.console import Console
-
     title = f"{found['streams']} x ({found['prompt_tokens']} in, {found['new_tokens']} out), {found['threads']} threads"
     table = Table(title=f"{title}, {found['isa']}")
     table.add_column("measure")
@@ -60,4 +58,4 @@ def _print_speed(found: dict[str, Any]) -> None:
     table.add_row("engine's share of the time", f"{found['overhead']:.1%}")
     table.add_row("peak memory", f"{found['peak_rss_bytes'] / 2**30:.2f} GiB")
     table.add_row("load", f"{found['load_s']:.2f} s")
-    Console().print(table)
+    SafeConsole().print(table)

@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
-from squawq.errors import ConfigError, SquawqError
+from squawq.errors import ConfigError, SquawqError, printable
 from squawq.serve.settings import Settings
 
 Reader = Callable[[str], Any]  # raises ConfigError with what the text should have been
@@ -228,7 +228,7 @@ def finish(app: typer.Typer, program: str, arguments: list[str] | None, stopped:
         code = app(arguments, standalone_mode=False, prog_name=program)
     except (TyperException, SquawqError) as error:
         message = f"{error.format_message()} ({program} --help)" if isinstance(error, TyperException) else str(error)
-        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -236,7 +236,8 @@ def finish(app: typer.Typer, program: str, arguments: list[str] | None, stopped:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError, RuntimeError) as error:  # disk full, CUDA out of memory
-        print(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        message = printable(" ".join(str(error).split())) or type(error).__name__
+        print(f"{program}: error: {message}", file=sys.stderr)
         return 1
     if code == 130:
         print(f"{program}: {stopped}", file=sys.stderr)
