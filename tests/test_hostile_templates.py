@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +37,9 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TemplateProcess.__init__.__kwdefaults__, "timeout_s", 0.5)  # type: ignore[index]
+    defaults = TemplateProcess.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "timeout_s", 0.5)
 
 
 def by_quantize(folder: Path) -> None:
@@ -139,9 +140,10 @@ def test_what_a_model_writes_steers_no_terminal(stream: type[io.StringIO], monke
     from squawq.commands.generate import _write
 
     pieces = ["one\n\t", "\x1b]0;", "title\x07", " é😀"]
-    monkeypatch.setattr("sys.stdout", stream())
+    out = stream()
+    monkeypatch.setattr("sys.stdout", out)
     assert _write(piece for piece in pieces) == "".join(pieces)  # what the chat goes on with
-    written = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    written = out.getvalue()
     if stream is Terminal:
         assert written == "one\n\t\\x1b]0;title\\x07 é😀\n"
     else:
@@ -153,11 +155,12 @@ def test_names_steer_no_terminal_and_are_no_markup() -> None:
 
     from squawq.progress import SafeConsole
 
-    console = SafeConsole(file=io.StringIO(), markup=False, width=200)
+    out = io.StringIO()
+    console = SafeConsole(file=out, markup=False, width=200)
     table = Table("\x1bhead", title="\x1btitle")
     table.add_row("\x9bcell [/x]")
     console.print(table, "\x1b]0;text\x07 [/x]")
-    written = console.file.getvalue()  # type: ignore[attr-defined]
+    written = out.getvalue()
     assert not re.search(r"[\x1b\x07\x9b]", written)
     for part in (r"\x1bhead", r"\x1btitle", r"\x9bcell [/x]", r"\x1b]0;text\x07 [/x]"):
         assert part in written

@@ -119,8 +119,17 @@ def test_real_tokenizers_pass(where: str) -> None:
 @pytest.mark.parametrize("kind", ["Unigram", "WordLevel"])
 def test_a_tokenizer_without_an_unknown_token_is_taken(folder: Callable[[dict[str, Any]], Path], kind: str) -> None:
     """Texts of its tokens are all that it can encode; others are refused when they come."""
-    models = {"Unigram": {"unk_id": None, "vocab": [["a", 0.0]]}, "WordLevel": {"unk_token": "?", "vocab": {"a": 0}}}
-    plain = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None}
+    models: dict[str, dict[str, Any]] = {
+        "Unigram": {"unk_id": None, "vocab": [["a", 0.0]]},
+        "WordLevel": {"unk_token": "?", "vocab": {"a": 0}},
+    }
+    plain: dict[str, Any] = {
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
+    }
     tokenizer = Tokenizer(folder({**plain, "model": {"type": kind, **models[kind]}}))
     assert tokenizer.encode("a") == [0]
     with pytest.raises(ConfigError, match="cannot encode the text"):
