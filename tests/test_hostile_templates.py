@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from squawq.child import Child
 from squawq.cli import main
 from squawq.demo import demo_model
+from squawq.engine.request import SamplingParams
 from squawq.errors import CheckpointError, ConfigError, TemplateError
 from squawq.llm import LLM
 from squawq.quant_config import QuantConfig
@@ -51,6 +53,14 @@ def by_llm(folder: Path) -> None:
         assert llm.generate("a")
         assert llm.tokenizer.__dict__.get("_renderer") is None  # no process for who does not chat
         llm.chat(SAY)
+
+
+def test_the_process_ends_with_the_model() -> None:
+    with LLM(demo_model(), kv_tokens=256) as llm:
+        llm.chat(SAY, SamplingParams(max_tokens=1))
+        child: Child = llm.tokenizer._renderer._child  # type: ignore[union-attr, assignment]
+        assert child.alive
+    assert not child.alive
 
 
 def by_llm_in_lists(folder: Path) -> None:
@@ -102,6 +112,11 @@ def test_a_process_for_all_chats_of_a_tokenizer() -> None:
     assert first.alive
     tokenizer.encode_chat(SAY)
     assert tokenizer._renderer._child is first  # type: ignore[union-attr]
+    tokenizer.close()
+    assert not first.alive
+    tokenizer.encode_chat(SAY)
+    tokenizer.close()
+    tokenizer.close()
 
 
 BROKEN = {
