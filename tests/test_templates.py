@@ -252,3 +252,28 @@ def test_a_killed_parent_leaves_no_endless_template() -> None:
         left = int(parent.stdout.readline())
         parent.kill()
     wait_until_ended(left)
+
+
+@pytest.mark.parametrize(
+    "ending", ["pass", "os.kill(os.getpid(), signal.SIGKILL)", "raise SystemExit(3)", "os._exit(0)"]
+)
+def test_no_process_outlives_its_owner(ending: str) -> None:
+    program = (
+        "import os, signal\nfrom squawq.templates import TemplateProcess\n"
+        f"process = TemplateProcess('a'); process.render([])\nprint(process._child.pid, flush=True)\n{ending}"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False)
+    wait_until_ended(int(done.stdout))
+
+
+def test_a_forked_owner_starts_its_own() -> None:
+    with TemplateProcess("{{ messages[0].content }}") as process:
+        process.render(say("a"))
+        before = pid(process)
+        if (fork := os.fork()) == 0:
+            right = process.render(say("b")) == "b" and pid(process) != before
+            process.close()
+            os._exit(0 if right else 1)
+        assert os.waitpid(fork, 0)[1] == 0
+        assert process.render(say("c")) == "c"
+        assert pid(process) == before

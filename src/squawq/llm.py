@@ -68,6 +68,7 @@ class LLM:
     def close(self) -> None:
         """Stop what is running and take no more. Idempotent."""
         self._close()
+        self.tokenizer.close()
 
     def sampling_defaults(self) -> SamplingParams:
         """What generation_config.json asks for."""

@@ -8,14 +8,26 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from squawq.errors import printable
+
+
+class SafeConsole(Console):
+    """rich's, but texts cannot steer the terminal: names and messages come from model folders too."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text as rich shows it, in cells of tables too."""
+        return super().render_str(printable(text, keep="\n\t"), **options)
+
 
 # Lines are never wrapped: a suggested command is pasted whole, from a terminal and from a log. Names are only text.
-console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+console = SafeConsole(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def output() -> Console:
     """stdout for tables; where it is no terminal they are as wide as they need."""
-    wide = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    wide = SafeConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if not wide.is_terminal:
         wide.width = 10_000
     return wide

@@ -19,7 +19,7 @@ from squawq.child import Child, ChildError
 from squawq.errors import ConfigError, EngineClosed, QueueFull, TemplateError
 
 TIMEOUT_S = 10.0
-MEMORY = 2**30
+MEMORY = 2**29
 
 
 class TemplateProcess:

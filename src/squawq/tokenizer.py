@@ -142,6 +142,12 @@ class Tokenizer:
         """Token ids of a rendered chat; the template itself writes the special tokens."""
         return self.encode(self.render(messages, generation_prompt, now), special=False)
 
+    def close(self) -> None:
+        """End the process that renders chats, if one was started; another chat starts it again. Idempotent."""
+        renderer: TemplateProcess | None = self.__dict__.pop("_renderer", None)
+        if renderer is not None:
+            renderer.close()
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, a part of a character too; none for an id that is no token.
 

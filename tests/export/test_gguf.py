@@ -206,6 +206,20 @@ def test_metadata(awq_demo: Path, demo: Path) -> None:
 # -- other models --
 
 
+def test_a_tokenizer_that_leaves_keys_out(make_model: MakeModel, tmp_path: Path) -> None:
+    """The library reads it, so it is written."""
+    folder = with_tokenizer(make_model())
+    state = json.loads((folder / "tokenizer.json").read_text())
+    for key in ("added_tokens", "normalizer", "truncation", "padding"):
+        state.pop(key)
+    state["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    export_gguf(folder, tmp_path / "model.gguf")
+    fields, _ = read(tmp_path / "model.gguf")
+    assert len(fields["tokenizer.ggml.tokens"]) == 160
+    assert fields["tokenizer.ggml.token_type"] == [1] * 160
+
+
 def test_sixteen_bit_and_untied(make_model: MakeModel, tmp_path: Path) -> None:
     folder = with_tokenizer(make_model(vocab_size=170))
     export_gguf(folder, tmp_path / "new" / "model.gguf")

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from squawq.commands.options import Exact, Head, Model, Threads
 from squawq.commands.output import results
-from squawq.progress import console
+from squawq.progress import console, output
 
 
 def bench(
@@ -50,8 +50,6 @@ def bench(
 
 
 def _print_speed(found: dict[str, Any]) -> None:
-    from rich.console import Console
-
     title = f"{found['streams']} x ({found['prompt_tokens']} in, {found['new_tokens']} out), {found['threads']} threads"
     table = Table(title=f"{title}, {found['isa']}")
     table.add_column("measure")
@@ -64,4 +62,4 @@ def _print_speed(found: dict[str, Any]) -> None:
     table.add_row("engine's share of the time", f"{found['overhead']:.1%}")
     table.add_row("peak memory", f"{found['peak_rss_bytes'] / 2**30:.2f} GiB")
     table.add_row("load", f"{found['load_s']:.2f} s")
-    Console().print(table)
+    output().print(table)

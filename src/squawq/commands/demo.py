@@ -19,11 +19,10 @@ def demo(
     Example:
       squawq demo
     """
-    from rich.console import Console
-
     from squawq.demo import run
+    from squawq.progress import SafeConsole
 
-    stdout = Console()
+    stdout = SafeConsole()
     run(out, stdout)
     squawq = "squawq" if shutil.which("squawq") else sys.argv[0]  # as it was called, where it is not on the PATH
     stdout.print(f"The quantized model is in {out}. Talk to it:  {squawq} chat {out}", soft_wrap=True)

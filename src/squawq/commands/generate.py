@@ -8,9 +8,10 @@ from contextlib import closing
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from squawq.commands.options import Device, Exact, Head, MaxTokens, Model, Seed, Temperature, Threads
-from squawq.errors import ConfigError
+from squawq.errors import ConfigError, printable
 from squawq.progress import console
 
 
@@ -83,7 +84,7 @@ def chat(
 def _load(model: str, **options: Any) -> Any:
     from squawq.llm import LLM
 
-    with console.status(f"loading {model}"):
+    with console.status(escape(printable(f"loading {model}"))):
         return LLM(model, **options)
 
 
@@ -95,11 +96,14 @@ def _sampling(llm: Any, max_tokens: int, temperature: float | None, top_p: float
 
 
 def _write(pieces: Generator[str]) -> str:
-    """Pieces to stdout as they come; returns the whole. Interrupted, it stops the work behind them."""
-    written = []
+    """Pieces to stdout as they come; returns the whole. Interrupted, it stops the work behind them.
+
+    What would steer a terminal is escaped there; a pipe gets the text as it is.
+    """
+    written, terminal = [], sys.stdout.isatty()
     with closing(pieces):
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(printable(piece, keep="\n\t") if terminal else piece)
             sys.stdout.flush()
             written.append(piece)
     sys.stdout.write("\n")

@@ -70,8 +70,7 @@ def _table(title: str, *headings: str) -> Any:
 
 
 def _model(found: dict[str, Any]) -> Any:
-    name = "".join(character if character.isprintable() else "?" for character in found["model"])
-    table = _table(name, "model", "")
+    table = _table(found["model"], "model", "")
     quant, tied = found["quantization"], "tied" if found["tied_embeddings"] else "not tied"
     table.add_row("architecture", found["architecture"])
     table.add_row("parameters", f"{found['parameters']:,}")

@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
-from squawq.errors import ConfigError, SquawqError
+from squawq.errors import ConfigError, SquawqError, printable
 from squawq.serve.settings import Settings
 
 Reader = Callable[[str], Any]  # raises ConfigError with what the text should have been
@@ -297,7 +297,7 @@ def finish(app: typer.Typer, program: str, arguments: list[str] | None, stopped:
         sys.stdout.flush()  # now, while an error can be told
     except (TyperException, SquawqError) as error:
         message = _misuse(error, program) if isinstance(error, TyperException) else str(error)
-        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -305,7 +305,8 @@ def finish(app: typer.Typer, program: str, arguments: list[str] | None, stopped:
         discard_stdout()
         return 1
     except (OSError, MemoryError, RuntimeError) as error:  # disk full, CUDA out of memory
-        print(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        message = printable(" ".join(str(error).split())) or type(error).__name__
+        print(f"{program}: error: {message}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:  # it was stdout's
