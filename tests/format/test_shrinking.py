@@ -62,7 +62,7 @@ def test_while_they_are_read(job: str, folder: Path, tmp_path: Path, monkeypatch
         return tensor
 
     monkeypatch.setattr(Checkpoint, "read", cutting)
-    with pytest.raises(CheckpointError, match="has changed since its header was read: it had [0-9,]+ bytes, now 0"):
+    with pytest.raises(CheckpointError, match=r"has changed since its header was read: it had [0-9,]+ bytes, now 0"):
         JOBS[job](folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
