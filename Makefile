@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test check sanitize format clean
 demo: $(READY)
 	$(BIN)/squawq demo
 
@@ -16,6 +16,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# The kernels under sanitizers; needs cmake and g++, and some minutes.
+sanitize: $(READY)
+	tools/sanitize.sh $(BIN)/python
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from squawq.config import ModelConfig
 from squawq.format.packing import PER_WORD
-from squawq.format.writer import clear_temporary, shard_name, write_index, write_json, write_shard
+from squawq.format.writer import shard_name, write_index, write_json, write_shard
 from squawq.nn.loader import linear_shapes
 from squawq.quant_config import QuantConfig
 
@@ -135,9 +135,7 @@ def write_checkpoint(folder: Path, shape: Shape, layers: int, *, quantized: bool
         del modules  # before the next layer is made
     head = {} if shape.tied else {"lm_head": noise.matrix(shape.vocab, shape.hidden)}
     write(layers + 2, {"model.norm": norm()} | head)
-    total = write_index(folder)
-    clear_temporary(folder)
-    return total
+    return write_index(folder)
 
 
 def main() -> None:

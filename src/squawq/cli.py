@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr; a misuse is one line and exit c
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -73,4 +74,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
+    faulthandler.enable()  # whatever may kill the process, it does not end without a line
     sys.exit(main())

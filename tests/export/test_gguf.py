@@ -320,6 +320,19 @@ def test_what_lies_beside_it_is_left_alone(awq_demo: Path, tmp_path: Path) -> No
     assert (tmp_path / "model.gguf.partial").read_text() == "mine"
 
 
+def touch(path: Path) -> None:
+    path.write_text("theirs")
+
+
+def test_a_name_that_another_takes_meanwhile(awq_demo: Path, tmp_path: Path) -> None:
+    """As a second export that started at the same time: what it made used to be replaced."""
+    out = tmp_path / "model.gguf"
+    with pytest.raises(OutputError, match=r"model.gguf exists; name a file that does not"):
+        export_gguf(awq_demo, out, progress=lambda *_: touch(out))
+    assert out.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_a_full_disk_is_a_typed_error(awq_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: object, __: object) -> Tensor:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""A native library that is damaged or another version's: a warning, and torch. Loading it as it is killed the process."""
+"""A native library that is damaged or another version's: a warning, and torch. Loading one killed the process."""
 
 from __future__ import annotations
 
@@ -73,5 +73,5 @@ def test_it_is_said_and_an_instruction_set_that_was_asked_for_is_refused(
         assert library.load.__wrapped__() is None
     assert "running on torch, much slower" in caplog.text
     monkeypatch.setenv("SQUAWQ_ISA", "scalar")
-    with pytest.raises(ConfigError, match="SQUAWQ_ISA is 'scalar', but .* is cut off"):
+    with pytest.raises(ConfigError, match=r"SQUAWQ_ISA is 'scalar', but .* is cut off"):
         library.load.__wrapped__()

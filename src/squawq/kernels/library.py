@@ -87,7 +87,7 @@ def _open(path: Path | None) -> ctypes.CDLL:
 
 
 def _check_whole(path: Path) -> None:
-    """Raises KernelError for an ELF file that ends before what its headers name: to load it kills the process (SIGBUS)."""
+    """Raises KernelError for an ELF file that ends before what its headers name: loading it kills the process."""
     data = path.read_bytes()
     if data[:6] != b"\x7fELF\2\1":  # no ELF of 64 bits, little-endian
         return

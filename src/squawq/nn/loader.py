@@ -1,8 +1,8 @@
 """From a checkpoint to our decoder.
 
 With the native kernels AWQ tensors are read one linear at a time and packed into the kernels' layout. Peak memory of
-`load`: the packed weights, the embedding, and one linear as it is stored. Nothing stays mapped from the files, which may
-change while the model runs.
+`load`: the packed weights, the embedding, and one linear as it is stored. Nothing stays mapped from the files, which
+may change while the model runs.
 """
 
 from __future__ import annotations

@@ -79,8 +79,9 @@ def _differing(theirs: object, ours: Mapping[str, Any]) -> str:
 class Job:
     """The folders of one job. `finished` says that OUT already holds its result.
 
-    Holds the lock on OUT.partial until `with` ends, which after a SquawqError removes what it wrote there, unless a layer
-    is among it. Raises OutputError when OUT or OUT.partial belongs to something else, or another process works there.
+    Holds the lock on OUT.partial until `with` ends, which after a SquawqError removes what it wrote there, unless a
+    layer is among it. Raises OutputError when OUT or OUT.partial belongs to something else, or another process works
+    there.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], layers: int) -> None:

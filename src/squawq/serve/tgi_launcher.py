@@ -6,6 +6,7 @@ Knows TGI's names and defaults; the server behind them is that of `squawq serve`
 
 from __future__ import annotations
 
+import faulthandler
 import inspect
 import os
 import sys
@@ -220,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
+    faulthandler.enable()  # whatever may kill the process, it does not end without a line
     sys.exit(main())
 
 
