@@ -102,3 +102,11 @@ def test_two_processes_sums_add_up(narrow: None) -> None:
             assert torch.allclose(mine, both)
     assert all(torch.allclose(halves[0].gram_of(s), whole.gram_of(s), rtol=1e-5, atol=1e-3) for s in whole.spans)
     assert (halves[0].rows, halves[0].dropped) == (whole.rows, whole.dropped) == (299, 1)
+
+
+def test_relative_error_counts_tokens_alike() -> None:
+    wanted = torch.tensor([[1e5, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    found = wanted + torch.tensor([[1e3, 0.0], [0.0, 0.5], [0.0, 0.0]])
+    assert relative_error(found, wanted) == pytest.approx(math.sqrt((0.01**2 + 0.1**2) / 3))
+    assert relative_error(found.half() * 1e3, wanted) == math.inf
+    assert relative_error(torch.full((1, 2), 3e38), torch.full((1, 2), 3e38)) == 0
