@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from squawq.quantization import statistics
 from squawq.quantization.search import gram_loss
-from squawq.quantization.statistics import InputStatistics, gram_spans
+from squawq.quantization.statistics import InputStatistics, gram_spans, relative_error
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
