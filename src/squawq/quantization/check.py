@@ -93,7 +93,8 @@ def _tokens(work: Work, vocabulary: int) -> Tensor:
             tokens = torch.linspace(0, vocabulary - 1, ROWS * length).round().long().view(ROWS, length)
     blocks = torch.linspace(0, len(tokens) - 1, min(ROWS, len(tokens))).round().long()
     rows = tokens[blocks, :length].clone()
-    bos = checkpoint.config.raw.get("bos_token_id")
+    raw = checkpoint.config.raw
+    bos = {**raw, **(raw.get("text_config") or {})}.get("bos_token_id")
     if isinstance(bos, int) and 0 <= bos < vocabulary:
         rows[:, 0] = bos
     return rows
