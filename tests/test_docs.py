@@ -59,7 +59,7 @@ def installed(page: Path) -> set[str]:
     for arguments in (
         re.findall(r"pip install ([^`#\n]+)", page.read_text(encoding="utf-8")) if page.name != "README.md" else ()
     ):
-        for word in shlex.split(arguments):
+        for word in (word for word in shlex.split(arguments) if not word.startswith("-")):
             extras = re.fullmatch(r"(?:\.|squawq)\[(.+)\]", word)
             wanted += PROJECT["optional-dependencies"][extras[1]] if extras else [] if word == "." else [word]
     found: set[str] = set()
@@ -85,11 +85,11 @@ def hidden(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model's first layer: a whole quantization of it takes seconds."""
+    """The bundled model's first layer with a short context: a whole quantization of it takes seconds."""
     folder = tmp_path_factory.mktemp("docs") / "model"
     shutil.copytree(demo_model(), folder, ignore=shutil.ignore_patterns("*.safetensors", "held_back.txt"))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1, "max_position_embeddings": 96}))
     source = Checkpoint(demo_model())
     kept = [name for name in source.tensors if not re.match(r"model\.layers\.[1-9]", name)]
     save_file({name: source.read(name) for name in kept}, folder / "model.safetensors")

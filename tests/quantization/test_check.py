@@ -78,6 +78,19 @@ def test_activations_beyond_float16_are_an_error_that_names_the_layer(
     assert model(torch.tensor(rows[:1])).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["squawq", "rtn"])
+def test_the_first_token_of_a_text_is_tried(method: str, make_model: MakeModel, rows: Rows, tmp_path: Path) -> None:
+    """As in Gemma, where the activations of BOS overflow and no others."""
+    seen = {i for row in rows for i in row} | set(torch.linspace(0, 159, 128).round().int().tolist())
+    bos = min(set(range(160)) - seen)
+    folder = rewrite(make_model(bos_token_id=bos), torch.float32, 300)
+    state = load_file(folder / "model.safetensors")
+    state["model.embed_tokens.weight"][bos] = 65_000
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"^model\.layers\.1: .*not finite"):
+        quantize(folder, tmp_path / "out", None if method == "rtn" else rows, method=method)
+
+
 def test_a_model_that_is_broken_in_float32_is_said_to_be(make_model: MakeModel, rows: Rows, tmp_path: Path) -> None:
     folder = make_model()
     rewrite(folder, torch.float32, 1e38)
@@ -89,7 +102,7 @@ def test_logits_far_from_those_in_float32(
     make_model: MakeModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("squawq.quantization.check.FAR_OFF", 1e-6)
-    with pytest.raises(CheckpointError, match=r"embed_tokens: .*float16.*0% away.*--dtype bfloat16"):
+    with pytest.raises(CheckpointError, match=r"^model\.layers\.0: .*float16.*0% away.*--dtype bfloat16"):
         quantize(make_model(), tmp_path / "out", rows)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from squawq.quantization import statistics
 from squawq.quantization.search import gram_loss
-from squawq.quantization.statistics import InputStatistics, gram_spans
+from squawq.quantization.statistics import InputStatistics, gram_spans, relative_error
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -102,3 +104,11 @@ def test_two_processes_sums_add_up(narrow: None) -> None:
             assert torch.allclose(mine, both)
     assert all(torch.allclose(halves[0].gram_of(s), whole.gram_of(s), rtol=1e-5, atol=1e-3) for s in whole.spans)
     assert (halves[0].rows, halves[0].dropped) == (whole.rows, whole.dropped) == (299, 1)
+
+
+def test_relative_error_counts_tokens_alike() -> None:
+    wanted = torch.tensor([[1e5, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    found = wanted + torch.tensor([[1e3, 0.0], [0.0, 0.5], [0.0, 0.0]])
+    assert relative_error(found, wanted) == pytest.approx(math.sqrt((0.01**2 + 0.1**2) / 3))
+    assert relative_error(found.half() * 1e3, wanted) == math.inf
+    assert relative_error(torch.full((1, 2), 3e38), torch.full((1, 2), 3e38)) == 0

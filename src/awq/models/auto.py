@@ -74,7 +74,7 @@ class AutoAWQForCausalLM:
         **config_kwargs: Any,
     ) -> BaseAWQForCausalLM:
         """Load an AWQ model. fuse_layers: run it by squawq's fused decoder, whose cache holds max_seq_len tokens;
-        a model that it cannot run keeps its own layers, and a log line says so.
+        a model that it cannot run keeps its own layers, and a log line says so. torch_dtype: "auto", the checkpoint's.
 
         Raises CheckpointError for a 16-bit model, ConfigError for a max_seq_len below 1, and as `from_pretrained` does.
         """

@@ -229,7 +229,8 @@ class Block:
     def _call(self, module: nn.Module, states: Tensor) -> Tensor:
         part = states.to(self.device)
         accepted = signature(module.forward).parameters
-        given = self._blocks.skeleton.arguments(*part.shape[:2], part.dtype)[self.index]
+        blocks, tokens = part.shape[:2]
+        given = self._blocks.skeleton.arguments(blocks, tokens, part.dtype)[self.index]
         result = module(part, **{name: value for name, value in given.items() if name in accepted})
         result = result[0] if isinstance(result, tuple) else result
         return result.view(part.shape)  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ from squawq.quantization.search import (
     scale_candidates,
     weight_importance,
 )
-from squawq.quantization.statistics import InputStatistics, all_finite
+from squawq.quantization.statistics import InputStatistics, all_finite, relative_error
 
 SAMPLED_LINEARS = 16  # of a group, on which scales are judged: those of many experts are much alike
 Packed = dict[str, Tensor]  # a linear's qweight, scales and qzeros
@@ -180,18 +180,21 @@ class LayerQuantizer:
     def finish(self, chosen: Chosen, before: Tensor, wanted: Tensor) -> LayerResult:
         """What to write: what was chosen, or plain rounding where that is better for these hidden states [blocks,
         tokens, hidden] and the output wanted for them. The layer holds what was chosen."""
-        after = _mean_square(self.block.run(before), wanted)
+        found = self.block.run(before)
+        after, error = _mean_square(found, wanted), relative_error(found, wanted)
         tensors = self._tensors(chosen)
         self.block.reload()
         for name in self.converted:
             self._round_in_place(name)
-        rounded = _mean_square(self.block.run(before), wanted)
-        output = _mean_square(wanted)
+        found = self.block.run(before)
+        rounded, rounded_error = _mean_square(found, wanted), relative_error(found, wanted)
         if after <= rounded:  # also false when `after` is not a number
-            return LayerResult(tensors, self._record(chosen, self.config.method, rounded, after, output))
+            return LayerResult(
+                tensors, self._record(chosen, self.config.method, rounded, after, (rounded_error, error))
+            )
         self.block.reload()
         chosen.notes.append("the search made this layer worse; plain rounding is kept")
-        return LayerResult(self._tensors(Chosen()), self._record(chosen, "rtn", rounded, rounded, output))
+        return LayerResult(self._tensors(Chosen()), self._record(chosen, "rtn", rounded, rounded, (rounded_error,) * 2))
 
     def _round_in_place(self, name: str, scales: Tensor | None = None) -> None:
         """To nearest, as it is read back; with scales, multiplied by them before and divided after."""
@@ -229,7 +232,12 @@ class LayerQuantizer:
         return {f"{linear}.{kind}": tensor for kind, tensor in packed.items()}
 
     def _record(
-        self, chosen: Chosen, kept: str, before: float | None, after: float | None, output: float = 0.0
+        self,
+        chosen: Chosen,
+        kept: str,
+        before: float | None,
+        after: float | None,
+        relative: tuple[float | None, float | None] = (None, None),
     ) -> dict[str, Any]:
         searched, linears = kept != "rtn", []
         for name in (name for group in self.groups for name in (*group.linears, *group.readers)):
@@ -248,8 +256,8 @@ class LayerQuantizer:
                 )
             )
         groups = chosen.groups if searched else []
-        return LayerRecord(self.prefix, kept, before, after, groups, linears, chosen.notes, output).to_dict()
+        return LayerRecord(self.prefix, kept, before, after, groups, linears, chosen.notes, *relative).to_dict()
 
 
-def _mean_square(a: Tensor, b: Tensor | None = None) -> float:
-    return float((a if b is None else a - b).square().mean(-1).cpu().mean(dtype=torch.float64))
+def _mean_square(a: Tensor, b: Tensor) -> float:
+    return float((a - b).square().mean(-1).cpu().mean(dtype=torch.float64))

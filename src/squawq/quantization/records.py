@@ -6,7 +6,6 @@ nothing. MEASURED are the keys whose values differ between equal runs.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -60,7 +59,7 @@ class GroupRecord:
 @dataclass(frozen=True)
 class LayerRecord:
     """A layer: the method that was kept, mean squared error of its output by plain rounding and as kept (None: not
-    measured), mean square of the output itself, its groups and linears, notes for people."""
+    measured), the relative errors of its output (a token's, root mean square), its groups and linears, notes."""
 
     name: str
     method: str
@@ -69,7 +68,8 @@ class LayerRecord:
     scales: Sequence[GroupRecord]
     linears: Sequence[LinearRecord]
     notes: Sequence[str]
-    output: float = 0.0
+    relative_error_rounded: float | None = None
+    relative_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types, which have no NaN and no infinity."""
@@ -78,16 +78,12 @@ class LayerRecord:
             "method": self.method,
             "loss_rounded": finite(self.loss_rounded),
             "loss": finite(self.loss),
-            "relative_error_rounded": self._relative(self.loss_rounded),
-            "relative_error": self._relative(self.loss),
+            "relative_error_rounded": finite(self.relative_error_rounded),
+            "relative_error": finite(self.relative_error),
             "scales": [row.to_dict() for row in self.scales],
             "linears": [row.to_dict() for row in self.linears],
             "notes": list(self.notes),
         }
-
-    def _relative(self, loss: float | None) -> float | None:
-        """Root mean square of the error, by that of the output."""
-        return None if loss is None or not self.output > 0 else finite(round(math.sqrt(loss / self.output), 6))
 
 
 def finite(value: float | None) -> float | None:

@@ -19,6 +19,21 @@ ROWS = 4096  # inputs added up at once: a long sum of short ones loses less in f
 PANEL = 256  # rows of a Gram matrix that end at the same column: what lies above its diagonal is not computed twice
 
 
+def token_errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """Each token's error by its own size, float32 [..., tokens]. found, wanted [..., tokens, features].
+
+    So each counts the same: the first of a text often has activations a thousand times as large as the others'.
+    """
+    unit = wanted.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # float32's squares end at 1e19
+    size, lost = ((values / unit).square().sum(-1) for values in (wanted, found.float() - wanted))
+    return (lost / size.clamp(min=1e-30)).sqrt()
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Root mean square of `token_errors`."""
+    return float(token_errors(found, wanted).square().mean().sqrt())
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; one pass and no copy, unlike torch.isfinite."""
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())

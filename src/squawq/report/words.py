@@ -50,7 +50,8 @@ def command(report: Record) -> str:
     words = ["squawq quantize", shlex.quote(str(report.get("model") or "MODEL")), "OUT"]
     if report.get("calibration"):
         words += ["--calibration", shlex.quote(str(report["calibration"]))]
-    values = {"samples": None, "seqlen": 512, "group_size": default.group_size, "method": default.method}
+    values: dict[str, object] = {"samples": None, "seqlen": 512, "group_size": default.group_size}
+    values["method"] = default.method
     if config.get("method") == "squawq":
         values |= {"refine": default.refine, "damping": default.damping}
     words += [f"{_flag(key)} {config[key]}" for key, plain in values.items() if config.get(key, plain) != plain]
