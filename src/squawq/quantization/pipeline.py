@@ -31,6 +31,7 @@ from squawq.quantization.states import IN_MEMORY
 from squawq.quantization.streams import ANEW, LayerPass, Streams
 from squawq.quantization.work import Work, prepare
 from squawq.report.files import REPORT, write_report
+from squawq.showing import Record
 
 
 class Observer(Protocol):
@@ -86,7 +87,7 @@ def quantize(
                 streams = None if share is None else Streams.embedded(work, share, states_memory)
             _quantize_layers(work, streams, job, observer, ranks)
             report = ranks.on_first(lambda: _finish(work, job))
-        return report
+        return Record(report)
 
 
 def _write_outer(work: Work, job: Job) -> None:
