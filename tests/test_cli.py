@@ -9,11 +9,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 from conftest import MakeModel
 
+from squawq.commands.export import Formats
+from squawq.commands.options import Heads
 from squawq.demo import demo_model
+from squawq.export.run import FORMATS
+from squawq.nn.loader import HEADS
+from squawq.quant_config import GROUP_SIZES, METHODS
 
 DEMO = str(demo_model())
 ROWS = ["--samples", "8", "--seqlen", "64"]
@@ -117,11 +124,16 @@ def test_bench_measures_a_folder_without_a_tokenizer(make_model: MakeModel) -> N
 
 
 MISUSES: dict[str, tuple[list[str], str]] = {
-    "unknown command": (["quantise"], "No such command 'quantise'"),
-    "missing argument": (["quantize", DEMO], "out"),
-    "unknown option": (["quantize", DEMO, "OUT", "--groupsize", "4"], "--groupsize"),
-    "bad group size": (["quantize", DEMO, "OUT", "--group-size", "7"], "choose one of 16, 32, 64, 128, 256, -1"),
-    "bad method": (["quantize", DEMO, "OUT", "--method", "gptq"], "choose one of squawq, awq, rtn"),
+    "unknown command": (["quantise"], r"No such command 'quantise' \(see squawq --help\)"),
+    "missing argument": (["quantize", DEMO], r"Missing argument 'OUT' \(see squawq quantize --help\)"),
+    "unknown option": (["quantize", DEMO, "OUT", "--groupsize", "4"], r"--groupsize.* \(see squawq quantize --help\)"),
+    "bad group size": (
+        ["quantize", DEMO, "OUT", "--group-size", "7"],
+        r"'--group-size': '7' is not one of '16', '32', '64', '128', '256', '-1' \(see squawq quantize --help\)",
+    ),
+    "bad method": (["quantize", DEMO, "OUT", "--method", "gptq"], "'gptq' is not one of 'squawq', 'awq', 'rtn'"),
+    "bad head": (["chat", DEMO, "--head", "int2"], r"'int2' is not one of 'int8', .* \(see squawq chat --help\)"),
+    "bad format": (["export", DEMO, "OUT", "--format", "exl2"], "'exl2' is not one of 'compressed-tensors', 'gguf'"),
     "bad device": (["quantize", DEMO, "OUT", "--device", "gpu"], "device 'gpu' is not there; choose one of cpu"),
     "no such model": (["quantize", "nowhere", "OUT"], "neither a model folder nor a Hub id"),
     "hub out of reach": (["quantize", "nobody/nothing", "OUT"], "the Hub could not be asked"),
@@ -131,7 +143,12 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     "eval without text": (["eval", DEMO, "--text", "none.txt"], "none.txt"),
     "eval reference": (["eval", DEMO, "--reference", "nowhere"], "'nowhere' is neither"),
     "eval device": (["eval", DEMO, "--device", "gpu"], "device 'gpu' is not there"),
-    "chat device": (["chat", DEMO, "--device", "cuda:7"], "device 'cuda:7' is not there"),
+    "chat device": (
+        ["chat", DEMO, "--device", "cuda:7"],
+        "device is 'cuda:7', but this torch .* is built for the CPU alone"
+        if torch.version.cuda is None
+        else "device (is )?'cuda:7'",
+    ),
     "plot name": (["eval", DEMO, "--window", "9000"], "the model has 4096 positions"),
     "skip nothing": (["quantize", DEMO, "OUT", "--skip", "down_porj"], "'down_porj' is in no name"),
     "json calibration": (["quantize", DEMO, "OUT", "--calibration", "x.json"], "give a .txt or .jsonl file"),
@@ -144,7 +161,7 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     "max tokens": (["generate", DEMO, "-p", "x", "--max-tokens", "0"], "max_tokens is 0"),
     "serve nothing": (["serve"], "no model: squawq serve MODEL"),
     "serve nowhere": (["serve", "nowhere"], "'nowhere' is neither a model folder"),
-    "serve option": (["serve", DEMO, "--disable-log-stats"], "--disable-log-stats"),
+    "serve option": (["serve", DEMO, "--speculative-config", "{}"], r"--speculative-config.*\(see squawq serve --help"),
     "serve shards": (["serve", DEMO, "-tp", "4"], "tensor_parallel_size is 4"),
     "not a number": (["generate", DEMO, "-p", "x", "--max-tokens", "many"], "--max-tokens.*valid integer"),
 }
@@ -182,10 +199,28 @@ def test_chat_needs_a_template(make_model: MakeModel) -> None:
 
 def test_help_has_examples() -> None:
     assert "quantize" in run("--help").stdout
-    for command in ("quantize", "eval", "generate", "chat", "bench", "demo", "serve"):
-        done = run(command, "--help")
+    for command in ("quantize", "eval", "generate", "chat", "bench", "demo", "serve", "export", "inspect", "push"):
+        done = run(command, "-h")
         assert done.returncode == 0
-        assert re.search(f"Examples?:\\s+squawq {command}", done.stdout)
+        assert done.stdout == run(command, "--help").stdout
+        assert re.search(f"Examples?:\n +squawq {command}", done.stdout)
+        assert " | squawq" not in done.stdout  # pasted, it would be a pipe
+        assert not re.search(r"^ +\| ", done.stdout, re.MULTILINE)
+
+
+def test_choices_stand_in_the_help_and_are_the_librarys() -> None:
+    assert get_args(Heads) == HEADS
+    assert get_args(Formats) == FORMATS
+    shown = run("quantize", "-h").stdout
+    assert f"--method <{'|'.join(METHODS)}>" in shown
+    assert f"--group-size <{'|'.join(map(str, GROUP_SIZES))}>" in shown
+    shown = run("serve", "-h").stdout
+    for choices in (
+        "--dtype auto|half|float16|bfloat16",
+        "--dialect openai|tgi",
+        "--tool-call-parser auto|llama3_json",
+    ):
+        assert choices in shown
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "squawq"
 FLOORS: dict[str, float] = {
     "errors": 0,
+    "showing": 0,
     "config": 2,
     "quant_config": 1,
     "progress": 2,
@@ -59,6 +60,7 @@ DOORS = {
     "jinja2": ("chat_template", "report.page"),
     "llguidance": ("engine.grammar",),
     "gguf": ("export.gguf",),
+    "prompt_toolkit": ("commands.chat",),
 }
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from squawq.engine.request import FinishReason, Grammar, SamplingParams
 from squawq.errors import ConfigError, EngineClosed, GenerationError
 from squawq.llm import LLM
 from squawq.progress import console
+from squawq.quant_config import QuantConfig
+from squawq.showing import Record
 
 CHAT = [{"role": "user", "content": "Tell me a story about a cat named Tom."}]
 GREEDY = SamplingParams(max_tokens=40)
@@ -204,3 +207,66 @@ def test_what_the_folder_says_of_sampling(make_model: MakeModel) -> None:
         (output,) = loaded.complete([[5, 6]], SamplingParams(logit_bias={7: 100}))[0]
         assert (output.ids, output.finish, output.stop_reason) == ((7,), FinishReason.STOP, 7)
         assert list(loaded.generate_ids([5, 6], SamplingParams(logit_bias={7: 100}))) == []
+
+
+def test_settings_by_name(llm: LLM) -> None:
+    five = SamplingParams(max_tokens=5)
+    text = llm.generate("Once upon a time", max_tokens=5, temperature=0.0)
+    assert text == llm.generate("Once upon a time", five)
+    assert llm.generate(["Once upon a time"], max_tokens=5, temperature=0.0) == [text]
+    assert "".join(llm.stream("Once upon a time", max_tokens=5, temperature=0.0)) == text
+    assert llm.complete(["Once upon a time"], max_tokens=5, temperature=0.0)[0][0].text == text
+    ids = llm.tokenizer.encode("Once upon a time")
+    assert len(list(llm.generate_ids(ids, max_tokens=5, ignore_eos=True))) == 5
+    # what is not given is the model's own
+    warm = replace(llm.sampling_defaults(), max_tokens=9, seed=3)
+    assert llm.chat(CHAT, max_tokens=9, seed=3) == llm.chat(CHAT, warm)
+
+
+def test_a_text_is_a_users_message(llm: LLM) -> None:
+    question = CHAT[0]["content"]
+    assert llm.chat(question, GREEDY) == llm.chat(CHAT, GREEDY)
+    assert "".join(llm.stream_chat(question, max_tokens=5, temperature=0.0)) == llm.chat(CHAT, SamplingParams(5))
+
+
+def test_settings_that_cannot_be_meant(llm: LLM) -> None:
+    for call in (llm.generate, llm.chat, llm.stream, llm.stream_chat):
+        with pytest.raises(ConfigError, match="params and max_tokens are both given"):
+            call("x", GREEDY, max_tokens=5)
+        with pytest.raises(
+            ConfigError, match="there is no setting 'max_new_tokens'; choose from max_tokens, min_tokens"
+        ):
+            call("x", max_new_tokens=5)
+    with pytest.raises(ConfigError, match="params and seed are both given"):
+        llm.complete(["x"], GREEDY, seed=1)
+    with pytest.raises(ConfigError, match="params is 5; give SamplingParams, or settings by name"):
+        llm.generate("x", 5)  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match="temperature is -1"):
+        llm.generate("x", temperature=-1)
+
+
+def test_log_probabilities_have_texts(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=3, logprobs=2, prompt_logprobs=1)
+    ((output,),) = llm.complete(["Once upon a time"], params)
+    assert output.logprobs is not None
+    assert "".join(item.text for item in output.logprobs) == output.text
+    for item in output.logprobs:
+        assert item.top_texts == tuple(llm.tokenizer.token_text(token) for token, _ in item.top)
+    first, *others = output.prompt_logprobs or ()
+    assert first is None
+    assert "".join(item.text for item in others if item) == "Once upon a time"  # after the begin token
+
+
+def test_reprs_are_short(llm: LLM) -> None:
+    assert repr(llm) == "<squawq.LLM 'demo_model': llama, 8 layers, 16-bit, context of 4,096 tokens, on cpu>"
+    assert repr(SamplingParams()) == "SamplingParams()"
+    assert repr(SamplingParams(5, temperature=0.5)) == "SamplingParams(max_tokens=5, temperature=0.5)"
+    assert eval(repr(SamplingParams(stop=["a"]))) == SamplingParams(stop=["a"])
+    assert repr(QuantConfig(method="awq")) == "QuantConfig(method='awq')"
+    ((output,),) = llm.complete([CHAT[0]["content"]], max_tokens=200, prompt_logprobs=2, logprobs=2)
+    assert len(repr(output)) < 400
+    assert "logprobs=[" in repr(output)
+    assert repr((output.logprobs or ())[0]).startswith("TokenLogprob(token=")
+    scores = Record(perplexity=2.5, kl_by_position=[0.125] * 1000)
+    assert repr(scores) == "{'perplexity': 2.5, 'kl_by_position': [1000 entries]}"
+    assert json.loads(json.dumps(scores)) == scores

@@ -21,6 +21,7 @@ def test_public_names() -> None:
     ]
     for name in squawq.__all__:
         assert getattr(squawq, name) is not None
+    assert dir(squawq) == sorted(squawq.__all__)
 
 
 def test_import_is_light() -> None:

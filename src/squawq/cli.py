@@ -15,10 +15,11 @@ import typer
 
 from squawq import __version__
 from squawq.commands.bench import bench
+from squawq.commands.chat import chat
 from squawq.commands.demo import demo
 from squawq.commands.evaluate import evaluate
 from squawq.commands.export import export
-from squawq.commands.generate import chat, generate
+from squawq.commands.generate import generate
 from squawq.commands.inspect import inspect
 from squawq.commands.push import push
 from squawq.commands.quantize import quantize

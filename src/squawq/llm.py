@@ -8,15 +8,15 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from squawq.engine.engine import Engine
 from squawq.engine.generation_config import GenerationConfig
-from squawq.engine.request import FinishReason, Output, Request, SamplingParams
+from squawq.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
 from squawq.engine.runner import load_runner
 from squawq.engine.sequence import join
 from squawq.errors import ConfigError, GenerationError
@@ -34,7 +34,8 @@ class LLM:
 
     `generate` continues texts, `chat` answers messages, `stream` and `stream_chat` give one text piece by piece, and
     `complete` gives all there is to know. All may be called from several threads. Without settings a model's own
-    (`sampling_defaults`) hold. threads, exact, head, kv_tokens: see `squawq.engine.runner.load_runner`.
+    (`sampling_defaults`) hold; keywords such as max_tokens=5 change those, SamplingParams take their place.
+    threads, exact, head, kv_tokens: see `squawq.engine.runner.load_runner`.
     Close it, or leave its `with` block, to stop its thread; its memory goes with the last reference to it.
     """
 
@@ -53,11 +54,19 @@ class LLM:
         self.tokenizer = Tokenizer(self.folder)
         runner = load_runner(self.folder, device=device, threads=threads, exact=exact, head=head, kv_tokens=kv_tokens)
         self.config = runner.config
+        self.context = min(runner.max_positions, runner.num_pages * runner.page_size)
+        self.device = device
         self._generation_config = GenerationConfig(self.folder, self.config)
         self._eos_ids = self._generation_config.eos_ids
         self.engine = Engine(runner, self.tokenizer, eos_ids=sorted(self._eos_ids))
         self._names = itertools.count()
         self._close = weakref.finalize(self, self.engine.close)  # at the interpreter's end too
+
+    def __repr__(self) -> str:
+        config, bits = self.config, 16 if self.config.quant is None else self.config.quant.bits
+        kind = f"{config.model_type}, {config.num_layers} layers, {bits}-bit"
+        name = self.folder.resolve().name
+        return f"<squawq.LLM {name!r}: {kind}, context of {self.context:,} tokens, on {self.device}>"
 
     def __enter__(self) -> LLM:
         return self
@@ -75,49 +84,63 @@ class LLM:
         return self._generation_config.sampling_defaults()
 
     @overload
-    def generate(self, prompt: str, params: SamplingParams | None = None, *, progress: bool = True) -> str: ...
-    @overload
-    def generate(self, prompt: Texts, params: SamplingParams | None = None, *, progress: bool = True) -> list[str]: ...
     def generate(
-        self, prompt: str | Texts, params: SamplingParams | None = None, *, progress: bool = True
+        self, prompt: str, params: SamplingParams | None = None, *, progress: bool = True, **settings: Any
+    ) -> str: ...
+    @overload
+    def generate(
+        self, prompt: Texts, params: SamplingParams | None = None, *, progress: bool = True, **settings: Any
+    ) -> list[str]: ...
+    def generate(
+        self, prompt: str | Texts, params: SamplingParams | None = None, *, progress: bool = True, **settings: Any
     ) -> str | list[str]:
         """The text that follows a prompt, or a list of them, which run together with a bar on a terminal's stderr.
 
-        Of n sequences the first. Raises ConfigError for what cannot be run, GenerationError for what failed.
+        Of n sequences the first. settings: fields of SamplingParams, as in max_tokens=5, in place of `params`.
+        Raises ConfigError for what cannot be run, GenerationError for what failed.
         """
         if isinstance(prompt, str):
-            return "".join(self.stream(prompt, params))
-        return self._texts([self.tokenizer.encode(text) for text in prompt], params, progress)
+            return "".join(self.stream(prompt, params, **settings))
+        return self._texts([self.tokenizer.encode(text) for text in prompt], params, progress, settings)
 
     @overload
-    def chat(self, messages: Chat, params: SamplingParams | None = None, *, progress: bool = True) -> str: ...
+    def chat(
+        self, messages: str | Chat, params: SamplingParams | None = None, *, progress: bool = True, **settings: Any
+    ) -> str: ...
     @overload
     def chat(
-        self, messages: Sequence[Chat], params: SamplingParams | None = None, *, progress: bool = True
+        self, messages: Sequence[Chat], params: SamplingParams | None = None, *, progress: bool = True, **settings: Any
     ) -> list[str]: ...
     def chat(
-        self, messages: Chat | Sequence[Chat], params: SamplingParams | None = None, *, progress: bool = True
+        self,
+        messages: str | Chat | Sequence[Chat],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool = True,
+        **settings: Any,
     ) -> str | list[str]:
-        """The assistant's answer to messages of {"role", "content"} by the model's chat template, or to each of a list
-        of such chats. Otherwise as `generate`."""
-        if messages and all(isinstance(chat, list | tuple) for chat in messages):
-            return self._texts([self.tokenizer.encode_chat(chat) for chat in messages], params, progress)  # type: ignore[arg-type]
-        return "".join(self.stream_chat(messages, params))  # type: ignore[arg-type]
+        """The assistant's answer to a user's text, or to messages of {"role", "content"}, by the model's chat template;
+        or to each of a list of such chats. Otherwise as `generate`."""
+        if not isinstance(messages, str) and messages and all(isinstance(chat, list | tuple) for chat in messages):
+            return self._texts([self._encode_chat(chat) for chat in messages], params, progress, settings)  # type: ignore[arg-type]
+        return "".join(self.stream_chat(messages, params, **settings))  # type: ignore[arg-type]
 
-    def stream(self, prompt: str, params: SamplingParams | None = None) -> Generator[str]:
+    def stream(self, prompt: str, params: SamplingParams | None = None, **settings: Any) -> Generator[str]:
         """`generate` in pieces as they come, never half a character. Closing it stops the work."""
-        return self._pieces(self.tokenizer.encode(prompt), params)
+        return self._pieces(self.tokenizer.encode(prompt), self._params(params, settings))
 
-    def stream_chat(self, messages: Chat, params: SamplingParams | None = None) -> Generator[str]:
+    def stream_chat(
+        self, messages: str | Chat, params: SamplingParams | None = None, **settings: Any
+    ) -> Generator[str]:
         """`chat` in pieces."""
-        return self._pieces(self.tokenizer.encode_chat(messages), params)
+        return self._pieces(self._encode_chat(messages), self._params(params, settings))
 
-    def generate_ids(self, ids: Sequence[int], params: SamplingParams | None = None) -> Generator[int]:
+    def generate_ids(self, ids: Sequence[int], params: SamplingParams | None = None, **settings: Any) -> Generator[int]:
         """New token ids one by one, an ending one not included.
 
         Stops at the model's last position. Raises ConfigError for an empty prompt or one without room for a token.
         """
-        params = self._one(params)
+        params = replace(self._params(params, settings), n=1)
         ending = {*params.stop_ids, *(() if params.ignore_eos else self._eos_ids)}
         outputs = self._outputs([ids], params)
         return (token for output in outputs for token in output.ids if token not in ending)
@@ -128,14 +151,16 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         progress: bool = True,
+        **settings: Any,
     ) -> list[list[Output]]:
         """For each prompt, a text or token ids, its n sequences: ids, text, log probabilities and why they ended.
 
-        A sequence that failed says so in its `finish`. Raises ConfigError for what cannot be run.
+        Tokens in log probabilities have their texts beside their ids. A sequence that failed says so in its `finish`.
+        Raises ConfigError for what cannot be run.
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts is one text; give a list of texts or of lists of token ids")
-        params = self.sampling_defaults() if params is None else params
+        params = self._params(params, settings)
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         requests = self._requests(ids, params)
         found: dict[tuple[str, int], list[Output]] = {
@@ -147,23 +172,52 @@ class LLM:
                 found[output.request, output.index].append(output)
                 if output.finish:
                     ended()
-        return [[join(found[request.id, index]) for index in range(params.n)] for request in requests]
+        joined = [[join(found[request.id, index]) for index in range(params.n)] for request in requests]
+        return [[self._told(output) for output in sequences] for sequences in joined]
 
-    def _texts(self, prompts: list[list[int]], params: SamplingParams | None, progress: bool) -> list[str]:
+    def _encode_chat(self, messages: str | Chat) -> list[int]:
+        return self.tokenizer.encode_chat(
+            [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        )
+
+    def _told(self, output: Output) -> Output:
+        """An output whose log probabilities have texts."""
+        return replace(
+            output,
+            logprobs=None if output.logprobs is None else tuple(map(self._spelled, output.logprobs)),
+            prompt_logprobs=None
+            if output.prompt_logprobs is None
+            else tuple(None if item is None else self._spelled(item) for item in output.prompt_logprobs),
+        )
+
+    def _spelled(self, item: TokenLogprob) -> TokenLogprob:
+        text = self.tokenizer.token_text
+        return replace(item, text=text(item.token), top_texts=tuple(text(token) for token, _ in item.top))
+
+    def _texts(
+        self, prompts: list[list[int]], params: SamplingParams | None, progress: bool, settings: Mapping[str, Any]
+    ) -> list[str]:
         texts = []
-        for (output,) in self.complete(prompts, self._one(params), progress=progress):
+        one = replace(self._params(params, settings), n=1)
+        for (output,) in self.complete(prompts, one, progress=progress):
             _check(output)
             texts.append(output.text)
         return texts
 
-    def _pieces(self, ids: Sequence[int], params: SamplingParams | None) -> Generator[str]:
-        outputs = self._outputs([ids], self._one(params))
+    def _pieces(self, ids: Sequence[int], params: SamplingParams) -> Generator[str]:
+        outputs = self._outputs([ids], replace(params, n=1))  # best_of stays
         return (output.text for output in outputs if output.text)
 
-    def _one(self, params: SamplingParams | None) -> SamplingParams:
-        """The settings for who wants one text; best_of stays."""
-        params = self.sampling_defaults() if params is None else params
-        return replace(params, n=1)
+    def _params(self, params: SamplingParams | None, settings: Mapping[str, Any]) -> SamplingParams:
+        """What was asked for: SamplingParams, or the model's own with these settings changed."""
+        if params is not None and not isinstance(params, SamplingParams):
+            raise ConfigError(f"params is {params!r:.100}; give SamplingParams, or settings by name: max_tokens=5")
+        if params is not None and settings:
+            raise ConfigError(f"params and {next(iter(settings))} are both given; put all settings into one of the two")
+        known = [entry.name for entry in fields(SamplingParams)]
+        if unknown := next((name for name in settings if name not in known), None):
+            raise ConfigError(f"there is no setting {unknown!r}; choose from {', '.join(known)}")
+        return replace(self.sampling_defaults(), **settings) if params is None else params
 
     def _requests(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
         try:

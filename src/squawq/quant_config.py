@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from squawq.errors import CheckpointError, ConfigError
+from squawq.showing import beside_defaults
 
 GroupSize = Literal[16, 32, 64, 128, 256, -1]
 GROUP_SIZES: tuple[GroupSize, ...] = get_args(GroupSize)
@@ -64,6 +65,8 @@ class QuantConfig:
     dtype: str = "auto"
     samples: int | None = None
     seqlen: int | None = None
+
+    __repr__ = beside_defaults
 
     def __post_init__(self) -> None:
         _choice("bits", self.bits, (4,))

@@ -79,9 +79,13 @@ def running(**changes: Any) -> Iterator[Running]:
 
 @contextmanager
 def process(
-    arguments: list[str], environment: Mapping[str, str] | None = None, module: str = "squawq"
+    arguments: list[str],
+    environment: Mapping[str, str] | None = None,
+    module: str = "squawq",
+    lines: list[str] | None = None,
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server in a process of its own, and its URL, read from its log; killed at the end if it still runs."""
+    """A server in a process of its own, and its URL, read from its log, whose lines go to `lines`; killed at the end if
+    it still runs."""
     child = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stderr=subprocess.PIPE,
@@ -90,7 +94,7 @@ def process(
         env={**os.environ, **(environment or {})},
     )
     assert child.stderr is not None
-    lines: list[str] = []
+    lines = [] if lines is None else lines
     reader: threading.Thread | None = None
     try:
         for line in child.stderr:

@@ -500,7 +500,7 @@ def test_port_and_host_of_the_environment() -> None:
     found = vllm("", PORT="80", HOST="0.0.0.0")
     assert (found.port, found.host) == (80, "0.0.0.0")
     assert (vllm("--port 81 --host ::1", PORT="80", HOST="0.0.0.0")) == vllm("--port 81 --host ::1")
-    with pytest.raises(ConfigError, match="^PORT is 'tcp://10.0.0.1:80'; it must be a whole number"):
+    with pytest.raises(ConfigError, match=r"^PORT is 'tcp://10\.0\.0\.1:80'; it must be a whole number"):
         vllm("", PORT="tcp://10.0.0.1:80")
 
 
@@ -617,6 +617,7 @@ def test_the_launchers_version(runs: Runs, capsys: pytest.CaptureFixture[str]) -
 @given(st.text())
 def test_any_log_level_is_read_or_refused(text: str) -> None:
     try:
-        assert tgi_launcher.log_level(text) in ("debug", "info", "warning", "error")
-    except ConfigError as error:
-        assert "choose one of" in str(error)
+        level = tgi_launcher.log_level(text)
+    except ConfigError:
+        return
+    assert level in ("debug", "info", "warning", "error")

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from squawq.errors import ConfigError
+from squawq.showing import beside_defaults
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,6 +121,8 @@ class SamplingParams:
     grammar: Grammar | None = None
     skip_special_tokens: bool = True
 
+    __repr__ = beside_defaults
+
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_lists()
@@ -215,11 +218,18 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's natural log probability by the raw model, and the likeliest tokens there with theirs, best first."""
+    """A token's natural log probability by the raw model, and the likeliest tokens there with theirs, best first.
+
+    text, top_texts: what the token and each of `top` stands for; empty where nobody asked a tokenizer.
+    """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    text: str = ""
+    top_texts: tuple[str, ...] = ()
+
+    __repr__ = beside_defaults
 
 
 @dataclass(frozen=True)
@@ -241,6 +251,8 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    __repr__ = beside_defaults
 
 
 Sink = Callable[[Output], object]

@@ -24,6 +24,7 @@ from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
 from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import read_text, split_documents
+from squawq.showing import Record
 from squawq.tokenizer import Tokenizer
 
 DEFAULT_WINDOW = 1024
@@ -111,7 +112,8 @@ def evaluate(
 
     finals = [final_states(_blocks(c, device), cut.ids, step) for c in (checkpoint, other) if c is not None]
     score, by_position = _score(finals, cut, checkpoint.config.vocab_size)
-    return {**score.summary(), "text": name, "window": window, "stride": cut.stride, "kl_by_position": by_position}
+    found = {**score.summary(), "text": name, "window": window, "stride": cut.stride, "kl_by_position": by_position}
+    return Record(found)
 
 
 def text_ids(tokenizer: Tokenizer, text: str | Path | None) -> list[int]:

@@ -35,6 +35,7 @@ from squawq.quantization.streams import ANEW, LayerPass, Streams
 from squawq.quantization.work import Work, prepare
 from squawq.readers import in_words, readers
 from squawq.report.files import REPORT, public_name, write_report
+from squawq.showing import Record
 
 
 class Observer(Protocol):
@@ -120,7 +121,7 @@ def _quantize(
                 check = DtypeCheck(work, job) if ranks.first else None
             _quantize_layers(work, streams, job, observer, ranks, check)
             report = ranks.on_first(lambda: _finish(work, job, check, _public_calibration(calibration)))
-        return report
+        return Record(report)
 
 
 def _write_outer(work: Work, job: Job) -> None:

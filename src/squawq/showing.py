@@ -1,0 +1,37 @@
+"""Short reprs: what a dataclass says beside its defaults, and mappings without their long lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from dataclasses import fields
+from typing import Any
+
+MOST = 60  # characters of a value
+
+
+def brief(value: object) -> str:
+    """A value's repr, or how long it is where that says more."""
+    text = repr(value)
+    if len(text) <= MOST:
+        return text
+    if isinstance(value, Mapping):
+        return f"{{{len(value)} entries}}"
+    if isinstance(value, Sized) and not isinstance(value, str | bytes):
+        return f"[{len(value)} entries]"
+    return text[: MOST - 4] + "..." + text[-1]
+
+
+def beside_defaults(instance: Any) -> str:
+    """A dataclass's repr with the fields that differ from their defaults."""
+    given = [(entry.name, getattr(instance, entry.name)) for entry in fields(instance) if entry.repr]
+    defaults = {entry.name: entry.default for entry in fields(instance)}
+    shown = ", ".join(f"{name}={brief(value)}" for name, value in given if value != defaults[name])
+    return f"{type(instance).__name__}({shown})"
+
+
+class Record(dict[str, Any]):
+    """A dict that a person can look at: its repr tells only the length of what is long."""
+
+    def __repr__(self) -> str:
+        entries = ", ".join(f"{key!r}: {brief(value)}" for key, value in self.items())
+        return f"{{{entries}}}"
