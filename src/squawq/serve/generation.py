@@ -138,7 +138,7 @@ class Generation:
         call: Call = await self.in_thread(read, size)
         self._hold(place, size + cost(call.requests))
         await held.enter_async_context(self._scores.take(scores(call.requests)))
-        await self.in_thread(lambda: exchange.submit(call), size)
+        await self.in_thread(lambda: exchange.submit(call), 0)  # no more than the context by now
         return call
 
     def _alarms(self, exchange: Exchange) -> list[asyncio.TimerHandle]:
