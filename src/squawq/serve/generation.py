@@ -54,7 +54,7 @@ class Generation:
         self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
         self._large = ThreadPoolExecutor(1, "squawq-validation-large")  # so that small bodies never wait for large ones
         self._scores = Budget(SCORED * self.settings.max_logprob_entries)
-        self.held = 0  # bytes of the requests that are under way or waiting, as `_cost` has them
+        self.held = 0  # bytes of the requests that are under way or waiting, as `cost` has them
         self._replies = ThreadPoolExecutor(2, "squawq-replies")
         self.bodies = Bodies(self.settings)
 
