@@ -103,6 +103,68 @@ def test_a_full_server_says_so_and_stays_healthy() -> None:
         )
 
 
+def test_many_requests_wait_for_their_turn() -> None:
+    """As many as `vllm bench serve` sends at once by default wait; none is refused."""
+    with running(max_num_seqs=8) as server:
+        connections = [socket.create_connection(address(server), timeout=120) for _ in range(300)]
+        for connection in connections:
+            connection.sendall(request("/v1/completions", {"prompt": "Once", "max_tokens": 2, "ignore_eos": True}))
+        statuses = []
+        for connection in connections:
+            statuses.append(connection.recv(15))
+            connection.close()
+        assert set(statuses) == {b"HTTP/1.1 200 OK"}
+        assert server.idle()
+
+
+def test_what_cannot_be_held_is_refused() -> None:
+    with running(max_num_seqs=1, max_queue_bytes=60_000) as server:
+        held = [socket.create_connection(address(server), timeout=20) for _ in range(2)]
+        for connection in held:
+            connection.sendall(request("/v1/completions", LONG))
+        generation = server.server.api.generation
+        assert until(lambda: generation.in_flight == 2 and generation.held > 2 * 16_000)
+        refused = server.post("/v1/completions", {"prompt": [5] * 500, "max_tokens": 1})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert server.get("/readyz").status_code == 200, "there is room for less"
+        for connection in held:
+            connection.close()
+        assert until(lambda: generation.held == 0)
+        alone = {"prompt": [5] * 2000, "max_tokens": 1}  # holds more than all may, but nobody else does
+        assert server.post("/v1/completions", alone).status_code == 200
+        assert generation.held == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_waits_no_longer_than_it_may(stream: bool) -> None:
+    with running(max_num_seqs=1, queue_timeout=0.4) as server:
+        with httpx.stream("POST", server.url + "/v1/completions", json={**LONG, "stream": True}, timeout=60) as first:
+            lines = first.iter_lines()
+            next(lines)
+            late = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "stream": stream})
+            assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+            assert "waited 0.4 s for its turn" in late.json()["error"]["message"]
+            assert next(line for line in lines if line).startswith("data: "), "its turn came: it goes on"
+        assert server.idle()
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_log_probabilities_wait_for_one_another() -> None:
+    """Requests with many of them run a few at a time; others go on."""
+    with running(max_logprob_entries=3100) as server:
+        scored = {**LONG, "max_tokens": 3000, "logprobs": 0}
+        held = [socket.create_connection(address(server), timeout=20) for _ in range(6)]
+        for connection in held:
+            connection.sendall(request("/v1/completions", scored))
+        assert until(lambda: server.served.engine.stats().running == 4)
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+        assert server.server.api.generation.in_flight == 6
+        assert server.served.engine.stats().running + server.served.engine.stats().waiting == 4
+        for connection in held:
+            connection.close()
+        assert server.idle()
+
+
 def test_too_many_connections_are_answered() -> None:
     with running(max_connections=5) as server:
         busy = [socket.create_connection(address(server)) for _ in range(5)]

@@ -20,10 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from squawq import __version__
 from squawq.serve import tgi
 from squawq.serve.call import Call
-from squawq.serve.chat import ChatBody, chat, render
+from squawq.serve.chat import ChatBody, chat, read, render
 from squawq.serve.completions import completion
 from squawq.serve.errors import ApiError
-from squawq.serve.fields import parse_json, validate
+from squawq.serve.fields import parse_json
 from squawq.serve.generation import Generation, Parse
 from squawq.serve.guard import Guard
 from squawq.serve.metrics import Metrics
@@ -236,7 +236,7 @@ def _tokenize(raw: Mapping[str, Any], served: Served) -> Any:
 
 
 def _chat_tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
-    body = validate(ChatBody, raw, strict=served.settings.strict_fields)
+    body = read(ChatBody, raw, served)
     served.check_name(body.model)
     text = render(body, served)
     return {"tokenize_response": tgi.chat_tokens(text, served), "templated_text": text}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ from squawq.serve.structured import response_grammar
 from squawq.serve.tool_parser import Delta, ToolParser
 from squawq.serve.tools import call_id, plain_messages, template_messages, tool_grammar
 
+Chat = TypeVar("Chat", bound="ChatBody")
 NO_TOOLS = "the server knows no format of tool calls for this model; --tool-call-parser names one"
 RESERVED = (*chat_template.RESERVED, "tokenize", "chat_template")
 
@@ -128,6 +129,12 @@ class ChatBody(SamplingFields):
         return {**found, **given}
 
 
+def read(model: type[Chat], raw: Mapping[str, Any], served: Served) -> Chat:
+    """A chat's body, whose messages are counted before each is looked at. Raises ApiError."""
+    served.sizes.check_messages(raw.get("messages"))
+    return validate(model, raw, strict=served.settings.strict_fields)
+
+
 def render(body: ChatBody, served: Served) -> str:
     """The chat as text, by the model's template. Raises ApiError."""
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
@@ -157,9 +164,7 @@ def render(body: ChatBody, served: Served) -> str:
 
 def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
     """A checked chat request, ready for the engine. Raises ApiError."""
-    if not raw.get("truncate_prompt_tokens"):
-        served.sizes.check_messages(raw.get("messages"))
-    body = validate(ChatBody, raw, strict=served.settings.strict_fields)
+    body = read(ChatBody, raw, served)
     body.check(served)
     if body.top_logprobs and not body.logprobs:
         raise ApiError("invalid", "top_logprobs needs logprobs: true", "top_logprobs")

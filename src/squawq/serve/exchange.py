@@ -124,7 +124,7 @@ class Exchange:
 
     def waits(self) -> bool:
         """Whether it is still being checked, or waits for its turn in the engine."""
-        return self.checked is None or all(map(self._engine.waits, self._open))
+        return self.checked is None or (bool(self._open) and all(map(self._engine.waits, self._open)))
 
     def end(self, reason: Exception) -> None:
         """End the waiting with an exception, for outputs or for the check before; from the event loop."""

@@ -55,7 +55,7 @@ class Generation:
         self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
         self._large = ThreadPoolExecutor(1, "squawq-validation-large")  # so that small bodies never wait for large ones
         self._scores = Budget(SCORED * self.settings.max_logprob_entries)
-        self.held = 0  # bytes of the requests that are under way or waiting, as `_cost` has them
+        self.held = 0  # bytes of the requests that are under way or waiting, as `cost` has them
         self._replies = ThreadPoolExecutor(2, "squawq-replies")
         self.bodies = Bodies(self.settings)
 
@@ -140,7 +140,7 @@ class Generation:
         call: Call = await self.in_thread(read, size)
         self._hold(place, size + cost(call.requests))
         await held.enter_async_context(self._scores.take(scores(call.requests)))
-        await self.in_thread(lambda: exchange.submit(call), size)
+        await self.in_thread(lambda: exchange.submit(call), 0)  # no more than the context by now
         return call
 
     def _alarms(self, exchange: Exchange) -> list[asyncio.TimerHandle]:

@@ -35,11 +35,12 @@ def protocol(settings: Settings) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            if len(self.connections) > settings.max_connections and idle:
-                oldest = next(iter(idle))
-                self.connections.discard(oldest)  # its place is free at once, though its loss shows later
-                del idle[oldest]
-                oldest.transport.abort()
+            if len(self.connections) > settings.max_connections:
+                oldest = next((one for one in idle if not one.transport.get_write_buffer_size()), None)
+                if oldest is not None:  # an answer that is still being written is not cut off
+                    self.connections.discard(oldest)  # its place is free at once, though its loss shows later
+                    del idle[oldest]
+                    oldest.transport.abort()
             self._surplus = len(self.connections) > settings.max_connections
             if not self._surplus:
                 idle[self] = None

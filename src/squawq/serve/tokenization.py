@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from squawq.serve.chat import ChatBody, render
+from squawq.serve.chat import ChatBody, read, render
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, TokenId, validate
 from squawq.serve.model import Served
@@ -37,7 +37,7 @@ def tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
     """{"count", "max_model_len", "tokens", "token_strs"} of a prompt or of messages. Raises ApiError."""
     body: TokenizeBody | TokenizeChatBody
     if "messages" in raw:
-        body = validate(TokenizeChatBody, raw, strict=served.settings.strict_fields)
+        body = read(TokenizeChatBody, raw, served)
         ids = body.truncated(served.text_ids(render(body, served), body.add_special_tokens), served)
     else:
         body = validate(TokenizeBody, raw, strict=served.settings.strict_fields)
