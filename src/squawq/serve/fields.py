@@ -84,7 +84,7 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: bool = False  # padding against listeners: no text depends on it
 
 
 class SamplingFields(Body):
