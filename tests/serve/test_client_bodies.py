@@ -1,5 +1,5 @@
-"""What clients send beside a request: bookkeeping, values that ask for nothing, histories as they replay them; and which
-fields are refused since ignoring them would change the answer.
+"""What clients send beside a request: bookkeeping, values that ask for nothing, histories as they replay them; and
+which fields are refused since ignoring them would change the answer.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def test_closed_objects(any_server: Running) -> None:
         {"structured_outputs": {"json": schema, "disable_additional_properties": True}},
     ]
     for form in forms:
-        assert set(json.loads(content(any_server, **form, max_tokens=30))) == {"a"}
-    parameters = {"grammar": {"type": "json", "value": schema}, "max_new_tokens": 30}
+        assert set(json.loads(content(any_server, **form, max_tokens=300))) == {"a"}
+    parameters = {"grammar": {"type": "json", "value": schema}, "max_new_tokens": 300}
     text = any_server.post("/generate", {"inputs": "Say", "parameters": parameters}).json()["generated_text"]
     assert set(json.loads(text)) == {"a"}
 
