@@ -221,7 +221,7 @@ def test_a_template_for_tools_alone(tmp_path: Path) -> None:
     assert ("<tools>" in texts[0], texts[1]) == (True, server.served.tokenizer.render(MESSAGES))
     with running(model=str(folder), tool_call_parser="none") as server:
         answer = server.post("/v1/chat/completions", asked)
-        assert answer.json()["error"]["message"] == "Tool error: the model's chat template knows no tools"
+        assert "knows no format of tool calls for this model" in answer.json()["error"]["message"]
 
 
 def test_markers_that_are_tokens(tmp_path: Path) -> None:
@@ -249,18 +249,68 @@ def test_variables_of_the_template(tools_server: Running, chat: Any) -> None:
         last(tools=[])
 
 
-def test_tools_that_cannot_be_used(chat: Any, plain: Any) -> None:
+def test_tools_that_cannot_be_used(chat: Any) -> None:
     for options, why in (
         (
             {"tool_choice": {"type": "function", "function": {"name": "other"}}},
             "one of the tools: get_weather, set_light",
         ),
-        ({"response_format": {"type": "json_object"}}, "Grammar and tools are mutually exclusive"),
+        (
+            {"response_format": {"type": "regex", "value": "a"}},
+            "Grammar and tools are mutually exclusive, but for JSON schemas",
+        ),
         ({"tools": [function("bad name")]}, "a function is called 'bad name'"),
-        ({"tools": []}, "tools: List should have at least 1 item"),
+        ({"tools": [], "tool_choice": "required"}, "no tools were given"),
         ({"tools": None, "tool_choice": "required"}, "no tools were given"),
     ):
         with pytest.raises(openai.BadRequestError, match=re.escape(why)):
             chat(**options)
-    with pytest.raises(openai.BadRequestError, match="the model's chat template knows no tools"):
-        plain.chat.completions.create(**ASKED, tools=TOOLS)
+
+
+def test_no_tools_at_all(chat: Any) -> None:
+    asked = {"max_tokens": 8}
+    assert whole(chat(tools=[], tool_choice="auto", **asked)) == whole(chat(tools=openai.NOT_GIVEN, **asked))
+
+
+def test_a_call_or_a_form(tools_server: Running, chat: Any) -> None:
+    """Where a call may come, an answer without one has the form that was asked for."""
+    schema = {"properties": {"name": {"enum": ["cat", "dog"]}}, "required": ["name"]}
+    form = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
+    asked = {"response_format": form, "logit_bias": ENDS}
+    found = []
+    for word in ("cat", "get_weather", "set_light"):
+        bias = {str(token): 30 for token in tools_server.served.text_ids(word, special=False)}
+        if word != "cat" and tools_server.served.tool_format == "hermes":
+            bias |= {str(tools_server.served.text_ids("<tool_call>", special=False)[0]): 100}
+        answer = chat(**{**asked, "logit_bias": {**bias, **ENDS}})
+        content, calls, finish = whole(answer)
+        assert joined(chat(**{**asked, "logit_bias": {**bias, **ENDS}}, stream=True)) == (content, calls, finish)
+        found += [bool(calls)]
+        if calls:
+            assert (content, finish, len(calls_of(answer.choices[0].message)) >= 1) == ("", "tool_calls", True)
+        else:
+            assert (set(json.loads(content)), finish) == ({"name"}, "stop")
+    assert set(found) == {True, False}, "the biases show no difference; choose others"
+    must = chat(**asked, tool_choice="set_light")
+    assert [name for name, _ in calls_of(must.choices[0].message)] == ["set_light"]
+
+
+def test_a_template_that_knows_no_tools(server: Running, plain: Any) -> None:
+    """The tools stand at the end of the user's message, and the answer is held to JSON."""
+    asked = {**ASKED, "tools": TOOLS, "logit_bias": ENDS, "extra_body": {"return_token_ids": True}}
+
+    def prompt(answer: Any) -> str:
+        return server.served.tokenizer.decode(answer.prompt_token_ids, skip_special=False)
+
+    answer = plain.chat.completions.create(**asked, tool_choice="required")
+    assert (len(calls_of(answer.choices[0].message)), answer.choices[0].finish_reason) == (1, "tool_calls")
+    assert "Tell me a story.\n---\n[{" in prompt(answer)
+    assert '"get_weather"' in prompt(answer)
+    told = {**asked, "extra_body": {"return_token_ids": True, "tool_prompt": "Choose one."}}
+    assert "\nChoose one.<|eot_id|>" in prompt(plain.chat.completions.create(**told, tool_choice="required"))
+    replayed = [*MESSAGES, answer.choices[0].message, {"role": "tool", "tool_call_id": "x", "content": "21 degrees"}]
+    again = prompt(plain.chat.completions.create(**{**asked, "messages": replayed, "tools": openai.NOT_GIVEN}))
+    name = answer.choices[0].message.tool_calls[0].function.name
+    assert f'assistant<|end_header_id|>\n\n{{"name": "{name}", "parameters": ' in again
+    assert "user<|end_header_id|>\n\n21 degrees" in again
+    assert "---" not in again

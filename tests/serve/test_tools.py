@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from squawq.demo import demo_model
-from squawq.engine.grammar import GrammarCompiler
+from squawq.engine.grammar import GrammarCompiler, Matcher
+from squawq.engine.request import Grammar
 from squawq.errors import ConfigError
+from squawq.serve.structural_tag import structural_tag
 from squawq.serve.tool_parser import Delta, ToolParser, parse
 from squawq.serve.tools import (
     CLOSE,
@@ -78,9 +80,12 @@ COMPILERS = {kind: GrammarCompiler(tokenizer, VOCAB, [EOS]) for kind, tokenizer 
 
 def accepts(kind: str, form: str, choice: str, text: str, parallel: bool = True, tools: Any = TOOLS) -> bool:
     """Whether the model may write this text, token by token, and end."""
-    tokenizer = TOKENIZERS[kind]
-    matcher = COMPILERS[kind].compile(tool_grammar(form, tools, choice, parallel, added_tokens(tokenizer)))
-    for token in tokenizer.encode(text, special=False):
+    grammar = tool_grammar(form, tools, choice, parallel, added_tokens(TOKENIZERS[kind]))
+    return follows(kind, COMPILERS[kind].compile(grammar), text)
+
+
+def follows(kind: str, matcher: Matcher, text: str) -> bool:
+    for token in TOKENIZERS[kind].encode(text, special=False):
         if not matcher.allowed()[token]:
             return False
         matcher.consume(token)
@@ -194,6 +199,28 @@ def test_the_grammar_lets_through_good_answers_alone(kind: str, form: str, choic
 def test_one_call_where_they_may_not_be_parallel(form: str, choice: str) -> None:
     assert accepts("plain", form, choice, case(form, "a call"), parallel=False)
     assert not accepts("plain", form, choice, case(form, "two calls"), parallel=False)
+
+
+@pytest.mark.parametrize("form", TOOL_FORMATS)
+@pytest.mark.parametrize(
+    ("schema", "answers", "others"),
+    [
+        ({"properties": {"a": {"type": "null"}}}, ['{"a": null}', "{}"], ["text", '{"b": 1}', ""]),
+        ({"properties": {"name": {"type": "string"}}}, ['{"name": "f"}', '{"name": "g"}'], ['{"name": "f", "x": 1}']),
+        ({"type": "object"}, ["{}", '{"name": "f", "y": {}}'], ["[]"]),
+        ({"type": "array", "items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"const": 1}}}, ["[]", "[1, 1]"], ["[2]"]),
+    ],
+)
+def test_an_answer_in_a_form_instead_of_a_call(form: str, schema: Any, answers: list[str], others: list[str]) -> None:
+    grammar = tool_grammar(form, TOOLS, "auto", True, {}, Grammar("json_schema", json.dumps(schema)))
+    compiler = COMPILERS["plain"]
+    for text, good in (
+        *((text, True) for text in (*answers, case(form, "a call"), case(form, "two calls"))),
+        *((text, False) for text in others),
+    ):
+        assert follows("plain", compiler.compile(grammar), text) == good, text
+        if text in answers:
+            assert parse(form, NAMES, text) == (text, [])
 
 
 @pytest.mark.parametrize("form", TOOL_FORMATS)
@@ -324,6 +351,39 @@ def test_unknown_formats() -> None:
         tool_grammar("xml", TOOLS, "auto", True)
     with pytest.raises(ConfigError, match="llama3_json, hermes"):
         ToolParser("xml", NAMES)
+
+
+# structural tags
+
+
+TAGS = {
+    "structures": [
+        {"begin": OPEN, "schema": {"properties": {"x": {"type": "integer"}}, "required": ["x"]}, "end": CLOSE},
+        {"begin": "<function=g/>", "schema": {"type": "object", "properties": {}}, "end": "</function>"},
+    ],
+    "triggers": [OPEN, "<function="],
+}
+G = "<function=g/>{}</function>"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("", True),
+        ("a < b </tool_call> <func", True),
+        (f'{OPEN}{{"x": 1}}{CLOSE}', True),
+        (f'So {OPEN}{{"x": 1}}{CLOSE} and {G}{G} end', True),
+        (f"{OPEN}x", False),
+        (f'{OPEN}{{"x": 1, "y": 1}}{CLOSE}', False),
+        (f'{OPEN}{{"x": 1}}</function>', False),
+        ("<function=h/>", False),
+        ("<function=g/>{}", False),
+    ],
+)
+def test_once_a_trigger_is_written_a_tag_follows(kind: str, text: str, good: bool) -> None:
+    grammar = structural_tag(TAGS, added_tokens(TOKENIZERS[kind]))
+    assert follows(kind, COMPILERS[kind].compile(grammar), text) == good
 
 
 # grammar and parser together

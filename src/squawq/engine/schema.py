@@ -46,7 +46,7 @@ class _Closing:
     def run(self) -> dict[str, Any]:
         made: dict[str, Any] = self._value(self._root)
         if self._definitions:
-            made["$defs"] = {**made.get("$defs", {}), **self._definitions}
+            made["$defs"] = {**_mapping(made.get("$defs")), **self._definitions}
         return made
 
     def _value(self, schema: Any) -> Any:
@@ -81,7 +81,8 @@ class _Closing:
         if any(key in schema for key in _NAMES):
             if not typed and not any(key in schema for key in ("type", "$ref", *_LISTED, *_APPLIED)):
                 made["type"] = "object"
-            if "additionalProperties" not in schema and names is not None:
+            sound = all(isinstance(schema.get(kind, {}), Mapping) for kind in _NAMES)
+            if "additionalProperties" not in schema and names is not None and sound:
                 self._close(made, names)
         return made
 

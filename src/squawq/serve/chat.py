@@ -80,6 +80,7 @@ class ChatBody(SamplingFields):
     add_special_tokens: bool = False
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
     echo: Literal[False] = False
+    audio: Any = None  # of an answer's speech, which modalities ask for
 
     def tool_names(self) -> list[str]:
         """What may be called; nothing where tool_choice is "none"."""

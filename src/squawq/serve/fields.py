@@ -31,7 +31,9 @@ STRICT = {"strict_fields": True}
 class Body(BaseModel):
     """Base of every request body and part of one."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra={"additionalProperties": True}
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +86,7 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: bool = False  # padding against listeners: no text depends on it
 
 
 class SamplingFields(Body):

@@ -1,7 +1,7 @@
 """TGI's own routes: /, /generate, /generate_stream, /tokenize and /info. Bodies and rules in, engine requests out, with
 the texts that TGI refuses with. Pure; what replies look like is tgi_reply.py's.
 
-Where it differs from TGI: fields that are unknown or that ask for what is not there (watermark, adapters) are refused;
+Where it differs from TGI: fields that ask for what is not there (watermark, adapters) are refused;
 max_new_tokens counts in full against the context, where TGI counts 1024 of it at most and lets the rest fail later; a
 sequence's log probabilities are the raw model's, before penalties and temperature.
 """
