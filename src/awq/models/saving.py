@@ -12,7 +12,7 @@ from awq.models._config import AwqConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError
 from squawq.format.files import has_file, read_json
 from squawq.format.reader import COMPANIONS, INDEX, LEGACY, read_config
-from squawq.format.writer import TEMPORARY, clear_temporary, copy_file, write_json
+from squawq.format.writer import TEMPORARY, clear_temporary, copy_file, refuse_link, write_json
 from squawq.report.files import PAGE, REPORT
 
 CALLERS = (  # what a tokenizer or processor saves is the caller's, as with AutoAWQ
@@ -91,6 +91,7 @@ def _older_config(source: Path) -> dict[str, Any] | None:
 def _put(path: Path, target: Path, *, link: bool) -> None:
     """A weight file to its place, whole or not at all. link: the same bytes under two names, where that can be."""
     temporary = target.parent / TEMPORARY / path.name
+    refuse_link(temporary.parent)
     temporary.parent.mkdir(exist_ok=True)
     temporary.unlink(missing_ok=True)
     with suppress(OSError):  # another file system, or one without links

@@ -25,6 +25,12 @@ from squawq.format.shards import read_header
 TEMPORARY = ".tmp"
 
 
+def refuse_link(path: Path) -> None:
+    """Raises OutputError for a link where squawq makes a file or folder of its own: it leads to somebody else's."""
+    if path.is_symlink():
+        raise OutputError(f"{path} is a link to {path.readlink()}; remove it, or choose another place")
+
+
 def clear_temporary(folder: Path) -> None:
     """Remove what a killed run left half written."""
     shutil.rmtree(folder / TEMPORARY, ignore_errors=True)
@@ -37,6 +43,8 @@ def _named_at_the_end(target: Path, size: int) -> Iterator[Path]:
     The file gets its name when the context ends. Raises OutputError, for a full disk too, and gives the room back.
     """
     temporary = target.parent / TEMPORARY / target.name
+    refuse_link(temporary.parent)
+    refuse_link(temporary)
     try:
         temporary.parent.mkdir(exist_ok=True)
         yield temporary

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
-from squawq.format.files import has_file, read_bytes, read_json
+from squawq.format.files import has_file, open_file, read_bytes, read_json
 from squawq.format.reader import Checkpoint
 from squawq.format.shards import read_header, read_shard
-from squawq.format.writer import TEMPORARY, clear_temporary, shard_name, write_json, write_shard
+from squawq.format.writer import TEMPORARY, clear_temporary, refuse_link, shard_name, write_json, write_shard
 from squawq.quant_config import QuantConfig
 from squawq.report.files import REPORT
 
@@ -94,6 +94,10 @@ class Job:
 
     def _claim(self) -> None:
         job = self.partial / JOB
+        refuse_link(self.partial)
+        refuse_link(self.partial / TEMPORARY)
+        if self.partial.exists() and not self.partial.is_dir():
+            raise OutputError(f"{self.partial} exists and squawq did not make it; move it, or choose another OUT")
         if self.partial.exists() and any(path.name != TEMPORARY for path in self.partial.iterdir()):
             if not has_file(job):
                 raise OutputError(f"{self.partial} exists and squawq did not make it; move it, or choose another OUT")
@@ -116,7 +120,7 @@ class Job:
             import fcntl
         except ImportError:  # not on Windows
             return None
-        handle = (self.partial / JOB).open("rb")
+        handle = open_file(self.partial / JOB)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -170,7 +174,7 @@ class Job:
 
     def require_room(self, size: int, scratch: int = 0) -> None:
         """Raises OutputError when the disk cannot take a result of about so many bytes and as many beside it."""
-        there = sum(path.stat().st_size for path in self.partial.iterdir())
+        there = sum(path.lstat().st_size for path in self.partial.iterdir())
         needed, free = max(0, size - there) + scratch, shutil.disk_usage(self.partial).free
         if needed > free:
             raise OutputError(
