@@ -16,6 +16,20 @@ SquawqError
 
 from __future__ import annotations
 
+import re
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text of a folder or a client as it may reach a terminal: control characters, bidirectional overrides and half
+    surrogate pairs are escaped, but for those in `keep`."""
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found[0] in keep else ascii(found[0])[1:-1]
+
+    return _UNPRINTABLE.sub(escaped, text)
+
 
 class SquawqError(Exception):
     """Base of every error that squawq raises for its user."""

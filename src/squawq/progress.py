@@ -8,8 +8,24 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+from squawq.errors import printable
+
+
+class PlainConsole(Console):
+    """A console that shows text as it is: names come from downloaded folders, and may look like markup or hold control
+    characters, which are escaped."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """As rich does; every text that is printed, and every cell of a table, comes through here."""
+        return super().render_str(printable(text, keep="\n\t"), **options)
+
+
+console = PlainConsole(stderr=True)
 
 
 def bar() -> Progress:

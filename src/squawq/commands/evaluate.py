@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from squawq.commands.options import Device, Model
-from squawq.progress import console, counting
+from squawq.progress import PlainConsole, console, counting
 
 
 def evaluate(
@@ -75,9 +75,7 @@ def _print_scores(scores: dict[str, Any]) -> None:
         table.add_row("KL to the reference, mean (nats)", f"{scores['kl_mean']:.5f}")
         table.add_row("KL to the reference, 99th percentile", f"{scores['kl_p99']:.5f}")
         table.add_row("same likeliest token", f"{scores['top1_agreement']:.2%}")
-    from rich.console import Console
-
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def _add_to_report(folder: Path, reference: str, scores: dict[str, Any]) -> None:

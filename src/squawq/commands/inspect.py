@@ -33,9 +33,9 @@ def inspect(
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
+    from squawq.progress import PlainConsole
 
-    console = Console(highlight=False, markup=False, emoji=False)  # a folder's name may look like markup
+    console = PlainConsole()
     for table in (_model(found), _sizes(found), _memory(found)):
         console.print(table)
     if found["kept_in_16_bits"]:
@@ -52,8 +52,7 @@ def _table(title: str, *headings: str) -> Any:
 
 
 def _model(found: dict[str, Any]) -> Any:
-    name = "".join(character if character.isprintable() else "?" for character in found["model"])
-    table = _table(name, "model", "")
+    table = _table(found["model"], "model", "")
     quant, tied = found["quantization"], "tied" if found["tied_embeddings"] else "not tied"
     table.add_row("architecture", found["architecture"])
     table.add_row("parameters", f"{found['parameters']:,}")
