@@ -152,12 +152,12 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
 def test_what_a_model_writes_steers_no_terminal(stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
-    from squawq.commands.generate import _write
+    from squawq.commands.generate import write
 
     pieces = ["one\n\t", "\x1b]0;", "title\x07", " é😀"]
     out = stream()
     monkeypatch.setattr("sys.stdout", out)
-    assert _write(piece for piece in pieces) == "".join(pieces)  # what the chat goes on with
+    write(piece for piece in pieces)
     written = out.getvalue()
     if stream is Terminal:
         assert written == "one\n\t\\x1b]0;title\\x07 é😀\n"
@@ -168,10 +168,11 @@ def test_what_a_model_writes_steers_no_terminal(stream: type[io.StringIO], monke
 def test_names_steer_no_terminal_and_are_no_markup() -> None:
     from rich.table import Table
 
-    from squawq.progress import SafeConsole
+    from squawq.progress import PlainConsole
 
     out = io.StringIO()
-    console = SafeConsole(file=out, markup=False, width=200)
+    console = PlainConsole()
+    console.file, console.width = out, 200
     table = Table("\x1bhead", title="\x1btitle")
     table.add_row("\x9bcell [/x]")
     console.print(table, "\x1b]0;text\x07 [/x]")

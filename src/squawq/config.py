@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,17 @@ from typing import Any
 from squawq.errors import CheckpointError
 from squawq.quant_config import LAYOUTS, QuantConfig, stated_layout
 
-MAX_LAYERS = 4096
+MAX_LAYERS = 1024
+MAX_SIZES = {  # of what sizes memory; anything else: 2**31 - 1
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "vocab_size": 2**24,
+}
+MAX_SIZE = 2**31 - 1
+MAX_REAL = 1e30  # within float32, in which it is worked with
 ROPE_TYPES = ("default", "linear", "llama3")  # whose numbers are read
 TIED = (  # where config.json does not say
     *("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "granite_swa", "minicpm3"),
@@ -86,13 +95,11 @@ class ModelConfig:
         def size(key: str, default: int | None = None) -> int:
             value = raw.get(key, default)
             value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-                raise CheckpointError(f"{where}: {key} is {value!r}; it must be a positive whole number")
-            return value
+            return _whole(key, value, 1, where)
 
         model_type = raw.get("model_type")
         if not isinstance(model_type, str):
-            raise CheckpointError(f"{where}: model_type is {model_type!r}; it must name the architecture")
+            raise CheckpointError(f"{where}: model_type is {model_type!r:.200}; it must name the architecture")
         layers, heads = size("num_hidden_layers"), size("num_attention_heads")
         if layers > MAX_LAYERS:
             raise CheckpointError(f"{where}: num_hidden_layers is {layers}; more than {MAX_LAYERS} is no model")
@@ -104,9 +111,7 @@ class ModelConfig:
         quant = whole.get("quantization_config")
         if quant is not None and not isinstance(quant, Mapping):
             raise CheckpointError(f"{where}: quantization_config must be an object")
-        window = _sliding_window(raw)
-        if window is not None and window < 1:
-            raise CheckpointError(f"{where}: sliding_window is {window}; it must be at least 1")
+        window = _sliding_window(raw, where)
         return cls(
             model_type=model_type,
             hidden_size=size("hidden_size"),
@@ -139,10 +144,19 @@ def _text_config(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return {**LEFT_OUT.get(str(text.get("model_type")), {}), **outer, **text}
 
 
+def _whole(key: str, value: object, least: int, where: str) -> int:
+    """Raises CheckpointError for what is no whole number within its bounds."""
+    most = MAX_SIZES.get(key, MAX_SIZE)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        kind = "a positive whole number" if least else "a whole number from 0"
+        raise CheckpointError(f"{where}: {key} is {value!r:.100}; it must be {kind} up to {most}")
+    return value
+
+
 def _number(values: Mapping[str, Any], key: str, default: float, where: str) -> float:
     value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{where}: {key} is {value!r}; it must be a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_REAL:
+        raise CheckpointError(f"{where}: {key} is {value!r:.100}; it must be a positive number up to {MAX_REAL:g}")
     return float(value)
 
 
@@ -169,18 +183,20 @@ def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
         factor=_number(values, "factor", 1.0, where),
         low_freq_factor=_number(values, "low_freq_factor", 1.0, where),
         high_freq_factor=_number(values, "high_freq_factor", 4.0, where),
-        original_max_position_embeddings=int(_number(values, "original_max_position_embeddings", 8192, where)),
+        original_max_position_embeddings=min(
+            MAX_SIZE, int(_number(values, "original_max_position_embeddings", 8192, where))
+        ),
     )
 
 
-def _sliding_window(raw: Mapping[str, Any]) -> int | None:
+def _sliding_window(raw: Mapping[str, Any], where: str) -> int | None:
     """Mistral uses its window wherever it is set; Qwen only where `use_sliding_window` says so."""
     window = raw.get("sliding_window")
-    if not isinstance(window, int) or raw.get("use_sliding_window") is False:
+    if window is None or raw.get("use_sliding_window") is False:
         return None
     if raw.get("model_type") in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
         return None
-    return window
+    return _whole("sliding_window", window, 1, where)
 
 
 def _layer_types(raw: Mapping[str, Any], layers: int, window: int | None, where: str) -> tuple[str, ...]:
@@ -188,7 +204,8 @@ def _layer_types(raw: Mapping[str, Any], layers: int, window: int | None, where:
     if types is None:
         if window is None or raw.get("model_type") == "llama":
             return ("full_attention",) * layers
-        first = int(raw.get("max_window_layers", 28)) if "use_sliding_window" in raw else 0
+        given = raw.get("max_window_layers", 28) if "use_sliding_window" in raw else 0
+        first = _whole("max_window_layers", given, 0, where)
         return tuple("full_attention" if i < first else "sliding_attention" for i in range(layers))
     if not isinstance(types, list) or len(types) != layers or not all(isinstance(t, str) for t in types):
         raise CheckpointError(f"{where}: layer_types must list the attention of {layers} layers")

@@ -32,12 +32,12 @@ def demo_model() -> Path:
 def run(out: Path, console: Console) -> dict[str, Any]:
     """Quantize the bundled model into `out`, measure both, let both answer; returns what was measured."""
     model = demo_model()
-    console.print(f"[bold]1. Quantizing[/bold] the bundled model (7.3 M parameters, TinyStories) into {out}")
+    console.print(f"1. Quantizing the bundled model (7.3 M parameters, TinyStories) into {out}", style="bold")
     started = time.monotonic()
     with LayerProgress() as observer:
         quantize(model, out, QuantConfig(samples=CALIBRATION_BLOCKS), observer=observer)
     seconds = time.monotonic() - started  # next to nothing where the result was there already
-    console.print("[bold]2. Measuring[/bold] on stories that neither training nor calibration saw")
+    console.print("2. Measuring on stories that neither training nor calibration saw", style="bold")
     with counting("evaluating") as progress:
         scores = evaluate(out, model, text=model / "held_back.txt", max_tokens=EVALUATED_TOKENS, progress=progress)
     add_evaluation(out, model, scores)
@@ -49,12 +49,12 @@ def run(out: Path, console: Console) -> dict[str, Any]:
     table.add_row("perplexity", f"{scores['reference_perplexity']:.2f}", f"{scores['perplexity']:.2f}")
     table.add_row("KL to 16-bit, mean", "", f"{scores['kl_mean']:.4f} nats")
     table.add_row("same likeliest token", "", f"{scores['top1_agreement']:.1%}")
-    console.print(table)
-    console.print(f"[bold]3. Asking both:[/bold] {QUESTION}")
+    console.print(table, soft_wrap=False)
+    console.print(f"3. Asking both: {QUESTION}", style="bold")
     answers = Table(show_lines=True)
     for heading, folder in (("16-bit", model), ("AWQ INT4", out)):
         answers.add_column(heading, ratio=1)
         scores[heading] = LLM(folder).chat([{"role": "user", "content": QUESTION}], SamplingParams(max_tokens=220))
     answers.add_row(scores["16-bit"], scores["AWQ INT4"])
-    console.print(answers)
+    console.print(answers, soft_wrap=False)
     return scores

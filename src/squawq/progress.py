@@ -13,21 +13,24 @@ from rich.text import Text
 from squawq.errors import printable
 
 
-class SafeConsole(Console):
-    """rich's, but texts cannot steer the terminal: names and messages come from model folders too."""
+class PlainConsole(Console):
+    """rich's, for text as it is. Names and messages come from model folders too: they may look like markup or hold
+    control characters, which are escaped. Lines are never wrapped: a suggested command is pasted whole."""
 
-    def render_str(self, text: str, **options: Any) -> Text:
-        """A text as rich shows it, in cells of tables too."""
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """As rich does; every text that is printed, and every cell of a table, comes through here."""
         return super().render_str(printable(text, keep="\n\t"), **options)
 
 
-# Lines are never wrapped: a suggested command is pasted whole, from a terminal and from a log. Names are only text.
-console = SafeConsole(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+console = PlainConsole(stderr=True)
 
 
 def output() -> Console:
     """stdout for tables; where it is no terminal they are as wide as they need."""
-    wide = SafeConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    wide = PlainConsole()
     if not wide.is_terminal:
         wide.width = 10_000
     return wide

@@ -20,12 +20,11 @@ def demo(
       squawq demo
     """
     from squawq.demo import run
-    from squawq.progress import SafeConsole
+    from squawq.progress import output
 
-    stdout = SafeConsole()
+    stdout = output()
+    stdout.width = min(stdout.width, 160)  # the stories stand side by side
     run(out, stdout)
     squawq = "squawq" if shutil.which("squawq") else sys.argv[0]  # as it was called, where it is not on the PATH
-    stdout.print(f"The quantized model is in {out}. Talk to it:  {squawq} chat {out}", soft_wrap=True)
-    stdout.print(
-        f"It is a plain AWQ checkpoint; a server that reads those serves it:  vllm serve {out}", soft_wrap=True
-    )
+    stdout.print(f"The quantized model is in {out}. Talk to it:  {squawq} chat {out}")
+    stdout.print(f"It is a plain AWQ checkpoint; a server that reads those serves it:  vllm serve {out}")

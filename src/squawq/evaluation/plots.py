@@ -12,13 +12,15 @@ from squawq.errors import ConfigError, DependencyError, OutputError
 
 
 def check_plot(path: str | Path) -> None:
-    """Raises DependencyError without matplotlib, ConfigError for a folder or a file in one that is not there."""
+    """Raises DependencyError without matplotlib, ConfigError for a folder, a link, or a file in no folder."""
     if find_spec("matplotlib") is None:
         raise DependencyError("--plot needs the package matplotlib: pip install 'squawq[plot]'")
     if not Path(path).resolve().parent.is_dir():
         raise ConfigError(f"--plot {str(path)!r}: there is no such folder")
     if Path(path).is_dir():
         raise ConfigError(f"--plot {str(path)!r} is a folder; name a file in it, such as loss.png")
+    if Path(path).is_symlink() and (Path(path).is_file() or not Path(path).exists()):
+        raise ConfigError(f"--plot {str(path)!r}: is a link to {Path(path).readlink()}; name that file, or another")
 
 
 def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mapping[str, Any]) -> None:

@@ -235,6 +235,9 @@ def export_gguf(folder: Path, out: Path, *, progress: Progress | None = None) ->
     checkpoint = Checkpoint(folder)
     _check(checkpoint.config, out)
     entries = list(plan(checkpoint))
+    for entry in entries:
+        if entry.kind != "Q4_1":
+            checkpoint.check_shape(entry.source, entry.shape)  # before anything is as large as config.json says
     vocabulary = read_vocabulary(folder, checkpoint.config)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,12 @@ def is_temporary(name: str) -> bool:
     return re.fullmatch(re.escape(TEMPORARY) + "[a-z0-9_]{8}", name) is not None
 
 
+def refuse_link(path: Path) -> None:
+    """Raises OutputError for a link where squawq makes a file or folder of its own: it leads to somebody else's."""
+    if path.is_symlink():
+        raise OutputError(f"{path} is a link to {path.readlink()}; remove it, or choose another place")
+
+
 def clear_temporary(folder: Path) -> None:
     """Remove what a killed process of ours left half written. For a caller that holds the folder's lock."""
     for path in folder.glob(f"{TEMPORARY}*"):

@@ -21,7 +21,7 @@ from squawq.format.packing import PACKED, from_gemm
 from squawq.format.reader import Checkpoint
 from squawq.quantization.fold import Folding
 from squawq.quantization.places import Places, check_floating
-from squawq.quantization.skeleton import Skeleton
+from squawq.quantization.skeleton import Skeleton, refusing
 
 BATCH_TOKENS = 4096
 BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch runs through it
@@ -231,7 +231,8 @@ class Block:
         accepted = signature(module.forward).parameters
         blocks, tokens = part.shape[:2]
         given = self._blocks.skeleton.arguments(blocks, tokens, part.dtype)[self.index]
-        result = module(part, **{name: value for name, value in given.items() if name in accepted})
+        with refusing(self._blocks.skeleton.where):
+            result = module(part, **{name: value for name, value in given.items() if name in accepted})
         result = result[0] if isinstance(result, tuple) else result
         return result.view(part.shape)  # type: ignore[no-any-return]
 

@@ -22,7 +22,7 @@ from squawq.format.files import has_file, read_bytes, read_json
 from squawq.format.locking import locked
 from squawq.format.reader import Checkpoint
 from squawq.format.shards import read_header, read_shard
-from squawq.format.writer import clear_temporary, is_temporary, shard_name, write_json, write_shard
+from squawq.format.writer import clear_temporary, is_temporary, refuse_link, shard_name, write_json, write_shard
 from squawq.quant_config import QuantConfig
 from squawq.report.files import REPORT
 
@@ -94,6 +94,10 @@ class Job:
 
     def _begin(self) -> None:
         """Lock first, then look: what was seen before the lock may be another's since."""
+        refuse_link(self.partial)
+        refuse_link(self.partial / SCRATCH)
+        if self.partial.exists() and not self.partial.is_dir():
+            raise OutputError(f"{self.partial} exists and squawq did not make it; move it, or choose another OUT")
         with ExitStack() as stack:
             stack.enter_context(locked(self.partial))
             try:
@@ -195,7 +199,7 @@ class Job:
 
     def require_room(self, size: int, scratch: int = 0) -> None:
         """Raises OutputError when the disk cannot take a result of about so many bytes and as many beside it."""
-        there = sum(path.stat().st_size for path in self.partial.iterdir())
+        there = sum(path.lstat().st_size for path in self.partial.iterdir())
         needed, free = max(0, size - there) + scratch, shutil.disk_usage(self.partial).free
         if needed > free:
             raise OutputError(

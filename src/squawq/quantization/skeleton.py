@@ -7,18 +7,28 @@ with layers that hand out what they are given. Reads no files but config.json.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from squawq.errors import CheckpointError, ConfigError
+from squawq.config import MAX_LAYERS, MAX_REAL, MAX_SIZE
+from squawq.errors import CheckpointError, ConfigError, SquawqError
 from squawq.families import Family, ScalingGroup
 from squawq.nn.experts import Expert, Experts, is_stacked, is_transposed, stacked_sizes
 
 Arguments = dict[str, Any]
+MAX_MODULES = 2**17
+MAX_CONSTANTS = 2**28  # bytes
+MAX_COUNTS = {"layers": MAX_LAYERS, "experts": 4096}  # by a part of the key; MAX_SIZE for others
+LEGACY_KEYS = (  # that transformers' configs read and do not keep
+    *("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "rotary_dim"),
+    *("sliding_window_pattern", "full_attention_interval"),
+)
 
 
 class Skeleton:
@@ -29,11 +39,12 @@ class Skeleton:
 
     def __init__(self, raw: Mapping[str, Any], where: str, family: Family, device: str = "cpu") -> None:
         """raw: config.json, `where` it is. Raises CheckpointError for one that transformers cannot use."""
-        self.family, self.device = family, device
-        self.model = _build(raw, where)
-        self.config = self.model.config
-        self.layers: Any = self.model.get_submodule(family.layers)
-        self.transposed = any(_unstack(layer, family) for layer in self.layers)
+        self.family, self.device, self.where = family, device, where
+        with refusing(where), _few_modules():
+            self.model = _build(raw, where)
+            self.config = self.model.config
+            self.layers: Any = self.model.get_submodule(family.layers)
+            self.transposed = any(_unstack(layer, family) for layer in self.layers)
         self.ignored: list[str] = list(self.model._keys_to_ignore_on_load_unexpected or ())
         state = self.model.state_dict()
         self.outer = {n: tuple(t.shape) for n, t in state.items() if not n.startswith(f"{family.layers}.")}
@@ -67,12 +78,16 @@ class Skeleton:
         self._fill_constants(layer.modules())
 
     def _fill_constants(self, parts: Iterable[nn.Module]) -> None:
-        for part in parts:
-            lost = {name: part._buffers[name] for name in part._non_persistent_buffers_set}
-            for name, buffer in lost.items():
-                if buffer is not None:
-                    part._buffers[name] = torch.empty_like(buffer, device=self.device)
-            if lost:
+        lost = {part: names for part in parts if (names := part._non_persistent_buffers_set)}
+        found = [
+            (part, name, buffer) for part in lost for name in lost[part] if (buffer := part._buffers[name]) is not None
+        ]
+        if sum(buffer.nbytes for _, _, buffer in found) > MAX_CONSTANTS:
+            raise CheckpointError(f"{self.where}: its rotary frequencies take more than {MAX_CONSTANTS:,} bytes")
+        with refusing(self.where):
+            for part, name, buffer in found:
+                part._buffers[name] = torch.empty_like(buffer, device=self.device)
+            for part in lost:
                 self.model._init_weights(part)
 
     @torch.no_grad()
@@ -150,6 +165,7 @@ class Skeleton:
             with ExitStack() as stack:
                 for index, module in enumerate(self.layers):
                     stack.enter_context(_acting(module, layer(index)))
+                stack.enter_context(refusing(self.where))
                 return model(ids, use_cache=False)
         finally:
             embedding.weight, embedding.padding_idx = kept, padding
@@ -171,20 +187,93 @@ def _acting(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del module.forward
 
 
-def _build(raw: Mapping[str, Any], where: str) -> Any:
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
+@contextmanager
+def refusing(where: str) -> Iterator[None]:
+    """Turns what transformers raises for a config.json that it cannot use, of many kinds, into CheckpointError."""
     try:
-        settings = {key: value for key, value in raw.items() if key != "quantization_config"}
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(settings).get_text_config()
+        yield
+    except (SquawqError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if "allocate memory" in str(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CheckpointError(f"{where}: transformers refuses it: {reason}") from error
+
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """While open, a model of too many modules is an error: each takes kilobytes, and a number makes millions."""
+    left, thread = MAX_MODULES, threading.get_ident()
+
+    def count(*_: object) -> None:
+        nonlocal left
+        if threading.get_ident() == thread:
+            left -= 1
+            if left < 0:
+                raise ValueError(f"it has more than {MAX_MODULES:,} modules")
+
+    handle = nn.modules.module.register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def transformers_config(raw: Mapping[str, Any], where: str) -> Any:
+    """transformers' config of the text model from config.json, of which only the architecture's own keys are passed on:
+    others name kernels to fetch, code to run or labels to count. Raises CheckpointError for one that cannot be used."""
+    from transformers import CONFIG_MAPPING
+
+    with refusing(where):
+        kind = raw.get("model_type")
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            raise CheckpointError(f"{where}: transformers has no model_type {kind!r:.100}")
+        settings = _known_keys(CONFIG_MAPPING[kind], raw, where)
+        text = raw.get("text_config")
+        if isinstance(text, Mapping) and (found := CONFIG_MAPPING[kind].sub_configs.get("text_config")) is not None:
+            if not hasattr(found, "attribute_map"):  # AutoConfig
+                found = CONFIG_MAPPING[text["model_type"]]
+            inner = _known_keys(found, text, where)
+            settings["text_config"] = inner | ({"model_type": text["model_type"]} if "model_type" in text else {})
+        config = CONFIG_MAPPING[kind].from_dict(settings).get_text_config()
         config.tie_word_embeddings = bool(config.tie_word_embeddings)
         if getattr(config, "attn_logit_softcapping", None) is not None:
             config._attn_implementation = "eager"  # sdpa leaves the cap out
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    except Exception as error:  # transformers raises many kinds for a config.json that it cannot use
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CheckpointError(f"{where}: transformers refuses it: {reason}") from error
+        return config
+
+
+def _known_keys(kind: Any, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Those that the architecture has, but no parts beside the text model; their numbers are checked."""
+    from transformers import PretrainedConfig
+
+    own = {field.name for field in fields(kind)} - {field.name for field in fields(PretrainedConfig)}
+    older = {alias for alias, name in kind.attribute_map.items() if name not in raw}
+    known = {k: v for k, v in raw.items() if k in {*own, *older, *LEGACY_KEYS} and k not in kind.sub_configs}
+    for key, value in known.items():
+        _check_numbers(key, value, where)
+    return known
+
+
+def _check_numbers(key: str, value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for inner, each in value.items():
+            _check_numbers(inner, each, where)
+    elif isinstance(value, list):
+        for each in value:
+            _check_numbers(key, each, where)
+    elif isinstance(value, int | float):
+        most = next((most for part, most in MAX_COUNTS.items() if part in key), MAX_SIZE)
+        if not abs(value) <= (most if isinstance(value, int) else MAX_REAL):
+            raise CheckpointError(f"{where}: {key:.100} is {value!r:.100}; no model has that much")
+
+
+def _build(raw: Mapping[str, Any], where: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = transformers_config(raw, where)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def _unstack(layer: nn.Module, family: Family) -> bool:

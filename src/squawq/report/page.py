@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from squawq.errors import CheckpointError
+from squawq.errors import CheckpointError, printable
 from squawq.report.drawings import sections
 from squawq.report.words import HEADINGS, facts, headline, summary, table
 
@@ -24,7 +24,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The page of a report as squawq_report.json has it. Raises CheckpointError for one that is none."""
     style, script = _read("page.css"), _read("page.js")
     template = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(_read("page.html"))
     try:
         return template.render(
@@ -44,6 +44,11 @@ def render(report: Mapping[str, Any]) -> str:
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise CheckpointError(f"the report is not as squawq quantize writes it: {error!r:.200}") from error
+
+
+def _shown(value: Any) -> Any:
+    """Names may turn the text around them over, as control characters do."""
+    return printable(value, keep="\n\t") if type(value) is str else value
 
 
 def _read(name: str) -> str:
