@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_child import wait_until_ended
 
 from squawq.child import Child
 from squawq.cli import main
@@ -55,12 +57,19 @@ def by_llm(folder: Path) -> None:
         llm.chat(SAY)
 
 
+def child_of(tokenizer: Tokenizer) -> Child:
+    assert tokenizer._renderer is not None
+    assert tokenizer._renderer._child is not None
+    return tokenizer._renderer._child
+
+
 def test_the_process_ends_with_the_model() -> None:
     with LLM(demo_model(), kv_tokens=256) as llm:
         llm.chat(SAY, SamplingParams(max_tokens=1))
-        child: Child = llm.tokenizer._renderer._child  # type: ignore[union-attr, assignment]
-        assert child.alive
-    assert not child.alive
+        left = child_of(llm.tokenizer).pid
+        assert left is not None
+        os.kill(left, 0)
+    wait_until_ended(left)
 
 
 def by_llm_in_lists(folder: Path) -> None:
@@ -107,13 +116,12 @@ def test_a_process_for_all_chats_of_a_tokenizer() -> None:
     tokenizer = Tokenizer(demo_model())
     for _ in range(3):
         tokenizer.encode_chat(SAY)
-    first = tokenizer._renderer._child  # type: ignore[union-attr]
+    first = child_of(tokenizer).pid
     assert first is not None
-    assert first.alive
     tokenizer.encode_chat(SAY)
-    assert tokenizer._renderer._child is first  # type: ignore[union-attr]
+    assert child_of(tokenizer).pid == first
     tokenizer.close()
-    assert not first.alive
+    wait_until_ended(first)
     tokenizer.encode_chat(SAY)
     tokenizer.close()
     tokenizer.close()
