@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from squawq.errors import OutputError
 
-try:
+if sys.platform != "win32":  # where nothing is locked
     import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -46,7 +45,7 @@ def _locked_handle(folder: Path, wait: bool) -> int | None:
     """A locked handle of the folder that has this path now: while we wait, another may remove or rename it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
+        if sys.platform == "win32":
             return None
         try:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
