@@ -113,7 +113,7 @@ def awq_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from squawq.quantization.pipeline import quantize
 
     folder = tmp_path_factory.mktemp("awq") / "demo-awq"
-    quantize(demo_model(), folder, QuantConfig(samples=2, seqlen=256, n_grid=4))
+    quantize(demo_model(), folder, QuantConfig(samples=2, seqlen=256, n_grid=4, dtype="float16"))  # as in most folders
     return folder
 
 

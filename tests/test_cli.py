@@ -39,7 +39,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out)
     assert "8 layers, 512 calibration tokens" in done.stderr
-    assert done.stderr.startswith("the result runs in: squawq generate, chat, serve and LLM, transformers, ")
+    assert done.stderr.startswith("the result runs in: squawq generate, chat, serve and LLM; transformers")
     assert re.search(r"model\.layers\.7  output off by \d+\.\d+% \(plain rounding: \d+\.\d+%\)", done.stderr)
     assert "14.7 MB → 5.4 MB: " in done.stderr
     assert "the embedding is 2.1 MB of them" in done.stderr

@@ -104,6 +104,7 @@ def test_every_block_has_a_language_and_is_tested() -> None:
             assert not re.search(r"^\s*(squawq|pip|make|python|import|from) ", code, re.MULTILINE), (page.name, code)
 
 
+@pytest.mark.timeout(900)  # a new process each, which imports torch and transformers
 @pytest.mark.parametrize("index", range(len(PYTHON)), ids=[f"{name}-{i}" for i, (name, _) in enumerate(PYTHON)])
 def test_python(index: int, small: Path, awq_demo: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     name, code = PYTHON[index]

@@ -19,7 +19,7 @@ from squawq.nn.loader import load
 from squawq.quant_config import QuantConfig
 from squawq.readers import READERS, TGI, VLLM, how_to_run, in_words, readers
 
-OURS_ALONE = ("squawq ", "from squawq import LLM", "LLM(", "do_fuse")
+OURS_ALONE = ("\nsquawq ", "from squawq import LLM", "LLM(", "do_fuse")
 ALL = list(READERS)
 
 

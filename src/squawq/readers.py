@@ -77,5 +77,5 @@ def how_to_run(config: ModelConfig, out: Path, chats: bool) -> list[str]:
 
 def in_words(config: ModelConfig, quant: QuantConfig | None = None) -> str:
     """One line: what runs the result."""
-    found = ", ".join(READERS[name] for name in readers(config, quant))
+    found = "; ".join(READERS[name] for name in readers(config, quant))
     return f"the result runs in: {found or 'no engine that squawq knows'}"

@@ -49,7 +49,7 @@ def _print(found: dict[str, Any]) -> None:
         console.print(table, soft_wrap=False)
     if found["kept_in_16_bits"]:
         console.print(f"not quantized: {', '.join(found['kept_in_16_bits'])}")
-    runs = ", ".join(READERS[name] for name in found["runs_in"]) or "no engine that squawq knows"
+    runs = "; ".join(READERS[name] for name in found["runs_in"]) or "no engine that squawq knows"
     console.print(f"{'runs' if found['quantization'] else 'once quantized it runs'} in: {runs}")
     console.print(_kept_bytes(found))
 

@@ -222,7 +222,8 @@ class Served:
                 f"quantization is {self.settings.quantization!r}, but {self.folder} is a 16-bit model; leave it out"
             )
         stored = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float16"
-        if self.settings.dtype not in ("auto", stored):
+        quantized = self.config.quant is not None  # there vLLM and TGI mean the activations, which are float32 here
+        if self.settings.dtype not in ("auto", stored) and not quantized:
             raise ConfigError(f"dtype is {self.settings.dtype!r}; the weights are run as stored: auto or {stored}")
 
 
