@@ -39,7 +39,9 @@ def test_the_reason_is_raised_though_outputs_came_before() -> None:
         asyncio.run(run())
 
 
-def test_the_event_loop_is_woken_once_for_the_outputs_of_a_step(server: Running) -> None:
+def test_the_event_loop_is_woken_once_for_the_outputs_of_a_step(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, params = server.served.engine, SamplingParams(max_tokens=20, ignore_eos=True)
 
     async def run() -> tuple[list[int], int]:
@@ -51,7 +53,7 @@ def test_the_event_loop_is_woken_once_for_the_outputs_of_a_step(server: Running)
             woken.append(arguments)
             return wake(*arguments)
 
-        loop.call_soon_threadsafe = count  # type: ignore[method-assign]
+        monkeypatch.setattr(loop, "call_soon_threadsafe", count)
 
         async def ask(number: int) -> int:
             call: Any = SimpleNamespace(requests=[Request(f"exchange {number}", [100 + number], params)])
