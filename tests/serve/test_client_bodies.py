@@ -203,3 +203,33 @@ def test_structural_tags(server: Running) -> None:
     ):
         answer = server.post("/v1/chat/completions", {**CHAT, "response_format": {"type": "structural_tag", **wrong}})
         assert (answer.status_code, why in answer.text) == (400, True), answer.text
+
+
+def deltas(server: Running, **fields: Any) -> list[dict[str, Any]]:
+    answer = server.post("/v1/chat/completions", {**CHAT, "stream": True, **fields})
+    assert answer.status_code == 200, answer.text
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    chunks = [json.loads(line)["choices"][0] for line in lines]
+    assert [bool(chunk["finish_reason"]) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    return [chunk["delta"] for chunk in chunks]
+
+
+def test_tgis_deltas_can_be_added(tgi_server: Running) -> None:
+    """Its clients add up role and content of every chunk, or the arguments of a call."""
+    for fields in ({}, {"logit_bias": {"4": 100}}, {"max_tokens": 1}, {"stop": [" upon"]}):
+        found = deltas(tgi_server, **fields)
+        assert {delta["role"] for delta in found} == {"assistant"}
+        whole = tgi_server.post("/v1/chat/completions", {**CHAT, **fields}).json()["choices"][0]["message"]
+        assert "".join(delta["content"] for delta in found) == whole["content"]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"enum": [1]}}}}}
+    for most in (300, 60):
+        found = deltas(tgi_server, tools=[tool], tool_choice="f", max_tokens=most)
+        (names, arguments) = "", ""
+        for delta in found:
+            assert set(delta) == {"role", "tool_calls"}
+            (call,) = delta["tool_calls"]
+            names += call["function"].get("name") or ""
+            arguments += call["function"]["arguments"]
+        assert names == "f"
+    assert arguments.startswith("{")

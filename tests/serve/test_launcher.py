@@ -30,6 +30,7 @@ FLAGS = {
     "--served-model-name a b": ("served_names", ("a", "b")),
     "--served-model-name a --served-model-name=b": ("served_names", ("a", "b")),
     "--strict-model-name": ("strict_model_name", True),
+    "--strict-fields": ("strict_fields", True),
     "--dialect tgi": ("dialect", "tgi"),
     "--revision main": ("revision", "main"),
     "--dtype half": ("dtype", "float16"),

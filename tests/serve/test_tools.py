@@ -24,9 +24,11 @@ from squawq.serve.tool_parser import Delta, ToolParser, parse
 from squawq.serve.tools import (
     CLOSE,
     OPEN,
+    PLAIN_PROMPTS,
     TOOL_FORMATS,
     added_tokens,
     call_id,
+    plain_messages,
     template_messages,
     tool_format,
     tool_grammar,
@@ -351,6 +353,31 @@ def test_unknown_formats() -> None:
         tool_grammar("xml", TOOLS, "auto", True)
     with pytest.raises(ConfigError, match="llama3_json, hermes"):
         ToolParser("xml", NAMES)
+
+
+# templates that know no tools
+
+
+@pytest.mark.parametrize("form", TOOL_FORMATS)
+def test_messages_for_a_template_that_knows_no_tools(form: str) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "21"},
+    ]
+    user, said, heard = plain_messages(form, chat, None, None)
+    assert (user, heard) == (chat[0], {"role": "user", "content": "21"})
+    assert parse(form, ["f"], said["content"]) == ("", [("f", '{"x": 1}')])
+    assert chat[1]["tool_calls"] == [call]  # what was given is left as it was
+    told = plain_messages(form, chat[:1], TOOLS, None)[0]["content"]
+    assert told == f"Hi\n---\n{json.dumps(TOOLS)}\n{PLAIN_PROMPTS[form]}"
+    assert f'"{KEYS[form]}"' in PLAIN_PROMPTS[form]
+    assert (OPEN in PLAIN_PROMPTS[form]) == (form == "hermes")
+    assert plain_messages(form, [{"role": "system", "content": "Be good."}], TOOLS, "Go.") == [
+        {"role": "system", "content": f"{json.dumps(TOOLS)}\nGo."},
+        {"role": "system", "content": "Be good."},
+    ]
 
 
 # structural tags

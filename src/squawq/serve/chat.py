@@ -22,7 +22,7 @@ from squawq.serve.logprobs import Spelling, bounded_tokens
 from squawq.serve.model import Served
 from squawq.serve.structured import response_grammar
 from squawq.serve.tool_parser import Delta, ToolParser
-from squawq.serve.tools import call_id, plain_messages, template_messages, tool_grammar
+from squawq.serve.tools import PLAIN_FORMAT, call_id, plain_messages, template_messages, tool_grammar
 
 Chat = TypeVar("Chat", bound="ChatBody")
 NO_TOOLS = "the server knows no format of tool calls for this model; --tool-call-parser names one"
@@ -147,7 +147,7 @@ def render(body: ChatBody, served: Served) -> str:
     except ConfigError as error:
         raise ApiError("invalid", str(error), "messages") from error
     if not served.teaches_tools:
-        messages = plain_messages(messages, tools, body.tool_prompt)
+        messages = plain_messages(served.tool_format or PLAIN_FORMAT, messages, tools, body.tool_prompt)
         tools = None
     continued = body.continue_final_message
     if served.settings.tgi and messages[-1]["role"] == "assistant":

@@ -21,10 +21,12 @@ from squawq.tokenizer import Tokenizer
 TOOL_FORMATS = ("llama3_json", "hermes")
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 PLAIN_FORMAT = "llama3_json"  # of calls, where the template knows no tools
-PLAIN_PROMPT = (
-    "To call one of these functions, answer with nothing but JSON of the form "
-    '{"name": the function, "parameters": an object with its arguments}. Give values, no variables.'
-)
+_SHAPE = '{"name": the function, "%s": an object with its arguments}'
+_SAY = "To call one of these functions, answer with nothing but %s. Give values, no variables."
+PLAIN_PROMPTS = {
+    "llama3_json": _SAY % ("JSON of the form " + _SHAPE % "parameters"),
+    "hermes": _SAY % f"{OPEN}{_SHAPE % 'arguments'}{CLOSE}",
+}
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
 _TEXTS = ("text", "input_text", "output_text", "refusal")  # OpenAI's names of parts that are text
@@ -237,25 +239,26 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain_messages(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompt: str | None
+    form: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompt: str | None
 ) -> list[dict[str, Any]]:
     """Messages of `template_messages` for a template that knows no tools: these are told at the end of the last user's
     message, as TGI does, calls are the assistant's text and their results a user's.
 
-    prompt: how to call, after the tools; None: PLAIN_PROMPT.
+    form: of calls, one of TOOL_FORMATS. prompt: how to call, after the tools; None: the form's of PLAIN_PROMPTS.
     """
     made = [dict(message) for message in messages]
     for message in made:
         if calls := message.pop("tool_calls", None):
             texts = [
-                json.dumps({"name": call["function"]["name"], "parameters": call["function"]["arguments"]})
+                json.dumps({"name": call["function"]["name"], _KEYS[form]: call["function"]["arguments"]})
                 for call in calls
             ]
+            texts = [f"{OPEN}\n{text}\n{CLOSE}" for text in texts] if form == "hermes" else texts
             message["content"] = "\n".join([message["content"], *texts] if message["content"] else texts)
         if message["role"] == "tool":
             message["role"] = "user"
     if tools:
-        told = f"{json.dumps(tools, ensure_ascii=False)}\n{PLAIN_PROMPT if prompt is None else prompt}"
+        told = f"{json.dumps(tools, ensure_ascii=False)}\n{PLAIN_PROMPTS[form] if prompt is None else prompt}"
         last = next((message for message in reversed(made) if message["role"] == "user"), None)
         if last is None:
             made.insert(0, {"role": "system", "content": told})
