@@ -27,7 +27,7 @@ BATCH_TOKENS = 4096
 BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch runs through it
 
 
-class _SeenEnough(BaseException):  # noqa: N818 (no error: it ends a run early)
+class _SeenEnough(BaseException):
     """Whatever was to be watched in this batch has been."""
 
 
