@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test check fuzz format clean
 demo: $(READY)
 	$(BIN)/squawq demo
 
@@ -16,6 +16,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# By hand: goes on until it is stopped or something is found. FUZZ: a file of a folder, or options of atheris.
+fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tools/fuzz.py $(FUZZ)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
