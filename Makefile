@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check sanitize format clean
+.PHONY: demo test check sanitize fuzz format clean
 demo: $(READY)
 	$(BIN)/squawq demo
 
@@ -20,6 +20,11 @@ check: $(READY)
 # The kernels under sanitizers; needs cmake and g++, and some minutes.
 sanitize: $(READY)
 	tools/sanitize.sh $(BIN)/python
+
+# By hand: goes on until it is stopped or something is found. FUZZ: a file of a folder, or options of atheris.
+fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tools/fuzz.py $(FUZZ)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -47,7 +47,7 @@ def copied(folder: Path) -> None:
     Checkpoint(folder).companions()
 
 
-READ = {
+READ: dict[str, Callable[[Path], object]] = {
     "config.json": opened,
     "tokenizer.json": opened,
     "tokenizer_config.json": opened,

@@ -28,7 +28,7 @@ BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch run
 EXACT = ("correction_bias", "expert_bias")  # of routers: rounding them would change who is chosen
 
 
-class _SeenEnough(Exception):  # noqa: N818 (no error: it ends a run early)
+class _SeenEnough(BaseException):
     """Whatever was to be watched in this batch has been."""
 
 
