@@ -60,7 +60,7 @@ HEAVY: dict[str, dict[str, Any]] = {
     "labels": {"num_labels": 10**8},
     "experts": {"model_type": "qwen3_moe", **MOE, "num_experts": 10**7},
     "experts by another name": {"model_type": "mixtral", "num_local_experts": 10**7},
-    "experts and layers": {"model_type": "qwen3_moe", **MOE, "num_experts": 4096, "num_hidden_layers": 1000},
+    "experts and layers": {"model_type": "qwen3_moe", **MOE, "num_experts": 4096, "num_hidden_layers": 40},
     "rotary": {"partial_rotary_factor": 1e9},
     "another name of the layers": {"model_type": "exaone", "num_layers": 10**8},
 }
