@@ -60,8 +60,7 @@ HEAVY: dict[str, dict[str, Any]] = {
     "labels": {"num_labels": 10**8},
     "experts": {"model_type": "qwen3_moe", **MOE, "num_experts": 10**7},
     "experts by another name": {"model_type": "mixtral", "num_local_experts": 10**7},
-    "experts and layers": {"model_type": "qwen3_moe", **MOE, "num_experts": 4096, "num_hidden_layers": 1000},
-    "rotary": {"partial_rotary_factor": 1e9},
+    "rotary": {"model_type": "stablelm", "partial_rotary_factor": 1e9},
     "another name of the layers": {"model_type": "exaone", "num_layers": 10**8},
 }
 
@@ -87,8 +86,15 @@ def test_no_number_takes_gigabytes(tmp_path: Path) -> None:
     assert said["labels"] == said["another name of the layers"] == "inspected"
     assert "num_experts is 10000000" in said["experts"]
     assert "num_local_experts is 10000000" in said["experts by another name"]
-    assert "more than 131,072 modules" in said["experts and layers"]
     assert "rotary frequencies" in said["rotary"]
+
+
+def test_too_many_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts times layers, each number of which is that of some model."""
+    monkeypatch.setattr("squawq.quantization.skeleton.MAX_MODULES", 300)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("qwen3_moe", **{**MOE, "num_experts": 64})))
+    with pytest.raises(CheckpointError, match="more than 300 modules"):
+        inspect(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ KEYS = [
     *("dtype", "shape", "data_offsets", "w", "__metadata__", "layers", "notes", "job", "config", "method"),
     *("kept_in_16_bits", "linears", "loss", "loss_rounded", "evaluation", "license", "language"),
 ]
-NASTY = [
+NASTY: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 2**31, 2**31 - 1, 2**63, 10**8, 10**30, 10**300, 0.0, -0.5, 1e-320, 1e38),
     *(
         1e300,
