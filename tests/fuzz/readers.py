@@ -1,5 +1,5 @@
 """Every reader of a model folder's files, as the commands call them, for fuzzers: whatever lies in a file, a reader
-gives a SquawqError or a result. Knows no fuzzer; tests/fuzz/test_readers.py and tools/fuzz.py drive it."""
+gives a SquawqError or a result. Knows no fuzzer; tests/fuzz/test_fuzz.py and tools/fuzz.py drive it."""
 
 from __future__ import annotations
 
