@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,10 @@ MAX_SIZES = {  # of what sizes memory; anything else: 2**31 - 1
 MAX_SIZE = 2**31 - 1
 MAX_REAL = 1e30  # within float32, in which it is worked with
 ROPE_TYPES = ("default", "linear", "llama3")  # whose numbers are read
+CODE = (  # what names code that transformers would fetch or run
+    *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+)
 TIED = (  # where config.json does not say
     *("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "granite_swa", "minicpm3"),
     *("smollm3", "starcoder2", "vaultgemma", "youtu"),
@@ -34,6 +38,13 @@ LEFT_OUT = {
         "max_position_embeddings": 131072,
     }
 }
+
+
+def without(config: Any, keys: Collection[str]) -> Any:
+    """config.json without some keys, also in the configs that it holds."""
+    if not isinstance(config, Mapping):
+        return config
+    return {key: without(value, keys) for key, value in config.items() if key not in keys}
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ prefix cache, whose speed would tell of them (CVE-2025-46570). How turns are tak
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from running import MESSAGES, Running, running
+from test_operations import address, request, until
 
 KEYS = {name: {"authorization": f"Bearer key-of-{name}"} for name in "ab"}
 PROMPT = "One day, a cat and a dog went to the park. They saw a big red ball and ran to it. "
@@ -87,3 +90,27 @@ def test_a_large_request_does_not_hold_up_another_key(shared: Running, path: str
         assert after.waiting >= many - 4 * 8, "the small request waited for sequences of the large one"
         del lines
     assert shared.idle()
+
+
+def test_a_key_that_fills_the_queue_leaves_room_for_another() -> None:
+    """Each of two keys is let in up to half of what all may have under way, whatever the other holds."""
+    keys = ("key-of-a", "key-of-b")
+    long = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True}
+    with running(api_keys=keys, max_num_seqs=2, max_queued=2) as server, contextlib.ExitStack() as stack:
+        generation = server.server.api.generation
+
+        def begin(name: str) -> int:
+            connection = stack.enter_context(socket.create_connection(address(server), timeout=30))
+            before = generation.in_flight
+            connection.sendall(request("/v1/completions", long, f"Authorization: {KEYS[name]['authorization']}"))
+            assert until(lambda: generation.in_flight == before + 1)
+            return generation.in_flight
+
+        assert [begin("a") for _ in range(4)] == [1, 2, 3, 4]
+        small = {"prompt": "Once", "max_tokens": 1}
+        assert server.post("/v1/completions", small, headers=KEYS["a"]).status_code == 503
+        assert server.post("/v1/completions", small, headers=KEYS["b"]).status_code == 200
+        assert [begin("b") for _ in range(2)] == [5, 6]
+        assert server.post("/v1/completions", small, headers=KEYS["b"]).status_code == 503
+        stack.close()
+        assert server.idle()

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from awq.models._config import AwqConfig
-from squawq.config import ModelConfig
+from squawq.config import CODE, ModelConfig, without
 from squawq.errors import ConfigError, FusionError
 from squawq.families import FAMILIES
+from squawq.format.files import has_file, read_json
 from squawq.format.reader import Checkpoint, read_config
 from squawq.hub.download import resolve
+from squawq.quantization.skeleton import transformers_config
 
 SPREAD = (None, "auto", "balanced", "balanced_low_0", "sequential")  # device maps that let accelerate choose
 PASSED_ON = frozenset({"max_memory", "offload_folder", "offload_buffers", "offload_state_dict", "attn_implementation"})
@@ -83,7 +85,7 @@ def open_model(
     settings: keyword arguments that are transformers' (PASSED_ON) or attributes of the model's config.
     Raises TypeError for any other, SquawqError for what cannot be read.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     if not safetensors:
         raise ConfigError("safetensors is False; only safetensors files are read and written, since pickles run code")
@@ -94,7 +96,9 @@ def open_model(
     raw = read_config(folder)
     if (kind := str(raw.get("model_type"))) not in CONFIG_MAPPING:
         raise ConfigError(f"{folder}: transformers has no model_type {kind!r}, and no code of a model folder is run")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if has_file(folder / "adapter_config.json"):  # transformers would load the model that it names
+        raise ConfigError(f"{folder}: is an adapter (adapter_config.json); merge it into its base model first")
+    config = _transformers_config(folder)
     quantization, found = raw.get("quantization_config"), None
     if quantization is not None:
         found = AwqConfig.from_transformers_dict(quantization, str(folder))
@@ -115,16 +119,29 @@ def open_model(
     return Opened(folder, config, found, arguments, settings)
 
 
+def _transformers_config(folder: Path) -> Any:
+    """A folder's config as transformers has it, without what names code to fetch or run.
+
+    Raises CheckpointError for one that transformers cannot use.
+    """
+    from transformers import CONFIG_MAPPING
+
+    raw = read_json(folder / "config.json")
+    transformers_config(raw, str(folder / "config.json"))  # its numbers are checked
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(without(raw, (*CODE, "num_labels")))  # memory for each label
+    config.name_or_path = str(folder)
+    return config
+
+
 def check_as_stored(config: Any, model: Any, checkpoint: Checkpoint) -> None:
     """Raise ConfigError where settings or weights are no longer the folder's, which is what `quantize` reads.
 
     model: None while it is not loaded. A name that only one side has (stacked experts, a tied head) is left aside.
     """
     import torch
-    from transformers import AutoConfig
 
     advice = "quantize() reads the folder: change it there, or save the model to another folder and open that"
-    stored = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    stored = _transformers_config(checkpoint.folder)
     given, wanted = (ModelConfig.from_dict(c.to_dict(), "the model's config") for c in (config, stored))
     for name in (field.name for field in fields(ModelConfig) if field.name not in ("raw", "quant")):
         if (mine := getattr(given, name)) != (theirs := getattr(wanted, name)):

@@ -196,11 +196,6 @@ class Engine:
         """Whether the worker runs; False after `close` and after a failure."""
         return self._worker.is_alive() and not self._closed
 
-    @property
-    def full(self) -> bool:
-        """Whether as many requests are waiting as may."""
-        return self._queued >= self._max_waiting
-
     def stats(self) -> Stats:
         """The figures of this moment."""
         loop, scheduler, pool = self._loop, self._loop.scheduler, self._loop.pool

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from squawq import __version__
+from squawq.config import CODE, without
 from squawq.errors import ConfigError
 from squawq.format.files import read_json
 from squawq.format.writer import copy_file, write_index, write_json
@@ -200,7 +201,7 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
         if "kept_in_16_bits" in row
     ]
     kept += [{"name": name, "reason": "no part of the text model"} for name in blocks.places.parts]
-    raw: dict[str, Any] = _without_dtype(checkpoint.config.raw)
+    raw: dict[str, Any] = without(checkpoint.config.raw, ("dtype", "torch_dtype", *CODE))
     raw["torch_dtype"] = config.dtype
     raw["quantization_config"] = config.to_quantization_config([row["name"] for row in kept])
     write_json(job.partial / "config.json", raw)
@@ -230,13 +231,6 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
 def _public_calibration(calibration: Calibration) -> str | None:
     """A text or data set as a report may name it; None where none was named, or it was no name."""
     return public_name(calibration) if isinstance(calibration, str | Path) else None
-
-
-def _without_dtype(config: Any) -> Any:
-    """config.json, or a config in it, without what the source says of its dtype."""
-    if not isinstance(config, Mapping):
-        return config
-    return {key: _without_dtype(value) for key, value in config.items() if key not in ("dtype", "torch_dtype")}
 
 
 def _left_out(blocks: Blocks) -> list[str]:

@@ -109,7 +109,7 @@ class Api:
 
         async def handle(scope: Scope, receive: Receive, send: Send) -> None:
             raw = await self.generation.bodies.read(scope, receive)
-            with self.generation.admitted(len(raw)):
+            with self.generation.admitted(scope.get("tenant", ""), len(raw)):
                 body = await self.generation.in_thread(lambda: blocks(answer(parse_json(raw), self.served)), len(raw))
             await send_blocks(send, body)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
@@ -35,34 +36,67 @@ Parse = Callable[[Mapping[str, Any], Served], Call]
 
 
 @dataclass
+class Load:
+    """Requests that are under way or waiting, and the bytes that they hold, as `cost` has them."""
+
+    requests: int = 0
+    size: int = 0
+
+
+@dataclass
 class Place:
     """A request's place among those that are under way, and the bytes that it holds."""
 
+    tenant: Load
     size: int = 0
 
 
 class Generation:
-    """Runs requests on one model. `draining` stops new ones; `in_flight` counts what is checked, run or answered."""
+    """Runs requests on one model. `draining` stops new ones;"""
 
     def __init__(self, served: Served, metrics: Metrics) -> None:
         self.served = served
         self.settings = served.settings
         self.metrics = metrics
         self.draining = False
-        self.in_flight = 0
+        self._all = Load()
+        self._tenants: defaultdict[str, Load] = defaultdict(Load)
         self._exchanges: set[Exchange] = set()
         self._mailbox = Mailbox(served.engine)
         self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
         self._large = ThreadPoolExecutor(1, "squawq-validation-large")  # so that small bodies never wait for large ones
         self._scores = Budget(SCORED * self.settings.max_logprob_entries)
-        self.held = 0  # bytes of the requests that are under way or waiting, as `cost` has them
         self._replies = ThreadPoolExecutor(2, "squawq-replies")
         self.bodies = Bodies(self.settings)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are checked, run or answered."""
+        return self._all.requests
+
+    @property
+    def held(self) -> int:
+        """Bytes that they hold."""
+        return self._all.size
 
     @property
     def full(self) -> bool:
         """Whether there are as many requests as may be, or as much is held of them."""
         return self.in_flight >= self.settings.max_concurrent or self.held >= self.settings.max_queue_bytes
+
+    def _refuse_beyond(self, tenant: Load, requests: int, size: int) -> None:
+        """Raise ApiError where so much more is too much beside the others.
+
+        A tenant that holds less than an equal share is let in all the same, so that no other can lock it out. All
+        tenants together then hold at most twice the limits.
+        """
+        settings, tenants = self.settings, max(1, len(self.settings.api_keys))
+        for limit, more, held, own in (
+            (settings.max_concurrent, requests, self._all.requests, tenant.requests),
+            (settings.max_queue_bytes, size, self._all.size, tenant.size),
+        ):
+            if more and held and held + more > limit and own + more > limit // tenants:
+                raise ApiError("overloaded", "Model is overloaded")
 
     def close(self) -> None:
         """End the threads; what waits for one is dropped."""
@@ -80,7 +114,7 @@ class Generation:
         exchange = Exchange(self._mailbox, time.perf_counter(), self.metrics.inter_token, tenant)
         try:
             raw = [await self.bodies.read(scope, receive)]
-            with self.admitted(len(raw[0])) as place:
+            with self.admitted(tenant, len(raw[0])) as place:
                 shown = raw[0][:MAX_SHOWN] if self.settings.log_requests else None
 
                 async def prepare(held: AsyncExitStack) -> Call:
@@ -246,28 +280,31 @@ class Generation:
             raise ApiError("invalid", str(error)) from error
 
     @contextmanager
-    def admitted(self, size: int) -> Iterator[Place]:
-        """Count a request that costs work, and the bytes of its body. Raises ApiError while there are as many as may
-        be, or none are taken."""
+    def admitted(self, tenant: str, size: int) -> Iterator[Place]:
+        """Count a tenant's request that costs work, and the bytes of its body. Raises ApiError while there are as many
+        as may be, or none are taken."""
         if self.draining:
             raise ApiError("unavailable", "The server is shutting down")
-        if self.full:
-            raise ApiError("overloaded", "Model is overloaded")
-        place = Place()
-        self.in_flight += 1
+        place = Place(self._tenants[tenant])
+        self._refuse_beyond(place.tenant, 1, size)
+        for load in (self._all, place.tenant):
+            load.requests += 1
         try:
             self._hold(place, size)
             yield place
         finally:
-            self.in_flight -= 1
-            self.held -= place.size
+            self._hold(place, 0)
+            for load in (self._all, place.tenant):
+                load.requests -= 1
 
     def _hold(self, place: Place, size: int) -> None:
         """Count what a request holds now. Raises ApiError where that is too much beside the others."""
-        others = self.held - place.size
-        if others and others + size > self.settings.max_queue_bytes:
-            raise ApiError("overloaded", "Model is overloaded")
-        self.held, place.size = others + size, size
+        more = size - place.size
+        if more > 0:
+            self._refuse_beyond(place.tenant, 0, more)
+        for load in (self._all, place.tenant):
+            load.size += more
+        place.size = size
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:

@@ -72,7 +72,9 @@ class Served:
             eos_ids=sorted(generation.eos_ids),
             max_batch_tokens=max(settings.max_num_batched_tokens, 2 * settings.max_num_seqs),
             max_sequences=settings.max_num_seqs,
-            max_waiting=settings.max_concurrent * settings.max_prompts,  # never reached: the server's own limits count
+            max_waiting=2
+            * settings.max_concurrent
+            * settings.max_prompts,  # never reached: the server has limits of its own
             prefix_caching=settings.prefix_caching,
             grammar_timeout=settings.grammar_timeout,
             seed=settings.seed,
