@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ import pytest
 
 from awq.models.saving import save
 from squawq.errors import ConfigError, OutputError
-from squawq.format import locking
 from squawq.format.locking import locked
 from squawq.format.reader import read_json
 from squawq.format.writer import clear_temporary, write_json
@@ -123,7 +123,7 @@ def test_the_folder_goes_before_it_is_locked(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(ConfigError), Job(out, IDENTITY, 1):
             raise ConfigError("no such setting")
 
-    interrupted(monkeypatch, locking.fcntl, "flock", failing)
+    interrupted(monkeypatch, fcntl, "flock", failing)
     with Job(out, IDENTITY, 1) as job:
         assert read_json(job.partial / jobs.JOB) == IDENTITY
         assert isinstance(started(out), OutputError)
@@ -131,14 +131,13 @@ def test_the_folder_goes_before_it_is_locked(tmp_path: Path, monkeypatch: pytest
 
 def test_the_job_is_done_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    calls: list[Path] = []
-    monkeypatch.setattr(Job, "_is_finished", lambda self: calls.append(self.out) or self.out.exists())
+    monkeypatch.setattr(Job, "_is_finished", lambda self: self.out.exists())
 
     def working() -> None:
         with Job(out, IDENTITY, 1) as job:
             job.finish()
 
-    interrupted(monkeypatch, locking.fcntl, "flock", working)
+    interrupted(monkeypatch, fcntl, "flock", working)
     job = started(out)
     assert isinstance(job, Job)
     assert job.finished
