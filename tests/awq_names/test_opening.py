@@ -14,9 +14,12 @@ from conftest import MakeModel
 
 from awq import AutoAWQForCausalLM
 from awq.models.loading import check_as_stored
+from squawq.config import CODE
 from squawq.errors import ConfigError
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
+from squawq.quant_config import QuantConfig
+from squawq.quantization.pipeline import quantize
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
@@ -28,8 +31,8 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "
         ({"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}, ConfigError, "no model_type 'mine'"),
         (  # known to transformers, but not as a causal model
             {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "code.Model"}, "quantization_config": AWQ},
-            ValueError,
-            "custom code",
+            ConfigError,
+            "no causal language model",
         ),
     ],
     ids=["config", "model"],
@@ -88,3 +91,24 @@ def test_an_unchanged_model_is_as_stored(make_model: MakeModel, family: str, dty
     model = AutoAWQForCausalLM.from_pretrained(folder, dtype=dtype, use_cache=False)
     check_as_stored(model.config, None, Checkpoint(folder))
     check_as_stored(model.config, model.model, Checkpoint(folder))
+
+
+@pytest.mark.parametrize("key", CODE)
+def test_what_a_config_names_is_not_fetched(make_model: MakeModel, key: str, tmp_path: Path) -> None:
+    """transformers would ask the Hub for a kernel of this name, or run the code."""
+    folder = make_model()
+    config = json.loads((folder / "config.json").read_text())
+    named: Any = {"AutoConfig": "code.Config"} if key == "auto_map" else "evil/kernel"
+    (folder / "config.json").write_text(json.dumps({**config, key: named, "num_labels": 10**8}))
+    model = AutoAWQForCausalLM.from_pretrained(folder)
+    assert "evil" not in str(model.config.to_dict())
+    assert "evil" not in str(model.config._attn_implementation)
+    quantize(folder, tmp_path / "out", QuantConfig(method="rtn", group_size=32))
+    assert key not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_an_adapter_is_refused(make_model: MakeModel) -> None:
+    folder = make_model()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil/model"}))
+    with pytest.raises(ConfigError, match="is an adapter"):
+        AutoAWQForCausalLM.from_pretrained(folder)

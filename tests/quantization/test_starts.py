@@ -131,13 +131,7 @@ def test_the_folder_goes_before_it_is_locked(tmp_path: Path, monkeypatch: pytest
 
 def test_the_job_is_done_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    calls: list[Path] = []
-
-    def is_finished(job: Job) -> bool:
-        calls.append(job.out)
-        return job.out.exists()
-
-    monkeypatch.setattr(Job, "_is_finished", is_finished)
+    monkeypatch.setattr(Job, "_is_finished", lambda self: self.out.exists())
 
     def working() -> None:
         with Job(out, IDENTITY, 1) as job:

@@ -86,6 +86,7 @@ def open_model(
     Raises TypeError for any other, SquawqError for what cannot be read.
     """
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not safetensors:
         raise ConfigError("safetensors is False; only safetensors files are read and written, since pickles run code")
@@ -96,6 +97,8 @@ def open_model(
     raw = read_config(folder)
     if (kind := str(raw.get("model_type"))) not in CONFIG_MAPPING:
         raise ConfigError(f"{folder}: transformers has no model_type {kind!r}, and no code of a model folder is run")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(f"{folder}: model_type is {kind!r}, which is no causal language model of transformers")
     if has_file(folder / "adapter_config.json"):  # transformers would load the model that it names
         raise ConfigError(f"{folder}: is an adapter (adapter_config.json); merge it into its base model first")
     config = _transformers_config(folder)
