@@ -138,7 +138,7 @@ BROKEN = {
 def test_files_that_are_no_text(model: Path, name: str) -> None:
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_bytes(BROKEN[name])
-    with pytest.raises(CheckpointError, match=f"{name}: (is not UTF-8 text|cannot be read as JSON)"):
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read as (text|JSON)"):
         print(Tokenizer(model).tool_template)
 
 

@@ -233,7 +233,7 @@ def test_order_of_calls_is_checked(make_model: MakeModel, rows: Rows, tmp_path: 
     with pytest.raises(ConfigError, match="write it as '5GB'"):
         model.save_quantized(tmp_path / "out", shard_size="5 apples")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be made or locked"):
         model.save_quantized(tmp_path / "file")
 
 

@@ -40,7 +40,7 @@ def test_quantize(name: str, make_model: MakeModel, others: Path, tmp_path: Path
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).symlink_to(others)
     with pytest.raises(SquawqError, match=rf"{name} is a link to .*others"):
-        quantize(make_model(), tmp_path / "out", QuantConfig(method="rtn"))
+        quantize(make_model(), tmp_path / "out", QuantConfig(method="rtn", group_size=32))
     assert untouched(others)
 
 
@@ -55,14 +55,14 @@ def test_export(awq_demo: Path, others: Path, tmp_path: Path) -> None:
 def test_a_partial_that_is_no_folder(make: Callable[[Path], None], make_model: MakeModel, tmp_path: Path) -> None:
     make(tmp_path / "out.partial")
     with pytest.raises(SquawqError, match=r"out.partial exists and squawq did not make it"):
-        quantize(make_model(), tmp_path / "out", QuantConfig(method="rtn"))
+        quantize(make_model(), tmp_path / "out", QuantConfig(method="rtn", group_size=32))
 
 
 def test_a_job_that_is_a_fifo(make_model: MakeModel, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     os.mkfifo(tmp_path / "out.partial" / JOB)
     with pytest.raises(SquawqError, match=r"out.partial exists and squawq did not make it"):
-        quantize(make_model(), tmp_path / "out", QuantConfig(method="rtn"))
+        quantize(make_model(), tmp_path / "out", QuantConfig(method="rtn", group_size=32))
 
 
 @pytest.mark.parametrize("work", ["report", "card", "text", "save"])

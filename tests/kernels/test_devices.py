@@ -11,11 +11,12 @@ from squawq.kernels.devices import check_device
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps", "gpu", ""])
+@pytest.mark.parametrize("device", ["mps", "gpu", ""])
 def test_a_plain_machine_has_its_cpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

@@ -15,15 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from running import MESSAGES, running
+from running import MESSAGES, process, running
 from wire import CHAT, COMPLETION, GENERATE, MEGABYTE, Attacked, Wire, attacked
 
 import squawq
 from squawq.cli import main
 from squawq.demo import demo_model
-from squawq.errors import ConfigError
-from squawq.serve.tgi_launcher import settings_from
 
 SOURCE = Path(squawq.__file__).parent
 TEMPLATE_ROUTES = ("/v1/chat/completions", "/chat_tokenize", "/invocations", "/tokenize")
@@ -315,7 +314,6 @@ def test_trust_remote_code(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert server.post("/v1/chat/completions", CHAT).status_code == 200
     assert not mark.exists()
     assert not [name for name in sys.modules if name.endswith("modeling_x")]
-    assert main(["serve", str(model), "--trust-remote-code"]) == 2
-    assert "trust" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="TRUST_REMOTE_CODE"):
-        settings_from([], {"MODEL_ID": str(model), "TRUST_REMOTE_CODE": "true"})
+    with process(["serve", str(model), "--port", "0", "--trust-remote-code"]) as (_, url):
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=60).status_code == 200
+    assert not mark.exists()

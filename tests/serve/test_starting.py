@@ -219,7 +219,9 @@ def test_a_share_means_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog:
         raise ConfigError("enough")
 
     monkeypatch.setattr(server, "bind", stop)
-    monkeypatch.setattr(server, "logs", SimpleNamespace(setup=lambda *_: None, event=logs.event))
+    monkeypatch.setattr(
+        server, "logs", SimpleNamespace(setup=lambda *_: SimpleNamespace(close=lambda _: True), event=logs.event)
+    )
     caplog.set_level(logging.INFO)
     with pytest.raises(ConfigError, match="enough"):
         server.run(settings(gpu_memory_utilization=0.9))

@@ -740,7 +740,7 @@ def calling(function: object) -> dict[str, object]:
         (calling({"name": "f", "arguments": "[1]"}), "must be a JSON object"),
         (calling({"name": "f", "arguments": "{"}), "no JSON"),
         (calling({"name": "f", "arguments": '{"a":' * 100_000}), "no JSON"),
-        (calling({"name": "f"}), "must be a JSON object"),
+        (calling({"name": "f", "arguments": 1}), "must be a JSON object"),
         (calling({"arguments": "{}"}), "a function with a name"),
         (calling("f"), "a function with a name"),
         ({"role": "assistant", "tool_calls": ["f"]}, "a function with a name"),

@@ -89,8 +89,11 @@ def _draw(model: str, plot: Path, scores: dict[str, Any]) -> None:
 
 
 def _print_scores(scores: dict[str, Any]) -> None:
-    title = f"{scores['tokens']:,} tokens of {scores['text']}, window {scores['window']}, stride {scores['stride']}"
-    table = Table(title=title, title_justify="left")
+    console = output()
+    console.print(
+        f"{scores['tokens']:,} tokens of {scores['text']}, window {scores['window']}, stride {scores['stride']}"
+    )
+    table = Table()
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("perplexity", f"{scores['perplexity']:.4f}")
@@ -99,7 +102,6 @@ def _print_scores(scores: dict[str, Any]) -> None:
         table.add_row("KL to the reference, mean (nats)", f"{scores['kl_mean']:.5f}")
         table.add_row("KL to the reference, 99th percentile", f"{scores['kl_p99']:.5f}")
         table.add_row("same likeliest token", f"{scores['top1_agreement']:.2%}")
-    console = output()
     console.print(table, soft_wrap=False)
     if "kl_mean" in scores:
         console.print(f"{verdict(scores['kl_mean'])} (docs/evaluation.md says what the words mean)")

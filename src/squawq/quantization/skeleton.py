@@ -248,8 +248,9 @@ def _known_keys(kind: Any, raw: Mapping[str, Any], where: str) -> dict[str, Any]
     from transformers import PretrainedConfig
 
     own = {field.name for field in fields(kind)} - {field.name for field in fields(PretrainedConfig)}
-    older = {alias for alias, name in kind.attribute_map.items() if name not in raw}
-    known = {k: v for k, v in raw.items() if k in {*own, *older, *LEGACY_KEYS} and k not in kind.sub_configs}
+    for alias, name in kind.attribute_map.items():  # two names of one key, of which either may be the architecture's
+        own |= {name} if alias in own else {alias} if name in own and name not in raw else set()
+    known = {k: v for k, v in raw.items() if k in {*own, *LEGACY_KEYS} and k not in kind.sub_configs}
     for key, value in known.items():
         _check_numbers(key, value, where)
     return known

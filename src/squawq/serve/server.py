@@ -148,7 +148,7 @@ def run(settings: Settings, notes: Mapping[str, Any] | None = None, environment:
     notes = dict(notes or {})
     if settings.gpu_memory_utilization is not None and settings.device == "cpu":
         notes["gpu_memory_utilization"] = "on a CPU the number of tokens bounds the cache (--kv-tokens)"
-    served = None
+    served, sockets = None, None
     try:
         if environment:
             logs.event(logger, logging.INFO, "environment", **_environment())
@@ -165,6 +165,8 @@ def run(settings: Settings, notes: Mapping[str, Any] | None = None, environment:
     finally:
         ended = writer.close(LAST_WORDS / 2)  # a log that nobody reads keeps no server
         ended &= served is None or _close(served)
+        for one in sockets or ():  # where no server took them
+            one.close()
     code = 0 if server.started else 1
     if not ended:
         os._exit(code)

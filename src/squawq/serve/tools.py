@@ -287,7 +287,9 @@ def _call(call: object) -> dict[str, Any]:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str):
         raise ConfigError("each of tool_calls must have a function with a name and arguments")
-    arguments = function.get("arguments") or {}  # of a function without arguments
+    arguments = function.get("arguments")
+    if arguments == "":  # of a function without arguments
+        arguments = {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
