@@ -288,7 +288,7 @@ def _call(call: object) -> dict[str, Any]:
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str):
         raise ConfigError("each of tool_calls must have a function with a name and arguments")
     arguments = function.get("arguments")
-    if arguments == "":  # of a function without arguments
+    if arguments in (None, ""):  # of a function without arguments
         arguments = {}
     if isinstance(arguments, str):
         try:
