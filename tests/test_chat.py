@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -61,10 +64,10 @@ class Terminal:
 
 
 @contextmanager
-def talking(*options: str) -> Iterator[Terminal]:
+def talking(model: Path, *options: str) -> Iterator[Terminal]:
     master, slave = os.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "squawq", "chat", str(demo_model()), *options],
+        [sys.executable, "-W", "error", "-m", "squawq", "chat", str(model), *options],
         stdin=slave,
         stderr=slave,
         stdout=subprocess.PIPE,
@@ -91,8 +94,18 @@ def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def test_a_conversation_on_a_terminal() -> None:
-    with talking("--max-tokens", "2000", "--temperature", "0", "--threads", "1") as terminal:
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """The bundled model without an end of its texts: an answer is under way until it is stopped."""
+    folder = Path(shutil.copytree(demo_model(), tmp_path / "demo_model"))
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**settings, "eos_token_id": settings["pad_token_id"]}))
+    return folder
+
+
+def test_a_conversation_on_a_terminal(endless: Path) -> None:
+    with talking(endless, "--max-tokens", "2000", "--temperature", "0", "--threads", "1") as terminal:
         banner = terminal.wait(PROMPT)
         for words in (b"demo_model", b"context of 4,096 tokens", b"Ctrl-C stops an answer", b"/exit or Ctrl-D ends"):
             assert words in banner

@@ -59,7 +59,7 @@ class Generation:
         self.settings = served.settings
         self.metrics = metrics
         self.draining = False
-        self._all = Load()
+        self.load = Load()
         self._tenants: defaultdict[str, Load] = defaultdict(Load)
         self._exchanges: set[Exchange] = set()
         self._mailbox = Mailbox(served.engine)
@@ -72,30 +72,30 @@ class Generation:
     @property
     def in_flight(self) -> int:
         """Requests that are checked, run or answered."""
-        return self._all.requests
+        return self.load.requests
 
     @property
     def held(self) -> int:
         """Bytes that they hold."""
-        return self._all.size
+        return self.load.size
 
     @property
     def full(self) -> bool:
         """Whether there are as many requests as may be, or as much is held of them."""
         return self.in_flight >= self.settings.max_concurrent or self.held >= self.settings.max_queue_bytes
 
-    def _refuse_beyond(self, tenant: Load, requests: int, size: int) -> None:
-        """Raise ApiError where so much more is too much beside the others.
+    def _refuse_beyond(self, place: Place, requests: int, size: int) -> None:
+        """Raise ApiError where a request that holds `size` bytes, or one more, is too much beside the others.
 
         A tenant that holds less than an equal share is let in all the same, so that no other can lock it out. All
         tenants together then hold at most twice the limits.
         """
-        settings, tenants = self.settings, max(1, len(self.settings.api_keys))
-        for limit, more, held, own in (
-            (settings.max_concurrent, requests, self._all.requests, tenant.requests),
-            (settings.max_queue_bytes, size, self._all.size, tenant.size),
+        settings, tenants, own = self.settings, max(1, len(self.settings.api_keys)), place.tenant
+        for limit, wanted, others, mine in (
+            (settings.max_concurrent, requests, self.load.requests, own.requests),
+            (settings.max_queue_bytes, size, self.load.size - place.size, own.size - place.size),
         ):
-            if more and held and held + more > limit and own + more > limit // tenants:
+            if wanted and others and others + wanted > limit and mine + wanted > max(1, limit // tenants):
                 raise ApiError("overloaded", "Model is overloaded")
 
     def close(self) -> None:
@@ -286,24 +286,22 @@ class Generation:
         if self.draining:
             raise ApiError("unavailable", "The server is shutting down")
         place = Place(self._tenants[tenant])
-        self._refuse_beyond(place.tenant, 1, size)
-        for load in (self._all, place.tenant):
-            load.requests += 1
+        self._refuse_beyond(place, 1, size)
+        self._count(place, 1, size)
         try:
-            self._hold(place, size)
             yield place
         finally:
-            self._hold(place, 0)
-            for load in (self._all, place.tenant):
-                load.requests -= 1
+            self._count(place, -1, 0)
 
     def _hold(self, place: Place, size: int) -> None:
         """Count what a request holds now. Raises ApiError where that is too much beside the others."""
-        more = size - place.size
-        if more > 0:
-            self._refuse_beyond(place.tenant, 0, more)
-        for load in (self._all, place.tenant):
-            load.size += more
+        self._refuse_beyond(place, 0, size)
+        self._count(place, 0, size)
+
+    def _count(self, place: Place, requests: int, size: int) -> None:
+        for load in (self.load, place.tenant):
+            load.requests += requests
+            load.size += size - place.size
         place.size = size
 
 
