@@ -106,9 +106,9 @@ def test_bodies_that_are_no_requests(any_server: Running) -> None:
 
 
 def test_overload(any_server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        any_server.server.api.generation.load, "requests", any_server.server.api.settings.max_concurrent
-    )
+    generation = any_server.server.api.generation
+    for load in (generation.load, generation.tenants[""]):
+        monkeypatch.setattr(load, "requests", any_server.server.api.settings.max_concurrent)
     answer = any_server.post("/v1/chat/completions", CHAT)
     refused(answer, 429 if is_tgi(any_server) else 503, "overloaded", "Model is overloaded", own=is_tgi(any_server))
     assert answer.headers["retry-after"] == "1"

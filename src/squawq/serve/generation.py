@@ -60,7 +60,7 @@ class Generation:
         self.metrics = metrics
         self.draining = False
         self.load = Load()
-        self._tenants: defaultdict[str, Load] = defaultdict(Load)
+        self.tenants: defaultdict[str, Load] = defaultdict(Load)
         self._exchanges: set[Exchange] = set()
         self._mailbox = Mailbox(served.engine)
         self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
@@ -285,7 +285,7 @@ class Generation:
         as may be, or none are taken."""
         if self.draining:
             raise ApiError("unavailable", "The server is shutting down")
-        place = Place(self._tenants[tenant])
+        place = Place(self.tenants[tenant])
         self._refuse_beyond(place, 1, size)
         self._count(place, 1, size)
         try:
