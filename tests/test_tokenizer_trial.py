@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 from conftest import shared_data
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import Replace as Decoder
+from tokenizers.normalizers import Replace as Normalizer
 
 from squawq import tokenizer_trial
 from squawq.child import Child
@@ -32,6 +35,10 @@ def precompiled(blob: bytes) -> dict[str, Any]:
 
 def split(regex: str) -> dict[str, Any]:
     return {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}}
+
+
+def normalizers(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"normalizer": {"type": "Sequence", "normalizers": list(steps)}}
 
 
 def around(count: int, name: str = "A") -> dict[str, Any]:
@@ -56,6 +63,13 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         "times as",
     ),
     "bytes of bytes": ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 30}}, "times as"),
+    "matches of nothing": (normalizers(*[replace("(?=z)", "z", "Regex")] * 24), "times as"),
+    "texts that grow, and a map of nothing": (
+        normalizers(*[replace("q", "qqqq")] * 16, precompiled(struct.pack("<I", 4) + bytes(4))["normalizer"]),
+        "times as|charsmap|out of",
+    ),
+    "a long prefix of each piece": (normalizers({"type": "Prepend", "prepend": "z" * 200}), "times as"),
+    "compatibility forms": (normalizers(*[{"type": "NFKC"}, replace("\u0627", "\ufdfa")] * 4), "times as"),
     "a text many times": (around(10**4), "tokens of|it died|it took"),
     "an invalid regex": (split("("), "Oniguruma error"),
     "a regex that never ends": (split("(a|a)*(a|a)*(a|a)*$b"), "retry-limit"),
@@ -116,6 +130,20 @@ def test_real_tokenizers_pass(where: str) -> None:
     assert load(b"")(content) == b""
 
 
+def test_tokenizers_like_sentencepiece_pass(folder: Callable[[dict[str, Any]], Path]) -> None:
+    spaces = replace(" ", "\u2581")
+    for steps in ([spaces], [{"type": "Prepend", "prepend": "\u2581"}, spaces], [{"type": "NFKC"}, spaces]):
+        assert Tokenizer(folder(normalizers(*steps))).encode("a")
+
+
+def test_growth_is_counted_one_way_at_a_time() -> None:
+    tokenizer = FastTokenizer.from_str((demo_model() / "tokenizer.json").read_text(encoding="utf-8"))
+    long = replace("zzz", "z" * 90)
+    tokenizer.normalizer = Normalizer(long["pattern"]["String"], long["content"])
+    tokenizer.decoder = Decoder(long["pattern"]["String"], long["content"])
+    assert load(b"")(tokenizer.to_str().encode()) == b""
+
+
 @pytest.mark.parametrize("kind", ["Unigram", "WordLevel"])
 def test_a_tokenizer_without_an_unknown_token_is_taken(folder: Callable[[dict[str, Any]], Path], kind: str) -> None:
     """Texts of its tokens are all that it can encode; others are refused when they come."""
@@ -140,6 +168,8 @@ def test_panics_after_the_trial_are_errors(folder: Callable[[dict[str, Any]], Pa
     tokenizer = Tokenizer(folder(split("(q|q)*(q|q)*(q|q)*$b")))
     with pytest.raises(ConfigError, match=r"cannot encode the text: .*retry-limit"):
         tokenizer.encode("q" * 64 + " b")
+    with pytest.raises(ConfigError, match=r"cannot encode the text: .*retry-limit"):
+        tokenizer.places("q" * 64 + " b")
     with pytest.raises(ConfigError, match="cannot decode the tokens"):
         tokenizer.decode([-1])
     assert tokenizer.decode(tokenizer.encode("a")) == "a"

@@ -9,6 +9,7 @@ import itertools
 import operator
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -51,8 +52,12 @@ class LLM:
     ) -> None:
         check_device(device)
         self.folder = resolve(model)
-        self.tokenizer = Tokenizer(self.folder)
-        runner = load_runner(self.folder, device=device, threads=threads, exact=exact, head=head, kv_tokens=kv_tokens)
+        with ThreadPoolExecutor(1) as pool:  # the trial of a large tokenizer takes seconds, beside the weights' loading
+            tokenizer = pool.submit(Tokenizer, self.folder)
+            runner = load_runner(
+                self.folder, device=device, threads=threads, exact=exact, head=head, kv_tokens=kv_tokens
+            )
+            self.tokenizer = tokenizer.result()
         self.config = runner.config
         self.context = min(runner.max_positions, runner.num_pages * runner.page_size)
         self.device = device

@@ -20,11 +20,21 @@ from squawq.errors import CheckpointError
 
 SECONDS = 30.0  # of processor time; a vocabulary of 128,000 tokens takes one or two
 MEMORY = 2 * 2**30  # the same takes 0.3 GB
-MAX_GROWTH = 1024  # how much longer a tokenizer's steps may make a text; Llama's and Gemma's: 3
+MAX_GROWTH = 160  # how much longer the steps one way may make a text; Qwen: 6, Llama 2: 12, T5: 132
+    160  # how much longer the steps one way may make a text; Qwen's: 6, Llama 2's: 12, T5's map and spaces: 132
+)
 MAX_TOKENS = 64  # for a character; bytes as tokens: 4
 MAX_ADDED = 4096  # tokens around a text
 ODD = "\0\t\r\n\x7f\x85\u00a0\u00ad\u0301é\u2028\u202e\u3000中ﷺﬃ\u0e33\ud7ff\ue000\ufffd\uffff😀\U0010ffff"
 LONG = "".join(sign * 1000 for sign in " a0.\n-_é中") + "The quick brown fox isn't 12,345.67 years old. " * 200
+GROWTH = {  # of steps that have no settings to tell it by
+    "ByteLevel": 2,  # a byte above 127 becomes a character of two
+    **dict.fromkeys(("NFC", "NFD"), 3),
+    **dict.fromkeys(("NFKC", "NFKD"), 11),  # U+FDFA: 3 bytes become 33
+    "Lowercase": 1.5,
+    "BertNormalizer": 8,  # spaces around Chinese characters, NFD and lower case
+    **dict.fromkeys(("WordPiece", "BPEDecoder", "CTC"), 2),  # a space for each token, or between all characters
+}
 _passed: set[bytes] = set()
 
 
@@ -71,14 +81,14 @@ def load(_: bytes) -> Callable[[bytes], bytes]:
 def _try(tokenizer: Any) -> str:
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    pipelines = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
-    states = [json.loads(part.__getstate__()) for part in pipelines if part is not None]  # older forms made new
-    if (growth := math.prod(map(_growth, _steps(states)))) > MAX_GROWTH:
-        return f"its steps may make a text {growth:.3g} times as long; at most {MAX_GROWTH} times is taken"
+    for way in ((tokenizer.normalizer, tokenizer.pre_tokenizer), (tokenizer.decoder,)):
+        states = [json.loads(part.__getstate__()) for part in way if part is not None]  # older forms made new
+        if (growth := math.prod(map(_growth, _steps(states)))) > MAX_GROWTH:
+            return f"its steps may make a text {growth:.3g} times as long; at most {MAX_GROWTH} times is taken"
     for text in ("", "a", ODD, LONG):
-        for special in (True, False):
+        for special, encode in ((True, tokenizer.encode_batch), (False, tokenizer.encode_batch_fast)):
             try:
-                ids = tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+                ids = encode([text], add_special_tokens=special)[0].ids
             except Exception:  # it has no token for a character: so may a user's text, which is refused then
                 continue
             if len(ids) > MAX_TOKENS * len(text) + MAX_ADDED:
@@ -103,18 +113,22 @@ def _steps(state: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth(step: Mapping[str, Any]) -> float:
-    """How much longer, in bytes, a step can make a text at most."""
+    """How much longer, in bytes, a step can make a text at most; what it puts before a piece counts for each byte."""
     kind = step["type"]
-    if kind == "ByteLevel":
-        return 2  # a byte above 127 becomes a character of two
     if kind == "Replace":
-        pattern, content = step["pattern"], len(step["content"].encode())
-        return max(1, content / max(1, len(pattern.get("String", "").encode())))
+        content, pattern = len(step["content"].encode()), step["pattern"].get("String", "").encode()
+        return max(1, content / len(pattern)) if pattern else 1 + content  # a regex may match nothing, everywhere
+    if kind == "Prepend":
+        return 1 + len(step["prepend"].encode())
+    if kind == "Metaspace":
+        return 1 + len(step["replacement"].encode())
     if kind == "Precompiled":  # a trie, and texts between zeros that it points into
         try:
             blob = base64.b64decode(step["precompiled_charsmap"])
         except binascii.Error:
             return math.inf
         texts = blob[4 + int.from_bytes(blob[:4], "little") :]
-        return max(map(len, texts.split(b"\0")))
-    return 1
+        return max(1, *map(len, texts.split(b"\0")))
+    if kind == "ByteLevel" and step.get("add_prefix_space"):
+        return 4
+    return GROWTH.get(kind, 1)
