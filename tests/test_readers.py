@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, 
         (config(), ALL),
         (config("qwen3"), ["squawq", "transformers", "vllm"]),
         (config("gemma3_text"), ["transformers", "vllm", "tgi"]),
+        (config("gemma3_text", torch_dtype="bfloat16"), ["transformers", "vllm"]),  # TGI runs AWQ in float16
+        (config(dtype="bfloat16"), ["squawq", "transformers", "vllm"]),
+        (config(dtype="bfloat16", quantization_config=AWQ), ["squawq", "transformers", "vllm"]),
+        (config(dtype="float16", quantization_config=AWQ), ALL),
         (config("vaultgemma"), ["transformers"]),
         (config(hidden_act="gelu"), ["transformers", "vllm", "tgi"]),
         (config(quantization_config={**AWQ, "version": "gemv"}), ["squawq"]),
@@ -56,21 +61,39 @@ def test_families() -> None:
 def test_settings_that_are_still_to_come_count() -> None:
     assert "vLLM" in in_words(config(), QuantConfig())
     assert "vLLM" not in in_words(config(), QuantConfig(group_size=16))
+    assert "Text Generation" in in_words(config(torch_dtype="bfloat16"), QuantConfig(dtype="float16"))
+    assert "Text Generation" not in in_words(config(), QuantConfig(dtype="bfloat16"))
+
+
+def test_linears_that_engines_fuse_stay_together(make_model: MakeModel, tmp_path: Path) -> None:
+    """vLLM refuses a folder where some of q, k and v are quantized and others are not."""
+    settings = QuantConfig(method="rtn", group_size=32, modules_to_not_convert=("q_proj", "1.mlp.up_proj"))
+    squawq.quantize(make_model(), tmp_path / "out", settings, progress=False)
+    kept = {
+        name.removeprefix("model.layers.")
+        for name in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"][
+            "modules_to_not_convert"
+        ]
+    }
+    attention = {f"{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkv"}
+    assert kept == attention | {"1.mlp.gate_proj", "1.mlp.up_proj"}
 
 
 def test_lines_to_paste_quote_the_folder() -> None:
     lines = how_to_run(config(), Path("my model"), chats=True)
     assert len(lines) == 4
     assert "squawq chat 'my model'" in lines[0]
+    assert "docker run" in lines[3]  # text-generation-launcher is squawq's own here
+    assert f"-v '{Path('my model').resolve()}':/model" in lines[3]
 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_usage_has_what_was_asked_for(chat: bool) -> None:
     alone = usage("me/x", chat, ["transformers"])
-    assert not [words for words in (*OURS_ALONE, "vllm", "OpenAI", "text-generation-launcher") if words in alone]
+    assert not [words for words in (*OURS_ALONE, "vllm", "OpenAI", "text-generation-inference") if words in alone]
     assert "import squawq.transformers" in alone
     whole = usage("me/x", chat)
-    assert all(words in whole for words in (*OURS_ALONE, "vllm", "OpenAI", "text-generation-launcher"))
+    assert all(words in whole for words in (*OURS_ALONE, "vllm", "OpenAI", "text-generation-inference"))
     assert "float16" not in whole  # a folder in bfloat16 would overflow
 
 

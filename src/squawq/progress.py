@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -36,6 +39,12 @@ def output() -> Console:
     return wide
 
 
+def discard_stdout() -> None:
+    """Write nothing more to stdout, which failed: Python would try again at its end, and complain."""
+    with Path(os.devnull).open("wb") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())
+
+
 def bar() -> Progress:
     """A bar with count, time gone and time left."""
     return Progress(
@@ -53,13 +62,12 @@ def bar() -> Progress:
 class LayerProgress:
     """A quantization's observer: a bar over the layers, and each layer's error by plain rounding and as kept.
 
-    Nothing shows before the work starts, so that a misuse stays one line. opening: a line to begin with. started:
-    whether there was work to do.
+    Nothing shows before the work starts, so that a misuse stays one line. started: whether there was
+    work to do.
     """
 
     def __init__(self) -> None:
         self.started = False
-        self.opening = ""
         self._bar = bar()
         self._task = self._bar.add_task("quantizing", total=None)
 
@@ -69,10 +77,9 @@ class LayerProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def start(self, layers: int, tokens: int, resumed: int) -> None:
+    def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
         self.started = True
-        if self.opening:
-            console.print(self.opening)
+        console.print(runs_in)
         if tokens:
             console.print(f"{layers} layers, {tokens:,} calibration tokens")
         if resumed:

@@ -20,6 +20,7 @@ READERS = {
     "vllm": "vLLM",
     "tgi": "Text Generation Inference",
 }
+TGI_IMAGE = "ghcr.io/huggingface/text-generation-inference"
 VLLM_GROUPS = (-1, 32, 64, 128)  # of its Marlin kernels
 VLLM = (  # families of ours whose architecture is in vLLM's registry
     *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "deepseek_v2"),
@@ -46,9 +47,22 @@ def readers(config: ModelConfig, quant: QuantConfig | None = None) -> list[str]:
         "squawq": ours,
         "transformers": gemm and family in FAMILIES,
         "vllm": gemm and family in VLLM and quant.group_size in VLLM_GROUPS,
-        "tgi": gemm and quant.group_size in VLLM_GROUPS and quant.zero_point and family in TGI,
+        "tgi": gemm
+        and quant.group_size in VLLM_GROUPS
+        and quant.zero_point
+        and family in TGI
+        and _dtype(config, quant) == "float16",  # in which it runs AWQ, whatever the folder says
     }
     return [name for name, runs in found.items() if runs]
+
+
+def _dtype(config: ModelConfig, quant: QuantConfig) -> str:
+    """What the result stores, and readers compute in."""
+    if config.quant is None and quant.dtype != "auto":
+        return quant.dtype
+    raw = {**(config.raw.get("text_config") or {}), **config.raw}
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    return "float16" if config.quant is None and dtype != "bfloat16" else str(dtype)
 
 
 def why_not_ours(config: ModelConfig) -> str | None:
@@ -62,15 +76,21 @@ def why_not_ours(config: ModelConfig) -> str | None:
     return None
 
 
+def tgi_command(model: str, options: str = "") -> str:
+    """TGI in its container: `text-generation-launcher` is squawq's own where squawq is installed."""
+    docker = f"docker run --gpus all --shm-size 1g -p 8000:80{options and ' ' + options} {TGI_IMAGE}"
+    return f"{docker} --model-id {model} --quantize awq"
+
+
 def how_to_run(config: ModelConfig, out: Path, chats: bool) -> list[str]:
     """A command or two lines of code for each reader of the folder `out`."""
-    place = shlex.quote(str(out))
+    place, mounted = shlex.quote(str(out)), shlex.quote(str(out.resolve()))
     talk = f"squawq chat {place}" if chats else f'squawq generate {place} -p "Once upon a time"'
     lines = {
         "squawq": f"run it: {talk}, or squawq serve {place}",
         "transformers": f"in transformers: import squawq.transformers, then from_pretrained({str(out)!r})",
         "vllm": f"in vLLM: vllm serve {place}",
-        "tgi": f"in TGI: text-generation-launcher --model-id {place} --quantize awq",
+        "tgi": f"in TGI: {tgi_command('/model', f'-v {mounted}:/model')}",
     }
     return [lines[name] for name in readers(config)]
 

@@ -21,8 +21,6 @@ from squawq.errors import CheckpointError
 SECONDS = 30.0  # of processor time; a vocabulary of 128,000 tokens takes one or two
 MEMORY = 2 * 2**30  # the same takes 0.3 GB
 MAX_GROWTH = 160  # how much longer the steps one way may make a text; Qwen: 6, Llama 2: 12, T5: 132
-    160  # how much longer the steps one way may make a text; Qwen's: 6, Llama 2's: 12, T5's map and spaces: 132
-)
 MAX_TOKENS = 64  # for a character; bytes as tokens: 4
 MAX_ADDED = 4096  # tokens around a text
 ODD = "\0\t\r\n\x7f\x85\u00a0\u00ad\u0301é\u2028\u202e\u3000中ﷺﬃ\u0e33\ud7ff\ue000\ufffd\uffff😀\U0010ffff"

@@ -14,6 +14,7 @@ import pytest
 from running import process
 
 from squawq.hub.usage import usage
+from squawq.readers import TGI_IMAGE
 
 REPO = "me/demo-AWQ"
 LOCAL = "http://localhost:8000"
@@ -58,10 +59,10 @@ def test_clients(awq_demo: Path, address: str, mark: str, chat: bool) -> None:
 
 
 def test_the_launchers_line_is_read() -> None:
-    """Its flags, by our launcher, which stops at the model that is not there."""
-    (line,) = (line for line in usage(REPO, True).splitlines() if line.startswith("text-generation-launcher"))
+    """The flags after TGI's image, by our launcher, which stops at the model that is not there."""
+    (line,) = (line for line in usage(REPO, True).splitlines() if TGI_IMAGE in line)
     done = subprocess.run(
-        [sys.executable, "-m", "squawq.serve.tgi_launcher", *shlex.split(line)[1:]],
+        [sys.executable, "-m", "squawq.serve.tgi_launcher", *shlex.split(line.partition(TGI_IMAGE)[2])],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"},

@@ -20,7 +20,7 @@ from squawq.quantization.ranks import Ranks, torchrun_ranks
 class Stopping:
     """An observer that stops the run after a layer."""
 
-    def start(self, layers: int, tokens: int, resumed: int) -> None:
+    def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
         self.resumed = resumed
 
     def layer(self, record: Mapping[str, Any]) -> None:

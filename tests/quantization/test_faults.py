@@ -140,7 +140,7 @@ def test_a_source_that_changes_during_the_run(
     folder, out = make_model(), tmp_path / "out"
 
     class Changing:
-        def start(self, layers: int, tokens: int, resumed: int) -> None: ...
+        def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
         def layer(self, record: object) -> None:
             change(folder / SHARD)
 

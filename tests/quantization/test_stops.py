@@ -128,7 +128,7 @@ def test_the_second_signal_stops_at_once(capfd: pytest.CaptureFixture[str]) -> N
 
     before = signal.getsignal(signal.SIGINT)
     with StoppableProgress() as progress:
-        progress.start(5, 0, 0)
+        progress.start(5, 0, 0, "")
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Stopped, match=r"stopped in layer 1 of 5; run the same command again"):
             os.kill(os.getpid(), signal.SIGINT)
@@ -157,7 +157,7 @@ def test_a_library_call_leaves_signals_alone(make_model: MakeModel, rows: Rows, 
     assert (tmp_path / "thread" / "config.json").is_file()
 
     class Interrupting:
-        def start(self, layers: int, tokens: int, resumed: int) -> None: ...
+        def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
         def layer(self, record: object) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 
 from squawq.errors import OutputError, SquawqError
-from squawq.serve.flags import discard_stdout
+from squawq.progress import discard_stdout
 
 
 @contextmanager
@@ -19,8 +19,11 @@ def results() -> Iterator[None]:
         return
     with redirect_stdout(StringIO()) as text:
         yield
+    shown = text.getvalue()
+    if encoding := sys.stdout.encoding:  # PYTHONIOENCODING=ascii: a question mark, rather than nothing
+        shown = shown.encode(encoding, "replace").decode(encoding)
     try:
-        print(text.getvalue(), end="", flush=True)
+        print(shown, end="", flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

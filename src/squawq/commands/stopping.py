@@ -64,9 +64,9 @@ class StoppableProgress(LayerProgress):
         if self._asked is not None:
             raise Stopped(f"stopped {where}; {AGAIN}", self._asked)
 
-    def start(self, layers: int, tokens: int, resumed: int) -> None:
+    def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
         if self._shown:
-            super().start(layers, tokens, resumed)
+            super().start(layers, tokens, resumed, runs_in)
         self.started = True
         self._layers = layers
         self._stop("before the first layer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from string import Template
 
-from squawq.readers import READERS
+from squawq.readers import READERS, tgi_command
 
 _CHAT = {
     "command": "chat $repo",
@@ -107,11 +107,11 @@ _VLLM = """\
 ```sh
 vllm serve $repo --port 8000
 ```"""
-_TGI = """\
+_TGI = f"""\
 ### Text Generation Inference
 
 ```sh
-text-generation-launcher --model-id $repo --quantize awq --port 8000
+{tgi_command("$repo")}
 ```"""
 _CLIENTS = """\
 ### Clients of any of these servers

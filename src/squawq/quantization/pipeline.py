@@ -42,15 +42,18 @@ from squawq.showing import Record
 class Observer(Protocol):
     """Hears how the work goes on; each rank's own does. What it raises stops all ranks at that place."""
 
-    def start(self, layers: int, tokens: int, resumed: int) -> None:
-        """Before the first layer; `resumed` layers lie on disk already. Not called where all was done before."""
+    def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
+        """Before the first layer; `resumed` layers lie on disk already. Not called where all was done before.
+
+        runs_in: a line that says what will run the result.
+        """
 
     def layer(self, record: Mapping[str, Any]) -> None:
         """After each layer, with its row of the report."""
 
 
 class _Silent:
-    def start(self, layers: int, tokens: int, resumed: int) -> None: ...
+    def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
     def layer(self, record: Mapping[str, Any]) -> None: ...
 
 
@@ -109,8 +112,6 @@ def _quantize(
             raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
         work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
         share = None if work.tokens is None else ranks.share(len(work.tokens))
-        if isinstance(observer, LayerProgress):
-            observer.opening = in_words(work.blocks.checkpoint.config, work.config)
     ranks.check_same(work.identity)
     with ranks.owned(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
         report = ranks.on_first(lambda: read_json(job.out / REPORT) if job.finished else None)
@@ -145,7 +146,8 @@ def _quantize_layers(
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
     done = ranks.on_first(lambda: [job.record(part) for part in range(1, layers + 1)])
     with ranks.together():
-        observer.start(layers, tokens, sum(r is not None for r in done))
+        runs_in = in_words(work.blocks.checkpoint.config, work.config)
+        observer.start(layers, tokens, sum(r is not None for r in done), runs_in)
     for index, record in enumerate(done):
         if record is None:
             record = _quantize_layer(work, index, streams, job, ranks)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 import re
 import socket
 import sys
@@ -24,6 +23,7 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from squawq.errors import ConfigError, SquawqError, printable
+from squawq.progress import discard_stdout
 from squawq.serve.settings import Settings
 
 Reader = Callable[[str], Any]  # raises ConfigError with what the text should have been
@@ -282,12 +282,6 @@ def _misuse(error: TyperException, program: str) -> str:
     context = getattr(error, "ctx", None)
     message = error.format_message().replace(": Value error, ", ": ").removesuffix(".")
     return f"{message} (see {program if context is None else context.command_path} --help)"
-
-
-def discard_stdout() -> None:
-    """Write nothing more to stdout, which failed: Python would try again at its end, and complain."""
-    with Path(os.devnull).open("wb") as null:
-        os.dup2(null.fileno(), sys.stdout.fileno())
 
 
 def finish(app: typer.Typer, program: str, arguments: list[str] | None, stopped: str = "stopped") -> int:
