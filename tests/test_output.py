@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -128,3 +129,12 @@ def test_a_process_whose_stdout_is_full() -> None:
         )
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["squawq: error: [Errno 28] No space left on device"]
+
+
+def test_an_encoding_that_lacks_a_character() -> None:
+    """A pipe under PYTHONIOENCODING=ascii: the result is printed, with question marks for what it lacks."""
+    code = "from squawq.commands.output import results\nwith results(): print('12.5 \u00e9')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stdout.decode()) == (0, "12.5 ?\n"), done.stderr

@@ -5,6 +5,7 @@ python tools/fuzz.py [FILE OF A FOLDER] [atheris' options, such as -max_total_ti
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 import sys
@@ -17,21 +18,18 @@ TESTS = Path(__file__).parents[1] / "tests"
 sys.path += [str(TESTS), str(TESTS / "fuzz")]
 
 with atheris.instrument_imports(include=["squawq"]):
-    from readers import COMMANDS, read
-
-    from squawq.demo import demo_model
+    from readers import COMMANDS, quantized_folder, read
 
 
 def main() -> None:
     given = [argument for argument in sys.argv[1:] if argument in COMMANDS]
+    place = Path(tempfile.mkdtemp(prefix="squawq-fuzz-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)  # Fuzz() does not return
     names = given or list(COMMANDS)
-    folder = Path(tempfile.mkdtemp(prefix="squawq-fuzz-")) / "model"
-    shutil.copytree(demo_model(), folder)
-    shutil.copyfile(folder / "config.json", folder / "good.json")
-    seeds = folder.parent / "seeds"
+    folder, seeds = quantized_folder(place / "model"), place / "seeds"
     seeds.mkdir()
     for index, name in enumerate(names):
-        good = (folder / name).read_bytes()[:100_000] if (folder / name).exists() else json.dumps({}).encode()
+        good = (folder / name).read_bytes() if (folder / name).exists() else json.dumps({}).encode()
         (seeds / name).write_bytes(bytes([index]) + good)
 
     def one(data: bytes) -> None:
@@ -39,7 +37,7 @@ def main() -> None:
             read(folder, names[data[0] % len(names)], data[1:])
 
     options = [argument for argument in sys.argv if argument not in COMMANDS]
-    atheris.Setup([*options, "-timeout=60", str(seeds)], one)
+    atheris.Setup([*options, "-timeout=120", "-max_len=150000", str(seeds)], one)
     atheris.Fuzz()
 
 

@@ -53,8 +53,8 @@ class Child:
     def start(cls, load: str, data: bytes, *, memory: int = MEMORY, forks: bool = True) -> Child:
         """A new process that calls `load`, "module:function", with `data`: that returns what answers its messages.
 
-        memory: bytes that it may take beyond what was loaded. forks: whether it can be copied; one that cannot gives
-        up all files. Raises ChildError when it does not load, and on a system without fork().
+        memory: bytes that it may take beyond what was loaded. forks: whether it can be copied; one that
+        cannot opens no files. Raises ChildError when it does not load, and on a system without fork().
         """
         if not hasattr(os, "fork"):
             raise ChildError("it needs a system with fork(), as Linux and macOS have it (on Windows: WSL)")

@@ -50,7 +50,8 @@ def without(config: Any, keys: Collection[str]) -> Any:
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding: base `theta`; type "llama3" scales frequencies as Llama 3.1 does, "linear" by a factor; others
-    are named and no more. partial: the part of a head that is rotated. Type "by layer type": see `raw`."""
+    are named and no more. partial: the part of a head that is rotated. Type "by layer type": layers
+    differ; `ModelConfig.raw` says how."""
 
     theta: float = 10000.0
     type: str = "default"

@@ -13,7 +13,8 @@ GroupSize = Literal[16, 32, 64, 128, 256, -1]
 GROUP_SIZES: tuple[GroupSize, ...] = get_args(GroupSize)
 Method = Literal["squawq", "awq", "rtn"]
 METHODS: tuple[Method, ...] = get_args(Method)
-DTYPES = ("auto", "float16", "bfloat16")
+Dtype = Literal["auto", "float16", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 
 

@@ -11,10 +11,11 @@ import torch
 from conftest import MakeModel, shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import squawq
 from squawq.demo import demo_model
-from squawq.errors import CalibrationError, ConfigError
+from squawq.errors import CalibrationError, CheckpointError, ConfigError
 from squawq.evaluation.metrics import Score
 from squawq.evaluation.plots import save_plot
 from squawq.evaluation.run import evaluate, text_ids, windows_of
@@ -139,3 +140,14 @@ def test_plot(make_model: MakeModel, rows: list[list[int]], tmp_path: Path) -> N
     assert full.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert full.stat().st_size > empty.stat().st_size > 1000
     assert json.loads((tmp_path / "out" / "squawq_report.json").read_text()) == report
+
+
+@pytest.mark.parametrize(("factor", "message"), [(1e38, "logits are not finite"), (1e6, "nats a token")])
+def test_a_broken_reference_is_named(make_model: MakeModel, tmp_path: Path, factor: float, message: str) -> None:
+    """JSON has no infinity: scores that are not finite were a traceback at the end."""
+    model, broken = make_model(), make_model(name="broken")
+    state = load_file(broken / "model.safetensors")
+    state["lm_head.weight"][:] *= factor
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"broken: .*{message}"):
+        evaluate(model, broken, ids=list(range(2, 66)), window=32)

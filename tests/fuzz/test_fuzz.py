@@ -15,7 +15,7 @@ import pytest
 from conftest import MakeModel, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from readers import COMMANDS, read
+from readers import COMMANDS, quantized_folder, read
 
 from squawq.demo import demo_model
 
@@ -57,7 +57,7 @@ VALUES = st.recursive(
 )
 CHANGES = st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3)
 ANY = [b"", b"[" * 200_000, b"\xff\xfe", b'{"a":' * 500, b"---\n" + b"[" * 5000 + b"\n---\n", b"null", b"0" * 5000]
-SLOW = ("config.json", "quant_config.json")
+SLOW = {"config.json": 12, "quant_config.json": 12, "tokenizer.json": 6, "chat_template.jinja": 6}  # a process each
 
 
 @pytest.fixture
@@ -67,6 +67,11 @@ def folder(make_model: MakeModel) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(demo_model() / name, folder / name)
     return folder
+
+
+@pytest.fixture
+def awq_folder(tmp_path: Path) -> Path:
+    return quantized_folder(tmp_path / "model")
 
 
 def content(name: str, good: bytes, changes: dict[str, Any]) -> bytes:
@@ -79,15 +84,19 @@ def content(name: str, good: bytes, changes: dict[str, Any]) -> bytes:
         return struct.pack("<Q", len(text)) + text + good[8 + length :]
     if name == "README.md":
         return f"---\n{json.dumps(changes)}\n---\n".encode()
+    if name == "chat_template.jinja":
+        return good + json.dumps(changes).encode()
     return json.dumps({**json.loads(good or b"{}"), **changes}).encode()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_any_value_of_any_key(name: str, folder: Path) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_any_value_of_any_key(name: str, quantized: bool, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue("awq_folder" if quantized else "folder")
     good = (folder / name).read_bytes() if (folder / name).exists() else b""
 
     @settings(
-        max_examples=12 if name in SLOW else 60,
+        max_examples=SLOW.get(name, 60),
         deadline=None,
         derandomize=True,
         database=None,
@@ -99,6 +108,13 @@ def test_any_value_of_any_key(name: str, folder: Path) -> None:
 
     run()
     assert not (folder.parent / "never").exists()
+
+
+def test_the_quantized_folder_is_read_to_the_end(awq_folder: Path) -> None:
+    """Else what is changed in it would be refused for another reason."""
+    for name in ("tokenizer.json", "generation_config.json", "model.safetensors", "squawq_report.json"):
+        for command in COMMANDS[name]:
+            command(awq_folder)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

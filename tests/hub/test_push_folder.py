@@ -103,6 +103,12 @@ def test_a_folder_of_the_hubs_cache_is_sent(folder: Path, tmp_path: Path) -> Non
     assert check_folder(snapshot) == sorted(path.name for path in blobs.iterdir())
 
 
+def test_what_a_killed_run_left_is_not_sent(folder: Path) -> None:
+    names = check_folder(folder)
+    (folder / ".squawq-tmp-ab12cd_9").mkdir()
+    assert check_folder(folder) == names
+
+
 def test_a_16_bit_folder_is_not_sent() -> None:
     with pytest.raises(ConfigError, match="not quantized"):
         check_folder(demo_model())

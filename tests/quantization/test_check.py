@@ -65,7 +65,9 @@ def test_activations_beyond_float16_are_an_error_that_names_the_layer(
     method: str, make_model: MakeModel, rows: Rows, tmp_path: Path
 ) -> None:
     folder, given = rewrite(make_model(num_hidden_layers=3), torch.bfloat16, 3e4), None if method == "rtn" else rows
-    with pytest.raises(CheckpointError, match=r"^model\.layers\.1: .*float16.*not finite.*--dtype bfloat16$"):
+    with pytest.raises(
+        CheckpointError, match=r"^model\.layers\.1: .*float16.*not finite.*dtype='bfloat16' \(--dtype bfloat16\)$"
+    ):
         quantize(folder, tmp_path / "out", given, method=method, dtype="float16")
     assert not (tmp_path / "out").exists()
     quantize(folder, tmp_path / "kept", given, method=method)
@@ -104,6 +106,8 @@ def test_logits_far_from_those_in_float32(
     monkeypatch.setattr("squawq.quantization.check.FAR_OFF", 1e-6)
     with pytest.raises(CheckpointError, match=r"^model\.layers\.0: .*float16.*0% away.*--dtype bfloat16"):
         quantize(make_model(), tmp_path / "out", rows)
+    with pytest.raises(CheckpointError, match=r"bfloat16.*% away from that in float32$"):  # float16 would hold less
+        quantize(make_model(name="other"), tmp_path / "other", rows, dtype="bfloat16")
 
 
 def test_a_run_that_goes_on_is_checked_from_the_first_layer(

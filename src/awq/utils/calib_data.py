@@ -73,7 +73,7 @@ def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
     except ImportError as error:
         raise DependencyError(
             f"calib_data {name!r} is a data set of the Hub and needs the package datasets: pip install "
-            "'squawq[datasets]'; or leave calib_data out for the built-in set"
+            "'datasets'; or leave calib_data out for the built-in set"
         ) from error
     try:
         for row in load_dataset(name, split=split, streaming=True).shuffle(seed=42):

@@ -11,7 +11,7 @@ import typer
 from squawq.commands.options import DEVICES, Model
 from squawq.commands.stopping import StoppableProgress
 from squawq.progress import console
-from squawq.quant_config import DTYPES, METHODS, GroupSize, Method, QuantConfig
+from squawq.quant_config import DTYPES, METHODS, Dtype, GroupSize, Method, QuantConfig
 
 
 def quantize(
@@ -46,7 +46,7 @@ def quantize(
         list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help=f"Of what stays in 16 bits: {', '.join(DTYPES)} (bfloat16 if the source is)")
+        Dtype, typer.Option(help="Of what stays in 16 bits; auto: the source's, and float16 for float32")
     ] = DTYPES[0],
     stream: Annotated[
         bool, typer.Option("--stream", help="Fetch a Hub model's files one by one, and keep only those in use")

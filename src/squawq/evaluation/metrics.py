@@ -33,17 +33,13 @@ class Score:
 
     def summary(self) -> dict[str, Any]:
         """tokens, perplexity and, against a reference, reference_perplexity, kl_mean, kl_p99 (nats), top1_agreement."""
-        result: dict[str, Any] = {"tokens": self.tokens, "perplexity": _exp(self.loss / self.tokens)}
+        result: dict[str, Any] = {"tokens": self.tokens, "perplexity": math.exp(self.loss / self.tokens)}
         if self.divergence:
             kl = torch.cat(self.divergence)
             result |= {
-                "reference_perplexity": _exp(self.reference_loss / self.tokens),
+                "reference_perplexity": math.exp(self.reference_loss / self.tokens),
                 "kl_mean": float(kl.mean(dtype=torch.float64)),
                 "kl_p99": float(kl.kthvalue(math.ceil(0.99 * len(kl))).values),
                 "top1_agreement": self.agreed / self.tokens,
             }
         return result
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf

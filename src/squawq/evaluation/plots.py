@@ -14,7 +14,7 @@ from squawq.errors import ConfigError, DependencyError, OutputError
 def check_plot(path: str | Path) -> None:
     """Raises DependencyError without matplotlib, ConfigError for a folder, a link, or a file in no folder."""
     if find_spec("matplotlib") is None:
-        raise DependencyError("--plot needs the package matplotlib: pip install 'squawq[plot]'")
+        raise DependencyError("--plot needs the package matplotlib: pip install matplotlib")
     if not Path(path).resolve().parent.is_dir():
         raise ConfigError(f"--plot {str(path)!r}: there is no such folder")
     if Path(path).is_dir():

@@ -30,6 +30,7 @@ from squawq.tokenizer import Tokenizer
 DEFAULT_WINDOW = 1024
 MAX_TOKENS = 32_768
 BUILT_IN = "the built-in text (general prose in eight languages)"
+MAX_LOSS = 700.0  # nats a token; exp of more is infinite as a float
 LOGITS = 1 << 23  # logits held at once
 Progress = Callable[[int, int], None]
 
@@ -163,12 +164,19 @@ def _score(finals: Sequence[Final], cut: Windows, vocab_size: int) -> tuple[Scor
             mine, *theirs = (
                 head(final.states[index : index + 1, part])[0] for head, final in zip(heads, finals, strict=True)
             )
-            if not bool(torch.isfinite(mine).all()):
-                folder = finals[0].blocks.checkpoint.folder
-                raise CheckpointError(f"{folder}: the model's logits are not finite; its weights are broken")
+            for final, logits in zip(finals, (mine, *theirs), strict=True):
+                if not bool(torch.isfinite(logits).all()):
+                    folder = final.blocks.checkpoint.folder
+                    raise CheckpointError(f"{folder}: the model's logits are not finite; its weights are broken")
             score.add(mine, targets, *theirs)
             if theirs:
                 sums[part] += score.divergence[-1]
                 counts[part] += 1
+    for final, loss in zip(finals, (score.loss, score.reference_loss)[: len(finals)], strict=True):
+        if loss / score.tokens >= MAX_LOSS:
+            raise CheckpointError(
+                f"{final.blocks.checkpoint.folder}: loses {loss / score.tokens:.4g} nats a token, a perplexity beyond "
+                "any number; its weights are broken"
+            )
     by_position = [float(s / c) for s, c in zip(sums, counts, strict=True) if c]
     return score, by_position

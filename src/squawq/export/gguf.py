@@ -167,7 +167,7 @@ def _writer(path: Path, name: str, config: ModelConfig, entries: list[Entry]) ->
     try:
         import gguf
     except ImportError as error:
-        raise DependencyError("GGUF needs the package gguf: pip install 'squawq[gguf]'") from error
+        raise DependencyError("GGUF needs the package gguf: pip install gguf") from error
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type].name)
     quantized = any(entry.kind == "Q4_1" for entry in entries)
     writer.add_type("model")

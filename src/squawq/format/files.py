@@ -18,7 +18,7 @@ from typing import Any
 from squawq.errors import CheckpointError
 
 MAX_FILE = 64 * 2**20  # bytes of a file that is read whole
-MAX_VALUES = 2**22  # of a JSON file: each takes up to a hundred bytes in memory
+MAX_VALUES = 2**22  # brackets, colons and commas of a JSON file: each value takes up to a hundred bytes in memory
 MAX_DEPTH = 64
 
 
@@ -98,10 +98,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON that is safe to work with: of so many values and levels at most, each number finite as a float, and no text
-    with half a surrogate pair, which cannot be written again. Raises ValueError saying what is wrong."""
+    """JSON that is safe to work with: bounded values and levels, finite numbers, no half surrogate pairs.
+
+    Values are counted by brackets, colons and commas, those in texts too. A text with half a surrogate pair could not
+    be written again. Raises ValueError saying what is wrong.
+    """
     if sum(map(data.count, b"{[:,")) > MAX_VALUES:
-        raise ValueError(f"more than {MAX_VALUES:,} values")
+        raise ValueError(f"more than {MAX_VALUES:,} brackets, colons and commas")
     try:
         level = [value := json.loads(data.decode())]
     except RecursionError as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
 from squawq.format.files import has_file, open_file, read_bytes, read_json
 from squawq.format.reader import INDEX, Checkpoint
+from squawq.format.writer import is_temporary
 from squawq.hub.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.inspection import missing
 from squawq.quantization.job import JOB, PART
@@ -121,7 +122,8 @@ def check_folder(folder: Path) -> list[str]:
         raise CheckpointError(f"{folder}: has no tokenizer ({', '.join(TOKENIZERS)}); copy the source's into it")
     known = {*OWN, *(path.name for path in checkpoint.companions())}
     known |= {info.file.name for info in checkpoint.tensors.values()}
-    names = sorted(path.name for path in folder.iterdir() if path.name not in IGNORED)
+    found = (path.name for path in folder.iterdir())
+    names = sorted(name for name in found if name not in IGNORED and not is_temporary(name))
     if stray := [name for name in names if name not in known or name.startswith(PART)]:
         raise OutputError(f"{folder}: holds what is no part of the model: {', '.join(stray[:5])}; move it elsewhere")
     for name in names:

@@ -226,7 +226,7 @@ def _hub_rows(name: str) -> Iterator[str | list[dict[str, str]]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise DependencyError("a Hub data set needs the package datasets: pip install 'squawq[datasets]'") from error
+        raise DependencyError("a Hub data set needs the package datasets: pip install datasets") from error
     try:
         splits = load_dataset(name, streaming=True)
         split = "train" if "train" in splits else next(iter(splits))

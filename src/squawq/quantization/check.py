@@ -20,7 +20,7 @@ from squawq.tokenizer import Tokenizer
 
 ROWS, TOKENS = 4, 32
 VOCABULARY = 8192  # logits that are computed, evenly spread: a whole head in float32 can be larger than a layer
-FAR_OFF = 0.5  # relative error of the median token; rounding to 16 bits costs a few percent
+FAR_OFF = 0.5  # relative error of the median token's output; computing in 16 bits alone gives a few percent
 
 
 class DtypeCheck:
@@ -70,16 +70,22 @@ class DtypeCheck:
         if error <= FAR_OFF and all_finite(narrow):
             return error
         name = str(self.dtype).removeprefix("torch.")
-        other = "float16" if name == "bfloat16" else "bfloat16"
         wrong = f"{error:.0%} away from that in float32" if all_finite(narrow) else "not finite"
         raise CheckpointError(
-            f"{where}: computed in {name}, in which the result would be stored, its output is {wrong}; "
-            f"remove {self.job.partial} and quantize with --dtype {other}"
+            f"{where}: computed in {name}, in which the result would be stored, its output is {wrong}{self._advice()}"
         )
+
+    def _advice(self) -> str:
+        """float16 holds less than bfloat16: where that is not enough, no dtype of 16 bits is."""
+        if self.dtype == torch.bfloat16:
+            return ""
+        layers = range(1, self.job.layers + 1)
+        remove = f"remove {self.job.partial} and " if any(self.job.record(part) is not None for part in layers) else ""
+        return f"; {remove}quantize with dtype='bfloat16' (--dtype bfloat16)"
 
 
 def _tokens(work: Work, vocabulary: int) -> Tensor:
-    """Beginnings of calibration blocks, the first among them; without calibration, of the built-in text.
+    """The first tokens of up to four calibration blocks, evenly spread; without calibration, of the built-in text.
 
     The model's BOS token comes first: in many models its activations are the largest by far.
     """

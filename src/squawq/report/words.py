@@ -29,11 +29,14 @@ def verdict(kl: float) -> str:
 
 def headline(report: Record) -> list[str]:
     """What to know first: how good the result is, and what to do next."""
-    scores, model = report.get("evaluation") or {}, str(report.get("model") or "MODEL")
+    scores, model = report.get("evaluation") or {}, shlex.quote(str(report.get("model") or "MODEL"))
     if "kl_mean" not in scores:
         errors = [record["relative_error"] for record in report["layers"] if record.get("relative_error") is not None]
         off = f"; the last layer's output is off by {errors[-1]:.2%} on calibration text" if errors else ""
-        return [f"Not compared with the 16-bit model yet{off}.", f"Next: squawq eval OUT --reference {model}"]
+        return [
+            f"Not compared with the 16-bit model yet{off}.",
+            f"Next: squawq eval OUT --reference {model}",
+        ]
     said = [f"{verdict(scores['kl_mean'])}, the same likeliest token in {scores['top1_agreement']:.1%}."]
     if scores["kl_mean"] >= VERDICTS[-2][0]:
         said.append("Next: a smaller --group-size, or calibration text of the kind that the model is used for.")
