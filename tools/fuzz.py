@@ -5,8 +5,8 @@ python tools/fuzz.py [FILE OF A FOLDER] [atheris' options, such as -max_total_ti
 
 from __future__ import annotations
 
-import atexit
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -24,7 +24,10 @@ with atheris.instrument_imports(include=["squawq"]):
 def main() -> None:
     given = [argument for argument in sys.argv[1:] if argument in COMMANDS]
     place = Path(tempfile.mkdtemp(prefix="squawq-fuzz-"))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)  # Fuzz() does not return
+    if child := os.fork():  # Fuzz() does not return, and ends its process without a chance to clear up
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        shutil.rmtree(place, ignore_errors=True)
+        sys.exit(code)
     names = given or list(COMMANDS)
     folder, seeds = quantized_folder(place / "model"), place / "seeds"
     seeds.mkdir()
