@@ -107,7 +107,7 @@ def test_logits_far_from_those_in_float32(
     with pytest.raises(CheckpointError, match=r"^model\.layers\.0: .*float16.*0% away.*--dtype bfloat16"):
         quantize(make_model(), tmp_path / "out", rows)
     with pytest.raises(CheckpointError, match=r"bfloat16.*% away from that in float32$"):  # float16 would hold less
-        quantize(make_model(name="other"), tmp_path / "other", rows, dtype="bfloat16")
+        quantize(make_model(name="other"), tmp_path / "other-out", rows, dtype="bfloat16")
 
 
 def test_a_run_that_goes_on_is_checked_from_the_first_layer(
