@@ -216,7 +216,7 @@ def test_the_latest_grammars_are_kept() -> None:
     assert len(compiler._cached) == len(compiler._live) == MAX_CACHED
     for number in range(12):
         compiler.compile(Grammar("regex", "|".join([f"b{number}"] * 15_000)))
-    assert sum(len(grammar.text) for grammar in compiler._cached) <= MAX_CACHED_TEXT
+    assert sum(len(grammar.text) for _, grammar in compiler._cached) <= MAX_CACHED_TEXT
     assert 0 < len(compiler._live) < 12
 
 

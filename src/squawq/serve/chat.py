@@ -163,7 +163,7 @@ def render(body: ChatBody, served: Served) -> str:
     )
 
 
-def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
+def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
     """A checked chat request, ready for the engine. Raises ApiError."""
     body = read(ChatBody, raw, served)
     body.check(served)
@@ -182,7 +182,7 @@ def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
     )
-    request = Request(f"chatcmpl-{uuid.uuid4().hex}", ids, params, cache_salt=body.cache_salt or "")
+    request = Request(f"chatcmpl-{uuid.uuid4().hex}", ids, params, tenant, cache_salt=body.cache_salt or "")
     served.check(request)
     return ChatCall(body, served, request)
 

@@ -159,7 +159,7 @@ def run(settings: Settings, notes: Mapping[str, Any] | None = None, environment:
             served = Served(settings)
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection, which stops all threads, need look at it
-        _allow_files(settings.max_connections + 256)
+        _allow_files(settings.connections + 256)
         server = Server(Api(served))
         server.run(sockets)
     finally:
