@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_operations import until
 
 from squawq.errors import ConfigError
 from squawq.serve.log_writer import LIMITED, MAX_LINES
@@ -201,7 +202,7 @@ def test_a_reader_that_stalls_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> N
         assert not writer.close(0.05)
         with os.fdopen(end, "rb") as reader, ThreadPoolExecutor(1) as pool:
             lines = pool.submit(lambda: [*takewhile(lambda line: b"last" not in line, reader)])
-            assert writer.flush(20)
+            assert until(lambda: not writer._lines.unfinished_tasks)
             event(logger, logging.INFO, "last")
             found = lines.result(20)
             assert writer.close(20)

@@ -131,8 +131,8 @@ class ChatBody(SamplingFields):
 
 
 def read(model: type[Chat], raw: Mapping[str, Any], served: Served) -> Chat:
-    """A chat's body, whose messages are counted before each is looked at. Raises ApiError."""
-    served.sizes.check_messages(raw.get("messages"))
+    """A chat's body, whose messages are measured before each is looked at. Raises ApiError."""
+    served.sizes.check_messages(raw.get("messages"), truncated=bool(raw.get("truncate_prompt_tokens")))
     return validate(model, raw, strict=served.settings.strict_fields)
 
 
