@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +55,11 @@ def test_connections_that_contradict_are_refused(keys: int, most: int, needed: i
     with pytest.raises(ConfigError, match=f"max_connections is {needed}, but up to {needed} requests"):
         Settings(**given, max_connections=needed)
     assert Settings(**given).connections > needed
+
+
+def test_a_unix_socket_has_no_port_for_metrics() -> None:
+    with pytest.raises(ConfigError, match="prometheus_port is 9000 beside the Unix socket"):
+        Settings(model="m", uds=Path("s"), prometheus_port=9000)
 
 
 def test_log_probabilities_cost_what_they_hold() -> None:

@@ -9,11 +9,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import MESSAGES, Running
 
+from squawq.serve.bodies import SMALL
 from squawq.serve.lanes import Lane
 
 
@@ -128,3 +131,20 @@ def test_a_closed_lane_leaves_nobody_waiting() -> None:
         assert all(isinstance(other, asyncio.CancelledError) for other in others)
 
     asyncio.run(run())
+
+
+def test_a_large_body_is_rendered_in_a_process_of_its_own(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of it is large; a small body never waits there, however it is spelled."""
+    used = []
+    for number, process in enumerate(server.served._templates):
+
+        def render(*chat: Any, number: int = number, render: Any = process.render, **options: Any) -> Any:
+            used.append(number)
+            return render(*chat, **options)
+
+        monkeypatch.setattr(process, "render", render)
+    spelled = {"messages": [{"role": "user", "content": "\xa0" * 20_000}], "truncate_prompt_tokens": 5}
+    assert len(str(spelled)) > SMALL
+    for body in ({"messages": MESSAGES}, {"messages": MESSAGES, "user": "x" * SMALL}, spelled):
+        assert server.post("/v1/chat/completions", {**body, "max_tokens": 1}).status_code == 200
+    assert used == [0, 1, 0]

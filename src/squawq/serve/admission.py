@@ -16,7 +16,7 @@ from squawq.serve.settings import Settings
 _TOKEN = 48  # bytes: an integer, and its place in two lists
 _SEQUENCE = 16 * 1024  # bytes: a sequence's sampler, text and place in the queue
 _SEEN = 120  # bytes that a repetition penalty takes for a token of the prompt
-_LOGPROB = 192  # bytes of a log probability: with its token in a tuple, then as JSON in the reply
+_LOGPROB = 240  # bytes of a log probability: with its token in a tuple, then as JSON in the reply
 
 
 def cost(requests: Iterable[Request]) -> int:

@@ -162,7 +162,9 @@ class Generation:
         await send_blocks(send, body, headers)
 
     async def _stream(self, call: Call, exchange: Exchange, send: Send) -> None:
-        """Answer with events. The head waits for the first output, so that what fails before it has its own status."""
+        """Answer with events. The head waits for the first output, so that what fails before it has its own status, but
+        no longer than `keep_alive_interval`: then it goes with a comment, since a proxy ends a connection that is idle
+        for a minute or so, and what fails is an event."""
         begun = False
         try:
             async for batch in exchange.batches(self.settings.keep_alive_interval):

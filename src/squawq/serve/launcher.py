@@ -146,7 +146,7 @@ FLAGS: Flags = {
     "Network": [
         Flag("host", "The address to listen on; 0.0.0.0 for all; or HOST", variable="HOST"),
         Flag("port", "0 takes a free one; or PORT", read=whole(0), variable="PORT"),
-        Flag("uds", "Listen on this Unix socket instead"),
+        Flag("uds", "Listen on this Unix socket instead; not beside --prometheus-port"),
         Flag("ssl_keyfile", "TLS: the key (PEM)"),
         Flag("ssl_certfile", "TLS: the certificate (PEM)"),
         Flag("api_key", "One or several; or VLLM_API_KEY", "api_keys", variable="VLLM_API_KEY"),
