@@ -15,6 +15,8 @@ import pytest
 from running import MESSAGES, Running, running
 from test_operations import address, request, until
 
+from squawq.serve.completions import CompletionCall
+
 KEYS = {name: {"authorization": f"Bearer key-of-{name}"} for name in "ab"}
 PROMPT = "One day, a cat and a dog went to the park. They saw a big red ball and ran to it. "
 BODIES: dict[str, dict[str, Any]] = {
@@ -118,6 +120,32 @@ def test_checking_takes_turns_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
         go_on.set()
         assert until(lambda: len(texts) == 6)
         assert texts.index("b 6") <= 2
+        assert server.idle()
+
+
+def test_replies_are_made_in_turn_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one key's large replies, seconds of work each, hold up another key's by one piece of work."""
+    with running(api_keys=("key-of-a", "key-of-b")) as server, contextlib.ExitStack() as stack:
+        generation, reply = server.server.api.generation, CompletionCall.reply
+        made: list[int] = []
+        go_on = threading.Event()
+
+        def slow(self: CompletionCall, *arguments: Any) -> Any:
+            made.append(self.requests[0].prompt[0])
+            go_on.wait(20)
+            return reply(self, *arguments)
+
+        monkeypatch.setattr(CompletionCall, "reply", slow)
+        for number, name in enumerate("aaaaaab"):
+            connection = stack.enter_context(socket.create_connection(address(server), timeout=30))
+            body = {"prompt": [100 + number], "max_tokens": 1}
+            connection.sendall(request("/v1/completions", body, f"Authorization: {KEYS[name]['authorization']}"))
+            waiting = max(0, number - 1)
+            assert until(lambda n=waiting: sum(map(len, generation._replies._queues.values())) == n)
+            assert until(lambda n=number - waiting + 1: len(made) == n)
+        go_on.set()
+        assert until(lambda: len(made) == 7)
+        assert made.index(106) <= 3
         assert server.idle()
 
 

@@ -8,7 +8,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -47,7 +46,7 @@ class Generation:
         self._mailbox = Mailbox(served.engine)
         self._small = Lane(self.settings.validation_workers, "squawq-validation")
         self._large = Lane(1, "squawq-validation-large", served.own_template)  # so that small ones never wait for it
-        self._replies = ThreadPoolExecutor(2, "squawq-replies")
+        self._replies = Lane(2, "squawq-replies")
 
     @property
     def in_flight(self) -> int:
@@ -61,9 +60,8 @@ class Generation:
 
     def close(self) -> None:
         """End the threads; what waits for one is dropped."""
-        for lane in (self._small, self._large):
+        for lane in (self._small, self._large, self._replies):
             lane.close()
-        self._replies.shutdown(wait=False, cancel_futures=True)
 
     def end_all(self) -> None:
         """Answer what is being checked or waits for the engine with an error; from the event loop."""
@@ -83,7 +81,7 @@ class Generation:
                     if shown is not None:
                         text = shown.decode("utf-8", "replace")
                         event(logger, logging.INFO, "request", id=scope["request_id"], body=text)
-                    await (self._stream if call.stream else self._whole)(call, exchange, send)
+                    await (self._stream if call.stream else self._whole)(call, exchange, send, tenant)
         except ApiError as error:
             if exchange.checked is None:  # else it is counted by how it ended
                 self.metrics.rejected(error.name)
@@ -150,7 +148,7 @@ class Generation:
         loop = asyncio.get_running_loop()
         return [loop.call_later(queued, turn), loop.call_later(limit, exchange.end, late)]
 
-    async def _whole(self, call: Call, exchange: Exchange, send: Send) -> None:
+    async def _whole(self, call: Call, exchange: Exchange, send: Send, tenant: str) -> None:
         """Answer with one body. A long one takes seconds to make: beside the event loop."""
         outputs = await exchange.all(call)
 
@@ -158,10 +156,10 @@ class Generation:
             reply = call.reply(outputs, exchange.times)
             return blocks(reply.body), reply.headers
 
-        body, headers = await asyncio.get_running_loop().run_in_executor(self._replies, make)
+        body, headers = await self._replies.run(tenant, make)
         await send_blocks(send, body, headers)
 
-    async def _stream(self, call: Call, exchange: Exchange, send: Send) -> None:
+    async def _stream(self, call: Call, exchange: Exchange, send: Send, tenant: str) -> None:
         """Answer with events. The head waits for the first output, so that what fails before it has its own status, but
         no longer than `keep_alive_interval`: then it goes with a comment, since a proxy ends a connection that is idle
         for a minute or so, and what fails is an event."""
@@ -172,7 +170,7 @@ class Generation:
                     begun = True
                     await start_events(send, call.headers)
                 if batch:
-                    await write(send, await self._events(call, batch), last=False)
+                    await write(send, await self._events(call, batch, tenant), last=False)
                 else:
                     await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
             await send_events(send, call.end(), last=True)
@@ -188,7 +186,7 @@ class Generation:
                 raise
             await send_events(send, call.fail(ApiError("internal", "internal error")), last=True)
 
-    async def _events(self, call: Call, batch: list[Output]) -> list[bytes]:
+    async def _events(self, call: Call, batch: list[Output], tenant: str) -> list[bytes]:
         """What a batch adds to a stream; a prompt's log probabilities take seconds to write: beside the event loop."""
 
         def make() -> list[bytes]:
@@ -196,7 +194,8 @@ class Generation:
 
         if all(output.prompt_logprobs is None for output in batch):
             return make()
-        return await asyncio.get_running_loop().run_in_executor(self._replies, make)
+        found: list[bytes] = await self._replies.run(tenant, make)
+        return found
 
     def _observe(self, scope: Scope, exchange: Exchange) -> None:
         times = exchange.times
