@@ -195,6 +195,42 @@ def test_what_loops_later_ends_its_own_sequence_alone() -> None:
     assert steps(other, 5) == 5
 
 
+def test_what_went_wrong_with_a_tenants_grammar_is_not_anothers() -> None:
+    grammar = Grammar("lark", f"start: /[xz]{{20}}/ y\n{LOOP}")
+    with pytest.raises(GrammarError, match="too much time"):
+        steps(COMPILER.compile(grammar, "a"))
+    with pytest.raises(ConfigError, match="not long ago"):
+        COMPILER.compile(grammar, "a")
+    assert steps(COMPILER.compile(grammar, "b"), 5) == 5
+
+
+def test_a_tenant_compiles_its_own_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long it takes does not tell which ones others use."""
+    compiler = GrammarCompiler(TOKENIZER, VOCAB, [EOS])
+    new, made = compiler._new, []
+    monkeypatch.setattr(compiler, "_new", lambda grammar: made.append(grammar) or new(grammar))  # type: ignore[func-returns-value]
+    for tenant in "aabb":
+        compiler.compile(Grammar("regex", "ab"), tenant)
+    assert len(made) == 2
+
+
+def test_a_tenant_cannot_take_all_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LIVE", 6)
+    compiler = GrammarCompiler(TOKENIZER, VOCAB, [EOS])
+    used: list[Matcher] = []
+
+    def fill(tenant: str) -> int:
+        """How many grammars a tenant gets."""
+        for number in range(10):
+            try:
+                used.append(compiler.compile(Grammar("regex", f"a{len(used)}b"), tenant))
+            except QueueFull:
+                return number
+        return 10
+
+    assert [fill(tenant) for tenant in "abca"] == [6, 3, 2, 0]
+
+
 @pytest.mark.parametrize("text", [DEEP, f"start: y\n{LOOP}"], ids=["stack", "loop"])
 def test_what_crashes_or_loops_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="the lark grammar is refused: it took too much time or memory, or crashed"):
@@ -216,7 +252,7 @@ def test_the_latest_grammars_are_kept() -> None:
     assert len(compiler._cached) == len(compiler._live) == MAX_CACHED
     for number in range(12):
         compiler.compile(Grammar("regex", "|".join([f"b{number}"] * 15_000)))
-    assert sum(len(grammar.text) for grammar in compiler._cached) <= MAX_CACHED_TEXT
+    assert sum(len(grammar.text) for _, grammar in compiler._cached) <= MAX_CACHED_TEXT
     assert 0 < len(compiler._live) < 12
 
 

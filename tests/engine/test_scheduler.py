@@ -117,7 +117,7 @@ def names(planner: Scheduler) -> list[int]:
 def test_another_tenant_takes_the_place_of_the_last_of_who_holds_most() -> None:
     planner = scheduler(pages=256, tokens=16)
     for name in range(20):
-        planner.add(Named([name] * 4, 200, name=name, tenant="a", request="r"))
+        planner.add(Named([name] * 4, 200, name=name, tenant="a", group="r"))
     for _ in range(9):
         run(planner)
     assert names(planner) == [0, 1, 2, 3]
@@ -131,10 +131,10 @@ def test_another_tenant_takes_the_place_of_the_last_of_who_holds_most() -> None:
 def test_another_request_of_the_tenant_takes_turns_with_the_first() -> None:
     planner = scheduler(pages=256, tokens=16)
     for name in range(20):
-        planner.add(Named([name] * 4, 200, name=name, request="r"))
+        planner.add(Named([name] * 4, 200, name=name, group="r"))
     run(planner)
     for name in (50, 51):
-        planner.add(Named([name] * 4, 200, name=name, request=str(name)))
+        planner.add(Named([name] * 4, 200, name=name, group=str(name)))
     run(planner)
     assert names(planner) == [0, 50, 51, 1]
 
@@ -142,7 +142,7 @@ def test_another_request_of_the_tenant_takes_turns_with_the_first() -> None:
 def test_with_more_tenants_than_slots_each_has_its_turn() -> None:
     planner = scheduler(sequences=1, tokens=8)
     for name, tenant, request in ((0, "a", "r"), (1, "a", "r"), (2, "a", "s"), (3, "b", "r"), (4, "c", "r")):
-        planner.add(Named([name] * 4, 6, name=name, tenant=tenant, request=request))
+        planner.add(Named([name] * 4, 6, name=name, tenant=tenant, group=request))
     order = [name for _ in range(10) for name, _ in run(planner)]
     assert list(dict.fromkeys(order)) == [0, 3, 4, 2, 1]
 
@@ -182,9 +182,9 @@ def test_a_long_prompt_leaves_half_a_step_to_another_tenant() -> None:
 
 def test_a_long_prompt_takes_turns_with_another_request_of_its_tenant() -> None:
     planner = scheduler(pages=256, tokens=16)
-    planner.add(Named([1] * 200, 220, name=1, request="long"))
+    planner.add(Named([1] * 200, 220, name=1, group="long"))
     run(planner)
-    planner.add(Named([2] * 6, 30, name=2, request="short"))
+    planner.add(Named([2] * 6, 30, name=2, group="short"))
     assert run(planner) == [(1, 16)]  # its turn had begun
     assert run(planner) == [(1, 10), (2, 6)]
 
@@ -230,7 +230,7 @@ COMING = st.builds(
 
 def arrive(planner: Scheduler, coming: list[Coming], step: int) -> list[Sequence]:
     sequences = [
-        Sequence([one.prompt] * one.prompt, one.prompt + one.output, tenant=one.tenant, request=one.request)
+        Sequence([one.prompt] * one.prompt, one.prompt + one.output, tenant=one.tenant, group=one.request)
         for one in coming
         if one.step == step
         for _ in range(one.count)
@@ -247,7 +247,7 @@ def test_slots_and_prompts_are_shared_evenly(coming: list[Coming], caching: bool
     for step in range(30):
         arrive(planner, coming, step)
         shares = planner.plan()
-        for key in (lambda s: s.tenant, lambda s: (s.tenant, s.request)):
+        for key in (lambda s: s.tenant, lambda s: (s.tenant, s.group)):
             holds = Counter(map(key, planner.running))
             for other in {key(sequence) for sequence in planner.waiting}:
                 rivals = [n for name, n in holds.items() if isinstance(name, str) or name[0] == other[0]]

@@ -231,6 +231,14 @@ def test_partly_quantized_groups_run(make_model: MakeModel, tmp_path: Path) -> N
         assert (logits(tmp_path / "out", ids, options) - whole).abs().max() < FLOAT16_CACHE
 
 
+def test_a_head_that_cannot_be_is_refused_before_a_tensor_is_read(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "read", None)
+    with pytest.raises(ConfigError, match=r"head is 'int4', which the head of .* cannot be here"):
+        load(make_model(vocab_size=163, name="odd"), Options(head="int4"))
+
+
 def test_bad_options(make_model: MakeModel) -> None:
     with pytest.raises(ConfigError, match="head is 'int2'; choose one of int8, int4, 16-bit"):
         Options(head="int2")

@@ -190,6 +190,7 @@ def test_structural_tags(server: Running) -> None:
     old = {"structures": [{"begin": b, "schema": s, "end": e} for b, s, e in TAGS], "triggers": ["<f="]}
     tags = [{"begin": b, "content": {"type": "json_schema", "json_schema": s}, "end": e} for b, s, e in TAGS]
     new = {"type": "triggered_tags", "triggers": ["<f="], "tags": tags}
+    many: dict[str, Any] = {"allOf": [{"properties": {f"a{number}": {}}} for number in range(500)]}
     free = content(server)
     for form in (old, {"format": new}):
         assert content(server, response_format={"type": "structural_tag", **form}) == free
@@ -200,6 +201,7 @@ def test_structural_tags(server: Running) -> None:
         ({**old, "triggers": []}, "triggers must be a list"),
         ({"structures": [{"begin": "<f="}], "triggers": ["<f="]}, "a tag must have begin"),
         ({"format": {"type": "sequence"}}, "of the type triggered_tags"),
+        ({"structures": [{"begin": "<f=", "schema": many}], "triggers": ["<f="]}, "the schema is refused"),
     ):
         answer = server.post("/v1/chat/completions", {**CHAT, "response_format": {"type": "structural_tag", **wrong}})
         assert (answer.status_code, why in answer.text) == (400, True), answer.text

@@ -13,7 +13,10 @@ import pytest
 from running import MESSAGES, Running
 from wire import CHAT, COMPLETION, MEGABYTE, Attacked, Wire, attacked
 
+from squawq.engine.request import Request, SamplingParams
+from squawq.serve.admission import cost
 from squawq.serve.openapi import ROWS
+from squawq.serve.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,20 @@ def test_memory_is_bounded_by_the_body_on_every_route(target: Attacked) -> None:
         grown = target.resident(peak=True) - before
         assert grown < MOST * len(raw), (path, str(body)[:100], len(raw), grown)
     assert target.lives()
+
+
+def test_log_probabilities_take_no_more_memory_than_they_count_for(target: Attacked) -> None:
+    """As many as a reply may list, from a body of some kilobytes."""
+    assert target.lives()
+    most = Settings.max_logprob_entries
+    prompts = [IDS] * (most // 21 // len(IDS))
+    params = SamplingParams(max_tokens=1, prompt_logprobs=20)
+    counted = cost(Request("r", ids, params) for ids in prompts)
+    before = target.forget_peak()
+    size = len(whole(target.url, "/v1/completions", {"prompt": prompts, "max_tokens": 1, "prompt_logprobs": 20}))
+    grown = target.resident(peak=True) - before
+    assert size > most * 20, "many were listed"
+    assert grown < 1.2 * counted, (size, grown, counted)
 
 
 def test_small_requests_never_wait_for_large_ones(target: Attacked) -> None:

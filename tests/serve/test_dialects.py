@@ -106,8 +106,8 @@ def test_bodies_that_are_no_requests(any_server: Running) -> None:
 
 
 def test_overload(any_server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    generation = any_server.server.api.generation
-    for load in (generation.load, generation.tenants[""]):
+    admission = any_server.server.api.generation.admission
+    for load in (admission.load, admission.tenants[""]):
         monkeypatch.setattr(load, "requests", any_server.server.api.settings.max_concurrent)
     answer = any_server.post("/v1/chat/completions", CHAT)
     refused(answer, 429 if is_tgi(any_server) else 503, "overloaded", "Model is overloaded", own=is_tgi(any_server))

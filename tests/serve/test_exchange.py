@@ -39,6 +39,21 @@ def test_the_reason_is_raised_though_outputs_came_before() -> None:
         asyncio.run(run())
 
 
+def test_who_is_cancelled_leaves_no_check_behind() -> None:
+    async def run() -> None:
+        engine: Any = Idle()
+        async with Exchange(Mailbox(engine), 0.0, lambda _: None) as exchange:
+            never: asyncio.Task[Any] = asyncio.create_task(asyncio.sleep(60))
+            waiting = asyncio.create_task(exchange.checking(never))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait((waiting, never), timeout=20)
+            assert waiting.cancelled()
+            assert never.cancelled()
+
+    asyncio.run(run())
+
+
 def test_the_event_loop_is_woken_once_for_the_outputs_of_a_step(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,7 @@ FLAGS = {
     "--api-key=-k": ("api_keys", ("-k",)),
     "--allowed-origins http://a http://b": ("allowed_origins", ("http://a", "http://b")),
     '--allowed-origins ["http://a","*"]': ("allowed_origins", ("http://a", "*")),
-    "--max-connections 9": ("max_connections", 9),
+    "--max-connections 9000": ("max_connections", 9000),
     "--max-queue-bytes 10": ("max_queue_bytes", 10),
     "--min-body-rate 11": ("min_body_rate", 11),
     "--max-logprob-entries 12": ("max_logprob_entries", 12),

@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_operations import until
 
 from squawq.errors import ConfigError
+from squawq.serve import server
 from squawq.serve.log_writer import LIMITED, MAX_LINES
 from squawq.serve.logs import MAX_VALUE, Formatter, event, setup
+from squawq.serve.settings import Settings
 
 NAMES = ("squawq", "uvicorn", "asyncio", "uvicorn.access", "uvicorn.error")
 logger = logging.getLogger("squawq.serve.test")
@@ -201,7 +204,7 @@ def test_a_reader_that_stalls_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> N
         assert not writer.close(0.05)
         with os.fdopen(end, "rb") as reader, ThreadPoolExecutor(1) as pool:
             lines = pool.submit(lambda: [*takewhile(lambda line: b"last" not in line, reader)])
-            assert writer.flush(20)
+            assert until(lambda: not writer._lines.unfinished_tasks)
             event(logger, logging.INFO, "last")
             found = lines.result(20)
             assert writer.close(20)
@@ -233,3 +236,34 @@ def test_unknown_settings_are_refused(form: str, level: str, choices: str) -> No
     with pytest.raises(ConfigError, match=choices):
         setup(form, level)
     assert logging.getLogger("squawq").handlers is before
+
+
+def test_the_log_is_closed_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine's end has to say is written."""
+    order: list[str] = []
+
+    class Fake:
+        started = True
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def run(self, _: object) -> None:
+            order.append("run")
+
+        def close(self, _: float = 0) -> bool:
+            order.append("log")
+            return True
+
+    def close(_: object) -> bool:
+        order.append("engine")
+        return True
+
+    for name in ("Served", "Server", "Api"):
+        monkeypatch.setattr(server, name, Fake)
+    for name, found in (("_close", close), ("bind", lambda _: None)):
+        monkeypatch.setattr(server, name, found)
+    monkeypatch.setattr("squawq.serve.logs.setup", Fake)
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    assert server.run(Settings(model="m")) == 0
+    assert order == ["run", "engine", "log"]

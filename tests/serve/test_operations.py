@@ -10,13 +10,14 @@ import ssl
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 from running import MESSAGES, Running, running
 
-from squawq.serve import bodies
+from squawq.serve import bodies, tgi
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True}
 CHAT = {"messages": MESSAGES, "max_tokens": 8}
@@ -123,16 +124,53 @@ def test_what_cannot_be_held_is_refused() -> None:
         for connection in held:
             connection.sendall(request("/v1/completions", LONG))
         generation = server.server.api.generation
-        assert until(lambda: generation.in_flight == 2 and generation.held > 2 * 16_000)
+        assert until(lambda: generation.in_flight == 2 and generation.admission.load.size > 2 * 16_000)
         refused = server.post("/v1/completions", {"prompt": [5] * 500, "max_tokens": 1})
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert server.get("/readyz").status_code == 200, "there is room for less"
         for connection in held:
             connection.close()
-        assert until(lambda: generation.held == 0)
+        assert until(lambda: generation.admission.load.size == 0)
         alone = {"prompt": [5] * 2000, "max_tokens": 1}  # holds more than all may, but nobody else does
         assert server.post("/v1/completions", alone).status_code == 200
-        assert until(lambda: generation.held == 0)
+        assert until(lambda: generation.admission.load.size == 0)
+
+
+def test_a_stream_that_waits_has_begun_when_a_comment_was_sent() -> None:
+    """Then its end has no status of its own: it is an event."""
+    with (
+        running(max_num_seqs=1, queue_timeout=0.5, keep_alive_interval=0.05) as server,
+        socket.create_connection(address(server)) as first,
+    ):
+        first.sendall(request("/v1/completions", {**LONG, "stream": True}))
+        assert until(lambda: server.served.engine.stats().running == 1)
+        late = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "stream": True})
+        assert late.status_code == 200
+        *comments, error, end, nothing = late.text.split("\n\n")
+        assert set(comments) == {":"}
+        assert "waited 0.5 s for its turn" in json.loads(error.removeprefix("data: "))["error"]["message"]
+        assert (end, nothing) == ("data: [DONE]", "")
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/chat_tokenize"])
+@pytest.mark.parametrize("ends", ["queue_timeout", "generation_timeout", "end_all"])
+def test_what_needs_no_engine_is_ended_too(path: str, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(**({} if ends == "end_all" else {ends: 0.3})) as server:
+        go_on, generation = threading.Event(), server.server.api.generation
+        for name in ("encode", "decode"):
+            monkeypatch.setattr(server.served.tokenizer, name, lambda *_, **__: go_on.wait(20))
+        body = {"prompt": "a"} if path == "/tokenize" else {"tokens": [5]} if path == "/detokenize" else CHAT
+        monkeypatch.setattr(tgi, "chat_tokens", lambda *_: go_on.wait(20))
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                answer = pool.submit(server.post, path, body)
+                if ends == "end_all":
+                    assert until(lambda: generation.unchecked == 1)
+                    server.server.servers[0].get_loop().call_soon_threadsafe(generation.end_all)
+                assert answer.result(20).status_code in (503, 429)
+            assert until(lambda: generation.in_flight == 0)
+        finally:
+            go_on.set()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -149,28 +187,32 @@ def test_a_request_waits_no_longer_than_it_may(stream: bool) -> None:
         assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
-def test_log_probabilities_wait_for_one_another() -> None:
-    """Requests with many of them run a few at a time; others go on."""
-    with running(max_logprob_entries=3100) as server:
-        scored = {**LONG, "max_tokens": 3000, "logprobs": 0}
-        held = [socket.create_connection(address(server), timeout=20) for _ in range(6)]
+def test_log_probabilities_count_as_memory() -> None:
+    """The next request with many of them is refused beside those that are held; others go on."""
+    with running(max_queue_bytes=20_000_000) as server:
+        admission = server.server.api.generation.admission
+        scored = {**LONG, "max_tokens": 2000, "logprobs": 20}
+        held = [socket.create_connection(address(server), timeout=20) for _ in range(2)]
         for connection in held:
             connection.sendall(request("/v1/completions", scored))
-        assert until(lambda: server.served.engine.stats().running == 4)
+        assert until(lambda: server.served.engine.stats().running == 2)
+        assert admission.load.size > 2 * 100 * 20 * 2000
+        refused = server.post("/v1/completions", scored)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
-        assert server.server.api.generation.in_flight == 6
-        assert server.served.engine.stats().running + server.served.engine.stats().waiting == 4
         for connection in held:
             connection.close()
+        assert until(lambda: admission.load.size == 0)
         assert server.idle()
 
 
 def test_too_many_connections_are_answered() -> None:
-    with running(max_connections=5) as server:
+    with running(max_connections=5, max_num_seqs=2, max_queued=2) as server:
         busy = [socket.create_connection(address(server)) for _ in range(5)]
-        for connection in busy:
+        for connection in busy[:4]:
             connection.sendall(request("/v1/completions", LONG))
-        assert until(lambda: server.server.api.generation.in_flight == 5)
+        assert until(lambda: server.server.api.generation.in_flight == 4)
+        busy[4].sendall(request("/v1/completions", LONG)[:-1])
         answer = raw(server, request("/v1/completions", {"prompt": "a", "max_tokens": 1}))
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"5 connections are open" in answer
@@ -186,7 +228,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 @pytest.mark.parametrize("sent", [b"", HEALTH, HEALTH[:-2], HEALTH * 2 + HEALTH[:9]], ids=range(4))
 def test_idle_connections_make_room(sent: bytes) -> None:
     """Silent ones, kept-alive ones and those that owe the rest of a head; the longest idle first, never a busy one."""
-    with running(max_connections=5) as server:
+    with running(max_connections=5, max_num_seqs=2, max_queued=2) as server:
         busy = socket.create_connection(address(server))
         busy.sendall(request("/v1/completions", {**LONG, "stream": True}))
         assert busy.recv(15) == b"HTTP/1.1 200 OK"
@@ -286,7 +328,8 @@ def test_half_sent_bodies_take_no_place() -> None:
             sender.close()
 
 
-def test_who_hangs_up_while_checked_leaves_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_who_hangs_up_while_checked_leaves_its_place(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(max_num_seqs=1, max_queued=0) as server:
         checking, go_on = threading.Event(), threading.Event()
         encode = server.served.tokenizer.encode
@@ -298,7 +341,7 @@ def test_who_hangs_up_while_checked_leaves_its_place(monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(server.served.tokenizer, "encode", slow)
         with socket.create_connection(address(server)) as connection:
-            connection.sendall(request("/v1/completions", LONG))
+            connection.sendall(request(path, LONG))
             assert checking.wait(20)
         assert until(lambda: server.server.api.generation.in_flight == 0)
         go_on.set()
@@ -314,7 +357,7 @@ def test_a_hang_up_shows_behind_the_next_request(server: Running) -> None:
 
 
 def test_silent_connections_are_bounded() -> None:
-    with running(max_connections=2) as server:
+    with running(max_connections=2, max_num_seqs=1, max_queued=0) as server:
         silent = [socket.create_connection(address(server)) for _ in range(90)]
         assert until(lambda: len(server.server.server_state.connections) <= 2, 5)
         for connection in silent:
@@ -325,7 +368,7 @@ def test_who_does_not_read_is_cut_off() -> None:
     with running(write_timeout=0.5, max_num_seqs=8) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(address(server))
-        body = {**LONG, "stream": True, "n": 8, "logprobs": 20, "prompt": "Once upon a time " * 20}
+        body = {**LONG, "max_tokens": 1500, "stream": True, "n": 8, "logprobs": 20, "prompt": "Once upon a time " * 20}
         connection.sendall(request("/v1/completions", body))
         assert until(lambda: server.served.engine.stats().running == 8)
         assert server.idle(60), "the engine works for nobody"

@@ -1,8 +1,7 @@
-"""JSON in pieces is the same JSON; a budget is shared in order, and no share is lost."""
+"""JSON in pieces is the same JSON."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from squawq.serve import call
-from squawq.serve.budget import Budget
 from squawq.serve.call import Rows, dump, pieces
 from squawq.serve.responses import BLOCK, blocks, events
 
@@ -51,50 +49,3 @@ def test_lines_do_not_end_within_json() -> None:
     assert dump("a\x85b\u2028c\u2029d") == '"a\\u0085b\\u2028c\\u2029d"'
     with pytest.raises(TypeError):
         dump({1, 2})
-
-
-def test_a_budget_is_shared_in_order() -> None:
-    async def run() -> list[str]:
-        budget, said = Budget(10), []
-
-        async def hold(name: str, amount: int, release: asyncio.Event) -> None:
-            async with budget.take(amount):
-                said.append(name)
-                await release.wait()
-
-        first, rest = asyncio.Event(), asyncio.Event()
-        tasks = [asyncio.create_task(hold(*each)) for each in (("a", 8, first), ("b", 9, rest), ("c", 2, rest))]
-        free = asyncio.create_task(hold("d", 0, rest))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert said == ["a", "d"], "c would fit, but b came before"
-        tasks[1].cancel()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert said == ["a", "d", "c"]
-        first.set()
-        rest.set()
-        await asyncio.gather(*tasks, free, return_exceptions=True)
-        async with budget.take(10):
-            return said
-
-    assert asyncio.run(run()) == ["a", "d", "c"]
-
-
-def test_a_share_that_came_with_the_cancellation_is_given_back() -> None:
-    async def run() -> None:
-        budget = Budget(1)
-
-        async def hold() -> None:
-            async with budget.take(1):
-                pass
-
-        async with budget.take(1):
-            waiting = asyncio.create_task(hold())
-            await asyncio.sleep(0)
-        waiting.cancel()  # its turn has come, but it has not run since
-        await asyncio.gather(waiting, return_exceptions=True)
-        async with asyncio.timeout(20), budget.take(1):
-            pass
-
-    asyncio.run(run())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from squawq.demo import demo_model
+from squawq.serve.chat import ChatBody, chat, read
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
 from squawq.serve.sizes import LOOSE, Sizes, longest_token
@@ -62,3 +65,28 @@ def test_messages_are_counted_before_they_are_looked_at(served: Served) -> None:
     served.sizes.check_messages([{}] * served.max_input)
     with pytest.raises(ApiError, match=rf"this one has {served.max_input + 1} messages"):
         served.sizes.check_messages([{}] * (served.max_input + 1))
+
+
+@given(TEXTS, st.integers(1, 20))
+def test_contents_that_fit_are_not_refused(parts: str | list[str], most: int) -> None:
+    text = "".join(parts)
+    sizes = Sizes(TOKENIZER, most + 1, most)
+    if len(TOKENIZER.encode(text, special=False)) <= most:
+        sizes.check_messages([{"content": text}])
+        sizes.check_messages([{"content": [{"type": "text", "text": text}]}])
+
+
+def test_contents_are_measured_before_they_are_rendered(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "chat_text", lambda *_, **__: "short")
+    large = "a" * (LOOSE * served.sizes.max_bytes // 2 + 1)
+    parts = [{"type": "text", "text": large}]
+    given: list[Any] = [[{"content": large}, {"content": large}], [{"content": parts}, {"content": [*parts, *parts]}]]
+    for messages in given:
+        body = {"messages": [{"role": "user", **message} for message in messages]}
+        with pytest.raises(ApiError, match=r"maximum context length is \d+ tokens.*bytes of text"):
+            chat(body, served)
+        read(ChatBody, {"messages": [{"role": "user", **messages[0]}]}, served)
+        assert read(ChatBody, {**body, "truncate_prompt_tokens": 5}, served).messages
+    odd: list[Any] = [None, 1, "a", {}, [1, None, {"content": 5}, {"content": [1, {"text": 1}]}]]
+    for messages in odd:
+        served.sizes.check_messages(messages)

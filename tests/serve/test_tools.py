@@ -60,6 +60,10 @@ TOOLS = [
     tool("f", {"properties": {"x": {"type": "integer"}}}),
 ]
 NAMES = ["weather", "time.now-2", "f"]
+DEEP: dict[str, Any] = {}
+for _ in range(100_000):
+    DEEP = {"items": DEEP}
+MANY: dict[str, Any] = {"allOf": [{"properties": {f"a{number}": {}}} for number in range(500)]}
 
 
 def written(form: str, name: str, arguments: str = "{}") -> str:
@@ -167,6 +171,7 @@ def case(form: str, what: str) -> str:
         "another call": now,
         "two calls": weather + SEPARATORS[form] + now,
         "compact": written(form, "weather", city).replace(", ", ",").replace(": ", ":").replace("\n", ""),
+        "lines": written(form, "weather", json.dumps(json.loads(city), indent=0)),
         "indented": written(form, "weather", json.dumps(json.loads(city), indent=2)),
         "text and a call": "I look.\n\n" + weather,
         "space and a call": "\n\n" + weather,
@@ -179,13 +184,14 @@ def case(form: str, what: str) -> str:
     }[what]
 
 
-CALLS = ("a call", "compact", "indented")
+CALLS = ("a call", "compact", "lines")
 ALLOWED = {
     "required": (*CALLS, "another call", "two calls"),
     "weather": CALLS,
     "auto": (*CALLS, "another call", "two calls", "nothing", "text", "text and a call", "space and a call"),
 }
-ALL = (*ALLOWED["auto"], "a call and text", "unknown name", "wrong arguments", "wrong type", "no object", "half a call")
+WRONG = ("indented", "a call and text", "unknown name", "wrong arguments", "wrong type", "no object", "half a call")
+ALL = (*ALLOWED["auto"], *WRONG)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -223,6 +229,35 @@ def test_an_answer_in_a_form_instead_of_a_call(form: str, schema: Any, answers: 
         assert follows("plain", compiler.compile(grammar), text) == good, text
         if text in answers:
             assert parse(form, NAMES, text) == (text, [])
+
+
+@pytest.mark.parametrize("schema", [MANY, DEEP], ids=["many names", "deep"])
+def test_schemas_that_cannot_be_closed_are_refused_wherever_they_stand(schema: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="the schema is refused"):
+        structural_tag({"structures": [{"begin": "<f>", "schema": schema}], "triggers": ["<f>"]}, {})
+
+
+def test_a_form_beside_tools_that_cannot_be_closed_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the schema is refused"):
+        tool_grammar("hermes", TOOLS, "auto", True, {}, Grammar("json_schema", json.dumps(MANY)))
+
+
+@pytest.mark.parametrize("form", TOOL_FORMATS)
+@pytest.mark.parametrize("space", ["", " ", "\n"])
+@pytest.mark.parametrize("more", ["  ", "\n ", "\n\n", "\t", "\r\n"])
+def test_a_call_has_one_space_between_its_tokens(form: str, space: str, more: str) -> None:
+    words = ["{", '"name"', ":", '"weather"', ",", f'"{KEYS[form]}"', ":", "{", '"city"', ":", '"a"', ",", '"unit"']
+    words += [":", '"C"', "}", "}"]
+
+    def call(between: list[str]) -> str:
+        text = "".join(map("".join, zip(words, between, strict=True)))
+        return f"{OPEN}\n{text}\n{CLOSE}" if form == "hermes" else text
+
+    assert accepts("plain", form, "required", call([space] * (len(words) - 1) + [""]))
+    for place in range(len(words) - 1):
+        between = [space] * (len(words) - 1) + [""]
+        between[place] = more
+        assert not accepts("plain", form, "required", call(between)), words[place]
 
 
 @pytest.mark.parametrize("form", TOOL_FORMATS)
@@ -317,9 +352,6 @@ def test_arguments_have_the_properties_of_the_schema_alone(form: str) -> None:
         assert accepts("plain", form, "required", call, tools=[tool("f", schema)]) == good, arguments
 
 
-DEEP: dict[str, Any] = {}
-for _ in range(100_000):
-    DEEP = {"items": DEEP}
 REFUSED = {
     "no tools": ([], "auto", "at least one"),
     "unknown choice": ([tool("f")], "g", "choose auto, required or one of f"),
@@ -331,8 +363,9 @@ REFUSED = {
     "a mode": ([tool("required")], "required", "is not auto or required"),
     "twice": ([tool("f"), tool("f")], "auto", "two functions"),
     "an array": ([tool("f", {"type": "array"})], "auto", "an object; the type is 'array'"),
-    "not a number": ([tool("f", {"const": float("nan")})], "auto", "no JSON"),
-    "deep": ([tool("f", DEEP)], "auto", "no JSON"),
+    "not a number": ([tool("f", {"const": float("nan")})], "auto", "parameters of 'f': the schema is refused"),
+    "deep": ([tool("f", DEEP)], "auto", "parameters of 'f': the schema is refused"),
+    "many names": ([tool("f", MANY)], "auto", "parameters of 'f': the schema is refused"),
     "large": ([tool("f", {"description": "x" * 70_000})], "auto", "bytes"),
     "not compiled": ([tool("f", {"properties": {"a": {"$ref": "http://example.com/x"}}})], "auto", "is refused"),
     "half a character": ([tool("f", {"description": "\ud800"})], "auto", "is refused"),

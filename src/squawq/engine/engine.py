@@ -5,6 +5,7 @@ Checks what comes in against the model; knows threads, the queue and its bound. 
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import random
@@ -49,9 +50,9 @@ class Engine:
     """Serves requests on a runner. Without a tokenizer it speaks ids alone.
 
     max_batch_tokens: tokens of a step at most, twice max_sequences at least. max_sequences: under way together.
-    max_waiting: requests that have not begun. eos_ids: tokens that end a text. grammar_timeout: seconds of processor
-    time that a grammar may take to compile. seed: draws the seeds of requests that have none, in order of arrival;
-    None: at random. Raises ConfigError for sizes that cannot work.
+    max_waiting: requests that have not begun; None: any number. eos_ids: tokens that end a text. grammar_timeout:
+    seconds of processor time that a grammar may take to compile. seed: draws the seeds of requests that have none, in
+    order of arrival; None: at random. Raises ConfigError for sizes that cannot work.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class Engine:
         eos_ids: Sequence[int] = (),
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
-        max_waiting: int = 1024,
+        max_waiting: int | None = 1024,
         prefix_caching: bool = True,
         grammar_timeout: float = 2.0,
         seed: int | None = None,
     ) -> None:
-        if max_sequences < 1 or max_waiting < 1:
+        if max_sequences < 1 or (max_waiting is not None and max_waiting < 1):
             raise ConfigError(f"max_sequences is {max_sequences}, max_waiting {max_waiting}; each must be at least 1")
         if max_batch_tokens < 2 * max_sequences:
             raise ConfigError(
@@ -76,7 +77,7 @@ class Engine:
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
-        self._max_waiting = max_waiting
+        self._max_waiting = math.inf if max_waiting is None else max_waiting
         self._caching = prefix_caching
         self._room = min(runner.max_positions, runner.num_pages * runner.page_size)
         self._grammar_timeout = grammar_timeout
@@ -126,7 +127,7 @@ class Engine:
                 raise ConfigError(f"{name} has the token id {largest}; the model has ids 0 to {vocab - 1}")
         if self._tokenizer is None and (params.stop or params.grammar):
             raise ConfigError("stop strings and grammars need a tokenizer; the model has none")
-        return None if params.grammar is None else self._grammars().compile(params.grammar)
+        return None if params.grammar is None else self._grammars().compile(params.grammar, request.tenant)
 
     def submit(self, request: Request, sink: Sink, *, wait: bool = False) -> None:
         """Queue a request. `sink` gets its outputs in order, from the worker thread; raising there aborts the request.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the processes need neither
 
 MAX_CACHED = 32
 MAX_CACHED_TEXT = 512 * 1024  # characters of their sources
-MAX_LIVE = 128  # grammars that are cached or have requests that wait or run; each has a process
+MAX_LIVE = 128  # grammars that are cached or have requests that wait or run, of all tenants; each has a process
 MAX_COMPILING = 4
 BAD_S = 60.0  # seconds that a grammar is refused for after a token took too long
 STEP_S = 0.1  # seconds of processor time for a token
@@ -45,6 +45,7 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 25_000,
 }
 _OPEN, _COMPLETE, _WRONG = b"oc!"  # how an answer begins: a mask follows, or what is wrong
+_Key = tuple[str, Grammar]  # a tenant and its grammar
 
 
 class GrammarError(ValueError):
@@ -125,6 +126,8 @@ class Matcher:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer and keeps the latest ones. May be used from several threads.
 
+    Tenants share no grammar: what one has compiled, or what went wrong with it, does not show in another's requests.
+
     eos_ids: what ends a complete text. timeout_s: seconds of processor time that a grammar may take to compile. Raises
     ConfigError where there are no end tokens.
     """
@@ -142,19 +145,20 @@ class GrammarCompiler:
         self._compiling = threading.BoundedSemaphore(MAX_COMPILING)
         self._lock = threading.Lock()  # guards what follows, never for long
         self._vocabulary: Child | None = None
-        self._cached: OrderedDict[Grammar, _Start] = OrderedDict()
-        self._live: weakref.WeakValueDictionary[Grammar, _Start] = weakref.WeakValueDictionary()
+        self._cached: OrderedDict[_Key, _Start] = OrderedDict()
+        self._live: weakref.WeakValueDictionary[_Key, _Start] = weakref.WeakValueDictionary()
         self._closed = False
 
-    def compile(self, grammar: Grammar) -> Matcher:
+    def compile(self, grammar: Grammar, tenant: str = "") -> Matcher:
         """A matcher at the grammar's start. Raises ConfigError for one that is wrong or costs too much, QueueFull when
         too many are in use or being compiled, EngineClosed after `close`."""
-        start = self._known(grammar)
+        key = tenant, grammar
+        start = self._known(key)
         if start is None:
             if not self._compiling.acquire(timeout=2 * self._timeout_s):
                 raise QueueFull("other grammars are being compiled; try again later")
             try:
-                start = self._known(grammar) or self._keep(grammar, self._new(grammar))
+                start = self._known(key) or self._keep(key, self._new(grammar))
             finally:
                 self._compiling.release()
         return Matcher(start, self._vocab_size)
@@ -168,36 +172,45 @@ class GrammarCompiler:
         if vocabulary is not None:
             vocabulary.close()
 
-    def _known(self, grammar: Grammar) -> _Start | None:
+    def _known(self, key: _Key) -> _Start | None:
+        tenant, grammar = key
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine is closed")
-            start = self._live.get(grammar)
+            start = self._live.get(key)
             if start is not None and time.monotonic() < start.bad_until:
                 raise ConfigError(f"the {grammar.kind} grammar is refused: a token took too long not long ago")
             if start is not None and start.lost:
-                del self._live[grammar]
-                self._cached.pop(grammar, None)
+                del self._live[key]
+                self._cached.pop(key, None)
                 start = None
             if start is not None:
-                self._remember(grammar, start)
-            elif len(self._live) >= MAX_LIVE:
+                self._remember(key, start)
+            elif not self._has_room(tenant):
                 self._cached.clear()  # those that no request uses go
-                if len(self._live) >= MAX_LIVE:
+                if not self._has_room(tenant):
                     raise QueueFull(f"{MAX_LIVE} different grammars are in use, as many as may be; try again later")
             return start
 
-    def _keep(self, grammar: Grammar, start: _Start) -> _Start:
+    def _has_room(self, tenant: str) -> bool:
+        """Whether a tenant may have one more grammar: where all hold too many, a tenant with less than an equal share
+        may. So k tenants hold at most 1 + 1/2 + ... + 1/k times MAX_LIVE."""
+        if len(self._live) < MAX_LIVE:
+            return True
+        owners = [owner for owner, _ in self._live]
+        return owners.count(tenant) < MAX_LIVE // len({tenant, *owners})
+
+    def _keep(self, key: _Key, start: _Start) -> _Start:
         with self._lock:
             if not self._closed:
-                self._live[grammar] = start
-                self._remember(grammar, start)
+                self._live[key] = start
+                self._remember(key, start)
         return start
 
-    def _remember(self, grammar: Grammar, start: _Start) -> None:
-        self._cached[grammar] = start
-        self._cached.move_to_end(grammar)
-        while len(self._cached) > MAX_CACHED or sum(len(one.text) for one in self._cached) > MAX_CACHED_TEXT:
+    def _remember(self, key: _Key, start: _Start) -> None:
+        self._cached[key] = start
+        self._cached.move_to_end(key)
+        while len(self._cached) > MAX_CACHED or sum(len(one.text) for _, one in self._cached) > MAX_CACHED_TEXT:
             self._cached.popitem(last=False)
 
     def _new(self, grammar: Grammar) -> _Start:

@@ -19,7 +19,7 @@ MAX_SCORED = 64  # rows of logits a step for prompt logprobs: 64 rows of 152k fl
 class Sequence:
     """One sequence's place in the queue, tokens and pages.
 
-    tokens: prompt and output. limit: tokens at most. tenant, request: with whom it takes turns. root: what its digests
+    tokens: prompt and output. limit: tokens at most. tenant, group: with whom it takes turns. root: what its digests
     begin with. after: a sibling whose prompt is computed first, so that this one finds it in the cache. score: logits
     of the whole prompt are wanted, so the cache is not read. computed: tokens whose keys and values lie in `pages`.
     digests: of the full pages of `tokens`.
@@ -28,7 +28,7 @@ class Sequence:
     tokens: list[int]
     limit: int
     tenant: str = ""
-    request: str = ""
+    group: str = ""
     root: bytes = ROOT
     after: Sequence | None = None
     score: bool = False
@@ -80,23 +80,23 @@ class Turns:
     def add(self, sequence: Sequence) -> None:
         """Put a sequence behind the others of its request."""
         lines = self._tenants.setdefault(sequence.tenant, {})
-        if sequence.request not in lines:
-            lines[sequence.request] = _Line(self._next())
-        lines[sequence.request].sequences.append(sequence)
+        if sequence.group not in lines:
+            lines[sequence.group] = _Line(self._next())
+        lines[sequence.group].sequences.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that ended."""
         lines = self._tenants[sequence.tenant]
-        line = lines[sequence.request]
+        line = lines[sequence.group]
         first = line.sequences[0] is sequence
         foremost = first and next(iter(lines.values())) is line
         line.sequences.remove(sequence)
         if first:
-            del lines[sequence.request]
+            del lines[sequence.group]
         if foremost:
             del self._tenants[sequence.tenant]
         if line.sequences:
-            lines[sequence.request] = line
+            lines[sequence.group] = line
         if lines:
             self._tenants[sequence.tenant] = lines
 
@@ -106,11 +106,11 @@ class Turns:
 
     def prompt_turn(self, sequence: Sequence) -> int:
         """Where a sequence's request stands among those of its tenant that have a prompt to compute."""
-        return self._tenants[sequence.tenant][sequence.request].turn
+        return self._tenants[sequence.tenant][sequence.group].turn
 
     def ran(self, sequence: Sequence, count: int) -> None:
         """Say that so many tokens of a prompt run; after a quantum of them the request goes behind the others."""
-        line = self._tenants[sequence.tenant][sequence.request]
+        line = self._tenants[sequence.tenant][sequence.group]
         line.ran += count
         if line.ran >= self._quantum:
             line.turn, line.ran = self._next(), 0

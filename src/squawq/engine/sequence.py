@@ -195,7 +195,7 @@ def new_job(
             tokens=list(request.prompt),
             limit=limit,
             tenant=request.tenant,
-            request=request.id if request.group is None else request.group,
+            group=request.id if request.group is None else request.group,
             root=prefix,
             after=generations[0].place if generations and share else None,
             score=params.prompt_logprobs is not None and index == 0,

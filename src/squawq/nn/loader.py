@@ -172,29 +172,41 @@ def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:
     return checkpoint.read(f"{family.embedding}.weight", (config.vocab_size, config.hidden_size))
 
 
-def load_head(checkpoint: Checkpoint, family: Family, options: Options, embedding: Tensor) -> tuple[Tensor, Linear]:
-    """The final norm [hidden] and the head, which is the embedding where the two are tied.
-
-    Raises ConfigError for a head that was asked for and cannot be.
-    """
+def head_kind(checkpoint: Checkpoint, family: Family, options: Options) -> str:
+    """How the head is held, one of HEADS; reads no tensor. Raises ConfigError for one asked for that cannot be."""
     config = checkpoint.config
-    norm = _float(checkpoint.read(f"{family.norm}.weight", (config.hidden_size,)), options.device)
-    name = family.embedding if config.tied_embeddings else family.head
     wanted = options.head or ("16-bit" if options.exact else "int8")
+    name = _head_name(checkpoint, family)
     if wanted != "16-bit" and options.native and not checkpoint.is_quantized(name):
-        tied = name == family.embedding
-        weight = embedding if tied else checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
         if wanted == "int4" and config.hidden_size % HEAD_GROUP == 0 and config.vocab_size % 8 == 0:
-            return norm, Linear(PackedInt4.rounded(weight, HEAD_GROUP))
-        if wanted == "int8" and kernel_group(config.hidden_size) is not None and weight.dtype in DENSE_TYPES:
-            return norm, Linear(PackedInt8(weight))
+            return wanted
+        dtype = checkpoint.info(f"{name}.weight").dtype
+        if wanted == "int8" and kernel_group(config.hidden_size) is not None and dtype in DENSE_TYPES:
+            return wanted
     if options.head in ("int8", "int4"):
         raise ConfigError(
             f"head is {options.head!r}, which the head of {checkpoint.folder} cannot be here: it takes the native CPU "
             "kernels, a head that is not quantized, hidden_size a multiple of 16 (int4: 32, and a vocabulary a "
             "multiple of 8); leave it out or choose 16-bit"
         )
-    return norm, load_linear(checkpoint, {name: config.vocab_size}, config.hidden_size, options)
+    return "16-bit"
+
+
+def load_head(
+    checkpoint: Checkpoint, family: Family, options: Options, embedding: Tensor, kind: str
+) -> tuple[Tensor, Linear]:
+    """The final norm [hidden] and the head of a kind of HEADS, which is the embedding where the two are tied."""
+    config, name = checkpoint.config, _head_name(checkpoint, family)
+    norm = _float(checkpoint.read(f"{family.norm}.weight", (config.hidden_size,)), options.device)
+    if kind == "16-bit":
+        return norm, load_linear(checkpoint, {name: config.vocab_size}, config.hidden_size, options)
+    tied = name == family.embedding
+    weight = embedding if tied else checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
+    return norm, Linear(PackedInt4.rounded(weight, HEAD_GROUP) if kind == "int4" else PackedInt8(weight))
+
+
+def _head_name(checkpoint: Checkpoint, family: Family) -> str:
+    return family.embedding if checkpoint.config.tied_embeddings else family.head
 
 
 def load(folder: str | Path, options: Options | None = None) -> Decoder:
@@ -203,7 +215,8 @@ def load(folder: str | Path, options: Options | None = None) -> Decoder:
     checkpoint = Checkpoint(folder)
     check_decoder(checkpoint.config)
     family = family_of(checkpoint.config.model_type)
+    kind = head_kind(checkpoint, family, options)  # first: what was asked for it may be refused
     embedding = load_embedding(checkpoint, family)
-    norm, head = load_head(checkpoint, family, options, embedding)  # first: what was asked for it may be refused
+    norm, head = load_head(checkpoint, family, options, embedding, kind)
     layers = [load_layer(checkpoint, index, options) for index in range(checkpoint.config.num_layers)]
     return Decoder(checkpoint.config, embedding.to(options.device), layers, norm, head)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,18 +19,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from squawq import __version__
+from squawq.engine.engine import Stats
 from squawq.serve import tgi
 from squawq.serve.call import Call
 from squawq.serve.chat import ChatBody, chat, read, render
 from squawq.serve.completions import completion
 from squawq.serve.errors import ApiError
-from squawq.serve.fields import parse_json
 from squawq.serve.generation import Generation, Parse
 from squawq.serve.guard import Guard
 from squawq.serve.metrics import Metrics
 from squawq.serve.model import Served
 from squawq.serve.openapi import document
-from squawq.serve.responses import blocks, send_blocks, send_bytes, send_error, send_json
+from squawq.serve.responses import send_bytes, send_error, send_json
 from squawq.serve.tokenization import detokenize, tokenize, tokenizer_info
 
 logger = logging.getLogger("squawq.serve")
@@ -70,8 +71,13 @@ class Api:
             ("GET", "/version", self._show(lambda: {"version": __version__})),
             ("GET", "/openapi.json", self._show(lambda: document((m, p) for m, p, _ in self._table))),
         ]
-        self.metrics = Metrics(served.name, served.engine.stats, {path for _, path, _ in self._table})
+        self.metrics = Metrics(served.name, self._stats, {path for _, path, _ in self._table})
         self.generation = Generation(served, self.metrics)
+
+    def _stats(self) -> Stats:
+        """The engine's figures; requests that it has not got yet wait, too."""
+        stats = self.served.engine.stats()
+        return replace(stats, waiting=stats.waiting + self.generation.unchecked)
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -106,14 +112,9 @@ class Api:
 
     def _answer(self, answer: Callable[[Mapping[str, Any], Served], Any]) -> Handler:
         """A handler for what is computed from a body without the engine."""
-
-        async def handle(scope: Scope, receive: Receive, send: Send) -> None:
-            raw = await self.generation.bodies.read(scope, receive)
-            with self.generation.admitted(scope.get("tenant", ""), len(raw)):
-                body = await self.generation.in_thread(lambda: blocks(answer(parse_json(raw), self.served)), len(raw))
-            await send_blocks(send, body)
-
-        return handle
+        return lambda scope, receive, send: self.generation.answer(
+            scope, receive, send, lambda raw: answer(raw, self.served)
+        )
 
     @staticmethod
     def _show(value: Callable[[], Any]) -> Handler:
@@ -150,7 +151,7 @@ class Api:
 
     async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Readiness: with 503 the server should get no new requests for now."""
-        if self.generation.draining or self.generation.full:
+        if self.generation.draining or self.generation.admission.full:
             raise ApiError("unavailable", "shutting down" if self.generation.draining else "the queue is full")
         await self._health(scope, receive, send)
 
@@ -217,17 +218,17 @@ def _refusal(error: Exception) -> ApiError:
 
 
 def _tgi(*, stream: bool = False, compat: bool = False) -> Parse:
-    return lambda raw, served: tgi.generate(raw, served, stream=stream, compat=compat)
+    return lambda raw, served, tenant: tgi.generate(raw, served, tenant, stream=stream, compat=compat)
 
 
-def _invocation(raw: Mapping[str, Any], served: Served) -> Call:
+def _invocation(raw: Mapping[str, Any], served: Served, tenant: str) -> Call:
     """SageMaker's one route: what a body is shows in its keys."""
     if "inputs" in raw:
-        return tgi.generate(raw, served, stream=False, compat=True)
+        return tgi.generate(raw, served, tenant, stream=False, compat=True)
     if "messages" in raw:
-        return chat(raw, served)
+        return chat(raw, served, tenant)
     if "prompt" in raw:
-        return completion(raw, served)
+        return completion(raw, served, tenant)
     raise ApiError("invalid", "the body needs one of: inputs (TGI), messages (chat), prompt (completion)")
 
 

@@ -131,8 +131,8 @@ class ChatBody(SamplingFields):
 
 
 def read(model: type[Chat], raw: Mapping[str, Any], served: Served) -> Chat:
-    """A chat's body, whose messages are counted before each is looked at. Raises ApiError."""
-    served.sizes.check_messages(raw.get("messages"))
+    """A chat's body, whose messages are measured before each is looked at. Raises ApiError."""
+    served.sizes.check_messages(raw.get("messages"), truncated=bool(raw.get("truncate_prompt_tokens")))
     return validate(model, raw, strict=served.settings.strict_fields)
 
 
@@ -163,7 +163,7 @@ def render(body: ChatBody, served: Served) -> str:
     )
 
 
-def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
+def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
     """A checked chat request, ready for the engine. Raises ApiError."""
     body = read(ChatBody, raw, served)
     body.check(served)
@@ -182,7 +182,7 @@ def chat(raw: Mapping[str, Any], served: Served) -> ChatCall:
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
     )
-    request = Request(f"chatcmpl-{uuid.uuid4().hex}", ids, params, cache_salt=body.cache_salt or "")
+    request = Request(f"chatcmpl-{uuid.uuid4().hex}", ids, params, tenant, cache_salt=body.cache_salt or "")
     served.check(request)
     return ChatCall(body, served, request)
 

@@ -21,10 +21,10 @@ from squawq.serve.model import Served
 from squawq.serve.structured import response_grammar
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's; TGI fills the context
-MAX_LISTED = 4096  # prompts that are looked at; how many are taken is a setting
+MAX_LOOKED_AT = 4096  # prompts that are looked at; how many are taken is a setting
 Ids = Annotated[Many[TokenId], Field(min_length=1)]
 Prompt = TypeVar("Prompt")
-Prompts = Annotated[Many[Prompt], Field(min_length=1, max_length=MAX_LISTED)]
+Prompts = Annotated[Many[Prompt], Field(min_length=1, max_length=MAX_LOOKED_AT)]
 
 
 class CompletionBody(SamplingFields):
@@ -87,7 +87,7 @@ class CompletionBody(SamplingFields):
             raise ApiError("invalid", "max_tokens is 0, which makes sense with echo alone", "max_tokens")
 
 
-def completion(raw: Mapping[str, Any], served: Served) -> CompletionCall:
+def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> CompletionCall:
     """A checked completion request, ready for the engine. Raises ApiError."""
     body = validate(CompletionBody, raw, strict=served.settings.strict_fields)
     body.check(served)
@@ -110,7 +110,7 @@ def completion(raw: Mapping[str, Any], served: Served) -> CompletionCall:
             best_of=body.best_of,
             grammar=grammar,
         )
-        requests.append(Request(f"{name}-{number}", ids, params, cache_salt=body.cache_salt or ""))
+        requests.append(Request(f"{name}-{number}", ids, params, tenant, cache_salt=body.cache_salt or ""))
         served.check(requests[-1])
     return CompletionCall(body, served, name, requests)
 

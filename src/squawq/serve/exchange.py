@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from squawq.engine.engine import Engine
 from squawq.engine.request import FinishReason, Output
@@ -17,6 +18,8 @@ from squawq.engine.sequence import join
 from squawq.errors import EngineClosed, QueueFull
 from squawq.serve.call import Call, Times
 from squawq.serve.errors import ApiError
+
+Result = TypeVar("Result")
 
 
 class HungUp(Exception):  # noqa: N818
@@ -58,16 +61,13 @@ def _deliver(items: list[tuple[asyncio.Queue[Output | Exception], Output]]) -> N
 class Exchange:
     """A context for one call. `clock` started when the request arrived.
 
-    inter_token: told the seconds between a sequence's outputs. tenant: on whose behalf the engine works.
+    inter_token: told the seconds between a sequence's outputs.
     """
 
-    def __init__(
-        self, mailbox: Mailbox, arrived: float, inter_token: Callable[[float], object], tenant: str = ""
-    ) -> None:
+    def __init__(self, mailbox: Mailbox, arrived: float, inter_token: Callable[[float], object]) -> None:
         mailbox.open()
         self._mailbox = mailbox
         self._engine = mailbox.engine
-        self._tenant = tenant
         self._queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
         self._open: dict[str, int] = {}
         self._left = False
@@ -106,7 +106,7 @@ class Exchange:
         try:
             for request in call.requests:
                 self._open[request.id] = request.params.n
-                owned = replace(request, tenant=self._tenant, group=call.requests[0].id)
+                owned = replace(request, group=call.requests[0].id)
                 self._engine.submit(owned, self._sink)
         except QueueFull as error:
             self._abort()
@@ -132,12 +132,16 @@ class Exchange:
         if not self.ending.done():
             self.ending.set_result(None)
 
-    async def checking(self, work: asyncio.Task[Call]) -> Call:
-        """What `work` gives, unless `end` comes first: that is raised, and `work` finds out by `left`."""
-        await asyncio.wait((work, self.ending), return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        work.cancel()
+    async def checking(self, work: Awaitable[Result]) -> Result:
+        """What `work` gives, unless `end` comes first: then that is raised, and `work` is cancelled."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((task, self.ending), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+            del task, work  # an exception's traceback holds this frame, and the task holds the exception
         while True:  # outputs of its first requests may stand before the reason
             self._check(self._queue.get_nowait())
 

@@ -1,5 +1,5 @@
-"""How a request that costs work is read, checked, run and answered, and how many may be at it: whatever its route and
-dialect. Speaks plain ASGI; what a body means is the parser's that comes with it.
+"""How a request that costs work is read, checked, run and answered, whatever its route and dialect. Speaks plain ASGI;
+what a body means is the parser's that comes with it.
 """
 
 from __future__ import annotations
@@ -7,23 +7,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
 from squawq.engine.request import Output
 from squawq.errors import ConfigError, EngineClosed, QueueFull
+from squawq.serve.admission import Admission, Place, cost
 from squawq.serve.bodies import SMALL, Bodies
-from squawq.serve.budget import Budget, cost, scores
 from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
 from squawq.serve.exchange import Exchange, HungUp, Mailbox
 from squawq.serve.fields import parse_json
+from squawq.serve.lanes import Lane
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics, Timing
 from squawq.serve.model import Served
@@ -31,124 +29,94 @@ from squawq.serve.responses import KEEP_ALIVE, blocks, events, send_blocks, send
 
 logger = logging.getLogger("squawq.serve")
 MAX_SHOWN = 2000  # bytes of a body for the log, which shows fewer
-SCORED = 4  # requests with as many log probabilities as one may have that are under way at once
-Parse = Callable[[Mapping[str, Any], Served], Call]
-
-
-@dataclass
-class Load:
-    """Requests that are under way or waiting, and the bytes that they hold, as `cost` has them."""
-
-    requests: int = 0
-    size: int = 0
-
-
-@dataclass
-class Place:
-    """A request's place among those that are under way, and the bytes that it holds."""
-
-    tenant: Load
-    size: int = 0
+Parse = Callable[[Mapping[str, Any], Served, str], Call]  # a body and the tenant that it is from
 
 
 class Generation:
-    """Runs requests on one model. `draining` stops new ones;"""
+    """Runs requests on one model. `draining` stops new ones."""
 
     def __init__(self, served: Served, metrics: Metrics) -> None:
         self.served = served
         self.settings = served.settings
         self.metrics = metrics
         self.draining = False
-        self.load = Load()
-        self.tenants: defaultdict[str, Load] = defaultdict(Load)
+        self.admission = Admission(self.settings)
+        self.bodies = Bodies(self.settings)
         self._exchanges: set[Exchange] = set()
         self._mailbox = Mailbox(served.engine)
-        self._pool = ThreadPoolExecutor(self.settings.validation_workers, "squawq-validation")
-        self._large = ThreadPoolExecutor(1, "squawq-validation-large")  # so that small bodies never wait for large ones
-        self._scores = Budget(SCORED * self.settings.max_logprob_entries)
-        self._replies = ThreadPoolExecutor(2, "squawq-replies")
-        self.bodies = Bodies(self.settings)
+        self._small = Lane(self.settings.validation_workers, "squawq-validation")
+        self._large = Lane(1, "squawq-validation-large", served.own_template)  # so that small ones never wait for it
+        self._replies = Lane(2, "squawq-replies")
 
     @property
     def in_flight(self) -> int:
         """Requests that are checked, run or answered."""
-        return self.load.requests
+        return self.admission.load.requests
 
     @property
-    def held(self) -> int:
-        """Bytes that they hold."""
-        return self.load.size
-
-    @property
-    def full(self) -> bool:
-        """Whether there are as many requests as may be, or as much is held of them."""
-        return self.in_flight >= self.settings.max_concurrent or self.held >= self.settings.max_queue_bytes
-
-    def _refuse_beyond(self, place: Place, requests: int, size: int) -> None:
-        """Raise ApiError where a request that holds `size` bytes, or one more, is too much beside the others.
-
-        A tenant that holds less than an equal share is let in all the same, so that no other can lock it out. All
-        tenants together then hold at most twice the limits.
-        """
-        settings, tenants, own = self.settings, max(1, len(self.settings.api_keys)), place.tenant
-        for limit, wanted, others, mine in (
-            (settings.max_concurrent, requests, self.load.requests, own.requests),
-            (settings.max_queue_bytes, size, self.load.size - place.size, own.size - place.size),
-        ):
-            if wanted and others and others + wanted > limit and mine + wanted > max(1, limit // tenants):
-                raise ApiError("overloaded", "Model is overloaded")
+    def unchecked(self) -> int:
+        """Requests that are being checked, or wait for that."""
+        return sum(exchange.checked is None for exchange in self._exchanges)
 
     def close(self) -> None:
         """End the threads; what waits for one is dropped."""
-        for pool in (self._pool, self._large, self._replies):
-            pool.shutdown(wait=False, cancel_futures=True)
+        for lane in (self._small, self._large, self._replies):
+            lane.close()
 
     def end_all(self) -> None:
-        """Answer what waits for the engine with an error; from the event loop."""
+        """Answer what is being checked or waits for the engine with an error; from the event loop."""
         for exchange in self._exchanges:
             exchange.end(ApiError("unavailable", "The server is shutting down"))
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, parse: Parse) -> None:
         """Read, check, run and answer a request. Raises ApiError before the answer has begun, never after."""
-        tenant = scope.get("tenant", "")
-        exchange = Exchange(self._mailbox, time.perf_counter(), self.metrics.inter_token, tenant)
+        tenant, call = scope.get("tenant", ""), None
+        exchange = self._exchange()
         try:
             raw = [await self.bodies.read(scope, receive)]
+            shown = raw[0][:MAX_SHOWN] if self.settings.log_requests else None
             with self.admitted(tenant, len(raw[0])) as place:
-                shown = raw[0][:MAX_SHOWN] if self.settings.log_requests else None
-
-                async def prepare(held: AsyncExitStack) -> Call:
-                    call = await self._prepare(parse, raw, exchange, place, held)
+                async with self._watched(exchange, receive):
+                    call = await exchange.checking(self._prepare(parse, raw, exchange, place, tenant))
                     if shown is not None:
                         text = shown.decode("utf-8", "replace")
                         event(logger, logging.INFO, "request", id=scope["request_id"], body=text)
-                    return call
-
-                await self._run(scope, receive, send, exchange, prepare)
+                    await (self._stream if call.stream else self._whole)(call, exchange, send, tenant)
         except ApiError as error:
             if exchange.checked is None:  # else it is counted by how it ended
                 self.metrics.rejected(error.name)
             raise
+        finally:
+            if call is not None:
+                self._observe(scope, exchange)
 
-    async def _run(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        exchange: Exchange,
-        prepare: Callable[[AsyncExitStack], Coroutine[Any, Any, Call]],
+    async def answer(
+        self, scope: Scope, receive: Receive, send: Send, compute: Callable[[Mapping[str, Any]], Any]
     ) -> None:
+        """Answer with the JSON that `compute` makes of a body, without the engine; otherwise as `handle`."""
+        tenant = scope.get("tenant", "")
+        raw = [await self.bodies.read(scope, receive)]
+        size, exchange = len(raw[0]), self._exchange()
+
+        def work() -> list[bytes]:
+            return blocks(compute(parse_json(raw.pop())))
+
+        with self.admitted(tenant, size):
+            async with self._watched(exchange, receive):
+                await send_blocks(send, await exchange.checking(self._in_lane(work, size, tenant)))
+
+    def _exchange(self) -> Exchange:
+        return Exchange(self._mailbox, time.perf_counter(), self.metrics.inter_token)
+
+    @asynccontextmanager
+    async def _watched(self, exchange: Exchange, receive: Receive) -> AsyncIterator[None]:
+        """End an exchange when its client hangs up, when its time is over, and with `end_all`."""
         watch = asyncio.create_task(_watch(receive, exchange))
         alarms = self._alarms(exchange)
-        call = None
         self._exchanges.add(exchange)
         try:
-            async with AsyncExitStack() as held, exchange:
-                call = await exchange.checking(asyncio.create_task(prepare(held)))
-                if call.stream:
-                    await self._stream(call, exchange, send)
-                else:
-                    await self._whole(call, exchange, send)
+            async with exchange:
+                yield
         except HungUp:
             pass
         finally:
@@ -156,25 +124,13 @@ class Generation:
             for alarm in alarms:
                 alarm.cancel()
             watch.cancel()
-            if call is not None:
-                self._observe(scope, exchange)
 
-    async def _prepare(
-        self, parse: Parse, raw: list[bytes], exchange: Exchange, place: Place, held: AsyncExitStack
-    ) -> Call:
-        """Check a body and hand its requests to the engine, when their log probabilities have room. The body is let go
-        as soon as it was parsed."""
+    async def _prepare(self, parse: Parse, raw: list[bytes], exchange: Exchange, place: Place, tenant: str) -> Call:
+        """Check a body and hand its requests to the engine. The body is let go as soon as it was parsed."""
         size = len(raw[0])
-
-        def read() -> Call:
-            if exchange.left():
-                raise HungUp
-            return parse(parse_json(raw.pop()), self.served)
-
-        call: Call = await self.in_thread(read, size)
-        self._hold(place, size + cost(call.requests))
-        await held.enter_async_context(self._scores.take(scores(call.requests)))
-        await self.in_thread(lambda: exchange.submit(call), 0)  # no more than the context by now
+        call: Call = await self._in_lane(lambda: parse(parse_json(raw.pop()), self.served, tenant), size, tenant)
+        self.admission.hold(place, size + cost(call.requests))
+        await self._in_lane(lambda: exchange.submit(call), 0, tenant)  # no more than the context by now
         return call
 
     def _alarms(self, exchange: Exchange) -> list[asyncio.TimerHandle]:
@@ -192,7 +148,7 @@ class Generation:
         loop = asyncio.get_running_loop()
         return [loop.call_later(queued, turn), loop.call_later(limit, exchange.end, late)]
 
-    async def _whole(self, call: Call, exchange: Exchange, send: Send) -> None:
+    async def _whole(self, call: Call, exchange: Exchange, send: Send, tenant: str) -> None:
         """Answer with one body. A long one takes seconds to make: beside the event loop."""
         outputs = await exchange.all(call)
 
@@ -200,11 +156,13 @@ class Generation:
             reply = call.reply(outputs, exchange.times)
             return blocks(reply.body), reply.headers
 
-        body, headers = await asyncio.get_running_loop().run_in_executor(self._replies, make)
+        body, headers = await self._replies.run(tenant, make)
         await send_blocks(send, body, headers)
 
-    async def _stream(self, call: Call, exchange: Exchange, send: Send) -> None:
-        """Answer with events. The head waits for the first output, so that what fails before it has its own status."""
+    async def _stream(self, call: Call, exchange: Exchange, send: Send, tenant: str) -> None:
+        """Answer with events. The head waits for the first output, so that what fails before it has its own status, but
+        no longer than `keep_alive_interval`: then it goes with a comment, since a proxy ends a connection that is idle
+        for a minute or so, and what fails is an event."""
         begun = False
         try:
             async for batch in exchange.batches(self.settings.keep_alive_interval):
@@ -212,7 +170,7 @@ class Generation:
                     begun = True
                     await start_events(send, call.headers)
                 if batch:
-                    await write(send, await self._events(call, batch), last=False)
+                    await write(send, await self._events(call, batch, tenant), last=False)
                 else:
                     await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
             await send_events(send, call.end(), last=True)
@@ -228,7 +186,7 @@ class Generation:
                 raise
             await send_events(send, call.fail(ApiError("internal", "internal error")), last=True)
 
-    async def _events(self, call: Call, batch: list[Output]) -> list[bytes]:
+    async def _events(self, call: Call, batch: list[Output], tenant: str) -> list[bytes]:
         """What a batch adds to a stream; a prompt's log probabilities take seconds to write: beside the event loop."""
 
         def make() -> list[bytes]:
@@ -236,7 +194,8 @@ class Generation:
 
         if all(output.prompt_logprobs is None for output in batch):
             return make()
-        return await asyncio.get_running_loop().run_in_executor(self._replies, make)
+        found: list[bytes] = await self._replies.run(tenant, make)
+        return found
 
     def _observe(self, scope: Scope, exchange: Exchange) -> None:
         times = exchange.times
@@ -265,13 +224,13 @@ class Generation:
             seconds=round(timing.ended - timing.arrived, 4),
         )
 
-    async def in_thread(self, work: Callable[[], Any], size: int) -> Any:
+    async def _in_lane(self, work: Callable[[], Any], size: int, tenant: str) -> Any:
         """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError.
 
         size: bytes of the body; large ones have a thread of their own, so that small ones never wait for them.
         """
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._large if size > SMALL else self._pool, work)
+            return await (self._large if size > SMALL else self._small).run(tenant, work)
         except QueueFull as error:
             raise ApiError("overloaded", str(error)) from error
         except EngineClosed as error:
@@ -281,28 +240,11 @@ class Generation:
 
     @contextmanager
     def admitted(self, tenant: str, size: int) -> Iterator[Place]:
-        """Count a tenant's request that costs work, and the bytes of its body. Raises ApiError while there are as many
-        as may be, or none are taken."""
+        """A place for a tenant's request. Raises ApiError while there is none, or none are taken."""
         if self.draining:
             raise ApiError("unavailable", "The server is shutting down")
-        place = Place(self.tenants[tenant])
-        self._refuse_beyond(place, 1, size)
-        self._count(place, 1, size)
-        try:
+        with self.admission.admitted(tenant, size) as place:
             yield place
-        finally:
-            self._count(place, -1, 0)
-
-    def _hold(self, place: Place, size: int) -> None:
-        """Count what a request holds now. Raises ApiError where that is too much beside the others."""
-        self._refuse_beyond(place, 0, size)
-        self._count(place, 0, size)
-
-    def _count(self, place: Place, requests: int, size: int) -> None:
-        for load in (self.load, place.tenant):
-            load.requests += requests
-            load.size += size - place.size
-        place.size = size
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:

@@ -70,7 +70,7 @@ VALUES = {
     "long_prefill_token_threshold": STEPS,
     "num_scheduler_steps": STEPS,
     "max_parallel_loading_workers": "layers are loaded one by one",
-    "safetensors_load_strategy": "weights are memory-mapped",
+    "safetensors_load_strategy": "weights are read one by one",
     "code_revision": NO_CODE,
     "max_log_len": "the first 500 characters of a body are logged",
     "limit_mm_per_prompt": "text alone is taken",
@@ -146,7 +146,7 @@ FLAGS: Flags = {
     "Network": [
         Flag("host", "The address to listen on; 0.0.0.0 for all; or HOST", variable="HOST"),
         Flag("port", "0 takes a free one; or PORT", read=whole(0), variable="PORT"),
-        Flag("uds", "Listen on this Unix socket instead"),
+        Flag("uds", "Listen on this Unix socket instead; not beside --prometheus-port"),
         Flag("ssl_keyfile", "TLS: the key (PEM)"),
         Flag("ssl_certfile", "TLS: the certificate (PEM)"),
         Flag("api_key", "One or several; or VLLM_API_KEY", "api_keys", variable="VLLM_API_KEY"),
@@ -155,7 +155,7 @@ FLAGS: Flags = {
     ],
     "Limits": [
         Flag("max_num_queued_reqs", "Requests that wait for their turn; the next is refused", "max_queued", whole(0)),
-        Flag("max_connections", "Connections at once"),
+        Flag("max_connections", "Connections at once; without it 256 more than there may be requests"),
         Flag("max_queue_bytes", "Memory of requests that wait or run; the next is refused"),
         Flag("max_body_bytes", "Of a request's body"),
         Flag("h11_max_incomplete_event_size", "Bytes of a request's head", "max_header_bytes"),

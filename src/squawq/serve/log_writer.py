@@ -55,15 +55,6 @@ class Writer:
                 self._suppressed += 1
             return self._written <= LIMITED
 
-    def flush(self, timeout: float) -> bool:
-        """Wait until everything was written; False where that takes longer than `timeout` seconds."""
-        until = time.monotonic() + timeout
-        while self._lines.unfinished_tasks:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.005)
-        return True
-
     def close(self, timeout: float) -> bool:
         """Write what is queued and end the thread; False where its reader does not let it within `timeout` seconds."""
         try:

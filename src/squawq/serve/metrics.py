@@ -39,6 +39,7 @@ FAILURES = {FinishReason.ABORT: "dropped", FinishReason.ERROR: "generation"}  # 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
+_WAITING = "Sequences that wait for their turn, and requests that are still being checked."
 _STARTED = "from the end of its wait, or from its submission where that end is unknown,"
 
 # vLLM's name, TGI's name for the same quantity, buckets, help
@@ -201,7 +202,7 @@ class Metrics:
     def _engine(self, stats: Stats) -> Iterator[Metric]:
         for name, value, text in (
             ("num_requests_running", stats.running, "Sequences under way."),
-            ("num_requests_waiting", stats.waiting, "Sequences that wait for their turn."),
+            ("num_requests_waiting", stats.waiting, _WAITING),
             (
                 "kv_cache_usage_perc",
                 stats.pages_used / max(1, stats.pages),
@@ -215,14 +216,18 @@ class Metrics:
         for name, value, text in (
             ("prefix_cache_queries", stats.prefix_queries, "Tokens looked for in the prefix cache."),
             ("prefix_cache_hits", stats.prefix_hits, "Tokens found in the prefix cache."),
-            ("num_preemptions", stats.preemptions, "Sequences put back into the queue for want of pages."),
+            (
+                "num_preemptions",
+                stats.preemptions,
+                "Sequences that gave way to others: for their turn, or for pages.",
+            ),
             ("prompt_tokens", prompt, "Prompt tokens run or found in the cache; again for a preempted sequence."),
             ("generation_tokens", stats.tokens_generated, "Tokens generated."),
         ):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             counter.add_metric([self._model], value)
             yield counter
-        yield GaugeMetricFamily("tgi_queue_size", "Sequences that wait for their turn.", stats.waiting)
+        yield GaugeMetricFamily("tgi_queue_size", _WAITING, stats.waiting)
         yield GaugeMetricFamily("tgi_batch_current_size", "Sequences under way.", stats.running)
         text = "Steps of the engine; one holds prefill and decode alike."
         yield UnknownMetricFamily("tgi_batch_inference_count", text, stats.steps)

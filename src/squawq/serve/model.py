@@ -5,6 +5,7 @@ Knows no HTTP and no dialect's JSON.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,6 @@ from squawq.format.files import has_file, read_text
 from squawq.hub.download import resolve, resolve_small
 from squawq.kernels import library
 from squawq.kernels.devices import check_device
-from squawq.serve.bodies import SMALL
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
 from squawq.serve.sizes import Sizes
@@ -72,21 +72,20 @@ class Served:
             eos_ids=sorted(generation.eos_ids),
             max_batch_tokens=max(settings.max_num_batched_tokens, 2 * settings.max_num_seqs),
             max_sequences=settings.max_num_seqs,
-            max_waiting=2
-            * settings.max_concurrent
-            * settings.max_prompts,  # never reached: the server has limits of its own
+            max_waiting=None,  # the server has limits of its own
             prefix_caching=settings.prefix_caching,
             grammar_timeout=settings.grammar_timeout,
             seed=settings.seed,
         )
         self._templates: list[TemplateProcess] = []
+        self._thread = threading.local()
         if self.template is not None:
             variables = self.tokenizer.template_variables()
             self._templates = [
                 TemplateProcess(
                     self.template, variables, tool_template=tool_template, timeout_s=settings.template_timeout
                 )
-                for _ in range(2)  # the second is for large chats, so that small ones do not wait for them
+                for _ in range(2)  # the second is `own_template`'s
             ]
             self._templates[0].start()
 
@@ -108,6 +107,10 @@ class Served:
         self.engine.close()
         for process in self._templates:
             process.close()
+
+    def own_template(self) -> None:
+        """Have the calling thread render chats in a process of its own, for which no other thread waits."""
+        self._thread.templates = self._templates[1:]
 
     def check_name(self, name: str | None) -> None:
         """Raise ApiError for a name that is not this model's, where strict_model_name asks for that."""
@@ -148,10 +151,11 @@ class Served:
 
         Raises ApiError for a chat that the template refuses, and for a model without one.
         """
-        if not self._templates:
+        templates: list[TemplateProcess] = getattr(self._thread, "templates", self._templates)
+        if not templates:
             raise ApiError("template", "the model has no chat template; use /v1/completions, or start with one")
         try:
-            text = self._templates[len(str(messages)) > SMALL].render(messages, **options)
+            text = templates[0].render(messages, **options)
             text.encode()
         except (ConfigError, UnicodeEncodeError) as error:  # JSON in a message may spell half a character
             raise ApiError("template", str(error), "messages") from error

@@ -35,17 +35,17 @@ def protocol(settings: Settings) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            if len(self.connections) > settings.max_connections:
+            if len(self.connections) > settings.connections:
                 oldest = next((one for one in idle if not one.transport.get_write_buffer_size()), None)
                 if oldest is not None:  # an answer that is still being written is not cut off
                     self.connections.discard(oldest)  # its place is free at once, though its loss shows later
                     del idle[oldest]
                     oldest.transport.abort()
-            self._surplus = len(self.connections) > settings.max_connections
+            self._surplus = len(self.connections) > settings.connections
             if not self._surplus:
                 idle[self] = None
             self._clock = self.loop.call_later(SURPLUS_S if self._surplus else settings.header_timeout, transport.abort)
-            if len(self.connections) > settings.max_connections + MAX_SURPLUS:
+            if len(self.connections) > settings.connections + MAX_SURPLUS:
                 transport.abort()  # not even told why: each is an open file
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -56,7 +56,7 @@ def protocol(settings: Settings) -> type[H11Protocol]:
 
         def data_received(self, data: bytes) -> None:
             if self._surplus:
-                self._refuse(ApiError("unavailable", f"{settings.max_connections} connections are open; try later"))
+                self._refuse(ApiError("unavailable", f"{settings.connections} connections are open; try later"))
                 return
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:

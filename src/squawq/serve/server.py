@@ -159,14 +159,14 @@ def run(settings: Settings, notes: Mapping[str, Any] | None = None, environment:
             served = Served(settings)
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection, which stops all threads, need look at it
-        _allow_files(settings.max_connections + 256)
+        _allow_files(settings.connections + 256)
         server = Server(Api(served))
         server.run(sockets)
     finally:
-        ended = writer.close(LAST_WORDS / 2)  # a log that nobody reads keeps no server
-        ended &= served is None or _close(served)
+        ended = served is None or _close(served)
         for one in sockets or ():  # where no server took them
             one.close()
+        ended &= writer.close(LAST_WORDS / 2)  # a log that nobody reads keeps no server
     code = 0 if server.started else 1
     if not ended:
         os._exit(code)
@@ -185,12 +185,12 @@ def _environment() -> dict[str, Any]:
 
 
 def _close(served: Served) -> bool:
-    """Whether all threads ended soon: a step of the engine or the check of a request may take minutes."""
+    """Whether all threads but the log's ended soon: a step of the engine or the check of a request may take minutes."""
     threading.Thread(target=served.close, daemon=True).start()
     until = time.monotonic() + LAST_WORDS / 2
-    while threading.active_count() > 1 and time.monotonic() < until:
+    while threading.active_count() > 2 and time.monotonic() < until:
         time.sleep(TICK / 5)
-    return threading.active_count() == 1
+    return threading.active_count() <= 2
 
 
 def _allow_files(wanted: int) -> None:

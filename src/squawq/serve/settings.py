@@ -15,6 +15,7 @@ DIALECTS = ("openai", "tgi")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TOOL_PARSERS = ("auto", "llama3_json", "hermes", "none")
+RESERVED = 256  # connections beside those of requests under way and waiting
 MAY_BE_0 = ("shutdown_timeout", "keep_alive_interval")  # abort at once; no comments
 
 
@@ -30,9 +31,9 @@ class Settings:
     grammar_support: whether schemas, regexes, grammars and tools are taken. prometheus_port: /metrics is there, too.
     max_model_len: tokens of a prompt and its answer together. max_input_tokens: of a prompt alone.
     max_num_seqs: sequences under way together; max_num_batched_tokens: of a step, at least twice as many. max_queued:
-    requests that wait for their turn beyond those, as many as there may be connections; the next is refused.
-    max_queue_bytes: what requests hold while they wait or run, the next is refused. tensor_parallel_size: GPUs that
-    share a model; 1 for now.
+    requests that wait for their turn beyond those; the next is refused. max_queue_bytes: what requests hold while they
+    wait or run, the next is refused. max_connections: more than there may be requests, so that health and other keys'
+    requests are answered beside those; None: RESERVED more. tensor_parallel_size: GPUs that share a model; 1 for now.
     Raises ConfigError for values that cannot work.
     """
 
@@ -75,7 +76,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
 
-    max_connections: int = 2048
+    max_connections: int | None = None
     max_body_bytes: int = 2_000_000
     max_queue_bytes: int = 2**30
     max_header_bytes: int = 64 * 1024
@@ -94,7 +95,7 @@ class Settings:
     validation_workers: int = 2
 
     max_logprobs: int = 20
-    max_logprob_entries: int = 2**20
+    max_logprob_entries: int = 2**18
     max_choices: int = 64
     max_prompts: int = 256
     max_best_of: int = 2
@@ -138,6 +139,16 @@ class Settings:
             raise ConfigError(f"port is {self.port}; it must be 0 (any free one) to 65535")
         if self.prometheus_port is not None and (self.prometheus_port > 65535 or self.prometheus_port == self.port):
             raise ConfigError(f"prometheus_port is {self.prometheus_port}; it must be 1 to 65535 and not the server's")
+        if self.prometheus_port is not None and self.uds is not None:
+            raise ConfigError(
+                f"prometheus_port is {self.prometheus_port} beside the Unix socket {self.uds}, which has /metrics; "
+                "leave one of them out"
+            )
+        if self.max_connections is not None and self.max_connections <= self.most_under_way:
+            raise ConfigError(
+                f"max_connections is {self.max_connections}, but up to {self.most_under_way} requests may be under way "
+                "or waiting; raise it above that, or lower max_queued (--max-num-queued-reqs) or max_num_seqs"
+            )
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1")
         if self.tensor_parallel_size != 1:
@@ -159,3 +170,18 @@ class Settings:
     def max_concurrent(self) -> int:
         """Generation requests that may be under way or waiting at once."""
         return self.max_num_seqs + self.max_queued
+
+    @property
+    def tenants(self) -> int:
+        """API keys; without them everybody is one tenant."""
+        return max(1, len(set(self.api_keys)))
+
+    @property
+    def most_under_way(self) -> int:
+        """The same beside the shares of the keys that a single one cannot take (admission.py)."""
+        return self.max_concurrent + (self.tenants - 1) * max(1, self.max_concurrent // self.tenants)
+
+    @property
+    def connections(self) -> int:
+        """Connections that may be open at once."""
+        return self.most_under_way + RESERVED if self.max_connections is None else self.max_connections

@@ -25,7 +25,7 @@ from squawq.serve.logprobs import bounded_tokens
 from squawq.serve.model import Served
 from squawq.serve.settings import Settings
 from squawq.serve.structured import tgi_grammar
-from squawq.serve.tgi_reply import Asked, Generation
+from squawq.serve.tgi_reply import Asked, GenerateCall
 
 
 class Parameters(Body):
@@ -73,7 +73,7 @@ class GenerateBody(Body):
     stream: bool = False
 
 
-def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bool) -> Call:
+def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream: bool, compat: bool) -> Call:
     """A checked request, ready for the engine. compat: for /, where the body says whether to stream, a whole reply is
     a list of one, and the inputs are part of the text unless return_full_text is false. Raises ApiError."""
     body = validate(GenerateBody, raw, strict=served.settings.strict_fields)
@@ -99,7 +99,7 @@ def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bo
     for number, seed in enumerate(seeds):
         scored = parameters.decoder_input_details and number == 0
         params = _sampling(parameters, room, seed, shown=shown, scored=scored)
-        requests.append(Request(f"{name}-{number}", ids, params))
+        requests.append(Request(f"{name}-{number}", ids, params, tenant))
     if params.grammar is not None and not served.settings.grammar_support:
         raise _refused("grammar is not supported")
     try:
@@ -114,7 +114,7 @@ def generate(raw: Mapping[str, Any], served: Served, *, stream: bool, compat: bo
         details=details,
         seeds=seeds,
     )
-    return Generation(served, requests, asked)
+    return GenerateCall(served, requests, asked)
 
 
 def tokens(raw: Mapping[str, Any], served: Served) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ class Asked:
     seeds: Sequence[int | None]
 
 
-class Generation:
+class GenerateCall:
     """A request of TGI's routes under way (call.Call)."""
 
     def __init__(self, served: Served, requests: Sequence[Request], asked: Asked) -> None:

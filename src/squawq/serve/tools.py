@@ -20,6 +20,7 @@ from squawq.tokenizer import Tokenizer
 
 TOOL_FORMATS = ("llama3_json", "hermes")
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+CALL_SPACE = r"[\x20\n]"  # between a call's JSON tokens, once: models write calls in one line, and small ones get lost
 PLAIN_FORMAT = "llama3_json"  # of calls, where the template knows no tools
 _SHAPE = '{"name": the function, "%s": an object with its arguments}'
 _SAY = "To call one of these functions, answer with nothing but %s. Give values, no variables."
@@ -96,8 +97,8 @@ def tool_grammar(
         if answer.kind != "json_schema":
             raise ConfigError("Grammar and tools are mutually exclusive, but for JSON schemas")
         rules[0] = rules[0].replace("start: ", "start: answer | ", 1)
-        rules.append(f"answer: %json {embedded(json.loads(answer.text))}")
-    rules.append(f"WS: /{SPACE}/")
+        rules.append(f"answer: %json {embedded(answer.text)}")
+    rules.append(f"WS: /{CALL_SPACE}/")
     rules.append("object: (" + " | ".join(f"call_{i}" for i in range(len(chosen))) + ') WS? "}"')
     for i, name in enumerate(chosen):
         words = ["{", '"name"', ":", f'"{name}"', ",", f'"{_KEYS[form]}"', ":"]
@@ -185,16 +186,22 @@ def _schema(name: str, function: Mapping[str, Any]) -> str:
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise ConfigError(f"the parameters of {name!r} must be the JSON schema of an object; the type is {kind!r:.80}")
     try:
-        return embedded({**schema, "type": "object"})
+        return embedded({**schema, "type": "object"}, CALL_SPACE)
+    except ConfigError as error:
+        raise ConfigError(f"the parameters of {name!r}: {error}") from error
+
+
+def embedded(schema: Any, space: str = SPACE) -> str:
+    """A JSON schema, or its text, as it stands after %json in a Lark grammar. space: what may stand between its tokens.
+
+    Raises ConfigError for what is no JSON or is nested too deeply, and for schemas that cannot be closed.
+    """
+    try:
+        closed = close_objects(json.loads(schema) if isinstance(schema, str) else schema)
+        closed = closed if isinstance(closed, dict) else {"allOf": [closed]}
+        return json.dumps({**closed, "x-guidance": {"whitespace_pattern": space}}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"the parameters of {name!r} are no JSON: {error}") from error
-
-
-def embedded(schema: Any) -> str:
-    """A JSON schema as it stands after %json in a Lark grammar. Raises ValueError."""
-    closed = close_objects(schema)
-    closed = closed if isinstance(closed, dict) else {"allOf": [closed]}
-    return json.dumps({**closed, "x-guidance": {"whitespace_pattern": SPACE}}, allow_nan=False)
+        raise ConfigError(f"the schema is refused: {error}") from error
 
 
 def _listed(names: Mapping[str, Any]) -> str:
