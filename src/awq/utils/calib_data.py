@@ -72,8 +72,8 @@ def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError as error:
         raise DependencyError(
-            f"calib_data {name!r} is a data set of the Hub and needs the package datasets: pip install "
-            "'datasets'; or leave calib_data out for the built-in set"
+            f"calib_data {name!r} is a data set of the Hub and needs the package datasets: "
+            "pip install datasets; or leave calib_data out for the built-in set"
         ) from error
     try:
         for row in load_dataset(name, split=split, streaming=True).shuffle(seed=42):
