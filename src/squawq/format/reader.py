@@ -64,8 +64,9 @@ def _safetensors(file: Path) -> Iterator[None]:
 class Checkpoint:
     """A model folder, opened but not loaded.
 
-    `config` is checked on opening, and so is every shard's header. Tensors are read one at a time. shards: where the
-    weights are, if not in the folder. Raises CheckpointError for anything missing, damaged or unknown.
+    `config` is checked on opening, the header of every shard when `tensors` is first used. Tensors are read one at a
+    time. shards: where the weights are, if not in the folder. Raises CheckpointError for anything missing, damaged or
+    unknown.
     """
 
     def __init__(self, folder: str | Path, shards: Shards | None = None) -> None:

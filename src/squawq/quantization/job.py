@@ -123,7 +123,7 @@ class Job:
                 f"{self.out} holds the result of another run, with another {other}; choose another folder, or remove "
                 "it first"
             )
-        Checkpoint(self.out)  # raises when a file of it has gone or is damaged
+        _ = Checkpoint(self.out).tensors  # reads all headers: raises where a file has gone or is damaged
         self._tidy()  # of what a run killed at its last moment left
         return True
 
