@@ -105,7 +105,7 @@ def endless(tmp_path: Path) -> Path:
 
 
 def test_a_conversation_on_a_terminal(endless: Path) -> None:
-    with talking(endless, "--max-tokens", "2000", "--temperature", "0", "--threads", "1") as terminal:
+    with talking(endless, "--max-tokens", "4000", "--temperature", "0", "--threads", "1") as terminal:
         banner = terminal.wait(PROMPT)
         for words in (b"demo_model", b"context of 4,096 tokens", b"Ctrl-C stops an answer", b"/exit or Ctrl-D ends"):
             assert words in banner

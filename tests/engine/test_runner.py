@@ -57,7 +57,6 @@ class Crowd:
         self.room = min(runner.max_positions, 16 * pages)
         self.outputs: list[Output] = []
         self.loop = Loop(runner, max_batch_tokens=tokens, max_sequences=5, prefix_caching=caching)
-        self._caching = caching
 
     def add(self, asked: Request) -> None:
         limit = min(self.room, len(asked.prompt) + (asked.params.max_tokens or self.room))
@@ -69,7 +68,6 @@ class Crowd:
             matcher=None,
             tokenizer=None,
             eos_ids=eos,
-            share=self._caching,
         )
         self.loop.add(job)
 

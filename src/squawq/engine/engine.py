@@ -78,7 +78,6 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
         self._max_waiting = math.inf if max_waiting is None else max_waiting
-        self._caching = prefix_caching
         self._room = min(runner.max_positions, runner.num_pages * runner.page_size)
         self._grammar_timeout = grammar_timeout
         self._seeds = secrets.SystemRandom() if seed is None else random.Random(seed)
@@ -146,7 +145,6 @@ class Engine:
             matcher=matcher,
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
-            share=self._caching,
             draw_seed=self.draw_seed,
         )
         if os.getpid() != self._process:

@@ -7,7 +7,7 @@ keys and values (Kwon et al., arXiv 2309.06180). Tenants are served round robin,
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from squawq.engine.pages import ROOT, PagePool, chain
@@ -20,9 +20,8 @@ class Sequence:
     """One sequence's place in the queue, tokens and pages.
 
     tokens: prompt and output. limit: tokens at most. tenant, group: with whom it takes turns. root: what its digests
-    begin with. after: a sibling whose prompt is computed first, so that this one finds it in the cache. score: logits
-    of the whole prompt are wanted, so the cache is not read. computed: tokens whose keys and values lie in `pages`.
-    digests: of the full pages of `tokens`.
+    begin with. score: logits of the whole prompt are wanted, so the cache is not read. computed: tokens whose keys and
+    values lie in `pages`. digests: of the full pages of `tokens`.
     """
 
     tokens: list[int]
@@ -30,7 +29,6 @@ class Sequence:
     tenant: str = ""
     group: str = ""
     root: bytes = ROOT
-    after: Sequence | None = None
     score: bool = False
     computed: int = 0
     pages: list[int] = field(default_factory=list)
@@ -45,11 +43,6 @@ class Sequence:
     def left(self) -> int:
         """Tokens still to run before the next can be chosen."""
         return len(self.tokens) - self.computed
-
-    @property
-    def blocked(self) -> bool:
-        """Whether the sibling that computes the common prompt is not there yet."""
-        return self.after is not None and not self.after.ended and self.after.computed < self.prompt
 
 
 @dataclass(eq=False)
@@ -100,9 +93,9 @@ class Turns:
         if lines:
             self._tenants[sequence.tenant] = lines
 
-    def by_tenant(self) -> list[Iterator[Sequence]]:
-        """Each tenant's sequences in their order, the tenants in theirs."""
-        return [_in_turn(line.sequences for line in lines.values()) for lines in self._tenants.values()]
+    def by_tenant(self, ready: Callable[[Sequence], bool]) -> list[Iterator[Sequence]]:
+        """Each tenant's sequences in their order, the tenants in theirs; those that are not ready are passed over."""
+        return [_in_turn(filter(ready, line.sequences) for line in lines.values()) for lines in self._tenants.values()]
 
     def prompt_turn(self, sequence: Sequence) -> int:
         """Where a sequence's request stands among those of its tenant that have a prompt to compute."""
@@ -120,17 +113,14 @@ class Turns:
         return self._count
 
 
-def _in_turn(lines: Iterable[list[Sequence]]) -> Iterator[Sequence]:
+def _in_turn(lines: Iterable[Iterator[Sequence]]) -> Iterator[Sequence]:
     """The first of each, then the second of each, and so on."""
-    place = 0
-    while lines:
-        longer = []
-        for line in lines:
-            yield line[place]
-            if len(line) > place + 1:
-                longer.append(line)
-        lines = longer
-        place += 1
+    left = deque(lines)
+    while left:
+        line = left.popleft()
+        if sequence := next(line, None):
+            yield sequence
+            left.append(line)
 
 
 class Scheduler:
@@ -141,6 +131,8 @@ class Scheduler:
     slots are shared evenly by the tenants that ask for them, and by the requests of each; and a tenant's first sequence
     starts with the next step, whatever others have under way, unless there are more tenants than slots or the first
     sequences of those before it hold the pages. A sequence that does not fit is overtaken by other tenants' alone.
+
+    A sequence waits while one before it computes the next page of its prompt, and then finds that page in the cache.
 
     Decodes go first in a step and take at most half of it, since max_tokens >= 2 * max_sequences: neither they nor
     prompts starve. The rest is shared evenly by the tenants that have prompts; a tenant's requests take turns of
@@ -208,11 +200,16 @@ class Scheduler:
     def _take_turns(self) -> None:
         """Admit waiting sequences in turn, in the place of running ones that come later."""
         kept: list[Sequence] = []
+        coming: set[bytes] = set()  # digests of the pages that those kept are computing
         later = dict.fromkeys(self.running)
-        lines = deque(self._turns.by_tenant())
+
+        def ready(sequence: Sequence) -> bool:
+            return bool(sequence.pages) or not coming or self._cached(sequence)[1] not in coming
+
+        lines = deque(self._turns.by_tenant(ready))
         while lines and len(kept) < self._max_sequences:
             line = lines.popleft()
-            sequence = next((s for s in line if s.pages or not s.blocked), None)
+            sequence = next(line, None)
             if sequence is None:
                 continue
             if sequence.pages:
@@ -220,19 +217,27 @@ class Scheduler:
             elif not self._admit(sequence, kept, later):
                 continue  # nothing of its own tenant overtakes it
             kept.append(sequence)
+            coming.update(sequence.digests[sequence.computed // self.pool.page_size :])
             lines.append(line)
         self.running = [*kept, *later]
+
+    def _cached(self, sequence: Sequence) -> tuple[list[int], bytes | None]:
+        """A waiting sequence's pages that are in the prefix cache, and the digest of the next page that could be."""
+        if not self._caching:
+            return [], None
+        reusable = (len(sequence.tokens) - 1) // self.pool.page_size  # at least one token must run
+        self._extend_digests(sequence, reusable)
+        if sequence.score:
+            return [], None
+        pages = self.pool.match(sequence.digests[:reusable])
+        return pages, sequence.digests[len(pages)] if len(pages) < reusable else None
 
     def _admit(self, sequence: Sequence, kept: list[Sequence], later: dict[Sequence, None]) -> bool:
         """Give a waiting sequence pages for all its tokens, if each running one could still take one more.
 
         kept: the running ones that stay. later: those that give way where that makes room enough.
         """
-        shared: list[int] = []
-        if self._caching and not sequence.score:
-            reusable = (len(sequence.tokens) - 1) // self.pool.page_size  # at least one token must run
-            self._extend_digests(sequence, reusable)
-            shared = self.pool.match(sequence.digests[:reusable])
+        shared, _ = self._cached(sequence)
         fresh = self.pool.pages_for(len(sequence.tokens)) - len(shared)
 
         def fits() -> bool:

@@ -178,11 +178,9 @@ def new_job(
     matcher: Matcher | None,
     tokenizer: Decoder | None,
     eos_ids: frozenset[int],
-    share: bool,
     draw_seed: Callable[[], int] | None = None,
 ) -> Job:
-    """A request with its sequences; `share` lets them wait for the first one's prompt; `draw_seed` gives the seed of a
-    request that has none."""
+    """A request with its sequences; `draw_seed` gives the seed of a request that has none."""
     params = request.params
     prefix = root(request.tenant, request.cache_salt)
     ending = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
@@ -197,7 +195,6 @@ def new_job(
             tenant=request.tenant,
             group=request.id if request.group is None else request.group,
             root=prefix,
-            after=generations[0].place if generations and share else None,
             score=params.prompt_logprobs is not None and index == 0,
         )
         sampler = Sampler(params, request.prompt, sorted(ending), seed, index)
