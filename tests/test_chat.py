@@ -87,10 +87,12 @@ def talking(model: Path, *options: str) -> Iterator[Terminal]:
 
 
 def _take_terminal() -> None:
-    """Ctrl-C is a signal only on a process's own terminal."""
+    """Ctrl-C is a signal only on a process's own terminal, and where the tests' parent has not had it ignored."""
     import fcntl
+    import signal
     import termios
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -105,7 +107,7 @@ def endless(tmp_path: Path) -> Path:
 
 
 def test_a_conversation_on_a_terminal(endless: Path) -> None:
-    with talking(endless, "--max-tokens", "4000", "--temperature", "0", "--threads", "1") as terminal:
+    with talking(endless, "--max-tokens", "2000", "--temperature", "0", "--threads", "1") as terminal:
         banner = terminal.wait(PROMPT)
         for words in (b"demo_model", b"context of 4,096 tokens", b"Ctrl-C stops an answer", b"/exit or Ctrl-D ends"):
             assert words in banner

@@ -85,6 +85,7 @@ def test_a_large_request_does_not_hold_up_another_key(shared: Running, path: str
     client = httpx.Client(base_url=shared.url, headers=KEYS["a"], timeout=60)
     with client, client.stream("POST", "/v1/completions", json=large) as answer:
         next(lines := answer.iter_lines())  # held: a stream that nothing reads is closed
+        assert until(lambda: engine.stats().waiting >= many - 2 * 8)
         before = engine.stats()
         assert before.running == 8
         assert shared.post(path, body, headers=KEYS["b"]).status_code == 200
