@@ -32,7 +32,7 @@ from transformers.models.llama import modeling_llama  # before any clock runs
 import squawq
 from squawq import QuantConfig
 from squawq.demo import demo_model
-from squawq.quantization.blocks import Block
+from squawq.layerwise.blocks import Block
 from squawq.quantization.replay import Replay
 
 assert modeling_llama.LlamaForCausalLM

@@ -13,10 +13,10 @@ import squawq
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import FAMILIES
-from squawq.hub.card import model_card
-from squawq.hub.usage import usage
 from squawq.inspection import inspect
 from squawq.nn.loader import load
+from squawq.publish.card import model_card
+from squawq.publish.usage import usage
 from squawq.quant_config import QuantConfig
 from squawq.readers import READERS, TGI, VLLM, how_to_run, in_words, readers
 

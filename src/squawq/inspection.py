@@ -22,11 +22,11 @@ from squawq.format.layouts import LAYOUTS
 from squawq.format.reader import INDEX, Checkpoint
 from squawq.hub.download import hub_file
 from squawq.kernels.reference import PAGE
+from squawq.layerwise.meta_model import Skeleton
+from squawq.layerwise.plan import LayerPlan
+from squawq.layerwise.tensor_names import FUSED, INTEGERS, Places
 from squawq.nn.cache import Cache
 from squawq.quant_config import QuantConfig
-from squawq.quantization.places import FUSED, INTEGERS, Places
-from squawq.quantization.plan import LayerPlan
-from squawq.quantization.skeleton import Skeleton
 from squawq.readers import readers
 
 STEP_TOKENS = 512  # that run through the model at once: the engine's chunk of a prompt

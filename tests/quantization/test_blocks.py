@@ -10,7 +10,7 @@ from conftest import MakeModel
 
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
-from squawq.quantization.blocks import Blocks
+from squawq.layerwise.blocks import Blocks
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 

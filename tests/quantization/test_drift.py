@@ -13,9 +13,9 @@ from torch import Tensor
 import squawq
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
+from squawq.layerwise.blocks import Blocks
 from squawq.quant_config import QuantConfig
 from squawq.quantization import linear, statistics
-from squawq.quantization.blocks import Blocks
 from squawq.quantization.drift import Drift, Recording, Stage, stages
 from squawq.quantization.inputs import LayerInputs
 from squawq.quantization.layer import LayerQuantizer
@@ -48,7 +48,7 @@ def test_sums_are_those_of_both_runs(
     place: int, states_memory: float, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G and E by their definitions, over inputs that were kept whole."""
-    monkeypatch.setattr("squawq.quantization.blocks.BATCH_TOKENS", 64)
+    monkeypatch.setattr("squawq.layerwise.blocks.BATCH_TOKENS", 64)
     states = torch.randn(5, 32, 64, generator=torch.Generator().manual_seed(0))
     other = states + 0.1 * torch.randn(5, 32, 64, generator=torch.Generator().manual_seed(1))
     scales = torch.rand(96 if place == 3 else 64, generator=torch.Generator().manual_seed(2)) + 0.5

@@ -16,13 +16,13 @@ import squawq
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
+from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.fold import Folding
+from squawq.layerwise.plan import GATE, LayerPlan
 from squawq.nn.loader import load
 from squawq.quant_config import QuantConfig
-from squawq.quantization.blocks import Blocks
-from squawq.quantization.fold import Folding
 from squawq.quantization.job import Job
 from squawq.quantization.layer import LayerQuantizer
-from squawq.quantization.plan import GATE, LayerPlan
 
 SMALL = QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=3)
 ROWS = torch.randint(2, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(5))

@@ -17,11 +17,11 @@ from results import settled
 import squawq
 from squawq.config import ModelConfig
 from squawq.demo import demo_model
+from squawq.distributed import Ranks, torchrun_ranks
 from squawq.errors import CalibrationError, ConfigError
 from squawq.format.files import read_json
 from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
-from squawq.quantization.ranks import Ranks, torchrun_ranks
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

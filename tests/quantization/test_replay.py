@@ -12,7 +12,7 @@ from torch import nn
 
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
-from squawq.quantization.blocks import Blocks, Ending
+from squawq.layerwise.blocks import Blocks, Ending
 from squawq.quantization.replay import Replay
 
 ATTENTION, MLP = "self_attn.o_proj", "mlp.down_proj"
@@ -49,7 +49,7 @@ def test_shared_experts_end_in_a_linear_and_the_mixture_does_not(tmp_path: Path)
 def test_settled_modules_are_not_run_again(
     in_memory: float, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("squawq.quantization.blocks.BATCH_TOKENS", 64)
+    monkeypatch.setattr("squawq.layerwise.blocks.BATCH_TOKENS", 64)
     states = torch.randn(5, 32, 64, generator=torch.Generator().manual_seed(0))
     with blocks_of(make_model()).open(0) as block:
         ran: list[str] = []

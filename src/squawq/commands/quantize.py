@@ -66,11 +66,11 @@ def quantize(
       squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
       torchrun --nproc-per-node 4 -m squawq quantize MODEL OUT --device cuda
     """
+    from squawq.distributed import torchrun_ranks
     from squawq.format.reader import Checkpoint
-    from squawq.hub.card import has_template
+    from squawq.publish.card import has_template
     from squawq.quantization.pipeline import already_done
     from squawq.quantization.pipeline import quantize as run
-    from squawq.quantization.ranks import torchrun_ranks
     from squawq.readers import how_to_run
     from squawq.report.files import PAGE
     from squawq.report.words import sizes

@@ -22,7 +22,7 @@ from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
-from squawq.quantization.blocks import Blocks
+from squawq.layerwise.blocks import Blocks
 from squawq.quantization.calibration import read_text, split_documents
 from squawq.showing import Record
 from squawq.tokenizer import Tokenizer

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from squawq.errors import CheckpointError, SquawqError
+from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.calibration import token_blocks
 from squawq.quantization.job import Job
-from squawq.quantization.statistics import all_finite, token_errors
+from squawq.quantization.statistics import token_errors
 from squawq.quantization.work import Work
 from squawq.tokenizer import Tokenizer
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from squawq.families import expert_of
-from squawq.quantization.blocks import Block
+from squawq.layerwise.blocks import Block
+from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.inputs import LayerInputs, Watcher
 from squawq.quantization.states import Spool
-from squawq.quantization.statistics import InputStatistics, all_finite
+from squawq.quantization.statistics import InputStatistics
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from squawq.families import ScalingGroup, expert_of
-from squawq.quantization.blocks import Block
+from squawq.layerwise.blocks import Block
 from squawq.quantization.states import Sample
 from squawq.quantization.statistics import InputStatistics
 

@@ -17,11 +17,12 @@ from squawq.errors import CheckpointError
 from squawq.families import ScalingGroup, expert_of
 from squawq.format.groupwise import fake_quantize, quantize
 from squawq.format.packing import to_gemm
-from squawq.quantization.blocks import EXACT, Block
-from squawq.quantization.fold import Folding
+from squawq.layerwise.blocks import EXACT, Block
+from squawq.layerwise.fold import Folding
+from squawq.layerwise.plan import LayerPlan
+from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.inputs import LayerInputs
 from squawq.quantization.linear import LinearRounder
-from squawq.quantization.plan import LayerPlan
 from squawq.quantization.records import GroupRecord, LayerRecord, LinearRecord, clip_quantiles, quantiles
 from squawq.quantization.search import (
     ScaleCandidate,
@@ -31,7 +32,7 @@ from squawq.quantization.search import (
     scale_candidates,
     weight_importance,
 )
-from squawq.quantization.statistics import InputStatistics, all_finite, relative_error
+from squawq.quantization.statistics import InputStatistics, relative_error
 
 SAMPLED_LINEARS = 16  # of a group, on which scales are judged: those of many experts are much alike
 Packed = dict[str, Tensor]  # a linear's qweight, scales and qzeros

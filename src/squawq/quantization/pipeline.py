@@ -18,18 +18,18 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.config import CODE, without
+from squawq.distributed import Ranks
 from squawq.errors import ConfigError
 from squawq.format.files import read_json
 from squawq.format.writer import copy_file, write_index, write_json
+from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.tensor_names import read_finite
 from squawq.progress import LayerProgress, console
 from squawq.quant_config import QuantConfig
-from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import Calibration
 from squawq.quantization.check import DtypeCheck
 from squawq.quantization.job import Job
 from squawq.quantization.layer import LayerQuantizer, LayerResult, cast
-from squawq.quantization.places import read_finite
-from squawq.quantization.ranks import Ranks
 from squawq.quantization.records import measured
 from squawq.quantization.states import IN_MEMORY
 from squawq.quantization.streams import ANEW, LayerPass, Streams

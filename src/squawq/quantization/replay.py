@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from squawq.quantization.blocks import Block
+from squawq.layerwise.blocks import Block
 from squawq.quantization.inputs import Watcher
 from squawq.quantization.states import Spool
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.search import gram_loss
 
 WIDEST = 16_384  # inputs up to which the Gram matrix is whole: 1 GiB
@@ -32,11 +33,6 @@ def token_errors(found: Tensor, wanted: Tensor) -> Tensor:
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Root mean square of `token_errors`."""
     return float(token_errors(found, wanted).square().mean().sqrt())
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; one pass and no copy, unlike torch.isfinite."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def gram_spans(features: int) -> list[slice]:

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from squawq.quantization.blocks import Block
+from squawq.distributed import Ranks
+from squawq.layerwise.blocks import Block
 from squawq.quantization.drift import Drift, Recording, Stage, stages
 from squawq.quantization.inputs import LayerInputs
 from squawq.quantization.layer import Chosen, LayerQuantizer, LayerResult, Packed
 from squawq.quantization.linear import LinearRounder
-from squawq.quantization.ranks import Ranks
 from squawq.quantization.replay import Replay
 from squawq.quantization.states import Sample, hidden_states
 from squawq.quantization.work import Work

@@ -19,11 +19,11 @@ from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.hub.stream import open_streamed
 from squawq.kernels.devices import check_device
+from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
-from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import Calibration, token_blocks
 from squawq.quantization.job import identity, scratch_folder, target_path
-from squawq.quantization.plan import LayerPlan
 from squawq.quantization.size import result_bytes
 from squawq.report.files import public_name
 from squawq.tokenizer import Tokenizer

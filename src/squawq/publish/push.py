@@ -18,8 +18,8 @@ from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
 from squawq.format.files import has_file, open_file, read_bytes, read_json
 from squawq.format.reader import INDEX, Checkpoint
 from squawq.format.writer import is_temporary
-from squawq.hub.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.inspection import missing
+from squawq.publish.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.quantization.job import JOB, PART
 from squawq.report.files import PAGE, REPORT
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from squawq.families import Family
 from squawq.format.packing import PACKED, from_gemm
 from squawq.format.reader import Checkpoint
-from squawq.quantization.fold import Folding
-from squawq.quantization.places import Places, check_floating
-from squawq.quantization.skeleton import Skeleton, refusing
+from squawq.layerwise.fold import Folding
+from squawq.layerwise.meta_model import Skeleton, refusing
+from squawq.layerwise.tensor_names import Places, check_floating
 
 BATCH_TOKENS = 4096
 BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch runs through it

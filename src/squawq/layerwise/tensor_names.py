@@ -15,8 +15,7 @@ from torch import Tensor
 from squawq.errors import CheckpointError
 from squawq.families import expert_of
 from squawq.format.reader import Checkpoint
-from squawq.quantization.skeleton import Skeleton
-from squawq.quantization.statistics import all_finite
+from squawq.layerwise.meta_model import Skeleton
 
 LANGUAGE_MODEL = re.compile(r"^(model\.language_model|language_model\.model)\.")
 LANGUAGE_HEAD = re.compile(r"^(model\.)?language_model\.(?=lm_head\.)")
@@ -143,6 +142,11 @@ class Places:
 
 def _experts_of(name: str) -> str:
     return (expert_of(name) or "").rpartition(".")[0]
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; one pass and no copy, unlike torch.isfinite."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def read_finite(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> Tensor:

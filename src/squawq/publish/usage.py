@@ -1,4 +1,4 @@
-"""How a published model is used: code for every engine, which tests/hub/test_usage.py runs. Knows text alone."""
+"""How a published model is used: code for every engine, which tests/publish/test_usage.py runs. Knows text alone."""
 
 from __future__ import annotations
 

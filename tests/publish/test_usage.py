@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from running import process
 
-from squawq.hub.usage import usage
+from squawq.publish.usage import usage
 from squawq.readers import TGI_IMAGE
 
 REPO = "me/demo-AWQ"

@@ -21,8 +21,8 @@ from squawq.format.locking import locked
 from squawq.format.reader import Checkpoint
 from squawq.format.writer import clear_temporary, write_text
 from squawq.hub.download import find_hub_file
-from squawq.hub.usage import usage
 from squawq.inspection import inspect
+from squawq.publish.usage import usage
 from squawq.quant_config import METHODS, QuantConfig
 from squawq.quantization.job import identity
 from squawq.report.files import PAGE, REPORT
