@@ -92,7 +92,7 @@ class QuantConfig:
         object.__setattr__(self, "modules_to_not_convert", tuple(names))
 
     @property
-    def sees_errors(self) -> bool:
+    def error_feedback(self) -> bool:
         """Whether integers make up for each other; else each is the nearest."""
         return self.compensate or self.refine > 0
 

@@ -55,11 +55,11 @@ def test_sums_are_those_of_both_runs(
     with blocks_of(make_model()).open(0) as block:
         inputs = LayerInputs(block)
         stage = stages(block, inputs, LINEARS)[place]
-        names = [stage.watched, *([stage.residual] if stage.residual else [])]
+        names = [stage.capture_module, *([stage.residual] if stage.residual else [])]
         whole: dict[str, dict[str, Tensor]] = {}
         for run, given in (("wanted", states), ("found", other)):
             seen: dict[str, list[Tensor]] = {name: [] for name in names}
-            with block.watching({name: pieces.append for name, pieces in seen.items()}):
+            with block.input_hooks({name: pieces.append for name, pieces in seen.items()}):
                 block.run(given)
             whole[run] = {name: torch.cat(pieces).flatten(0, 1) for name, pieces in seen.items()}
         features = {name: whole["found"][name].shape[1] for name in names}
@@ -67,8 +67,8 @@ def test_sums_are_those_of_both_runs(
         inputs.collect(states.clone(), Sample.spread(5, 32, slice(0, 5)), recording.watchers)
         drift = Drift(block, stage, scales)
         drift.observe(other, recording)
-        x = whole["found"][stage.watched]
-        lack = whole["wanted"][stage.watched] / scales - x
+        x = whole["found"][stage.capture_module]
+        lack = whole["wanted"][stage.capture_module] / scales - x
         weight = block.weight(stage.linears[0])
         missing = lack @ weight.T
         if stage.residual:
@@ -104,7 +104,7 @@ def test_wide_inputs_make_up_part_by_part(
     linears: tuple[str, ...], make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Halved inputs, whose parts know nothing of each other: every part of the weights becomes about twice itself."""
-    monkeypatch.setattr(statistics, "WIDEST", 32)
+    monkeypatch.setattr(statistics, "MAX_GRAM", 32)
     monkeypatch.setattr(statistics, "BOUNDARY", 16)
     monkeypatch.setattr(linear, "CHUNK", 32 * 7)  # several chunks of rows
     states = torch.randn(64, 32, 64, generator=torch.Generator().manual_seed(0))

@@ -39,7 +39,7 @@ def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypa
 
     import squawq.transformers
 
-    monkeypatch.setattr("squawq.quantization.inputs.LEAST_TOKENS", 130)  # some experts see more, some fewer
+    monkeypatch.setattr("squawq.quantization.inputs.MIN_TOKENS", 130)  # some experts see more, some fewer
     seen: list[torch.Tensor] = []  # what each layer is given in the quantized run
     finish = LayerQuantizer.finish
 
@@ -91,7 +91,7 @@ def test_scales_leave_the_function_as_it_was(model_type: str, tmp_path: Path) ->
             expected = block.run(states)
             nothing = QuantConfig(group_size=32, modules_to_not_convert=("layers",), dtype="bfloat16")
             plan = LayerPlan(
-                blocks.skeleton.shapes(index), FAMILIES[model_type], nothing, FAMILIES[model_type].layer(index)
+                blocks.meta_model.shapes(index), FAMILIES[model_type], nothing, FAMILIES[model_type].layer(index)
             )
             worker, folding = LayerQuantizer(block, plan), Folding()
             for group in block.groups:
@@ -114,7 +114,7 @@ def test_residuals_are_what_outputs_are_added_to(model_type: str, tmp_path: Path
             groups = [group for group in block.groups if group.residual]
             inputs: dict[str, list[torch.Tensor]] = {g.previous: [] for g in block.groups if "norm" in g.previous}
             inputs |= {name: [] for g in groups for name in (g.residual, *g.linears)}
-            with block.watching({name: seen.append for name, seen in inputs.items()}):
+            with block.input_hooks({name: seen.append for name, seen in inputs.items()}):
                 result = block.run(states)
             for group in groups:
                 assert len(group.linears) == 1
@@ -133,7 +133,7 @@ def test_experts_that_see_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for layer in range(2):
         state[f"model.layers.{layer}.mlp.gate.weight"].zero_()
     save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr("squawq.quantization.inputs.LEAST_TOKENS", 100)
+    monkeypatch.setattr("squawq.quantization.inputs.MIN_TOKENS", 100)
     report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
     for layer in report["layers"]:
         rows = {row["name"]: row for row in layer["linears"] if "tokens" in row}

@@ -166,7 +166,7 @@ def test_wide_inputs_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of the Gram matrix are rounded on their own, also where a group spans them all."""
     from squawq.quantization import statistics
 
-    monkeypatch.setattr(statistics, "WIDEST", 64)
+    monkeypatch.setattr(statistics, "MAX_GRAM", 64)
     monkeypatch.setattr(statistics, "BOUNDARY", 32)
     x = inputs(2000, 160)
     for group in (32, -1):

@@ -20,7 +20,7 @@ from squawq.tokenizer import Tokenizer, check_messages
 
 SEPARATOR = "\n=====\n"
 DEFAULT_SAMPLES = 128
-LEAST_BLOCKS = 4
+MIN_BLOCKS = 4
 DATE = datetime(2024, 7, 26)  # what templates that print today's date get: equal runs must see equal tokens
 PACKED = {
     b"\x1f\x8b": "gzip",
@@ -52,7 +52,7 @@ def token_blocks(
     Raises CalibrationError when there is too little text, saying how much there is and how much is needed.
     """
     wanted = most if samples is None else samples
-    least = min(LEAST_BLOCKS, most) if samples is None else samples
+    least = min(MIN_BLOCKS, most) if samples is None else samples
     stream: list[int] = []
     for ids in _documents(source, open_tokenizer):
         stream.extend(ids)

@@ -19,17 +19,17 @@ from torch import Tensor
 from squawq.families import expert_of
 from squawq.layerwise.blocks import Block
 from squawq.layerwise.tensor_names import all_finite
-from squawq.quantization.inputs import LayerInputs, Watcher
+from squawq.quantization.inputs import InputHook, LayerInputs
 from squawq.quantization.states import Spool
 from squawq.quantization.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Linears that read the same input, that of the module `watched`. residual: the norm whose input their output is
-    added to, "" where that is not so."""
+    """Linears that read the same input, captured at `capture_module`. residual: the norm whose input their output is
+    added to, "" if it is not."""
 
-    watched: str
+    capture_module: str
     linears: tuple[str, ...]
     residual: str
 
@@ -40,8 +40,8 @@ def stages(block: Block, inputs: LayerInputs, converted: list[str]) -> list[Stag
     for group in block.groups:
         linears = [name for name in group.linears if name in converted and expert_of(name) is None]
         for name in linears:
-            watched = inputs.watched(name)
-            same = tuple(n for n in linears if inputs.watched(n) == watched)
+            watched = inputs.capture_module(name)
+            same = tuple(n for n in linears if inputs.capture_module(n) == watched)
             found.setdefault(watched, Stage(watched, same, group.residual if len(linears) == 1 else ""))
     return list(found.values())
 
@@ -53,10 +53,10 @@ class Recording:
     def __init__(self, features: Mapping[str, int], folder: Path, in_memory: float) -> None:
         whole = sum(features.values())
         self._kept = {name: Spool(folder, in_memory * width / whole) for name, width in features.items()}
-        self.watchers: dict[str, Watcher] = {name: self._keeper(spool) for name, spool in self._kept.items()}
+        self.watchers: dict[str, InputHook] = {name: self._keeper(spool) for name, spool in self._kept.items()}
 
     @staticmethod
-    def _keeper(spool: Spool) -> Watcher:
+    def _keeper(spool: Spool) -> InputHook:
         return lambda x: spool.add(x.to(torch.bfloat16))
 
     def again(self, module: str) -> Reading:
@@ -65,7 +65,7 @@ class Recording:
 
     def keep(self, todo: Iterable[Stage]) -> None:
         """Forget what none of these stages reads."""
-        needed = {module for stage in todo for module in (stage.watched, stage.residual)}
+        needed = {module for stage in todo for module in (stage.capture_module, stage.residual)}
         for module in self._kept.keys() - needed:
             del self._kept[module], self.watchers[module]
 
@@ -105,15 +105,17 @@ class Drift:
         """All that is added up over processes."""
         return [*self.inputs.sums, *self.lack]
 
-    def observe(self, states: Tensor, recording: Recording, also: Mapping[str, Watcher] = MappingProxyType({})) -> None:
+    def observe(
+        self, states: Tensor, recording: Recording, also: Mapping[str, InputHook] = MappingProxyType({})
+    ) -> None:
         """Run the quantized model's hidden states up to the stage. also: what else sees the inputs of modules."""
-        at, residual = recording.again(self.stage.watched), self.stage.residual
-        watchers: dict[str, Watcher] = {self.stage.watched: lambda x: self._add(*at.beside(x))}
+        at, residual = recording.again(self.stage.capture_module), self.stage.residual
+        watchers: dict[str, InputHook] = {self.stage.capture_module: lambda x: self._add(*at.beside(x))}
         if residual:
             base = recording.again(residual)
             watchers = {residual: lambda x: self._keep(*base.beside(x))} | watchers
-        with self._block.watching(also):
-            self._block.feed(states, watchers)
+        with self._block.input_hooks(also):
+            self._block.run_until_captured(states, watchers)
 
     def _keep(self, x: Tensor, wanted: Tensor) -> None:
         self._residual = wanted.sub_(x)

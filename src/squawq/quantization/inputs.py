@@ -18,9 +18,9 @@ from squawq.layerwise.blocks import Block
 from squawq.quantization.states import Sample
 from squawq.quantization.statistics import InputStatistics
 
-Watcher = Callable[[Tensor], object]
+InputHook = Callable[[Tensor], object]
 SCALING_TOKENS = 4096  # are enough to choose scales by
-LEAST_TOKENS = 256  # an expert that saw fewer is calibrated on all sampled tokens instead
+MIN_TOKENS = 256  # an expert that saw fewer is calibrated on all sampled tokens instead
 
 
 class LayerInputs:
@@ -32,31 +32,33 @@ class LayerInputs:
         self.tokens: dict[str, int] = {}
         self.rare: list[str] = []
         self.statistics: dict[str, InputStatistics] = {}
-        self._watched: dict[str, str] = {}
+        self._capture_module: dict[str, str] = {}
         first: dict[object, str] = {}
         for number, group in enumerate(self.groups):
             for name in group.linears:
                 expert = expert_of(name)
-                self._watched[name] = first.setdefault((number, expert), name) if expert else group.watched
+                self._capture_module[name] = (
+                    first.setdefault((number, expert), name) if expert else group.capture_module
+                )
 
     def collect(
         self,
         states: Tensor,
         sample: Sample,
-        record: Mapping[str, Watcher] = MappingProxyType({}),
+        record: Mapping[str, InputHook] = MappingProxyType({}),
         lasting: Collection[str] | None = None,
     ) -> None:
         """Run this process's hidden states [blocks, tokens, hidden] through the layer, in place. record: what else sees
         the inputs of modules. lasting: modules whose statistics serve more than the choice of scales (None: all)."""
         self.before = sample.of(states)
         modules = dict.fromkeys(
-            place for g in self.groups for place in (g.watched, *(self._watched[n] for n in g.linears))
+            place for g in self.groups for place in (g.capture_module, *(self._capture_module[n] for n in g.linears))
         )
         self.statistics = {name: self._empty(name) for name in modules}
         step = max(1, sample.tokens // SCALING_TOKENS) | 1  # odd: else it would meet the same places of every block
         whole = self.statistics if lasting is None else lasting
         watchers = {n: s.update if n in whole else _thinned(s, step) for n, s in self.statistics.items()}
-        with self.block.watching(watchers), self.block.watching(record):
+        with self.block.input_hooks(watchers), self.block.input_hooks(record):
             self.block.run(states, in_place=True)
         self.after = sample.of(states)
 
@@ -71,12 +73,12 @@ class LayerInputs:
         self._inputs = self._sample(inspected)
         self._route_to_rare()
 
-    def watched(self, linear: str) -> str:
+    def capture_module(self, linear: str) -> str:
         """The module whose input a linear's is."""
-        return self._watched[linear]
+        return self._capture_module[linear]
 
     def of_group(self, group: ScalingGroup) -> InputStatistics:
-        return self.statistics[group.watched]
+        return self.statistics[group.capture_module]
 
     def whole(self, module: str) -> Tensor:
         """The sampled blocks' input of an inspected module, float32 [blocks, tokens, hidden]."""
@@ -86,8 +88,8 @@ class LayerInputs:
         """Those of the linears whose inputs' statistics are still here, by the modules whose inputs these are."""
         found: dict[str, list[str]] = {}
         for name in linears:
-            if self._watched[name] in self.statistics:
-                found.setdefault(self._watched[name], []).append(name)
+            if self._capture_module[name] in self.statistics:
+                found.setdefault(self._capture_module[name], []).append(name)
         return found
 
     def keep(self, modules: Collection[str]) -> None:
@@ -99,7 +101,7 @@ class LayerInputs:
         return self.statistics.pop(module)
 
     def _empty(self, module: str) -> InputStatistics:
-        features = self.before.shape[-1] if module not in self._watched else self.block.weight(module).shape[1]
+        features = self.before.shape[-1] if module not in self._capture_module else self.block.weight(module).shape[1]
         return InputStatistics(features, self.block.device)
 
     def _sample(self, inspected: bool) -> dict[str, Tensor]:
@@ -107,7 +109,7 @@ class LayerInputs:
         names = {n for group in self.groups for n in (group.inspect if inspected else "", group.input) if n}
         seen: dict[str, list[Tensor]] = {name: [] for name in names}
         if seen:
-            with self.block.watching({name: pieces.append for name, pieces in seen.items()}):
+            with self.block.input_hooks({name: pieces.append for name, pieces in seen.items()}):
                 self.block.run(self.before)
         return {"": self.before} | {name: torch.cat(pieces) for name, pieces in seen.items()}
 
@@ -117,12 +119,12 @@ class LayerInputs:
         for expert, block in block_of.items():
             if expert is None:
                 continue
-            watched = {place for name, place in self._watched.items() if expert_of(name) == expert}
+            watched = {place for name, place in self._capture_module.items() if expert_of(name) == expert}
             self.tokens[expert] = max(self.statistics[name].rows for name in watched)
-            if self.tokens[expert] < LEAST_TOKENS:
+            if self.tokens[expert] < MIN_TOKENS:
                 self.rare.append(expert)
                 fresh = {name: self._empty(name) for name in watched}
-                with self.block.watching({name: s.update for name, s in fresh.items()}), torch.no_grad():
+                with self.block.input_hooks({name: s.update for name, s in fresh.items()}), torch.no_grad():
                     self.block.module.get_submodule(expert)(self._inputs[block].flatten(0, -2))
                 self.statistics |= fresh
 
@@ -134,10 +136,10 @@ class LayerInputs:
                 yield f"{name}: {dead} input channels without signal keep scale 1"
         if self.rare:
             few, all_ = len(self.rare), len(self.tokens)
-            yield f"{few} of {all_} experts saw fewer than {LEAST_TOKENS} tokens; calibrated on all sampled tokens"
+            yield f"{few} of {all_} experts saw fewer than {MIN_TOKENS} tokens; calibrated on all sampled tokens"
 
 
-def _thinned(statistics: InputStatistics, step: int) -> Watcher:
+def _thinned(statistics: InputStatistics, step: int) -> InputHook:
     """Every so many-th token, counted on from batch to batch."""
     ahead = 0
 

@@ -94,8 +94,8 @@ class LayerQuantizer:
                 chosen.groups.append(GroupRecord(group.linears, best.formula, best.ratio, quantiles(best.scales)))
                 if best.formula != "identity":
                     self.fold(group, best.scales, chosen.folding)
-            if group.watched not in lasting:
-                inputs.statistics.pop(group.watched, None)
+            if group.capture_module not in lasting:
+                inputs.statistics.pop(group.capture_module, None)
         return chosen
 
     def _best_scales(
@@ -106,7 +106,7 @@ class LayerQuantizer:
         candidates = scale_candidates(stats.mean_absolute, weight_importance(weights, size), self.config.scale_steps)
         if not self.config.duo_scaling:
             candidates = [c for c in candidates if c.formula != "xw"]
-        if group.inspect is None or self.config.sees_errors:  # a module would judge another rounding than will be
+        if group.inspect is None or self.config.error_feedback:  # a module would judge another rounding than will be
             return best_scales(candidates, weights, stats.loss, size, zero_point)
         module, given = group.inspect, inputs.whole(group.inspect)
         wanted = self.block.inspect(module, given)
@@ -154,7 +154,7 @@ class LayerQuantizer:
     def choose_integers(self, linears: Iterable[str], rounder: LinearRounder, chosen: Chosen) -> dict[str, Packed]:
         """Integers, packed, for linears of the folded layer that share an input; their weights are given up for it."""
         if rounder.drift is not None:
-            chosen.notes += rounder.stats.notes(f"{rounder.drift.stage.watched}, behind quantized layers")
+            chosen.notes += rounder.stats.notes(f"{rounder.drift.stage.capture_module}, behind quantized layers")
         return {name: self._integers(name, rounder, chosen) for name in linears}
 
     def _integers(self, name: str, rounder: LinearRounder, chosen: Chosen) -> Packed:
@@ -241,7 +241,7 @@ class LayerQuantizer:
         relative: tuple[float | None, float | None] = (None, None),
     ) -> dict[str, Any]:
         searched, linears = kept != "rtn", []
-        for name in (name for group in self.groups for name in (*group.linears, *group.readers)):
+        for name in (name for group in self.groups for name in (*group.linears, *group.unquantized_consumers)):
             out_features, in_features = self.block.weight(name).shape
             rounded, loss = chosen.losses.get(name, (None, None))
             linears.append(

@@ -132,10 +132,10 @@ def _write_outer(work: Work, job: Job) -> None:
     Parts of the checkpoint that are no text model go with the head, as they are.
     """
     blocks, dtype = work.blocks, getattr(torch, work.config.dtype)
-    checkpoint, places = blocks.checkpoint, blocks.places
+    checkpoint, names = blocks.checkpoint, blocks.names
     embedding = f"{blocks.family.embedding}.weight"
-    names = [places.stored(name) for name in blocks.skeleton.outer if name != embedding]
-    for part, own in ((0, [places.stored(embedding)]), (job.layers + 1, [*names, *places.beside])):
+    head = [names.stored_name(name) for name in blocks.meta_model.outer if name != embedding]
+    for part, own in ((0, [names.stored_name(embedding)]), (job.layers + 1, [*head, *names.other_tensors])):
         if job.record(part) is None:
             job.commit(part, {n: cast(read_finite(checkpoint, n), dtype, n) for n in own}, {})
 
@@ -197,12 +197,12 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
     size = write_index(job.partial)
     records = [job.record(part) or {} for part in range(1, job.layers + 1)]
     kept = [
-        {"name": blocks.places.module(f"{record['name']}.{row['name']}"), "reason": row["kept_in_16_bits"]}
+        {"name": blocks.names.stored_module(f"{record['name']}.{row['name']}"), "reason": row["kept_in_16_bits"]}
         for record in records
         for row in record["linears"]
         if "kept_in_16_bits" in row
     ]
-    kept += [{"name": name, "reason": "no part of the text model"} for name in blocks.places.parts]
+    kept += [{"name": name, "reason": "no part of the text model"} for name in blocks.names.other_parts]
     raw: dict[str, Any] = without(checkpoint.config.raw, ("dtype", "torch_dtype", *CODE))
     raw["torch_dtype"] = config.dtype
     raw["quantization_config"] = config.to_quantization_config([row["name"] for row in kept])
@@ -216,7 +216,7 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
         "source_bytes": checkpoint.nbytes(),
         "bytes": size,
         "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
-        "embedding_bytes": math.prod(blocks.skeleton.outer[f"{blocks.family.embedding}.weight"]) * 2,
+        "embedding_bytes": math.prod(blocks.meta_model.outer[f"{blocks.family.embedding}.weight"]) * 2,
         "calibration": calibration,
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
         "kept_in_16_bits": kept,
@@ -236,7 +236,7 @@ def _public_calibration(calibration: Calibration) -> str | None:
 
 
 def _left_out(blocks: Blocks) -> list[str]:
-    ignored = blocks.places.ignored
+    ignored = blocks.names.ignored
     return (
         [f"{len(ignored)} tensors that transformers leaves aside are not written, as {ignored[0]}"] if ignored else []
     )

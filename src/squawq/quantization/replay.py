@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from squawq.layerwise.blocks import Block
-from squawq.quantization.inputs import Watcher
+from squawq.quantization.inputs import InputHook
 from squawq.quantization.states import Spool
 
 
@@ -25,11 +25,11 @@ class Replay:
 
     def __init__(self, block: Block, linears: Iterable[str], folder: Path, in_memory: float) -> None:
         self._block, self._folder, self._in_memory = block, folder, in_memory
-        self._endings = block.endings(linears)
+        self._endings = block.output_modules(linears)
         self._inputs: dict[str, Spool] = {}
         self._outputs: dict[str, Spool] = {}
 
-    def watchers(self, linears: Iterable[str]) -> Mapping[str, Watcher]:
+    def watchers(self, linears: Iterable[str]) -> Mapping[str, InputHook]:
         """What has to see the inputs of linears in the run before they are rounded."""
         self._inputs = {name: Spool(self._folder, self._in_memory) for name in linears if name in self._endings}
         return {name: spool.add for name, spool in self._inputs.items()}
@@ -48,5 +48,5 @@ class Replay:
     def playing(self) -> Iterator[None]:
         """While open, the layer runs over all tokens once, its settled modules giving out what they were seen with."""
         outputs: dict[str, Iterator[Tensor]] = {name: iter(spool) for name, spool in self._outputs.items()}
-        with self._block.replacing({self._endings[name]: pieces for name, pieces in outputs.items()}):
+        with self._block.replaying({self._endings[name]: pieces for name, pieces in outputs.items()}):
             yield

@@ -14,7 +14,7 @@ from torch import Tensor
 from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.search import gram_loss
 
-WIDEST = 16_384  # inputs up to which the Gram matrix is whole: 1 GiB
+MAX_GRAM = 16_384  # inputs up to which the Gram matrix is whole: 1 GiB
 BOUNDARY = 256  # wider ones are cut at multiples of the largest group size, so that a group lies in one block
 ROWS = 4096  # inputs added up at once: a long sum of short ones loses less in float32, and copies stay small
 PANEL = 256  # rows of a Gram matrix that end at the same column: what lies above its diagonal is not computed twice
@@ -36,9 +36,8 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def gram_spans(features: int) -> list[slice]:
-    """Which inputs share a block of the Gram matrix: all of them, or parts of at most WIDEST, equal as far as BOUNDARY
-    allows."""
-    blocks, pieces = -(-features // WIDEST), -(-features // BOUNDARY)
+    """Inputs that share a block of the Gram matrix: all, or parts of at most MAX_GRAM, as equal as BOUNDARY allows."""
+    blocks, pieces = -(-features // MAX_GRAM), -(-features // BOUNDARY)
     cuts = [min(features, pieces * index // blocks * BOUNDARY) for index in range(blocks + 1)]
     return [slice(start, stop) for start, stop in pairwise(cuts)]
 

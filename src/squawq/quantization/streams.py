@@ -64,7 +64,7 @@ class Streams:
         """The quantized stream through the layer as it lies on disk. replay: spares what was computed before."""
         if self.quantized is not None:
             with ranks.together(), replay:
-                block.fill(stored)
+                block.load_stored(stored)
                 block.run(self.quantized, in_place=True)
 
 
@@ -84,7 +84,7 @@ class LayerPass:
             todo = [] if before is None else stages(block, inputs, self.worker.converted)
             recording = self._recording(todo)
             staged = {name for stage in todo for name in stage.linears}
-            lasting = {inputs.watched(name) for name in self.worker.converted if name not in staged}
+            lasting = {inputs.capture_module(name) for name in self.worker.converted if name not in staged}
             self.replay = Replay(block, staged, self.folder, streams.states_memory / 4)
             inputs.collect(streams.reference, streams.sample, recording.watchers, lasting)
         ranks.add_up(inputs.sums if before is None else [*inputs.sums, before])
@@ -111,13 +111,13 @@ class LayerPass:
         return ranks.on_first(lambda: commit(self.worker.finish(chosen, given, inputs.after)))
 
     def _recording(self, todo: list[Stage]) -> Recording:
-        features = {stage.watched: self.block.weight(stage.linears[0]).shape[1] for stage in todo}
+        features = {stage.capture_module: self.block.weight(stage.linears[0]).shape[1] for stage in todo}
         hidden = self.streams.reference.shape[-1]
         features |= {stage.residual: hidden for stage in todo if stage.residual}
         return Recording(features, self.folder, self.streams.states_memory / 2)
 
     def _scales(self, inputs: LayerInputs, lasting: Collection[str]) -> Chosen:
-        inputs.complete(inspected=not self.config.sees_errors)
+        inputs.complete(inspected=not self.config.error_feedback)
         chosen = self.worker.choose_scales(inputs, lasting)
         chosen.folding = chosen.folding.to("cpu")
         return chosen
@@ -138,4 +138,4 @@ class LayerPass:
     def _put(self, packed: Mapping[str, Packed]) -> None:
         with self.ranks.together():
             for name, tensors in packed.items():
-                self.block.put(name, **tensors)
+                self.block.load_packed(name, **tensors)

@@ -80,13 +80,13 @@ def prepare(
         raise ConfigError(
             "method 'rtn' rounds without looking at text; leave the calibration out, or use another method"
         )
-    size = result_bytes({name: checkpoint.tensors[name] for name in blocks.places.written}, converted, config)
+    size = result_bytes({name: checkpoint.tensors[name] for name in blocks.names.stored_names}, converted, config)
     same = identity(checkpoint, config, tokens, device)
     return Work(blocks, config, tokens, folder, same, public_name(model), size)
 
 
 def _plan(blocks: Blocks, config: QuantConfig, index: int) -> LayerPlan:
-    return LayerPlan(blocks.skeleton.shapes(index), blocks.family, config, blocks.family.layer(index))
+    return LayerPlan(blocks.meta_model.shapes(index), blocks.family, config, blocks.family.layer(index))
 
 
 def _choice(blocks: Blocks, config: QuantConfig) -> dict[str, int]:
@@ -104,8 +104,8 @@ def _choice(blocks: Blocks, config: QuantConfig) -> dict[str, int]:
         raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
     found: dict[str, int] = {}
     for index, plan in enumerate(layers):
-        shapes = blocks.skeleton.shapes(index)
-        found |= {blocks.places.holder(f"{plan.prefix}.{n}.weight"): shapes[n][1] for n in plan.converted}
+        shapes = blocks.meta_model.shapes(index)
+        found |= {blocks.names.storage_name(f"{plan.prefix}.{n}.weight"): shapes[n][1] for n in plan.converted}
     return found
 
 
@@ -113,7 +113,7 @@ def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:
     """What was asked for, or the source's: bfloat16 holds values that float16 cannot, and the model may need them."""
     if config.dtype != "auto":
         return config.dtype
-    info = blocks.checkpoint.info(blocks.places.stored(f"{blocks.family.embedding}.weight"))
+    info = blocks.checkpoint.info(blocks.names.stored_name(f"{blocks.family.embedding}.weight"))
     return "bfloat16" if info.dtype == torch.bfloat16 else "float16"
 
 
