@@ -1,14 +1,14 @@
-"""The processes that share one calibration: torchrun's ranks, or one alone. The one door to torch.distributed.
+"""The ranks that share one calibration: torchrun's processes, or one process alone. The one door to torch.distributed.
 
-All ranks go through the same steps. Work that may fail happens in `together` or `on_first`, exchanges outside of
-them, so that an error on one rank ends all with that error and nobody waits for who has gone. Knows no model.
+All ranks run the same program and meet at `all_reduce`, `broadcast` and `check_same`. An exception on one rank is
+raised on all others at their next meeting, so that none waits for a rank that has gone.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -21,48 +21,44 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """One process alone: whatever ranks exchange, it has."""
+    """The no-op communicator: one process alone."""
 
     rank, size = 0, 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that decides, writes and speaks."""
+        """Whether this is rank 0, which searches, writes and reports."""
         return self.rank == 0
 
     def device(self, device: str) -> str:
-        """The device of this rank where `device` is the one asked for."""
+        """This rank's device where `device` is the one asked for."""
         return device
 
     def share(self, blocks: int) -> slice:
-        """Which of so many calibration blocks are this rank's. Raises CalibrationError where one would have none."""
+        """This rank's calibration blocks. Raises CalibrationError if a rank would have none."""
         if blocks < self.size:
             raise CalibrationError(
                 f"{self.size} processes cannot share {blocks} calibration blocks; give more samples, or start fewer"
             )
         return slice(blocks * self.rank // self.size, blocks * (self.rank + 1) // self.size)
 
-    def together(self) -> AbstractContextManager[None]:
-        """Work that every rank does, without exchanges; an error on one is raised on all."""
+    def session(self) -> AbstractContextManager[None]:
+        """Encloses all work that the ranks do together; an exception inside it on one rank is raised on all."""
         return nullcontext()
 
-    def on_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the first rank, told to all; tensors in it have to be on the CPU."""
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Raise ConfigError, on all ranks, if another rank has other values."""
+
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors with their sums over all ranks, in place."""
+
+    def broadcast(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and return its result on all ranks; tensors in it must be on the CPU."""
         return work()
 
-    def opened(self, make: Callable[[], AbstractContextManager[T]]) -> AbstractContextManager[T]:
-        """A context that every rank enters; an error in that on one is raised on all."""
-        return make()
-
-    def owned(self, make: Callable[[], AbstractContextManager[T]]) -> AbstractContextManager[T]:
-        """A context of the first rank alone; what it gives is to be used within `on_first` and nowhere else."""
-        return self.opened(make if self.first else lambda: nullcontext(cast(T, None)))
-
-    def check_same(self, values: Mapping[str, Any]) -> None:
-        """Raises ConfigError where another rank has other values."""
-
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors with their sums over the ranks."""
+    def on_first(self, make: Callable[[], AbstractContextManager[T]]) -> AbstractContextManager[T]:
+        """Open a context on rank 0 alone; its value may only be used in `broadcast`."""
+        return make() if self.first else nullcontext(cast(T, None))
 
 
 class TorchRanks(Ranks):
@@ -70,6 +66,7 @@ class TorchRanks(Ranks):
 
     def __init__(self) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self._over = False  # all ranks know that the session has failed
 
     def device(self, device: str) -> str:
         if device == "cuda":
@@ -81,55 +78,64 @@ class TorchRanks(Ranks):
         return device
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        own: BaseException | None = None
+    def session(self) -> Iterator[None]:
+        self._over = False
         try:
             yield
-        except BaseException as error:  # also what stops a run: all stop
-            own = error
-        failures = self._gather(None if own is None else _portable(self.rank, own))
-        for rank, failure in enumerate(failures):
-            if own is not None and rank == self.rank:
-                raise own
-            if failure is not None:
-                kind, *arguments = failure
-                raise kind(*arguments)
-
-    def on_first(self, work: Callable[[], T]) -> T:
-        found: list[Any] = [None]
-        with self.together():
-            if self.first:
-                found[0] = work()
-        with _answered():
-            distributed.broadcast_object_list(found, src=0)
-        return cast(T, found[0])
-
-    @contextmanager
-    def opened(self, make: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
-        with ExitStack() as stack:
-            with self.together():
-                thing = stack.enter_context(make())
-            yield thing
+            self._meet()
+        except BaseException as error:  # also KeyboardInterrupt: all ranks stop
+            if not self._over:
+                self._gather(_portable(self.rank, error))
+            raise
 
     def check_same(self, values: Mapping[str, Any]) -> None:
+        self._meet()
         first, *others = self._gather(dict(values))
         for rank, other in enumerate(others, 1):
             if differing := ", ".join(sorted(key for key in first if first[key] != other.get(key))):
+                self._over = True
                 raise ConfigError(
                     f"process {rank} has another {differing} than process 0; every host needs the same "
                     "model, calibration, settings and squawq"
                 )
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
-        with _answered():
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
+        self._meet()
+        with self._answered():
             for tensor in tensors:
                 distributed.all_reduce(tensor)
 
+    def broadcast(self, work: Callable[[], T]) -> T:
+        self._meet()
+        found: list[Any] = [work() if self.first else None]
+        self._meet()
+        with self._answered():
+            distributed.broadcast_object_list(found, src=0)
+        return cast(T, found[0])
+
+    def _meet(self) -> None:
+        """Wait for all ranks, and raise the exception of the first one that failed."""
+        if failure := next((found for found in self._gather(None) if found is not None), None):
+            self._over = True
+            kind, *arguments = failure
+            raise kind(*arguments)
+
     def _gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
-        with _answered():
+        with self._answered():
             distributed.all_gather_object(found, value)
         return found
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed's kinds are all of this one
+            self._over = True
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise RankError(
+                f"another process of this run has ended or does not answer; its own message says why ({reason})"
+            ) from error
 
 
 def _portable(rank: int, error: BaseException) -> tuple[Any, ...]:
@@ -140,19 +146,8 @@ def _portable(rank: int, error: BaseException) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # torch.distributed's kinds are all of this one
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise RankError(
-            f"another process of this run has ended or does not answer; its own message says why ({reason})"
-        ) from error
-
-
-@contextmanager
 def torchrun_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun has started this process among, while the context is open; else this process alone."""
+    """The ranks that torchrun started this process among, while the context is open; else this process alone."""
     if not distributed.is_available() or not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield Ranks()
         return

@@ -121,5 +121,5 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     with torchrun_ranks("cuda") as ranks:
         assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
         assert ranks.device("cuda:1") == "cuda:1"
-        with pytest.raises(ConfigError, match="as it is"), ranks.together():
+        with pytest.raises(ConfigError, match="as it is"), ranks.session():
             raise ConfigError("as it is")

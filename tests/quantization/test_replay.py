@@ -57,7 +57,7 @@ def test_settled_modules_are_not_run_again(
             block.module.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
         replay = Replay(block, [ATTENTION, MLP], tmp_path, in_memory)
         for linear in (ATTENTION, MLP):
-            with block.input_hooks(replay.watchers([linear])):
+            with block.input_hooks(replay.hooks([linear])):
                 block.run(states)
             block.weight(linear).mul_(0.5)  # it is rounded now
             replay.settle()
@@ -76,11 +76,11 @@ def test_a_linear_seen_is_settled_once(make_model: MakeModel, tmp_path: Path) ->
     states = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0))
     with blocks_of(make_model()).open(0) as block:
         replay = Replay(block, [ATTENTION], tmp_path, 1.0)
-        with block.input_hooks(replay.watchers([ATTENTION])):
+        with block.input_hooks(replay.hooks([ATTENTION])):
             expected = block.run(states)
         replay.settle()
         block.weight(ATTENTION).zero_()
-        assert replay.watchers(["mlp.gate_proj"]) == {}
+        assert replay.hooks(["mlp.gate_proj"]) == {}
         replay.settle()
         for _ in range(2):
             with replay.playing():

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,10 +30,11 @@ from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import Calibration
 from squawq.quantization.check import DtypeCheck
 from squawq.quantization.job import Job
-from squawq.quantization.layer import LayerQuantizer, LayerResult, cast
+from squawq.quantization.layer import quantize_layer, round_layer
 from squawq.quantization.records import measured
+from squawq.quantization.result import LayerResult, cast
 from squawq.quantization.states import IN_MEMORY
-from squawq.quantization.streams import ANEW, LayerPass, Streams
+from squawq.quantization.streams import Streams
 from squawq.quantization.work import Work, prepare
 from squawq.readers import in_words, readers
 from squawq.report.files import REPORT, public_name, write_report
@@ -83,8 +85,10 @@ def quantize(
     """
     ranks = ranks or Ranks()
     if observer is not None or not progress or not ranks.first:
-        return _quantize(model, out, config, calibration, device, stream, observer or _Silent(), ranks, states_memory)
-    with LayerProgress() as shown:
+        with ranks.session():
+            silent = observer or _Silent()
+            return _quantize(model, out, config, calibration, device, stream, silent, ranks, states_memory)
+    with LayerProgress() as shown, ranks.session():
         report = _quantize(model, out, config, calibration, device, stream, shown, ranks, states_memory)
     if not shown.started:
         console.print(already_done(out))
@@ -107,23 +111,28 @@ def _quantize(
     ranks: Ranks,
     states_memory: float,
 ) -> dict[str, Any]:
-    with ranks.together():
-        if stream and ranks.size > 1:
-            raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
-        work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
-        share = None if work.tokens is None else ranks.share(len(work.tokens))
+    if stream and ranks.size > 1:
+        raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
+    work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
+    share = None if work.tokens is None else ranks.share(len(work.tokens))
     ranks.check_same(work.identity)
-    with ranks.owned(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
-        report = ranks.on_first(lambda: read_json(job.out / REPORT) if job.finished else None)
+    with ranks.on_first(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
+        report = ranks.broadcast(lambda: _begin(work, job))
         if report is None:
-            ranks.on_first(lambda: job.require_room(work.size, work.blocks.checkpoint.shards.room()))
-            ranks.on_first(lambda: _write_outer(work, job))
-            with ranks.together():
-                streams = None if share is None else Streams.embedded(work, share, states_memory)
-                check = DtypeCheck(work, job) if ranks.first else None
+            streams = None if share is None else Streams.embedded(work, share, states_memory)
+            check = DtypeCheck(work, job) if ranks.first else None
             _quantize_layers(work, streams, job, observer, ranks, check)
-            report = ranks.on_first(lambda: _finish(work, job, check, _public_calibration(calibration)))
+            report = ranks.broadcast(lambda: _finish(work, job, check, _public_calibration(calibration)))
         return Record(report)
+
+
+def _begin(work: Work, job: Job) -> dict[str, Any] | None:
+    """The report of a job that is done; otherwise write what is outside the layers."""
+    if job.finished:
+        return read_json(job.out / REPORT)
+    job.require_room(work.size, work.blocks.checkpoint.shards.room())
+    _write_outer(work, job)
+    return None
 
 
 def _write_outer(work: Work, job: Job) -> None:
@@ -144,32 +153,26 @@ def _quantize_layers(
     work: Work, streams: Streams | None, job: Job, observer: Observer, ranks: Ranks, check: DtypeCheck | None
 ) -> None:
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
-    done = ranks.on_first(lambda: [job.record(part) for part in range(1, layers + 1)])
-    with ranks.together():
-        runs_in = in_words(work.blocks.checkpoint.config, work.config)
-        observer.start(layers, tokens, sum(r is not None for r in done), runs_in)
+    done = ranks.broadcast(lambda: [job.record(part) for part in range(1, layers + 1)])
+    runs_in = in_words(work.blocks.checkpoint.config, work.config)
+    observer.start(layers, tokens, sum(r is not None for r in done), runs_in)
     for index, record in enumerate(done):
         if record is None:
             record = _quantize_layer(work, index, streams, job, ranks)
         elif streams is not None and not all(done[index:]):
-            _skip_layer(work, index, streams, job, ranks)
-        with ranks.together():
-            if check is not None:
-                check.layer(index)
-            observer.layer(record)
-
-
-def _skip_layer(work: Work, index: int, streams: Streams, job: Job, ranks: Ranks) -> None:
-    with ranks.opened(lambda: work.blocks.open(index)) as block:
-        streams.skip(block, lambda: job.tensors(index + 1), ranks)
+            stored = ranks.broadcast(partial(job.tensors, index + 1)) if streams.quantized is not None else {}
+            with work.blocks.open(index) as block:
+                streams.skip(block, stored)
+        if check is not None:
+            check.layer(index)
+        observer.layer(record)
 
 
 def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, ranks: Ranks) -> dict[str, Any]:
-    """One layer's way: chosen and put on disk by the first rank, left behind by all."""
+    """Quantize a layer and write it; returns its row of the report."""
     blocks, began = work.blocks, time.perf_counter()
-
     goes_on = streams is not None and streams.quantized is not None and index + 1 < len(blocks.layers)
-    with ranks.opened(lambda: blocks.open(index)) as block:
+    with blocks.open(index) as block:
 
         def commit(result: LayerResult) -> tuple[dict[str, Any], dict[str, Tensor]]:
             record, stored = result.record | measured(began, blocks.device), block.stored(result.tensors)
@@ -177,13 +180,8 @@ def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, r
             return record, stored if goes_on else {}
 
         if streams is None:
-            return ranks.on_first(lambda: commit(LayerQuantizer(block, work.plan(index)).round()))[0]
-        way = LayerPass(work, block, streams, ranks)
-        record, stored = way.run(commit)
-        if goes_on:
-            kept = record["method"] == work.config.method  # else plain rounding was better, and what was seen is void
-            streams.leave(block, stored, ranks, way.replay.playing() if kept else ANEW)
-        return record
+            return ranks.broadcast(lambda: commit(round_layer(block, work.plan(index)))[0])
+        return quantize_layer(block, work.plan(index), streams, ranks, commit)
 
 
 def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | None) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Replay:
         self._inputs: dict[str, Spool] = {}
         self._outputs: dict[str, Spool] = {}
 
-    def watchers(self, linears: Iterable[str]) -> Mapping[str, InputHook]:
+    def hooks(self, linears: Iterable[str]) -> Mapping[str, InputHook]:
         """What has to see the inputs of linears in the run before they are rounded."""
         self._inputs = {name: Spool(self._folder, self._in_memory) for name in linears if name in self._endings}
         return {name: spool.add for name, spool in self._inputs.items()}

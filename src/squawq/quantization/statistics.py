@@ -30,6 +30,11 @@ def token_errors(found: Tensor, wanted: Tensor) -> Tensor:
     return (lost / size.clamp(min=1e-30)).sqrt()
 
 
+def mean_square(a: Tensor, b: Tensor) -> float:
+    """Mean squared difference of float32 [..., features], summed in float64."""
+    return float((a - b).square().mean(-1).cpu().mean(dtype=torch.float64))
+
+
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Root mean square of `token_errors`."""
     return float(token_errors(found, wanted).square().mean().sqrt())
