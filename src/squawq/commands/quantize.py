@@ -73,6 +73,7 @@ def quantize(
     from squawq.quantization.pipeline import quantize as run
     from squawq.readers import how_to_run
     from squawq.report.files import PAGE
+    from squawq.report.schema import Report
     from squawq.report.words import sizes
 
     config = QuantConfig(
@@ -107,7 +108,7 @@ def quantize(
     if observer.started:
         for kept in report["kept_in_16_bits"]:
             console.print(f"{kept['name']} stays in 16 bits: {kept['reason']}")
-        console.print(sizes(report))
+        console.print(sizes(Report.read(report)))
     else:
         console.print(already_done(out))
     console.print(f"report: {out / PAGE}")

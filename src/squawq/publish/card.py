@@ -26,6 +26,7 @@ from squawq.publish.usage import usage
 from squawq.quant_config import METHODS, QuantConfig
 from squawq.quantization.job import identity
 from squawq.report.files import PAGE, REPORT
+from squawq.report.schema import Report, Settings
 
 README = "README.md"
 TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
@@ -205,12 +206,12 @@ def _yaml(matter: Mapping[str, Any]) -> str:
     return f"{ModelCardData(**matter).to_yaml()}\n"
 
 
-def _facts(found: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+def _facts(found: Mapping[str, Any], report: Report | None) -> str:
     quant, memory = found["quantization"], found["memory"]
     group = "a whole row" if quant["group_size"] == -1 else str(quant["group_size"])
     kept = len(found["kept_in_16_bits"])
     head = "" if found["head"] == "int4" else ", head"
-    before = f" (the original: {_size(report['source_bytes'])})" if report else ""
+    before = f" (the original: {_size(report.source_bytes)})" if report else ""
     rows = [
         f"| architecture | {found['architecture']}, {found['layers']} layers |",
         f"| parameters | {found['parameters']:,} |",
@@ -228,26 +229,13 @@ def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 10**9 else f"{count / 1e9:,.2f} GB"
 
 
-def _report(path: Path) -> dict[str, Any] | None:
-    """The report, what a card takes from it checked; None where there is none."""
+def _report(path: Path) -> Report | None:
+    """The report; None where there is none. Raises CheckpointError for one that a card cannot quote."""
     if not has_file(path):
         return None
-    report = read_json(path)
-    try:
-        config = report["job"]["config"]
-        counts = (report["source_bytes"], report["calibration_tokens"], config["group_size"], config["seqlen"])
-        losses = [row[key] for row in report["layers"] for key in ("loss_rounded", "loss")]
-        sound = (
-            re.fullmatch(r"[\w.+-]+", report["squawq"], re.ASCII)
-            and report["method"] in METHODS
-            and type(config["clip"]) is bool
-            and all(isinstance(count, int) and _is_number(count) for count in counts)
-            and all(loss is None or _is_number(loss) for loss in losses)
-        )
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{path} is not as squawq quantize writes it; get it from there again, or remove it")
+    report = Report.read(read_json(path), str(path))
+    if not re.fullmatch(r"[\w.+-]+", report.squawq, re.ASCII) or report.method not in METHODS:
+        raise CheckpointError(f"{path} is not as squawq quantize writes it; write it again, or remove it")
     return report
 
 
@@ -271,7 +259,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
-def _measured(report: Mapping[str, Any] | None, scores: Mapping[str, Any] | None) -> str:
+def _measured(report: Report | None, scores: Mapping[str, Any] | None) -> str:
     lines = []
     if scores is not None:
         lines += ["| | this model | 16-bit |", "|---|---|---|"]
@@ -284,7 +272,7 @@ def _measured(report: Mapping[str, Any] | None, scores: Mapping[str, Any] | None
         lines.append(
             f"On {scores['tokens']:,} tokens, window {scores['window']}, stride {scores['stride']} (`squawq eval`)."
         )
-    losses = [(row["loss_rounded"], row["loss"]) for row in (report or {}).get("layers", ())]
+    losses = [(row.loss_rounded, row.loss) for row in report.layers] if report else []
     if ratios := [after / before for before, after in losses if before and after is not None]:
         lines.append(
             f"Error of a layer's output on calibration text, median over {len(ratios)} layers: "
@@ -297,25 +285,25 @@ def _pair(scores: Mapping[str, Any]) -> str:
     return f"{scores['kl_mean']:.5f}, {scores['kl_p99']:.5f}"
 
 
-def _parts(method: str, config: Mapping[str, Any]) -> list[tuple[str, bool]]:
+def _parts(method: str, config: Settings) -> list[tuple[str, bool]]:
     """What a method is made of, and whether it was asked for; earlier reports lack some settings."""
     return [
         ("activation-aware scales", method != "rtn"),
-        ("clipping", method != "rtn" and config["clip"]),
-        ("error-compensated rounding", config.get("compensate", False)),
-        ("each layer calibrated behind quantized ones", config.get("sequential", False)),
+        ("clipping", method != "rtn" and config.clip),
+        ("error-compensated rounding", bool(config.compensate)),
+        ("each layer calibrated behind quantized ones", bool(config.sequential)),
     ]
 
 
-def _made(report: Mapping[str, Any] | None, drawn: bool) -> str:
+def _made(report: Report | None, drawn: bool) -> str:
     if report is None:
         return ""
-    config, tokens = report["job"]["config"], report["calibration_tokens"]
-    parts = [name for name, used in _parts(report["method"], config) if used]
+    config, tokens = report.job.config, report.calibration_tokens
+    parts = [name for name, used in _parts(report.method, config) if used]
     method = ", ".join(parts) or "plain rounding"
-    text = f"on {tokens:,} tokens of text in blocks of {config['seqlen']}" if tokens else "without calibration text"
+    text = f"on {tokens:,} tokens of text in blocks of {config.seqlen}" if tokens else "without calibration text"
     return (
-        f"## How it was made\n\nBy `squawq quantize` {report['squawq']}: {method}, {text}, group size "
-        f"{config['group_size']}. `{REPORT}` has every layer's losses and what else the result depends on"
+        f"## How it was made\n\nBy `squawq quantize` {report.squawq}: {method}, {text}, group size "
+        f"{config.group_size}. `{REPORT}` has every layer's losses and what else the result depends on"
         f"{f'; `{PAGE}` draws them' if drawn else ''}."
     )

@@ -38,6 +38,7 @@ from squawq.quantization.streams import Streams
 from squawq.quantization.work import Work, prepare
 from squawq.readers import in_words, readers
 from squawq.report.files import REPORT, public_name, write_report
+from squawq.report.schema import Report
 from squawq.showing import Record
 
 
@@ -223,6 +224,7 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
         "layers": records,
         "job": job.identity,
     }
+    report = Report.read(report).to_dict()
     write_report(job.partial, report)
     job.finish()
     return report

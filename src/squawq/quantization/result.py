@@ -17,7 +17,7 @@ from squawq.layerwise.blocks import EXACT, Block
 from squawq.layerwise.fold import Folding
 from squawq.layerwise.plan import LayerPlan
 from squawq.layerwise.tensor_names import all_finite
-from squawq.quantization.records import GroupRecord, LayerRecord, LinearRecord
+from squawq.report.schema import LayerRow, LinearRow, ScaleRow
 
 PackedLinear = dict[str, Tensor]  # qweight, scales and qzeros, on the CPU
 
@@ -43,7 +43,7 @@ class LayerQuantization:
         packed: AWQ integers, by linear.
         losses: Mean squared error of a linear's output by plain rounding and as quantized, by linear.
         clips: Quantiles of the range that is kept, by linear.
-        groups: Report rows of the scales.
+        scales: Report rows of the scales.
         notes: What is out of the ordinary.
         tokens: How many tokens each expert saw.
     """
@@ -52,7 +52,7 @@ class LayerQuantization:
     packed: dict[str, PackedLinear] = field(default_factory=dict)
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
     clips: dict[str, list[float]] = field(default_factory=dict)
-    groups: list[GroupRecord] = field(default_factory=list)
+    scales: list[ScaleRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tokens: Mapping[str, int] = field(default_factory=dict)
 
@@ -97,10 +97,10 @@ class LayerQuantization:
             out_features, in_features = block.weight(name).shape
             rounded, loss = self.losses.get(name, (None, None))
             linears.append(
-                LinearRecord(
-                    name,
-                    out_features,
-                    in_features,
+                LinearRow(
+                    name=name,
+                    out_features=out_features,
+                    in_features=in_features,
                     tokens=self.tokens.get(expert_of(name) or ""),
                     kept_in_16_bits=plan.kept.get(name),
                     loss_rounded=rounded,
@@ -108,9 +108,18 @@ class LayerQuantization:
                     clip=self.clips.get(name) if kept else None,
                 )
             )
-        method, groups = (plan.config.method, self.groups) if kept else ("rtn", [])
         before, after = losses or (None, None)
-        return LayerRecord(plan.prefix, method, before, after, groups, linears, self.notes, *relative).to_dict()
+        return LayerRow(
+            name=plan.prefix,
+            method=plan.config.method if kept else "rtn",
+            loss_rounded=before,
+            loss=after,
+            relative_error_rounded=relative[0],
+            relative_error=relative[1],
+            scales=self.scales if kept else [],
+            linears=linears,
+            notes=self.notes,
+        ).to_dict()
 
 
 def stored(plan: LayerPlan, name: str, tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from squawq.layerwise.blocks import Block
 from squawq.layerwise.fold import Folding
 from squawq.layerwise.plan import LayerPlan
 from squawq.quantization.inputs import LayerInputs
-from squawq.quantization.records import GroupRecord, quantiles
+from squawq.quantization.records import quantiles
 from squawq.quantization.result import LayerQuantization, stored
 from squawq.quantization.search import (
     ScaleCandidate,
@@ -26,6 +26,7 @@ from squawq.quantization.search import (
     weight_importance,
 )
 from squawq.quantization.statistics import InputStatistics, mean_square
+from squawq.report.schema import ScaleRow
 
 SAMPLED_LINEARS = 16  # of a group, on which scales are judged: those of many experts are much alike
 
@@ -55,7 +56,8 @@ def choose_scales(
         if names and stats.has_signal and takes_scales(block, group):
             sampled = names[:: -(-len(names) // SAMPLED_LINEARS)]
             best = _best_scales(block, plan, group, sampled, stats, samples)
-            chosen.groups.append(GroupRecord(group.linears, best.formula, best.ratio, quantiles(best.scales)))
+            spread, linears = quantiles(best.scales), list(group.linears)
+            chosen.scales.append(ScaleRow(linears=linears, formula=best.formula, ratio=best.ratio, quantiles=spread))
             if best.formula != "identity":
                 fold_group(block, plan, group, best.scales, folding)
         if group.capture_module not in whole:
