@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +26,7 @@ from squawq.publish.usage import usage
 from squawq.quant_config import METHODS, QuantConfig
 from squawq.quantization.job import identity
 from squawq.report.files import PAGE, REPORT
-from squawq.report.schema import Report, Settings
+from squawq.report.schema import Report
 
 README = "README.md"
 TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
@@ -75,6 +75,8 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
     Raises ConfigError for a folder that is not quantized in GEMM's layout or an evaluation that is none of it,
     CheckpointError for a report or a source's card that cannot be read.
     """
+    from huggingface_hub import ModelCard, ModelCardData
+
     folder, origin = Path(folder), origin or Origin()
     check_id(repo, "the repository")
     found = inspect(folder)
@@ -82,20 +84,28 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
         raise ConfigError(f"{folder}: is not quantized; squawq writes cards for AWQ folders")
     check_gemm(folder, found["quantization"]["format"])
     report = _report(folder / REPORT)
-    scores = None if origin.evaluation is None else _scores(origin.evaluation, folder, repo)
+    losses = [(row.loss_rounded, row.loss) for row in report.layers] if report else []
+    ratios = [after / before for before, after in losses if before and after is not None]
     matter = front_matter(origin)
-    base = matter.get("base_model")
-    original = f"[{base}](https://huggingface.co/{base})" if base else "a 16-bit model"
-    title = repo.partition("/")[2]
-    parts = [
-        f"# {title}\n\n{original}, its linear layers quantized to 4 bits with AWQ "
-        "([Lin et al.](https://arxiv.org/abs/2306.00978)): safetensors in AutoAWQ's GEMM layout.",
-        _facts(found, report),
-        _measured(report, scores),
-        _made(report, has_file(folder / PAGE)),
-        usage(repo, has_template(folder), found["runs_in"]),
-    ]
-    text = f"---\n{_yaml(matter)}---\n" + "\n\n".join(part for part in parts if part) + "\n\n"
+    card = ModelCard.from_template(
+        ModelCardData(**matter),
+        template_str=(files("squawq") / "publish" / "card.md").read_text(encoding="utf-8"),
+        title=repo.partition("/")[2],
+        base_model=matter.get("base_model"),
+        found=found,
+        quant=found["quantization"],
+        memory=found["memory"],
+        kept=len(found["kept_in_16_bits"]),
+        size=_size,
+        report=report,
+        scores=None if origin.evaluation is None else _scores(origin.evaluation, folder, repo),
+        ratios=ratios,
+        median=median(ratios) if ratios else None,
+        method=_method(report) if report else "",
+        drawn=has_file(folder / PAGE),
+        usage=usage(repo, has_template(folder), found["runs_in"]),
+    )
+    text = f"{card}\n\n"
     return text + _mark(text, repo, _fingerprint(folder))
 
 
@@ -200,31 +210,6 @@ def _is_plain(value: object) -> bool:
     return len(values) <= 200 and all(isinstance(v, str) and len(v) <= 500 for v in values)
 
 
-def _yaml(matter: Mapping[str, Any]) -> str:
-    from huggingface_hub import ModelCardData
-
-    return f"{ModelCardData(**matter).to_yaml()}\n"
-
-
-def _facts(found: Mapping[str, Any], report: Report | None) -> str:
-    quant, memory = found["quantization"], found["memory"]
-    group = "a whole row" if quant["group_size"] == -1 else str(quant["group_size"])
-    kept = len(found["kept_in_16_bits"])
-    head = "" if found["head"] == "int4" else ", head"
-    before = f" (the original: {_size(report.source_bytes)})" if report else ""
-    rows = [
-        f"| architecture | {found['architecture']}, {found['layers']} layers |",
-        f"| parameters | {found['parameters']:,} |",
-        f"| 4-bit weights | groups of {group}, {'zero point' if quant['zero_point'] else 'symmetric'}"
-        f"{'' if head else '; the head too'} |",
-        f"| 16-bit | embedding, norms{head}{f', {kept} linears (listed in config.json)' if kept else ''} |",
-        f"| size | {_size(found['bytes']['total'])}{before} |",
-        f"| memory for one sequence of {memory['context']:,} tokens | {_size(memory['int4']['total'])}; "
-        f"in 16 bits {_size(memory['fp16']['total'])} |",
-    ]
-    return "\n".join(["| | |", "|---|---|", *rows])
-
-
 def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 10**9 else f"{count / 1e9:,.2f} GB"
 
@@ -259,51 +244,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
-def _measured(report: Report | None, scores: Mapping[str, Any] | None) -> str:
-    lines = []
-    if scores is not None:
-        lines += ["| | this model | 16-bit |", "|---|---|---|"]
-        reference = scores.get("reference_perplexity")
-        lines.append(f"| perplexity | {scores['perplexity']:.4f} | {f'{reference:.4f}' if reference else ''} |")
-        if "kl_mean" in scores:
-            lines.append(f"| KL to 16 bits, mean and 99th percentile (nats) | {_pair(scores)} | |")
-            lines.append(f"| same likeliest token | {scores['top1_agreement']:.2%} | |")
-        lines.append("")
-        lines.append(
-            f"On {scores['tokens']:,} tokens, window {scores['window']}, stride {scores['stride']} (`squawq eval`)."
-        )
-    losses = [(row.loss_rounded, row.loss) for row in report.layers] if report else []
-    if ratios := [after / before for before, after in losses if before and after is not None]:
-        lines.append(
-            f"Error of a layer's output on calibration text, median over {len(ratios)} layers: "
-            f"{median(ratios) - 1:+.0%} against plain rounding."
-        )
-    return "\n".join(["## Measured\n", *lines]) if lines else ""
-
-
-def _pair(scores: Mapping[str, Any]) -> str:
-    return f"{scores['kl_mean']:.5f}, {scores['kl_p99']:.5f}"
-
-
-def _parts(method: str, config: Settings) -> list[tuple[str, bool]]:
-    """What a method is made of, and whether it was asked for; earlier reports lack some settings."""
-    return [
-        ("activation-aware scales", method != "rtn"),
-        ("clipping", method != "rtn" and config.clip),
-        ("error-compensated rounding", bool(config.compensate)),
-        ("each layer calibrated behind quantized ones", bool(config.sequential)),
+def _method(report: Report) -> str:
+    """What the method is made of; earlier reports lack some settings."""
+    config, searched = report.job.config, report.method != "rtn"
+    parts = [
+        ("activation-aware scales", searched),
+        ("clipping", searched and config.clip),
+        ("error-compensated rounding", config.compensate),
+        ("each layer calibrated behind quantized ones", config.sequential),
     ]
-
-
-def _made(report: Report | None, drawn: bool) -> str:
-    if report is None:
-        return ""
-    config, tokens = report.job.config, report.calibration_tokens
-    parts = [name for name, used in _parts(report.method, config) if used]
-    method = ", ".join(parts) or "plain rounding"
-    text = f"on {tokens:,} tokens of text in blocks of {config.seqlen}" if tokens else "without calibration text"
-    return (
-        f"## How it was made\n\nBy `squawq quantize` {report.squawq}: {method}, {text}, group size "
-        f"{config.group_size}. `{REPORT}` has every layer's losses and what else the result depends on"
-        f"{f'; `{PAGE}` draws them' if drawn else ''}."
-    )
+    return ", ".join(name for name, used in parts if used) or "plain rounding"
