@@ -1,7 +1,7 @@
-"""Runs a few tokens through the quantized layers in the dtype in which they are stored, and the same in float32.
+"""Checks that the quantized layers can be computed in their 16-bit dtype, by running a few tokens beside float32.
 
-Activations of some models overflow float16: such a result loads everywhere and answers with NaN. Each layer is checked
-when it lies on disk, so that a wrong dtype shows at the first layer that it breaks. Peak memory: one layer in float32.
+Activations of some models overflow float16: the result would load everywhere and answer with NaN. Each layer is checked
+as soon as it is on disk. Peak memory: one layer in float32.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DtypeCheck:
 
     @torch.no_grad()
     def head(self) -> float:
-        """The relative error of the median token's logits, around their mean."""
+        """Relative error of the median token's centred logits."""
         names, meta_model, family = self.blocks.names, self.blocks.meta_model, self.blocks.family
         found = {**self.job.tensors(0), **self.job.tensors(self.job.layers + 1)}
         embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"

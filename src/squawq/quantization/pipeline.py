@@ -1,4 +1,4 @@
-"""The loop: layer in, packed layer out, renamed into place, dropped. Knows the order of things and no algorithm.
+"""squawq.quantize: the loop over decoder layers. Each is loaded, quantized (`layer`), written, and dropped.
 
 Peak memory: one decoder layer in float32, its statistics, and the calibration's hidden states (twice blocks x tokens x
 hidden_size x 4 bytes, and a record of the layer's inputs) as far as they are kept in memory.
@@ -43,16 +43,20 @@ from squawq.showing import Record
 
 
 class Observer(Protocol):
-    """Hears how the work goes on; each rank's own does. What it raises stops all ranks at that place."""
+    """Callbacks of a run, on each rank. An exception in one stops all ranks."""
 
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
-        """Before the first layer; `resumed` layers lie on disk already. Not called where all was done before.
+        """Called before the first layer, unless all was done before.
 
-        runs_in: a line that says what will run the result.
+        Args:
+            layers: How many layers the model has.
+            tokens: How many calibration tokens there are.
+            resumed: Layers that an earlier run has quantized.
+            runs_in: A line that says which engines will run the result.
         """
 
     def layer(self, record: Mapping[str, Any]) -> None:
-        """After each layer, with its row of the report."""
+        """Called after each layer with its row of the report."""
 
 
 class _Silent:
@@ -73,16 +77,27 @@ def quantize(
     ranks: Ranks | None = None,
     states_memory: float = IN_MEMORY,
 ) -> dict[str, Any]:
-    """Quantize a 16-bit checkpoint to AWQ INT4 and return the report, which also lies in `out`: squawq_report.json, and
-    report.html for people.
+    """Quantize a 16-bit checkpoint to AWQ INT4.
 
-    model: a folder or a Hub id. out: a folder that does not exist, is empty, or holds this very job; a run that was
-    killed goes on where it was and ends with the same weights. calibration: see `calibration.token_blocks`.
-    stream: keep only a few of a Hub model's weight files on disk at a time, see `stream.open_streamed`.
-    progress: show on stderr how the work goes on, where no observer does: a bar on a terminal, else a line a layer.
-    ranks: the processes that share the calibration and each make this call (`ranks.torchrun_ranks`); the first writes.
-    states_memory: GiB of hidden states that are kept in memory; larger ones lie in a file beside `out`.
-    Raises SquawqError before work starts for anything that cannot work, and never leaves a half-written `out`.
+    Args:
+        model: A folder or a Hub id.
+        out: A folder that does not exist, is empty, or holds this very job. A run that was killed resumes where it
+            stopped and ends with the same weights. Never left half-written.
+        config: How to quantize.
+        calibration: See `calibration.token_blocks`.
+        device: "cpu", "cuda", "cuda:1" ... or "mps".
+        stream: Keep only a few of a Hub model's weight files on disk at a time, see `stream.open_streamed`.
+        observer: Callbacks, instead of progress on stderr.
+        progress: Show progress on stderr: a bar on a terminal, else a line a layer.
+        ranks: The processes that share the calibration and each make this call (`distributed.torchrun_ranks`); rank 0
+            writes.
+        states_memory: GiB of hidden states kept in memory; larger ones go to a file beside `out`.
+
+    Returns:
+        The report, which is also in `out`: squawq_report.json, and report.html for people.
+
+    Raises:
+        SquawqError: Before work starts, for anything that cannot work.
     """
     ranks = ranks or Ranks()
     if observer is not None or not progress or not ranks.first:
@@ -137,9 +152,9 @@ def _begin(work: Work, job: Job) -> dict[str, Any] | None:
 
 
 def _write_outer(work: Work, job: Job) -> None:
-    """The embedding, and the final norm and head: first of all, so that what is wrong with them shows at once.
+    """Write the embedding, and the final norm and head, first of all, so that errors in them show at once.
 
-    Parts of the checkpoint that are no text model go with the head, as they are.
+    Parts of the checkpoint beside the text model are stored with the head.
     """
     blocks, dtype = work.blocks, getattr(torch, work.config.dtype)
     checkpoint, names = blocks.checkpoint, blocks.names
@@ -186,7 +201,7 @@ def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, r
 
 
 def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | None) -> dict[str, Any]:
-    """The small files, the index, config.json and the report; then OUT gets its name."""
+    """Write the small files, the index, config.json and the report, and rename OUT.partial to OUT."""
     assert check is not None  # it is the first rank's
     logits_error = check.head()
     blocks, config, tokens = work.blocks, work.config, work.tokens
@@ -231,7 +246,7 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
 
 
 def _public_calibration(calibration: Calibration) -> str | None:
-    """A text or data set as a report may name it; None where none was named, or it was no name."""
+    """The calibration's name in the report; None for the built-in set and for lists."""
     return public_name(calibration) if isinstance(calibration, str | Path) else None
 
 

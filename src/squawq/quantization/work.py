@@ -1,6 +1,6 @@
-"""What a job will do, all of it checked before the work starts: model, names, settings, calibration, place, size.
+"""Plans a job and checks all of it before it starts: model, tensor names, settings, calibration, target, size.
 
-Reads headers and the calibration, no weights.
+Reads headers and the calibration text, no weights.
 """
 
 from __future__ import annotations
@@ -31,8 +31,17 @@ from squawq.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done, checked. tokens: None where nothing is calibrated. name: the model's in reports. size: about
-    how many bytes the result has."""
+    """A job, checked.
+
+    Attributes:
+        blocks: The 16-bit model.
+        config: Settings without "auto".
+        tokens: Calibration blocks int64 [blocks, seqlen]; None for plain rounding.
+        out: Where the result goes.
+        identity: What makes another run the same job.
+        name: The model's name in the report.
+        size: Bytes of the result.
+    """
 
     blocks: Blocks
     config: QuantConfig
@@ -43,14 +52,14 @@ class Work:
     size: int
 
     def plan(self, index: int) -> LayerPlan:
-        """What becomes of the linears of a layer."""
+        """Which linears of a layer are quantized."""
         return _plan(self.blocks, self.config, index)
 
 
 def prepare(
     model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str, stream: bool
 ) -> Work:
-    """Whatever can be refused before work starts is refused here."""
+    """Plan a job. Raises SquawqError for everything that can be refused before work starts."""
     check_device(device, mps=True)
     checkpoint = open_streamed(model, scratch_folder(Path(out).resolve())) if stream else Checkpoint(resolve(model))
     family = family_of(checkpoint.config.model_type)
@@ -90,9 +99,9 @@ def _plan(blocks: Blocks, config: QuantConfig, index: int) -> LayerPlan:
 
 
 def _choice(blocks: Blocks, config: QuantConfig) -> dict[str, int]:
-    """The tensors on disk that become integers, and their in_features.
+    """The checkpoint's tensors to be quantized, and their in_features.
 
-    Raises ConfigError when a name to skip matches nothing, or when nothing would be quantized.
+    Raises ConfigError if a name to skip matches nothing, or if nothing would be quantized.
     """
     layers = [_plan(blocks, config, index) for index in range(len(blocks.layers))]
     names = [f"{plan.prefix}.{name}" for plan in layers for name in (*plan.converted, *plan.kept)]
@@ -110,7 +119,7 @@ def _choice(blocks: Blocks, config: QuantConfig) -> dict[str, int]:
 
 
 def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:
-    """What was asked for, or the source's: bfloat16 holds values that float16 cannot, and the model may need them."""
+    """The dtype asked for; for "auto" the source's, since bfloat16 holds values that float16 cannot."""
     if config.dtype != "auto":
         return config.dtype
     info = blocks.checkpoint.info(blocks.names.stored_name(f"{blocks.family.embedding}.weight"))

@@ -12,9 +12,9 @@ from squawq.report.scales import number
 from squawq.report.schema import Evaluation, Report
 
 METHODS = {
-    "squawq": "squawq: AWQ's scales, rounding that sees the error",
-    "awq": "awq: scales and ranges as published",
-    "rtn": "rtn: rounding to nearest",
+    "squawq": "squawq: AWQ scales, QEP correction, rounding with error feedback (GPTQ)",
+    "awq": "awq: AWQ scales and clipping, as published",
+    "rtn": "rtn: round to nearest",
 }
 
 
