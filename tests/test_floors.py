@@ -29,7 +29,7 @@ FLOORS: dict[str, float] = {
     "tokenizer": 4,
     "kernels": 5,
     "nn": 6,
-    "readers": 6.5,
+    "compatibility": 6.5,
     "layerwise": 6.5,
     "engine": 7,
     "quantization": 7,

@@ -1,8 +1,7 @@
-"""What a model is, how large, and what memory it takes to run: from config.json and safetensors headers, no weights.
+"""squawq inspect: a model's architecture, sizes and memory, from config.json and safetensors headers alone.
 
-Where there are no headers (a config.json alone, a Hub id) the tensors are those of transformers' model; the result says
-which. Names are the model's, where a checkpoint has older ones. Knows nothing of speed, and of memory only what the
-model itself needs: no Python, no driver, no allocator.
+Without headers (a config.json alone, a Hub id) the tensors are those of transformers' model. Memory is the model's own:
+no Python, no driver, no allocator.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from squawq.compatibility import compatible_engines
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import expert_of, family_of
@@ -27,7 +27,6 @@ from squawq.layerwise.plan import LayerPlan
 from squawq.layerwise.tensor_names import FUSED, INTEGERS, TensorNames
 from squawq.nn.cache import Cache
 from squawq.quant_config import QuantConfig
-from squawq.readers import readers
 
 STEP_TOKENS = 512  # that run through the model at once: the engine's chunk of a prompt
 DEFAULT_CONTEXT = 8192
@@ -43,7 +42,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as its header or the shapes have it: bytes on disk, weights of the model in it, and their dtype."""
+    """A tensor: its bytes on disk, how many weights of the model it holds, and their dtype."""
 
     nbytes: int
     weights: int
@@ -51,13 +50,21 @@ class Stored:
 
 
 def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> dict[str, Any]:
-    """A model's architecture, quantization, sizes and memory as a dict of JSON's types; sizes are in bytes.
+    """A model's architecture, quantization, sizes and memory.
 
-    model: a folder, a config.json, or a Hub id, of which only config.json is fetched. context: tokens of a sequence,
-    by default the model's positions up to 8,192; batch: sequences at once. `memory` has, for "fp16" and "int4",
-    weights (as stored; for the form that the model is not in, as squawq would write it), kv_cache (float16),
-    workspace (the values of a step of 512 tokens, float32) and their total. `tensors` says where sizes come from:
-    "headers" or "shapes". Raises ConfigError for a context that the model has not, CheckpointError for a bad model.
+    Args:
+        model: A folder, a config.json, or a Hub id, of which only config.json is fetched.
+        context: Tokens of a sequence, by default the model's positions up to 8,192.
+        batch: Sequences at once.
+
+    Returns:
+        JSON types; sizes in bytes. `memory` has, for "fp16" and "int4", weights (as stored, or as squawq would store
+        them), kv_cache (float16), workspace (activations of a step of 512 tokens, float32) and their total. `tensors`
+        says where sizes come from: "headers" or "shapes".
+
+    Raises:
+        ConfigError: The context is longer than the model's positions.
+        CheckpointError: The model is damaged.
     """
     config, meta_model, found = _open(model)
     family = meta_model.family
@@ -88,7 +95,7 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
         "tied_embeddings": config.tied_embeddings,
         "parameters": sum(tensor.weights for tensor in tensors.values()),
         "quantization": _quantization(config),
-        "runs_in": readers(config),
+        "runs_in": compatible_engines(config),
         "head": "tied" if config.tied_embeddings else _form(tensors, family.head),
         "linears": _linears(meta_model, tensors),
         "kept_in_16_bits": _kept(config, meta_model, tensors),
@@ -106,7 +113,7 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
 
 
 def missing(checkpoint: Checkpoint) -> list[str]:
-    """Names that a whole checkpoint of this config has and this one has not."""
+    """Names of tensors that the checkpoint should have and lacks."""
     meta_model = _meta_model(checkpoint.config, str(checkpoint.folder))
     names, quant = TensorNames(checkpoint, meta_model), checkpoint.config.quant
     zeros = (LAYOUTS[checkpoint.config.layout].zeros,) if quant is not None and quant.zero_point else ()
@@ -122,7 +129,7 @@ def missing(checkpoint: Checkpoint) -> list[str]:
 
 
 def expected(config: ModelConfig, quant: QuantConfig | None, meta_model: MetaModel | None = None) -> dict[str, Stored]:
-    """Every tensor of a model of this shape by name, in 16 bits, or with its linears as `quant` makes them."""
+    """Every tensor of a model of this config by name, in 16 bits, or quantized by `quant`."""
     meta_model = meta_model or _meta_model(config, "config.json")
     family = meta_model.family
     dtype = str(config.raw.get("dtype") or config.raw.get("torch_dtype") or "float16")
@@ -154,7 +161,7 @@ def _meta_model(config: ModelConfig, where: str) -> MetaModel:
 
 
 def _open(model: str | Path) -> tuple[ModelConfig, MetaModel, dict[str, Stored] | None]:
-    """The config, its model and, where there are weights, what their headers say."""
+    """The config, its meta model and, if there are weights, the tensors of their headers."""
     path = Path(model)
     if not path.is_dir():
         file = path if path.is_file() else hub_file(str(model), "config.json")
@@ -185,15 +192,14 @@ def _total(tensors: Mapping[str, Stored]) -> int:
 
 
 def _workspace(config: ModelConfig, batch: int) -> int:
-    """Bytes of a step's values, float32: states and their change, queries, keys, values, attention's output, both
-    halves of the MLP; and a row of logits for each sequence."""
+    """Bytes of a step's activations, float32: hidden states, attention, MLP, and a row of logits for each sequence."""
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     row = 3 * config.hidden_size + 2 * query + 2 * key + 3 * config.intermediate_size
     return 4 * (max(STEP_TOKENS, batch) * row + batch * config.vocab_size)
 
 
 def _architecture(config: ModelConfig) -> str:
-    """What config.json names first, where that is a name: it reaches terminals and model cards."""
+    """The first architecture of config.json, if it is an identifier: it reaches terminals and model cards."""
     names = config.raw.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
     is_name = isinstance(first, str) and re.fullmatch(r"\w+", first, re.ASCII)
@@ -214,7 +220,7 @@ def _quantization(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def _linears(meta_model: MetaModel, tensors: Mapping[str, Stored]) -> list[dict[str, Any]]:
-    """A row for each linear of a layer: its shape, and in how many layers it is stored how; * is any expert."""
+    """A row for each linear of a layer: its shape, and how many layers store it in which form; * is any expert."""
     shapes: dict[str, tuple[int, int]] = {}
     forms: dict[str, dict[str, set[int]]] = {}
     for index in range(len(meta_model.layers)):
@@ -243,7 +249,7 @@ def _form(tensors: Mapping[str, Stored], linear: str) -> str:
 
 
 def _kept(config: ModelConfig, meta_model: MetaModel, tensors: Mapping[str, Stored]) -> list[str]:
-    """Full names of linears that a quantized model has not as integers; none where nothing is quantized."""
+    """Full names of linears that a quantized model stores in 16 bits."""
     if config.quant is None:
         return []
     layers = range(len(meta_model.layers))

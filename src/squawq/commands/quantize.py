@@ -66,12 +66,12 @@ def quantize(
       squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
       torchrun --nproc-per-node 4 -m squawq quantize MODEL OUT --device cuda
     """
+    from squawq.compatibility import how_to_run
     from squawq.distributed import torchrun_ranks
     from squawq.format.reader import Checkpoint
     from squawq.publish.card import has_template
     from squawq.quantization.pipeline import already_done
     from squawq.quantization.pipeline import quantize as run
-    from squawq.readers import how_to_run
     from squawq.report.files import PAGE
     from squawq.report.schema import Report
     from squawq.report.words import sizes

@@ -1,4 +1,4 @@
-"""The picture of a quantization: loss of every layer by plain rounding and as kept, and KL along the window."""
+"""Plots the loss of every layer, by plain rounding and as quantized, and the KL along the window."""
 
 from __future__ import annotations
 

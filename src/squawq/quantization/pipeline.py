@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from squawq import __version__
+from squawq.compatibility import compatible_engines, engines_line
 from squawq.config import CODE, without
 from squawq.distributed import Ranks
 from squawq.errors import ConfigError
@@ -36,7 +37,6 @@ from squawq.quantization.result import LayerResult, cast
 from squawq.quantization.states import IN_MEMORY
 from squawq.quantization.streams import Streams
 from squawq.quantization.work import Work, prepare
-from squawq.readers import in_words, readers
 from squawq.report.files import REPORT, public_name, write_report
 from squawq.report.schema import Report
 from squawq.showing import Record
@@ -170,7 +170,7 @@ def _quantize_layers(
 ) -> None:
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
     done = ranks.broadcast(lambda: [job.record(part) for part in range(1, layers + 1)])
-    runs_in = in_words(work.blocks.checkpoint.config, work.config)
+    runs_in = engines_line(work.blocks.checkpoint.config, work.config)
     observer.start(layers, tokens, sum(r is not None for r in done), runs_in)
     for index, record in enumerate(done):
         if record is None:
@@ -225,7 +225,7 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
         "squawq": __version__,
         "model": work.name,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "runs_in": readers(checkpoint.config, config),
+        "runs_in": compatible_engines(checkpoint.config, config),
         "method": config.method,
         "source_bytes": checkpoint.nbytes(),
         "bytes": size,

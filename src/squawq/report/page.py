@@ -1,4 +1,4 @@
-"""report.html: one file without any request, readable on a phone and in the dark. Knows nothing of what is measured.
+"""Renders report.html: one file that loads nothing else, for phones too, light or dark.
 
 Names and notes come from downloaded models: jinja2 escapes everything, and the page's own policy (CSP) lets nothing
 run but the script of this package, nothing load at all.

@@ -1,4 +1,4 @@
-"""What the report says in words: the facts at its head, its summary, and the rows of its table. Knows no HTML."""
+"""The report's sentences: facts, summary, verdict, and the rows of its table. Knows no HTML."""
 
 from __future__ import annotations
 
