@@ -1,4 +1,4 @@
-"""What the 16-bit run and the quantized run of one layer differ by, and how linears make up for it."""
+"""Error propagation: statistics of the 16-bit and the quantized run of one layer, and the weight correction (QEP)."""
 
 from __future__ import annotations
 

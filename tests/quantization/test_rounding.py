@@ -1,4 +1,4 @@
-"""Rounding that sees the error, against GPTQ written down as its paper has it, and as rules that hold for any input."""
+"""Rounding with error feedback, against GPTQ written down as its paper has it, and as rules that hold for any input."""
 
 from __future__ import annotations
 
