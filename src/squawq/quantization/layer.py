@@ -52,21 +52,23 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     config, capture, chosen = plan.config, capture_modules(block.groups), LayerQuantization()
     stages = [] if streams.quantized is None else sequential_stages(block, plan.converted)
     in_stages = {name for stage in stages for name in stage.linears}
-    others = [name for name in plan.converted if name not in in_stages]
-    whole = {capture[name] for name in others}
+    others: dict[str, list[str]] = {}  # the linears of experts, and all where calibration is not sequential
+    for name in plan.converted:
+        if name not in in_stages:
+            others.setdefault(capture[name], []).append(name)
 
     # Collect: mean |x| and Hessian of every linear's input in the 16-bit model.
     before = streams.sampled()
     record = ActivationRecord.of(block, stages, before.shape[-1], streams.folder, streams.states_memory / 2)
     inputs = LayerInputs(block)
-    inputs.collect(streams.reference, streams.sample, record.hooks, whole)
+    inputs.collect(streams.reference, streams.sample, record.hooks, others.keys())
     ranks.all_reduce([*inputs.sums, before])
 
     # Scale: AWQ's search, before anything is rounded.
-    folding = ranks.broadcast(partial(choose_scales, block, plan, inputs, whole, chosen)).to(block.device)
+    folding = ranks.broadcast(partial(choose_scales, block, plan, inputs, others.keys(), chosen)).to(block.device)
     chosen.folding = folding
     fold(block, plan, folding)
-    inputs.keep(whole)
+    inputs.keep(others.keys())
 
     # Correct, clip, round: linears behind quantized ones, in order of execution.
     replay = Replay(block, in_stages, streams.folder, streams.states_memory / 4)
@@ -84,8 +86,7 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
         replay.settle()
 
     # Clip, round: all others, on the statistics of the 16-bit model.
-    for module in dict.fromkeys(capture[name] for name in others):
-        linears = [name for name in others if capture[name] == module]
+    for module, linears in others.items():
         stats = inputs.take(module)
         if (scales := folding.columns.get(linears[0])) is not None:
             stats.divide(scales)

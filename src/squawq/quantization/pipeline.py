@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -176,7 +175,7 @@ def _quantize_layers(
         if record is None:
             record = _quantize_layer(work, index, streams, job, ranks)
         elif streams is not None and not all(done[index:]):
-            stored = ranks.broadcast(partial(job.tensors, index + 1)) if streams.quantized is not None else {}
+            stored = ranks.broadcast(lambda part=index + 1: job.tensors(part)) if streams.quantized is not None else {}
             with work.blocks.open(index) as block:
                 streams.skip(block, stored)
         if check is not None:

@@ -59,9 +59,10 @@ class LayerQuantization:
     def tensors(self, block: Block, plan: LayerPlan) -> dict[str, Tensor]:
         """The tensors of the layer to store; linears without packed integers are rounded to nearest."""
         tensors: dict[str, Tensor] = {}
+        converted = set(plan.converted)
         for name, tensor in block.state().items():
             module, _, kind = name.rpartition(".")
-            if kind == "weight" and module in plan.converted:
+            if kind == "weight" and module in converted:
                 packed = self.packed.get(module)
                 if packed is None:
                     packed = to_gemm(quantize(tensor, plan.config.group_of(tensor.shape[1]), plan.config.zero_point))
