@@ -1,8 +1,7 @@
-"""The model card (README.md) of a quantized folder: front matter for the Hub, measured figures, usage for each engine.
+"""Writes the model card (README.md) of a quantized folder: front matter, measured figures, usage for each engine.
 
-Says what the folder, its report and an evaluation say, and leaves out what they do not: no licence and no original is
-guessed. Knows nothing of uploading. The last line tells a card as squawq wrote it from one that a person changed, and
-for which repository and model it was written.
+It says only what the folder, its report and an evaluation say: no licence and no original is guessed. Its last line is
+a checksum that tells whether a person changed the card, and for which repository and model it was written.
 """
 
 from __future__ import annotations
@@ -41,10 +40,13 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 
 @dataclass(frozen=True)
 class Origin:
-    """What a folder does not say of itself.
+    """What the folder itself does not say.
 
-    source: the 16-bit model (folder or Hub id), whose card names licence and languages; its Hub id is the base model.
-    license, base_model: instead of what the source says. evaluation: a file that `squawq eval --json` printed.
+    Attributes:
+        source: The 16-bit model (folder or Hub id). Its card names licence and languages; its Hub id is the base model.
+        license: Instead of the source's.
+        base_model: Instead of the source's Hub id.
+        evaluation: A file that `squawq eval --json` printed.
     """
 
     source: str | None = None
@@ -58,22 +60,23 @@ class Origin:
 
 
 def check_id(name: str, what: str) -> None:
-    """Raises ConfigError for what is not a Hub id."""
+    """Raise ConfigError unless `name` is a Hub id; `what` it is."""
     if not _ID.fullmatch(name) or len(name) > 128:
         raise ConfigError(f"{what} is {name!r}; it must be a Hub id such as 'owner/name'")
 
 
 def check_gemm(folder: Path, layout: str) -> None:
-    """Raises ConfigError for a layout that the engines on a card do not run."""
+    """Raise ConfigError for a layout other than GEMM, the one that all engines run."""
     if layout != "gemm":
         raise ConfigError(f"{folder}: has the layout {layout!r}; squawq publishes AWQ folders in 'gemm' alone")
 
 
 def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> str:
-    """The card's text. repo: the Hub id under which the folder is used.
+    """The text of the card of a folder to be published as the Hub id `repo`.
 
-    Raises ConfigError for a folder that is not quantized in GEMM's layout or an evaluation that is none of it,
-    CheckpointError for a report or a source's card that cannot be read.
+    Raises:
+        ConfigError: The folder is not quantized in the GEMM layout, or the evaluation is of another model.
+        CheckpointError: The report or the source's card cannot be read.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -127,8 +130,8 @@ def is_ours(text: str) -> bool:
 
 
 def outdated(folder: Path, repo: str) -> str | None:
-    """Why the folder's card, as squawq wrote it, is none of this model under the name `repo`; None where it is one, or
-    there is none, or a person wrote or changed it."""
+    """Why the card that squawq wrote is not of this model or not for `repo`; None if it is, if there is none, or if a
+    person wrote or changed it."""
     path = folder / README
     written = _written_for(_read(path)) if has_file(path) else None
     if written is None or written == (repo, _fingerprint(folder)):
@@ -152,12 +155,12 @@ def _mark(text: str, repo: str, model: str) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of config.json and samples of the weights; that by which a quantization knows its source again."""
+    """Hash of config.json and samples of the weights, as in a job's identity."""
     return str(identity(Checkpoint(folder), QuantConfig(), None, "")["source"])
 
 
 def has_template(folder: Path) -> bool:
-    """Whether the model can be talked to."""
+    """Whether the folder has a chat template."""
     config = folder / "tokenizer_config.json"
     return has_file(folder / "chat_template.jinja") or (has_file(config) and "chat_template" in read_json(config))
 
@@ -176,7 +179,7 @@ def front_matter(origin: Origin) -> dict[str, Any]:
 
 
 def _hub_id(source: str) -> str | None:
-    """The id of a source on the Hub, or of a folder in the Hub's cache."""
+    """Hub id of a source, also of a folder in the Hub's cache."""
     if not Path(source).exists():
         return source
     cached = _CACHED.search(str(Path(source).resolve()))
@@ -184,7 +187,7 @@ def _hub_id(source: str) -> str | None:
 
 
 def _source_matter(source: str) -> dict[str, Any]:
-    """What a card may take from the front matter of the source's; empty where it has none."""
+    """Keys that a card takes over from the source's front matter."""
     from huggingface_hub import RepoCard
 
     path = Path(source) / README if Path(source).is_dir() else find_hub_file(source, README)
@@ -205,7 +208,7 @@ def _source_matter(source: str) -> dict[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a text or a list of texts, of usual length, or nothing."""
+    """Whether a value is None, a string or a list of strings, of usual length."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return len(values) <= 200 and all(isinstance(v, str) and len(v) <= 500 for v in values)
 

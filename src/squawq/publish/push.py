@@ -1,8 +1,7 @@
-"""Uploads a quantized folder to the Hub: checked first, card written, then huggingface_hub's resumable upload.
+"""squawq push: checks a quantized folder, writes its card, and uploads it by huggingface_hub's resumable upload.
 
 Nothing is sent before the folder is a whole checkpoint of known files and the Hub has accepted token and repository.
-Knows no protocol: retries, parts and deduplication are huggingface_hub's. A push that was stopped is run again and
-sends what is missing. Never deletes anything on the Hub.
+Retries, parts and deduplication are huggingface_hub's. Nothing on the Hub is ever deleted.
 """
 
 from __future__ import annotations

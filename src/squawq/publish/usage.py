@@ -1,4 +1,4 @@
-"""How a published model is used: code for every engine, which tests/publish/test_usage.py runs. Knows text alone."""
+"""Code blocks for a model card: how each engine runs the model. tests/publish/test_usage.py runs them."""
 
 from __future__ import annotations
 
