@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -175,12 +175,16 @@ def _quantize_layers(
         if record is None:
             record = _quantize_layer(work, index, streams, job, ranks)
         elif streams is not None and not all(done[index:]):
-            stored = ranks.broadcast(lambda part=index + 1: job.tensors(part)) if streams.quantized is not None else {}
+            stored = ranks.broadcast(_stored(job, index + 1)) if streams.quantized is not None else {}
             with work.blocks.open(index) as block:
                 streams.skip(block, stored)
         if check is not None:
             check.layer(index)
         observer.layer(record)
+
+
+def _stored(job: Job, part: int) -> Callable[[], dict[str, Tensor]]:
+    return lambda: job.tensors(part)
 
 
 def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, ranks: Ranks) -> dict[str, Any]:
