@@ -32,7 +32,7 @@ from transformers.models.llama import modeling_llama  # before any clock runs
 import squawq
 from squawq import QuantConfig
 from squawq.demo import demo_model
-from squawq.quantization.blocks import Block
+from squawq.layerwise.blocks import Block
 from squawq.quantization.replay import Replay
 
 assert modeling_llama.LlamaForCausalLM
@@ -74,7 +74,7 @@ def growth(args: argparse.Namespace, folder: Path) -> None:
         profile.runcall(quantize, model, folder / str(tokens), config, calibration=rows)
         stats = pstats.Stats(profile)
         total = float(stats.total_tt)  # type: ignore[attr-defined]
-        running = sum(seconds_in(stats, passes) for passes in (Block.run, Block.feed, Replay.settle))
+        running = sum(seconds_in(stats, passes) for passes in (Block.run, Block.run_until_captured, Replay.settle))
         rests.append(total - running)
         table.append([f"{tokens:,}", f"{running:.1f}", f"{total - running:.1f}", f"{total:.1f}"])
         print(*table[-1], file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from squawq.errors import CheckpointError, SquawqError
 from squawq.export.run import export
 from squawq.families import FAMILIES
 from squawq.inspection import inspect
-from squawq.quantization.skeleton import transformers_config
+from squawq.layerwise.meta_model import transformers_config
 
 MEMORY = 3 * 2**30  # bytes of addresses: torch and transformers alone take about half of it
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
@@ -91,7 +91,7 @@ def test_no_number_takes_gigabytes(tmp_path: Path) -> None:
 
 def test_too_many_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts times layers, each number of which is that of some model."""
-    monkeypatch.setattr("squawq.quantization.skeleton.MAX_MODULES", 300)
+    monkeypatch.setattr("squawq.layerwise.meta_model.MAX_MODULES", 300)
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("qwen3_moe", **{**MOE, "num_experts": 64})))
     with pytest.raises(CheckpointError, match="more than 300 modules"):
         inspect(tmp_path)

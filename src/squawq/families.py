@@ -18,24 +18,24 @@ class ScalingGroup:
     """Linears that read the same input, and the op before it that takes the inverse scale ("": there is none).
 
     Names are relative to a layer; * stands for the number of an expert. `inspect`: the module whose output shows the
-    damage ("": the whole layer; None: each linear itself). `readers`: what else reads that input and stays in 16 bits.
-    `input`: the module that has the whole input where the linears see parts of it, as experts do. `square` groups apply
-    only where the two weights have the same shape (AutoAWQ's rule for v_proj -> o_proj, which leaves grouped-query
-    attention out). An op that makes gate and up in one takes the scale in its last rows. `residual`: the norm whose
-    input a single linear's output is added to as it is ("": there is none).
+    damage ("": the whole layer; None: each linear itself). `unquantized_consumers`: modules that read that
+    input too and stay in 16 bits. `input`: the module that has the whole input where the linears see parts of it, as
+    experts do. `square` groups apply only where the two weights have the same shape (AutoAWQ's rule for v_proj ->
+    o_proj, which leaves grouped-query attention out). An op that makes gate and up in one takes the scale in its last
+    rows. `residual`: the norm whose input a single linear's output is added to as it is ("": there is none).
     """
 
     previous: str
     linears: tuple[str, ...]
     inspect: str | None = None
-    readers: tuple[str, ...] = ()
+    unquantized_consumers: tuple[str, ...] = ()
     input: str = ""
     square: bool = False
     residual: str = ""
 
     @property
-    def watched(self) -> str:
-        """The module whose input is the group's."""
+    def capture_module(self) -> str:
+        """Module whose hook captures the input of the linears."""
         return self.input or self.linears[0]
 
 
@@ -61,7 +61,7 @@ class Family:
     @property
     def linears(self) -> tuple[str, ...]:
         """Every linear that a layer may have, with * for an expert's number; those that are never converted, too."""
-        return tuple(name for group in self.groups for name in (*group.linears, *group.readers))
+        return tuple(name for group in self.groups for name in (*group.linears, *group.unquantized_consumers))
 
     def layer_groups(self, modules: Sequence[str]) -> tuple[ScalingGroup, ...]:
         """The groups of a layer that has these modules: stars written out, what the layer has not left out."""
@@ -70,9 +70,11 @@ class Family:
             for each in _each_expert(group, modules):
                 linears = tuple(name for pattern in each.linears for name in _matching(pattern, modules))
                 if linears:
-                    readers = tuple(name for name in each.readers if name in modules)
+                    consumers = tuple(name for name in each.unquantized_consumers if name in modules)
                     previous, residual = (name if name in modules else "" for name in (each.previous, each.residual))
-                    row = replace(each, previous=previous, linears=linears, readers=readers, residual=residual)
+                    row = replace(
+                        each, previous=previous, linears=linears, unquantized_consumers=consumers, residual=residual
+                    )
                     found.append(row)
         return tuple(found)
 
@@ -167,20 +169,22 @@ def _plain(norm: str, up: str, down: str) -> Groups:
 
 
 def _moe(
-    *readers: str,
+    *gates: str,
     norm: str = _MLP,
     block: str = "mlp",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     shared: str = "shared_experts",
 ) -> Groups:
-    """Experts, and shared ones where the layer has them; `readers`: router and gates, in 16 bits.
+    """Experts, and shared ones where the layer has them; `gates`: router and gates, in 16 bits.
 
     One scale serves all that reads the norm. No module is inspected: that would take a second copy of every expert.
     """
     gate, up, down = _within(f"{block}.experts.*", *names)
     shared_gate, shared_up, shared_down = _within(f"{block}.{shared}", "gate_proj", "up_proj", "down_proj")
     return (
-        ScalingGroup(norm, (gate, up, shared_gate, shared_up), readers=_within(block, *readers), input=block),
+        ScalingGroup(
+            norm, (gate, up, shared_gate, shared_up), unquantized_consumers=_within(block, *gates), input=block
+        ),
         ScalingGroup(up, (down,)),
         ScalingGroup(shared_up, (shared_down,)),
     )

@@ -1,8 +1,7 @@
-"""What a model is, how large, and what memory it takes to run: from config.json and safetensors headers, no weights.
+"""squawq inspect: a model's architecture, sizes and memory, from config.json and safetensors headers alone.
 
-Where there are no headers (a config.json alone, a Hub id) the tensors are those of transformers' model; the result says
-which. Names are the model's, where a checkpoint has older ones. Knows nothing of speed, and of memory only what the
-model itself needs: no Python, no driver, no allocator.
+Without headers (a config.json alone, a Hub id) the tensors are those of transformers' model. Memory is the model's own:
+no Python, no driver, no allocator.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from squawq.compatibility import compatible_engines
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import expert_of, family_of
@@ -22,12 +22,11 @@ from squawq.format.layouts import LAYOUTS
 from squawq.format.reader import INDEX, Checkpoint
 from squawq.hub.download import hub_file
 from squawq.kernels.reference import PAGE
+from squawq.layerwise.meta_model import MetaModel
+from squawq.layerwise.plan import LayerPlan
+from squawq.layerwise.tensor_names import FUSED, INTEGERS, TensorNames
 from squawq.nn.cache import Cache
 from squawq.quant_config import QuantConfig
-from squawq.quantization.places import FUSED, INTEGERS, Places
-from squawq.quantization.plan import LayerPlan
-from squawq.quantization.skeleton import Skeleton
-from squawq.readers import readers
 
 STEP_TOKENS = 512  # that run through the model at once: the engine's chunk of a prompt
 DEFAULT_CONTEXT = 8192
@@ -43,7 +42,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as its header or the shapes have it: bytes on disk, weights of the model in it, and their dtype."""
+    """A tensor: its bytes on disk, how many weights of the model it holds, and their dtype."""
 
     nbytes: int
     weights: int
@@ -51,24 +50,32 @@ class Stored:
 
 
 def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> dict[str, Any]:
-    """A model's architecture, quantization, sizes and memory as a dict of JSON's types; sizes are in bytes.
+    """A model's architecture, quantization, sizes and memory.
 
-    model: a folder, a config.json, or a Hub id, of which only config.json is fetched. context: tokens of a sequence,
-    by default the model's positions up to 8,192; batch: sequences at once. `memory` has, for "fp16" and "int4",
-    weights (as stored; for the form that the model is not in, as squawq would write it), kv_cache (float16),
-    workspace (the values of a step of 512 tokens, float32) and their total. `tensors` says where sizes come from:
-    "headers" or "shapes". Raises ConfigError for a context that the model has not, CheckpointError for a bad model.
+    Args:
+        model: A folder, a config.json, or a Hub id, of which only config.json is fetched.
+        context: Tokens of a sequence, by default the model's positions up to 8,192.
+        batch: Sequences at once.
+
+    Returns:
+        JSON types; sizes in bytes. `memory` has, for "fp16" and "int4", weights (as stored, or as squawq would store
+        them), kv_cache (float16), workspace (activations of a step of 512 tokens, float32) and their total. `tensors`
+        says where sizes come from: "headers" or "shapes".
+
+    Raises:
+        ConfigError: The context is longer than the model's positions.
+        CheckpointError: The model is damaged.
     """
-    config, skeleton, found = _open(model)
-    family = skeleton.family
+    config, meta_model, found = _open(model)
+    family = meta_model.family
     context = min(DEFAULT_CONTEXT, config.max_positions) if context is None else context
     for name, value in (("context", context), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
     if context > config.max_positions:
         raise ConfigError(f"context is {context}; the model has {config.max_positions} positions")
-    tensors = expected(config, config.quant, skeleton) if found is None else found
-    dense, small = (expected(config, quant, skeleton) for quant in (None, config.quant or QuantConfig()))
+    tensors = expected(config, config.quant, meta_model) if found is None else found
+    dense, small = (expected(config, quant, meta_model) for quant in (None, config.quant or QuantConfig()))
     own = _total(tensors)
     weights = {"fp16": _total(dense), "int4": own if config.quant else _total(small)}
     cache = -(-context // PAGE) * PAGE * batch * Cache.token_bytes(config)
@@ -88,12 +95,12 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
         "tied_embeddings": config.tied_embeddings,
         "parameters": sum(tensor.weights for tensor in tensors.values()),
         "quantization": _quantization(config),
-        "runs_in": readers(config),
+        "runs_in": compatible_engines(config),
         "head": "tied" if config.tied_embeddings else _form(tensors, family.head),
-        "linears": _linears(skeleton, tensors),
-        "kept_in_16_bits": _kept(config, skeleton, tensors),
+        "linears": _linears(meta_model, tensors),
+        "kept_in_16_bits": _kept(config, meta_model, tensors),
         "tensors": "shapes" if found is None else "headers",
-        "bytes": {**_by_kind(skeleton, tensors), "total": own},
+        "bytes": {**_by_kind(meta_model, tensors), "total": own},
         "memory": {
             "context": context,
             "batch": batch,
@@ -106,30 +113,31 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
 
 
 def missing(checkpoint: Checkpoint) -> list[str]:
-    """Names that a whole checkpoint of this config has and this one has not."""
-    skeleton = _skeleton(checkpoint.config, str(checkpoint.folder))
-    places, quant = Places(checkpoint, skeleton), checkpoint.config.quant
+    """Names of tensors that the checkpoint should have and lacks."""
+    meta_model = _meta_model(checkpoint.config, str(checkpoint.folder))
+    names, quant = TensorNames(checkpoint, meta_model), checkpoint.config.quant
     zeros = (LAYOUTS[checkpoint.config.layout].zeros,) if quant is not None and quant.zero_point else ()
     lost = []
-    for name in expected(checkpoint.config, None, skeleton):
+    for name in expected(checkpoint.config, None, meta_model):
         base = name.removesuffix("weight")
-        if f"{base}qweight" in places.names:
-            lost += [places.stored(base + p) for p in ("qweight", "scales", *zeros) if base + p not in places.names]
-        elif not places.has(name):
-            lost.append(places.stored(name))
+        if f"{base}qweight" in names.on_disk:
+            kinds = ("qweight", "scales", *zeros)
+            lost += [names.stored_name(base + kind) for kind in kinds if base + kind not in names.on_disk]
+        elif not names.has(name):
+            lost.append(names.stored_name(name))
     return lost
 
 
-def expected(config: ModelConfig, quant: QuantConfig | None, skeleton: Skeleton | None = None) -> dict[str, Stored]:
-    """Every tensor of a model of this shape by name, in 16 bits, or with its linears as `quant` makes them."""
-    skeleton = skeleton or _skeleton(config, "config.json")
-    family = skeleton.family
+def expected(config: ModelConfig, quant: QuantConfig | None, meta_model: MetaModel | None = None) -> dict[str, Stored]:
+    """Every tensor of a model of this config by name, in 16 bits, or quantized by `quant`."""
+    meta_model = meta_model or _meta_model(config, "config.json")
+    family = meta_model.family
     dtype = str(config.raw.get("dtype") or config.raw.get("torch_dtype") or "float16")
     if dtype != "bfloat16":
         dtype = "float16"  # a float32 checkpoint is run in 16 bits
-    tensors = {name: _stored(shape, dtype) for name, shape in skeleton.outer.items()}
-    for index, layer in enumerate(skeleton.layers):
-        prefix, shapes = family.layer(index), skeleton.shapes(index)
+    tensors = {name: _stored(shape, dtype) for name, shape in meta_model.outer.items()}
+    for index, layer in enumerate(meta_model.layers):
+        prefix, shapes = family.layer(index), meta_model.shapes(index)
         kept = shapes if quant is None else LayerPlan(shapes, family, quant, prefix).kept
         for name, tensor in layer.state_dict().items():
             linear, _, kind = name.rpartition(".")
@@ -148,25 +156,29 @@ def _stored(shape: Sequence[int], dtype: str) -> Stored:
     return Stored(2 * math.prod(shape), math.prod(shape), dtype)
 
 
-def _skeleton(config: ModelConfig, where: str) -> Skeleton:
-    return Skeleton(config.raw, where, family_of(config.model_type))
+def _meta_model(config: ModelConfig, where: str) -> MetaModel:
+    return MetaModel(config.raw, where, family_of(config.model_type))
 
 
-def _open(model: str | Path) -> tuple[ModelConfig, Skeleton, dict[str, Stored] | None]:
-    """The config, its model and, where there are weights, what their headers say."""
+def _open(model: str | Path) -> tuple[ModelConfig, MetaModel, dict[str, Stored] | None]:
+    """The config, its meta model and, if there are weights, the tensors of their headers."""
     path = Path(model)
     if not path.is_dir():
         file = path if path.is_file() else hub_file(str(model), "config.json")
         config = ModelConfig.from_dict(read_json(file), str(model))
-        return config, _skeleton(config, str(model)), None
+        return config, _meta_model(config, str(model)), None
     checkpoint = Checkpoint(path)
-    skeleton = _skeleton(checkpoint.config, str(path / "config.json"))
+    meta_model = _meta_model(checkpoint.config, str(path / "config.json"))
     if not has_file(path / INDEX) and not checkpoint.shards.names():
-        return checkpoint.config, skeleton, None
-    places = Places(checkpoint, skeleton)
-    names = {**places.names, **{name: name for name in places.beside}}
-    infos = ((name, checkpoint.info(stored)) for name, stored in names.items())
-    return checkpoint.config, skeleton, {n: _from_header(n, i.nbytes, i.dtype.itemsize, str(i.dtype)) for n, i in infos}
+        return checkpoint.config, meta_model, None
+    names = TensorNames(checkpoint, meta_model)
+    stored = {**names.on_disk, **{name: name for name in names.other_tensors}}
+    infos = ((name, checkpoint.info(stored)) for name, stored in stored.items())
+    return (
+        checkpoint.config,
+        meta_model,
+        {n: _from_header(n, i.nbytes, i.dtype.itemsize, str(i.dtype)) for n, i in infos},
+    )
 
 
 def _from_header(name: str, nbytes: int, itemsize: int, dtype: str) -> Stored:
@@ -180,15 +192,14 @@ def _total(tensors: Mapping[str, Stored]) -> int:
 
 
 def _workspace(config: ModelConfig, batch: int) -> int:
-    """Bytes of a step's values, float32: states and their change, queries, keys, values, attention's output, both
-    halves of the MLP; and a row of logits for each sequence."""
+    """Bytes of a step's activations, float32: hidden states, attention, MLP, and a row of logits for each sequence."""
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     row = 3 * config.hidden_size + 2 * query + 2 * key + 3 * config.intermediate_size
     return 4 * (max(STEP_TOKENS, batch) * row + batch * config.vocab_size)
 
 
 def _architecture(config: ModelConfig) -> str:
-    """What config.json names first, where that is a name: it reaches terminals and model cards."""
+    """The first architecture of config.json, if it is an identifier: it reaches terminals and model cards."""
     names = config.raw.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
     is_name = isinstance(first, str) and re.fullmatch(r"\w+", first, re.ASCII)
@@ -208,15 +219,15 @@ def _quantization(config: ModelConfig) -> dict[str, Any] | None:
     }
 
 
-def _linears(skeleton: Skeleton, tensors: Mapping[str, Stored]) -> list[dict[str, Any]]:
-    """A row for each linear of a layer: its shape, and in how many layers it is stored how; * is any expert."""
+def _linears(meta_model: MetaModel, tensors: Mapping[str, Stored]) -> list[dict[str, Any]]:
+    """A row for each linear of a layer: its shape, and how many layers store it in which form; * is any expert."""
     shapes: dict[str, tuple[int, int]] = {}
     forms: dict[str, dict[str, set[int]]] = {}
-    for index in range(len(skeleton.layers)):
-        for name, shape in skeleton.shapes(index).items():
+    for index in range(len(meta_model.layers)):
+        for name, shape in meta_model.shapes(index).items():
             each = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
             shapes[each] = shape
-            form = _form(tensors, f"{skeleton.family.layer(index)}.{name}")
+            form = _form(tensors, f"{meta_model.family.layer(index)}.{name}")
             forms.setdefault(each, {}).setdefault(form, set()).add(index)
     return [
         {
@@ -237,19 +248,19 @@ def _form(tensors: Mapping[str, Stored], linear: str) -> str:
     return "missing" if weight is None else weight.dtype
 
 
-def _kept(config: ModelConfig, skeleton: Skeleton, tensors: Mapping[str, Stored]) -> list[str]:
-    """Full names of linears that a quantized model has not as integers; none where nothing is quantized."""
+def _kept(config: ModelConfig, meta_model: MetaModel, tensors: Mapping[str, Stored]) -> list[str]:
+    """Full names of linears that a quantized model stores in 16 bits."""
     if config.quant is None:
         return []
-    layers = range(len(skeleton.layers))
-    names = (f"{skeleton.family.layer(index)}.{name}" for index in layers for name in skeleton.shapes(index))
+    layers = range(len(meta_model.layers))
+    names = (f"{meta_model.family.layer(index)}.{name}" for index in layers for name in meta_model.shapes(index))
     return [name for name in names if f"{name}.weight" in tensors]
 
 
-def _by_kind(skeleton: Skeleton, tensors: Mapping[str, Stored]) -> dict[str, int]:
-    sizes, family = dict.fromkeys(KINDS, 0), skeleton.family
-    layers = range(len(skeleton.layers))
-    linears = {f"{family.layer(index)}.{name}.weight" for index in layers for name in skeleton.shapes(index)}
+def _by_kind(meta_model: MetaModel, tensors: Mapping[str, Stored]) -> dict[str, int]:
+    sizes, family = dict.fromkeys(KINDS, 0), meta_model.family
+    layers = range(len(meta_model.layers))
+    linears = {f"{family.layer(index)}.{name}.weight" for index in layers for name in meta_model.shapes(index)}
     for name, tensor in tensors.items():
         base, _, part = name.rpartition(".")
         if base in (family.embedding, family.head):
@@ -259,6 +270,6 @@ def _by_kind(skeleton: Skeleton, tensors: Mapping[str, Stored]) -> dict[str, int
         elif name in linears or (part in FUSED and base.endswith(".experts")):
             kind = "dense_linears"
         else:
-            kind = "small" if base.startswith(family.layers) or name in skeleton.outer else "beside"
+            kind = "small" if base.startswith(family.layers) or name in meta_model.outer else "beside"
         sizes[kind] += tensor.nbytes
     return sizes

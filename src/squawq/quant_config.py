@@ -36,14 +36,13 @@ class QuantConfig:
     zero_point: asymmetric (True) or symmetric around 8 (False).
     modules_to_not_convert: linears whose full name contains one of these stay in 16 bits.
     method: "awq" (activation-aware scales, Lin et al., arXiv 2306.00978), "squawq" (the same scales, then rounding
-    that sees the error) or "rtn" (plain rounding).
+    with error feedback) or "rtn" (round to nearest).
     clip: search a narrower range per group, as AutoAWQ does. duo_scaling: try scales from activations and weights
     as well as from activations alone. n_grid: steps of the scale search between 0 and 1; None: 10, of "awq" 20.
-    Of "squawq" alone: compensate: what rounding a column of a weight loses, the columns after it make up for (Frantar
-    et al., arXiv 2210.17323), act_order: those of the strongest inputs first. refine: passes of coordinate descent over
-    integers and scales thereafter. sequential: calibrate each linear on what the quantized ones before it hand over,
-    and let it make up for what they lost. damping: how far correlations between inputs are mistrusted, as a share of
-    the Gram matrix's diagonal.
+    Of "squawq" alone: compensate: GPTQ's error feedback between columns (arXiv 2210.17323), act_order: in descending
+    order of the Hessian's diagonal. refine: passes of coordinate descent over integers and scales thereafter.
+    sequential: calibrate each linear on the outputs of the quantized ones before it, and correct its weights for their
+    error (QEP, arXiv 2504.09629). damping: Hessian damping, as a share of its diagonal.
     dtype: of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
     samples, seqlen: calibration blocks and tokens in each. None takes what there is, up to 128 blocks, and 512
     tokens or the model's context if that is shorter.
@@ -92,8 +91,8 @@ class QuantConfig:
         object.__setattr__(self, "modules_to_not_convert", tuple(names))
 
     @property
-    def sees_errors(self) -> bool:
-        """Whether integers make up for each other; else each is the nearest."""
+    def error_feedback(self) -> bool:
+        """Whether rounding uses error feedback or coordinate descent; else it is to nearest."""
         return self.compensate or self.refine > 0
 
     @property

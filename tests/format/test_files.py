@@ -22,9 +22,9 @@ from squawq.errors import CheckpointError, SquawqError
 from squawq.export.run import export
 from squawq.format.files import MAX_DEPTH, has_file, parse_json, read_bytes, read_json
 from squawq.format.reader import Checkpoint
-from squawq.hub.card import Origin, front_matter, model_card, write_card
-from squawq.hub.push import check_folder
 from squawq.inspection import inspect
+from squawq.publish.card import Origin, front_matter, model_card, write_card
+from squawq.publish.push import check_folder
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 from squawq.report.files import add_evaluation

@@ -15,7 +15,7 @@ from squawq.errors import SquawqError
 from squawq.evaluation.plots import check_plot
 from squawq.export.run import export
 from squawq.format.writer import TEMPORARY, write_text
-from squawq.hub.card import write_card
+from squawq.publish.card import write_card
 from squawq.quant_config import QuantConfig
 from squawq.quantization.job import JOB, SCRATCH
 from squawq.quantization.pipeline import quantize

@@ -26,10 +26,10 @@ from squawq.errors import SquawqError
 from squawq.export.run import export
 from squawq.format.files import read_json
 from squawq.format.reader import Checkpoint
-from squawq.hub.card import Origin, front_matter, model_card
 from squawq.inspection import inspect, missing
 from squawq.memory import peak_memory
 from squawq.nn.loader import load
+from squawq.publish.card import Origin, front_matter, model_card
 from squawq.quant_config import QuantConfig
 from squawq.quantization.work import prepare
 from squawq.report.page import render

@@ -51,7 +51,7 @@ def test_inspect_of_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_cards_source_by_its_id(hub: Hub, tmp_path: Path) -> None:
-    code = f"from squawq.hub.card import *; import json; print(json.dumps(front_matter(Origin(source={ID!r}))))"
+    code = f"from squawq.publish.card import *; import json; print(json.dumps(front_matter(Origin(source={ID!r}))))"
     done = run(hub, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -61,7 +61,7 @@ def test_a_cards_source_by_its_id(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_source_without_a_card(hub: Hub, tmp_path: Path) -> None:
     del hub.repos[ID].branches["main"]["README.md"]
-    code = f"from squawq.hub.card import *; import json; print(json.dumps(front_matter(Origin(source={ID!r}))))"
+    code = f"from squawq.publish.card import *; import json; print(json.dumps(front_matter(Origin(source={ID!r}))))"
     done = run(hub, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -20,11 +20,11 @@ from squawq.format.packing import from_gemm
 from squawq.format.reader import Checkpoint
 from squawq.format.writer import write_index
 from squawq.kernels import cpu, library
+from squawq.layerwise.blocks import Blocks
 from squawq.nn.decoder import layer_stack
 from squawq.nn.loader import Options, load
 from squawq.nn.rope import inverse_frequencies
 from squawq.quant_config import QuantConfig
-from squawq.quantization.blocks import Blocks
 from squawq.quantization.pipeline import quantize
 
 LLAMA3 = {

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from squawq.commands.stopping import StoppableProgress, Stopped
+from squawq.distributed import Ranks, torchrun_ranks
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
-from squawq.quantization.ranks import Ranks, torchrun_ranks
 
 
 class Stopping:

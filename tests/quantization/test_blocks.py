@@ -10,7 +10,7 @@ from conftest import MakeModel
 
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
-from squawq.quantization.blocks import Blocks
+from squawq.layerwise.blocks import Blocks
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -49,7 +49,7 @@ def test_inspect_is_the_module_in_its_place(make_model: MakeModel) -> None:
     states = blocks.embed(torch.randint(0, 160, (2, 16)))
     with blocks.open(0) as block:
         seen: dict[str, list[torch.Tensor]] = {"self_attn": [], "mlp": []}
-        with block.watching({name: pieces.append for name, pieces in seen.items()}):
+        with block.input_hooks({name: pieces.append for name, pieces in seen.items()}):
             out = block.run(states)
         attention = block.inspect("self_attn", torch.cat(seen["self_attn"]))
         mlp = block.inspect("mlp", torch.cat(seen["mlp"]))

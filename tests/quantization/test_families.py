@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from family_models import SIZES, VOCABULARY, dense_folder, family_model, linear_names, randomize
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import squawq
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
+from squawq.layerwise.blocks import Block, Blocks
+from squawq.layerwise.fold import Folding
+from squawq.layerwise.plan import GATE, LayerPlan
 from squawq.nn.loader import load
 from squawq.quant_config import QuantConfig
-from squawq.quantization.blocks import Blocks
-from squawq.quantization.fold import Folding
 from squawq.quantization.job import Job
-from squawq.quantization.layer import LayerQuantizer
-from squawq.quantization.plan import GATE, LayerPlan
+from squawq.quantization.layer import verify
+from squawq.quantization.result import LayerQuantization, LayerResult
+from squawq.quantization.scales import fold_group, takes_scales
 
 SMALL = QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=3)
 ROWS = torch.randint(2, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(5))
@@ -39,15 +41,14 @@ def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypa
 
     import squawq.transformers
 
-    monkeypatch.setattr("squawq.quantization.inputs.LEAST_TOKENS", 130)  # some experts see more, some fewer
+    monkeypatch.setattr("squawq.quantization.inputs.MIN_TOKENS", 130)  # some experts see more, some fewer
     seen: list[torch.Tensor] = []  # what each layer is given in the quantized run
-    finish = LayerQuantizer.finish
 
-    def watched(self: LayerQuantizer, chosen: Any, before: torch.Tensor, wanted: torch.Tensor) -> Any:
+    def watch(block: Block, plan: LayerPlan, chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerResult:
         seen.append(before.clone())
-        return finish(self, chosen, before, wanted)
+        return verify(block, plan, chosen, before, wanted)
 
-    monkeypatch.setattr(LayerQuantizer, "finish", watched)
+    monkeypatch.setattr("squawq.quantization.layer.verify", watch)
     model = family_model(model_type, tmp_path / "model")
     report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
     for index, layer in enumerate(report["layers"]):
@@ -91,13 +92,13 @@ def test_scales_leave_the_function_as_it_was(model_type: str, tmp_path: Path) ->
             expected = block.run(states)
             nothing = QuantConfig(group_size=32, modules_to_not_convert=("layers",), dtype="bfloat16")
             plan = LayerPlan(
-                blocks.skeleton.shapes(index), FAMILIES[model_type], nothing, FAMILIES[model_type].layer(index)
+                blocks.meta_model.shapes(index), FAMILIES[model_type], nothing, FAMILIES[model_type].layer(index)
             )
-            worker, folding = LayerQuantizer(block, plan), Folding()
+            folding = Folding()
             for group in block.groups:
-                if worker.takes_scales(group):
+                if takes_scales(block, group):
                     scales = torch.rand(block.weight(group.linears[0]).shape[1], generator=generator) + 0.5
-                    worker.fold(group, scales, folding)
+                    fold_group(block, plan, group, scales, folding)
             block.fold(folding)
             assert (block.run(states) - expected).abs().max() < 1e-4 * expected.abs().max()
             states = expected
@@ -114,7 +115,7 @@ def test_residuals_are_what_outputs_are_added_to(model_type: str, tmp_path: Path
             groups = [group for group in block.groups if group.residual]
             inputs: dict[str, list[torch.Tensor]] = {g.previous: [] for g in block.groups if "norm" in g.previous}
             inputs |= {name: [] for g in groups for name in (g.residual, *g.linears)}
-            with block.watching({name: seen.append for name, seen in inputs.items()}):
+            with block.input_hooks({name: seen.append for name, seen in inputs.items()}):
                 result = block.run(states)
             for group in groups:
                 assert len(group.linears) == 1
@@ -133,7 +134,7 @@ def test_experts_that_see_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for layer in range(2):
         state[f"model.layers.{layer}.mlp.gate.weight"].zero_()
     save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr("squawq.quantization.inputs.LEAST_TOKENS", 100)
+    monkeypatch.setattr("squawq.quantization.inputs.MIN_TOKENS", 100)
     report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
     for layer in report["layers"]:
         rows = {row["name"]: row for row in layer["linears"] if "tokens" in row}

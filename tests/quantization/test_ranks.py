@@ -17,11 +17,11 @@ from results import settled
 import squawq
 from squawq.config import ModelConfig
 from squawq.demo import demo_model
+from squawq.distributed import Ranks, torchrun_ranks
 from squawq.errors import CalibrationError, ConfigError
 from squawq.format.files import read_json
 from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
-from squawq.quantization.ranks import Ranks, torchrun_ranks
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -121,5 +121,5 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     with torchrun_ranks("cuda") as ranks:
         assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
         assert ranks.device("cuda:1") == "cuda:1"
-        with pytest.raises(ConfigError, match="as it is"), ranks.together():
+        with pytest.raises(ConfigError, match="as it is"), ranks.session():
             raise ConfigError("as it is")

@@ -14,15 +14,8 @@ from conftest import MakeModel
 import squawq
 from squawq.quant_config import QuantConfig
 from squawq.quantization import records
-from squawq.quantization.records import (
-    MEASURED,
-    GroupRecord,
-    LayerRecord,
-    LinearRecord,
-    clip_quantiles,
-    measured,
-    quantiles,
-)
+from squawq.quantization.records import MEASURED, clip_quantiles, measured, quantiles
+from squawq.report.schema import LayerRow, LinearRow, ScaleRow
 
 
 def test_quantiles_of_a_few_values_and_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,13 +38,22 @@ def test_share_of_the_range_that_is_kept() -> None:
 
 def test_rows_have_only_what_is_known_and_json_takes() -> None:
     rows = [
-        LinearRecord("a", 8, 16, kept_in_16_bits="skipped"),
-        LinearRecord("b", 8, 16, tokens=0, loss_rounded=math.inf, loss=0.5),
+        LinearRow(name="a", out_features=8, in_features=16, kept_in_16_bits="skipped"),
+        LinearRow(name="b", out_features=8, in_features=16, tokens=0, loss_rounded=math.inf, loss=0.5),
     ]
-    group = GroupRecord(("a", "b"), "x", 0.5, [1.0] * 5)
-    found = LayerRecord("model.layers.0", "awq", math.nan, 0.25, [group], rows, ["odd"]).to_dict()
+    group = ScaleRow(linears=["a", "b"], formula="x", ratio=0.5, quantiles=[1.0] * 5)
+    found = LayerRow(
+        name="model.layers.0",
+        method="awq",
+        loss_rounded=math.nan,
+        loss=0.25,
+        relative_error=math.inf,
+        scales=[group],
+        linears=rows,
+        notes=["odd"],
+    ).to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert (found["loss_rounded"], found["loss"]) == (None, 0.25)
+    assert (found["loss_rounded"], found["loss"], found["relative_error"]) == (None, 0.25, None)
     assert found["scales"] == [{"linears": ["a", "b"], "formula": "x", "ratio": 0.5, "quantiles": [1.0] * 5}]
     assert found["linears"] == [
         {"name": "a", "out_features": 8, "in_features": 16, "kept_in_16_bits": "skipped"},

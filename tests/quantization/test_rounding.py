@@ -1,4 +1,4 @@
-"""Rounding that sees the error, against GPTQ written down as its paper has it, and as rules that hold for any input."""
+"""Rounding with error feedback, against GPTQ written down as its paper has it, and as rules that hold for any input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from squawq.format.groupwise import GroupwiseTensor, quantize, round_to_grid
 from squawq.kernels import library
 from squawq.quant_config import QuantConfig
 from squawq.quantization import rounding
-from squawq.quantization.linear import LinearRounder
+from squawq.quantization.linear import LinearQuantizer
 from squawq.quantization.rounding import DampedGram, Grid
 from squawq.quantization.search import whole_ranges
 from squawq.quantization.statistics import InputStatistics
@@ -141,11 +141,11 @@ def test_solve_inverts() -> None:
     assert torch.allclose(damped.solve(owed).double() @ whole, owed.double(), atol=1e-3)
 
 
-def rounder(x: Tensor, without: tuple[str, ...]) -> LinearRounder:
+def rounder(x: Tensor, without: tuple[str, ...]) -> LinearQuantizer:
     stats = InputStatistics(x.shape[1], "cpu")
     stats.update(x)
     config = QuantConfig(group_size=GROUP, compensate="compensate" not in without, refine=int("refine" not in without))
-    return LinearRounder(stats, config)
+    return LinearQuantizer(stats, config)
 
 
 def test_every_switch_matters() -> None:
@@ -154,7 +154,7 @@ def test_every_switch_matters() -> None:
     losses = {}
     for without in (), ("clip",), ("refine",), ("compensate",), ("compensate", "refine"):
         target = weight(64, 128)
-        integers, limits = rounder(x, without).choose(target, clip="clip" not in without)
+        integers, limits = rounder(x, without).quantize(target, clip="clip" not in without)
         assert torch.equal(target, weight(64, 128))  # nothing was lacking
         assert (limits is None) == ("clip" in without)
         losses[without] = float(((x @ (integers.dequantize() - target).T) ** 2).sum())
@@ -166,7 +166,7 @@ def test_wide_inputs_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of the Gram matrix are rounded on their own, also where a group spans them all."""
     from squawq.quantization import statistics
 
-    monkeypatch.setattr(statistics, "WIDEST", 64)
+    monkeypatch.setattr(statistics, "MAX_GRAM", 64)
     monkeypatch.setattr(statistics, "BOUNDARY", 32)
     x = inputs(2000, 160)
     for group in (32, -1):
@@ -174,6 +174,6 @@ def test_wide_inputs_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
         stats = InputStatistics(160, "cpu")
         stats.update(x)
         assert len(stats.spans) == 3
-        integers, _ = LinearRounder(stats, QuantConfig(group_size=group)).choose(target, clip=True)
+        integers, _ = LinearQuantizer(stats, QuantConfig(group_size=group)).quantize(target, clip=True)
         nearest = quantize(target, 160 if group == -1 else group, True).dequantize()
         assert stats.loss(integers.dequantize() - target) < 0.8 * stats.loss(nearest - target)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squawq.format.groupwise import fake_quantize, quantize
-from squawq.quantization.fold import norm_scales
+from squawq.layerwise.fold import norm_scales
 from squawq.quantization.search import (
     best_scales,
     clip_limits,

@@ -27,7 +27,7 @@ def statistics_of(x: Tensor, piece: int = 50) -> InputStatistics:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide begins at 64 inputs, and groups have up to 16."""
-    monkeypatch.setattr(statistics, "WIDEST", 64)
+    monkeypatch.setattr(statistics, "MAX_GRAM", 64)
     monkeypatch.setattr(statistics, "BOUNDARY", 16)
     monkeypatch.setattr(statistics, "PANEL", 20)
 

@@ -18,6 +18,7 @@ from squawq.report.charts import lines
 from squawq.report.files import PAGE, REPORT, add_evaluation, public_name, write_report
 from squawq.report.page import render
 from squawq.report.scales import Axis, column_ticks
+from squawq.report.schema import Report
 from squawq.report.words import command, headline, verdict
 
 VOID = {"meta", "link"}
@@ -235,11 +236,11 @@ def test_the_command_has_what_differs_from_the_defaults_and_is_read_again() -> N
     )  # fmt: skip
     found = report(1)
     found["job"] |= {"config": config.to_dict(), "device": "cuda"}
-    assert command(found) == (
+    assert command(Report.read(found)) == (
         "squawq quantize tiny-llama OUT --samples 8 --seqlen 128 --group-size 64 --damping 0.25 --symmetric --no-clip "
         "--no-sequential --skip layers.0 --skip 'a b' --dtype bfloat16 --device cuda"
     )
 
 
 def test_the_next_step_can_be_pasted() -> None:
-    assert headline(report(1, model="my model; rm -rf x"))[1].endswith("--reference 'my model; rm -rf x'")
+    assert headline(Report.read(report(1, model="my model; rm -rf x")))[1].endswith("--reference 'my model; rm -rf x'")

@@ -19,7 +19,7 @@ from squawq.families import FAMILIES
 from squawq.format.files import has_file, read_json
 from squawq.format.reader import Checkpoint, read_config
 from squawq.hub.download import resolve
-from squawq.quantization.skeleton import transformers_config
+from squawq.layerwise.meta_model import transformers_config
 
 SPREAD = (None, "auto", "balanced", "balanced_low_0", "sequential")  # device maps that let accelerate choose
 PASSED_ON = frozenset({"max_memory", "offload_folder", "offload_buffers", "offload_state_dict", "attn_implementation"})

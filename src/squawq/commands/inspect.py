@@ -41,15 +41,15 @@ def inspect(
 
 
 def _print(found: dict[str, Any]) -> None:
+    from squawq.compatibility import ENGINES
     from squawq.progress import output
-    from squawq.readers import READERS
 
     console = output()
     for table in (_model(found), _sizes(found), _memory(found)):
         console.print(table, soft_wrap=False)
     if found["kept_in_16_bits"]:
         console.print(f"not quantized: {', '.join(found['kept_in_16_bits'])}")
-    runs = "; ".join(READERS[name] for name in found["runs_in"]) or "no engine that squawq knows"
+    runs = "; ".join(ENGINES[name] for name in found["runs_in"]) or "no engine that squawq knows"
     console.print(f"{'runs' if found['quantization'] else 'once quantized it runs'} in: {runs}")
     console.print(_kept_bytes(found))
 

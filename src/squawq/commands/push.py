@@ -44,8 +44,8 @@ def push(
       squawq push OUT me/Llama-3.1-8B-AWQ --private --token-file ~/.hf-token
     """
     from squawq.errors import ConfigError
-    from squawq.hub.card import Origin, write_card
-    from squawq.hub.push import push as run
+    from squawq.publish.card import Origin, write_card
+    from squawq.publish.push import push as run
 
     origin = Origin(source, license_, base_model, evaluation)
     if card_only:

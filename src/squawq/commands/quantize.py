@@ -66,13 +66,14 @@ def quantize(
       squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
       torchrun --nproc-per-node 4 -m squawq quantize MODEL OUT --device cuda
     """
+    from squawq.compatibility import how_to_run
+    from squawq.distributed import torchrun_ranks
     from squawq.format.reader import Checkpoint
-    from squawq.hub.card import has_template
+    from squawq.publish.card import has_template
     from squawq.quantization.pipeline import already_done
     from squawq.quantization.pipeline import quantize as run
-    from squawq.quantization.ranks import torchrun_ranks
-    from squawq.readers import how_to_run
     from squawq.report.files import PAGE
+    from squawq.report.schema import Report
     from squawq.report.words import sizes
 
     config = QuantConfig(
@@ -107,7 +108,7 @@ def quantize(
     if observer.started:
         for kept in report["kept_in_16_bits"]:
             console.print(f"{kept['name']} stays in 16 bits: {kept['reason']}")
-        console.print(sizes(report))
+        console.print(sizes(Report.read(report)))
     else:
         console.print(already_done(out))
     console.print(f"report: {out / PAGE}")

@@ -20,7 +20,7 @@ class Stopped(BaseException):
     """The user stopped the work; says how to go on. As with KeyboardInterrupt, nothing should catch it on its way."""
 
     def __init__(self, message: str, number: int) -> None:
-        super().__init__(message, number)  # ranks.py makes it anew from these
+        super().__init__(message, number)  # distributed.py rebuilds it from these on the other ranks
         self.code = 128 + number
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Perplexity and divergence from logits, a few rows at a time. Pure functions on tensors and plain sums."""
+"""Perplexity and KL divergence from logits, summed over rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Score:
     divergence: list[Tensor] = field(default_factory=list)
 
     def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
-        """logits and reference [rows, vocab], targets int64 [rows]."""
+        """Add rows: logits and reference of any float dtype [rows, vocab], targets int64 [rows]."""
         log_p = logits.float().log_softmax(-1)
         self.tokens += len(targets)
         self.loss -= float(log_p.gather(1, targets[:, None]).sum(dtype=torch.float64))

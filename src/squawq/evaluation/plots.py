@@ -1,4 +1,4 @@
-"""The picture of a quantization: loss of every layer by plain rounding and as kept, and KL along the window."""
+"""Plots the loss of every layer, by plain rounding and as quantized, and the KL along the window."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from squawq.errors import ConfigError, DependencyError, OutputError
+from squawq.report.schema import LayerRow
 
 
 def check_plot(path: str | Path) -> None:
@@ -35,11 +36,12 @@ def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mappin
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    layers = [row for row in (report or {}).get("layers", []) if row.get("loss_rounded") is not None]
+    rows = [LayerRow.model_validate(row) for row in (report or {}).get("layers", [])]
+    layers = [row for row in rows if row.loss_rounded is not None]
     if layers:
         x = range(len(layers))
-        left.plot(x, [row["loss_rounded"] for row in layers], "o--", color="tab:gray", label="rounded to nearest")
-        left.plot(x, [row["loss"] for row in layers], "o-", color="tab:blue", label="as kept")
+        left.plot(x, [row.loss_rounded for row in layers], "o--", color="tab:gray", label="rounded to nearest")
+        left.plot(x, [row.loss for row in layers], "o-", color="tab:blue", label="as kept")
         left.set(
             yscale="log", xlabel="decoder layer", ylabel="mean squared error of its output", title="Loss per layer"
         )

@@ -1,4 +1,4 @@
-"""Measures a model folder on a text, alone or against its 16-bit original; neither need fit in memory whole.
+"""squawq.evaluate: perplexity of a model folder on a text, and KL divergence from its 16-bit original.
 
 Hidden states of all windows go through transformers' own layers one after another, their weights dequantized: any
 family that can be quantized can be measured. Peak memory: one layer, the two models' hidden states (windows x tokens x
@@ -22,7 +22,7 @@ from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
-from squawq.quantization.blocks import Blocks
+from squawq.layerwise.blocks import Blocks
 from squawq.quantization.calibration import read_text, split_documents
 from squawq.showing import Record
 from squawq.tokenizer import Tokenizer
@@ -37,8 +37,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Windows:
-    """Equal windows over a token stream: ids int64 [windows, window]; each scores its last `stride` tokens (the first
-    all but its first)."""
+    """Sliding windows over a token stream: ids int64 [windows, window]. A window scores its last `stride` tokens, the
+    first one all but its first token."""
 
     ids: Tensor
     stride: int
@@ -51,7 +51,7 @@ class Windows:
 
 
 def windows_of(ids: Sequence[int], window: int, stride: int) -> Windows:
-    """Windows that start `stride` apart; what is left over at the end is dropped.
+    """Windows that start `stride` tokens apart; an incomplete one at the end is dropped.
 
     Raises ConfigError for a stride that is not 1 to window, CalibrationError when not even one window is full.
     """
@@ -76,14 +76,25 @@ def evaluate(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of `model` on a text and, with `reference`, mean and 99th percentile KL and top-1 agreement.
+    """Perplexity of a model on a text and, with a reference, KL divergence and top-1 agreement.
 
-    text: a text file (a line of five equals signs separates documents); None for the built-in text, which is apart
-    from the calibration set. ids: token ids instead of a text. window: tokens of context, by default the model's
-    positions up to 1,024; stride: how far windows are apart, by default half of it. max_tokens: how much is read.
-    Returns what `Score.summary` gives plus `text` (its name), `window`, `stride` and `kl_by_position` (mean KL at each
-    place).
-    Raises SquawqError for anything that cannot work.
+    Args:
+        model: A folder or a Hub id.
+        reference: The 16-bit model.
+        text: A text file (a line of five equals signs separates documents); None for the built-in text, which shares
+            nothing with the calibration set.
+        ids: Token ids instead of a text.
+        window: Tokens of context, by default the model's positions up to 1,024.
+        stride: Tokens between two windows, by default half a window.
+        max_tokens: How much of the text is read.
+        device: "cpu", "cuda", "cuda:1" ...
+        progress: Called with the layers done and the layers in all.
+
+    Returns:
+        `Score.summary`, and `text` (its name), `window`, `stride` and `kl_by_position` (mean KL at each position).
+
+    Raises:
+        SquawqError: For anything that cannot work.
     """
     check_device(device)
     checkpoint = Checkpoint(resolve(model))
@@ -128,7 +139,7 @@ def text_ids(tokenizer: Tokenizer, text: str | Path | None) -> list[int]:
 
 @dataclass(frozen=True)
 class Final:
-    """A model and its hidden states after the last layer, float32 [windows, tokens, hidden]."""
+    """A model and its last layer's output, float32 [windows, tokens, hidden]."""
 
     blocks: Blocks
     states: Tensor
@@ -140,7 +151,7 @@ def _blocks(checkpoint: Checkpoint, device: str) -> Blocks:
 
 @torch.inference_mode()
 def final_states(blocks: Blocks, ids: Tensor, step: Callable[[], None]) -> Final:
-    """All windows through the model, with one layer in memory at a time."""
+    """Run ids int64 [windows, window] through the model with one layer in memory at a time."""
     states = blocks.embed(ids)
     for index in range(len(blocks.layers)):
         with blocks.open(index) as block:
@@ -151,7 +162,7 @@ def final_states(blocks: Blocks, ids: Tensor, step: Callable[[], None]) -> Final
 
 @torch.inference_mode()
 def _score(finals: Sequence[Final], cut: Windows, vocab_size: int) -> tuple[Score, list[float]]:
-    """The head of the model, and of the reference if there is one, over the scored positions, some rows at a time."""
+    """Score the positions of all windows, some rows of logits at a time; also mean KL by position."""
     heads = [final.blocks.logits() for final in finals]
     score = Score()
     sums, counts = torch.zeros(cut.ids.shape[1], dtype=torch.float64), torch.zeros(cut.ids.shape[1])

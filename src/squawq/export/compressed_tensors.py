@@ -31,7 +31,7 @@ def pack_rows(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """Turns linears of a checkpoint quantized as `quant` says."""
+    """Converts linears of a checkpoint quantized with `quant`."""
 
     quant: QuantConfig
 

@@ -1,4 +1,4 @@
-"""Dense 16-bit weights: what the integers say, (q - zero) * scale, rounded once to the checkpoint's dtype.
+"""Dequantizes to dense 16-bit weights: (q - zero) * scale, rounded once to the checkpoint's dtype.
 
 Knows one linear at a time, no files.
 """
@@ -26,7 +26,7 @@ class Dense:
 
     @classmethod
     def like(cls, dtype: torch.dtype) -> Dense:
-        """By the dtype of a checkpoint's embedding; where that is none of 16 bits, float16, as its scales are."""
+        """In the dtype of a checkpoint's embedding; float16, as its scales, if that has not 16 bits."""
         return cls(dtype if dtype in SIXTEEN_BITS else torch.float16)
 
     def linear(self, name: str, tensor: GroupwiseTensor) -> dict[str, Tensor]:
@@ -37,6 +37,6 @@ class Dense:
         return {"weight": weight}
 
     def config(self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002
-        """The new config.json; there is no difference any more between linears."""
+        """The new config.json, without quantization."""
         dropped = ("dtype", "torch_dtype", "quantization_config")
         return {**{k: v for k, v in raw.items() if k not in dropped}, "torch_dtype": SIXTEEN_BITS[self.dtype]}

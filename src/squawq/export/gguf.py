@@ -68,7 +68,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the file. kind: "Q4_1", "F16" or "F32"; shape as torch has it; heads: 0, or rows are paired anew."""
+    """A tensor of the file. kind: "Q4_1", "F16" or "F32"; shape: torch's; heads: 0, or rotary rows are reordered."""
 
     name: str
     kind: str
@@ -96,12 +96,12 @@ def q4_1(tensor: GroupwiseTensor) -> Tensor:
 
 
 def neighbour_order(rows: int, heads: int) -> Tensor:
-    """Row indices that put the two rows of each rotary pair side by side; checkpoints have them half a head apart."""
+    """Row indices that interleave rotary pairs: checkpoints have the rows of a pair half a head apart."""
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
 def plan(checkpoint: Checkpoint) -> Iterator[Entry]:
-    """Every tensor of the file in its order. Raises CheckpointError or ConfigError for what GGUF cannot hold."""
+    """Every tensor of the file, in order. Raises CheckpointError or ConfigError for what GGUF cannot store."""
     config, family = checkpoint.config, family_of(checkpoint.config.model_type)
     table = (config.vocab_size, config.hidden_size)
     yield Entry("token_embd.weight", "F16", table, f"{family.embedding}.weight")
@@ -138,7 +138,7 @@ def _linear(checkpoint: Checkpoint, source: str, name: str, shape: tuple[int, in
 
 
 def read_entry(checkpoint: Checkpoint, entry: Entry) -> Tensor:
-    """A tensor as the file holds it. Raises CheckpointError naming the tensor."""
+    """A tensor in the file's encoding. Raises CheckpointError naming the tensor."""
     order = neighbour_order(entry.shape[0], entry.heads) if entry.heads else slice(None)
     if entry.kind == "Q4_1":
         out, columns = entry.shape
@@ -155,7 +155,7 @@ def read_entry(checkpoint: Checkpoint, entry: Entry) -> Tensor:
 
 
 def rope_factors(config: ModelConfig) -> Tensor | None:
-    """What llama.cpp divides each rotary frequency by, float32 [head_dim / 2]; None without Llama 3.1's scaling."""
+    """Divisors of the rotary frequencies, float32 [head_dim / 2]; None without Llama 3.1's scaling."""
     if config.rope.type != "llama3":
         return None
     plain = 1.0 / (config.rope.theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim))
@@ -163,7 +163,7 @@ def rope_factors(config: ModelConfig) -> Tensor | None:
 
 
 def _writer(path: Path, name: str, config: ModelConfig, entries: list[Entry]) -> Any:
-    """A GGUFWriter with everything said but the vocabulary and the tensors."""
+    """A GGUFWriter with all metadata but the vocabulary."""
     try:
         import gguf
     except ImportError as error:
@@ -193,13 +193,13 @@ def _writer(path: Path, name: str, config: ModelConfig, entries: list[Entry]) ->
 
 
 def context_length(config: ModelConfig) -> int:
-    """Positions, or the sliding window if that is shorter: llama.cpp has none here, and to that length needs none."""
+    """Context length: the positions, or the sliding window if shorter, which llama.cpp does not apply here."""
     windows = [config.window(layer) for layer in range(config.num_layers)]
     return min([config.max_positions, *(window for window in windows if window is not None)])
 
 
 def _declare(writer: Any, entries: list[Entry], factors: Tensor | None) -> None:
-    """Names, types and sizes, which stand before the data."""
+    """Write the names, types and sizes, which precede the data."""
     import gguf
     import numpy as np
 
@@ -257,7 +257,7 @@ def _taken(out: Path) -> OutputError:
 
 
 def _name(partial: Path, out: Path) -> None:
-    """Give the file its name. Raises OutputError if another has taken it meanwhile."""
+    """Rename the file into place. Raises OutputError if the name has been taken meanwhile."""
     try:
         os.link(partial, out)
     except FileExistsError as error:

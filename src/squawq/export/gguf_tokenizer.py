@@ -1,7 +1,7 @@
-"""tokenizer.json and the chat templates as GGUF's `tokenizer.*` keys, for byte-level BPE and SentencePiece-like BPE.
+"""Converts tokenizer.json and chat templates to GGUF's `tokenizer.*` keys: byte-level BPE and SentencePiece-like BPE.
 
-GGUF names a way to cut text instead of giving it, so a tokenizer is taken only where a name is known to fit; others are
-refused, since llama.cpp would read the same text as other tokens. Knows no tensors.
+GGUF names a pre-tokenizer instead of storing it. A tokenizer that none of the known names fits is refused: llama.cpp
+would read the same text as other tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2 = "GPT-2's own"
-# How text is cut, and whether a word that is a token skips the merges -> llama.cpp's name for the two.
+# (pre-tokenizer patterns, ignore_merges) -> llama.cpp's name of the pre-tokenizer.
 PRE_TYPES = {
     ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
     ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
@@ -35,7 +35,7 @@ PRE_TYPES = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GGUF says of a tokenizer. pre and merges: of "gpt2" only; scores and space_prefix: of "llama" only."""
+    """A tokenizer in GGUF's terms. pre and merges: of "gpt2" only; scores and space_prefix: of "llama" only."""
 
     model: str
     tokens: Sequence[str]
@@ -50,7 +50,7 @@ class Vocabulary:
     space_prefix: bool | None = None
 
     def write(self, writer: Any) -> None:
-        """Into a GGUFWriter."""
+        """Write the keys to a GGUFWriter."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -68,7 +68,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
-    """The vocabulary of a model folder. Raises ConfigError for a tokenizer that GGUF cannot name exactly."""
+    """The vocabulary of a model folder. Raises ConfigError for a tokenizer that GGUF cannot express exactly."""
     tokenizer = Tokenizer(folder)
     state = json.loads(tokenizer.fast.to_str())  # as the library writes it: with every key, which the file may lack
     model = state["model"]
@@ -90,7 +90,7 @@ def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
 
 
 def _tokens(state: Mapping[str, Any], size: int, where: str) -> tuple[list[str], list[int]]:
-    """Every token and its type, by id; ids without a token, as in padded vocabularies, are named and unused."""
+    """Every token and its type, by id; ids without a token (padded vocabularies) become unused tokens."""
     tokens, types = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
     found = [(token, index, NORMAL) for token, index in state["model"]["vocab"].items()]
     found += [(t["content"], t["id"], CONTROL if t["special"] else USER_DEFINED) for t in state["added_tokens"]]
@@ -108,8 +108,8 @@ def _tokens(state: Mapping[str, Any], size: int, where: str) -> tuple[list[str],
 
 
 def _special_ids(tokenizer: Tokenizer, tokens: Sequence[str], config: ModelConfig) -> dict[str, int]:
-    """Special tokens by GGUF's names. eos is the tokenizer's, as chat templates write it; the other tokens that end a
-    text are the end of a turn and of a message, after their text where it tells."""
+    """Special token ids by GGUF's names. eos is the tokenizer's, as chat templates write it; other end tokens become
+    eot (end of turn, if the token's text says so) and eom (end of message)."""
     index = {token: number for number, token in enumerate(tokens)}
     ids = {}
     for name in ("bos", "eos", "pad", "unk"):
@@ -129,7 +129,7 @@ def _special_ids(tokenizer: Tokenizer, tokens: Sequence[str], config: ModelConfi
 
 
 def _added_around(tokenizer: Tokenizer, ids: Mapping[str, int], where: str) -> tuple[bool, bool]:
-    """Whether a text gets a begin token before it and an end token after it."""
+    """Whether the tokenizer adds a begin token before a text and an end token after it."""
     plain, whole = tokenizer.encode("a", special=False), tokenizer.encode("a")
     for add_bos in (False, True):
         for add_eos in (False, True):
@@ -140,7 +140,7 @@ def _added_around(tokenizer: Tokenizer, ids: Mapping[str, int], where: str) -> t
 
 
 def _steps(state: Mapping[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
-    """A pipeline's steps; those of a sequence, or the one there is."""
+    """The steps of a normalizer or pre-tokenizer, whether it is a sequence or a single one."""
     value = state.get(name)
     if value is None:
         return []
@@ -149,7 +149,7 @@ def _steps(state: Mapping[str, Any], name: str, inner: str) -> list[dict[str, An
 
 
 def _pre_type(state: Mapping[str, Any], where: str) -> str:
-    """llama.cpp's name for how a byte-level BPE cuts text. Unicode's NFC, which Qwen asks for, it does not do."""
+    """llama.cpp's name of a byte-level BPE's pre-tokenizer. An NFC normalizer (Qwen) is ignored, as llama.cpp does."""
     parts = []
     for step in _steps(state, "pre_tokenizer", "pretokenizers"):
         if step["type"] == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
@@ -170,7 +170,7 @@ def _pre_type(state: Mapping[str, Any], where: str) -> str:
 
 
 def _space_prefix(state: Mapping[str, Any], where: str) -> bool:
-    """Whether a SentencePiece-like tokenizer puts a space before a text."""
+    """Whether a SentencePiece-like tokenizer prepends a space to a text."""
     normalizers = _steps(state, "normalizer", "normalizers")
     kinds, cuts = [step["type"] for step in normalizers], _steps(state, "pre_tokenizer", "pretokenizers")
     if kinds in (["Prepend", "Replace"], ["Replace"]) and not cuts:
@@ -181,9 +181,9 @@ def _space_prefix(state: Mapping[str, Any], where: str) -> bool:
 
 
 def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[tuple[str, ...]], where: str) -> list[float]:
-    """SentencePiece's order of merging as scores: llama.cpp joins the pair whose joined token has the highest one.
+    """Merge ranks as SentencePiece scores: llama.cpp joins the pair whose joined token has the highest score.
 
-    The same as merges in order only where all splits of a token are merges, and stand together; otherwise refused.
+    Both orders agree only if all splits of a token are merges with consecutive ranks. Raises ConfigError otherwise.
     """
     known, ranks = set(tokens), dict[str, list[int]]()
     for rank, pair in enumerate(merges):

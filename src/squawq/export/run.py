@@ -1,7 +1,7 @@
-"""From an AWQ folder to another format: part after part, each renamed into place; OUT appears whole.
+"""squawq export: writes an AWQ folder in another format, shard after shard, and renames it to OUT.
 
-Knows names, parts and files; how a linear is written is the format's (compressed_tensors.py, dense.py). gguf.py makes
-its single file by itself. Peak memory: one decoder layer in the new format.
+How a linear is stored is up to the format (compressed_tensors.py, dense.py); gguf.py writes its single file itself.
+Peak memory: one decoder layer in the new format.
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What goes where. parts: tensor names of each shard: the embedding, every layer, the final norm and head.
+    """Layout of the result.
 
-    shapes: (out_features, in_features) of every linear by full name. kept, targets: see Writer.
+    Attributes:
+        parts: Tensor names of each shard: the embedding, every layer, the final norm and head.
+        shapes: (out_features, in_features) of every linear by full name.
+        kept: See `Writer.config`.
+        targets: See `Writer.config`.
     """
 
     parts: list[list[str]]
@@ -62,10 +66,19 @@ def export(
     *,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write an AWQ checkpoint in another format, one of FORMATS; returns the report, for folders OUT's own.
+    """Write an AWQ checkpoint in another format.
 
-    model: a folder or a Hub id. out: what does not exist or holds this very export; one that was stopped goes on where
-    it was. Raises SquawqError before work starts for what cannot work, and never leaves a half-written `out`.
+    Args:
+        model: A folder or a Hub id.
+        out: Must not exist, or hold this very export; one that was stopped resumes. Never left half-written.
+        format: One of FORMATS.
+        progress: Called with the parts done and the parts in all.
+
+    Returns:
+        The report; for folders, the one in `out`.
+
+    Raises:
+        SquawqError: Before work starts, for anything that cannot work.
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
@@ -107,14 +120,17 @@ def _quant_of(checkpoint: Checkpoint, format: str) -> QuantConfig:  # noqa: A002
 
 
 def _report_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What was measured while quantizing; it holds for the same integers elsewhere. Empty for others' folders."""
+    """The quantization's report, which holds for the same integers in any format; empty if there is none."""
     path = checkpoint.folder / REPORT
     return read_json(path) if has_file(path) else {}
 
 
 def _plan(checkpoint: Checkpoint, family: Family) -> _Plan:
-    """Raises CheckpointError for a tensor that is missing, misshapen or without a place: nothing is dropped silently,
-    but for what loaders leave aside: rotary frequencies, and a head beside a tied embedding."""
+    """Lay out the result; only rotary frequencies and a head beside a tied embedding are dropped.
+
+    Raises:
+        CheckpointError: A tensor is missing, misshapen or unexpected.
+    """
     config = checkpoint.config
     layers = [family.layer(index) for index in range(config.num_layers)]
     shapes = {f"{layer}.{name}": shape for layer in layers for name, shape in linear_shapes(config).items()}
@@ -157,7 +173,7 @@ def _write_parts(checkpoint: Checkpoint, plan: _Plan, writer: Writer, job: Job, 
 
 
 def _convert(checkpoint: Checkpoint, plan: _Plan, writer: Writer, names: list[str]) -> dict[str, Tensor]:
-    """Linears by the writer, everything else as it is stored."""
+    """Write linears in the format, everything else as it is stored."""
     tensors = {}
     for name in names:
         linear, _, kind = name.rpartition(".")
@@ -173,7 +189,7 @@ def _convert(checkpoint: Checkpoint, plan: _Plan, writer: Writer, names: list[st
 
 
 def _finish(checkpoint: Checkpoint, plan: _Plan, writer: Writer, job: Job, report: dict[str, Any]) -> dict[str, Any]:
-    """The small files, the index, config.json and the report; then OUT gets its name."""
+    """Write the small files, the index, config.json and the report, and rename OUT.partial to OUT."""
     for path in checkpoint.companions():
         copy_file(path, job.partial / path.name)
     report |= {"bytes": write_index(job.partial), "job": job.identity}

@@ -1,1 +1,1 @@
-"""Everything that talks to the Hugging Face Hub."""
+"""Downloads from the Hugging Face Hub."""

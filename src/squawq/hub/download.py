@@ -1,4 +1,4 @@
-"""A model folder from what the user typed: a folder as it is, a Hub id through huggingface_hub and its cache."""
+"""Resolves a model: a folder as it is, a Hub id through huggingface_hub and its cache."""
 
 from __future__ import annotations
 

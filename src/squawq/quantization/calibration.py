@@ -1,4 +1,4 @@
-"""Calibration text to token blocks: the built-in set, files, Hub data sets, lists. Knows no model.
+"""Turns calibration text into token blocks: the built-in set, files, Hub data sets, lists.
 
 Documents are tokenized one after another into a stream that is cut into blocks, so long ones are never dropped.
 """
@@ -20,7 +20,7 @@ from squawq.tokenizer import Tokenizer, check_messages
 
 SEPARATOR = "\n=====\n"
 DEFAULT_SAMPLES = 128
-LEAST_BLOCKS = 4
+MIN_BLOCKS = 4
 DATE = datetime(2024, 7, 26)  # what templates that print today's date get: equal runs must see equal tokens
 PACKED = {
     b"\x1f\x8b": "gzip",
@@ -44,15 +44,25 @@ def token_blocks(
     vocab_size: int,
     most: int = DEFAULT_SAMPLES,
 ) -> Tensor:
-    """Token blocks int64 [blocks, seqlen] from `source`.
+    """Token blocks from a calibration source.
 
-    source: None for the built-in set; a .txt or .jsonl file; a Hub data set id; texts; or lists of token ids.
-    samples: exactly so many blocks; None takes what there is up to `most`, and at least 4.
-    The built-in set is sampled evenly over its languages and kinds; other sources are read from the start.
-    Raises CalibrationError when there is too little text, saying how much there is and how much is needed.
+    Args:
+        source: None for the built-in set, sampled evenly over its languages and kinds. Else a .txt or .jsonl file, a
+            Hub data set id, texts, or lists of token ids, read from the start.
+        open_tokenizer: Called if `source` has text.
+        seqlen: Tokens in a block.
+        samples: How many blocks; None takes what there is up to `most`, and at least 4.
+        vocab_size: Bound of token ids.
+        most: See `samples`.
+
+    Returns:
+        int64 [blocks, seqlen].
+
+    Raises:
+        CalibrationError: There is too little text, or a row is of the wrong kind.
     """
     wanted = most if samples is None else samples
-    least = min(LEAST_BLOCKS, most) if samples is None else samples
+    least = min(MIN_BLOCKS, most) if samples is None else samples
     stream: list[int] = []
     for ids in _documents(source, open_tokenizer):
         stream.extend(ids)

@@ -1,7 +1,7 @@
-"""Runs a few tokens through the quantized layers in the dtype in which they are stored, and the same in float32.
+"""Checks that the quantized layers can be computed in their 16-bit dtype, by running a few tokens beside float32.
 
-Activations of some models overflow float16: such a result loads everywhere and answers with NaN. Each layer is checked
-when it lies on disk, so that a wrong dtype shows at the first layer that it breaks. Peak memory: one layer in float32.
+Activations of some models overflow float16: the result would load everywhere and answer with NaN. Each layer is checked
+as soon as it is on disk. Peak memory: one layer in float32.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from squawq.errors import CheckpointError, SquawqError
+from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.calibration import token_blocks
 from squawq.quantization.job import Job
-from squawq.quantization.statistics import all_finite, token_errors
+from squawq.quantization.statistics import token_errors
 from squawq.quantization.work import Work
 from squawq.tokenizer import Tokenizer
 
@@ -30,12 +31,12 @@ class DtypeCheck:
     @torch.no_grad()
     def __init__(self, work: Work, job: Job) -> None:
         self.blocks, self.job, self.dtype = work.blocks, job, getattr(torch, work.config.dtype)
-        skeleton, family = self.blocks.skeleton, self.blocks.family
+        meta_model, family = self.blocks.meta_model, self.blocks.family
         embedding = f"{family.embedding}.weight"
-        table = job.tensors(0)[self.blocks.places.stored(embedding)]
+        table = job.tensors(0)[self.blocks.names.stored_name(embedding)]
         ids = _tokens(work, len(table))
-        self.wide = skeleton.embed(ids, table)
-        self.narrow = skeleton.embed(ids, table, self.dtype)
+        self.wide = meta_model.embed(ids, table)
+        self.narrow = meta_model.embed(ids, table, self.dtype)
         self._compare(family.embedding, self.wide, self.narrow)
 
     @torch.no_grad()
@@ -48,18 +49,18 @@ class DtypeCheck:
 
     @torch.no_grad()
     def head(self) -> float:
-        """The relative error of the median token's logits, around their mean."""
-        places, skeleton, family = self.blocks.places, self.blocks.skeleton, self.blocks.family
+        """Relative error of the median token's centred logits."""
+        names, meta_model, family = self.blocks.names, self.blocks.meta_model, self.blocks.family
         found = {**self.job.tensors(0), **self.job.tensors(self.job.layers + 1)}
         embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
-        outer = {name: found[places.stored(name)] for name in skeleton.outer if name != embedding}
-        outer.setdefault(head, found[places.stored(embedding)])
+        outer = {name: found[names.stored_name(name)] for name in meta_model.outer if name != embedding}
+        outer.setdefault(head, found[names.stored_name(embedding)])
         step = -(-len(outer[head]) // VOCABULARY)
         outer = {name: t[::step] if name.startswith(f"{family.head}.") else t for name, t in outer.items()}
         logits = []
         for states in (self.wide, self.narrow):
-            skeleton.put({name: t.to(self.blocks.device, states.dtype) for name, t in outer.items()})
-            logits.append(skeleton.logits(states).float())
+            meta_model.put({name: t.to(self.blocks.device, states.dtype) for name, t in outer.items()})
+            logits.append(meta_model.logits(states).float())
         wide, narrow = (each - each.mean(-1, keepdim=True) for each in logits)
         return self._compare("the final norm and head", wide, narrow)
 

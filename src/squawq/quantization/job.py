@@ -1,7 +1,6 @@
-"""A job's folder: OUT.partial while it runs, OUT when it is done, and what makes two runs the same job.
+"""A job's folder: OUT.partial while it runs, renamed to OUT when it is done; a killed run resumes from OUT.partial.
 
-OUT appears whole, by one rename. A folder that is not ours is never touched; a run that was killed goes on from
-the layers that lie in OUT.partial.
+A folder that squawq did not make is never touched.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SCRATCH = ".squawq-scratch"
 
 
 def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None, device: str) -> dict[str, Any]:
-    """What must be equal for a run to go on from another's files."""
+    """What must be equal for a run to resume another."""
     source = hashlib.sha256(read_bytes(checkpoint.folder / "config.json"))
     for name in sorted({info.file.name for info in checkpoint.tensors.values()}):
         source.update(checkpoint.shards.fingerprint(name))
@@ -47,7 +46,7 @@ def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None,
 
 
 def scratch_folder(out: Path) -> Path:
-    """A place for what a job needs only while it runs; whatever is in it goes with the job, however that ends."""
+    """Folder for temporary files of a job; removed when the job ends, however it ends."""
     return _partial(out) / SCRATCH
 
 
@@ -56,7 +55,7 @@ def _partial(out: Path) -> Path:
 
 
 def target_path(out: str | Path, source: Path) -> Path:
-    """What to make, as an absolute path. Raises ConfigError or OutputError for one that cannot appear by a rename."""
+    """OUT as an absolute path. Raises ConfigError or OutputError if it cannot be created by a rename."""
     path = Path(out).resolve()
     if path == source.resolve():
         raise ConfigError(f"{str(out)!r} is the model itself; choose another place")
@@ -66,7 +65,7 @@ def target_path(out: str | Path, source: Path) -> Path:
 
 
 def _differing(theirs: object, ours: Mapping[str, Any]) -> str:
-    """What of a job's identity another has not: its keys, and of the config each setting with both values."""
+    """The keys in which two identities differ, and for the config each differing setting with both values."""
     other: Mapping[str, Any] = theirs if isinstance(theirs, Mapping) else {}
     names = sorted(key for key in {*ours, *other} if other.get(key) != ours.get(key))
     before, now = other.get("config"), ours.get("config")
@@ -77,11 +76,12 @@ def _differing(theirs: object, ours: Mapping[str, Any]) -> str:
 
 
 class Job:
-    """The folders of one job. `finished` says that OUT already holds its result.
+    """The folders of one job; `finished` if OUT already holds its result.
 
-    Holds the lock on OUT.partial until `with` ends, which after a SquawqError removes what it wrote there, unless a
-    layer is among it. Raises OutputError when OUT or OUT.partial belongs to something else, or another process works
-    there.
+    Locks OUT.partial until the context ends. A SquawqError removes OUT.partial, unless a layer is in it.
+
+    Raises:
+        OutputError: OUT or OUT.partial belongs to something else, or another process works there.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], layers: int) -> None:
@@ -93,7 +93,7 @@ class Job:
             self._begin()
 
     def _begin(self) -> None:
-        """Lock first, then look: what was seen before the lock may be another's since."""
+        """Lock before looking: the folder may have changed hands since it was seen."""
         refuse_link(self.partial)
         refuse_link(self.partial / SCRATCH)
         if self.partial.exists() and not self.partial.is_dir():
@@ -143,7 +143,7 @@ class Job:
         self._clear()
 
     def _clear(self) -> None:
-        """Remove what only a running process needs."""
+        """Remove temporary files."""
         clear_temporary(self.partial)
         shutil.rmtree(self.partial / SCRATCH, ignore_errors=True)
 
@@ -159,7 +159,7 @@ class Job:
                 self._abandon()
 
     def _abandon(self) -> None:
-        """Where nothing is lost by it, let other settings be tried at once."""
+        """Remove OUT.partial if no layer is in it, so that other settings can be tried at once."""
         if any(self.shard_path(part).exists() for part in range(1, self.layers + 1)):
             return
         with suppress(OSError):  # another's files stay
@@ -168,7 +168,7 @@ class Job:
             self.partial.rmdir()
 
     def _notes(self, folder: Path) -> list[Path]:
-        """The files that only resuming needs."""
+        """The files that are only needed to resume."""
         return [folder / JOB, *(folder / self._record_path(part).name for part in range(self.layers + 2))]
 
     def _record_path(self, part: int) -> Path:
@@ -179,7 +179,7 @@ class Job:
         return self.partial / shard_name(part + 1, self.layers + 2)
 
     def record(self, part: int) -> dict[str, Any] | None:
-        """What was noted of a part that is on disk; None for one that is not."""
+        """The report's row of a part on disk; None if it is not there."""
         if not self.shard_path(part).is_file() or not self._record_path(part).is_file():
             return None
         try:
@@ -189,16 +189,16 @@ class Job:
             return None
 
     def tensors(self, part: int) -> dict[str, Tensor]:
-        """What was put on disk of a part."""
+        """The stored tensors of a part, by name in the checkpoint."""
         return read_shard(self.shard_path(part))
 
     def commit(self, part: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Put a part on disk. The shard comes last: where it lies, the part is done."""
+        """Write a part. The shard is written last: if it is there, the part is done."""
         write_json(self._record_path(part), record)
         write_shard(self.shard_path(part), tensors)
 
     def require_room(self, size: int, scratch: int = 0) -> None:
-        """Raises OutputError when the disk cannot take a result of about so many bytes and as many beside it."""
+        """Raise OutputError if the disk lacks room for a result of `size` bytes and `scratch` bytes beside it."""
         there = sum(path.lstat().st_size for path in self.partial.iterdir())
         needed, free = max(0, size - there) + scratch, shutil.disk_usage(self.partial).free
         if needed > free:
@@ -208,7 +208,7 @@ class Job:
             )
 
     def finish(self) -> None:
-        """Give the folder its name, then clear what only resuming needs."""
+        """Rename OUT.partial to OUT and remove what is only needed to resume."""
         self._clear()
         try:
             if self.out.is_dir():

@@ -1,6 +1,6 @@
-"""Chooses the integers of linears that share an input: what to round, the range of each group, the rounding.
+"""Quantizes linears that share an input: correct the weight, clip its ranges, round it.
 
-By the input's statistics, and in a run behind quantized linears by what the outputs lack. Knows no layer and no files.
+Knows the statistics of that input, no layer and no files.
 """
 
 from __future__ import annotations
@@ -10,60 +10,78 @@ from torch import Tensor
 
 from squawq.format.groupwise import GroupwiseTensor, quantize
 from squawq.quant_config import QuantConfig
-from squawq.quantization.drift import Drift
+from squawq.quantization.error_propagation import ErrorStatistics
 from squawq.quantization.rounding import CHUNK, DampedGram, Grid
 from squawq.quantization.search import clip_limits, whole_ranges
 from squawq.quantization.statistics import InputStatistics
 
+Limits = tuple[Tensor, Tensor]
 
-class LinearRounder:
-    """For linears whose input has these statistics; `drift`: what their outputs lack."""
 
-    def __init__(self, stats: InputStatistics, config: QuantConfig, drift: Drift | None = None) -> None:
-        self.stats, self.config, self.drift = stats, config, drift
-        self._last: tuple[slice, DampedGram] | None = None
-        self._last_change: tuple[slice, Tensor] | None = None
+class LinearQuantizer:
+    """For linears whose input has these statistics; `error`: of that input in the quantized run, if it is corrected."""
 
-    def choose(self, weight: Tensor, clip: bool) -> tuple[GroupwiseTensor, tuple[Tensor, Tensor] | None]:
-        """Integers for a weight [out, in], and the limits (low, high) [out, groups] of its ranges where searched.
+    def __init__(self, stats: InputStatistics, config: QuantConfig, error: ErrorStatistics | None = None) -> None:
+        self.stats, self.config, self.error = stats, config, error
+        self._damped_span: tuple[slice, DampedGram] | None = None
+        self._correction_span: tuple[slice, Tensor] | None = None
 
-        The weight becomes what was rounded: itself and what makes up for the outputs' lack.
+    def quantize(self, weight: Tensor, clip: bool) -> tuple[GroupwiseTensor, Limits | None]:
+        """Quantize a weight.
+
+        Args:
+            weight: float32 [out, in]; becomes the corrected weight.
+            clip: Whether to search narrower ranges.
+
+        Returns:
+            The integers, and the ranges (low, high), each float32 [out, groups], if they were searched.
         """
-        config, size = self.config, self.config.group_of(weight.shape[1])
         if not self.stats.has_signal:
-            return quantize(weight, size, config.zero_point), None
-        if self.drift is not None:
-            self._make_up(weight, self.drift)
-        gram = self.stats.energy.view(-1, size) if config.sees_errors else self.stats.gram_blocks(size)
-        limits = clip_limits(weight, gram, config.zero_point) if clip else None
-        if not config.sees_errors:
-            return quantize(weight, size, config.zero_point, limits), limits
+            return quantize(weight, self.config.group_of(weight.shape[1]), self.config.zero_point), None
+        self.correct(weight)
+        limits = self.clip(weight) if clip else None
+        return self.round(weight, limits), limits
+
+    def correct(self, weight: Tensor) -> None:
+        """Add the QEP weight correction E (H + damping)^-1 to a weight [out, in], in place (`error_propagation`)."""
+        if (error := self.error) is None:
+            return
+        for index, span in enumerate(self.stats.spans):
+            cross = error.cross.pop(0) if error.single else error.cross[index]  # large, and only one linear needs it
+            shared = None if error.single else self._shared_correction(span, cross)
+            for start in range(0, len(weight), step := max(1, CHUNK // (span.stop - span.start))):
+                part = slice(start, start + step)
+                rows = weight[part, span]
+                rows += self._damped(span).solve(cross[part]) if shared is None else rows @ shared
+
+    def clip(self, weight: Tensor) -> Limits:
+        """The range of each group with the least error, weighted by the Hessian (its diagonal under error feedback)."""
+        size = self.config.group_of(weight.shape[1])
+        gram = self.stats.energy.view(-1, size) if self.config.error_feedback else self.stats.gram_blocks(size)
+        return clip_limits(weight, gram, self.config.zero_point)
+
+    def round(self, weight: Tensor, limits: Limits | None) -> GroupwiseTensor:
+        """Round a weight [out, in] to integers within `limits`: with error feedback (GPTQ), or to nearest."""
+        config, size = self.config, self.config.group_of(weight.shape[1])
+        if not config.error_feedback:
+            return quantize(weight, size, config.zero_point, limits)
         grid = Grid.of(limits or whole_ranges(weight, size), size, config.zero_point)
         q = torch.empty(weight.shape[::-1], dtype=torch.uint8, device=weight.device)
         for span in self.stats.spans:
             damped, own = self._damped(span), grid.columns(span)
             q[span], scale = damped.round(weight[:, span], own, config.compensate, config.refine)
             own.scale.copy_(scale)  # a view
-        return grid.tensor(q), limits
+        return grid.tensor(q)
 
-    def _make_up(self, weight: Tensor, drift: Drift) -> None:
-        for place, span in enumerate(self.stats.spans):
-            lack = drift.lack.pop(0) if drift.single else drift.lack[place]  # large, and only one linear needs it
-            change = None if drift.single else self._change(span, lack)
-            for start in range(0, len(weight), step := max(1, CHUNK // (span.stop - span.start))):
-                part = slice(start, start + step)
-                rows = weight[part, span]
-                rows += self._damped(span).solve(lack[part]) if change is None else rows @ change
-
-    def _change(self, span: slice, lack: Tensor) -> Tensor:
-        """Of all linears of the stage: W becomes W + W change, in this span. The last one is kept, too."""
-        if self._last_change is None or self._last_change[0] != span:
-            self._last_change = span, self._damped(span).solve(lack)
-        return self._last_change[1]
+    def _shared_correction(self, span: slice, cross: Tensor) -> Tensor:
+        """C [span, span] of all linears that share the input: W becomes W + W C. Cached for the last span."""
+        if self._correction_span is None or self._correction_span[0] != span:
+            self._correction_span = span, self._damped(span).solve(cross)
+        return self._correction_span[1]
 
     def _damped(self, span: slice) -> DampedGram:
-        """The last one is kept: most inputs have only one."""
-        if self._last is None or self._last[0] != span:
-            self._last = None
-            self._last = span, DampedGram(self.stats.gram_of(span), self.config.damping, self.config.act_order)
-        return self._last[1]
+        """Cached for the last span: most inputs have only one."""
+        if self._damped_span is None or self._damped_span[0] != span:
+            self._damped_span = None
+            self._damped_span = span, DampedGram(self.stats.gram_of(span), self.config.damping, self.config.act_order)
+        return self._damped_span[1]

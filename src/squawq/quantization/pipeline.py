@@ -1,4 +1,4 @@
-"""The loop: layer in, packed layer out, renamed into place, dropped. Knows the order of things and no algorithm.
+"""squawq.quantize: the loop over decoder layers. Each is loaded, quantized (`layer`), written, and dropped.
 
 Peak memory: one decoder layer in float32, its statistics, and the calibration's hidden states (twice blocks x tokens x
 hidden_size x 4 bytes, and a record of the layer's inputs) as far as they are kept in memory.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,39 +17,45 @@ import torch
 from torch import Tensor
 
 from squawq import __version__
+from squawq.compatibility import compatible_engines, engines_line
 from squawq.config import CODE, without
+from squawq.distributed import Ranks
 from squawq.errors import ConfigError
 from squawq.format.files import read_json
 from squawq.format.writer import copy_file, write_index, write_json
+from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.tensor_names import read_finite
 from squawq.progress import LayerProgress, console
 from squawq.quant_config import QuantConfig
-from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import Calibration
 from squawq.quantization.check import DtypeCheck
 from squawq.quantization.job import Job
-from squawq.quantization.layer import LayerQuantizer, LayerResult, cast
-from squawq.quantization.places import read_finite
-from squawq.quantization.ranks import Ranks
+from squawq.quantization.layer import quantize_layer, round_layer
 from squawq.quantization.records import measured
+from squawq.quantization.result import LayerResult, cast
 from squawq.quantization.states import IN_MEMORY
-from squawq.quantization.streams import ANEW, LayerPass, Streams
+from squawq.quantization.streams import Streams
 from squawq.quantization.work import Work, prepare
-from squawq.readers import in_words, readers
 from squawq.report.files import REPORT, public_name, write_report
+from squawq.report.schema import Report
 from squawq.showing import Record
 
 
 class Observer(Protocol):
-    """Hears how the work goes on; each rank's own does. What it raises stops all ranks at that place."""
+    """Callbacks of a run, on each rank. An exception in one stops all ranks."""
 
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
-        """Before the first layer; `resumed` layers lie on disk already. Not called where all was done before.
+        """Called before the first layer, unless all was done before.
 
-        runs_in: a line that says what will run the result.
+        Args:
+            layers: How many layers the model has.
+            tokens: How many calibration tokens there are.
+            resumed: Layers that an earlier run has quantized.
+            runs_in: A line that says which engines will run the result.
         """
 
     def layer(self, record: Mapping[str, Any]) -> None:
-        """After each layer, with its row of the report."""
+        """Called after each layer with its row of the report."""
 
 
 class _Silent:
@@ -70,21 +76,34 @@ def quantize(
     ranks: Ranks | None = None,
     states_memory: float = IN_MEMORY,
 ) -> dict[str, Any]:
-    """Quantize a 16-bit checkpoint to AWQ INT4 and return the report, which also lies in `out`: squawq_report.json, and
-    report.html for people.
+    """Quantize a 16-bit checkpoint to AWQ INT4.
 
-    model: a folder or a Hub id. out: a folder that does not exist, is empty, or holds this very job; a run that was
-    killed goes on where it was and ends with the same weights. calibration: see `calibration.token_blocks`.
-    stream: keep only a few of a Hub model's weight files on disk at a time, see `stream.open_streamed`.
-    progress: show on stderr how the work goes on, where no observer does: a bar on a terminal, else a line a layer.
-    ranks: the processes that share the calibration and each make this call (`ranks.torchrun_ranks`); the first writes.
-    states_memory: GiB of hidden states that are kept in memory; larger ones lie in a file beside `out`.
-    Raises SquawqError before work starts for anything that cannot work, and never leaves a half-written `out`.
+    Args:
+        model: A folder or a Hub id.
+        out: A folder that does not exist, is empty, or holds this very job. A run that was killed resumes where it
+            stopped and ends with the same weights. Never left half-written.
+        config: How to quantize.
+        calibration: See `calibration.token_blocks`.
+        device: "cpu", "cuda", "cuda:1" ... or "mps".
+        stream: Keep only a few of a Hub model's weight files on disk at a time, see `stream.open_streamed`.
+        observer: Callbacks, instead of progress on stderr.
+        progress: Show progress on stderr: a bar on a terminal, else a line a layer.
+        ranks: The processes that share the calibration and each make this call (`distributed.torchrun_ranks`); rank 0
+            writes.
+        states_memory: GiB of hidden states kept in memory; larger ones go to a file beside `out`.
+
+    Returns:
+        The report, which is also in `out`: squawq_report.json, and report.html for people.
+
+    Raises:
+        SquawqError: Before work starts, for anything that cannot work.
     """
     ranks = ranks or Ranks()
     if observer is not None or not progress or not ranks.first:
-        return _quantize(model, out, config, calibration, device, stream, observer or _Silent(), ranks, states_memory)
-    with LayerProgress() as shown:
+        with ranks.session():
+            silent = observer or _Silent()
+            return _quantize(model, out, config, calibration, device, stream, silent, ranks, states_memory)
+    with LayerProgress() as shown, ranks.session():
         report = _quantize(model, out, config, calibration, device, stream, shown, ranks, states_memory)
     if not shown.started:
         console.print(already_done(out))
@@ -107,35 +126,40 @@ def _quantize(
     ranks: Ranks,
     states_memory: float,
 ) -> dict[str, Any]:
-    with ranks.together():
-        if stream and ranks.size > 1:
-            raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
-        work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
-        share = None if work.tokens is None else ranks.share(len(work.tokens))
+    if stream and ranks.size > 1:
+        raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
+    work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
+    share = None if work.tokens is None else ranks.share(len(work.tokens))
     ranks.check_same(work.identity)
-    with ranks.owned(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
-        report = ranks.on_first(lambda: read_json(job.out / REPORT) if job.finished else None)
+    with ranks.on_first(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
+        report = ranks.broadcast(lambda: _begin(work, job))
         if report is None:
-            ranks.on_first(lambda: job.require_room(work.size, work.blocks.checkpoint.shards.room()))
-            ranks.on_first(lambda: _write_outer(work, job))
-            with ranks.together():
-                streams = None if share is None else Streams.embedded(work, share, states_memory)
-                check = DtypeCheck(work, job) if ranks.first else None
+            streams = None if share is None else Streams.embedded(work, share, states_memory)
+            check = DtypeCheck(work, job) if ranks.first else None
             _quantize_layers(work, streams, job, observer, ranks, check)
-            report = ranks.on_first(lambda: _finish(work, job, check, _public_calibration(calibration)))
+            report = ranks.broadcast(lambda: _finish(work, job, check, _public_calibration(calibration)))
         return Record(report)
 
 
-def _write_outer(work: Work, job: Job) -> None:
-    """The embedding, and the final norm and head: first of all, so that what is wrong with them shows at once.
+def _begin(work: Work, job: Job) -> dict[str, Any] | None:
+    """The report of a job that is done; otherwise write what is outside the layers."""
+    if job.finished:
+        return read_json(job.out / REPORT)
+    job.require_room(work.size, work.blocks.checkpoint.shards.room())
+    _write_outer(work, job)
+    return None
 
-    Parts of the checkpoint that are no text model go with the head, as they are.
+
+def _write_outer(work: Work, job: Job) -> None:
+    """Write the embedding, and the final norm and head, first of all, so that errors in them show at once.
+
+    Parts of the checkpoint beside the text model are stored with the head.
     """
     blocks, dtype = work.blocks, getattr(torch, work.config.dtype)
-    checkpoint, places = blocks.checkpoint, blocks.places
+    checkpoint, names = blocks.checkpoint, blocks.names
     embedding = f"{blocks.family.embedding}.weight"
-    names = [places.stored(name) for name in blocks.skeleton.outer if name != embedding]
-    for part, own in ((0, [places.stored(embedding)]), (job.layers + 1, [*names, *places.beside])):
+    head = [names.stored_name(name) for name in blocks.meta_model.outer if name != embedding]
+    for part, own in ((0, [names.stored_name(embedding)]), (job.layers + 1, [*head, *names.other_tensors])):
         if job.record(part) is None:
             job.commit(part, {n: cast(read_finite(checkpoint, n), dtype, n) for n in own}, {})
 
@@ -144,32 +168,30 @@ def _quantize_layers(
     work: Work, streams: Streams | None, job: Job, observer: Observer, ranks: Ranks, check: DtypeCheck | None
 ) -> None:
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
-    done = ranks.on_first(lambda: [job.record(part) for part in range(1, layers + 1)])
-    with ranks.together():
-        runs_in = in_words(work.blocks.checkpoint.config, work.config)
-        observer.start(layers, tokens, sum(r is not None for r in done), runs_in)
+    done = ranks.broadcast(lambda: [job.record(part) for part in range(1, layers + 1)])
+    runs_in = engines_line(work.blocks.checkpoint.config, work.config)
+    observer.start(layers, tokens, sum(r is not None for r in done), runs_in)
     for index, record in enumerate(done):
         if record is None:
             record = _quantize_layer(work, index, streams, job, ranks)
         elif streams is not None and not all(done[index:]):
-            _skip_layer(work, index, streams, job, ranks)
-        with ranks.together():
-            if check is not None:
-                check.layer(index)
-            observer.layer(record)
+            stored = ranks.broadcast(_stored(job, index + 1)) if streams.quantized is not None else {}
+            with work.blocks.open(index) as block:
+                streams.skip(block, stored)
+        if check is not None:
+            check.layer(index)
+        observer.layer(record)
 
 
-def _skip_layer(work: Work, index: int, streams: Streams, job: Job, ranks: Ranks) -> None:
-    with ranks.opened(lambda: work.blocks.open(index)) as block:
-        streams.skip(block, lambda: job.tensors(index + 1), ranks)
+def _stored(job: Job, part: int) -> Callable[[], dict[str, Tensor]]:
+    return lambda: job.tensors(part)
 
 
 def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, ranks: Ranks) -> dict[str, Any]:
-    """One layer's way: chosen and put on disk by the first rank, left behind by all."""
+    """Quantize a layer and write it; returns its row of the report."""
     blocks, began = work.blocks, time.perf_counter()
-
     goes_on = streams is not None and streams.quantized is not None and index + 1 < len(blocks.layers)
-    with ranks.opened(lambda: blocks.open(index)) as block:
+    with blocks.open(index) as block:
 
         def commit(result: LayerResult) -> tuple[dict[str, Any], dict[str, Tensor]]:
             record, stored = result.record | measured(began, blocks.device), block.stored(result.tensors)
@@ -177,17 +199,12 @@ def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, r
             return record, stored if goes_on else {}
 
         if streams is None:
-            return ranks.on_first(lambda: commit(LayerQuantizer(block, work.plan(index)).round()))[0]
-        way = LayerPass(work, block, streams, ranks)
-        record, stored = way.run(commit)
-        if goes_on:
-            kept = record["method"] == work.config.method  # else plain rounding was better, and what was seen is void
-            streams.leave(block, stored, ranks, way.replay.playing() if kept else ANEW)
-        return record
+            return ranks.broadcast(lambda: commit(round_layer(block, work.plan(index)))[0])
+        return quantize_layer(block, work.plan(index), streams, ranks, commit)
 
 
 def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | None) -> dict[str, Any]:
-    """The small files, the index, config.json and the report; then OUT gets its name."""
+    """Write the small files, the index, config.json and the report, and rename OUT.partial to OUT."""
     assert check is not None  # it is the first rank's
     logits_error = check.head()
     blocks, config, tokens = work.blocks, work.config, work.tokens
@@ -197,12 +214,12 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
     size = write_index(job.partial)
     records = [job.record(part) or {} for part in range(1, job.layers + 1)]
     kept = [
-        {"name": blocks.places.module(f"{record['name']}.{row['name']}"), "reason": row["kept_in_16_bits"]}
+        {"name": blocks.names.stored_module(f"{record['name']}.{row['name']}"), "reason": row["kept_in_16_bits"]}
         for record in records
         for row in record["linears"]
         if "kept_in_16_bits" in row
     ]
-    kept += [{"name": name, "reason": "no part of the text model"} for name in blocks.places.parts]
+    kept += [{"name": name, "reason": "no part of the text model"} for name in blocks.names.other_parts]
     raw: dict[str, Any] = without(checkpoint.config.raw, ("dtype", "torch_dtype", *CODE))
     raw["torch_dtype"] = config.dtype
     raw["quantization_config"] = config.to_quantization_config([row["name"] for row in kept])
@@ -211,12 +228,12 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
         "squawq": __version__,
         "model": work.name,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "runs_in": readers(checkpoint.config, config),
+        "runs_in": compatible_engines(checkpoint.config, config),
         "method": config.method,
         "source_bytes": checkpoint.nbytes(),
         "bytes": size,
         "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
-        "embedding_bytes": math.prod(blocks.skeleton.outer[f"{blocks.family.embedding}.weight"]) * 2,
+        "embedding_bytes": math.prod(blocks.meta_model.outer[f"{blocks.family.embedding}.weight"]) * 2,
         "calibration": calibration,
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
         "kept_in_16_bits": kept,
@@ -225,18 +242,19 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
         "layers": records,
         "job": job.identity,
     }
+    report = Report.read(report).to_dict()
     write_report(job.partial, report)
     job.finish()
     return report
 
 
 def _public_calibration(calibration: Calibration) -> str | None:
-    """A text or data set as a report may name it; None where none was named, or it was no name."""
+    """The calibration's name in the report; None for the built-in set and for lists."""
     return public_name(calibration) if isinstance(calibration, str | Path) else None
 
 
 def _left_out(blocks: Blocks) -> list[str]:
-    ignored = blocks.places.ignored
+    ignored = blocks.names.ignored
     return (
         [f"{len(ignored)} tensors that transformers leaves aside are not written, as {ignored[0]}"] if ignored else []
     )

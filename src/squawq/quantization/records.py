@@ -1,14 +1,12 @@
-"""The rows of squawq_report.json: what is kept of a layer, of the linears that share its inputs, of each linear.
+"""Measures what the report says of a layer: quantiles, seconds, memory.
 
-The one place that knows the rows' keys where they are written. Takes results, computes summaries of them; searches
-nothing. MEASURED are the keys whose values differ between equal runs.
+MEASURED are the keys whose values differ between equal runs.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,76 +17,6 @@ from squawq.memory import peak_memory
 MEASURED = ("seconds", "peak_bytes", "device_peak_bytes")
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 SAMPLED = 1 << 20  # values that the inner quantiles are taken from
-
-
-@dataclass(frozen=True)
-class LinearRecord:
-    """A linear's shape, and the tokens that an expert saw. Why it is not quantized; or its mean squared output error by
-    plain rounding and as kept, and QUANTILES over its groups of the share of the range that is kept (None: never
-    narrowed)."""
-
-    name: str
-    out_features: int
-    in_features: int
-    tokens: int | None = None
-    kept_in_16_bits: str | None = None
-    loss_rounded: float | None = None
-    loss: float | None = None
-    clip: list[float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """In JSON's types, without what is not known."""
-        found = {**asdict(self), "loss_rounded": finite(self.loss_rounded), "loss": finite(self.loss)}
-        return {key: value for key, value in found.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class GroupRecord:
-    """The scales of linears that share an input: their formula, and quantiles over the input's channels."""
-
-    linears: Sequence[str]
-    formula: str
-    ratio: float
-    quantiles: list[float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """In JSON's types."""
-        return {**asdict(self), "linears": list(self.linears)}
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """A layer: the method that was kept, mean squared error of its output by plain rounding and as kept (None: not
-    measured), the relative errors of its output (a token's, root mean square), its groups and linears, notes."""
-
-    name: str
-    method: str
-    loss_rounded: float | None
-    loss: float | None
-    scales: Sequence[GroupRecord]
-    linears: Sequence[LinearRecord]
-    notes: Sequence[str]
-    relative_error_rounded: float | None = None
-    relative_error: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """In JSON's types, which have no NaN and no infinity."""
-        return {
-            "name": self.name,
-            "method": self.method,
-            "loss_rounded": finite(self.loss_rounded),
-            "loss": finite(self.loss),
-            "relative_error_rounded": finite(self.relative_error_rounded),
-            "relative_error": finite(self.relative_error),
-            "scales": [row.to_dict() for row in self.scales],
-            "linears": [row.to_dict() for row in self.linears],
-            "notes": list(self.notes),
-        }
-
-
-def finite(value: float | None) -> float | None:
-    """The value, or None for one that JSON does not have."""
-    return value if value is not None and abs(value) < float("inf") else None
 
 
 def quantiles(values: Tensor) -> list[float]:

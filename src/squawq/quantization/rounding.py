@@ -1,8 +1,8 @@
-"""Rounding that sees the error, on tensors alone: what rounding one column loses, the columns after it make up for.
+"""Rounds weights with error feedback (GPTQ), then refines integers and scales by coordinate descent. Tensors only.
 
-Frantar et al., GPTQ, arXiv 2210.17323, in LDLQ's form (Chee et al., QuIP, arXiv 2307.13304), which needs one
-factorization and no inverse; columns in descending order of their inputs' energy, inside groups that stay where the
-format has them; then coordinate descent, over integers and scales. Zeros are given. No model, no files.
+Frantar et al., GPTQ, arXiv 2210.17323, in LDLQ's form (Chee et al., QuIP, arXiv 2307.13304), which needs one Cholesky
+factorization and no inverse. Columns are rounded in descending order of the Hessian's diagonal (act_order); groups keep
+their place. Coordinate descent minimizes the same loss, (W - Q) H (W - Q)', over integers and scales; zero points stay.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from squawq.format.groupwise import LEVELS, MIN_SCALE, GroupwiseTensor, round_to_grid, scale_and_zero
 from squawq.kernels.dispatch import round_columns
 
-BLOCK = 128  # columns between whose errors no matrix product is made
-CHUNK = 1 << 24  # weights handled at once: rows do not depend on each other
-GPU_CHUNK = 1 << 26  # where a column's operations are too short to be worth starting
-FLOOR = 1e-4  # of the mean energy, for channels without signal
+BLOCK = 128  # columns rounded between two matrix products (lazy batch updates)
+CHUNK = 1 << 24  # weights rounded at once: rows are independent
+GPU_CHUNK = 1 << 26  # where launching a column's operations costs more than running them
+FLOOR = 1e-4  # of the mean diagonal, for channels without signal
 TRIES = 8
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales and zeros float32 [groups, out] that integers 0..15 stand on, in groups of `group` columns."""
+    """Scales and zeros, float32 [groups, out], of integers 0..15 in groups of `group` columns."""
 
     scale: Tensor
     zero: Tensor
@@ -33,32 +33,51 @@ class Grid:
 
     @classmethod
     def of(cls, limits: tuple[Tensor, Tensor], group: int, zero_point: bool) -> Grid:
-        """For ranges (low, high), each [out, groups]."""
+        """The grid that spans ranges (low, high), each float32 [out, groups]."""
         scale, zero = scale_and_zero(*limits, zero_point)
         return cls(scale.T.contiguous(), zero.T.contiguous(), group)
 
     def rows(self, part: slice) -> Grid:
-        """Some of the output channels, with scales of their own."""
+        """The grid of some output channels; its scales are a copy."""
         return Grid(self.scale[:, part].clone(), self.zero[:, part].contiguous(), self.group)
 
     def columns(self, part: slice) -> Grid:
-        """Some of the inputs: whole groups, or a part of one that is larger."""
+        """The grid of some input channels: whole groups, or a part of one. Its scales are a view."""
         groups = slice(part.start // self.group, -(-part.stop // self.group))
         return Grid(self.scale[groups], self.zero[groups], self.group)
 
     def nearest(self, target: Tensor) -> Tensor:
-        """Integers as float32 for weights [in, out]."""
+        """Nearest integers, as float32 [in, out], for weights float32 [in, out]."""
         grouped = target.view(len(self.scale), -1, target.shape[1])
         return round_to_grid(grouped, self.scale[:, None], self.zero[:, None]).view_as(target)
 
     def round(self, wanted: Tensor, base: Tensor, feedback: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Integers as float32 for a block of columns [columns, out], the last one first, and their errors from `base`,
-        of which each column takes feedback [columns, columns] along. groups int64 [columns], on the CPU: its place."""
+        """Round a block of columns with error feedback, the last one first.
+
+        Args:
+            wanted: Target weights float32 [columns, out].
+            base: What errors are measured from, float32 [columns, out].
+            feedback: Weight of the errors of later columns in a column's target, float32 [columns, columns].
+            groups: Group of each column, int64 [columns], on the CPU.
+
+        Returns:
+            Integers as float32, and errors (base minus rounded), each [columns, out].
+        """
         return round_columns(wanted, base, feedback, self.scale, self.zero, groups, LEVELS)
 
     def fit(self, levels: Tensor, pull: Tensor, gram: Tensor, energy: Tensor, group: Tensor) -> Tensor:
-        """Move a group's scales, in place, to where the loss is least for its integers, [columns, out]; the weights'
-        change. pull [columns, out]: the loss's slope; gram [columns, columns]; both divided by energy [columns, 1]."""
+        """Fit a group's scales, in place, to the least loss for its integers.
+
+        Args:
+            levels: The group's integers as float32 [columns, out].
+            pull: H (W - Q) of its columns, divided by `energy`, float32 [columns, out].
+            gram: H of its columns, divided by `energy`, float32 [columns, columns].
+            energy: The diagonal of H, float32 [columns, 1].
+            group: int64 scalar.
+
+        Returns:
+            The change of the rounded weights, float32 [columns, out].
+        """
         steps, scale = levels - self.zero[group], self.scale[group].clone()
         gain = (energy * pull * steps).sum(0) / (energy * (gram @ steps) * steps).sum(0)  # NaN where all steps are 0
         fitted = (scale + gain).half().float()
@@ -67,22 +86,24 @@ class Grid:
         return steps * (self.scale[group] - scale)
 
     def values(self, levels: Tensor) -> Tensor:
-        """Weights [in, out] for integers as float32."""
+        """Dequantized weights, float32 [in, out], for integers as float32 [in, out]."""
         grouped = levels.view(len(self.scale), -1, levels.shape[1])
         return (grouped - self.zero[:, None]).mul_(self.scale[:, None]).view_as(levels)
 
     def tensor(self, q: Tensor) -> GroupwiseTensor:
-        """With integers uint8 [in, out]."""
+        """The quantized weight with integers uint8 [in, out]."""
         return GroupwiseTensor(
             q.T.contiguous(), self.scale.T.contiguous().half(), self.zero.T.contiguous().to(torch.uint8)
         )
 
 
 class DampedGram:
-    """A Gram matrix [in, in] with its diagonal raised, and its Cholesky factor; `damping` is a share of the diagonal.
+    """A Hessian X'X with damping on its diagonal, and its Cholesky factor.
 
-    Raising the diagonal is to trust correlations between inputs less than the calibration shows them. `act_order`:
-    columns are rounded in descending order of the diagonal, else from first to last.
+    Args:
+        gram: float32 [in, in].
+        damping: Share of the diagonal that is added to it; correlations seen in the calibration text count for less.
+        act_order: Round columns in descending order of the diagonal, else from first to last.
     """
 
     def __init__(self, gram: Tensor, damping: float, act_order: bool) -> None:
@@ -98,17 +119,24 @@ class DampedGram:
             damping = max(0.01, 2 * damping)
         self._diagonal = self.factor.diagonal().clone()
 
-    def solve(self, owed: Tensor) -> Tensor:
-        """owed [out, in] times the inverse: the change of weights that makes up for it."""
-        half = torch.linalg.solve_triangular(self.factor, owed[:, self.columns].T, upper=False)  # copies no factor
-        found = torch.empty_like(owed)
+    def solve(self, cross: Tensor) -> Tensor:
+        """cross (H + damping)^-1, float32 [out, in], for an error cross-covariance float32 [out, in]."""
+        half = torch.linalg.solve_triangular(self.factor, cross[:, self.columns].T, upper=False)  # copies no factor
+        found = torch.empty_like(cross)
         found[:, self.columns] = torch.linalg.solve_triangular(self.factor.T, half, upper=True).T
         return found
 
     def round(self, target: Tensor, grid: Grid, compensate: bool, passes: int) -> tuple[Tensor, Tensor]:
-        """Integers uint8 [in, out] for a weight [out, in], and the scales float32 [groups, out] they are to stand on.
+        """Round a weight.
 
-        Errors are fed on, or integers are the nearest; then so many passes of coordinate descent.
+        Args:
+            target: float32 [out, in].
+            grid: Its scales and zeros.
+            compensate: Round with error feedback (GPTQ), else to nearest.
+            passes: Passes of coordinate descent that follow.
+
+        Returns:
+            Integers uint8 [in, out], and scales float32 [groups, out].
         """
         q = torch.empty(target.shape[::-1], dtype=torch.uint8, device=target.device)
         scale = grid.scale.clone()
@@ -124,7 +152,7 @@ class DampedGram:
         return q, scale
 
     def _compensate(self, target: Tensor, grid: Grid) -> Tensor:
-        """Integers as float32 [in, out] for [in, out], each column's error fed to those that come after."""
+        """Integers as float32 [in, out] for a weight float32 [in, out], each column's error fed to those after it."""
         groups, target = (self.columns // grid.group).cpu(), target[self.columns]
         errors, levels = torch.empty_like(target), torch.empty_like(target)
         for part in _blocks(len(target)):
@@ -137,9 +165,9 @@ class DampedGram:
         return found
 
     def _descend(self, levels: Tensor, target: Tensor, grid: Grid) -> None:
-        """Move each group's scale and each integer in turn to where the loss is least, the others given, in place.
+        """One pass of coordinate descent: each scale and each integer in turn moves to the least loss, in place.
 
-        levels, target [in, out]. Groups larger than a block keep their scales.
+        `levels` (integers) and `target` are float32 [in, out]. Groups larger than a block keep their scales.
         """
         groups = torch.arange(len(target)) // grid.group
         energy = self.gram.diagonal() + self.ridge
@@ -147,7 +175,7 @@ class DampedGram:
         for part in _blocks(len(target)):
             feedback = self.gram[part] / energy[part, None]
             within = feedback[:, part].fill_diagonal_(1)
-            pull = feedback @ errors  # each weight's way to where the loss is least
+            pull = feedback @ errors  # how far each weight is from the least loss
             for start in range(0, len(pull), grid.group) if BLOCK % grid.group == 0 else ():
                 own = slice(start, start + grid.group)
                 change = grid.fit(
@@ -161,12 +189,12 @@ class DampedGram:
 
 
 def _blocks(columns: int) -> Iterator[slice]:
-    """The last one first."""
+    """Blocks of columns, the last one first."""
     return (slice(max(0, stop - BLOCK), stop) for stop in range(columns, 0, -BLOCK))
 
 
 def _cholesky(gram: Tensor, ridge: Tensor) -> tuple[Tensor, bool]:
-    """The lower factor of a symmetric matrix plus a diagonal `ridge`, in its place; and whether it failed."""
+    """Cholesky factor (lower) of `gram` plus a diagonal `ridge`, in place of `gram`, and whether it failed."""
     gram.diagonal().add_(ridge)
     factor, failed = gram.T, torch.zeros((), dtype=torch.int32, device=gram.device)  # the layout that LAPACK works in
     torch.linalg.cholesky_ex(factor, out=(factor, failed))

@@ -1,7 +1,7 @@
-"""The AWQ search on tensors alone: scale candidates, their loss, and the range of each group. No model, no files.
+"""The AWQ search on tensors: scale candidates, their loss, and the clipped range of each group.
 
-Lin et al., AWQ, arXiv 2306.00978; grid, weight term and clip as in AutoAWQ (awq/quantize/quantizer.py), with what
-it leaves out: identity, ratio 1.0, both formulas, and channels without signal kept out of the normalization.
+Lin et al., AWQ, arXiv 2306.00978. Grid, weight term and clipping are AutoAWQ's (awq/quantize/quantizer.py), which lacks
+identity, ratio 1.0 and the choice between both formulas, and normalizes over channels without signal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 1 << 22  # weights handled at once
 
 @dataclass(frozen=True)
 class ScaleCandidate:
-    """Scales [in_features] that multiply the weights' columns; formula "identity", "x" or "xw", ratio 0 to 1."""
+    """Scales float32 [in] that multiply a weight's columns; formula "identity", "x" or "xw", ratio 0 to 1."""
 
     formula: str
     ratio: float
@@ -31,7 +31,7 @@ class ScaleCandidate:
 
 
 def weight_importance(weights: Sequence[Tensor], group: int) -> Tensor:
-    """Mean over rows of |w| relative to the largest |w| of its group: float32 [in_features]."""
+    """Mean over rows of |w| / max |w| of its group, float32 [in], for weights float32 [out, in] that share an input."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
     for rows in (part for weight in weights for part in torch.split(weight, rows_at_once(weight))):
         grouped = rows.abs().view(len(rows), -1, group)
@@ -40,9 +40,14 @@ def weight_importance(weights: Sequence[Tensor], group: int) -> Tensor:
 
 
 def scale_candidates(x_mean: Tensor, w_mean: Tensor, n_grid: int) -> list[ScaleCandidate]:
-    """The grid: identity, x^r, and x^r / w^(1-r), for r from 0 to 1.
+    """The grid of scales: identity, x^r, and x^r / w^(1-r), for r from 0 to 1.
 
     Channels without signal (x or w zero throughout) keep scale 1 and do not enter the normalization.
+
+    Args:
+        x_mean: Mean |x| of the input, float32 [in].
+        w_mean: See `weight_importance`, float32 [in].
+        n_grid: Steps of r.
     """
     identity = ScaleCandidate("identity", 0.0, torch.ones_like(x_mean))
     alive = (x_mean > 0) & (w_mean > 0) & torch.isfinite(x_mean)
@@ -62,22 +67,22 @@ def scale_candidates(x_mean: Tensor, w_mean: Tensor, n_grid: int) -> list[ScaleC
 
 
 def rows_at_once(weight: Tensor) -> int:
-    """Rows of [out, in] that are handled at once, where a copy of all would be large."""
+    """Rows of a weight [out, in] that are processed at once, where a copy of all would be large."""
     return max(1, CHUNK // weight.shape[1])
 
 
 def sampled_rows(weight: Tensor) -> slice:
-    """Which rows of [out, in] stand for all: at most SAMPLED_ROWS, evenly spread."""
+    """Rows of a weight [out, in] that losses are measured on: at most SAMPLED_ROWS, evenly spaced."""
     return slice(None, None, -(-weight.shape[0] // SAMPLED_ROWS))
 
 
 def gram_loss(difference: Tensor, gram: Tensor) -> float:
-    """tr(D G D'): the summed squared error that a weight difference D [rows, in] makes on inputs of Gram matrix G."""
+    """tr(D H D'): summed squared output error of a weight difference D [rows, in], for a Hessian H = X'X [in, in]."""
     return float(((difference @ gram) * difference).sum(-1).cpu().sum(dtype=torch.float64))
 
 
 def scaled_difference(weight: Tensor, scales: Tensor, group: int, zero_point: bool) -> Tensor:
-    """Q(W s) / s - W."""
+    """Q(W s) / s - W, float32 [rows, in], for scales s float32 [in]."""
     return fake_quantize(weight * scales, group, zero_point) / scales - weight
 
 
@@ -91,8 +96,13 @@ def best_scales(
 ) -> ScaleCandidate:
     """The candidate with the least loss.
 
-    All are ranked by `loss`, that of a linear's weight difference [rows, in] (`InputStatistics.loss`); with `inspect`
-    (the loss on the inspected module's output) the best few and identity are judged by that instead.
+    Args:
+        candidates: Identity first.
+        weights: float32 [out, in] of linears that share an input.
+        loss: Of a weight difference float32 [rows, in] (`InputStatistics.loss`); ranks all candidates.
+        group: Group size.
+        zero_point: Whether ranges are asymmetric.
+        inspect: Loss on the output of the module around the linears; decides between the best few and identity.
     """
     sampled = [w[sampled_rows(w)] for w in weights]
     rows = torch.cat(sampled)
@@ -111,17 +121,24 @@ def best_scales(
 
 
 def whole_ranges(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Range (low, high), each [out, groups], that clips nothing."""
+    """Ranges (low, high), each float32 [out, groups], that clip nothing."""
     low, high = weight.view(len(weight), -1, group).aminmax(dim=-1)
     return low, high
 
 
 def clip_limits(weight: Tensor, gram: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:
-    """Range (low, high), each [out, groups], that loses least for each row and group on its own.
+    """The range with the least error of each row and group, on its own.
 
-    Tries the full range, the range shrunk at both ends, and AutoAWQ's symmetric clamp. A group's error is d' G d for
-    its weight differences d; gram holds the blocks G of all groups [groups, group, group], or their diagonals alone
-    [groups, group], for integers that will make up for each other.
+    Tries the full range, the range shrunk at both ends, and AutoAWQ's symmetric clamp.
+
+    Args:
+        weight: float32 [out, in].
+        gram: The Hessian's diagonal blocks [groups, group, group]; a group's error is d' H d for its weight difference
+            d. Their diagonals alone [groups, group] where integers are rounded with error feedback.
+        zero_point: Whether ranges are asymmetric.
+
+    Returns:
+        (low, high), each float32 [out, groups].
     """
     out, features = weight.shape
     group = gram.shape[1]

@@ -1,4 +1,4 @@
-"""How large a result will be, before anything is done. Knows names and shapes, no tensors."""
+"""Computes the size of a result from names and shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from squawq.quant_config import QuantConfig
 
 
 def result_bytes(tensors: Mapping[str, TensorInfo], converted: Mapping[str, int], config: QuantConfig) -> int:
-    """Bytes of the tensors that will be written. converted: in_features of those that become integers."""
+    """Bytes of the tensors to be written. `converted`: in_features of the weights to be quantized, by name."""
     total = 0
     for name, info in tensors.items():
         count = math.prod(info.shape)

@@ -1,8 +1,7 @@
-"""What the calibration keeps of all its tokens: in memory while small, else in a file.
+"""Storage for hidden states of all calibration tokens: in memory while small, else in a temporary file.
 
-Hidden states between layers are one tensor, its file one that the system pages; what is only written and read again
-in the same order is a spool. Files have no name, so nothing of them stays however the process ends, and a run that
-goes on makes new ones. Knows no model.
+Hidden states between layers are one tensor, mapped from its file; what is written once and read in the same order is a
+spool. Files are unlinked at once, so nothing of them remains however the process ends.
 """
 
 from __future__ import annotations
@@ -23,15 +22,17 @@ from torch import Tensor
 from squawq.errors import OutputError
 
 IN_MEMORY = 1.0  # GiB
-SAMPLED_TOKENS = 1024  # tokens on which modules and the whole layer are judged
+SAMPLED_TOKENS = 1024  # that losses of modules and of the whole layer are measured on
 ZEROS = bytes(1 << 24)
 
 
 def hidden_states(shape: tuple[int, int, int], folder: Path, device: str, in_memory: float = IN_MEMORY) -> Tensor:
-    """float32 [blocks, tokens, hidden] to be filled: on `device` up to `in_memory` GiB, else mapped from a file.
+    """Allocate float32 [blocks, tokens, hidden]: on `device` up to `in_memory` GiB, else as a file in `folder`.
 
-    The file lies in `folder` and takes its disk at once, so that a full disk shows now and as OutputError; a mapping
-    that finds no room later ends the process.
+    The file takes its disk space at once: a mapping that finds no room later would kill the process.
+
+    Raises:
+        OutputError: The disk is full.
     """
     size = torch.float32.itemsize * math.prod(shape)
     if size <= in_memory * 2**30:
@@ -55,8 +56,10 @@ def _no_room(folder: Path, size: int, error: OSError) -> OutputError:
 
 
 class Spool:
-    """Tensors added one after another, to be read in that order as often as wanted: up to `in_memory` GiB as they are,
-    the rest in a file in `folder`. Whoever adds a tensor leaves it alone from then on."""
+    """A list of tensors, read in the order in which they were added, as often as wanted.
+
+    Up to `in_memory` GiB stay as they are, the rest goes to a file in `folder`. A tensor must not change once added.
+    """
 
     def __init__(self, folder: Path, in_memory: float) -> None:
         self._folder, self._room = folder, in_memory * 2**30
@@ -99,7 +102,7 @@ class Spool:
 
 @dataclass(frozen=True)
 class Sample:
-    """The blocks on which losses are judged, spread over all `tokens`; this process holds the blocks of `share`."""
+    """The blocks that losses are measured on, spread over all `tokens`; this rank holds the blocks of `share`."""
 
     blocks: Tensor
     share: slice
@@ -107,12 +110,12 @@ class Sample:
 
     @classmethod
     def spread(cls, blocks: int, tokens: int, share: slice) -> Sample:
-        """Some of so many blocks of so many tokens: SAMPLED_TOKENS of them, and at least a block."""
+        """About SAMPLED_TOKENS of `blocks` blocks of `tokens` tokens each, at least one block."""
         count = max(1, min(blocks, SAMPLED_TOKENS // tokens))
         return cls(torch.linspace(0, blocks - 1, count).round().long(), share, blocks * tokens)
 
     def of(self, states: Tensor) -> Tensor:
-        """float32 [sampled blocks, tokens, hidden] of this process's states; zero where another has the block."""
+        """The sampled states, float32 [sampled blocks, tokens, hidden]; zero where another rank has the block."""
         here = (self.blocks >= self.share.start) & (self.blocks < self.share.stop)
         found = torch.zeros(len(self.blocks), *states.shape[1:], device=states.device)
         found[here] = states[self.blocks[here] - self.share.start]

@@ -1,7 +1,6 @@
-"""What the search needs of a linear's inputs: mean |x| and the Gram matrix X'X, summed while the layer runs once.
+"""Calibration statistics of a linear's input: mean |x| and the Hessian X'X (Gram matrix), summed over tokens.
 
-Of wide inputs only the Gram matrix's diagonal blocks are kept. Knows no model, no files, and not that other
-processes may hold further tokens; `sums` is what those add up.
+Of wide inputs only the diagonal blocks of the Gram matrix are kept. Knows no model and no files.
 """
 
 from __future__ import annotations
@@ -11,22 +10,28 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.search import gram_loss
 
-WIDEST = 16_384  # inputs up to which the Gram matrix is whole: 1 GiB
+MAX_GRAM = 16_384  # inputs up to which the Gram matrix is whole: 1 GiB
 BOUNDARY = 256  # wider ones are cut at multiples of the largest group size, so that a group lies in one block
-ROWS = 4096  # inputs added up at once: a long sum of short ones loses less in float32, and copies stay small
-PANEL = 256  # rows of a Gram matrix that end at the same column: what lies above its diagonal is not computed twice
+ROWS = 4096  # inputs summed at once: a long sum of short ones loses less in float32, and copies stay small
+PANEL = 256  # rows computed up to the same column: the upper triangle is not computed twice
 
 
 def token_errors(found: Tensor, wanted: Tensor) -> Tensor:
-    """Each token's error by its own size, float32 [..., tokens]. found, wanted [..., tokens, features].
+    """Relative error of each token, float32 [..., tokens], for `found` and `wanted` [..., tokens, features].
 
-    So each counts the same: the first of a text often has activations a thousand times as large as the others'.
+    Each token counts the same: the first of a text often has activations a thousand times as large as the others'.
     """
     unit = wanted.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # float32's squares end at 1e19
     size, lost = ((values / unit).square().sum(-1) for values in (wanted, found.float() - wanted))
     return (lost / size.clamp(min=1e-30)).sqrt()
+
+
+def mean_square(a: Tensor, b: Tensor) -> float:
+    """Mean squared difference of float32 [..., features], summed in float64."""
+    return float((a - b).square().mean(-1).cpu().mean(dtype=torch.float64))
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -34,15 +39,9 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float(token_errors(found, wanted).square().mean().sqrt())
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; one pass and no copy, unlike torch.isfinite."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
 def gram_spans(features: int) -> list[slice]:
-    """Which inputs share a block of the Gram matrix: all of them, or parts of at most WIDEST, equal as far as BOUNDARY
-    allows."""
-    blocks, pieces = -(-features // WIDEST), -(-features // BOUNDARY)
+    """Inputs that share a block of the Gram matrix: all, or parts of at most MAX_GRAM, as equal as BOUNDARY allows."""
+    blocks, pieces = -(-features // MAX_GRAM), -(-features // BOUNDARY)
     cuts = [min(features, pieces * index // blocks * BOUNDARY) for index in range(blocks + 1)]
     return [slice(start, stop) for start, stop in pairwise(cuts)]
 
@@ -54,8 +53,8 @@ def _panels(gram: Tensor) -> list[slice]:
 class InputStatistics:
     """Sums over all calibration tokens of one input [tokens, features], in float32 and float64.
 
-    Memory: features^2 float32, for wide inputs a half, a third ... of that. Rows with a non-finite value are left
-    out and counted in `dropped`.
+    Memory: features^2 float32, for wide inputs a half, a third ... of that. Tokens with a non-finite value are left out
+    and counted in `dropped`.
     """
 
     def __init__(self, features: int, device: str) -> None:
@@ -68,7 +67,7 @@ class InputStatistics:
 
     @property
     def sums(self) -> list[Tensor]:
-        """All that `update` adds to: the sums over several processes' tokens are those processes' sums, added."""
+        """All that `update` adds to; an all-reduce of these gives the sums over all ranks' tokens."""
         self._mirrored = False
         return [self._counts, self.absolute, *self._sums]
 
@@ -83,16 +82,16 @@ class InputStatistics:
 
     @property
     def rows(self) -> int:
-        """Inputs summed."""
+        """Tokens summed."""
         return int(self._counts[0])
 
     @property
     def dropped(self) -> int:
-        """Inputs left out."""
+        """Tokens left out."""
         return int(self._counts[1])
 
     def update(self, x: Tensor) -> None:
-        """Add inputs of any leading shape."""
+        """Add inputs [..., features] of any floating dtype."""
         for piece in torch.split(x.reshape(-1, x.shape[-1]), ROWS):
             self._add(piece.float())
 
@@ -111,7 +110,7 @@ class InputStatistics:
 
     @property
     def mean_absolute(self) -> Tensor:
-        """float32 [features]."""
+        """Mean |x|, float32 [features]."""
         return (self.absolute / max(1, self.rows)).float()
 
     @property
@@ -121,17 +120,17 @@ class InputStatistics:
 
     @property
     def gram(self) -> Tensor:
-        """The whole Gram matrix, of inputs that are not too wide for it."""
+        """The whole Gram matrix float32 [features, features], of inputs that are not too wide."""
         (gram,) = self._grams
         return gram
 
     def gram_of(self, span: slice) -> Tensor:
-        """The Gram matrix of the inputs in one of `spans`."""
+        """The Gram matrix's diagonal block of one of `spans`, float32 [span, span]."""
         return self._grams[self.spans.index(span)]
 
     @property
     def energy(self) -> Tensor:
-        """The Gram matrix's diagonal [features]."""
+        """The Gram matrix's diagonal, float32 [features]."""
         return torch.cat([gram.diagonal() for gram in self._sums])
 
     def notes(self, name: str) -> list[str]:
@@ -140,16 +139,16 @@ class InputStatistics:
         return found if self.has_signal else [*found, f"{name}: no calibration signal; rounded to nearest"]
 
     def loss(self, difference: Tensor) -> float:
-        """tr(D G D'), the summed squared error that a weight difference D [rows, features] makes on these inputs."""
+        """tr(D H D'): summed squared output error of a weight difference D float32 [rows, features]."""
         return sum(gram_loss(difference[:, span], gram) for span, gram in zip(self.spans, self._grams, strict=True))
 
     def gram_blocks(self, group: int) -> Tensor:
-        """The Gram matrix's diagonal blocks [groups, group, group]."""
+        """The Gram matrix's diagonal blocks, float32 [groups, group, group]."""
         grams = self._grams if group <= BOUNDARY else [self._whole()]
         return torch.stack([g[i : i + group, i : i + group] for g in grams for i in range(0, len(g), group)])
 
     def divide(self, scales: Tensor) -> None:
-        """Henceforth stand for the inputs divided by `scales` [features]."""
+        """Become the statistics of the inputs divided by `scales` float32 [features]."""
         self.absolute /= scales
         for span, gram in zip(self.spans, self._grams, strict=True):
             gram /= scales[span]

@@ -1,6 +1,6 @@
-"""What a job will do, all of it checked before the work starts: model, names, settings, calibration, place, size.
+"""Plans a job and checks all of it before it starts: model, tensor names, settings, calibration, target, size.
 
-Reads headers and the calibration, no weights.
+Reads headers and the calibration text, no weights.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.hub.stream import open_streamed
 from squawq.kernels.devices import check_device
+from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
-from squawq.quantization.blocks import Blocks
 from squawq.quantization.calibration import Calibration, token_blocks
 from squawq.quantization.job import identity, scratch_folder, target_path
-from squawq.quantization.plan import LayerPlan
 from squawq.quantization.size import result_bytes
 from squawq.report.files import public_name
 from squawq.tokenizer import Tokenizer
@@ -31,8 +31,17 @@ from squawq.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done, checked. tokens: None where nothing is calibrated. name: the model's in reports. size: about
-    how many bytes the result has."""
+    """A job, checked.
+
+    Attributes:
+        blocks: The 16-bit model.
+        config: Settings without "auto".
+        tokens: Calibration blocks int64 [blocks, seqlen]; None for plain rounding.
+        out: Where the result goes.
+        identity: What makes another run the same job.
+        name: The model's name in the report.
+        size: Bytes of the result.
+    """
 
     blocks: Blocks
     config: QuantConfig
@@ -43,14 +52,14 @@ class Work:
     size: int
 
     def plan(self, index: int) -> LayerPlan:
-        """What becomes of the linears of a layer."""
+        """Which linears of a layer are quantized."""
         return _plan(self.blocks, self.config, index)
 
 
 def prepare(
     model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str, stream: bool
 ) -> Work:
-    """Whatever can be refused before work starts is refused here."""
+    """Plan a job. Raises SquawqError for everything that can be refused before work starts."""
     check_device(device, mps=True)
     checkpoint = open_streamed(model, scratch_folder(Path(out).resolve())) if stream else Checkpoint(resolve(model))
     family = family_of(checkpoint.config.model_type)
@@ -80,19 +89,19 @@ def prepare(
         raise ConfigError(
             "method 'rtn' rounds without looking at text; leave the calibration out, or use another method"
         )
-    size = result_bytes({name: checkpoint.tensors[name] for name in blocks.places.written}, converted, config)
+    size = result_bytes({name: checkpoint.tensors[name] for name in blocks.names.stored_names}, converted, config)
     same = identity(checkpoint, config, tokens, device)
     return Work(blocks, config, tokens, folder, same, public_name(model), size)
 
 
 def _plan(blocks: Blocks, config: QuantConfig, index: int) -> LayerPlan:
-    return LayerPlan(blocks.skeleton.shapes(index), blocks.family, config, blocks.family.layer(index))
+    return LayerPlan(blocks.meta_model.shapes(index), blocks.family, config, blocks.family.layer(index))
 
 
 def _choice(blocks: Blocks, config: QuantConfig) -> dict[str, int]:
-    """The tensors on disk that become integers, and their in_features.
+    """The checkpoint's tensors to be quantized, and their in_features.
 
-    Raises ConfigError when a name to skip matches nothing, or when nothing would be quantized.
+    Raises ConfigError if a name to skip matches nothing, or if nothing would be quantized.
     """
     layers = [_plan(blocks, config, index) for index in range(len(blocks.layers))]
     names = [f"{plan.prefix}.{name}" for plan in layers for name in (*plan.converted, *plan.kept)]
@@ -104,16 +113,16 @@ def _choice(blocks: Blocks, config: QuantConfig) -> dict[str, int]:
         raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
     found: dict[str, int] = {}
     for index, plan in enumerate(layers):
-        shapes = blocks.skeleton.shapes(index)
-        found |= {blocks.places.holder(f"{plan.prefix}.{n}.weight"): shapes[n][1] for n in plan.converted}
+        shapes = blocks.meta_model.shapes(index)
+        found |= {blocks.names.storage_name(f"{plan.prefix}.{n}.weight"): shapes[n][1] for n in plan.converted}
     return found
 
 
 def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:
-    """What was asked for, or the source's: bfloat16 holds values that float16 cannot, and the model may need them."""
+    """The dtype asked for; for "auto" the source's, since bfloat16 holds values that float16 cannot."""
     if config.dtype != "auto":
         return config.dtype
-    info = blocks.checkpoint.info(blocks.places.stored(f"{blocks.family.embedding}.weight"))
+    info = blocks.checkpoint.info(blocks.names.stored_name(f"{blocks.family.embedding}.weight"))
     return "bfloat16" if info.dtype == torch.bfloat16 else "float16"
 
 

@@ -1,4 +1,4 @@
-"""The report's drawings as plain values: lines, bars from a low to a high value, maps of coloured cells.
+"""The report's charts as plain values: lines, bars from a low to a high value, heat maps.
 
 Takes numbers and names, gives places and classes; the template turns them into SVG. Knows no report and no HTML.
 """
@@ -61,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines or bars over columns. across: what the columns are."""
+    """Lines or bars over columns. `across` names the columns."""
 
     title: str
     across: str

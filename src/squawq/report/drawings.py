@@ -1,4 +1,4 @@
-"""Which drawings a report has: takes squawq_report.json's values, gives sections of charts. Knows no HTML.
+"""Turns a report into sections of charts. Knows no HTML.
 
 Experts of one kind share a row, so that a layer of hundreds stays readable; the table and the JSON have each of them.
 """
@@ -6,10 +6,9 @@ Experts of one kind share a row, so that a layer of hundreds stays readable; the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 from squawq.report.charts import (
     Chart,
@@ -23,9 +22,9 @@ from squawq.report.charts import (
     ranges,
 )
 from squawq.report.scales import number
+from squawq.report.schema import Evaluation, LayerRow, LinearRow, Report, ScaleRow
 
-Record = Mapping[str, Any]
-Layers = Sequence[Record]
+Layers = Sequence[LayerRow]
 EXPERT = re.compile(r"\bexperts\.\d+\.")
 POSITIONS = 128  # points of the line over positions
 RATIOS = [(2**-3, "⅛"), (2**-2, "¼"), (2**-1, "½"), (1, "as rounded"), (2, "2×"), (4, "4×")]
@@ -42,27 +41,27 @@ class Section:
     charts: list[Chart | Map]
 
 
-def sections(report: Record) -> list[Section]:
+def sections(report: Report) -> list[Section]:
     """Every section, in order; those without data say so."""
-    layers = report["layers"]
+    layers = report.layers
     columns = [column(record) for record in layers]
     return [
         _layer_loss(layers, columns),
         _linear_loss(layers, columns),
         _scales(layers, columns),
         _clipping(layers, columns),
-        _divergence(report.get("evaluation") or {}),
+        _divergence(report.evaluation),
         _cost(layers, columns),
     ]
 
 
-def column(record: Record) -> str:
+def column(record: LayerRow) -> str:
     """A layer's number; its whole name where it has none."""
-    return str(record["name"]).rpartition(".")[2]
+    return record.name.rpartition(".")[2]
 
 
 def _layer_loss(layers: Layers, columns: list[str]) -> Section:
-    rounded, kept = ([record[key] for record in layers] for key in ("loss_rounded", "loss"))
+    rounded, kept = [record.loss_rounded for record in layers], [record.loss for record in layers]
     if all(value is None for value in (*rounded, *kept)):
         return Section("layers", "Loss of each layer", "Plain rounding runs nothing, so no loss was measured.", [])
     series: dict[tuple[str, str], Values] = {("rounded to nearest", "before"): rounded, ("as kept", "after"): kept}
@@ -91,10 +90,10 @@ def _linear_loss(layers: Layers, columns: list[str]) -> Section:
 
 
 def _scales(layers: Layers, columns: list[str]) -> Section:
-    groups = dict.fromkeys(_kind(row["linears"]) for record in layers for row in record["scales"])
+    groups = dict.fromkeys(_kind(row.linears) for record in layers for row in record.scales)
     charts: list[Chart | Map] = []
     for kind in groups:
-        bars = [_joined([row for row in record["scales"] if _kind(row["linears"]) == kind]) for record in layers]
+        bars = [_joined([row for row in record.scales if _kind(row.linears) == kind]) for record in layers]
         if any(bars):
             charts.append(ranges(kind, "layer", columns, bars))
     if not charts:
@@ -106,9 +105,9 @@ def _scales(layers: Layers, columns: list[str]) -> Section:
     return Section("scales", "Chosen scales", text, charts)
 
 
-def formula(row: Record) -> str:
+def formula(row: ScaleRow) -> str:
     """A group's scales as a formula of mean activation x and mean weight w."""
-    name, ratio = str(row["formula"]), number(row["ratio"])
+    name, ratio = row.formula, number(row.ratio)
     return {"identity": "no scales", "x": f"x^{ratio}", "xw": f"x^{ratio} / w^(1 − {ratio})"}.get(name, name)
 
 
@@ -117,18 +116,19 @@ def _kind(linears: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(("experts' " if EXPERT.search(n) else "") + n.rpartition(".")[2] for n in linears))
 
 
-def _joined(groups: Layers) -> tuple[list[float], str] | None:
+def _joined(groups: Sequence[ScaleRow]) -> tuple[list[float], str] | None:
     """Quantiles and formula of one group, or of the experts' groups together: the whole span, means inside it."""
-    if not groups or not _all(groups, "quantiles"):
+    quantiles = [row.quantiles for row in groups if row.quantiles is not None]
+    if not groups or len(quantiles) < len(groups):
         return None
-    least, low, middle, high, most = zip(*(row["quantiles"] for row in groups), strict=True)
+    least, low, middle, high, most = zip(*quantiles, strict=True)
     formulas = dict.fromkeys(map(formula, groups))
     words = next(iter(formulas)) if len(formulas) == 1 else f"{len(groups)} groups, {len(formulas)} formulas"
     return [min(least), mean(low), mean(middle), mean(high), max(most)], words
 
 
 def _clipping(layers: Layers, columns: list[str]) -> Section:
-    rows = by_linear(layers, lambda found: mean(row["clip"][2] for row in found) if _all(found, "clip") else None)
+    rows = by_linear(layers, _kept_range)
     if not rows:
         return Section("clipping", "Clip ratios", "No range was narrowed, or this report has no record of it.", [])
     text = (
@@ -141,8 +141,14 @@ def _clipping(layers: Layers, columns: list[str]) -> Section:
     return Section("clipping", "Clip ratios", text, [drawing])
 
 
-def _divergence(evaluation: Record) -> Section:
-    kl = evaluation.get("kl_by_position") or []
+def _kept_range(rows: Sequence[LinearRow]) -> float | None:
+    """Mean over linears of the median share of their ranges that is kept."""
+    clips = [row.clip for row in rows if row.clip is not None]
+    return mean(clip[2] for clip in clips) if len(clips) == len(rows) else None
+
+
+def _divergence(evaluation: Evaluation | None) -> Section:
+    kl = [] if evaluation is None else evaluation.kl_by_position
     heading = "KL along the window"
     if not kl:
         text = "Not measured yet. Run squawq eval OUT --reference MODEL: it measures it and adds it here."
@@ -165,12 +171,12 @@ def _divergence(evaluation: Record) -> Section:
 
 def _cost(layers: Layers, columns: list[str]) -> Section:
     heading = "Time and memory"
-    seconds, peaks = ([record.get(key) for record in layers] for key in ("seconds", "peak_bytes"))
+    seconds, peaks = [record.seconds for record in layers], [record.peak_bytes for record in layers]
     if all(value is None for value in seconds):
         return Section("cost", heading, "This report has no record of them.", [])
     charts: list[Chart | Map] = [amounts("Seconds", "layer", columns, seconds, " s")]
     series = {("process", "after"): _gibibytes(peaks)}
-    device = [record.get("device_peak_bytes") for record in layers]
+    device = [record.device_peak_bytes for record in layers]
     if any(value is not None for value in device):
         series["device", "before"] = _gibibytes(device)
     if any(value is not None for values in series.values() for value in values):
@@ -186,24 +192,19 @@ def _gibibytes(values: Values) -> list[float | None]:
     return [None if value is None else value / 2**30 for value in values]
 
 
-def _all(rows: Layers, *keys: str) -> bool:
-    return all(row.get(key) is not None for row in rows for key in keys)
+def loss_ratio(rows: Sequence[LayerRow] | Sequence[LinearRow]) -> float | None:
+    """Summed loss by that of plain rounding; None where that is not known or 0."""
+    losses = [(row.loss, row.loss_rounded) for row in rows if row.loss is not None and row.loss_rounded is not None]
+    before = sum(rounded for _, rounded in losses)
+    return sum(loss for loss, _ in losses) / before if len(losses) == len(rows) and before > 0 else None
 
 
-def loss_ratio(rows: Layers) -> float | None:
-    """Summed loss of linears by plain rounding's; None where that is not known or 0."""
-    if not _all(rows, "loss", "loss_rounded"):
-        return None
-    before = sum(row["loss_rounded"] for row in rows)
-    return sum(row["loss"] for row in rows) / before if before > 0 else None
-
-
-def by_linear(layers: Layers, value: Any) -> dict[str, list[float | None]]:
+def by_linear(layers: Layers, value: Callable[[Sequence[LinearRow]], float | None]) -> dict[str, list[float | None]]:
     """`value` of each layer's linears of one name (or expert), in a row a name; rows without any value are left out."""
-    found: dict[str, dict[int, list[Record]]] = {}
+    found: dict[str, dict[int, list[LinearRow]]] = {}
     for index, record in enumerate(layers):
-        for row in record["linears"]:
-            name = EXPERT.sub("experts.*.", str(row["name"]))
+        for row in record.linears:
+            name = EXPERT.sub("experts.*.", row.name)
             found.setdefault(name, {}).setdefault(index, []).append(row)
     rows = {name: [value(own[i]) if i in own else None for i in range(len(layers))] for name, own in found.items()}
     return {name: values for name, values in rows.items() if any(v is not None for v in values)}

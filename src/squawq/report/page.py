@@ -1,4 +1,4 @@
-"""report.html: one file without any request, readable on a phone and in the dark. Knows nothing of what is measured.
+"""Renders report.html: one file that loads nothing else, for phones too, light or dark.
 
 Names and notes come from downloaded models: jinja2 escapes everything, and the page's own policy (CSP) lets nothing
 run but the script of this package, nothing load at all.
@@ -17,32 +17,34 @@ from markupsafe import Markup
 
 from squawq.errors import CheckpointError, printable
 from squawq.report.drawings import sections
+from squawq.report.schema import Report
 from squawq.report.words import HEADINGS, facts, headline, summary, table
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The page of a report as squawq_report.json has it. Raises CheckpointError for one that is none."""
+    found = Report.read(report)
     style, script = _read("page.css"), _read("page.js")
     template = jinja2.Environment(
         autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(_read("page.html"))
     try:
         return template.render(
-            model=str(report.get("model") or "A quantized model"),
-            headline=headline(report),
-            facts=facts(report),
-            summary=summary(report),
-            sections=sections(report),
+            model=found.model or "A quantized model",
+            headline=headline(found),
+            facts=facts(found),
+            summary=summary(found),
+            sections=sections(found),
             headings=HEADINGS,
-            table=table(report),
-            notes=[str(note) for note in report["notes"]],
-            kept=[(str(row["name"]), str(row["reason"])) for row in report["kept_in_16_bits"]],
+            table=table(found),
+            notes=found.notes,
+            kept=[(row.name, row.reason) for row in found.kept_in_16_bits],
             style=Markup(style),
             script=Markup(script),
             style_hash=_hash(style),
             script_hash=_hash(script),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError) as error:  # numbers of the right kind and beyond any sense
         raise CheckpointError(f"the report is not as squawq quantize writes it: {error!r:.200}") from error
 
 

@@ -1,4 +1,4 @@
-"""Where values lie on a drawing: axes, ticks and their words. Plain numbers; knows no report and no HTML.
+"""Axes of the report's charts: positions, ticks and labels as plain numbers.
 
 Across, places are per cent of the drawing's width, so that a drawing fits any screen; down, they are pixels.
 """

@@ -1,21 +1,20 @@
-"""What the report says in words: the facts at its head, its summary, and the rows of its table. Knows no HTML."""
+"""The report's sentences: facts, summary, verdict, and the rows of its table. Knows no HTML."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from squawq.quant_config import QuantConfig
 from squawq.report.drawings import column, loss_ratio
 from squawq.report.scales import number
+from squawq.report.schema import Evaluation, Report
 
-Record = Mapping[str, Any]
 METHODS = {
-    "squawq": "squawq: AWQ's scales, rounding that sees the error",
-    "awq": "awq: scales and ranges as published",
-    "rtn": "rtn: rounding to nearest",
+    "squawq": "squawq: AWQ scales, QEP correction, rounding with error feedback (GPTQ)",
+    "awq": "awq: AWQ scales and clipping, as published",
+    "rtn": "rtn: round to nearest",
 }
 
 
@@ -27,81 +26,81 @@ def verdict(kl: float) -> str:
     return f"KL {number(kl)}: {next(words for limit, words in VERDICTS if kl < limit or limit == float('inf'))}"
 
 
-def headline(report: Record) -> list[str]:
+def headline(report: Report) -> list[str]:
     """What to know first: how good the result is, and what to do next."""
-    scores, model = report.get("evaluation") or {}, shlex.quote(str(report.get("model") or "MODEL"))
-    if "kl_mean" not in scores:
-        errors = [record["relative_error"] for record in report["layers"] if record.get("relative_error") is not None]
+    scores, model = report.evaluation, shlex.quote(report.model or "MODEL")
+    if scores is None or scores.kl_mean is None:
+        errors = [record.relative_error for record in report.layers if record.relative_error is not None]
         off = f"; the last layer's output is off by {errors[-1]:.2%} on calibration text" if errors else ""
         return [
             f"Not compared with the 16-bit model yet{off}.",
             f"Next: squawq eval OUT --reference {model}",
         ]
-    said = [f"{verdict(scores['kl_mean'])}, the same likeliest token in {scores['top1_agreement']:.1%}."]
-    if scores["kl_mean"] >= VERDICTS[-2][0]:
+    said = [f"{verdict(scores.kl_mean)}, the same likeliest token in {scores.top1_agreement or 0:.1%}."]
+    if scores.kl_mean >= VERDICTS[-2][0]:
         said.append("Next: a smaller --group-size, or calibration text of the kind that the model is used for.")
-    elif "squawq" in report.get("runs_in", ["squawq"]):
+    elif "squawq" in report.runs_in:
         said.append('Next: squawq generate OUT -p "Once upon a time", or squawq serve OUT')
     else:
         said.append("Next: load OUT in transformers, after import squawq.transformers")
     return said
 
 
-def command(report: Record) -> str:
+def command(report: Report) -> str:
     """The command line that makes this result, without the ways to its folders."""
-    config, default = report["job"]["config"], QuantConfig()
-    words = ["squawq quantize", shlex.quote(str(report.get("model") or "MODEL")), "OUT"]
-    if report.get("calibration"):
-        words += ["--calibration", shlex.quote(str(report["calibration"]))]
+    config, default = report.job.config, QuantConfig()
+    words = ["squawq quantize", shlex.quote(report.model or "MODEL"), "OUT"]
+    if report.calibration:
+        words += ["--calibration", shlex.quote(report.calibration)]
     values: dict[str, object] = {"samples": None, "seqlen": 512, "group_size": default.group_size}
     values["method"] = default.method
-    if config.get("method") == "squawq":
+    if config.method == "squawq":
         values |= {"refine": default.refine, "damping": default.damping}
-    words += [f"{_flag(key)} {config[key]}" for key, plain in values.items() if config.get(key, plain) != plain]
-    words += ["--symmetric"] if not config["zero_point"] else []
-    switches = ("clip", "compensate", "act_order", "sequential") if config.get("method") == "squawq" else ("clip",)
-    words += [f"--no{_flag(key)[1:]}" for key in switches if not config.get(key, True)]
-    words += [f"--skip {shlex.quote(str(name))}" for name in config.get("modules_to_not_convert", ())]
-    words += [f"--dtype {config['dtype']}"] if config.get("dtype") else []
-    device = report["job"]["device"]
-    return " ".join([*words, *([f"--device {device}"] if device != "cpu" else [])])
+    given = {key: value for key, value in config.to_dict().items() if value is not None}
+    words += [f"{_flag(key)} {given[key]}" for key, plain in values.items() if given.get(key, plain) != plain]
+    words += ["--symmetric"] if not config.zero_point else []
+    switches = ("clip", "compensate", "act_order", "sequential") if config.method == "squawq" else ("clip",)
+    words += [f"--no{_flag(key)[1:]}" for key in switches if not given.get(key, True)]
+    words += [f"--skip {shlex.quote(name)}" for name in config.modules_to_not_convert]
+    words += [f"--dtype {config.dtype}"] if config.dtype else []
+    return " ".join([*words, *([f"--device {report.job.device}"] if report.job.device != "cpu" else [])])
 
 
 def _flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def sizes(report: Record) -> str:
+def sizes(report: Report) -> str:
     """Where the bytes are: what became 4-bit integers, and what stays in 16 bits."""
     weights, quantized = _quantized(report)
-    text = f"{_size(report['source_bytes'])} → {_size(report['bytes'])}"
+    text = f"{_size(report.source_bytes)} → {_size(report.bytes)}"
     if not weights:
         return text
-    rest, embedding = report["bytes"] - quantized, report.get("embedding_bytes")
+    rest, embedding = report.bytes - quantized, report.embedding_bytes
     inside = f", the embedding is {_size(embedding)} of them" if embedding else ""
     return f"{text}: {_size(round(quantized))} of 4-bit linears, {_size(round(rest))} stay in 16 bits{inside}"
 
 
-def facts(report: Record) -> list[tuple[str, str]]:
+def facts(report: Report) -> list[tuple[str, str]]:
     """Names and values at the head."""
-    config, job = report["job"]["config"], report["job"]
-    group = "a whole row" if config["group_size"] == -1 else f"{config['group_size']:,}"
-    tokens = report["calibration_tokens"]
+    config, job = report.job.config, report.job
+    group = "a whole row" if config.group_size == -1 else f"{config.group_size:,}"
+    tokens = report.calibration_tokens
     found = [
-        *([("date", str(report["date"]))] if report.get("date") else []),
+        *([("date", report.date)] if report.date else []),
         ("command", command(report)),
-        ("method", METHODS.get(report["method"], str(report["method"]))),
+        ("method", METHODS.get(report.method, report.method)),
         (
             "weights",
-            f"{config['bits']} bits, groups of {group}, {'zero point' if config['zero_point'] else 'symmetric'}",
+            f"{config.bits} bits, groups of {group}, {'zero point' if config.zero_point else 'symmetric'}",
         ),
         ("bits a weight", _bits(report)),
         ("size", sizes(report)),
-        ("calibration", f"{tokens:,} tokens in blocks of {config['seqlen']:,}" if tokens else "none"),
-        ("made by", f"squawq {report['squawq']} on {job['device']}"),
+        ("calibration", f"{tokens:,} tokens in blocks of {config.seqlen or 0:,}" if tokens else "none"),
+        ("made by", f"squawq {report.squawq} on {job.device}"),
     ]
-    seconds = [record["seconds"] for record in report["layers"] if record.get("seconds") is not None]
-    peaks = [record["peak_bytes"] for record in report["layers"] if record.get("peak_bytes") is not None]
+    seconds = [record.seconds for record in report.layers if record.seconds is not None]
+    peaks = [record.peak_bytes for record in report.layers if record.peak_bytes is not None]
     if seconds:
         found.append(("time in layers", f"{sum(seconds):,.0f} s"))
     if peaks:
@@ -109,23 +108,21 @@ def facts(report: Record) -> list[tuple[str, str]]:
     return found
 
 
-def _bits(report: Record) -> str:
+def _bits(report: Report) -> str:
     """Of the 4-bit linears (integers, and a 16-bit scale and a 4-bit zero a group), and of the whole model."""
     weights, quantized = _quantized(report)
     text = f"{8 * quantized / weights:.2f} in quantized linears" if weights else "nothing quantized"
-    if parameters := report.get("parameters"):
-        text += f", {8 * report['bytes'] / parameters:.2f} over the whole model"
+    if parameters := report.parameters:
+        text += f", {8 * report.bytes / parameters:.2f} over the whole model"
     return text
 
 
-def _quantized(report: Record) -> tuple[int, float]:
+def _quantized(report: Report) -> tuple[int, float]:
     """Weights of the 4-bit linears, and the bytes of their integers, scales and zeros."""
-    size = report["job"]["config"]["group_size"]
-    rows = [row for record in report["layers"] for row in record["linears"] if "kept_in_16_bits" not in row]
-    weights = sum(row["out_features"] * row["in_features"] for row in rows)
-    groups = sum(
-        row["out_features"] * row["in_features"] / (row["in_features"] if size == -1 else size) for row in rows
-    )
+    size = report.job.config.group_size
+    rows = [row for record in report.layers for row in record.linears if row.kept_in_16_bits is None]
+    weights = sum(row.out_features * row.in_features for row in rows)
+    groups = sum(row.out_features * row.in_features / (row.in_features if size == -1 else size) for row in rows)
     return weights, weights / 2 + 2.5 * groups
 
 
@@ -133,23 +130,23 @@ def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 10**9 else f"{count / 1e9:,.2f} GB"
 
 
-def summary(report: Record) -> list[str]:
+def summary(report: Report) -> list[str]:
     """Sentences: what was gained, where it is worst, what fell back, what stays in 16 bits, what an evaluation said."""
-    layers = report["layers"]
+    layers = report.layers
     judged = [(loss_ratio([record]), record) for record in layers]
     ratios = [(ratio, record) for ratio, record in judged if ratio is not None]
     said = []
     if ratios:
         half = median(ratio for ratio, _ in ratios)
         worst, record = max(ratios, key=lambda pair: pair[0])
-        largest = max((record for _, record in ratios), key=lambda record: record["loss"])
+        largest = max((record for _, record in ratios), key=lambda record: record.loss or 0)
         said.append(f"The error of a layer's output is {half:.0%} of plain rounding's in the median layer.")
-        off = largest.get("relative_error")
+        off = largest.relative_error
         said.append(
             f"Least was gained in layer {column(record)} ({worst:.0%}); the largest error is layer {column(largest)}'s "
-            f"({number(largest['loss'])}{'' if off is None else f', {off:.2%} of its output'})."
+            f"({number(largest.loss or 0)}{'' if off is None else f', {off:.2%} of its output'})."
         )
-        fell = [column(record) for record in layers if record["method"] == "rtn"]
+        fell = [column(record) for record in layers if record.method == "rtn"]
         said.append(
             f"{_count(len(fell), 'layer')} fell back to plain rounding: {', '.join(fell)}."
             if fell
@@ -157,18 +154,18 @@ def summary(report: Record) -> list[str]:
         )
     else:
         said.append("Weights were rounded to nearest, without looking at text; no loss was measured.")
-    kept = len(report["kept_in_16_bits"])
+    kept = len(report.kept_in_16_bits)
     said.append(f"{_count(kept, 'linear')} stayed in 16 bits; listed below." if kept else "Every linear is quantized.")
-    return said + _evaluated(report.get("evaluation") or {})
+    return said + _evaluated(report.evaluation)
 
 
-def _evaluated(scores: Record) -> list[str]:
-    if "kl_mean" not in scores:
+def _evaluated(scores: Evaluation | None) -> list[str]:
+    if scores is None or scores.kl_mean is None:
         return []
     return [
-        f"Against the 16-bit model on {scores['tokens']:,} tokens: mean KL {number(scores['kl_mean'])} nats "
-        f"(99th percentile {number(scores['kl_p99'])}), perplexity {scores['reference_perplexity']:.4g} → "
-        f"{scores['perplexity']:.4g}, the same likeliest token in {scores['top1_agreement']:.1%}."
+        f"Against the 16-bit model on {scores.tokens:,} tokens: mean KL {number(scores.kl_mean)} nats "
+        f"(99th percentile {number(scores.kl_p99 or 0)}), perplexity {scores.reference_perplexity or 0:.4g} → "
+        f"{scores.perplexity or 0:.4g}, the same likeliest token in {scores.top1_agreement or 0:.1%}."
     ]
 
 
@@ -179,19 +176,18 @@ def _count(count: int, noun: str) -> str:
 HEADINGS = ("layer", "linear", "shape", "rounded", "kept", "ratio", "range kept")
 
 
-def table(report: Record) -> list[Sequence[tuple[str, float | None]]]:
+def table(report: Report) -> list[Sequence[tuple[str, float | None]]]:
     """A row for each linear: texts by HEADINGS, and the numbers to sort by (None: by the text)."""
     rows: list[Sequence[tuple[str, float | None]]] = []
-    for index, record in enumerate(report["layers"]):
-        for row in record["linears"]:
-            before, after, ratio = row.get("loss_rounded"), row.get("loss"), loss_ratio([row])
-            clip = row.get("clip")
-            shape = row["out_features"], row["in_features"]
-            kept = "16 bits" if "kept_in_16_bits" in row else "–"
+    for index, record in enumerate(report.layers):
+        for row in record.linears:
+            before, after, ratio, clip = row.loss_rounded, row.loss, loss_ratio([row]), row.clip
+            shape = row.out_features, row.in_features
+            kept = "16 bits" if row.kept_in_16_bits is not None else "–"
             rows.append(
                 (
                     (column(record), float(index)),
-                    (str(row["name"]), None),
+                    (row.name, None),
                     (f"{shape[0]:,} × {shape[1]:,}", float(shape[0] * shape[1])),
                     _cell(before, kept),
                     _cell(after, kept),

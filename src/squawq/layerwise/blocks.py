@@ -1,6 +1,6 @@
-"""The layers of a checkpoint, one materialized, run and dropped at a time: transformers' modules with stored weights.
+"""Loads one decoder layer of a checkpoint at a time, runs it with hooks, and drops it: transformers' own modules.
 
-`Block` fills a layer in float32, from a 16-bit checkpoint or a quantized one. Peak memory: one layer.
+A layer is computed in float32, from a 16-bit checkpoint or a quantized one. Peak memory: one layer.
 """
 
 from __future__ import annotations
@@ -19,75 +19,82 @@ from torch import Tensor, nn
 from squawq.families import Family
 from squawq.format.packing import PACKED, from_gemm
 from squawq.format.reader import Checkpoint
-from squawq.quantization.fold import Folding
-from squawq.quantization.places import Places, check_floating
-from squawq.quantization.skeleton import Skeleton, refusing
+from squawq.layerwise.fold import Folding
+from squawq.layerwise.meta_model import MetaModel, refusing
+from squawq.layerwise.tensor_names import TensorNames, check_floating
 
 BATCH_TOKENS = 4096
 BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch runs through it
 EXACT = ("correction_bias", "expert_bias")  # of routers: rounding them would change who is chosen
 
 
-class _SeenEnough(BaseException):
-    """Whatever was to be watched in this batch has been."""
+class _AllCaptured(BaseException):
+    """Every hook has captured its part of the batch."""
 
 
 @dataclass(frozen=True)
-class Ending:
-    """A module of a layer that gives out what its last linear does: alone, or first in a tuple of Nones."""
+class OutputModule:
+    """A module whose output is that of its last linear: alone, or first in a tuple of Nones."""
 
     module: str
     nones: tuple[None, ...] | None = None
 
     def output(self, tensor: Tensor) -> Any:
-        """What the module gives out where its last linear does `tensor`."""
+        """The module's return value where its last linear returns `tensor`."""
         return tensor if self.nones is None else (tensor, *self.nones)
 
 
 class Blocks:
-    """The decoder layers of a checkpoint, opened one at a time, and what is outside them."""
+    """The decoder layers of a checkpoint, opened one at a time, and its embedding and head."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family, device: str) -> None:
         self.checkpoint, self.family, self.device = checkpoint, family, device
-        self.skeleton = Skeleton(checkpoint.config.raw, str(checkpoint.folder / "config.json"), family, device)
-        self.layers = self.skeleton.layers
-        self.places = Places(checkpoint, self.skeleton)
+        self.meta_model = MetaModel(checkpoint.config.raw, str(checkpoint.folder / "config.json"), family, device)
+        self.layers = self.meta_model.layers
+        self.names = TensorNames(checkpoint, self.meta_model)
 
     def check(self) -> None:
-        """Raises CheckpointError for a tensor that is missing, misshapen outside the layers, not of floating point, or
-        without a place."""
-        self.places.check(self.skeleton.outer)
-        for name, shape in self.skeleton.outer.items():
-            if name in self.places.names:
-                self.checkpoint.check_shape(self.places.names[name], shape)
-        for name in self.places.written:
+        """Check names and dtypes of all tensors, and shapes of those outside the layers, from headers alone.
+
+        Raises:
+            CheckpointError: A tensor is missing, unexpected, of another shape, or not floating point.
+        """
+        self.names.check(self.meta_model.outer)
+        for name, shape in self.meta_model.outer.items():
+            if name in self.names.on_disk:
+                self.checkpoint.check_shape(self.names.on_disk[name], shape)
+        for name in self.names.stored_names:
             check_floating(self.checkpoint, name)
         for index, layer in enumerate(self.layers):
-            self.places.check({f"{self.family.layer(index)}.{name}" for name in layer.state_dict()}, index)
+            self.names.check({f"{self.family.layer(index)}.{name}" for name in layer.state_dict()}, index)
 
     def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
-        """What the first layer is given, float32 [blocks, tokens, hidden], for ids int64 [blocks, tokens]."""
-        table = self.checkpoint.read(self.places.stored(f"{self.family.embedding}.weight"))
-        states = torch.empty(*ids.shape, self.skeleton.config.hidden_size, device=self.device) if out is None else out
+        """Input of the first layer, float32 [blocks, tokens, hidden], for ids int64 [blocks, tokens]."""
+        table = self.checkpoint.read(self.names.stored_name(f"{self.family.embedding}.weight"))
+        states = torch.empty(*ids.shape, self.meta_model.config.hidden_size, device=self.device) if out is None else out
         step = max(1, BATCH_TOKENS // ids.shape[1])
         for start in range(0, len(ids), step):
-            states[start : start + step] = self.skeleton.embed(ids[start : start + step], table)
+            states[start : start + step] = self.meta_model.embed(ids[start : start + step], table)
         return states
 
     def logits(self) -> Callable[[Tensor], Tensor]:
         """A function from the last layer's output [blocks, tokens, hidden] to logits; it holds the head in float32."""
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
-        shapes = self.skeleton.outer
-        outer = {n: self.places.read(n, s).to(self.device, torch.float32) for n, s in shapes.items() if n != embedding}
+        shapes = self.meta_model.outer
+        outer = {n: self.names.read(n, s).to(self.device, torch.float32) for n, s in shapes.items() if n != embedding}
         if head not in outer:
-            outer[head] = self.places.read(embedding, shapes[embedding]).to(self.device, torch.float32)
-        self.skeleton.put(outer)
-        return self.skeleton.logits
+            outer[head] = self.names.read(embedding, shapes[embedding]).to(self.device, torch.float32)
+        self.meta_model.put(outer)
+        return self.meta_model.logits
 
     @contextmanager
     def open(self, index: int, stored: Mapping[str, Tensor] | None = None) -> Iterator[Block]:
-        """Layer `index` with its weights; gone when the context ends. stored: those of the quantized layer, by their
-        names on disk, in place of the checkpoint's."""
+        """Load a layer while the context is open.
+
+        Args:
+            index: Which decoder layer.
+            stored: Tensors of the quantized layer by name in the checkpoint; None loads the checkpoint's own.
+        """
         block = Block(self, index, stored)
         try:
             yield block
@@ -102,66 +109,65 @@ class Block:
     def __init__(self, blocks: Blocks, index: int, stored: Mapping[str, Tensor] | None = None) -> None:
         self._blocks, self.index = blocks, index
         self.module: nn.Module = blocks.layers[index]
-        self.groups = blocks.skeleton.groups(index)
+        self.groups = blocks.meta_model.groups(index)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
         self.device, self._prefix = blocks.device, blocks.family.layer(index) + "."
-        self._widest = max(size for shape in blocks.skeleton.shapes(index).values() for size in shape)
+        self._widest = max(size for shape in blocks.meta_model.shapes(index).values() for size in shape)
         if stored is not None:
             self.module.float().to_empty(device=blocks.device).requires_grad_(False)
-        blocks.skeleton.fill_constants(self.module)
+        blocks.meta_model.fill_constants(self.module)
         if stored is None:
             self.reload()
         else:
-            self.fill(stored)
+            self.load_stored(stored)
 
     def reload(self) -> None:
-        """Fill the layer with the checkpoint's weights. Raises CheckpointError naming a missing, surplus, misshapen or
-        non-finite tensor."""
-        self._blocks.places.check({self._prefix + name for name in self._shapes}, self.index)
+        """Load the checkpoint's weights. Raises CheckpointError for a bad tensor, see `TensorNames.read`."""
+        self._blocks.names.check({self._prefix + name for name in self._shapes}, self.index)
         for name in self._shapes:  # each in place of the old one: never a second copy of the layer
             self.restore(name)
 
     def restore(self, name: str) -> None:
-        """Fill one tensor of the layer with the checkpoint's."""
-        self._set(name, self._blocks.places.read(self._prefix + name, self._shapes[name]))
+        """Load one tensor of the layer from the checkpoint."""
+        self._set(name, self._blocks.names.read(self._prefix + name, self._shapes[name]))
 
     def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the layer, or of its quantized linears, by what they are called on disk."""
-        return {self._blocks.places.stored(self._prefix + name): tensor for name, tensor in tensors.items()}
+        """Tensors of the layer by their names in the checkpoint instead of those in the layer."""
+        return {self._blocks.names.stored_name(self._prefix + name): tensor for name, tensor in tensors.items()}
 
-    def fill(self, stored: Mapping[str, Tensor]) -> None:
-        """Fill the layer with a quantized one's tensors as they lie on disk."""
+    def load_stored(self, stored: Mapping[str, Tensor]) -> None:
+        """Load a quantized layer, dequantized, from its tensors by name in the checkpoint."""
         for name in self._shapes:
             owner, _, kind = name.rpartition(".")
             packed = self.stored(dict.fromkeys((f"{owner}.{k}" for k in PACKED), torch.empty(0)))
             if kind == "weight" and packed.keys() <= stored.keys():
-                self.put(owner, *(stored[key] for key in packed))
+                self.load_packed(owner, *(stored[key] for key in packed))
             else:
                 (key,) = self.stored({name: torch.empty(0)})
                 self._set(name, stored[key])
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Compute in another dtype from now on."""
+        """Convert the layer to another computation dtype."""
         for name, parameter in self.module.named_parameters():
             if not name.endswith(EXACT):
                 parameter.data = parameter.data.to(dtype)
 
-    def put(self, linear: str, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
-        """Replace a linear's weight with what packed integers stand for."""
+    def load_packed(self, linear: str, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
+        """Replace a linear's weight with dequantized AWQ integers."""
         integers, weight = from_gemm(qweight, scales, qzeros), self.weight(linear)
         for start in range(0, len(weight), step := max(1, BATCH_VALUES // weight.shape[1])):
             part = slice(start, start + step)
             weight[part] = integers.rows(part).dequantize()
 
     def fold(self, folding: Folding) -> None:
-        """Do to the layer's tensors what scales do to them; what it computes stays the same."""
+        """Fold scales into the layer's weights; its function stays the same."""
         for name, parameter in self.module.named_parameters():
             parameter.data = folding.apply(name, parameter.data)
 
     def _set(self, name: str, tensor: Tensor) -> None:
         owner, _, kind = name.rpartition(".")
-        holder = self.module.get_submodule(owner)
-        old = getattr(holder, kind)
+        owner_module = self.module.get_submodule(owner)
+        old = getattr(owner_module, kind)
         if (
             old.device.type == torch.device(self.device).type
             and old.dtype == torch.float32
@@ -170,7 +176,11 @@ class Block:
             old.data.copy_(tensor)  # large: never two of them
             return
         tensor = tensor.to(self.device, torch.float32, copy=True)
-        setattr(holder, kind, nn.Parameter(tensor, requires_grad=False) if kind in holder._parameters else tensor)
+        setattr(
+            owner_module,
+            kind,
+            nn.Parameter(tensor, requires_grad=False) if kind in owner_module._parameters else tensor,
+        )
 
     def weight(self, name: str) -> Tensor:
         """The weight (linear [out, in] or norm) of a module in this layer."""
@@ -188,32 +198,32 @@ class Block:
 
     @torch.no_grad()
     def run(self, states: Tensor, in_place: bool = False) -> Tensor:
-        """Hidden states [blocks, tokens, hidden] through the layer, a few blocks at a time."""
+        """Output of the layer, float32, for hidden states [blocks, tokens, hidden], a few blocks at a time."""
         return self._run(self.module, states, states if in_place else torch.empty_like(states))
 
     @torch.no_grad()
     def inspect(self, name: str, inputs: Tensor) -> Tensor:
-        """Output of a module of the layer (attention, MLP; "": itself) for its inputs [blocks, tokens, hidden]."""
+        """Output of a module (attention, MLP; "": the layer) for its inputs float32 [blocks, tokens, hidden]."""
         return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs))
 
     @torch.no_grad()
-    def feed(self, states: Tensor, watchers: Mapping[str, Callable[[Tensor], object]]) -> None:
-        """Hidden states through the layer for what `watchers` see; a batch ends when each has seen its part of it."""
+    def run_until_captured(self, states: Tensor, hooks: Mapping[str, Callable[[Tensor], object]]) -> None:
+        """Run hidden states for the hooks alone: a batch ends when each has captured its input."""
         waiting: set[str] = set()
 
-        def last(name: str, watch: Callable[[Tensor], object]) -> Callable[[Tensor], None]:
+        def last(name: str, hook: Callable[[Tensor], object]) -> Callable[[Tensor], None]:
             def look(x: Tensor) -> None:
-                watch(x)
+                hook(x)
                 waiting.discard(name)
                 if not waiting:
-                    raise _SeenEnough
+                    raise _AllCaptured
 
             return look
 
-        with self.watching({name: last(name, watch) for name, watch in watchers.items()}):
+        with self.input_hooks({name: last(name, hook) for name, hook in hooks.items()}):
             for part in self._batches(states):
-                waiting.update(watchers)
-                with suppress(_SeenEnough):
+                waiting.update(hooks)
+                with suppress(_AllCaptured):
                     self._call(self.module, states[part])
 
     def _run(self, module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
@@ -230,25 +240,25 @@ class Block:
         part = states.to(self.device)
         accepted = signature(module.forward).parameters
         blocks, tokens = part.shape[:2]
-        given = self._blocks.skeleton.arguments(blocks, tokens, part.dtype)[self.index]
-        with refusing(self._blocks.skeleton.where):
+        given = self._blocks.meta_model.arguments(blocks, tokens, part.dtype)[self.index]
+        with refusing(self._blocks.meta_model.where):
             result = module(part, **{name: value for name, value in given.items() if name in accepted})
         result = result[0] if isinstance(result, tuple) else result
         return result.view(part.shape)  # type: ignore[no-any-return]
 
     @contextmanager
-    def watching(self, watchers: Mapping[str, Callable[[Tensor], object]]) -> Iterator[None]:
-        """While open, each named module's watcher sees that module's input whenever it runs."""
+    def input_hooks(self, hooks: Mapping[str, Callable[[Tensor], object]]) -> Iterator[None]:
+        """While open, call each hook with the input of the module of that name whenever it runs."""
 
-        def hook(watch: Callable[[Tensor], object]) -> Callable[..., None]:
+        def pre_hook(hook: Callable[[Tensor], object]) -> Callable[..., None]:
             def look(_: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-                watch(args[0] if args else kwargs["hidden_states"])
+                hook(args[0] if args else kwargs["hidden_states"])
 
             return look
 
         handles = [
-            self.module.get_submodule(name).register_forward_pre_hook(hook(watch), with_kwargs=True)
-            for name, watch in watchers.items()
+            self.module.get_submodule(name).register_forward_pre_hook(pre_hook(hook), with_kwargs=True)
+            for name, hook in hooks.items()
         ]
         try:
             yield
@@ -257,8 +267,8 @@ class Block:
                 handle.remove()
 
     @torch.no_grad()
-    def endings(self, linears: Iterable[str]) -> dict[str, Ending]:
-        """Those of the linears that the module around them ends in, seen in a run of a single token."""
+    def output_modules(self, linears: Iterable[str]) -> dict[str, OutputModule]:
+        """Modules whose output is that of one of these linears, by linear; found by running a single token."""
         seen: dict[str, list[Any]] = {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -269,7 +279,7 @@ class Block:
             self.module.get_submodule(name).register_forward_hook(keep(name)) for name in {*around, *around.values()}
         ]
         try:
-            self._call(self.module, torch.zeros(1, 1, self._blocks.skeleton.config.hidden_size))
+            self._call(self.module, torch.zeros(1, 1, self._blocks.meta_model.config.hidden_size))
         finally:
             for handle in handles:
                 handle.remove()
@@ -281,14 +291,14 @@ class Block:
                 if isinstance(result, tuple) and all(other is None for other in result[1:]):
                     result, nones = result[0], result[1:]
                 if result is outputs[0]:
-                    found[name] = Ending(module, nones)
+                    found[name] = OutputModule(module, nones)
         return found
 
     @contextmanager
-    def replacing(self, outputs: Mapping[Ending, Iterator[Tensor]]) -> Iterator[None]:
-        """While open, these modules do not run: each gives out what is next of its outputs."""
+    def replaying(self, outputs: Mapping[OutputModule, Iterator[Tensor]]) -> Iterator[None]:
+        """While open, these modules do not run: each returns the next of its recorded outputs."""
 
-        def forward(ending: Ending, pieces: Iterator[Tensor]) -> Callable[..., Any]:
+        def forward(ending: OutputModule, pieces: Iterator[Tensor]) -> Callable[..., Any]:
             return lambda *_, **__: ending.output(next(pieces))
 
         modules = {self.module.get_submodule(ending.module): forward(ending, p) for ending, p in outputs.items()}

@@ -1,4 +1,7 @@
-"""Moves scales out of a linear's input into the operation before it, so that the layer's function stays the same."""
+"""Folds AWQ scales into the operation before a linear, so that the layer's function stays the same.
+
+Lin et al., AWQ, arXiv 2306.00978: Q(W s) (x / s), where the operation that makes x absorbs 1 / s.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,13 @@ from squawq.families import ScalingGroup
 
 @dataclass
 class Folding:
-    """What scales do to a layer's tensors: columns of linears are multiplied, rows and biases of those before divided,
-    norms replaced (by the names of their parameters)."""
+    """Changes that scales make to a layer's weights.
+
+    Attributes:
+        columns: Multiply the input channels of a linear, float32 [in] by linear.
+        rows: Divide the output channels and bias of a linear, float32 [out] by linear.
+        norms: Replace a norm's parameters, float32 [hidden] by parameter name.
+    """
 
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -28,21 +36,21 @@ class Folding:
         dtype: torch.dtype,
         offset: float,
     ) -> None:
-        """The norm before takes the inverse of `scales` [features]; everything that reads it takes the scales."""
+        """Divide the norm before the group by `scales` [features]; multiply the columns of all that reads it."""
         self.norms[f"{group.previous}.weight"], scales = norm_scales(weight, scales, dtype, offset)
         if bias is not None:
             self.norms[f"{group.previous}.bias"] = bias / scales
         self._into_columns(group, scales)
 
     def into_linear(self, group: ScalingGroup, out_features: int, scales: Tensor) -> None:
-        """The last rows of the linear before take the inverse; where it makes gate and up in one, up is last."""
+        """Divide the last rows of the linear before: up is last where it makes gate and up in one."""
         rows = torch.ones(out_features, device=scales.device)
         rows[-len(scales) :] = scales
         self.rows[group.previous] = rows
         self._into_columns(group, scales)
 
     def _into_columns(self, group: ScalingGroup, scales: Tensor) -> None:
-        for name in (*group.linears, *group.readers):
+        for name in (*group.linears, *group.unquantized_consumers):
             self.columns[name] = scales
 
     def to(self, device: str) -> Folding:
@@ -51,7 +59,7 @@ class Folding:
         return Folding(*kinds)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the layer after folding, by its name in it: float32."""
+        """A tensor of the layer after folding, float32, by its name in the layer."""
         if name in self.norms:
             return self.norms[name].clone()
         module, _, kind = name.rpartition(".")
@@ -62,18 +70,26 @@ class Folding:
         return tensor
 
     def original(self, module: str, rows: Tensor, part: slice) -> Tensor:
-        """Rows `part` of a linear's weight before folding, from those after it."""
+        """Rows `part` of a linear's weight [out, in] before folding, from the same rows after folding."""
         if module in self.rows:
             rows = rows * self.rows[module][part, None]
         return rows / self.columns[module] if module in self.columns else rows
 
 
 def norm_scales(norm: Tensor, scales: Tensor, dtype: torch.dtype, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """A norm's weight divided by `scales` and rounded to `dtype`, and the scales that this rounded weight stands for.
+    """Divide a norm's weight by `scales`, rounded to `dtype`, and return the scales that the rounded weight realizes.
 
-    norm, scales float32 [features]; both results float32. The norm multiplies by its weight plus `offset`. Multiplying
-    the linear's columns by the second result undoes the rounding of the first exactly, so folding costs nothing even
-    in bfloat16.
+    Multiplying the linear's columns by the realized scales cancels the rounding exactly, so folding is lossless even in
+    bfloat16.
+
+    Args:
+        norm: float32 [features]; the norm multiplies by `norm + offset`.
+        scales: float32 [features].
+        dtype: Of the norm in the result.
+        offset: 1.0 for norms such as Gemma's.
+
+    Returns:
+        The folded weight and the realized scales, each float32 [features].
     """
     whole = norm + offset
     folded = (whole / scales - offset).to(dtype).float()

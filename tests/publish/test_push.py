@@ -17,9 +17,9 @@ from standin import COMMIT, TOKEN, Hub, Repository, standin
 from squawq.commands.push import push as push_command
 from squawq.demo import demo_model
 from squawq.errors import ConfigError, OutputError
-from squawq.hub.card import is_ours, write_card
-from squawq.hub.push import push as run
-from squawq.hub.push import read_token
+from squawq.publish.card import is_ours, write_card
+from squawq.publish.push import push as run
+from squawq.publish.push import read_token
 
 REPO = "me/demo-AWQ"
 

@@ -1,16 +1,15 @@
-"""The model card (README.md) of a quantized folder: front matter for the Hub, measured figures, usage for each engine.
+"""Writes the model card (README.md) of a quantized folder: front matter, measured figures, usage for each engine.
 
-Says what the folder, its report and an evaluation say, and leaves out what they do not: no licence and no original is
-guessed. Knows nothing of uploading. The last line tells a card as squawq wrote it from one that a person changed, and
-for which repository and model it was written.
+It says only what the folder, its report and an evaluation say: no licence and no original is guessed. Its last line is
+a checksum that tells whether a person changed the card, and for which repository and model it was written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,11 +20,12 @@ from squawq.format.locking import locked
 from squawq.format.reader import Checkpoint
 from squawq.format.writer import clear_temporary, write_text
 from squawq.hub.download import find_hub_file
-from squawq.hub.usage import usage
 from squawq.inspection import inspect
+from squawq.publish.usage import usage
 from squawq.quant_config import METHODS, QuantConfig
 from squawq.quantization.job import identity
 from squawq.report.files import PAGE, REPORT
+from squawq.report.schema import Report
 
 README = "README.md"
 TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
@@ -40,10 +40,13 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 
 @dataclass(frozen=True)
 class Origin:
-    """What a folder does not say of itself.
+    """What the folder itself does not say.
 
-    source: the 16-bit model (folder or Hub id), whose card names licence and languages; its Hub id is the base model.
-    license, base_model: instead of what the source says. evaluation: a file that `squawq eval --json` printed.
+    Attributes:
+        source: The 16-bit model (folder or Hub id). Its card names licence and languages; its Hub id is the base model.
+        license: Instead of the source's.
+        base_model: Instead of the source's Hub id.
+        evaluation: A file that `squawq eval --json` printed.
     """
 
     source: str | None = None
@@ -57,23 +60,26 @@ class Origin:
 
 
 def check_id(name: str, what: str) -> None:
-    """Raises ConfigError for what is not a Hub id."""
+    """Raise ConfigError unless `name` is a Hub id; `what` it is."""
     if not _ID.fullmatch(name) or len(name) > 128:
         raise ConfigError(f"{what} is {name!r}; it must be a Hub id such as 'owner/name'")
 
 
 def check_gemm(folder: Path, layout: str) -> None:
-    """Raises ConfigError for a layout that the engines on a card do not run."""
+    """Raise ConfigError for a layout other than GEMM, the one that all engines run."""
     if layout != "gemm":
         raise ConfigError(f"{folder}: has the layout {layout!r}; squawq publishes AWQ folders in 'gemm' alone")
 
 
 def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> str:
-    """The card's text. repo: the Hub id under which the folder is used.
+    """The text of the card of a folder to be published as the Hub id `repo`.
 
-    Raises ConfigError for a folder that is not quantized in GEMM's layout or an evaluation that is none of it,
-    CheckpointError for a report or a source's card that cannot be read.
+    Raises:
+        ConfigError: The folder is not quantized in the GEMM layout, or the evaluation is of another model.
+        CheckpointError: The report or the source's card cannot be read.
     """
+    from huggingface_hub import ModelCard, ModelCardData
+
     folder, origin = Path(folder), origin or Origin()
     check_id(repo, "the repository")
     found = inspect(folder)
@@ -81,20 +87,28 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
         raise ConfigError(f"{folder}: is not quantized; squawq writes cards for AWQ folders")
     check_gemm(folder, found["quantization"]["format"])
     report = _report(folder / REPORT)
-    scores = None if origin.evaluation is None else _scores(origin.evaluation, folder, repo)
+    losses = [(row.loss_rounded, row.loss) for row in report.layers] if report else []
+    ratios = [after / before for before, after in losses if before and after is not None]
     matter = front_matter(origin)
-    base = matter.get("base_model")
-    original = f"[{base}](https://huggingface.co/{base})" if base else "a 16-bit model"
-    title = repo.partition("/")[2]
-    parts = [
-        f"# {title}\n\n{original}, its linear layers quantized to 4 bits with AWQ "
-        "([Lin et al.](https://arxiv.org/abs/2306.00978)): safetensors in AutoAWQ's GEMM layout.",
-        _facts(found, report),
-        _measured(report, scores),
-        _made(report, has_file(folder / PAGE)),
-        usage(repo, has_template(folder), found["runs_in"]),
-    ]
-    text = f"---\n{_yaml(matter)}---\n" + "\n\n".join(part for part in parts if part) + "\n\n"
+    card = ModelCard.from_template(
+        ModelCardData(**matter),
+        template_str=(files("squawq") / "publish" / "card.md").read_text(encoding="utf-8"),
+        title=repo.partition("/")[2],
+        base_model=matter.get("base_model"),
+        found=found,
+        quant=found["quantization"],
+        memory=found["memory"],
+        kept=len(found["kept_in_16_bits"]),
+        size=_size,
+        report=report,
+        scores=None if origin.evaluation is None else _scores(origin.evaluation, folder, repo),
+        ratios=ratios,
+        median=median(ratios) if ratios else None,
+        method=_method(report) if report else "",
+        drawn=has_file(folder / PAGE),
+        usage=usage(repo, has_template(folder), found["runs_in"]),
+    )
+    text = f"{card}\n\n"
     return text + _mark(text, repo, _fingerprint(folder))
 
 
@@ -116,8 +130,8 @@ def is_ours(text: str) -> bool:
 
 
 def outdated(folder: Path, repo: str) -> str | None:
-    """Why the folder's card, as squawq wrote it, is none of this model under the name `repo`; None where it is one, or
-    there is none, or a person wrote or changed it."""
+    """Why the card that squawq wrote is not of this model or not for `repo`; None if it is, if there is none, or if a
+    person wrote or changed it."""
     path = folder / README
     written = _written_for(_read(path)) if has_file(path) else None
     if written is None or written == (repo, _fingerprint(folder)):
@@ -141,12 +155,12 @@ def _mark(text: str, repo: str, model: str) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of config.json and samples of the weights; that by which a quantization knows its source again."""
+    """Hash of config.json and samples of the weights, as in a job's identity."""
     return str(identity(Checkpoint(folder), QuantConfig(), None, "")["source"])
 
 
 def has_template(folder: Path) -> bool:
-    """Whether the model can be talked to."""
+    """Whether the folder has a chat template."""
     config = folder / "tokenizer_config.json"
     return has_file(folder / "chat_template.jinja") or (has_file(config) and "chat_template" in read_json(config))
 
@@ -165,7 +179,7 @@ def front_matter(origin: Origin) -> dict[str, Any]:
 
 
 def _hub_id(source: str) -> str | None:
-    """The id of a source on the Hub, or of a folder in the Hub's cache."""
+    """Hub id of a source, also of a folder in the Hub's cache."""
     if not Path(source).exists():
         return source
     cached = _CACHED.search(str(Path(source).resolve()))
@@ -173,7 +187,7 @@ def _hub_id(source: str) -> str | None:
 
 
 def _source_matter(source: str) -> dict[str, Any]:
-    """What a card may take from the front matter of the source's; empty where it has none."""
+    """Keys that a card takes over from the source's front matter."""
     from huggingface_hub import RepoCard
 
     path = Path(source) / README if Path(source).is_dir() else find_hub_file(source, README)
@@ -194,60 +208,22 @@ def _source_matter(source: str) -> dict[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a text or a list of texts, of usual length, or nothing."""
+    """Whether a value is None, a string or a list of strings, of usual length."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return len(values) <= 200 and all(isinstance(v, str) and len(v) <= 500 for v in values)
-
-
-def _yaml(matter: Mapping[str, Any]) -> str:
-    from huggingface_hub import ModelCardData
-
-    return f"{ModelCardData(**matter).to_yaml()}\n"
-
-
-def _facts(found: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
-    quant, memory = found["quantization"], found["memory"]
-    group = "a whole row" if quant["group_size"] == -1 else str(quant["group_size"])
-    kept = len(found["kept_in_16_bits"])
-    head = "" if found["head"] == "int4" else ", head"
-    before = f" (the original: {_size(report['source_bytes'])})" if report else ""
-    rows = [
-        f"| architecture | {found['architecture']}, {found['layers']} layers |",
-        f"| parameters | {found['parameters']:,} |",
-        f"| 4-bit weights | groups of {group}, {'zero point' if quant['zero_point'] else 'symmetric'}"
-        f"{'' if head else '; the head too'} |",
-        f"| 16-bit | embedding, norms{head}{f', {kept} linears (listed in config.json)' if kept else ''} |",
-        f"| size | {_size(found['bytes']['total'])}{before} |",
-        f"| memory for one sequence of {memory['context']:,} tokens | {_size(memory['int4']['total'])}; "
-        f"in 16 bits {_size(memory['fp16']['total'])} |",
-    ]
-    return "\n".join(["| | |", "|---|---|", *rows])
 
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 10**9 else f"{count / 1e9:,.2f} GB"
 
 
-def _report(path: Path) -> dict[str, Any] | None:
-    """The report, what a card takes from it checked; None where there is none."""
+def _report(path: Path) -> Report | None:
+    """The report; None where there is none. Raises CheckpointError for one that a card cannot quote."""
     if not has_file(path):
         return None
-    report = read_json(path)
-    try:
-        config = report["job"]["config"]
-        counts = (report["source_bytes"], report["calibration_tokens"], config["group_size"], config["seqlen"])
-        losses = [row[key] for row in report["layers"] for key in ("loss_rounded", "loss")]
-        sound = (
-            re.fullmatch(r"[\w.+-]+", report["squawq"], re.ASCII)
-            and report["method"] in METHODS
-            and type(config["clip"]) is bool
-            and all(isinstance(count, int) and _is_number(count) for count in counts)
-            and all(loss is None or _is_number(loss) for loss in losses)
-        )
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{path} is not as squawq quantize writes it; get it from there again, or remove it")
+    report = Report.read(read_json(path), str(path))
+    if not re.fullmatch(r"[\w.+-]+", report.squawq, re.ASCII) or report.method not in METHODS:
+        raise CheckpointError(f"{path} is not as squawq quantize writes it; write it again, or remove it")
     return report
 
 
@@ -271,51 +247,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
-def _measured(report: Mapping[str, Any] | None, scores: Mapping[str, Any] | None) -> str:
-    lines = []
-    if scores is not None:
-        lines += ["| | this model | 16-bit |", "|---|---|---|"]
-        reference = scores.get("reference_perplexity")
-        lines.append(f"| perplexity | {scores['perplexity']:.4f} | {f'{reference:.4f}' if reference else ''} |")
-        if "kl_mean" in scores:
-            lines.append(f"| KL to 16 bits, mean and 99th percentile (nats) | {_pair(scores)} | |")
-            lines.append(f"| same likeliest token | {scores['top1_agreement']:.2%} | |")
-        lines.append("")
-        lines.append(
-            f"On {scores['tokens']:,} tokens, window {scores['window']}, stride {scores['stride']} (`squawq eval`)."
-        )
-    losses = [(row["loss_rounded"], row["loss"]) for row in (report or {}).get("layers", ())]
-    if ratios := [after / before for before, after in losses if before and after is not None]:
-        lines.append(
-            f"Error of a layer's output on calibration text, median over {len(ratios)} layers: "
-            f"{median(ratios) - 1:+.0%} against plain rounding."
-        )
-    return "\n".join(["## Measured\n", *lines]) if lines else ""
-
-
-def _pair(scores: Mapping[str, Any]) -> str:
-    return f"{scores['kl_mean']:.5f}, {scores['kl_p99']:.5f}"
-
-
-def _parts(method: str, config: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """What a method is made of, and whether it was asked for; earlier reports lack some settings."""
-    return [
-        ("activation-aware scales", method != "rtn"),
-        ("clipping", method != "rtn" and config["clip"]),
-        ("error-compensated rounding", config.get("compensate", False)),
-        ("each layer calibrated behind quantized ones", config.get("sequential", False)),
+def _method(report: Report) -> str:
+    """What the method is made of; earlier reports lack some settings."""
+    config, searched = report.job.config, report.method != "rtn"
+    parts = [
+        ("activation-aware scales", searched),
+        ("clipping", searched and config.clip),
+        ("error-compensated rounding", config.compensate),
+        ("each layer calibrated behind quantized ones", config.sequential),
     ]
-
-
-def _made(report: Mapping[str, Any] | None, drawn: bool) -> str:
-    if report is None:
-        return ""
-    config, tokens = report["job"]["config"], report["calibration_tokens"]
-    parts = [name for name, used in _parts(report["method"], config) if used]
-    method = ", ".join(parts) or "plain rounding"
-    text = f"on {tokens:,} tokens of text in blocks of {config['seqlen']}" if tokens else "without calibration text"
-    return (
-        f"## How it was made\n\nBy `squawq quantize` {report['squawq']}: {method}, {text}, group size "
-        f"{config['group_size']}. `{REPORT}` has every layer's losses and what else the result depends on"
-        f"{f'; `{PAGE}` draws them' if drawn else ''}."
-    )
+    return ", ".join(name for name, used in parts if used) or "plain rounding"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from running import process
 
-from squawq.hub.usage import usage
-from squawq.readers import TGI_IMAGE
+from squawq.compatibility import TGI_IMAGE
+from squawq.publish.usage import usage
 
 REPO = "me/demo-AWQ"
 LOCAL = "http://localhost:8000"

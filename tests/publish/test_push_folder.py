@@ -9,7 +9,7 @@ import pytest
 
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
-from squawq.hub.push import check_folder
+from squawq.publish.push import check_folder
 
 
 @pytest.fixture

@@ -10,18 +10,18 @@ import pytest
 from conftest import MakeModel, tiny_config
 
 import squawq
+from squawq.compatibility import ENGINES, TGI, VLLM, compatible_engines, engines_line, how_to_run
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import FAMILIES
-from squawq.hub.card import model_card
-from squawq.hub.usage import usage
 from squawq.inspection import inspect
 from squawq.nn.loader import load
+from squawq.publish.card import model_card
+from squawq.publish.usage import usage
 from squawq.quant_config import QuantConfig
-from squawq.readers import READERS, TGI, VLLM, how_to_run, in_words, readers
 
 OURS_ALONE = ("\nsquawq ", "from squawq import LLM", "LLM(", "do_fuse")
-ALL = list(READERS)
+ALL = list(ENGINES)
 
 
 def config(model_type: str = "llama", **changes: Any) -> ModelConfig:
@@ -49,20 +49,20 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, 
     ],
 )
 def test_by_the_config_alone(found: ModelConfig, expected: list[str]) -> None:
-    assert readers(found) == expected
+    assert compatible_engines(found) == expected
 
 
 def test_families() -> None:
     assert {*VLLM, *TGI} <= set(FAMILIES)
     for name, family in FAMILIES.items():
-        assert ("squawq" in readers(config(name))) == family.decoder, name
+        assert ("squawq" in compatible_engines(config(name))) == family.decoder, name
 
 
 def test_settings_that_are_still_to_come_count() -> None:
-    assert "vLLM" in in_words(config(), QuantConfig())
-    assert "vLLM" not in in_words(config(), QuantConfig(group_size=16))
-    assert "Text Generation" in in_words(config(torch_dtype="bfloat16"), QuantConfig(dtype="float16"))
-    assert "Text Generation" not in in_words(config(), QuantConfig(dtype="bfloat16"))
+    assert "vLLM" in engines_line(config(), QuantConfig())
+    assert "vLLM" not in engines_line(config(), QuantConfig(group_size=16))
+    assert "Text Generation" in engines_line(config(torch_dtype="bfloat16"), QuantConfig(dtype="float16"))
+    assert "Text Generation" not in engines_line(config(), QuantConfig(dtype="bfloat16"))
 
 
 def test_linears_that_engines_fuse_stay_together(make_model: MakeModel, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""transformers' own causal LM without weights: its layers, what it hands to each of them, its embedding and its head.
+"""Builds transformers' causal LM on the meta device: its layers, their call arguments, its embedding and head.
 
-The model lies on the meta device, which costs nothing; only the final norm and what is computed from the config
-(rotary frequencies, scales) are there. What happens outside the layers is never rebuilt: the model's own forward runs,
-with layers that hand out what they are given. Reads no files but config.json.
+No weights are loaded; only the final norm and buffers computed from the config (rotary frequencies, scales) exist.
+Nothing outside the layers is reimplemented: the model's own forward runs, with layers replaced by functions that
+capture their arguments.
 """
 
 from __future__ import annotations
@@ -31,14 +31,29 @@ LEGACY_KEYS = (  # that transformers' configs read and do not keep
 )
 
 
-class Skeleton:
-    """`layers` are transformers' own, on the meta device; experts are linears of their own, spelled as on disk.
+class MetaModel:
+    """A transformers model without weights.
 
-    Names are those of the text model, also where it is a part of a larger one.
+    Attributes:
+        layers: transformers' decoder layers on the meta device. Stacked experts are split into linears, named as in
+            checkpoints.
+        outer: Shapes of the tensors outside the layers, by name in the text model.
+        ignored: Patterns of checkpoint names that transformers does not load.
+        transposed: Whether the architecture stacks its experts' weights as [in, out].
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str, family: Family, device: str = "cpu") -> None:
-        """raw: config.json, `where` it is. Raises CheckpointError for one that transformers cannot use."""
+        """Build the model.
+
+        Args:
+            raw: Contents of config.json.
+            where: Its path, for messages.
+            family: Row of its model_type.
+            device: Where hidden states are computed.
+
+        Raises:
+            CheckpointError: transformers cannot use the config.
+        """
         self.family, self.device, self.where = family, device, where
         with refusing(where), _few_modules():
             self.model = _build(raw, where)
@@ -58,7 +73,7 @@ class Skeleton:
         """A layer's scaling groups. Raises ConfigError for a linear that the family's row does not know."""
         modules = dict(self.layers[index].named_modules())
         groups = self.family.layer_groups(list(modules))
-        known = {name for group in groups for name in (*group.linears, *group.readers)}
+        known = {name for group in groups for name in (*group.linears, *group.unquantized_consumers)}
         for name, module in modules.items():
             if isinstance(module, nn.Linear) and name not in known:
                 raise ConfigError(
@@ -69,12 +84,12 @@ class Skeleton:
 
     def shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of a layer's linears and routers, as the architecture has them."""
-        names = [name for group in self.groups(index) for name in (*group.linears, *group.readers)]
+        names = [name for group in self.groups(index) for name in (*group.linears, *group.unquantized_consumers)]
         weights: dict[str, Any] = {name: self.layers[index].get_submodule(name).weight for name in names}
         return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
     def fill_constants(self, layer: nn.Module) -> None:
-        """What checkpoints do not hold but the config gives, as rotary frequencies."""
+        """Compute the buffers that checkpoints do not store, such as rotary frequencies."""
         self._fill_constants(layer.modules())
 
     def _fill_constants(self, parts: Iterable[nn.Module]) -> None:
@@ -92,8 +107,16 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, ids: Tensor, table: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What the first layer is given for ids [blocks, tokens]; only their rows of `table` are read. dtype: in which
-        it is computed."""
+        """Input of the first layer.
+
+        Args:
+            ids: int64 [blocks, tokens].
+            table: Embedding weight [vocab, hidden]; only the rows of `ids` are read.
+            dtype: Computation dtype.
+
+        Returns:
+            Hidden states [blocks, tokens, hidden] of `dtype`.
+        """
         used, compact = torch.unique(ids, return_inverse=True)
         given: list[Tensor] = []
 
@@ -106,7 +129,7 @@ class Skeleton:
 
     @torch.no_grad()
     def arguments(self, blocks: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[Arguments]:
-        """What each layer is called with beside the hidden states, for a batch of this shape and dtype."""
+        """Keyword arguments of each layer (masks, rotary embeddings) for hidden states of this shape and dtype."""
         if (found := self._arguments.get((blocks, tokens, dtype))) is None:
             found = self._arguments[blocks, tokens, dtype] = [{} for _ in self.layers]
 
@@ -121,7 +144,7 @@ class Skeleton:
         return found
 
     def put(self, outer: Mapping[str, Tensor]) -> None:
-        """Fill in what `logits` needs: all tensors outside the layers but the embedding, the tied head's too."""
+        """Load what `logits` needs: all tensors outside the layers but the embedding, and a head even if tied."""
         for name, tensor in outer.items():
             owner, _, kind = name.rpartition(".")
             setattr(self.model.get_submodule(owner), kind, nn.Parameter(tensor, requires_grad=False))
@@ -157,7 +180,7 @@ class Skeleton:
     def _run(
         self, model: Callable[..., Any], ids: Tensor, rows: Tensor, layer: Callable[[int], Callable[..., Tensor]]
     ) -> Any:
-        """`model` on ids that stand for these rows of the embedding, its layers acting as they are told."""
+        """Run `model` on ids that index `rows` of an embedding, each layer replaced by layer(index)."""
         embedding = self.model.get_submodule(self.family.embedding)
         kept, padding = embedding.weight, embedding.padding_idx
         embedding.weight, embedding.padding_idx = nn.Parameter(rows.to(self.device), requires_grad=False), None
@@ -179,7 +202,7 @@ class Skeleton:
 
 @contextmanager
 def _acting(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While open, the module does something else."""
+    """Replace a module's forward while open."""
     module.forward = forward
     try:
         yield
@@ -189,7 +212,7 @@ def _acting(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def refusing(where: str) -> Iterator[None]:
-    """Turns what transformers raises for a config.json that it cannot use, of many kinds, into CheckpointError."""
+    """Turn the many exceptions that transformers raises for a bad config.json into CheckpointError."""
     try:
         yield
     except (SquawqError, MemoryError, torch.OutOfMemoryError):
@@ -203,7 +226,7 @@ def refusing(where: str) -> Iterator[None]:
 
 @contextmanager
 def _few_modules() -> Iterator[None]:
-    """While open, a model of too many modules is an error: each takes kilobytes, and a number makes millions."""
+    """Bound how many modules are built while open: one number in a config can ask for millions."""
     left, thread = MAX_MODULES, threading.get_ident()
 
     def count(*_: object) -> None:
@@ -221,8 +244,13 @@ def _few_modules() -> Iterator[None]:
 
 
 def transformers_config(raw: Mapping[str, Any], where: str) -> Any:
-    """transformers' config of the text model from config.json, of which only the architecture's own keys are passed on:
-    others name kernels to fetch, code to run or labels to count. Raises CheckpointError for one that cannot be used."""
+    """transformers' config of the text model.
+
+    Only the architecture's own keys are passed on: others name kernels to fetch, code to run or labels to count.
+
+    Raises:
+        CheckpointError: transformers cannot use the config.
+    """
     from transformers import CONFIG_MAPPING
 
     with refusing(where):
@@ -244,7 +272,7 @@ def transformers_config(raw: Mapping[str, Any], where: str) -> Any:
 
 
 def _known_keys(kind: Any, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Those that the architecture has, but no parts beside the text model; their numbers are checked."""
+    """Keys of the architecture itself, without those of parts beside the text model; numbers are range-checked."""
     from transformers import PretrainedConfig
 
     own = {field.name for field in fields(kind)} - {field.name for field in fields(PretrainedConfig)}
@@ -278,7 +306,7 @@ def _build(raw: Mapping[str, Any], where: str) -> Any:
 
 
 def _unstack(layer: nn.Module, family: Family) -> bool:
-    """Give each expert linears of its own, without weights. Whether the stacked ones were transposed."""
+    """Split stacked experts into linears on the meta device. Returns whether the stack was transposed."""
     transposed = False
     for name, module in list(layer.named_modules()):
         if is_stacked(module):

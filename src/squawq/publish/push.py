@@ -1,8 +1,7 @@
-"""Uploads a quantized folder to the Hub: checked first, card written, then huggingface_hub's resumable upload.
+"""squawq push: checks a quantized folder, writes its card, and uploads it by huggingface_hub's resumable upload.
 
 Nothing is sent before the folder is a whole checkpoint of known files and the Hub has accepted token and repository.
-Knows no protocol: retries, parts and deduplication are huggingface_hub's. A push that was stopped is run again and
-sends what is missing. Never deletes anything on the Hub.
+Retries, parts and deduplication are huggingface_hub's. Nothing on the Hub is ever deleted.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
 from squawq.format.files import has_file, open_file, read_bytes, read_json
 from squawq.format.reader import INDEX, Checkpoint
 from squawq.format.writer import is_temporary
-from squawq.hub.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.inspection import missing
+from squawq.publish.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.quantization.job import JOB, PART
 from squawq.report.files import PAGE, REPORT
 

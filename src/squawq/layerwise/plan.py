@@ -1,4 +1,4 @@
-"""Which linears of a layer become integers and which stay in 16 bits, and why. Knows names and shapes, no tensors."""
+"""Decides which linears of a layer are quantized, and which stay in 16 bits and why. Knows shapes, no tensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ GATE = "a router or gate"
 
 
 class LayerPlan:
-    """Which linears of a layer are converted, and why the others are `kept` in 16 bits.
+    """Which linears of a layer are quantized (`converted`), and why the others are `kept` in 16 bits.
 
-    shapes: (out_features, in_features) by name. prefix: the layer's full name. Linears of a module that share an input
-    are kept together, and so are all experts of a layer, since engines fuse them and refuse a mixture.
+    Linears of a module that share an input are kept together, and so are all experts of a layer: engines fuse them and
+    refuse a mixture. `shapes` has (out_features, in_features) by linear, `prefix` is the layer's full name.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], family: Family, config: QuantConfig, prefix: str) -> None:
@@ -32,11 +32,11 @@ class LayerPlan:
                 first = next(iter(reasons))
                 self.kept[name] = reasons.get(name, f"shares its input with {first}, which stays in 16 bits")
         self.converted = [name for name in self.linears if name not in self.kept]
-        self.kept |= dict.fromkeys((name for group in self.groups for name in group.readers), GATE)
+        self.kept |= dict.fromkeys((name for group in self.groups for name in group.unquantized_consumers), GATE)
 
     @property
     def linears(self) -> list[str]:
-        """Every linear that the groups name, in the order in which they are used."""
+        """Every linear of the groups, in order of use."""
         return [name for group in self.groups for name in group.linears]
 
     def _kept_reason(self, name: str, out_features: int, in_features: int) -> str | None:

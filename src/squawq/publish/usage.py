@@ -1,11 +1,11 @@
-"""How a published model is used: code for every engine, which tests/hub/test_usage.py runs. Knows text alone."""
+"""Code blocks for a model card: how each engine runs the model. tests/publish/test_usage.py runs them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from string import Template
 
-from squawq.readers import READERS, tgi_command
+from squawq.compatibility import ENGINES, tgi_command
 
 _CHAT = {
     "command": "chat $repo",
@@ -131,8 +131,8 @@ $inference
 ```"""
 
 
-def usage(repo: str, chat: bool, engines: Sequence[str] = tuple(READERS)) -> str:
-    """A block of code for each of the engines (keys of READERS), and for clients where one of them is a server.
+def usage(repo: str, chat: bool, engines: Sequence[str] = tuple(ENGINES)) -> str:
+    """A block of code for each of the engines (keys of ENGINES), and for clients where one of them is a server.
 
     Servers listen on port 8000.
     """

@@ -1,4 +1,4 @@
-"""What the 16-bit run and the quantized run of one layer differ by, and how linears make up for it."""
+"""Error propagation: statistics of the 16-bit and the quantized run of one layer, and the weight correction (QEP)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch import Tensor
 import squawq
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
+from squawq.layerwise.blocks import Block, Blocks
+from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
 from squawq.quantization import linear, statistics
-from squawq.quantization.blocks import Blocks
-from squawq.quantization.drift import Drift, Recording, Stage, stages
+from squawq.quantization.error_propagation import ActivationRecord, ErrorStatistics, Stage, sequential_stages
 from squawq.quantization.inputs import LayerInputs
-from squawq.quantization.layer import LayerQuantizer
-from squawq.quantization.linear import LinearRounder
+from squawq.quantization.layer import verify
+from squawq.quantization.linear import LinearQuantizer
+from squawq.quantization.result import LayerQuantization, LayerResult
 from squawq.quantization.states import Sample
 
 CONFIG = QuantConfig(group_size=32, samples=8, seqlen=32)
@@ -33,7 +35,7 @@ def blocks_of(folder: Path) -> Blocks:
 
 def test_stages_of_a_llama(make_model: MakeModel) -> None:
     with blocks_of(make_model()).open(0) as block:
-        found = stages(block, LayerInputs(block), LINEARS)
+        found = sequential_stages(block, LINEARS)
     assert found == [
         Stage("self_attn.q_proj", QKV, ""),
         Stage("self_attn.o_proj", ("self_attn.o_proj",), "input_layernorm"),
@@ -48,36 +50,36 @@ def test_sums_are_those_of_both_runs(
     place: int, states_memory: float, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G and E by their definitions, over inputs that were kept whole."""
-    monkeypatch.setattr("squawq.quantization.blocks.BATCH_TOKENS", 64)
+    monkeypatch.setattr("squawq.layerwise.blocks.BATCH_TOKENS", 64)
     states = torch.randn(5, 32, 64, generator=torch.Generator().manual_seed(0))
     other = states + 0.1 * torch.randn(5, 32, 64, generator=torch.Generator().manual_seed(1))
     scales = torch.rand(96 if place == 3 else 64, generator=torch.Generator().manual_seed(2)) + 0.5
     with blocks_of(make_model()).open(0) as block:
         inputs = LayerInputs(block)
-        stage = stages(block, inputs, LINEARS)[place]
-        names = [stage.watched, *([stage.residual] if stage.residual else [])]
+        stage = sequential_stages(block, LINEARS)[place]
+        names = [stage.capture_module, *([stage.residual] if stage.residual else [])]
         whole: dict[str, dict[str, Tensor]] = {}
         for run, given in (("wanted", states), ("found", other)):
             seen: dict[str, list[Tensor]] = {name: [] for name in names}
-            with block.watching({name: pieces.append for name, pieces in seen.items()}):
+            with block.input_hooks({name: pieces.append for name, pieces in seen.items()}):
                 block.run(given)
             whole[run] = {name: torch.cat(pieces).flatten(0, 1) for name, pieces in seen.items()}
         features = {name: whole["found"][name].shape[1] for name in names}
-        recording = Recording(features, tmp_path, states_memory)
-        inputs.collect(states.clone(), Sample.spread(5, 32, slice(0, 5)), recording.watchers)
-        drift = Drift(block, stage, scales)
-        drift.observe(other, recording)
-        x = whole["found"][stage.watched]
-        lack = whole["wanted"][stage.watched] / scales - x
+        record = ActivationRecord(features, tmp_path, states_memory)
+        inputs.collect(states.clone(), Sample.spread(5, 32, slice(0, 5)), record.hooks)
+        error = ErrorStatistics(block, stage, scales)
+        error.collect(other, record)
+        x = whole["found"][stage.capture_module]
+        lack = whole["wanted"][stage.capture_module] / scales - x
         weight = block.weight(stage.linears[0])
         missing = lack @ weight.T
         if stage.residual:
             missing += whole["wanted"][stage.residual] - whole["found"][stage.residual]
         expected = missing.T @ x
-        assert torch.allclose(drift.inputs.gram, x.T @ x, rtol=1e-4, atol=1e-3)
-        (lack,) = drift.lack
-        found = lack if drift.single else weight @ lack
-        assert drift.single == bool(stage.residual)
+        assert torch.allclose(error.inputs.gram, x.T @ x, rtol=1e-4, atol=1e-3)
+        (lack,) = error.cross
+        found = lack if error.single else weight @ lack
+        assert error.single == bool(stage.residual)
         assert (found - expected).abs().max() < 0.02 * expected.abs().max()  # the record is in bfloat16
 
 
@@ -87,14 +89,14 @@ def test_what_is_lacking_is_made_up_for(make_model: MakeModel, tmp_path: Path) -
     with blocks_of(make_model()).open(0) as block:
         inputs = LayerInputs(block)
         stage = Stage("self_attn.o_proj", ("self_attn.o_proj",), "")
-        recording = Recording({"self_attn.o_proj": 64}, tmp_path, 1.0)
-        inputs.collect(states.clone(), Sample.spread(8, 32, slice(0, 8)), recording.watchers)
+        record = ActivationRecord({"self_attn.o_proj": 64}, tmp_path, 1.0)
+        inputs.collect(states.clone(), Sample.spread(8, 32, slice(0, 8)), record.hooks)
         block.weight("self_attn.v_proj").mul_(0.5)
-        drift = Drift(block, stage, None)
-        drift.observe(states, recording)
+        error = ErrorStatistics(block, stage, None)
+        error.collect(states, record)
         weight = block.weight("self_attn.o_proj").clone()
-        rounder = LinearRounder(drift.inputs, QuantConfig(group_size=32, damping=1e-3), drift)
-        rounder.choose(block.weight("self_attn.o_proj"), clip=False)
+        quantizer = LinearQuantizer(error.inputs, QuantConfig(group_size=32, damping=1e-3), error)
+        quantizer.quantize(block.weight("self_attn.o_proj"), clip=False)
         made = block.weight("self_attn.o_proj")
         assert (made - 2 * weight).abs().max() < 0.1 * weight.abs().max()
 
@@ -104,7 +106,7 @@ def test_wide_inputs_make_up_part_by_part(
     linears: tuple[str, ...], make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Halved inputs, whose parts know nothing of each other: every part of the weights becomes about twice itself."""
-    monkeypatch.setattr(statistics, "WIDEST", 32)
+    monkeypatch.setattr(statistics, "MAX_GRAM", 32)
     monkeypatch.setattr(statistics, "BOUNDARY", 16)
     monkeypatch.setattr(linear, "CHUNK", 32 * 7)  # several chunks of rows
     states = torch.randn(64, 32, 64, generator=torch.Generator().manual_seed(0))
@@ -112,25 +114,25 @@ def test_wide_inputs_make_up_part_by_part(
         block.weight("self_attn.o_proj").zero_()
         block.weight("post_attention_layernorm").fill_(1)
         inputs, stage = LayerInputs(block), Stage("mlp.gate_proj", linears, "")
-        recording = Recording({"mlp.gate_proj": 64}, tmp_path, 1.0)
-        inputs.collect(states.clone(), Sample.spread(64, 32, slice(0, 64)), recording.watchers)
+        record = ActivationRecord({"mlp.gate_proj": 64}, tmp_path, 1.0)
+        inputs.collect(states.clone(), Sample.spread(64, 32, slice(0, 64)), record.hooks)
         block.weight("post_attention_layernorm").fill_(0.5)
-        drift = Drift(block, stage, None)
-        drift.observe(states, recording)
-        assert len(drift.lack) == 2
-        rounder = LinearRounder(drift.inputs, QuantConfig(group_size=32, damping=1e-3), drift)
+        error = ErrorStatistics(block, stage, None)
+        error.collect(states, record)
+        assert len(error.cross) == 2
+        quantizer = LinearQuantizer(error.inputs, QuantConfig(group_size=32, damping=1e-3), error)
         for name in linears:
             weight = block.weight(name).clone()
-            rounder.choose(block.weight(name), clip=False)
+            quantizer.quantize(block.weight(name), clip=False)
             assert (block.weight(name) - 2 * weight).abs().max() < 0.2 * weight.abs().max()
 
 
 def test_a_record_is_forgotten(tmp_path: Path) -> None:
-    recording = Recording({"a": 8, "b": 8, "norm": 8}, tmp_path, 1.0)
-    kept = {name: weakref.ref(recording._kept[name]) for name in ("a", "b", "norm")}
-    recording.keep([Stage("b", ("b",), "norm")])
+    record = ActivationRecord({"a": 8, "b": 8, "norm": 8}, tmp_path, 1.0)
+    kept = {name: weakref.ref(record._spools[name]) for name in ("a", "b", "norm")}
+    record.keep([Stage("b", ("b",), "norm")])
     assert [kept[name]() is None for name in ("a", "b", "norm")] == [True, False, False]
-    recording.keep([])
+    record.keep([])
     assert all(reference() is None for reference in kept.values())
 
 
@@ -140,12 +142,12 @@ def test_inputs_that_are_not_finite_are_left_out(make_model: MakeModel, tmp_path
     broken[1, 5, 3] = torch.inf
     with blocks_of(make_model()).open(0) as block:
         inputs, stage = LayerInputs(block), Stage("self_attn.q_proj", QKV, "")
-        recording = Recording({"self_attn.q_proj": 64}, tmp_path, 1.0)
-        inputs.collect(states.clone(), Sample.spread(4, 32, slice(0, 4)), recording.watchers)
-        drift = Drift(block, stage, None)
-        drift.observe(broken, recording)
-        assert (drift.inputs.rows, drift.inputs.dropped) == (127, 1)
-        assert drift.lack[0].isfinite().all()
+        record = ActivationRecord({"self_attn.q_proj": 64}, tmp_path, 1.0)
+        inputs.collect(states.clone(), Sample.spread(4, 32, slice(0, 4)), record.hooks)
+        error = ErrorStatistics(block, stage, None)
+        error.collect(broken, record)
+        assert (error.inputs.rows, error.inputs.dropped) == (127, 1)
+        assert error.cross[0].isfinite().all()
 
 
 def test_the_next_layer_sees_the_quantized_one(
@@ -153,13 +155,12 @@ def test_the_next_layer_sees_the_quantized_one(
 ) -> None:
     """The states that the second layer is judged on are those that the folder on disk hands over, to the last bit."""
     seen: list[Tensor] = []
-    finish = LayerQuantizer.finish
 
-    def watch(self: LayerQuantizer, chosen: object, before: Tensor, wanted: Tensor) -> object:
+    def watch(block: Block, plan: LayerPlan, chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerResult:
         seen.append(before.clone())
-        return finish(self, chosen, before, wanted)  # type: ignore[arg-type]
+        return verify(block, plan, chosen, before, wanted)
 
-    monkeypatch.setattr(LayerQuantizer, "finish", watch)
+    monkeypatch.setattr("squawq.quantization.layer.verify", watch)
     folder = make_model()
     squawq.quantize(folder, tmp_path / "out", CONFIG, calibration=rows)
     states = blocks_of(folder).embed(torch.tensor(rows)[:8, :32])

@@ -1,6 +1,6 @@
-"""What runs a quantized model, told from its config alone: our engine, transformers, vLLM, TGI.
+"""Tells from a config which engines run the quantized model: squawq, transformers, vLLM, TGI.
 
-The one answer for the command line, the model card and `inspect`. Nobody is sent to a program that refuses the folder.
+The command line, the model card, the report and `inspect` all ask here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from squawq.families import FAMILIES
 from squawq.nn.loader import check_decoder
 from squawq.quant_config import QuantConfig
 
-READERS = {
+ENGINES = {
     "squawq": "squawq generate, chat, serve and LLM",
     "transformers": "transformers, after import squawq.transformers",
     "vllm": "vLLM",
@@ -38,11 +38,11 @@ TGI = (  # those in TGI's list of supported models
 )
 
 
-def readers(config: ModelConfig, quant: QuantConfig | None = None) -> list[str]:
-    """The keys of READERS that run this model in AWQ, ours first. quant: how it will be quantized, if it is not yet."""
+def compatible_engines(config: ModelConfig, quant: QuantConfig | None = None) -> list[str]:
+    """Keys of ENGINES that run this model in AWQ, ours first. `quant`: how it will be quantized, if it is not yet."""
     quant = config.quant or quant or QuantConfig()
     family, gemm = config.model_type, config.layout == "gemm"
-    ours = why_not_ours(config) is None
+    ours = why_not_squawq(config) is None
     found = {
         "squawq": ours,
         "transformers": gemm and family in FAMILIES,
@@ -57,7 +57,7 @@ def readers(config: ModelConfig, quant: QuantConfig | None = None) -> list[str]:
 
 
 def _dtype(config: ModelConfig, quant: QuantConfig) -> str:
-    """What the result stores, and readers compute in."""
+    """The 16-bit dtype of the result, in which engines compute."""
     if config.quant is None and quant.dtype != "auto":
         return quant.dtype
     raw = {**(config.raw.get("text_config") or {}), **config.raw}
@@ -65,8 +65,8 @@ def _dtype(config: ModelConfig, quant: QuantConfig) -> str:
     return "float16" if config.quant is None and dtype != "bfloat16" else str(dtype)
 
 
-def why_not_ours(config: ModelConfig) -> str | None:
-    """Why our own engine does not run it, None where it does."""
+def why_not_squawq(config: ModelConfig) -> str | None:
+    """Why squawq's own engine does not run the model; None if it does."""
     if "text_config" in config.raw:
         return "its text model is part of a larger one"
     try:
@@ -83,7 +83,7 @@ def tgi_command(model: str, options: str = "") -> str:
 
 
 def how_to_run(config: ModelConfig, out: Path, chats: bool) -> list[str]:
-    """A command or two lines of code for each reader of the folder `out`."""
+    """A command or a line of code for each engine that runs the folder `out`."""
     place, mounted = shlex.quote(str(out)), shlex.quote(str(out.resolve()))
     talk = f"squawq chat {place}" if chats else f'squawq generate {place} -p "Once upon a time"'
     lines = {
@@ -92,10 +92,10 @@ def how_to_run(config: ModelConfig, out: Path, chats: bool) -> list[str]:
         "vllm": f"in vLLM: vllm serve {place}",
         "tgi": f"in TGI: {tgi_command('/model', f'-v {mounted}:/model')}",
     }
-    return [lines[name] for name in readers(config)]
+    return [lines[name] for name in compatible_engines(config)]
 
 
-def in_words(config: ModelConfig, quant: QuantConfig | None = None) -> str:
-    """One line: what runs the result."""
-    found = "; ".join(READERS[name] for name in readers(config, quant))
+def engines_line(config: ModelConfig, quant: QuantConfig | None = None) -> str:
+    """One line that says which engines run the result."""
+    found = "; ".join(ENGINES[name] for name in compatible_engines(config, quant))
     return f"the result runs in: {found or 'no engine that squawq knows'}"

@@ -1,0 +1,189 @@
+"""Maps the model's tensor names to the checkpoint's, and reads a tensor however it is stored.
+
+Checkpoints often use older names than transformers. A weight is stored as it is, as AWQ integers, or as a slice of one
+parameter that stacks all experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from squawq.errors import CheckpointError
+from squawq.families import expert_of
+from squawq.format.reader import Checkpoint
+from squawq.layerwise.meta_model import MetaModel
+
+LANGUAGE_MODEL = re.compile(r"^(model\.language_model|language_model\.model)\.")
+LANGUAGE_HEAD = re.compile(r"^(model\.)?language_model\.(?=lm_head\.)")
+INTEGERS = ("qweight", "scales", "qzeros", "scaled_zeros")
+FUSED = ("gate_up_proj", "down_proj")  # parameters that stack all experts of a layer; gate before up
+
+
+class TensorNames:
+    """Tensor names of a text model and of its checkpoint.
+
+    Attributes:
+        on_disk: Name in the checkpoint, by name in the model.
+        other_tensors: Tensors of parts beside the text model, such as a vision tower, by name in the checkpoint.
+        ignored: Tensors that transformers does not load, such as those of multi-token prediction layers.
+
+    Raises:
+        CheckpointError: A tensor in the checkpoint does not belong to the model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, meta_model: MetaModel) -> None:
+        self.checkpoint, self.family, self.transposed = checkpoint, meta_model.family, meta_model.transposed
+        self.on_disk: dict[str, str] = {}
+        self.other_tensors: list[str] = []
+        self.ignored: list[str] = []
+        self._of_layer: dict[int, list[str]] = {}
+        family, outer, rename = meta_model.family, meta_model.outer, meta_model.renaming()
+        nested = "text_config" in checkpoint.config.raw
+        layer = re.compile(re.escape(family.layers) + r"\.(\d+)\.")
+        for stored, info in checkpoint.tensors.items():
+            text = LANGUAGE_HEAD.sub("", LANGUAGE_MODEL.sub("model.", stored)) if nested else stored
+            name = rename(text)
+            owner = name.rpartition(".")[0]
+            if "rotary_emb" in name:
+                continue
+            found = layer.match(name)
+            if found and int(found.group(1)) < checkpoint.config.num_layers:
+                self._of_layer.setdefault(int(found.group(1)), []).append(name)
+                self.on_disk[name] = stored
+            elif name in outer or owner == family.head or f"{owner}.weight" in outer:
+                self.on_disk[name] = stored
+            elif nested and text == stored:
+                self.other_tensors.append(stored)
+            elif any(re.search(pattern, name) for pattern in meta_model.ignored):
+                self.ignored.append(stored)
+            else:
+                raise CheckpointError(f"{info.file}: tensor {stored!r} does not belong to a {family.model_type} model")
+
+    def stored_name(self, name: str) -> str:
+        """Name in the checkpoint of a tensor of the model, or of one that only quantized linears have (qweight)."""
+        if name in self.on_disk:
+            return self.on_disk[name]
+        owner, _, kind = name.rpartition(".")
+        for own in ("weight", "qweight"):
+            if f"{owner}.{own}" in self.on_disk:
+                return self.on_disk[f"{owner}.{own}"].removesuffix(own) + kind
+        experts = _experts_of(name)
+        on_disk = self.on_disk.get(f"{experts}.{FUSED[0]}", "")
+        return on_disk.removesuffix(FUSED[0]) + name.removeprefix(f"{experts}.") if on_disk.endswith(FUSED[0]) else name
+
+    def storage_name(self, name: str) -> str:
+        """Name of the tensor in the checkpoint that stores a tensor of the model: its own, or the stacked experts."""
+        if name not in self.on_disk and (experts := _experts_of(name)) and f"{experts}.{FUSED[0]}" in self.on_disk:
+            part = self.family.experts.index(name.removesuffix(".weight").rpartition(".")[2])
+            return self.on_disk[f"{experts}.{FUSED[part // 2]}"]
+        return self.stored_name(name)
+
+    @property
+    def stored_names(self) -> list[str]:
+        """All tensors of the checkpoint that a quantized checkpoint is made from."""
+        return [*self.on_disk.values(), *self.other_tensors]
+
+    @property
+    def other_parts(self) -> list[str]:
+        """Names of the parts beside the text model, such as vision_tower."""
+        return sorted({name.removeprefix("model.").partition(".")[0] for name in self.other_tensors})
+
+    def stored_module(self, name: str) -> str:
+        """Name in the checkpoint of a module of the model."""
+        return self.stored_name(f"{name}.weight").removesuffix(".weight")
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint stores a tensor of the model, in whatever form."""
+        owner = name.rpartition(".")[0]
+        return bool({name, f"{owner}.qweight", f"{_experts_of(name)}.{FUSED[0]}"} & self.on_disk.keys())
+
+    def check(self, expected: Collection[str], index: int | None = None) -> None:
+        """Raise CheckpointError for a missing tensor, and for one of layer `index` that is not expected."""
+        for name in expected:
+            if not self.has(name):
+                self.checkpoint.info(self.stored_name(name))  # raises
+        for name in self._of_layer.get(index, ()) if index is not None else ():
+            owner, _, kind = name.rpartition(".")
+            whole = f"{owner}.weight" if kind in INTEGERS else name
+            if whole not in expected and not (kind in FUSED and owner.endswith(".experts")):
+                stored = self.on_disk[name]
+                file = self.checkpoint.info(stored).file
+                raise CheckpointError(f"{file}: tensor {stored!r} does not belong to this architecture")
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read a tensor of the model, dequantized where the checkpoint is quantized.
+
+        Args:
+            name: Name in the model.
+            shape: Expected shape.
+
+        Returns:
+            The tensor in its dtype on disk, float32 if it was dequantized.
+
+        Raises:
+            CheckpointError: It is missing, has another shape, or holds NaN or infinity; names file and tensor.
+        """
+        owner, _, kind = name.rpartition(".")
+        if kind == "weight" and f"{owner}.qweight" in self.on_disk:
+            out, inputs = shape
+            stored = self.on_disk[f"{owner}.qweight"].removesuffix(".qweight")
+            return self.checkpoint.read_quantized(stored, inputs, out).dequantize()
+        fused = f"{_experts_of(name)}.{FUSED[0]}"
+        if name not in self.on_disk and fused in self.on_disk:
+            return self._slice(name, shape)
+        return read_finite(self.checkpoint, self.stored_name(name), shape)
+
+    def _slice(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One expert's weight [out, in] from the parameter that stacks all experts."""
+        expert, _, linear = name.removesuffix(".weight").rpartition(".")
+        number, part, stored = (
+            int(expert.rpartition(".")[2]),
+            self.family.experts.index(linear),
+            self.storage_name(name),
+        )
+        out, inputs = shape
+        rows = out * (1 if part == 2 else 2)
+        info = self.checkpoint.info(stored)
+        needed = [inputs, rows] if self.transposed else [rows, inputs]
+        if len(info.shape) != 3 or list(info.shape[1:]) != needed or number >= info.shape[0]:
+            raise CheckpointError(
+                f"{info.file}: tensor {stored!r} has shape {list(info.shape)}; [experts, {needed[0]}, "
+                f"{needed[1]}] is needed"
+            )
+        weight = self.checkpoint.read(stored, index=number)
+        weight = weight.T if self.transposed else weight
+        first = out if part == 1 else 0
+        return _finite(weight[first : first + out].contiguous(), self.checkpoint, stored)
+
+
+def _experts_of(name: str) -> str:
+    return (expert_of(name) or "").rpartition(".")[0]
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, in one pass without a copy (torch.isfinite makes one)."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def read_finite(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Read a tensor by its name in the checkpoint. Raises CheckpointError if it holds NaN or infinity."""
+    return _finite(checkpoint.read(name, shape), checkpoint, name)
+
+
+def check_floating(checkpoint: Checkpoint, name: str) -> None:
+    """Raise CheckpointError for a tensor of integers or booleans."""
+    info = checkpoint.info(name)
+    if not info.dtype.is_floating_point:
+        raise CheckpointError(f"{info.file}: tensor {name!r} is {info.dtype}; floating point is needed")
+
+
+def _finite(tensor: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
+    check_floating(checkpoint, name)
+    if not all_finite(tensor):
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise CheckpointError(f"{checkpoint.info(name).file}: tensor {name!r} holds {bad} values that are not finite")
+    return tensor

@@ -1,0 +1,154 @@
+"""Corrects weights for quantization error in their input: the QEP weight correction, from a 16-bit and a quantized run.
+
+Arai and Ichikawa, Quantization Error Propagation, arXiv 2504.09629, with propagation strength 1. With inputs x of the
+16-bit model and x^ of the quantized one, the weights that bring W^ x^ nearest to W x are W + E (H + damping)^-1, where
+H = sum x^ x^' is the Hessian and E = W sum (x - x^) x^' the error cross-covariance. Rounding W^ with error feedback
+(GPTQ) on H then minimizes ||W x - Q x^||, the mismatched problem of Qronos (arXiv 2505.11695). Where a linear's output
+is added to the residual stream, E also has the error of that stream, which the papers leave alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from squawq.families import expert_of
+from squawq.layerwise.blocks import Block
+from squawq.layerwise.tensor_names import all_finite
+from squawq.quantization.inputs import InputHook, capture_modules
+from squawq.quantization.states import Spool
+from squawq.quantization.statistics import InputStatistics
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears that read the same input and are quantized together.
+
+    Attributes:
+        capture_module: Module whose hook captures that input.
+        linears: Their names in the layer.
+        residual: Norm whose input the output of a single linear is added to; "" if it is not.
+    """
+
+    capture_module: str
+    linears: tuple[str, ...]
+    residual: str = ""
+
+
+def sequential_stages(block: Block, converted: Sequence[str]) -> list[Stage]:
+    """The stages of a layer in order of execution, without experts: both runs may route a token to different ones."""
+    capture = capture_modules(block.groups)
+    found: dict[str, Stage] = {}
+    for group in block.groups:
+        linears = [name for name in group.linears if name in converted and expert_of(name) is None]
+        for name in linears:
+            same = tuple(n for n in linears if capture[n] == capture[name])
+            found.setdefault(capture[name], Stage(capture[name], same, group.residual if len(linears) == 1 else ""))
+    return list(found.values())
+
+
+class ActivationRecord:
+    """Inputs of modules in the 16-bit run over all tokens, bfloat16, in a file once they exceed their memory.
+
+    Modules share `in_memory` GiB in proportion to their `features`.
+    """
+
+    def __init__(self, features: Mapping[str, int], folder: Path, in_memory: float) -> None:
+        total = sum(features.values())
+        self._spools = {name: Spool(folder, in_memory * width / total) for name, width in features.items()}
+        self.hooks: dict[str, InputHook] = {name: self._hook(spool) for name, spool in self._spools.items()}
+
+    @classmethod
+    def of(cls, block: Block, stages: Iterable[Stage], hidden: int, folder: Path, in_memory: float) -> ActivationRecord:
+        """For the inputs of these stages, and the residual streams of `hidden` features that they are added to."""
+        features = {stage.capture_module: block.weight(stage.linears[0]).shape[1] for stage in stages}
+        return cls(features | {stage.residual: hidden for stage in stages if stage.residual}, folder, in_memory)
+
+    @staticmethod
+    def _hook(spool: Spool) -> InputHook:
+        return lambda x: spool.add(x.to(torch.bfloat16))
+
+    def replay(self, module: str) -> Iterator[Tensor]:
+        """The recorded inputs of a module, batch by batch."""
+        return iter(self._spools[module])
+
+    def keep(self, stages: Iterable[Stage]) -> None:
+        """Drop what none of these stages reads."""
+        needed = {module for stage in stages for module in (stage.capture_module, stage.residual)}
+        for module in self._spools.keys() - needed:
+            del self._spools[module], self.hooks[module]
+
+
+class ErrorStatistics:
+    """Hessian and error cross-covariance of a stage, summed over all tokens of the quantized run.
+
+    Attributes:
+        inputs: Statistics of x^, float32 [in, in] on the diagonal blocks `inputs.spans`.
+        cross: One tensor a span. For a single linear E, float32 [out, span]. For several linears, which share the input
+            error, sum (x - x^) x^', float32 [span, span]; each E is then W times it.
+        single: Which of both.
+
+    Inputs too wide for a whole Hessian are corrected block by block; a residual error is spread evenly over the blocks.
+    """
+
+    def __init__(self, block: Block, stage: Stage, scales: Tensor | None) -> None:
+        """scales: AWQ scales float32 [in] that the recorded inputs are divided by, None for ones."""
+        self.stage, self._scales, self._block = stage, scales, block
+        self.single = len(stage.linears) == 1
+        out, features = block.weight(stage.linears[0]).shape
+        self.inputs = InputStatistics(features, block.device)
+        self._spans = self.inputs.spans
+        sizes = [span.stop - span.start for span in self._spans]
+        self.cross = [torch.zeros(out if self.single else size, size, device=block.device) for size in sizes]
+        self._residual: Tensor | None = None
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """All that is summed over tokens; an all-reduce of these gives the sums over all ranks' tokens."""
+        return [*self.inputs.sums, *self.cross]
+
+    def collect(
+        self, states: Tensor, record: ActivationRecord, hooks: Mapping[str, InputHook] = MappingProxyType({})
+    ) -> None:
+        """Run the quantized model's hidden states [blocks, tokens, hidden] as far as the stage's input.
+
+        Args:
+            states: float32, in the batches in which the 16-bit run was recorded.
+            record: Of that run.
+            hooks: Further input hooks.
+        """
+        wanted, residual = record.replay(self.stage.capture_module), self.stage.residual
+        own: dict[str, InputHook] = {self.stage.capture_module: lambda x: self._add(*_pair(x, wanted))}
+        if residual:
+            stream = record.replay(residual)
+            own = {residual: lambda x: self._set_residual(*_pair(x, stream))} | own
+        with self._block.input_hooks(hooks):
+            self._block.run_until_captured(states, own)
+
+    def _set_residual(self, x: Tensor, wanted: Tensor) -> None:
+        self._residual = wanted.sub_(x)
+
+    def _add(self, x: Tensor, wanted: Tensor) -> None:
+        self.inputs.update(x)
+        input_error = (wanted if self._scales is None else wanted.div_(self._scales)).sub_(x)
+        for span, total in zip(self._spans, self.cross, strict=True):
+            error, part = input_error[:, span], x[:, span]
+            if self.single:
+                error = error @ self._block.weight(self.stage.linears[0])[:, span].T
+                if self._residual is not None:
+                    error.add_(self._residual, alpha=1 / len(self._spans))
+            if not (all_finite(error) and all_finite(part)):
+                finite = torch.isfinite(error).all(-1) & torch.isfinite(part).all(-1)
+                error, part = error[finite], part[finite]
+            total.addmm_(error.T, part)
+
+
+def _pair(x: Tensor, recorded: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """A batch of the quantized run and the same batch of the record, each float32 [tokens, features]."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    return rows, next(recorded).reshape(rows.shape).float()
