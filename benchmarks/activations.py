@@ -20,12 +20,12 @@ import torch
 from common import print_table
 from torch import Tensor
 
+from squawq.backends.cpu import library
 from squawq.demo import EVALUATED_TOKENS, demo_model
 from squawq.engine.request import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.evaluation.metrics import Score
 from squawq.evaluation.run import text_ids
-from squawq.kernels import library
 from squawq.nn.loader import Options, load
 from squawq.quantization.pipeline import quantize
 from squawq.tokenizer import Tokenizer

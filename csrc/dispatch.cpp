@@ -1,5 +1,5 @@
 // The C ABI: chooses the instruction set, holds the lock, passes on. Pointers and sizes are the caller's care
-// (src/squawq/kernels/ checks them); every function returns 0, or a negative number for what it could not do.
+// (src/squawq/backends/cpu/ checks them); every function returns 0, or a negative number for what it could not do.
 #include <pthread.h>
 
 #include <cmath>

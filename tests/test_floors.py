@@ -26,7 +26,7 @@ FLOORS: dict[str, float] = {
     "hub.download": 4,
     "hub.stream": 4,
     "tokenizer": 4,
-    "kernels": 5,
+    "backends": 5,
     "nn": 6,
     "readers": 6.5,
     "engine": 7,

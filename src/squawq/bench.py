@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from squawq.backends.cpu import library
 from squawq.engine.engine import Engine
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError, GenerationError
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
-from squawq.kernels import library
 from squawq.memory import peak_memory
 
 MOST_STREAMS = 256

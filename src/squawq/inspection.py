@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from squawq.backends.reference import PAGE
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import expert_of, family_of
@@ -21,7 +22,6 @@ from squawq.format.files import has_file, read_json
 from squawq.format.layouts import LAYOUTS
 from squawq.format.reader import INDEX, Checkpoint
 from squawq.hub.download import hub_file
-from squawq.kernels.reference import PAGE
 from squawq.nn.cache import Cache
 from squawq.quant_config import QuantConfig
 from squawq.quantization.places import FUSED, INTEGERS, Places

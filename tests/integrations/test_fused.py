@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import squawq.transformers
+from squawq.backends.cpu import library
+from squawq.backends.reference import PAGE
 from squawq.engine.engine import Engine
 from squawq.engine.request import Request, SamplingParams
 from squawq.engine.runner import load_runner
@@ -27,8 +29,6 @@ from squawq.format.reader import Checkpoint
 from squawq.integrations.fused import fuse
 from squawq.integrations.fused_cache import FusedCache
 from squawq.integrations.fused_threads import one_thread
-from squawq.kernels import library
-from squawq.kernels.reference import PAGE
 from squawq.nn.loader import Options
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize

@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, AwqConfig, GenerationConfig
 
 import squawq.transformers  # noqa: F401 (registers)
+from squawq.backends.cpu import library
 from squawq.errors import CheckpointError, ConfigError, KernelError
 from squawq.format.groupwise import quantize
 from squawq.format.packing import to_gemm
 from squawq.integrations.linear import AwqLinear
 from squawq.integrations.quantizer import _say_once
-from squawq.kernels import library
 from squawq.nn.experts import Experts
 
 IDS = torch.randint(2, 160, (2, 24), generator=torch.Generator().manual_seed(1))

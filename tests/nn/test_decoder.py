@@ -10,6 +10,7 @@ import torch
 from conftest import MakeModel, logits, shared_data
 from safetensors.torch import load_file, save_file
 
+from squawq.backends.cpu import library, operations
 from squawq.config import RopeConfig
 from squawq.engine.request import Chunk
 from squawq.engine.runner import DecoderRunner
@@ -19,7 +20,6 @@ from squawq.families import family_of
 from squawq.format.packing import from_gemm
 from squawq.format.reader import Checkpoint
 from squawq.format.writer import write_index
-from squawq.kernels import cpu, library
 from squawq.nn.decoder import layer_stack
 from squawq.nn.loader import Options, load
 from squawq.nn.rope import inverse_frequencies
@@ -124,7 +124,7 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(
     asked: list[object] = []
     monkeypatch.setattr("squawq.nn.decoder.layer_stack", lambda layers, cache: asked.append(layer_stack(layers, cache)))
     assert torch.equal(logits(folder, ids, Options()), together)
-    assert isinstance(asked[0], cpu.LayerStack)
+    assert isinstance(asked[0], operations.LayerStack)
 
 
 def test_llama31_frequencies_against_the_published_formula() -> None:

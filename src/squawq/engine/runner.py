@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from squawq.backends.cpu import library
+from squawq.backends.reference import PAGE
 from squawq.config import ModelConfig
 from squawq.engine.request import Chunk
 from squawq.errors import ConfigError
-from squawq.kernels import library
-from squawq.kernels.reference import PAGE
 from squawq.nn.cache import Batch, Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import Options, load

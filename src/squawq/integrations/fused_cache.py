@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from squawq.backends.reference import PAGE
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import ConfigError
-from squawq.kernels.reference import PAGE
 from squawq.nn.decoder import Decoder
 
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from squawq.backends.cpu import library
+from squawq.backends.cpu.packed import PackedInt4, kernel_group
 from squawq.errors import KernelError
 from squawq.format.groupwise import SYMMETRIC_ZERO
 from squawq.format.packing import PER_WORD, unpack
-from squawq.kernels import library
-from squawq.kernels.packed import PackedInt4, kernel_group
 
 NATIVE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _numbers = count()

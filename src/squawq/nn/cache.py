@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from squawq.backends.reference import PAGE
 from squawq.config import ModelConfig
-from squawq.kernels.reference import PAGE
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Batch:
     """One step's tokens, a row each, sequence after sequence.
 
     ids, positions, slots: int64 [rows]; a slot is page * 16 + place. sequences int64 [sequences, 4] and pages int32:
-    see kernels/reference.py. outputs: int64, the rows whose logits are wanted.
+    see backends/reference.py. outputs: int64, the rows whose logits are wanted.
     """
 
     ids: Tensor

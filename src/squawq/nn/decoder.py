@@ -13,9 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from squawq.backends import dispatch
+from squawq.backends.cpu import library, operations
+from squawq.backends.cpu.packed import Packed
 from squawq.config import ModelConfig
-from squawq.kernels import cpu, dispatch, library
-from squawq.kernels.packed import Packed
 from squawq.nn.cache import Batch, Cache
 from squawq.nn.linear import Linear
 from squawq.nn.rope import inverse_frequencies
@@ -58,7 +59,7 @@ class Decoder:
     norm: Tensor
     head: Linear
     frequencies: Tensor = field(init=False)
-    _bound: tuple[Cache | None, cpu.LayerStack | None] = field(init=False, default=(None, None))
+    _bound: tuple[Cache | None, operations.LayerStack | None] = field(init=False, default=(None, None))
 
     def __post_init__(self) -> None:
         self.frequencies = inverse_frequencies(self.config.rope, self.config.head_dim).to(self.norm.device)
@@ -93,14 +94,14 @@ class Decoder:
             hidden += delta
 
 
-def layer_stack(layers: Sequence[Layer], cache: Cache) -> cpu.LayerStack | None:
+def layer_stack(layers: Sequence[Layer], cache: Cache) -> operations.LayerStack | None:
     """The layers over this cache as one native call; None where the native kernels do not take all of it."""
     if not layers or cache.layer(0)[0].device.type != "cpu" or library.load() is None:
         return None
     config = layers[0].config
     query, kv, dim = config.heads
     widths = (config.hidden_size, config.intermediate_size, dim)
-    if any(width % library.LANES for width in widths) or query > kv * cpu.MOST_SHARED_HEADS:
+    if any(width % library.LANES for width in widths) or query > kv * operations.MOST_SHARED_HEADS:
         return None
     parts = []
     for layer in layers:
@@ -111,8 +112,8 @@ def layer_stack(layers: Sequence[Layer], cache: Cache) -> cpu.LayerStack | None:
         norms = (layer.norms["input_layernorm"], layer.norms["post_attention_layernorm"], *layer.head_norms)
         qkv, out, gate_up, down = packed
         keys_values = cache.layer(layer.index)
-        parts.append(cpu.LayerParts(norms, (qkv, out, gate_up, down), keys_values, config.window(layer.index)))
-    return cpu.LayerStack(parts, config.heads, config.intermediate_size, config.norm_eps)
+        parts.append(operations.LayerParts(norms, (qkv, out, gate_up, down), keys_values, config.window(layer.index)))
+    return operations.LayerStack(parts, config.heads, config.intermediate_size, config.norm_eps)
 
 
 def _paged_attention(batch: Batch, cache: Cache, rotary: tuple[Tensor, Tensor], layer: Layer, qkv: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from squawq.kernels import dispatch
-from squawq.kernels.dispatch import Weight
+from squawq.backends import dispatch
+from squawq.backends.dispatch import Weight
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from squawq.backends.cpu import library
+from squawq.backends.cpu.packed import DENSE_TYPES, PackedDense, PackedInt4, PackedInt8, kernel_group
 from squawq.config import ROPE_TYPES, ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import FAMILIES, Family, family_of
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
-from squawq.kernels import library
-from squawq.kernels.packed import DENSE_TYPES, PackedDense, PackedInt4, PackedInt8, kernel_group
 from squawq.nn.decoder import DOWN, GATE_UP, OUT, QKV, Decoder, Layer
 from squawq.nn.linear import Linear
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from squawq.backends.dispatch import round_columns
 from squawq.format.groupwise import LEVELS, MIN_SCALE, GroupwiseTensor, round_to_grid, scale_and_zero
-from squawq.kernels.dispatch import round_columns
 
 BLOCK = 128  # columns between whose errors no matrix product is made
 CHUNK = 1 << 24  # weights handled at once: rows do not depend on each other

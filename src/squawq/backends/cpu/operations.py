@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squawq.kernels.library import POINTER, SIZE, address, check, required
-from squawq.kernels.packed import Packed
+from squawq.backends.cpu.library import POINTER, SIZE, address, check, required
+from squawq.backends.cpu.packed import Packed
 
 MOST_SHARED_HEADS = 16  # query heads for each key-value head
 MOST_COLUMNS = 128  # rounded in one call

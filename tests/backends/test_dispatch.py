@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from squawq.backends import dispatch
 from squawq.errors import KernelError
 from squawq.format.groupwise import quantize
-from squawq.kernels import dispatch
 
 WEIGHT = quantize(torch.randn(24, 64, generator=torch.Generator().manual_seed(0)), 32, True)
 

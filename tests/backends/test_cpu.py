@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from squawq.backends import reference
+from squawq.backends.cpu import library, operations
+from squawq.backends.cpu.packed import Packed, PackedDense, PackedInt4, PackedInt8
 from squawq.errors import ConfigError, KernelError
 from squawq.format.groupwise import GroupwiseTensor, quantize
 from squawq.format.packing import to_gemm
-from squawq.kernels import cpu, library, reference
-from squawq.kernels.packed import Packed, PackedDense, PackedInt4, PackedInt8
 
 if library.load() is None:
     pytest.skip("the native kernels are not built on this machine", allow_module_level=True)
@@ -157,14 +158,14 @@ def test_add_rms_norm_and_silu() -> None:
     for rows, n in ((1, 16), (3, 256), (33, 1024)):
         hidden, delta, weight = random(rows, n), random(rows, n, seed=1), random(n, seed=2)
         mine, theirs = hidden.clone(), hidden.clone()
-        found = cpu.add_rms_norm(mine, delta, weight, 1e-5)
+        found = operations.add_rms_norm(mine, delta, weight, 1e-5)
         assert torch.allclose(found, reference.add_rms_norm(theirs, delta, weight, 1e-5), atol=1e-5)
         assert torch.equal(mine, theirs)
         gate_up = random(rows, 2 * n, seed=3) * 8
-        assert torch.allclose(cpu.silu_mul(gate_up), reference.silu_mul(gate_up), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(operations.silu_mul(gate_up), reference.silu_mul(gate_up), rtol=1e-5, atol=1e-5)
     wild = torch.tensor([[-1e30, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e30] * 2 + [1.0] * 16])
     # Far below -88 the exponential stops growing: -1e30 gives -6e-9 for 0.
-    assert torch.allclose(cpu.silu_mul(wild), reference.silu_mul(wild), rtol=1e-5, atol=1e-8)
+    assert torch.allclose(operations.silu_mul(wild), reference.silu_mul(wild), rtol=1e-5, atol=1e-8)
 
 
 class Paged:
@@ -206,7 +207,7 @@ class Paged:
 def test_attention(heads: tuple[int, int, int], window: int | None) -> None:
     lengths = [(0, 1), (15, 1), (16, 1), (200, 1), (0, 70), (31, 33), (63, 2), (127, 16)]
     paged = Paged(heads, lengths)
-    assert torch.allclose(paged.attend(cpu, window), paged.attend(reference, window), atol=2e-5)
+    assert torch.allclose(paged.attend(operations, window), paged.attend(reference, window), atol=2e-5)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -219,10 +220,10 @@ def test_attention_of_a_row_is_the_same_in_any_batch(
     isa: str, lengths: list[tuple[int, int]], window: int | None, seed: int
 ) -> None:
     paged = Paged((4, 2, 32), lengths, seed)
-    together = paged.attend(cpu, window)
+    together = paged.attend(operations, window)
     for first, rows, start, place in paged.sequences.tolist():
         for row in range(rows):
-            alone = cpu.attention(
+            alone = operations.attention(
                 paged.qkv[first + row : first + row + 1].contiguous(),
                 paged.heads,
                 torch.tensor([[0, 1, start + row, place]]),
@@ -240,7 +241,7 @@ def test_rotate_and_store(normed: bool) -> None:
     frequencies = 1.0 / 10000 ** (torch.arange(0, 32, 2) / 32)
     norms = (1 + 0.1 * random(32), 1 + 0.1 * random(32, seed=1)) if normed else (None, None)
     results = []
-    for kernels in (cpu, reference):
+    for kernels in (operations, reference):
         qkv, keys, values = paged.qkv.clone(), paged.keys.clone(), paged.values.clone()
         qkv[0, -1], qkv[1, -2] = 1e6, -1e6  # beyond float16: kept finite
         rotary = kernels.rotary(paged.positions, frequencies)
@@ -260,7 +261,7 @@ def test_round_columns(columns: int, out: int, highest: int) -> None:
     wanted, base, feedback = random(columns, out, seed=3), random(columns, out, seed=4), random(columns, columns) * 0.2
     wanted[0, 0], wanted[-1, -1] = 1e30, -1e30
     given = (wanted, base, feedback, scales, zeros, groups, highest)
-    levels, errors = cpu.round_columns(*given)
+    levels, errors = operations.round_columns(*given)
     expected, _ = reference.round_columns(*given)
     assert (levels != expected).any(0).float().mean() < 0.02
     assert torch.equal(levels, levels.round().clamp(0, highest))
@@ -314,13 +315,13 @@ def test_nothing_of_a_pages_last_holder_is_left() -> None:
     paged = Paged((4, 2, 32), [(0, 5)])
     paged.keys.fill_(float("nan"))
     paged.values.fill_(float("nan"))
-    rotary = cpu.rotary(paged.positions, torch.ones(16))
+    rotary = operations.rotary(paged.positions, torch.ones(16))
     arguments = (paged.heads, rotary, (None, None), 1e-5, paged.slots, paged.keys, paged.values)
-    cpu.rotate_and_store(paged.qkv, *arguments)
-    assert bool(torch.isfinite(paged.attend(cpu, None)).all())
+    operations.rotate_and_store(paged.qkv, *arguments)
+    assert bool(torch.isfinite(paged.attend(operations, None)).all())
     paged.qkv[1, -1] = float("nan")  # a value of token 1 itself is not hidden from those that look at it
-    cpu.rotate_and_store(paged.qkv, *arguments)
-    assert paged.attend(cpu, None).isnan().any(1).tolist()[1:] == [True] * 4
+    operations.rotate_and_store(paged.qkv, *arguments)
+    assert paged.attend(operations, None).isnan().any(1).tolist()[1:] == [True] * 4
 
 
 def test_a_forked_child_computes_alone() -> None:
@@ -350,7 +351,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def _isa_of_a_new_process(**environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from squawq.kernels import library; print(library.isa(), library.threads())"
+    code = "from squawq.backends.cpu import library; print(library.isa(), library.threads())"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
     )
@@ -366,7 +367,8 @@ def test_environment_forces_an_isa(isa: str) -> None:
 def test_without_the_library_torch_runs_and_it_is_said_once() -> None:
     code = """
 import torch
-from squawq.kernels import dispatch, library
+from squawq.backends import dispatch
+from squawq.backends.cpu import library
 library._find = lambda: None
 library.load(), library.load()
 print(library.isa(), dispatch.silu_mul(torch.ones(1, 32)).shape[1])

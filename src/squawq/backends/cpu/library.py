@@ -106,7 +106,7 @@ def _check_whole(path: Path) -> None:
 
 def _find() -> Path | None:
     """The library beside this package; an editable install keeps it in a second folder of the same package."""
-    folders = import_module("squawq.kernels").__path__
+    folders = import_module("squawq.backends.cpu").__path__
     return next((p for f in folders if (p := Path(f) / "libsquawq.so").is_file()), None)
 
 

@@ -13,10 +13,10 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from squawq.backends.cpu.library import INT, LANES, POINTER, SIZE, address, check, required
 from squawq.errors import KernelError
 from squawq.format.groupwise import quantize
 from squawq.format.packing import to_gemm
-from squawq.kernels.library import INT, LANES, POINTER, SIZE, address, check, required
 
 LARGE_PAGE = 2 << 20
 GROUPS = (128, 64, 32, 16)  # inputs that share an activation scale

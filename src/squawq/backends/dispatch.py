@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from squawq.backends import reference
+from squawq.backends.cpu import library, operations
+from squawq.backends.cpu.packed import Packed
+from squawq.backends.reference import Heads
 from squawq.errors import KernelError
 from squawq.format.groupwise import GroupwiseTensor
-from squawq.kernels import cpu, library, reference
-from squawq.kernels.packed import Packed
-from squawq.kernels.reference import Heads
 
 Weight = Tensor | GroupwiseTensor | Packed
 Matmul = Callable[[Tensor, Any, Tensor | None], Tensor]
@@ -80,20 +81,20 @@ def _native(x: Tensor, width: int) -> bool:
 
 
 def _native_attention(qkv: Tensor, heads: Heads, keys: Tensor) -> bool:
-    few = heads[0] // heads[1] <= cpu.MOST_SHARED_HEADS
+    few = heads[0] // heads[1] <= operations.MOST_SHARED_HEADS
     return few and keys.dtype == torch.float16 and _native(qkv, heads[2])
 
 
 def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """hidden += delta in place, where given; the RMS norm of the sum."""
-    kernels = cpu if _native(hidden, hidden.shape[-1]) else reference
+    kernels = operations if _native(hidden, hidden.shape[-1]) else reference
     y: Tensor = kernels.add_rms_norm(hidden, delta, weight, eps)
     return y
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[..., 2n] of gates and ups -> silu(gate) * up."""
-    kernels = cpu if _native(gate_up, gate_up.shape[-1] // 2) else reference
+    kernels = operations if _native(gate_up, gate_up.shape[-1] // 2) else reference
     y: Tensor = kernels.silu_mul(gate_up)
     return y
 
@@ -101,7 +102,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def rotary(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [len(positions), head_dim / 2]."""
     native = positions.device.type == "cpu" and library.load() is not None
-    found: tuple[Tensor, Tensor] = (cpu if native else reference).rotary(positions, frequencies)
+    found: tuple[Tensor, Tensor] = (operations if native else reference).rotary(positions, frequencies)
     return found
 
 
@@ -116,7 +117,7 @@ def rotate_and_store(
     values: Tensor,
 ) -> None:
     """Norm and rotate queries and keys in place; write keys and values to the cache. See `reference`."""
-    kernels = cpu if _native_attention(qkv, heads, keys) else reference
+    kernels = operations if _native_attention(qkv, heads, keys) else reference
     kernels.rotate_and_store(qkv, heads, rotary, norms, eps, slots, keys, values)
 
 
@@ -124,7 +125,7 @@ def attention(
     qkv: Tensor, heads: Heads, sequences: Tensor, pages: Tensor, window: int | None, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Causal attention over the paged cache. See `reference`."""
-    kernels = cpu if _native_attention(qkv, heads, keys) else reference
+    kernels = operations if _native_attention(qkv, heads, keys) else reference
     y: Tensor = kernels.attention(qkv, heads, sequences, pages, window, keys, values)
     return y
 
@@ -133,8 +134,8 @@ def round_columns(
     wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, highest: int
 ) -> tuple[Tensor, Tensor]:
     """Integers and errors of a block of columns whose errors are fed on. See `reference`."""
-    native = wanted.device.type == "cpu" and len(wanted) <= cpu.MOST_COLUMNS and library.load() is not None
-    kernels = cpu if native else reference
+    native = wanted.device.type == "cpu" and len(wanted) <= operations.MOST_COLUMNS and library.load() is not None
+    kernels = operations if native else reference
     wanted, base, feedback = wanted.contiguous(), base.contiguous(), feedback.contiguous()
     found: tuple[Tensor, Tensor] = kernels.round_columns(wanted, base, feedback, scales, zeros, groups, highest)
     return found
