@@ -20,6 +20,7 @@ import torch
 from common import print_table
 from torch import Tensor
 
+from squawq.backends.base import PAGE
 from squawq.backends.cpu import library
 from squawq.demo import EVALUATED_TOKENS, demo_model
 from squawq.engine.request import Chunk
@@ -40,7 +41,7 @@ WAYS = {  # whether activations stay float32, and the head
 
 def runner_of(folder: Path, window: int, exact: bool, head: str) -> DecoderRunner:
     """The folder on the CPU kernels, with pages for one window."""
-    return DecoderRunner(load(folder, Options(exact=exact, head=head)), kv_tokens=window + DecoderRunner.page_size)
+    return DecoderRunner(load(folder, Options(exact=exact, head=head)), kv_tokens=window + PAGE)
 
 
 def logits_of(runner: DecoderRunner, ids: Tensor) -> Tensor:

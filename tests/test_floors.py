@@ -27,6 +27,7 @@ FLOORS: dict[str, float] = {
     "hub.stream": 4,
     "tokenizer": 4,
     "backends": 5,
+    "backends.cpu": 5.5,
     "nn": 6,
     "readers": 6.5,
     "engine": 7,
@@ -138,3 +139,11 @@ def test_foreign_packages_have_one_door(name: str) -> None:
     for imported in imports(modules()[name]):
         doors = DOORS.get(imported.partition(".")[0])
         assert doors is None or name.startswith(doors), f"{name} imports {imported}; its door is {doors}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in modules() if not name.startswith("backends.")))
+def test_backends_are_found_by_the_registry(name: str) -> None:
+    """Nothing outside of a backend imports one by name."""
+    kept = ("squawq.backends.cpu", "squawq.backends.reference")
+    for imported in imports(modules()[name]):
+        assert not imported.startswith(kept), f"{name} imports {imported}; take it from the registry"

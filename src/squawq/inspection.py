@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from squawq.backends.reference import PAGE
+from squawq.backends.base import PAGE
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import expert_of, family_of

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import squawq.transformers
+from squawq.backends.base import PAGE
 from squawq.backends.cpu import library
-from squawq.backends.reference import PAGE
 from squawq.engine.engine import Engine
 from squawq.engine.request import Request, SamplingParams
 from squawq.engine.runner import load_runner

@@ -1,31 +1,237 @@
-"""Plain torch for every operation: the truth that other kernels are tested against. Slow on purpose, never wrong.
+"""Reference backend: plain torch on any device. It defines what every operation computes; tests compare others with it.
 
-Heads are (query heads, key-value heads, head_dim); a row of `qkv` holds the queries, keys and values of one token, head
-after head. The cache is one layer's pages of 16 tokens: keys [pages, kv_heads, head_dim, 16], values [pages, kv_heads,
-16, head_dim], 16-bit. A sequence is a row (first row, rows, start, place) of int64: its tokens are `rows` rows of the
-batch at positions start, start + 1 ..., and its page numbers stand in `pages` (int32) from `place` on.
+Slow on purpose. INT4 weights stay 4 bits in memory and are dequantized one weight at a time, for each product.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squawq.format.groupwise import GroupwiseTensor
+from squawq.backends.base import Backend, Gemm, Heads, Rotary
+from squawq.backends.layer_ops import Packed
+from squawq.errors import ConfigError, KernelError
+from squawq.format.packing import PER_WORD, from_gemm
 
-PAGE = 16  # tokens of a page
-Heads = tuple[int, int, int]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
-def int4_matmul(x: Tensor, weight: GroupwiseTensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times the dequantized weight [out, in], computed in float32, returned as x's dtype."""
-    return F.linear(x.float(), weight.dequantize(), None if bias is None else bias.float()).to(x.dtype)
+@dataclass(frozen=True)
+class Int4(Packed):
+    """AWQ GEMM tensors as checkpoints have them: qweight int32 [in, out/8], scales [groups, out], qzeros int32
+    [groups, out/8] or None where every zero is 8."""
+
+    qweight: Tensor
+    scales: Tensor
+    qzeros: Tensor | None
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scales.shape[1], self.qweight.shape[0]
+
+    def dense(self) -> Tensor:
+        """float32 [out, in]."""
+        return from_gemm(self.qweight, self.scales, self.qzeros).dequantize()
 
 
-def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times a dense weight [out, in] in x's dtype."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+@dataclass(frozen=True)
+class Int8(Packed):
+    """weight int8 [out, in]; scales float32 [out]."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def dense(self) -> Tensor:
+        """float32 [out, in]."""
+        return self.weight.float() * self.scales[:, None]
+
+
+@dataclass(frozen=True)
+class Dense(Packed):
+    """weight [out, in] in a floating-point dtype."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+
+class Reference(Backend):
+    """See `Backend` for shapes and dtypes."""
+
+    name = "reference"
+    traceable = True
+
+    @classmethod
+    def declines(cls, device: torch.device) -> str | None:  # noqa: ARG003 (runs wherever torch does)
+        return None
+
+    def int4_declines(self, out: int, in_: int, group: int) -> str | None:
+        return f"[{out}, {in_}] has no groups of {group} or is no multiple of 8" if in_ % group or out % 8 else None
+
+    def int8_declines(self, out: int, in_: int, dtype: torch.dtype) -> str | None:  # noqa: ARG002
+        return None if dtype.is_floating_point else f"the weight is {dtype}"
+
+    def pack_int4(
+        self,
+        out: int,
+        in_: int,
+        group: int,  # noqa: ARG002 (the shape of the scales says it)
+        parts: Iterable[Gemm],
+        bias: Tensor | None = None,
+    ) -> Packed:
+        qweights, scales, qzeros = zip(*parts, strict=True)
+        zeros = None
+        if any(z is not None for z in qzeros):
+            words = zip(qzeros, scales, strict=True)
+            zeros = self._stack([symmetric_zeros(s) if z is None else z for z, s in words])
+        found = Int4(self._stack(qweights), self._stack(scales), zeros, bias)
+        if found.shape != (out, in_):
+            raise KernelError(f"int4 tensors are {list(found.shape)}; {[out, in_]} is needed")
+        return found
+
+    def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), 1)).to(self.device)
+
+    def pack_int8(self, weight: Tensor) -> Packed:
+        rows = weight.to(self.device, torch.float32)
+        scales = rows.abs().amax(1) / 127
+        return Int8((rows / scales.clamp(min=1e-30)[:, None]).round_().to(torch.int8), scales)
+
+    def pack_dense(self, parts: Sequence[Tensor], bias: Tensor | None = None) -> Packed:
+        weights = [part.to(self.device, torch.float32) for part in parts]
+        return Dense(torch.cat(weights), None if bias is None else bias.to(self.device))
+
+    def page_shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Keys [kv_heads, head_dim, 16], values [kv_heads, 16, head_dim]."""
+        return (kv_heads, head_dim, self.page_size), (kv_heads, self.page_size, head_dim)
+
+    def matmul(self, x: Tensor, weight: Packed) -> Tensor:
+        """In float32 if `exact`, else in x's dtype."""
+        if not isinstance(weight, Int4 | Int8 | Dense):
+            raise KernelError(f"the reference backend cannot read {type(weight).__name__}; it packs weights itself")
+        if not x.dtype.is_floating_point or x.shape[-1] != weight.shape[1]:
+            raise KernelError(f"activations {x.dtype} {tuple(x.shape)} do not fit a weight {list(weight.shape)}")
+        dtype = torch.float32 if self.exact else x.dtype
+        bias = None if weight.bias is None else weight.bias.to(dtype)
+        return F.linear(x.to(dtype), weight.dense().to(dtype), bias).to(x.dtype)
+
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        return weight[ids.to(weight.device)].to(self.device, self.activation_dtype)
+
+    def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        if delta is not None:
+            hidden += delta
+        return rms_norm(hidden, weight, eps)
+
+    def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
+        """Shazeer, arXiv 2002.05202."""
+        gate, up = gate_up.chunk(2, -1)
+        return ACTIVATIONS[activation](gate) * up
+
+    def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
+        angles = positions.float()[:, None] * frequencies[None, :]
+        return angles.cos(), angles.sin()
+
+    def rotate_and_store(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        rotary: Rotary,
+        norms: tuple[Tensor | None, Tensor | None],
+        eps: float,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        """A page is cleared when its first slot is written: nothing of its last holder stays. Infinities become the
+        largest number of the cache's dtype; NaN stays.
+        """
+        q, k, v = split_heads(qkv, heads)
+        for part, norm in ((q, norms[0]), (k, norms[1])):
+            part.copy_(rotate(part if norm is None else rms_norm(part, norm, eps), *rotary))
+        page, place = slots // self.page_size, slots % self.page_size
+        limit = torch.finfo(keys.dtype).max
+        keys[page[place == 0]] = 0
+        values[page[place == 0]] = 0
+        keys[page, :, :, place] = k.clamp(-limit, limit).to(keys.dtype)
+        values[page, :, place] = v.clamp(-limit, limit).to(values.dtype)
+
+    def attention(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        sequences: Tensor,
+        pages: Tensor,
+        window: int | None,
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        query, kv, dim = heads
+        out = qkv.new_empty(qkv.shape[0], query * dim)
+        for first, rows, start, place in sequences.tolist():
+            tokens = start + rows
+            table = pages[place : place - (-tokens // self.page_size)].long()
+            k = keys[table].permute(0, 3, 1, 2).reshape(-1, kv, dim)[:tokens].to(qkv.dtype)
+            v = values[table].permute(0, 2, 1, 3).reshape(-1, kv, dim)[:tokens].to(qkv.dtype)
+            q = split_heads(qkv[first : first + rows], heads)[0]
+            mask = causal_mask(rows, start, window, qkv.device)
+            k, v = (t.transpose(0, 1)[None] for t in (k, v))
+            y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=True)
+            out[first : first + rows] = y[0].transpose(0, 1).reshape(rows, -1)
+        return out
+
+    def round_columns(
+        self,
+        wanted: Tensor,
+        base: Tensor,
+        feedback: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        groups: Tensor,
+        highest: int,
+    ) -> tuple[Tensor, Tensor]:
+        levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+        of = groups.tolist()
+        for own in range(len(wanted) - 1, -1, -1):
+            after, scale, zero = slice(own + 1, None), scales[of[own]], zeros[of[own]]
+            column = torch.addmv(wanted[own], errors[after].T, feedback[own, after])
+            torch.div(column, scale, out=levels[own]).round_().add_(zero).clamp_(0, highest)
+            torch.sub(zero, levels[own], out=errors[own]).mul_(scale).add_(base[own])
+        return levels, errors
+
+    def set_threads(self, count: int) -> None:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
+            raise ConfigError(f"threads is {count!r}; it must be a whole number, 1 to 1024")
+        torch.set_num_threads(count)
+
+    def describe(self) -> dict[str, object]:
+        return {"threads": torch.get_num_threads(), "instructions": "torch"} if self.device.type == "cpu" else {}
+
+
+def symmetric_zeros(scales: Tensor) -> Tensor:
+    """qzeros whose every zero is 8, for scales [groups, out]."""
+    words = scales.shape[0], scales.shape[1] // PER_WORD
+    return torch.full(words, -0x77777778, dtype=torch.int32, device=scales.device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -34,31 +240,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight.to(x.dtype)
 
 
-def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """hidden += delta (in place, where there is one); the RMS norm of the sum [..., n]."""
-    if delta is not None:
-        hidden += delta
-    return rms_norm(hidden, weight, eps)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """[..., 2n] of gates and ups -> silu(gate) * up, [..., n] (Shazeer, arXiv 2002.05202)."""
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def rotary(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [len(positions), head_dim / 2], of positions int64 times frequencies float32."""
-    angles = positions.float()[:, None] * frequencies[None, :]
-    return angles.cos(), angles.sin()
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al., arXiv 2104.09864) of x [..., heads, head_dim] by cos and sin [..., head_dim / 2];
-    a head's two halves turn together, as Llama checkpoints on the Hub want."""
-    first, second = x.chunk(2, -1)
+    """Rotary embedding (Su et al., arXiv 2104.09864) of x [..., heads, head_dim] by cos and sin [..., n / 2], where
+    n <= head_dim (partial rotary: the rest stays). The two halves turn together, as in Llama checkpoints on the Hub."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
 def split_heads(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,76 +256,8 @@ def split_heads(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     return rows[..., :query, :], rows[..., query : query + kv, :], rows[..., query + kv :, :]
 
 
-def rotate_and_store(
-    qkv: Tensor,
-    heads: Heads,
-    rotary: tuple[Tensor, Tensor],
-    norms: tuple[Tensor | None, Tensor | None],
-    eps: float,
-    slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> None:
-    """Norm (where `norms` for queries and keys [head_dim] are given) and rotate queries and keys in place, and write
-    keys and values to the cache. qkv [rows, (query + 2 kv) * head_dim]; slots int64 [rows]: page * 16 + place.
-
-    A page is cleared when its first place is written: nothing of its last holder stays. Infinities become the largest
-    number of the cache's dtype; NaN stays.
-    """
-    q, k, v = split_heads(qkv, heads)
-    for part, norm in ((q, norms[0]), (k, norms[1])):
-        part.copy_(rotate(part if norm is None else rms_norm(part, norm, eps), *rotary))
-    page, place = slots // PAGE, slots % PAGE
-    limit = torch.finfo(keys.dtype).max
-    keys[page[place == 0]] = 0
-    values[page[place == 0]] = 0
-    keys[page, :, :, place] = k.clamp(-limit, limit).to(keys.dtype)
-    values[page, :, place] = v.clamp(-limit, limit).to(values.dtype)
-
-
-def attention(
-    qkv: Tensor, heads: Heads, sequences: Tensor, pages: Tensor, window: int | None, keys: Tensor, values: Tensor
-) -> Tensor:
-    """Causal attention of every row over its sequence's cached tokens -> [rows, query heads * head_dim].
-
-    window: how many tokens back a query looks, itself among them; None for all.
-    """
-    query, kv, dim = heads
-    out = qkv.new_empty(qkv.shape[0], query * dim)
-    for first, rows, start, place in sequences.tolist():
-        tokens = start + rows
-        table = pages[place : place - (-tokens // PAGE)].long()
-        k = keys[table].permute(0, 3, 1, 2).reshape(-1, kv, dim)[:tokens].to(qkv.dtype)
-        v = values[table].permute(0, 2, 1, 3).reshape(-1, kv, dim)[:tokens].to(qkv.dtype)
-        q = split_heads(qkv[first : first + rows], heads)[0]
-        mask = causal_mask(rows, start, window, qkv.device)
-        k, v = (t.transpose(0, 1)[None] for t in (k, v))
-        y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=True)
-        out[first : first + rows] = y[0].transpose(0, 1).reshape(rows, -1)
-    return out
-
-
 def causal_mask(rows: int, start: int, window: int | None, device: torch.device) -> Tensor:
     """bool [rows, start + rows]: True where a query may look: at itself and before, `window` tokens at most."""
     at = torch.arange(start, start + rows, device=device)[:, None]
     key = torch.arange(start + rows, device=device)[None, :]
     return (key <= at) & (key > at - (window or start + rows))
-
-
-def round_columns(
-    wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, highest: int
-) -> tuple[Tensor, Tensor]:
-    """Integers 0..highest (as float32) of a block of weights [columns, out], the last column first, and what each
-    loses: base minus what the integers stand for, both [columns, out].
-
-    What is rounded of column c is wanted[c] plus feedback[c, other] times the error of each column after it; feedback
-    [columns, columns]. scales, zeros float32 [groups, out]; groups int64 [columns] on the CPU: the group of each.
-    """
-    levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
-    of = groups.tolist()
-    for own in range(len(wanted) - 1, -1, -1):
-        after, scale, zero = slice(own + 1, None), scales[of[own]], zeros[of[own]]
-        column = torch.addmv(wanted[own], errors[after].T, feedback[own, after])
-        torch.div(column, scale, out=levels[own]).round_().add_(zero).clamp_(0, highest)
-        torch.sub(zero, levels[own], out=errors[own]).mul_(scale).add_(base[own])
-    return levels, errors

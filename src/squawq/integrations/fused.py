@@ -96,8 +96,9 @@ def fuse(model: Any, max_seq_len: int, folder: str | Path | None = None) -> None
     _check_config(wanted, checkpoint)
     _map(model, checkpoint)
     linears = [module for module in model.modules() if isinstance(module, AwqLinear)]
-    exact, packed = any(m.exact for m in linears), not linears or any(m.native for m in linears)
-    decoder = load(checkpoint.folder, Options(str(device), exact, packed=packed))
+    exact = any(module.exact for module in linears)
+    backend = linears[0].backend if linears else None
+    decoder = load(checkpoint.folder, Options(str(device), exact, backend=backend))
     model._fused = _Fused(decoder, checkpoint.folder.resolve(), max_seq_len)
     model.__class__ = _fused_class(model.__class__)
 

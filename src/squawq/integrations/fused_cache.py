@@ -7,12 +7,13 @@ copied before it is written. Knows no model and no logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from squawq.backends.reference import PAGE
+from squawq.engine.pages import PagePool
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import ConfigError
 from squawq.nn.decoder import Decoder
@@ -26,7 +27,7 @@ class _Runner(DecoderRunner):
 
     def twin(self, pages: Sequence[int]) -> _Runner:
         """The same decoder over pages of its own, these of which hold what they hold here."""
-        made = _Runner(self._decoder, self.num_pages * PAGE)
+        made = _Runner(self._decoder, self.num_pages * self.page_size)
         made._cache.take(pages, self._cache)
         return made
 
@@ -52,16 +53,16 @@ class FusedCache(Cache):  # type: ignore[misc]
         if self.lengths:
             made.lengths, made.width = list(self.lengths), self.width
             made.tables = [list(table) for table in self.tables]
-            made._free, made._holders = list(self._free), list(self._holders)
-            made._runner = self._runner.twin([page for page, holders in enumerate(self._holders) if holders])
+            made._pool = deepcopy(self._pool)
+            made._runner = self._runner.twin(sorted({page for table in self.tables for page in table}))
         return made
 
     def open(self, rows: int) -> _Runner:
         """What runs a step of so many rows. Raises ConfigError if the cache holds another number of rows."""
         if not self.lengths:
-            pages = rows * -(-self.max_seq_len // PAGE)
-            self._runner = _Runner(self._decoder, pages * PAGE)
-            self._free, self._holders = list(range(pages - 1, -1, -1)), [0] * pages
+            size = self._decoder.backend.page_size
+            pages = rows * -(-self.max_seq_len // size)
+            self._runner, self._pool = _Runner(self._decoder, pages * size), PagePool(pages, size)
             self.lengths, self.tables = [0] * rows, [[] for _ in range(rows)]
         if rows != len(self.lengths):
             raise ConfigError(f"the batch has {rows} rows, its cache {len(self.lengths)}; start with a new cache")
@@ -77,25 +78,14 @@ class FusedCache(Cache):  # type: ignore[misc]
         check_length(max(lengths), self.max_seq_len)
         for index, (start, end) in enumerate(zip(starts, lengths, strict=True)):
             table = self.tables[index]
-            if end > start and start % PAGE and self._holders[table[-1]] > 1:
-                page = self._take()
+            if end > start and start % self._pool.page_size and self._pool.is_shared(table[-1]):
+                page = self._pool.take()
                 self._runner.copy(table[-1], page)
-                self._drop([table[-1]])
+                self._pool.release([table[-1]])
                 table[-1] = page
-            table.extend(self._take() for _ in range(-(-end // PAGE) - len(table)))
+            table.extend(self._pool.take() for _ in range(self._pool.pages_for(end) - len(table)))
         self.lengths, self.width = lengths, self.width + width
         return starts
-
-    def _take(self) -> int:
-        page = self._free.pop()  # never empty: rows hold no more pages than there are, shared or not
-        self._holders[page] = 1
-        return page
-
-    def _drop(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self._holders[page] -= 1
-            if not self._holders[page]:
-                self._free.append(page)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Row i goes on as a copy of row indices[i]; there may be fewer rows than before, not more."""
@@ -104,10 +94,10 @@ class FusedCache(Cache):  # type: ignore[misc]
             raise ConfigError(f"a fused cache of {len(old)} rows cannot become one of {len(chosen)}")
         self.tables = [list(old[index]) for index in chosen]
         self.lengths = [self.lengths[index] for index in chosen]
-        for page in (page for table in self.tables for page in table):
-            self._holders[page] += 1
+        for table in self.tables:
+            self._pool.share(table)
         for table in old:
-            self._drop(table)
+            self._pool.release(table)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search's name for it."""
@@ -124,8 +114,8 @@ class FusedCache(Cache):  # type: ignore[misc]
             raise ConfigError(f"crop is given {tokens_to_remove}; it takes minus the number of tokens to forget")
         self.lengths, self.width = [length - count for length in self.lengths], max(0, self.width - count)
         for table, length in zip(self.tables, self.lengths, strict=True):
-            keep = -(-length // PAGE)
-            self._drop(table[keep:])
+            keep = self._pool.pages_for(length)
+            self._pool.release(table[keep:])
             del table[keep:]
 
     def reset(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squawq.backends.dispatch import round_columns
+from squawq.backends import backend_for
 from squawq.format.groupwise import LEVELS, MIN_SCALE, GroupwiseTensor, round_to_grid, scale_and_zero
 
 BLOCK = 128  # columns between whose errors no matrix product is made
@@ -54,7 +54,7 @@ class Grid:
     def round(self, wanted: Tensor, base: Tensor, feedback: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Integers as float32 for a block of columns [columns, out], the last one first, and their errors from `base`,
         of which each column takes feedback [columns, columns] along. groups int64 [columns], on the CPU: its place."""
-        return round_columns(wanted, base, feedback, self.scale, self.zero, groups, LEVELS)
+        return backend_for(wanted.device).round_columns(wanted, base, feedback, self.scale, self.zero, groups, LEVELS)
 
     def fit(self, levels: Tensor, pull: Tensor, gram: Tensor, energy: Tensor, group: Tensor) -> Tensor:
         """Move a group's scales, in place, to where the loss is least for its integers, [columns, out]; the weights'

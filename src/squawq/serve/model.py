@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from squawq.backends.cpu import library
+from squawq.backends import backend_for
 from squawq.backends.devices import check_device
 from squawq.engine.engine import Engine
 from squawq.engine.generation_config import GenerationConfig
@@ -96,9 +96,8 @@ class Served:
 
     def facts(self) -> dict[str, Any]:
         """What it runs on, for the log."""
-        facts: dict[str, Any] = {"device": self.settings.device}
-        if self.settings.device == "cpu":
-            facts |= {"threads": library.threads(), "instructions": library.isa()}
+        device = self.settings.device
+        facts: dict[str, Any] = {"device": device, **backend_for(device).describe()}
         cache = self.cached * self.token_bytes
         return {**facts, "cache_tokens": self.cached, "cache_mib": round(cache / 2**20, 1)}
 
