@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Backend, Gemm, Heads, Rotary
+from squawq.backends.base import Backend, Gemm, Heads, Norms, Pages, Rotary
 from squawq.backends.layer_ops import Packed
 from squawq.format.packing import from_gemm
 
@@ -59,17 +59,9 @@ class PlainBackend(Backend):
         return torch.cos(positions[:, None] * frequencies), torch.sin(positions[:, None] * frequencies)
 
     def rotate_and_store(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        rotary: Rotary,
-        norms: tuple[Tensor | None, Tensor | None],
-        eps: float,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
     ) -> None:
-        query, kv, dim = heads
+        (query, kv, dim), (keys, values) = heads, pages
         rows = qkv.view(len(qkv), -1, dim)
         cos, sin = (part[:, None] for part in rotary)
         for part, norm in ((rows[:, :query], norms[0]), (rows[:, query : query + kv], norms[1])):
@@ -79,22 +71,15 @@ class PlainBackend(Backend):
         keys[slots // 8, slots % 8], values[slots // 8, slots % 8] = rows[:, query : query + kv], rows[:, query + kv :]
 
     def attention(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        sequences: Tensor,
-        pages: Tensor,
-        window: int | None,
-        keys: Tensor,
-        values: Tensor,
+        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
     ) -> Tensor:
-        query, kv, dim = heads
+        (query, kv, dim), (keys, values) = heads, pages
         out = qkv.new_zeros(len(qkv), query, dim)
         for first, rows, start, place in sequences.tolist():
             for row in range(rows):
                 end = start + row + 1
                 seen = slice(max(0, end - (window or end)), end)
-                table = pages[place : place - (-end // 8)].long()
+                table = tables[place : place - (-end // 8)].long()
                 k, v = (part[table].flatten(0, 1)[seen].repeat_interleave(query // kv, 1) for part in (keys, values))
                 q = qkv[first + row].view(-1, dim)[:query]
                 weights = (torch.einsum("hd,thd->ht", q, k) / dim**0.5).softmax(-1)

@@ -204,7 +204,7 @@ class Paged:
         self.positions, self.slots = torch.tensor(positions), torch.tensor(slots)
 
     def attend(self, backend: Backend, window: int | None) -> Tensor:
-        return backend.attention(self.qkv, self.heads, self.sequences, self.pages, window, self.keys, self.values)
+        return backend.attention(self.qkv, self.heads, self.sequences, self.pages, window, (self.keys, self.values))
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 16), (8, 2, 64), (6, 1, 32), (16, 1, 128), (3, 3, 48)])
@@ -234,8 +234,7 @@ def test_attention_of_a_row_is_the_same_in_any_batch(
                 torch.tensor([[0, 1, start + row, place]]),
                 paged.pages,
                 window,
-                paged.keys,
-                paged.values,
+                (paged.keys, paged.values),
             )
             assert torch.equal(alone[0], together[first + row])
 
@@ -250,7 +249,7 @@ def test_rotate_and_store(normed: bool) -> None:
         qkv, keys, values = paged.qkv.clone(), paged.keys.clone(), paged.values.clone()
         qkv[0, -1], qkv[1, -2] = 1e6, -1e6  # beyond float16: kept finite
         rotary = kernels.rotary(paged.positions, frequencies)
-        kernels.rotate_and_store(qkv, paged.heads, rotary, norms, 1e-5, paged.slots, keys, values)
+        kernels.rotate_and_store(qkv, paged.heads, rotary, norms, 1e-5, paged.slots, (keys, values))
         results.append((qkv, keys.float(), values.float()))
     for mine, theirs in zip(*results, strict=True):
         assert torch.allclose(mine, theirs, atol=2e-3, rtol=1e-3)
@@ -321,7 +320,7 @@ def test_nothing_of_a_pages_last_holder_is_left() -> None:
     paged.keys.fill_(float("nan"))
     paged.values.fill_(float("nan"))
     rotary = CPU.rotary(paged.positions, torch.ones(16))
-    arguments = (paged.heads, rotary, (None, None), 1e-5, paged.slots, paged.keys, paged.values)
+    arguments = (paged.heads, rotary, (None, None), 1e-5, paged.slots, (paged.keys, paged.values))
     CPU.rotate_and_store(paged.qkv, *arguments)
     assert bool(torch.isfinite(paged.attend(CPU, None)).all())
     paged.qkv[1, -1] = float("nan")  # a value of token 1 itself is not hidden from those that look at it

@@ -33,6 +33,7 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin, float32 [rows, rotated dimensions
 Gemm = tuple[
     Tensor, Tensor, Tensor | None
 ]  # AWQ GEMM: qweight int32 [in, n/8], scales [groups, n], qzeros or None for 8
+Norms = tuple[Tensor | None, Tensor | None]  # of queries and keys, float32 [head_dim]
 Pages = tuple[Tensor, Tensor]  # keys and values of one layer: [pages, *Backend.page_shapes()]
 
 
@@ -140,31 +141,19 @@ class Backend(ABC):
 
     @abstractmethod
     def rotate_and_store(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        rotary: Rotary,
-        norms: tuple[Tensor | None, Tensor | None],
-        eps: float,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
     ) -> None:
         """Norm and rotate the queries and keys of qkv [rows, (query + 2 kv) * head_dim] in place; write keys and values
         to the slots of the cache."""
 
     @abstractmethod
     def attention(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        sequences: Tensor,
-        pages: Tensor,
-        window: int | None,
-        keys: Tensor,
-        values: Tensor,
+        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
     ) -> Tensor:
-        """Causal attention over the paged cache -> [rows, query heads * head_dim]. sequences, pages: as in Batch."""
+        """Causal attention over the paged cache -> [rows, query heads * head_dim].
+
+        sequences, tables: `Batch.sequences` and `Batch.pages`. window: tokens that a query sees; None for all.
+        """
 
     @abstractmethod
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
@@ -172,14 +161,7 @@ class Backend(ABC):
 
     @abstractmethod
     def round_columns(
-        self,
-        wanted: Tensor,
-        base: Tensor,
-        feedback: Tensor,
-        scales: Tensor,
-        zeros: Tensor,
-        groups: Tensor,
-        highest: int,
+        self, wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
     ) -> tuple[Tensor, Tensor]:
         """Quantization: integers and errors of a block of columns with error feedback. See `reference`."""
 
@@ -224,10 +206,10 @@ class Backend(ABC):
             case RotateAndStore(layer, query_norm, key_norm):
                 norms = query_norm, key_norm
                 qkv = buffers[Buffer.WIDE]
-                self.rotate_and_store(qkv, layers.heads, rotary, norms, layers.eps, batch.slots, *cache[layer])
+                self.rotate_and_store(qkv, layers.heads, rotary, norms, layers.eps, batch.slots, cache[layer])
             case Attention(layer, window):
                 sequences = batch.sequences, batch.pages
-                found = self.attention(buffers[Buffer.WIDE], layers.heads, *sequences, window, *cache[layer])
+                found = self.attention(buffers[Buffer.WIDE], layers.heads, *sequences, window, cache[layer])
                 buffers[Buffer.NARROW] = found
             case ActivationMul(activation):
                 buffers[Buffer.NARROW] = self.activation_mul(buffers[Buffer.WIDE], activation)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squawq.backends.base import Backend, Gemm, Heads, Rotary
+from squawq.backends.base import Backend, Gemm, Heads, Norms, Pages, Rotary
 from squawq.backends.layer_ops import Packed
 from squawq.errors import ConfigError, KernelError
 from squawq.format.packing import PER_WORD, from_gemm
@@ -153,19 +153,12 @@ class Reference(Backend):
         return angles.cos(), angles.sin()
 
     def rotate_and_store(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        rotary: Rotary,
-        norms: tuple[Tensor | None, Tensor | None],
-        eps: float,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
     ) -> None:
         """A page is cleared when its first slot is written: nothing of its last holder stays. Infinities become the
         largest number of the cache's dtype; NaN stays.
         """
+        keys, values = pages
         q, k, v = split_heads(qkv, heads)
         for part, norm in ((q, norms[0]), (k, norms[1])):
             part.copy_(rotate(part if norm is None else rms_norm(part, norm, eps), *rotary))
@@ -177,20 +170,13 @@ class Reference(Backend):
         values[page, :, place] = v.clamp(-limit, limit).to(values.dtype)
 
     def attention(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        sequences: Tensor,
-        pages: Tensor,
-        window: int | None,
-        keys: Tensor,
-        values: Tensor,
+        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
     ) -> Tensor:
-        query, kv, dim = heads
+        (query, kv, dim), (keys, values) = heads, pages
         out = qkv.new_empty(qkv.shape[0], query * dim)
         for first, rows, start, place in sequences.tolist():
             tokens = start + rows
-            table = pages[place : place - (-tokens // self.page_size)].long()
+            table = tables[place : place - (-tokens // self.page_size)].long()
             k = keys[table].permute(0, 3, 1, 2).reshape(-1, kv, dim)[:tokens].to(qkv.dtype)
             v = values[table].permute(0, 2, 1, 3).reshape(-1, kv, dim)[:tokens].to(qkv.dtype)
             q = split_heads(qkv[first : first + rows], heads)[0]
@@ -201,21 +187,14 @@ class Reference(Backend):
         return out
 
     def round_columns(
-        self,
-        wanted: Tensor,
-        base: Tensor,
-        feedback: Tensor,
-        scales: Tensor,
-        zeros: Tensor,
-        groups: Tensor,
-        highest: int,
+        self, wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
     ) -> tuple[Tensor, Tensor]:
         levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
         of = groups.tolist()
         for own in range(len(wanted) - 1, -1, -1):
             after, scale, zero = slice(own + 1, None), scales[of[own]], zeros[of[own]]
             column = torch.addmv(wanted[own], errors[after].T, feedback[own, after])
-            torch.div(column, scale, out=levels[own]).round_().add_(zero).clamp_(0, highest)
+            torch.div(column, scale, out=levels[own]).round_().add_(zero).clamp_(0, top)
             torch.sub(zero, levels[own], out=errors[own]).mul_(scale).add_(base[own])
         return levels, errors
 

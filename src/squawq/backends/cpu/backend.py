@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Batch, Gemm, Heads, Layers, Pages, Rotary, RunLayers
+from squawq.backends.base import Batch, Gemm, Heads, Layers, Norms, Pages, Rotary, RunLayers
 from squawq.backends.cpu import library
 from squawq.backends.cpu.library import LANES, POINTER, SIZE, address, check, required
 from squawq.backends.cpu.packed import DENSE_TYPES, NativePacked, PackedDense, PackedInt4, PackedInt8, kernel_group
@@ -91,56 +91,34 @@ class CpuBackend(Reference):
         return cos, sin
 
     def rotate_and_store(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        rotary: Rotary,
-        norms: tuple[Tensor | None, Tensor | None],
-        eps: float,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
     ) -> None:
-        if not _native_attention(qkv, heads, keys) or 2 * rotary[0].shape[1] != heads[2]:
-            return super().rotate_and_store(qkv, heads, rotary, norms, eps, slots, keys, values)
+        if not _native_attention(qkv, heads, pages) or 2 * rotary[0].shape[1] != heads[2]:
+            return super().rotate_and_store(qkv, heads, rotary, norms, eps, slots, pages)
         sources = map(address, (*rotary, *norms))
-        targets = map(address, (slots, keys, values))
+        targets = map(address, (slots, *pages))
         check(required().squawq_rotate_and_store(qkv.data_ptr(), qkv.shape[0], *heads, *sources, eps, *targets))
         return None
 
     def attention(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        sequences: Tensor,
-        pages: Tensor,
-        window: int | None,
-        keys: Tensor,
-        values: Tensor,
+        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
     ) -> Tensor:
-        if not _native_attention(qkv, heads, keys):
-            return super().attention(qkv, heads, sequences, pages, window, keys, values)
+        if not _native_attention(qkv, heads, pages):
+            return super().attention(qkv, heads, sequences, tables, window, pages)
         y = qkv.new_empty(qkv.shape[0], heads[0] * heads[2])
-        batch = (sequences.data_ptr(), sequences.shape[0], pages.data_ptr(), window or 0)
-        check(required().squawq_attention(qkv.data_ptr(), *heads, *batch, *map(address, (keys, values, y))))
+        batch = (sequences.data_ptr(), sequences.shape[0], tables.data_ptr(), window or 0)
+        check(required().squawq_attention(qkv.data_ptr(), *heads, *batch, *map(address, (*pages, y))))
         return y
 
     def round_columns(
-        self,
-        wanted: Tensor,
-        base: Tensor,
-        feedback: Tensor,
-        scales: Tensor,
-        zeros: Tensor,
-        groups: Tensor,
-        highest: int,
+        self, wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
     ) -> tuple[Tensor, Tensor]:
         wanted, base, feedback = wanted.contiguous(), base.contiguous(), feedback.contiguous()
         if len(wanted) > MAX_COLUMNS:
-            return super().round_columns(wanted, base, feedback, scales, zeros, groups, highest)
+            return super().round_columns(wanted, base, feedback, scales, zeros, groups, top)
         levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
         sources = map(address, (wanted, base, feedback, scales, zeros, groups))
-        check(required().squawq_round_columns(*sources, *wanted.shape, highest, levels.data_ptr(), errors.data_ptr()))
+        check(required().squawq_round_columns(*sources, *wanted.shape, top, levels.data_ptr(), errors.data_ptr()))
         return levels, errors
 
     def set_threads(self, count: int) -> None:
@@ -161,9 +139,9 @@ def _native(x: Tensor, width: int) -> bool:
     return x.dtype == torch.float32 and x.dim() == 2 and width % LANES == 0 and x.is_contiguous()
 
 
-def _native_attention(qkv: Tensor, heads: Heads, keys: Tensor) -> bool:
+def _native_attention(qkv: Tensor, heads: Heads, pages: Pages) -> bool:
     few = heads[0] // heads[1] <= MAX_SHARED_HEADS
-    return few and keys.dtype == torch.float16 and _native(qkv, heads[2])
+    return few and pages[0].dtype == torch.float16 and _native(qkv, heads[2])
 
 
 class _Matrix(ctypes.Structure):
