@@ -1,7 +1,7 @@
-"""The cache that a fused model gives transformers: which row of a batch holds which pages of keys and values.
+"""The key-value cache that a fused model hands to transformers: a page table for each row of the batch.
 
-Every row is a sequence of its own, and pad tokens take no place in it. Beams share pages; one that several rows hold is
-copied before it is written. Knows no model and no logits.
+Every row is a sequence of its own; pad tokens are not stored. Beams share pages, and a shared page is copied before it
+is written (copy on write).
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from squawq.nn.decoder import Decoder
 
 
 class _Runner(DecoderRunner):
-    """A decoder over pages that can be copied."""
+    """A decoder whose pages can be copied."""
 
     def copy(self, source: int, target: int) -> None:
         self._cache.copy(source, target)
 
     def twin(self, pages: Sequence[int]) -> _Runner:
-        """The same decoder over pages of its own, these of which hold what they hold here."""
+        """The same decoder with a copy of the cache, of which `pages` are filled."""
         made = _Runner(self._decoder, self.num_pages * self.page_size)
         made._cache.take(pages, self._cache)
         return made
 
 
 class FusedCache(Cache):  # type: ignore[misc]
-    """Pages for a batch that the first step makes known; each row may hold `max_seq_len` tokens.
+    """Pages for one batch, allocated at its first step; each row holds up to `max_seq_len` tokens.
 
-    `lengths`: tokens in each row. `width`: columns of the batch so far, pad tokens among them: what transformers calls
-    the length. Memory: as much as tokens are written, on a CPU; all of it at once elsewhere.
+    `lengths`: tokens of each row. `width`: columns of the batch so far with pad tokens, which transformers calls the
+    length. Memory: on a CPU it grows as tokens are written; elsewhere it is allocated at once.
     """
 
     def __init__(self, decoder: Decoder, max_seq_len: int) -> None:
@@ -47,8 +47,7 @@ class FusedCache(Cache):  # type: ignore[misc]
         self.width = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedCache:
-        """A cache that goes on by itself, of the same decoder: how transformers uses the cache of a prompt's beginning
-        more than once."""
+        """An independent copy for the same decoder: transformers reuses the cache of a shared prompt prefix this way."""
         made = memo[id(self)] = FusedCache(self._decoder, self.max_seq_len)
         if self.lengths:
             made.lengths, made.width = list(self.lengths), self.width
@@ -58,7 +57,7 @@ class FusedCache(Cache):  # type: ignore[misc]
         return made
 
     def open(self, rows: int) -> _Runner:
-        """What runs a step of so many rows. Raises ConfigError if the cache holds another number of rows."""
+        """The runner for a batch of `rows` rows. Raises ConfigError if the cache holds another number of rows."""
         if not self.lengths:
             size = self._decoder.backend.page_size
             pages = rows * -(-self.max_seq_len // size)
@@ -69,9 +68,17 @@ class FusedCache(Cache):  # type: ignore[misc]
         return self._runner
 
     def extend(self, counts: Sequence[int], width: int) -> list[int]:
-        """Make room for so many tokens more in each row, `width` columns in all; where each row's begin.
+        """Allocate pages for the new tokens of each row.
 
-        Raises ConfigError, with nothing changed, where a row would be longer than `max_seq_len`.
+        Args:
+            counts: new tokens of each row.
+            width: new columns of the batch, pad tokens included.
+
+        Returns:
+            Each row's position of its first new token.
+
+        Raises:
+            ConfigError: a row would exceed `max_seq_len`; nothing has changed.
         """
         starts = self.lengths
         lengths = [start + count for start, count in zip(starts, counts, strict=True)]
@@ -88,7 +95,7 @@ class FusedCache(Cache):  # type: ignore[misc]
         return starts
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Row i goes on as a copy of row indices[i]; there may be fewer rows than before, not more."""
+        """Row i continues as a copy of row indices[i]; the number of rows must not grow."""
         chosen, old = indices.tolist(), self.tables
         if len(chosen) > len(old):
             raise ConfigError(f"a fused cache of {len(old)} rows cannot become one of {len(chosen)}")
@@ -100,15 +107,15 @@ class FusedCache(Cache):  # type: ignore[misc]
             self._pool.release(table)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search's name for it."""
+        """`batch_select_indices`, as beam search calls it."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused, as its pages were made for the rows it has."""
+        """Raises ConfigError if it would add rows: pages were allocated for the rows that exist."""
         self.batch_select_indices(Tensor([i for i in range(len(self.lengths)) for _ in range(repeats)]).long())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens of every row."""
+        """Drop the last `-tokens_to_remove` tokens of every row."""
         count = abs(tokens_to_remove)
         if tokens_to_remove > 0 or any(length < count for length in self.lengths):
             raise ConfigError(f"crop is given {tokens_to_remove}; it takes minus the number of tokens to forget")
@@ -119,11 +126,11 @@ class FusedCache(Cache):  # type: ignore[misc]
             del table[keep:]
 
     def reset(self) -> None:
-        """Forget everything; the next step may have any number of rows."""
+        """Drop all rows; the next step may have any number of rows."""
         self.lengths, self.tables, self.width = [], [], 0
 
     def update(self, *_: Any, **__: Any) -> Any:
-        """Refused: keys and values do not come from outside."""
+        """Raises ConfigError: only the fused model writes keys and values."""
         raise ConfigError("a fused model's cache is written by the fused model alone")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
@@ -139,7 +146,7 @@ class FusedCache(Cache):  # type: ignore[misc]
     def batch_size(self) -> int:
         return len(self.lengths) or -1
 
-    # What transformers asks of a cache's layers is answered as for one layer of plain attention.
+    # transformers asks these per layer; answered as for one layer of full attention.
     is_linear = is_sliding = is_dummy = property(lambda _: [False])
     is_compileable = property(lambda _: False)
     is_initialized = property(lambda self: bool(self.lengths))

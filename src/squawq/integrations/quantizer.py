@@ -2,7 +2,6 @@
 
 Reads AWQ GEMM in safetensors. Also widens `AwqConfig` in place, since users import it before or after us: it keeps
 `do_fuse`, `fuse_max_seq_len` and `modules_to_fuse`, takes AutoAWQ's spellings, and refuses what it does not know.
-Knows no kernels.
 """
 
 from __future__ import annotations
