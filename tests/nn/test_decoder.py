@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from conftest import MakeModel, logits, shared_data
 from safetensors.torch import load_file, save_file
 
+from squawq.backends.base import Backend, Layers, Pages, RunLayers
 from squawq.backends.cpu import library
-from squawq.backends.cpu.backend import LayerStack
+from squawq.backends.cpu.backend import CpuBackend
+from squawq.backends.cpu.stack import LayerStack
 from squawq.config import RopeConfig
 from squawq.engine.request import Chunk
 from squawq.engine.runner import DecoderRunner
@@ -121,11 +124,16 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(
         folder = tmp_path / "out"
     ids = torch.randint(0, 160, (2, 40), generator=torch.Generator().manual_seed(6))
     together = logits(folder, ids, Options())
-    asked: list[object] = []
-    of = LayerStack.of
-    monkeypatch.setattr(LayerStack, "of", lambda layers, cache: asked.append(of(layers, cache)))
+    prepared: list[object] = []
+    prepare = CpuBackend.prepare
+
+    def one_by_one(self: CpuBackend, layers: Layers, cache: Sequence[Pages]) -> RunLayers:
+        prepared.append(prepare(self, layers, cache))
+        return Backend.prepare(self, layers, cache)
+
+    monkeypatch.setattr(CpuBackend, "prepare", one_by_one)
     assert torch.equal(logits(folder, ids, Options()), together)
-    assert isinstance(asked[0], LayerStack)
+    assert isinstance(prepared[0], LayerStack)
 
 
 def test_llama31_frequencies_against_the_published_formula() -> None:

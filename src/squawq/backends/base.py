@@ -20,6 +20,7 @@ from squawq.backends.layer_ops import (
     Attention,
     Buffer,
     Matmul,
+    MixtureOfExperts,
     Norm,
     Operation,
     Packed,
@@ -159,6 +160,19 @@ class Backend(ABC):
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         """[..., 2n] of gate and up -> activation(gate) * up, [..., n]."""
 
+    def experts(self, x: Tensor, layer: MixtureOfExperts) -> Tensor:
+        """A mixture-of-experts MLP, [rows, hidden] -> [rows, hidden]; sums in float32, in the order of the experts."""
+        shares, chosen = self.matmul(x, layer.router).float().softmax(-1).topk(layer.top_k)
+        if layer.renormalize:
+            shares = shares / shares.sum(-1, keepdim=True)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for index in chosen.unique().tolist():
+            row, place = torch.where(chosen == index)
+            inner = self.activation_mul(self.matmul(x[row], layer.gate_up[index]), layer.activation)
+            y = self.matmul(inner, layer.down[index])
+            total.index_add_(0, row, y.float() * shares[row, place, None])
+        return total.to(x.dtype)
+
     @abstractmethod
     def round_columns(
         self, wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
@@ -213,5 +227,7 @@ class Backend(ABC):
                 buffers[Buffer.NARROW] = found
             case ActivationMul(activation):
                 buffers[Buffer.NARROW] = self.activation_mul(buffers[Buffer.WIDE], activation)
+            case MixtureOfExperts():
+                buffers[Buffer.DELTA] = self.experts(buffers[Buffer.NORMED], operation)
             case AddResidual():
                 buffers[Buffer.HIDDEN] += buffers[Buffer.DELTA]

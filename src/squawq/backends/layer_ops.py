@@ -72,8 +72,24 @@ class ActivationMul:
 
 
 @dataclass(frozen=True)
+class MixtureOfExperts:
+    """DELTA = sum over the top_k experts of each row of NORMED of share * down(activation(gate) * up).
+
+    Shares are the softmax of the router's logits [rows, experts] in float32; renormalize: the top_k shares sum to 1.
+    gate_up, down: one weight per expert.
+    """
+
+    router: Packed
+    gate_up: tuple[Packed, ...]
+    down: tuple[Packed, ...]
+    top_k: int
+    renormalize: bool
+    activation: str = "silu"
+
+
+@dataclass(frozen=True)
 class AddResidual:
     """HIDDEN += DELTA: after the last layer, where no norm follows that would add it."""
 
 
-Operation = Norm | Matmul | RotateAndStore | Attention | ActivationMul | AddResidual
+Operation = Norm | Matmul | RotateAndStore | Attention | ActivationMul | MixtureOfExperts | AddResidual

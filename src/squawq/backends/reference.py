@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Int4(Packed):
+class Int4Weight(Packed):
     """AWQ GEMM tensors as checkpoints have them: qweight int32 [in, out/8], scales [groups, out], qzeros int32
     [groups, out/8] or None where every zero is 8."""
 
@@ -44,7 +44,7 @@ class Int4(Packed):
 
 
 @dataclass(frozen=True)
-class Int8(Packed):
+class Int8Weight(Packed):
     """weight int8 [out, in]; scales float32 [out]."""
 
     weight: Tensor
@@ -61,7 +61,7 @@ class Int8(Packed):
 
 
 @dataclass(frozen=True)
-class Dense(Packed):
+class DenseWeight(Packed):
     """weight [out, in] in a floating-point dtype."""
 
     weight: Tensor
@@ -104,7 +104,7 @@ class Reference(Backend):
         if any(z is not None for z in qzeros):
             words = zip(qzeros, scales, strict=True)
             zeros = self._stack([symmetric_zeros(s) if z is None else z for z, s in words])
-        found = Int4(self._stack(qweights), self._stack(scales), zeros, bias)
+        found = Int4Weight(self._stack(qweights), self._stack(scales), zeros, bias)
         if found.shape != (out, in_):
             raise KernelError(f"int4 tensors are {list(found.shape)}; {[out, in_]} is needed")
         return found
@@ -115,11 +115,11 @@ class Reference(Backend):
     def pack_int8(self, weight: Tensor) -> Packed:
         rows = weight.to(self.device, torch.float32)
         scales = rows.abs().amax(1) / 127
-        return Int8((rows / scales.clamp(min=1e-30)[:, None]).round_().to(torch.int8), scales)
+        return Int8Weight((rows / scales.clamp(min=1e-30)[:, None]).round_().to(torch.int8), scales)
 
     def pack_dense(self, parts: Sequence[Tensor], bias: Tensor | None = None) -> Packed:
         weights = [part.to(self.device, torch.float32) for part in parts]
-        return Dense(torch.cat(weights), None if bias is None else bias.to(self.device))
+        return DenseWeight(torch.cat(weights), None if bias is None else bias.to(self.device))
 
     def page_shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Keys [kv_heads, head_dim, 16], values [kv_heads, 16, head_dim]."""
@@ -127,7 +127,7 @@ class Reference(Backend):
 
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:
         """In float32 if `exact`, else in x's dtype."""
-        if not isinstance(weight, Int4 | Int8 | Dense):
+        if not isinstance(weight, Int4Weight | Int8Weight | DenseWeight):
             raise KernelError(f"the reference backend cannot read {type(weight).__name__}; it packs weights itself")
         if not x.dtype.is_floating_point or x.shape[-1] != weight.shape[1]:
             raise KernelError(f"activations {x.dtype} {tuple(x.shape)} do not fit a weight {list(weight.shape)}")

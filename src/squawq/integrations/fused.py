@@ -284,7 +284,7 @@ def _run(past: FusedCache, ids: Tensor, mask: Mask, positions: Tensor | None, ke
 def _steps(
     tokens: Sequence[list[int]], starts: Sequence[int], tables: Sequence[Sequence[int]], wanted: Sequence[int]
 ) -> Iterator[list[Chunk]]:
-    """Rows of tokens in steps of at most STEP_TOKENS, in order. wanted: last tokens of each row whose logits are needed."""
+    """Rows of tokens in steps of at most STEP_TOKENS, in order. wanted: last tokens of each row that get logits."""
     step: list[Chunk] = []
     room = STEP_TOKENS
     for row, start, table, count in zip(tokens, starts, tables, wanted, strict=True):

@@ -5,20 +5,20 @@ Pointers leave Python here, so shapes and dtypes are checked before each call.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Batch, Gemm, Heads, Layers, Norms, Pages, Rotary, RunLayers
+from squawq.backends.base import Gemm, Heads, Layers, Norms, Pages, Rotary, RunLayers
 from squawq.backends.cpu import library
-from squawq.backends.cpu.library import LANES, POINTER, SIZE, address, check, required
+from squawq.backends.cpu.library import LANES, address, check, required
 from squawq.backends.cpu.packed import DENSE_TYPES, NativePacked, PackedDense, PackedInt4, PackedInt8, kernel_group
-from squawq.backends.layer_ops import ActivationMul, Attention, Matmul, Norm, Operation, Packed, RotateAndStore
+from squawq.backends.cpu.stack import ACTIVATIONS, MAX_SHARED_HEADS, LayerStack
+from squawq.backends.layer_ops import Packed
 from squawq.backends.reference import Reference
+from squawq.errors import KernelError
 
-MAX_SHARED_HEADS = 16  # query heads for each key-value head
 MAX_COLUMNS = 128  # rounded in one call
 
 
@@ -76,11 +76,11 @@ class CpuBackend(Reference):
         return y
 
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
-        if activation != "silu" or not _native(gate_up, gate_up.shape[-1] // 2):
+        if activation not in ACTIVATIONS or not _native(gate_up, gate_up.shape[-1] // 2):
             return super().activation_mul(gate_up, activation)
         rows, n = gate_up.shape[0], gate_up.shape[1] // 2
         y = gate_up.new_empty(rows, n)
-        check(required().squawq_silu_mul(gate_up.data_ptr(), rows, n, y.data_ptr()))
+        check(required().squawq_activation_mul(gate_up.data_ptr(), rows, n, ACTIVATIONS[activation], y.data_ptr()))
         return y
 
     def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
@@ -93,11 +93,12 @@ class CpuBackend(Reference):
     def rotate_and_store(
         self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
     ) -> None:
-        if not _native_attention(qkv, heads, pages) or 2 * rotary[0].shape[1] != heads[2]:
+        if not _native_attention(qkv, heads, pages):
             return super().rotate_and_store(qkv, heads, rotary, norms, eps, slots, pages)
+        sizes = (*heads, rotary[0].shape[1])
         sources = map(address, (*rotary, *norms))
         targets = map(address, (slots, *pages))
-        check(required().squawq_rotate_and_store(qkv.data_ptr(), qkv.shape[0], *heads, *sources, eps, *targets))
+        check(required().squawq_rotate_and_store(qkv.data_ptr(), qkv.shape[0], *sizes, *sources, eps, *targets))
         return None
 
     def attention(
@@ -128,7 +129,10 @@ class CpuBackend(Reference):
         return {"threads": library.threads(), "instructions": library.isa()}
 
     def prepare(self, layers: Layers, cache: Sequence[Pages]) -> RunLayers:
-        return LayerStack.of(layers, cache) or super().prepare(layers, cache)
+        try:
+            return LayerStack(layers, cache)
+        except KernelError:
+            return super().prepare(layers, cache)
 
     def runs_whole(self, run: RunLayers) -> bool:
         return isinstance(run, LayerStack)
@@ -142,73 +146,3 @@ def _native(x: Tensor, width: int) -> bool:
 def _native_attention(qkv: Tensor, heads: Heads, pages: Pages) -> bool:
     few = heads[0] // heads[1] <= MAX_SHARED_HEADS
     return few and pages[0].dtype == torch.float16 and _native(qkv, heads[2])
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (("kind", SIZE), ("weight", POINTER))
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, POINTER) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
-        *((name, _Matrix) for name in ("qkv", "out", "gate_up", "down")),
-        *((name, POINTER) for name in ("keys", "values")),
-        ("window", SIZE),
-    )
-
-
-class LayerStack:
-    """Llama-like decoder layers in one call of the library."""
-
-    def __init__(self, structs: Sequence[_Layer], layers: Layers, cache: Sequence[Pages], inner: int) -> None:
-        self._kept = layers, cache  # the structures point into them
-        self._inner = inner
-        self._structs = (_Layer * len(structs))(*structs)
-
-    @classmethod
-    def of(cls, layers: Layers, cache: Sequence[Pages]) -> LayerStack | None:
-        """None where the library does not run all of this: another order of operations, a width that is no multiple
-        of 16, a weight that is not packed for it."""
-        query, kv, dim = layers.heads
-        whole, each = len(layers.operations) - 1, OPERATIONS_A_LAYER
-        found = [_layer(layers.operations[at : at + each], cache) for at in range(0, whole, each)]
-        structs = [struct for struct in found if struct is not None]
-        if not found or len(structs) < len(found) or dim % LANES or query > kv * MAX_SHARED_HEADS:
-            return None
-        down = layers.operations[-2]
-        inner = down.weight.shape[1] if isinstance(down, Matmul) else 0
-        return None if inner % LANES else cls(structs, layers, cache, inner)
-
-    def __call__(self, hidden: Tensor, rotary: Rotary, batch: Batch) -> None:
-        rows, width = hidden.shape
-        heads, eps = self._kept[0].heads, self._kept[0].eps
-        sizes = (rows, width, self._inner, *heads)
-        sequences = (batch.sequences.shape[0], batch.pages.data_ptr())
-        addresses = map(address, (*rotary, batch.slots, batch.sequences))
-        layers = (ctypes.addressof(self._structs), len(self._structs))
-        check(required().squawq_layers(*layers, hidden.data_ptr(), *sizes, eps, *addresses, *sequences))
-
-
-OPERATIONS_A_LAYER = 9
-
-
-def _layer(operations: Sequence[Operation], cache: Sequence[Pages]) -> _Layer | None:
-    match operations:
-        case [
-            Norm(input_norm),
-            Matmul(qkv),
-            RotateAndStore(index, query_norm, key_norm),
-            Attention(_, window),
-            Matmul(out),
-            Norm(post_norm),
-            Matmul(gate_up),
-            ActivationMul("silu"),
-            Matmul(down),
-        ] if cache[index][0].dtype == torch.float16 and len(input_norm) % LANES == 0:
-            linears = [w for w in (qkv, out, gate_up, down) if isinstance(w, NativePacked)]
-            if len(linears) < 4:
-                return None
-            norms = map(address, (input_norm, post_norm, query_norm, key_norm))
-            matrices = [_Matrix(linear.kind, linear.pointer) for linear in linears]
-            return _Layer(*norms, *matrices, *map(address, cache[index]), window or 0)
-    return None
