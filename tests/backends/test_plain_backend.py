@@ -28,4 +28,4 @@ def test_it_runs_the_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
         chunks = Chunk(ids[:30], 0, table, 30), Chunk(ids[30:], 30, table, 10)
         found.append(torch.cat([torch.from_numpy(runner.run([chunk])[0]) for chunk in chunks]))
     assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
-    assert torch.allclose(*found, atol=1e-2)  # float32 pages beside float16 ones
+    assert torch.allclose(found[0], found[1], atol=1e-2)  # float32 pages beside float16 ones

@@ -106,7 +106,7 @@ class Backend(ABC):
 
     def round_int4(self, weight: Tensor, group: int) -> Packed:
         """Round a dense [out, in] to nearest. Memory beside the result: some thousand rows."""
-        parts = (to_gemm(quantize(rows, group, zero_point=True)) for rows in weight.split(ROUNDED_ROWS))
+        parts = (to_gemm(quantize(rows, group, zero_point=True)) for rows in torch.split(weight, ROUNDED_ROWS))
         gemms = ((part["qweight"], part["scales"], part["qzeros"]) for part in parts)
         return self.pack_int4(weight.shape[0], weight.shape[1], group, gemms)
 
@@ -166,7 +166,7 @@ class Backend(ABC):
         if layer.renormalize:
             shares = shares / shares.sum(-1, keepdim=True)
         total = torch.zeros_like(x, dtype=torch.float32)
-        for index in chosen.unique().tolist():
+        for index in sorted(set(chosen.flatten().tolist())):
             row, place = torch.where(chosen == index)
             inner = self.activation_mul(self.matmul(x[row], layer.gate_up[index]), layer.activation)
             y = self.matmul(inner, layer.down[index])

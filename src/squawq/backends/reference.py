@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Int4Weight(Packed):
     """AWQ GEMM tensors as checkpoints have them: qweight int32 [in, out/8], scales [groups, out], qzeros int32
     [groups, out/8] or None where every zero is 8."""
@@ -34,16 +34,15 @@ class Int4Weight(Packed):
     qzeros: Tensor | None
     bias: Tensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.scales.shape[1], self.qweight.shape[0]
+    def __post_init__(self) -> None:
+        self.shape = self.scales.shape[1], self.qweight.shape[0]
 
     def dense(self) -> Tensor:
         """float32 [out, in]."""
         return from_gemm(self.qweight, self.scales, self.qzeros).dequantize()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Int8Weight(Packed):
     """weight int8 [out, in]; scales float32 [out]."""
 
@@ -51,25 +50,23 @@ class Int8Weight(Packed):
     scales: Tensor
     bias: Tensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
+    def __post_init__(self) -> None:
+        self.shape = self.weight.shape[0], self.weight.shape[1]
 
     def dense(self) -> Tensor:
         """float32 [out, in]."""
         return self.weight.float() * self.scales[:, None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class DenseWeight(Packed):
     """weight [out, in] in a floating-point dtype."""
 
     weight: Tensor
     bias: Tensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
+    def __post_init__(self) -> None:
+        self.shape = self.weight.shape[0], self.weight.shape[1]
 
     def dense(self) -> Tensor:
         return self.weight

@@ -47,7 +47,7 @@ class FusedCache(Cache):  # type: ignore[misc]
         self.width = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedCache:
-        """An independent copy for the same decoder: transformers reuses the cache of a shared prompt prefix this way."""
+        """An independent copy for the same decoder, as transformers makes for prompts with a shared prefix."""
         made = memo[id(self)] = FusedCache(self._decoder, self.max_seq_len)
         if self.lengths:
             made.lengths, made.width = list(self.lengths), self.width

@@ -59,8 +59,8 @@ class Experts(nn.ModuleList):
         """Weighted sum of each token's experts, in float32, in the order of the experts.
 
         Args:
-            hidden_states: [tokens, hidden]; without an index, as Llama 4 calls: [experts * tokens, hidden], one part per
-                expert, zero where the token is not routed to it.
+            hidden_states: [tokens, hidden]; without an index, as Llama 4 calls: [experts * tokens, hidden], one part
+                per expert, zero where the token is not routed to it.
             top_k_index: int64 [tokens, k]. An index past the last expert belongs to another process and is skipped.
             top_k_weights: [tokens, k].
 
