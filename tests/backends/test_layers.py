@@ -33,7 +33,7 @@ def operations(backend: Backend, kind: str) -> list[Operation]:
     generator = torch.Generator().manual_seed(0)
 
     def weight(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * float(shape[-1]) ** -0.5
+        return torch.randn(*shape, generator=generator).mul_(shape[-1] ** -0.5)
 
     def norm() -> Tensor:
         return 1 + 0.1 * torch.randn(HIDDEN, generator=generator)
