@@ -304,7 +304,7 @@ def test_copies_keep_shared_pages(model: Any) -> None:
     copied = copy.deepcopy(cache)
     copied.extend([1, 1], 1)
     assert [len(set(pages)) for pages in zip(*copied.tables, strict=True)] == [1, 2]
-    assert len(copied._free) == 3
+    assert copied._pool.available == 3
     assert cache.tables[0] == cache.tables[1]
     assert (cache.lengths, cache.width, cache._pool.available) == ([20, 20], 20, 4)
 
