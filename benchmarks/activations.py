@@ -20,12 +20,13 @@ import torch
 from common import print_table
 from torch import Tensor
 
+from squawq.backends.base import PAGE
+from squawq.backends.cpu import library
 from squawq.demo import EVALUATED_TOKENS, demo_model
 from squawq.engine.request import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.evaluation.metrics import Score
 from squawq.evaluation.run import text_ids
-from squawq.kernels import library
 from squawq.nn.loader import Options, load
 from squawq.quantization.pipeline import quantize
 from squawq.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ WAYS = {  # whether activations stay float32, and the head
 
 def runner_of(folder: Path, window: int, exact: bool, head: str) -> DecoderRunner:
     """The folder on the CPU kernels, with pages for one window."""
-    return DecoderRunner(load(folder, Options(exact=exact, head=head)), kv_tokens=window + DecoderRunner.page_size)
+    return DecoderRunner(load(folder, Options(exact=exact, head=head)), kv_tokens=window + PAGE)
 
 
 def logits_of(runner: DecoderRunner, ids: Tensor) -> Tensor:

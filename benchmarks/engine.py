@@ -31,11 +31,11 @@ import numpy as np
 from common import print_table
 from llamacpp import run
 
+from squawq.backends.cpu import library
 from squawq.engine.engine import Engine
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, load_runner
 from squawq.format.reader import Checkpoint
-from squawq.kernels import library
 from squawq.nn.loader import linear_shapes
 
 SHAPE = "llama-3.2-1b"

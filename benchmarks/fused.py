@@ -23,8 +23,8 @@ import torch
 from common import print_table
 from llamacpp import run
 
+from squawq.backends.cpu import library
 from squawq.bench import bench
-from squawq.kernels import library
 
 SHAPE = "llama-3.2-1b"
 CASES: dict[str, tuple[bool, int, dict[str, Any]]] = {  # fused, rows, how

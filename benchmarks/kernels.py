@@ -24,9 +24,9 @@ import torch
 from common import print_table
 from torch import Tensor
 
+from squawq.backends.cpu import library
+from squawq.backends.cpu.packed import PackedInt4, PackedInt8
 from squawq.errors import ConfigError
-from squawq.kernels import library
-from squawq.kernels.packed import PackedInt4, PackedInt8
 
 GROUP = 128
 READ_BYTES = 2**29

@@ -34,8 +34,8 @@ from http_client import HOST, ask, decode, encode
 from serve_process import Process, Row, State, grown, held, living
 from serve_soak import DEADLINE, Tally, make_cases, soak
 
+from squawq.backends.cpu import library
 from squawq.demo import demo_model
-from squawq.kernels import library
 from squawq.llm import LLM
 
 SMALL = {"prompt": "The cat sat", "max_tokens": 10, "ignore_eos": True, "temperature": 0}

@@ -30,8 +30,8 @@ from engine import serve
 from llamacpp import run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from squawq.backends.cpu import library
 from squawq.engine.request import Output
-from squawq.kernels import library
 from squawq.serve.app import Api
 from squawq.serve.model import Served
 from squawq.serve.server import Server

@@ -20,7 +20,7 @@ SIMD void norm_head(float* x, const float* weight, float eps, int64_t dim) {
     for (int64_t d = 0; d < dim; d += LANES) store(x + d, mul(mul(load(x + d), scale), load(weight + d)));
 }
 
-// The two halves of a head are the coordinates that turn together; dim is a multiple of 16, so a half one of 8.
+// The first 2 * half coordinates of a head turn, its first with its second half (partial rotary leaves the others).
 SIMD void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
     for (int64_t d = 0; d < half; ++d) {
         const float first = x[d], second = x[half + d];
@@ -172,9 +172,10 @@ void attend(const Job& job) {
 
 }  // namespace
 
-void rotate_and_store(float* qkv, int64_t m, Heads heads, const float* cos, const float* sin, const float* q_norm,
-                      const float* k_norm, float eps, const int64_t* slots, uint16_t* keys, uint16_t* values) {
-    const int64_t dim = heads.dim, half = dim / 2, width = (heads.query + 2 * heads.kv) * dim;
+void rotate_and_store(float* qkv, int64_t m, Heads heads, int64_t rotated, const float* cos, const float* sin,
+                      const float* q_norm, const float* k_norm, float eps, const int64_t* slots, uint16_t* keys,
+                      uint16_t* values) {
+    const int64_t dim = heads.dim, width = (heads.query + 2 * heads.kv) * dim;
     // A page's new holder begins at its first place. Masked places count as 0 * value, so what its last holder left must
     // not be NaN.
     for (int64_t i = 0; i < m; ++i) {
@@ -189,7 +190,7 @@ void rotate_and_store(float* qkv, int64_t m, Heads heads, const float* cos, cons
         for (int64_t h = 0; h < heads.query + heads.kv; ++h) {
             const float* norm = h < heads.query ? q_norm : k_norm;
             if (norm != nullptr) norm_head(row + h * dim, norm, eps, dim);
-            rotate_head(row + h * dim, cos + i * half, sin + i * half, half);
+            rotate_head(row + h * dim, cos + i * rotated, sin + i * rotated, rotated);
         }
         const int64_t page = slots[i] / LANES, place = slots[i] % LANES;
         alignas(64) uint16_t halves[LANES];

@@ -1,7 +1,8 @@
 // The C ABI: chooses the instruction set, holds the lock, passes on. Pointers and sizes are the caller's care
-// (src/squawq/kernels/ checks them); every function returns 0, or a negative number for what it could not do.
+// (src/squawq/backends/cpu/ checks them); every function returns 0, or a negative number for what it could not do.
 #include <pthread.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <mutex>
@@ -27,7 +28,7 @@ struct Ops {
     decltype(&scalar::int8_matmul) int8_matmul;
     decltype(&scalar::dense_matmul) dense_matmul;
     decltype(&scalar::rms_norm) rms_norm;
-    decltype(&scalar::silu_mul) silu_mul;
+    decltype(&scalar::activation_mul) activation_mul;
     decltype(&scalar::rotate_and_store) rotate_and_store;
     decltype(&scalar::attention) attention;
     decltype(&scalar::round_columns) round_columns;
@@ -35,7 +36,7 @@ struct Ops {
 
 #define TABLE(ISA)                                                                                              \
     {#ISA, ISA::int4_matmul, ISA::int4_matmul_exact, ISA::int8_matmul, ISA::dense_matmul, ISA::rms_norm,         \
-     ISA::silu_mul, ISA::rotate_and_store, ISA::attention, ISA::round_columns}
+     ISA::activation_mul, ISA::rotate_and_store, ISA::attention, ISA::round_columns}
 
 // Best first.
 const Ops TABLES[] = {
@@ -87,32 +88,91 @@ void matmul(const Ops& ops, const float* x, int64_t m, const Matrix& matrix, flo
     }
 }
 
-// hidden [rows][hidden] goes through the layers in place; the same operations as Layer and Decoder in nn/decoder.py.
-void run_layers(const Ops& ops, const Layer* layers, int64_t number, const Step& step, float* hidden) {
-    const Heads heads = step.heads;
-    const int64_t rows = step.rows, qkv = (heads.query + 2 * heads.kv) * heads.dim, attended = heads.query * heads.dim;
-    const int64_t wide_floats = rows * (qkv > 2 * step.inner ? qkv : 2 * step.inner);
-    const int64_t narrow_floats = rows * (attended > step.inner ? attended : step.inner);
-    float* x = static_cast<float*>(scratch(3, sizeof(float) * size_t(2 * rows * step.hidden + wide_floats + narrow_floats)));
-    float* delta = x + rows * step.hidden;
-    float* wide = delta + rows * step.hidden;  // queries, keys and values, and when they are done with gate and up
-    float* narrow = wide + wide_floats;        // attention's output or the MLP's inner part
-    const float* pending = nullptr;
-    for (const Layer* layer = layers; layer != layers + number; ++layer) {
-        ops.rms_norm(hidden, pending, layer->input_norm, step.eps, rows, step.hidden, x);
-        matmul(ops, x, rows, layer->qkv, wide);
-        ops.rotate_and_store(wide, rows, heads, step.cos, step.sin, layer->q_norm, layer->k_norm, step.eps, step.slots,
-                             layer->keys, layer->values);
-        ops.attention(wide, heads, step.sequences, step.count, layer->window, layer->keys, layer->values, narrow);
-        matmul(ops, narrow, rows, layer->out, delta);
-        ops.rms_norm(hidden, delta, layer->post_norm, step.eps, rows, step.hidden, x);
-        matmul(ops, x, rows, layer->gate_up, wide);
-        ops.silu_mul(wide, rows, step.inner, narrow);
-        matmul(ops, narrow, rows, layer->down, delta);
-        pending = delta;
+// Router logits of one row to the shares of its chosen experts, -1 for the others. Of equal ones the first is taken.
+void choose(float* row, const Experts& experts) {
+    const int64_t n = experts.count;
+    float most = row[0], sum = 0.f, kept = 0.f;
+    for (int64_t e = 0; e < n; ++e) most = std::max(most, row[e]);
+    for (int64_t e = 0; e < n; ++e) sum += row[e] = std::exp(row[e] - most);
+    for (int64_t k = 0; k < experts.chosen; ++k) {  // the chosen are marked by their sign
+        int64_t best = -1;
+        for (int64_t e = 0; e < n; ++e)
+            if (!std::signbit(row[e]) && (best < 0 || row[e] > row[best])) best = e;
+        if (best < 0) break;  // all NaN
+        kept += row[best];
+        row[best] = -row[best];
     }
-    if (pending != nullptr)
-        for (int64_t i = 0; i < rows * step.hidden; ++i) hidden[i] += pending[i];
+    const float whole = experts.normalize ? kept : sum;
+    for (int64_t e = 0; e < n; ++e) row[e] = std::signbit(row[e]) ? -row[e] / whole : -1.f;
+}
+
+// x [rows][hidden] through each row's experts: y = sum of share * down(activation(gate) * up), expert after expert, so that a
+// row's sum does not depend on the others. `room`: rows * (count + 2 * hidden) floats.
+void run_experts(const Ops& ops, const Experts& experts, int64_t rows, int64_t hidden, const float* x, float* wide, float* narrow,
+                 float* room, float* y) {
+    float *shares = room, *taken = shares + rows * experts.count, *found = taken + rows * hidden;
+    matmul(ops, x, rows, experts.router, shares);
+    for (int64_t i = 0; i < rows; ++i) choose(shares + i * experts.count, experts);
+    std::memset(y, 0, sizeof(float) * size_t(rows * hidden));
+    const auto chosen = [=, &experts](int64_t i, int64_t e) { return !(shares[i * experts.count + e] < 0.f); };  // NaN is
+    for (int64_t e = 0; e < experts.count; ++e) {
+        int64_t count = 0;
+        for (int64_t i = 0; i < rows; ++i) {
+            if (chosen(i, e)) std::memcpy(taken + count++ * hidden, x + i * hidden, sizeof(float) * size_t(hidden));
+        }
+        if (count == 0) continue;
+        matmul(ops, taken, count, experts.gate_up[e], wide);
+        ops.activation_mul(wide, count, experts.inner, experts.activation, narrow);
+        matmul(ops, narrow, count, experts.down[e], found);
+        const float* from = found;
+        for (int64_t i = 0; i < rows; ++i) {
+            if (!chosen(i, e)) continue;
+            const float share = shares[i * experts.count + e];
+            for (int64_t j = 0; j < hidden; ++j) y[i * hidden + j] += share * from[j];
+            from += hidden;
+        }
+    }
+}
+
+// hidden [rows][widths[HIDDEN]] goes through the operations in place; the same as Backend.prepare in backends/base.py.
+void run_layers(const Ops& ops, const Operation* list, int64_t number, const Step& step, float* hidden) {
+    const int64_t rows = step.rows, width = step.widths[HIDDEN];
+    int64_t floats = 0, most_experts = 0;
+    for (int64_t b = NORMED; b < BUFFERS; ++b) floats += rows * step.widths[b];
+    for (const Operation* o = list; o != list + number; ++o)
+        if (o->code == Code::experts) most_experts = std::max(most_experts, static_cast<const Experts*>(o->weight)->count);
+    if (most_experts > 0) floats += rows * (most_experts + 2 * width);
+    float* buffers[BUFFERS + 1] = {hidden, static_cast<float*>(scratch(3, sizeof(float) * size_t(floats)))};
+    for (int64_t b = NORMED; b < BUFFERS; ++b) buffers[b + 1] = buffers[b] + rows * step.widths[b];
+    for (const Operation* o = list; o != list + number; ++o) {
+        const float* weight = static_cast<const float*>(o->weight);
+        switch (o->code) {
+            case Code::norm:
+                ops.rms_norm(buffers[o->source], o->option ? buffers[DELTA] : nullptr, weight, step.eps, rows, o->width,
+                             buffers[o->target]);
+                break;
+            case Code::matmul:
+                matmul(ops, buffers[o->source], rows, {Kind(o->option), o->weight}, buffers[o->target]);
+                break;
+            case Code::rotate_and_store:
+                ops.rotate_and_store(buffers[WIDE], rows, step.heads, step.rotated, step.cos, step.sin, weight,
+                                     static_cast<const float*>(o->other), step.eps, step.slots, o->keys, o->values);
+                break;
+            case Code::attention:
+                ops.attention(buffers[WIDE], step.heads, step.sequences, step.count, o->option, o->keys, o->values,
+                              buffers[NARROW]);
+                break;
+            case Code::activation_mul:
+                ops.activation_mul(buffers[WIDE], rows, o->width, Activation(o->option), buffers[NARROW]);
+                break;
+            case Code::experts:
+                run_experts(ops, *static_cast<const Experts*>(o->weight), rows, width, buffers[NORMED], buffers[WIDE],
+                            buffers[NARROW], buffers[BUFFERS], buffers[DELTA]);
+                break;
+            case Code::add_residual:
+                for (int64_t i = 0; i < rows * width; ++i) hidden[i] += buffers[DELTA][i];
+        }
+    }
 }
 
 // sequences: [count] of {first row, rows, start, place of the page table in `pages`}. Until the next call.
@@ -141,7 +201,7 @@ int locked(Function function) {
 
 using namespace squawq;
 
-EXPORT int squawq_abi() { return 4; }
+EXPORT int squawq_abi() { return 5; }
 EXPORT const char* squawq_isa() { return current->name; }
 
 // -1: not built in or not on this machine.
@@ -188,8 +248,8 @@ EXPORT int squawq_rms_norm(float* x, const float* delta, const float* weight, fl
     return locked([=] { current->rms_norm(x, delta, weight, eps, m, n, y); });
 }
 
-EXPORT int squawq_silu_mul(const float* gate_up, int64_t m, int64_t n, float* y) {
-    return locked([=] { current->silu_mul(gate_up, m, n, y); });
+EXPORT int squawq_activation_mul(const float* gate_up, int64_t m, int64_t n, int64_t activation, float* y) {
+    return locked([=] { current->activation_mul(gate_up, m, n, Activation(activation), y); });
 }
 
 // cos and sin [m][half] of position * frequency; the angle is rounded to float32, as transformers does.
@@ -204,11 +264,12 @@ EXPORT int squawq_rotary(const int64_t* positions, int64_t m, const float* frequ
     return 0;
 }
 
-EXPORT int squawq_rotate_and_store(float* qkv, int64_t m, int64_t query_heads, int64_t kv_heads, int64_t dim, const float* cos,
-                                   const float* sin, const float* q_norm, const float* k_norm, float eps,
+EXPORT int squawq_rotate_and_store(float* qkv, int64_t m, int64_t query_heads, int64_t kv_heads, int64_t dim, int64_t rotated,
+                                   const float* cos, const float* sin, const float* q_norm, const float* k_norm, float eps,
                                    const int64_t* slots, uint16_t* keys, uint16_t* values) {
     return locked([=] {
-        current->rotate_and_store(qkv, m, {query_heads, kv_heads, dim}, cos, sin, q_norm, k_norm, eps, slots, keys, values);
+        const Heads heads{query_heads, kv_heads, dim};
+        current->rotate_and_store(qkv, m, heads, rotated, cos, sin, q_norm, k_norm, eps, slots, keys, values);
     });
 }
 
@@ -221,13 +282,14 @@ EXPORT int squawq_attention(const float* qkv, int64_t query_heads, int64_t kv_he
     });
 }
 
-EXPORT int squawq_layers(const Layer* layers, int64_t number, float* hidden, int64_t rows, int64_t hidden_size, int64_t inner,
-                         int64_t query_heads, int64_t kv_heads, int64_t dim, float eps, const float* cos, const float* sin,
-                         const int64_t* slots, const int64_t* sequences, int64_t count, const int32_t* pages) {
+EXPORT int squawq_layers(const Operation* list, int64_t number, float* hidden, int64_t rows, const int64_t* widths,
+                         int64_t query_heads, int64_t kv_heads, int64_t dim, int64_t rotated, float eps, const float* cos,
+                         const float* sin, const int64_t* slots, const int64_t* sequences, int64_t count, const int32_t* pages) {
     return locked([=] {
-        const Sequence* list = sequence_list(sequences, count, pages);
-        const Step step{rows, hidden_size, inner, {query_heads, kv_heads, dim}, eps, cos, sin, slots, list, count};
-        run_layers(*current, layers, number, step, hidden);
+        const Sequence* sequence = sequence_list(sequences, count, pages);
+        const Heads heads{query_heads, kv_heads, dim};
+        const Step step{rows, widths, rotated, heads, eps, cos, sin, slots, sequence, count};
+        run_layers(*current, list, number, step, hidden);
     });
 }
 

@@ -35,16 +35,34 @@ void rms_norm(float* x, const float* delta, const float* weight, float eps, int6
     });
 }
 
-// gate_up [m][2n]: y = gate * sigmoid(gate) * up. n is a multiple of 16.
-void silu_mul(const float* gate_up, int64_t m, int64_t n, float* y) {
+namespace {
+
+template <Activation A>
+SIMD F activated(F x) {
+    const F one = set1(1.f);
+    if constexpr (A == Activation::silu) {
+        return div(x, add(one, exp(sub(set1(0.f), x))));
+    } else {  // 0.5 x (1 + tanh(u)) is x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        const F u = mul(x, fma(mul(x, x), set1(0.044715f), one));
+        return div(x, add(one, exp(mul(u, set1(-1.5957691216f)))));
+    }
+}
+
+template <Activation A>
+void activate(const float* gate_up, int64_t m, int64_t n, float* y) {
     for_rows(m, n, [=](int64_t i) {
         const float* gate = gate_up + i * 2 * n;
-        for (int64_t j = 0; j < n; j += LANES) {
-            const F g = load(gate + j), one = set1(1.f);
-            const F activated = div(g, add(one, exp(sub(set1(0.f), g))));
-            store(y + i * n + j, mul(activated, load(gate + n + j)));
-        }
+        for (int64_t j = 0; j < n; j += LANES)
+            store(y + i * n + j, mul(activated<A>(load(gate + j)), load(gate + n + j)));
     });
+}
+
+}  // namespace
+
+// gate_up [m][2n]: y = activation(gate) * up. n is a multiple of 16.
+void activation_mul(const float* gate_up, int64_t m, int64_t n, Activation activation, float* y) {
+    if (activation == Activation::silu) return activate<Activation::silu>(gate_up, m, n, y);
+    activate<Activation::gelu_tanh>(gate_up, m, n, y);
 }
 
 }  // namespace squawq::SQUAWQ_ISA

@@ -1,5 +1,5 @@
-// A run of decoder layers in one call. Between two operations nothing goes back to the caller, whose interpreter would
-// leave the memory idle for some microseconds each time.
+// Decoder layers as a list of operations that runs in one call (src/squawq/backends/layer_ops.py has the same list). Between
+// two operations nothing goes back to the caller, whose interpreter would leave the memory idle for some microseconds.
 #pragma once
 #include <cstdint>
 
@@ -14,15 +14,30 @@ struct Matrix {
     const void* weight;  // Int4, Int8 or DenseWeight
 };
 
-struct Layer {
-    const float *input_norm, *post_norm, *q_norm, *k_norm;  // the last two may be null
-    Matrix qkv, out, gate_up, down;
+enum class Code : int64_t { norm, matmul, rotate_and_store, attention, activation_mul, experts, add_residual };
+enum Buffer : int64_t { HIDDEN = 0, NORMED = 1, DELTA = 2, WIDE = 3, NARROW = 4, BUFFERS = 5 };
+
+// softmax(router(x)), of which each row takes its `chosen` largest; gate_up and down: [count].
+struct Experts {
+    int64_t count, chosen, normalize, inner;
+    Activation activation;
+    Matrix router;
+    const Matrix *gate_up, *down;
+};
+
+struct Operation {
+    Code code;
+    Buffer source, target;       // norm, matmul
+    int64_t option;              // norm: add DELTA first; matmul: Kind; attention: window; activation_mul: Activation
+    int64_t width;               // norm, activation_mul
+    const void *weight, *other;  // norm, matmul; experts: Experts; rotate_and_store: norms of queries and keys, or null
     uint16_t *keys, *values;
-    int64_t window;  // 0: none
 };
 
 struct Step {
-    int64_t rows, hidden, inner;
+    int64_t rows;
+    const int64_t* widths;  // [BUFFERS]: floats of a row; multiples of 16
+    int64_t rotated;        // rotated pairs of a head
     Heads heads;
     float eps;
     const float *cos, *sin;

@@ -48,6 +48,8 @@ struct Sequence {
     const int32_t* pages;
 };
 
+enum class Activation : int64_t { silu = 0, gelu_tanh = 1 };
+
 struct Heads {
     int64_t query, kv, dim;
 };
@@ -70,9 +72,10 @@ struct Columns {
     void int8_matmul(const float* x, int64_t m, const Int8& w, float* y);                                              \
     void dense_matmul(const float* x, int64_t m, const DenseWeight& w, float* y);                                      \
     void rms_norm(float* x, const float* delta, const float* weight, float eps, int64_t m, int64_t n, float* y);       \
-    void silu_mul(const float* gate_up, int64_t m, int64_t n, float* y);                                               \
-    void rotate_and_store(float* qkv, int64_t m, Heads heads, const float* cos, const float* sin, const float* q_norm, \
-                          const float* k_norm, float eps, const int64_t* slots, uint16_t* keys, uint16_t* values);     \
+    void activation_mul(const float* gate_up, int64_t m, int64_t n, Activation activation, float* y);                  \
+    void rotate_and_store(float* qkv, int64_t m, Heads heads, int64_t rotated, const float* cos, const float* sin,     \
+                          const float* q_norm, const float* k_norm, float eps, const int64_t* slots, uint16_t* keys,   \
+                          uint16_t* values);                                                                           \
     void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, int64_t window,            \
                    const uint16_t* keys, const uint16_t* values, float* y);                                            \
     void round_columns(const Columns& c, float* levels, float* errors);                                                \

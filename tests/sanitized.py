@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from squawq.kernels import library, packed
+from squawq.backends.cpu import library, packed
 
 patch.object(library, "_find", lambda: Path(os.environ["SQUAWQ_SANITIZED"])).start()
 # Packed weights lie in a memory map of their own, whose ends the sanitizer does not watch; those of malloc it does.

@@ -27,7 +27,8 @@ FLOORS: dict[str, float] = {
     "hub.download": 4,
     "hub.stream": 4,
     "tokenizer": 4,
-    "kernels": 5,
+    "backends": 5,
+    "backends.cpu": 5.5,
     "nn": 6,
     "compatibility": 6.5,
     "layerwise": 6.5,
@@ -137,3 +138,11 @@ def test_foreign_packages_have_one_door(name: str) -> None:
     for imported in imports(modules()[name]):
         doors = DOORS.get(imported.partition(".")[0])
         assert doors is None or name.startswith(doors), f"{name} imports {imported}; its door is {doors}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in modules() if not name.startswith("backends.")))
+def test_backends_are_found_by_the_registry(name: str) -> None:
+    """Nothing outside of a backend imports one by name."""
+    kept = ("squawq.backends.cpu", "squawq.backends.reference")
+    for imported in imports(modules()[name]):
+        assert not imported.startswith(kept), f"{name} imports {imported}; take it from the registry"

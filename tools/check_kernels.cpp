@@ -32,8 +32,8 @@ int squawq_int4_matmul(In, Int, const squawq::Int4*, int, float*);
 int squawq_int8_matmul(In, Int, const squawq::Int8*, float*);
 int squawq_dense_matmul(In, Int, const squawq::DenseWeight*, float*);
 int squawq_rms_norm(float*, In, In, float, Int, Int, float*);
-int squawq_silu_mul(In, Int, Int, float*);
-int squawq_rotate_and_store(float*, Int, Int, Int, Int, In, In, In, In, float, const Int*, uint16_t*, uint16_t*);
+int squawq_activation_mul(In, Int, Int, Int, float*);
+int squawq_rotate_and_store(float*, Int, Int, Int, Int, Int, In, In, In, In, float, const Int*, uint16_t*, uint16_t*);
 int squawq_attention(In, Int, Int, Int, const Int*, Int, const int32_t*, Int, const uint16_t*, const uint16_t*, float*);
 }
 
@@ -137,7 +137,10 @@ void norms_and_silu() {
             Floats hidden(&x[first * n], &x[first * n] + count * n);
             squawq_rms_norm(hidden.data(), sum ? &delta[first * n] : nullptr, weight.data(), 1e-5f, count, n, y);
         });
-    check("silu_mul", 1e-5, 17, n, [&](Int first, Int count, float* y) { squawq_silu_mul(&x[first * 2 * n], count, n, y); });
+    for (Int kind : {0, 1}) {
+        check(kind ? "gelu_tanh_mul" : "silu_mul", 1e-5, 17, n,
+              [&](Int first, Int count, float* y) { squawq_activation_mul(&x[first * 2 * n], count, n, kind, y); });
+    }
 }
 
 // Five sequences in scattered pages: {first row, rows, start, place of the first page in the table}.
@@ -172,7 +175,7 @@ void attention(const std::string& name, Int query, Int kv, Int dim) {
         check(what, normed ? 1e-5 : 0, ROWS, width + 2 * stored, [&](Int first, Int count, float* y) {
             Floats rotated(&qkv[first * width], &qkv[first * width] + count * width);
             auto k = keys, v = values;
-            squawq_rotate_and_store(rotated.data(), count, query, kv, dim, &cos[first * half], &sin[first * half], weight, weight,
+            squawq_rotate_and_store(rotated.data(), count, query, kv, dim, half, &cos[first * half], &sin[first * half], weight, weight,
                                     1e-5f, slots + first, k.data(), v.data());
             for (Int i = 0; i < count; ++i) {
                 const Int page = slots[first + i] / 16, place = slots[first + i] % 16;

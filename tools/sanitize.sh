@@ -20,11 +20,11 @@ runtime="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
     PYTHONPATH=tests PYTHONMALLOC=malloc SQUAWQ_SANITIZED="$PWD/build/sanitize-address/libsquawq.so" \
     "$python" -m pytest -p sanitized -p no:cacheprovider --timeout 0 \
-    tests/kernels tests/nn/test_decoder.py tests/engine/test_runner.py \
+    tests/backends tests/nn/test_decoder.py tests/engine/test_runner.py \
     tests/quantization/test_rounding.py tests/format/test_packing.py
 
 check=build/sanitize-thread/check
 g++ -std=c++20 -O1 -g -fsanitize=thread tools/check_kernels.cpp build/sanitize-thread/libsquawq.so \
     -Wl,-rpath,"$PWD/build/sanitize-thread" -pthread -o $check
 $check scalar 20
-$check "$("$python" -c 'from squawq.kernels import library; print(library.isa())')" 20
+$check "$("$python" -c 'from squawq.backends.cpu import library; print(library.isa())')" 20

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from squawq.backends import backend_for
 from squawq.engine.engine import Engine
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError, GenerationError
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
-from squawq.kernels import library
 from squawq.memory import peak_memory
 
 MOST_STREAMS = 256
@@ -67,6 +67,7 @@ def bench(
         after = engine.stats()
     finally:
         engine.close()
+    machine = backend_for("cpu").describe()
     step_seconds = after.step_seconds - before.step_seconds
     return {
         **_figures(started, times, prompt_tokens),
@@ -76,8 +77,8 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "streams": streams,
-        "threads": library.threads(),
-        "isa": library.isa(),
+        "threads": machine["threads"],
+        "isa": machine["instructions"],
     }
 
 

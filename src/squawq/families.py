@@ -50,6 +50,8 @@ class Family:
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # as checkpoints spell them
     decoder: bool = False  # whether nn/ runs it
     qk_norm: bool = False
+    # before attention, of its output, before the MLP, of its output ("": none); for families that nn/ runs
+    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"

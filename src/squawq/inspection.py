@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from squawq.backends.base import PAGE
 from squawq.compatibility import compatible_engines
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
@@ -21,7 +22,6 @@ from squawq.format.files import has_file, read_json
 from squawq.format.layouts import LAYOUTS
 from squawq.format.reader import INDEX, Checkpoint
 from squawq.hub.download import hub_file
-from squawq.kernels.reference import PAGE
 from squawq.layerwise.meta_model import MetaModel
 from squawq.layerwise.plan import LayerPlan
 from squawq.layerwise.tensor_names import FUSED, INTEGERS, TensorNames

@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, overload
 
+from squawq.backends.devices import check_device
 from squawq.engine.engine import Engine
 from squawq.engine.generation_config import GenerationConfig
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
@@ -22,7 +23,6 @@ from squawq.engine.runner import load_runner
 from squawq.engine.sequence import join
 from squawq.errors import ConfigError, GenerationError
 from squawq.hub.download import resolve
-from squawq.kernels.devices import check_device
 from squawq.progress import console, counting
 from squawq.tokenizer import Message, Tokenizer
 

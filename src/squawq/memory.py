@@ -1,4 +1,4 @@
-"""How much memory this process has held at most. Knows nothing of what it was for."""
+"""Peak memory of this process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def peak_memory() -> int | None:
-    """Bytes that were resident at once since the process began; None where the system does not say (Windows)."""
+    """Peak resident bytes since the process began; None where the system does not report it (Windows)."""
     try:
         import resource
     except ImportError:

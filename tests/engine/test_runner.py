@@ -15,11 +15,11 @@ from fakes import collect
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from squawq.backends.cpu import library
 from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, default_kv_tokens
 from squawq.engine.sequence import new_job
-from squawq.kernels import library
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import load

@@ -40,7 +40,7 @@ def read_all(folder: Path, out: Path) -> None:
 
 JOBS: dict[str, Callable[[Path, Path], Any]] = {
     "load": lambda folder, out: load(folder),
-    "load on torch": lambda folder, out: load(folder, Options(packed=False)),
+    "load on torch": lambda folder, out: load(folder, Options(backend="reference")),
     "eval": lambda folder, out: evaluate(folder, ids=list(range(100)), window=32),
     "export": lambda folder, out: export(folder, out, "dense"),
     "gguf": read_all,
@@ -67,10 +67,10 @@ def test_while_they_are_read(job: str, folder: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_after_they_were_read(packed: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_after_they_were_read(backend: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loaded model needs its files no more."""
-    options, ids = Options(exact=True, packed=packed), torch.randint(2, 160, (2, 40))
+    options, ids = Options(exact=True, backend=backend), torch.randint(2, 160, (2, 40))
     before = logits(folder, ids, options)
     decoder = load(folder, options)
     for path in folder.glob("*.safetensors"):

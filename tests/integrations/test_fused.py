@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import squawq.transformers
+from squawq.backends.base import PAGE
+from squawq.backends.cpu import library
 from squawq.engine.engine import Engine
 from squawq.engine.request import Request, SamplingParams
 from squawq.engine.runner import load_runner
@@ -27,8 +29,6 @@ from squawq.format.reader import Checkpoint
 from squawq.integrations.fused import fuse
 from squawq.integrations.fused_cache import FusedCache
 from squawq.integrations.fused_threads import one_thread
-from squawq.kernels import library
-from squawq.kernels.reference import PAGE
 from squawq.nn.loader import Options
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
@@ -266,7 +266,7 @@ def test_pages_are_shared_copied_and_given_back(model: Any) -> None:
     cache.extend([20, 20, 20], 20)
     cache.reorder_cache(torch.tensor([1, 1, 1]))
     assert cache.tables[0] == cache.tables[1] == cache.tables[2]
-    assert len(cache._free) == 9 - 2
+    assert cache._pool.available == 9 - 2
     cache.extend([1, 1, 1], 1)
     assert len({table[0] for table in cache.tables}) == 1
     assert len({table[1] for table in cache.tables}) == 3
@@ -278,7 +278,7 @@ def test_pages_are_shared_copied_and_given_back(model: Any) -> None:
         cache.extend([0, 17, 0], 17)
     assert cache.lengths == [24, 24, 24]
     cache.batch_select_indices(torch.tensor([2]))
-    assert len(cache._free) == 9 - 2
+    assert cache._pool.available == 9 - 2
     with pytest.raises(ConfigError, match="3 rows, its cache 1"):
         cache.open(3)
 
@@ -304,9 +304,9 @@ def test_copies_keep_shared_pages(model: Any) -> None:
     copied = copy.deepcopy(cache)
     copied.extend([1, 1], 1)
     assert [len(set(pages)) for pages in zip(*copied.tables, strict=True)] == [1, 2]
-    assert len(copied._free) == 3
+    assert copied._pool.available == 3
     assert cache.tables[0] == cache.tables[1]
-    assert (cache.lengths, cache.width, len(cache._free)) == ([20, 20], 20, 4)
+    assert (cache.lengths, cache.width, cache._pool.available) == ([20, 20], 20, 4)
 
 
 def test_torchs_threads_come_back() -> None:

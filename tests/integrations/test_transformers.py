@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, AwqConfig, GenerationConfig
 
 import squawq.transformers  # noqa: F401 (registers)
+from squawq.backends.cpu import library
 from squawq.errors import CheckpointError, ConfigError, KernelError
 from squawq.format.groupwise import quantize
 from squawq.format.packing import to_gemm
 from squawq.integrations.linear import AwqLinear
 from squawq.integrations.quantizer import _say_once
-from squawq.kernels import library
 from squawq.nn.experts import Experts
 
 IDS = torch.randint(2, 160, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -351,17 +351,17 @@ def test_compiles_whole(model: Any) -> None:
 BIAS = torch.linspace(-1, 1, 48, dtype=torch.float16)
 
 
-def layer(exact: bool = True, native: bool = True) -> tuple[AwqLinear, Tensor]:
+def layer(exact: bool = True, backend: str | None = None) -> tuple[AwqLinear, Tensor]:
     """A layer with BIAS, and its dense weight [out, in]."""
     rounded = quantize(torch.randn(48, 64, generator=torch.Generator().manual_seed(2)), 32, zero_point=True)
-    made = AwqLinear(64, 48, 32, bias=torch.float16, exact=exact, native=native)
+    made = AwqLinear(64, 48, 32, bias=torch.float16, exact=exact, backend=backend)
     made.load_state_dict({**to_gemm(rounded), "bias": BIAS})
     return made, rounded.dequantize()
 
 
 def test_the_operator_is_sound() -> None:
     made, _ = layer()
-    if not made.native:
+    if library.load() is None:
         pytest.skip("needs the native kernels")
     operator = torch.ops.squawq.awq_linear.default
     x = torch.randn(3, 64, requires_grad=True)
@@ -388,9 +388,9 @@ def test_two_threads_may_pack() -> None:
 @pytest.mark.parametrize("width", [32, 96])
 def test_inputs_of_another_width_are_refused(width: int) -> None:
     """Also where the operator runs without numbers, as when torch.compile traces it."""
-    for native in (True, False):
+    for backend in (None, "reference"):
         with pytest.raises((KernelError, RuntimeError), match=str(width)):
-            layer(native=native)[0](torch.zeros(3, width))
+            layer(backend=backend)[0](torch.zeros(3, width))
     made = layer()[0].to("meta")
     with pytest.raises(KernelError, match=f"{width}"):
         torch.ops.squawq.awq_linear(
@@ -407,9 +407,9 @@ def test_int8_activations_are_within_half_a_step() -> None:
     assert bool(((made(x) - expected).abs() <= bound * 1.01 + 1e-5).all())
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_gradients_reach_the_input(native: bool) -> None:
-    made, weight = layer(native=native)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_gradients_reach_the_input(backend: str | None) -> None:
+    made, weight = layer(backend=backend)
     x = torch.randn(2, 5, 64, requires_grad=True)
     y = made(x)
     assert difference(y, x @ weight.T + BIAS.float()) < 1e-5

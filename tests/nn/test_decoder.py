@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 from conftest import MakeModel, logits, shared_data
 from safetensors.torch import load_file, save_file
 
+from squawq.backends.base import Backend, Layers, Pages, RunLayers
+from squawq.backends.cpu import library
+from squawq.backends.cpu.backend import CpuBackend
+from squawq.backends.cpu.stack import LayerStack
 from squawq.config import RopeConfig
 from squawq.engine.request import Chunk
 from squawq.engine.runner import DecoderRunner
@@ -19,9 +24,7 @@ from squawq.families import family_of
 from squawq.format.packing import from_gemm
 from squawq.format.reader import Checkpoint
 from squawq.format.writer import write_index
-from squawq.kernels import cpu, library
 from squawq.layerwise.blocks import Blocks
-from squawq.nn.decoder import layer_stack
 from squawq.nn.loader import Options, load
 from squawq.nn.rope import inverse_frequencies
 from squawq.quant_config import QuantConfig
@@ -59,7 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 # Keys and values are float16: their relative error of 2^-11 shows in logits of order 10 as some thousandths, seldom a
 # hundredth; wrong positions, heads or scales would show as units.
 FLOAT16_CACHE = 3e-2
-WAYS = {"torch": Options(packed=False), "native": Options(exact=True)}
+WAYS = {"torch": Options(backend="reference"), "native": Options(exact=True)}
 
 
 def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -111,7 +114,7 @@ def test_chunks_and_batches_change_no_bit(case: str, quantized: bool, make_model
 def test_all_layers_in_one_call_are_the_layers_one_by_one(
     case: str, quantized: bool, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit: csrc/dispatch.cpp's run_layers against Layer."""
+    """Bit for bit: csrc/dispatch.cpp's run_layers against the operations."""
     if library.load() is None:
         pytest.skip("the native kernels are not built on this machine")
     model_type, changes = CASES[case]
@@ -121,10 +124,16 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(
         folder = tmp_path / "out"
     ids = torch.randint(0, 160, (2, 40), generator=torch.Generator().manual_seed(6))
     together = logits(folder, ids, Options())
-    asked: list[object] = []
-    monkeypatch.setattr("squawq.nn.decoder.layer_stack", lambda layers, cache: asked.append(layer_stack(layers, cache)))
+    prepared: list[object] = []
+    prepare = CpuBackend.prepare
+
+    def one_by_one(self: CpuBackend, layers: Layers, cache: Sequence[Pages]) -> RunLayers:
+        prepared.append(prepare(self, layers, cache))
+        return Backend.prepare(self, layers, cache)
+
+    monkeypatch.setattr(CpuBackend, "prepare", one_by_one)
     assert torch.equal(logits(folder, ids, Options()), together)
-    assert isinstance(asked[0], cpu.LayerStack)
+    assert isinstance(prepared[0], LayerStack)
 
 
 def test_llama31_frequencies_against_the_published_formula() -> None:
@@ -245,7 +254,7 @@ def test_bad_options(make_model: MakeModel) -> None:
     with pytest.raises(ConfigError, match=r"head is 'int4', which the head of .* cannot be here"):
         load(make_model(vocab_size=163, name="odd"), Options(head="int4"))
     with pytest.raises(ConfigError, match=r"head is 'int8', which the head of .* cannot be here"):
-        load(make_model(name="plain"), Options(head="int8", packed=False))
+        load(make_model(name="narrow", hidden_size=24), Options(head="int8"))
     with pytest.raises(ConfigError, match=r"does not run this model yet \(rope type is 'yarn'"):
         load(make_model(name="yarn", rope_scaling={"rope_type": "yarn", "factor": 4.0}))
     with pytest.raises(ConfigError, match="kv_tokens is 3"):

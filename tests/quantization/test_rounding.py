@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from squawq.backends.cpu import library
 from squawq.format.groupwise import GroupwiseTensor, quantize, round_to_grid
-from squawq.kernels import library
 from squawq.quant_config import QuantConfig
 from squawq.quantization import rounding
 from squawq.quantization.linear import LinearQuantizer

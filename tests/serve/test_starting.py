@@ -17,11 +17,11 @@ import pytest
 import torch
 from running import DEFAULTS, Running, process, running
 
+from squawq.backends.devices import check_device
 from squawq.config import ModelConfig
 from squawq.demo import demo_model
 from squawq.engine.runner import shared_kv_tokens
 from squawq.errors import ConfigError
-from squawq.kernels.devices import check_device
 from squawq.nn.cache import Cache
 from squawq.serve.listening import bind, is_open, url
 from squawq.serve.model import Served

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from squawq.errors import ConfigError
-from squawq.format.packing import ORDER, PER_WORD, unpack
+from squawq.format.packing import ORDER, PER_WORD, from_gemm, unpack
 
 AWQ_ORDER = list(ORDER)
 AWQ_REVERSE_ORDER = [ORDER.index(channel) for channel in range(PER_WORD)]
@@ -58,9 +58,13 @@ def unpack_reorder_pack(qweight: Tensor, qzeros: Tensor, bits: int) -> tuple[Ten
     return pack_exllama(unpack(qweight).to(torch.int8), unpack(qzeros).to(torch.int8) - 1, bits)
 
 
-def dequantize_gemm(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+def dequantize_gemm(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,  # noqa: ARG001 (the shape of scales says it)
+) -> Tensor:
     """Weights [in, out] in the dtype of `scales`."""
     _check(bits)
-    integers, zeros = unpack(qweight).to(torch.int8), unpack(qzeros).to(torch.int8)
-    difference = integers.view(-1, group_size, integers.shape[1]) - zeros[:, None]
-    return (difference * scales[:, None]).flatten(0, 1)
+    return from_gemm(qweight, scales, qzeros).dequantize().T.to(scales.dtype).contiguous()

@@ -84,6 +84,10 @@ class PagePool:
         """How many of these have no reference."""
         return sum(not self._references[page] for page in pages)
 
+    def is_shared(self, page: int) -> bool:
+        """Whether more than one sequence references it."""
+        return self._references[page] > 1
+
     def share(self, pages: Iterable[int]) -> None:
         """One more reference for each."""
         for page in pages:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from squawq.backends import backend_for
+from squawq.backends.base import PAGE, Batch
 from squawq.config import ModelConfig
 from squawq.engine.request import Chunk
 from squawq.errors import ConfigError
-from squawq.kernels import library
-from squawq.kernels.reference import PAGE
-from squawq.nn.cache import Batch, Cache
+from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import Options, load
 
@@ -30,26 +30,27 @@ MOST_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
 class DecoderRunner:
     """A loaded decoder and its pages. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
 
-    page_size = PAGE
-
     def __init__(self, decoder: Decoder, kv_tokens: int | None = None, gpu_share: float | None = None) -> None:
         self.config: ModelConfig = decoder.config
         self.vocab_size = self.config.vocab_size
         self.max_positions = self.config.max_positions
-        device = decoder.norm.device
+        self.page_size = decoder.backend.page_size
+        device = decoder.backend.device
         tokens = kv_tokens
         if tokens is None and gpu_share is not None and device.type == "cuda":
             tokens = shared_kv_tokens(self.config, gpu_share, *torch.cuda.mem_get_info(device))
         if tokens is None:
             tokens = default_kv_tokens(self.config, device)
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < PAGE:
-            raise ConfigError(f"kv_tokens is {tokens!r}; it must be a whole number, at least one page of {PAGE} tokens")
-        self.num_pages = tokens // PAGE
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < self.page_size:
+            raise ConfigError(
+                f"kv_tokens is {tokens!r}; it must be a whole number, at least one page of {self.page_size} tokens"
+            )
+        self.num_pages = tokens // self.page_size
         self.token_bytes = Cache.token_bytes(self.config)
         self._decoder, self._device = decoder, device
         self._thread = 0
         try:
-            self._cache = Cache(self.config, self.num_pages, str(device))
+            self._cache = Cache(self.config, self.num_pages, decoder.backend)
         except (MemoryError, RuntimeError, ValueError) as error:
             raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
 
@@ -67,9 +68,9 @@ class DecoderRunner:
             rows, first = len(chunk.ids), len(ids)
             sequences.append((first, rows, chunk.start, len(pages)))
             at = np.arange(chunk.start, chunk.start + rows)
-            table = np.asarray(chunk.pages[: -(-(chunk.start + rows) // PAGE)])
+            table = np.asarray(chunk.pages[: -(-(chunk.start + rows) // self.page_size)])
             positions.append(at)
-            slots.append(table[at // PAGE] * PAGE + at % PAGE)
+            slots.append(table[at // self.page_size] * self.page_size + at % self.page_size)
             outputs.extend(range(first + rows - chunk.logits, first + rows))
             ids.extend(chunk.ids)
             pages.extend(table.tolist())
@@ -164,5 +165,5 @@ def load_runner(
     """
     options = Options(device, exact, head)
     if threads is not None:
-        library.set_threads(threads)
+        backend_for(device).set_threads(threads)
     return DecoderRunner(load(folder, options), kv_tokens, gpu_share)

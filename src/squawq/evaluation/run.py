@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from squawq.backends.devices import check_device
 from squawq.errors import CalibrationError, CheckpointError, ConfigError
 from squawq.evaluation.metrics import Score
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
-from squawq.kernels.devices import check_device
 from squawq.layerwise.blocks import Blocks
 from squawq.quantization.calibration import read_text, split_documents
 from squawq.showing import Record

@@ -66,5 +66,7 @@ def from_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> Groupwi
     """
     check_gemm(qweight, scales, qzeros)
     shape = tuple(scales.shape)
-    zeros = torch.full(shape, SYMMETRIC_ZERO, dtype=torch.uint8) if qzeros is None else unpack(qzeros)
+    zeros = (
+        torch.full(shape, SYMMETRIC_ZERO, dtype=torch.uint8, device=scales.device) if qzeros is None else unpack(qzeros)
+    )
     return GroupwiseTensor(unpack(qweight).T.contiguous(), scales.T.contiguous(), zeros.T.contiguous())

@@ -1,7 +1,7 @@
-"""Which experts of a model of transformers an AWQ checkpoint has as 4-bit linears, and how it spells them.
+"""Finds the quantized experts of an AWQ checkpoint and how it names them.
 
-transformers 5 keeps all experts of a layer in two three-dimensional parameters, for which an AWQ checkpoint has no
-tensors; `nn/experts.py` has what takes their place. The router stays as it is.
+transformers 5 stacks all experts of a layer in two parameters, and an AWQ checkpoint stores one linear per expert;
+`nn/experts.py` has the module that replaces them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 def expert_names(path: str, experts: int, stored: Collection[str]) -> tuple[str, str, str] | None:
-    """How the quantized experts under `path` are spelled; None where the checkpoint has them unquantized.
+    """Names of the gate, up and down projections of the quantized experts under `path`; None if they are unquantized.
 
-    Raises CheckpointError naming what is missing where it has only some of them, or none.
+    Raises:
+        CheckpointError: some or all experts are missing; it names the first missing tensor.
     """
     for names in SPELLINGS:
         needed = [f"{path}.{e}.{name}.qweight" for e in range(experts) for name in names]

@@ -1,8 +1,7 @@
-"""do_fuse: a transformers causal model that runs as our decoder (one product for QKV, one for gate and up, norms with
-their additions, on the CPU all layers in one native call) and keeps transformers' face: forward, generate, saving.
+"""do_fuse: a transformers causal model that runs on our decoder and keeps transformers' interface.
 
-The model's own tensors become memory-mapped views of the checkpoint, so that weights lie in memory once, packed. Logits
-are float32. Knows how a batch's rows become steps of the decoder; knows no kernels and no sampling.
+The model's own tensors become memory-mapped views of the checkpoint, so that the weights are in memory once, packed.
+Logits are float32. This file turns a batch's rows into steps of the decoder.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ REFUSED = {
 
 @dataclass
 class _Fused:
-    """What a fused model runs on. `lock`: the decoder remembers one cache, so that steps of two threads take turns."""
+    """The decoder of a fused model. `lock`: the decoder is prepared for one cache at a time, so threads take turns."""
 
     decoder: Decoder
     folder: Path
@@ -65,20 +64,27 @@ class _Fused:
     lock: Any = field(default_factory=threading.Lock)
 
     def __deepcopy__(self, _: Any) -> _Fused:
-        return self  # weights that nobody writes to
+        return self  # its weights are read-only
 
     def __reduce__(self) -> Any:
         raise ConfigError("a fused model cannot be pickled; save it with save_pretrained and load it again")
 
 
 def fuse(model: Any, max_seq_len: int, folder: str | Path | None = None) -> None:
-    """Let a causal model of transformers (llama, mistral, qwen2, qwen3) run as our decoder, in place.
+    """Make a causal model of transformers run on our decoder, in place.
 
-    max_seq_len: tokens that a sequence may have, prompt and new ones; of a fused model it sets another limit. folder:
-    the checkpoint that the model came from; by default what its config names. Peak memory: the model as it was loaded,
-    if its tensors are not memory-mapped yet, and then the packed decoder.
-    Raises, with the model as it was: FusionError for one that cannot be fused, ConfigError for a limit that cannot be,
-    CheckpointError for a folder that is missing or damaged.
+    Peak memory: the loaded model, if its tensors are not memory-mapped yet, and the packed decoder.
+
+    Args:
+        model: of a family that our decoder runs.
+        max_seq_len: most tokens of a sequence, prompt and new ones. On a fused model, replaces its limit.
+        folder: the checkpoint that the model came from; by default what its config names.
+
+    Raises:
+        FusionError: the model cannot be fused.
+        ConfigError: max_seq_len is not a positive whole number.
+        CheckpointError: the folder is missing or damaged.
+        The model is unchanged in each case.
     """
     if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 1:
         raise ConfigError(f"fuse_max_seq_len is {max_seq_len!r}; it must be a whole number of at least 1, such as 512")
@@ -96,14 +102,15 @@ def fuse(model: Any, max_seq_len: int, folder: str | Path | None = None) -> None
     _check_config(wanted, checkpoint)
     _map(model, checkpoint)
     linears = [module for module in model.modules() if isinstance(module, AwqLinear)]
-    exact, packed = any(m.exact for m in linears), not linears or any(m.native for m in linears)
-    decoder = load(checkpoint.folder, Options(str(device), exact, packed=packed))
+    exact = any(module.exact for module in linears)
+    backend = linears[0].backend if linears else None
+    decoder = load(checkpoint.folder, Options(str(device), exact, backend=backend))
     model._fused = _Fused(decoder, checkpoint.folder.resolve(), max_seq_len)
     model.__class__ = _fused_class(model.__class__)
 
 
 def _device(model: Any) -> torch.device:
-    """Where the whole model is. Raises ConfigError if it is in several places."""
+    """The device of the whole model. Raises FusionError if it is on several."""
     devices = {str(tensor.device) for tensor in model.parameters()}
     hooked = "forward" in vars(model) or any(hasattr(tensor, "device_mesh") for tensor in model.parameters())
     if len(devices) != 1 or "meta" in devices or hooked:
@@ -115,7 +122,7 @@ def _device(model: Any) -> torch.device:
 
 
 def _folder(model: Any) -> Path:
-    """The folder of the checkpoint: as given, or where transformers downloaded this very commit to."""
+    """The checkpoint's folder: as given, or transformers' download of the same commit."""
     name, commit = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
     try:
         found = cached_file(name, "config.json", revision=commit, local_files_only=True) if name else None
@@ -149,10 +156,10 @@ def _check_config(wanted: ModelConfig, checkpoint: Checkpoint) -> None:
 
 
 def _map(model: Any, checkpoint: Checkpoint) -> None:
-    """Let the model's tensors be views of the checkpoint's files, where their dtype is what is stored there.
+    """Replace the model's tensors by memory-mapped views of the checkpoint's files where the dtypes agree.
 
-    4-bit tensors wherever the model is; others stay on its device, which is what transformers takes for the model's.
-    Raises FusionError, with nothing changed, for a tensor that is not what is stored, which is what the decoder runs.
+    4-bit tensors are replaced on every device, others only on the CPU: transformers takes their device for the model's.
+    Raises FusionError, with nothing changed, if a tensor differs from the stored one, which the decoder runs.
     """
     views = []
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -185,7 +192,7 @@ def _refusal(name: str, why: str) -> Callable[..., Any]:
 
 
 class FusedCausalLM:
-    """What a fused model does in its own way; everything else is its transformers class's."""
+    """Methods of a fused model that replace those of its transformers class."""
 
     _fused: Any
     config: Any
@@ -269,7 +276,7 @@ def _run(past: FusedCache, ids: Tensor, mask: Mask, positions: Tensor | None, ke
         logits = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts)).view(rows, width - first, -1)
     else:
         logits = torch.zeros(rows, width - first, runner.vocab_size)
-        if parts:  # else all are pads, as in a piece of a long prompt
+        if parts:  # none if all are pads, as in one piece of a long prompt
             logits[torch.from_numpy(mask[:, first:])] = torch.from_numpy(np.concatenate(parts))
     return logits if chosen is None else logits[:, chosen]
 
@@ -277,7 +284,7 @@ def _run(past: FusedCache, ids: Tensor, mask: Mask, positions: Tensor | None, ke
 def _steps(
     tokens: Sequence[list[int]], starts: Sequence[int], tables: Sequence[Sequence[int]], wanted: Sequence[int]
 ) -> Iterator[list[Chunk]]:
-    """Rows of tokens in steps of bounded size, in their order. wanted: for how many last tokens of a row logits are."""
+    """Rows of tokens in steps of at most STEP_TOKENS, in order. wanted: last tokens of each row that get logits."""
     step: list[Chunk] = []
     room = STEP_TOKENS
     for row, start, table, count in zip(tokens, starts, tables, wanted, strict=True):

@@ -1,41 +1,42 @@
-"""The cache that a fused model gives transformers: which row of a batch holds which pages of keys and values.
+"""The key-value cache that a fused model hands to transformers: a page table for each row of the batch.
 
-Every row is a sequence of its own, and pad tokens take no place in it. Beams share pages; one that several rows hold is
-copied before it is written. Knows no model and no logits.
+Every row is a sequence of its own; pad tokens are not stored. Beams share pages, and a shared page is copied before it
+is written (copy on write).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from squawq.engine.pages import PagePool
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import ConfigError
-from squawq.kernels.reference import PAGE
 from squawq.nn.decoder import Decoder
 
 
 class _Runner(DecoderRunner):
-    """A decoder over pages that can be copied."""
+    """A decoder whose pages can be copied."""
 
     def copy(self, source: int, target: int) -> None:
         self._cache.copy(source, target)
 
     def twin(self, pages: Sequence[int]) -> _Runner:
-        """The same decoder over pages of its own, these of which hold what they hold here."""
-        made = _Runner(self._decoder, self.num_pages * PAGE)
+        """The same decoder with a copy of the cache, of which `pages` are filled."""
+        made = _Runner(self._decoder, self.num_pages * self.page_size)
         made._cache.take(pages, self._cache)
         return made
 
 
 class FusedCache(Cache):  # type: ignore[misc]
-    """Pages for a batch that the first step makes known; each row may hold `max_seq_len` tokens.
+    """Pages for one batch, allocated at its first step; each row holds up to `max_seq_len` tokens.
 
-    `lengths`: tokens in each row. `width`: columns of the batch so far, pad tokens among them: what transformers calls
-    the length. Memory: as much as tokens are written, on a CPU; all of it at once elsewhere.
+    `lengths`: tokens of each row. `width`: columns of the batch so far with pad tokens, which transformers calls the
+    length. Memory: on a CPU it grows as tokens are written; elsewhere it is allocated at once.
     """
 
     def __init__(self, decoder: Decoder, max_seq_len: int) -> None:
@@ -46,94 +47,90 @@ class FusedCache(Cache):  # type: ignore[misc]
         self.width = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedCache:
-        """A cache that goes on by itself, of the same decoder: how transformers uses the cache of a prompt's beginning
-        more than once."""
+        """An independent copy for the same decoder, as transformers makes for prompts with a shared prefix."""
         made = memo[id(self)] = FusedCache(self._decoder, self.max_seq_len)
         if self.lengths:
             made.lengths, made.width = list(self.lengths), self.width
             made.tables = [list(table) for table in self.tables]
-            made._free, made._holders = list(self._free), list(self._holders)
-            made._runner = self._runner.twin([page for page, holders in enumerate(self._holders) if holders])
+            made._pool = deepcopy(self._pool)
+            made._runner = self._runner.twin(sorted({page for table in self.tables for page in table}))
         return made
 
     def open(self, rows: int) -> _Runner:
-        """What runs a step of so many rows. Raises ConfigError if the cache holds another number of rows."""
+        """The runner for a batch of `rows` rows. Raises ConfigError if the cache holds another number of rows."""
         if not self.lengths:
-            pages = rows * -(-self.max_seq_len // PAGE)
-            self._runner = _Runner(self._decoder, pages * PAGE)
-            self._free, self._holders = list(range(pages - 1, -1, -1)), [0] * pages
+            size = self._decoder.backend.page_size
+            pages = rows * -(-self.max_seq_len // size)
+            self._runner, self._pool = _Runner(self._decoder, pages * size), PagePool(pages, size)
             self.lengths, self.tables = [0] * rows, [[] for _ in range(rows)]
         if rows != len(self.lengths):
             raise ConfigError(f"the batch has {rows} rows, its cache {len(self.lengths)}; start with a new cache")
         return self._runner
 
     def extend(self, counts: Sequence[int], width: int) -> list[int]:
-        """Make room for so many tokens more in each row, `width` columns in all; where each row's begin.
+        """Allocate pages for the new tokens of each row.
 
-        Raises ConfigError, with nothing changed, where a row would be longer than `max_seq_len`.
+        Args:
+            counts: new tokens of each row.
+            width: new columns of the batch, pad tokens included.
+
+        Returns:
+            Each row's position of its first new token.
+
+        Raises:
+            ConfigError: a row would exceed `max_seq_len`; nothing has changed.
         """
         starts = self.lengths
         lengths = [start + count for start, count in zip(starts, counts, strict=True)]
         check_length(max(lengths), self.max_seq_len)
         for index, (start, end) in enumerate(zip(starts, lengths, strict=True)):
             table = self.tables[index]
-            if end > start and start % PAGE and self._holders[table[-1]] > 1:
-                page = self._take()
+            if end > start and start % self._pool.page_size and self._pool.is_shared(table[-1]):
+                page = self._pool.take()
                 self._runner.copy(table[-1], page)
-                self._drop([table[-1]])
+                self._pool.release([table[-1]])
                 table[-1] = page
-            table.extend(self._take() for _ in range(-(-end // PAGE) - len(table)))
+            table.extend(self._pool.take() for _ in range(self._pool.pages_for(end) - len(table)))
         self.lengths, self.width = lengths, self.width + width
         return starts
 
-    def _take(self) -> int:
-        page = self._free.pop()  # never empty: rows hold no more pages than there are, shared or not
-        self._holders[page] = 1
-        return page
-
-    def _drop(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self._holders[page] -= 1
-            if not self._holders[page]:
-                self._free.append(page)
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Row i goes on as a copy of row indices[i]; there may be fewer rows than before, not more."""
+        """Row i continues as a copy of row indices[i]; the number of rows must not grow."""
         chosen, old = indices.tolist(), self.tables
         if len(chosen) > len(old):
             raise ConfigError(f"a fused cache of {len(old)} rows cannot become one of {len(chosen)}")
         self.tables = [list(old[index]) for index in chosen]
         self.lengths = [self.lengths[index] for index in chosen]
-        for page in (page for table in self.tables for page in table):
-            self._holders[page] += 1
+        for table in self.tables:
+            self._pool.share(table)
         for table in old:
-            self._drop(table)
+            self._pool.release(table)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search's name for it."""
+        """`batch_select_indices`, as beam search calls it."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused, as its pages were made for the rows it has."""
+        """Raises ConfigError if it would add rows: pages were allocated for the rows that exist."""
         self.batch_select_indices(Tensor([i for i in range(len(self.lengths)) for _ in range(repeats)]).long())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens of every row."""
+        """Drop the last `-tokens_to_remove` tokens of every row."""
         count = abs(tokens_to_remove)
         if tokens_to_remove > 0 or any(length < count for length in self.lengths):
             raise ConfigError(f"crop is given {tokens_to_remove}; it takes minus the number of tokens to forget")
         self.lengths, self.width = [length - count for length in self.lengths], max(0, self.width - count)
         for table, length in zip(self.tables, self.lengths, strict=True):
-            keep = -(-length // PAGE)
-            self._drop(table[keep:])
+            keep = self._pool.pages_for(length)
+            self._pool.release(table[keep:])
             del table[keep:]
 
     def reset(self) -> None:
-        """Forget everything; the next step may have any number of rows."""
+        """Drop all rows; the next step may have any number of rows."""
         self.lengths, self.tables, self.width = [], [], 0
 
     def update(self, *_: Any, **__: Any) -> Any:
-        """Refused: keys and values do not come from outside."""
+        """Raises ConfigError: only the fused model writes keys and values."""
         raise ConfigError("a fused model's cache is written by the fused model alone")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
@@ -149,7 +146,7 @@ class FusedCache(Cache):  # type: ignore[misc]
     def batch_size(self) -> int:
         return len(self.lengths) or -1
 
-    # What transformers asks of a cache's layers is answered as for one layer of plain attention.
+    # transformers asks these per layer; answered as for one layer of full attention.
     is_linear = is_sliding = is_dummy = property(lambda _: [False])
     is_compileable = property(lambda _: False)
     is_initialized = property(lambda self: bool(self.lengths))

@@ -1,6 +1,6 @@
-"""What the forward of a fused model is given, checked and put in rows of tokens: ids, mask, positions, logits to keep.
+"""Checks the arguments of a fused model's forward and turns them into rows of tokens.
 
-Whatever our decoder does not do is a ConfigError here, before anything is run. Knows no model and no cache's pages.
+What our decoder does not support is a ConfigError here, before anything runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Mask = NDArray[np.bool_] | None
 
 
 def check_arguments(config: Any, input_ids: Any, inputs_embeds: Any, kwargs: dict[str, Any]) -> None:
-    """Raise ConfigError for arguments that our decoder has no use for, or cannot use."""
+    """Raise ConfigError for arguments that our decoder does not support."""
     if input_ids is None or inputs_embeds is not None:
         raise ConfigError("a fused model takes input_ids, not inputs_embeds; load it without do_fuse for those")
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in WHOLE:
@@ -46,7 +46,7 @@ def _check_mask(mask: Any) -> None:
 
 
 def least_pads(mask: Any) -> int:
-    """The pad tokens of the longest row of generate's mask. Raises ConfigError where a row has no token."""
+    """Pad tokens of the longest row of generate's mask. Raises ConfigError if a row has no token."""
     if mask is None:
         return 0
     _check_mask(mask)
@@ -58,7 +58,7 @@ def least_pads(mask: Any) -> int:
 
 
 def new_columns(mask: Any, ids: Tensor, past: FusedCache) -> Mask:
-    """Which of the tokens count, bool [rows, tokens]; None for all. Raises ConfigError for another kind of mask."""
+    """Mask of the new columns, bool [rows, tokens], True for tokens; None if there are no pads."""
     if mask is None:
         return None
     _check_mask(mask)
@@ -89,9 +89,13 @@ def used_tokens(ids: Tensor, mask: Mask, vocab_size: int) -> list[list[int]]:
 
 
 def kept_columns(keep: Any, width: int, mask: Mask) -> tuple[int, Tensor | None]:
-    """The first column whose logits are wanted, and which ones from there on, counted from it; None for all.
+    """Decode logits_to_keep.
 
-    Raises ConfigError for columns that input_ids has not, and where the last alone is wanted of a row ending in a pad.
+    Returns:
+        The first column whose logits are needed, and the chosen columns counted from it (None for all from there).
+
+    Raises:
+        ConfigError: a column is not in input_ids, or only the last is kept and a row ends in a pad.
     """
     chosen = None
     if isinstance(keep, Tensor):

@@ -1,4 +1,4 @@
-"""torch's number of threads while fused models generate, in any number of threads at once."""
+"""Keeps torch on one thread while fused models generate, also from several threads at once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 import torch
 
 _lock = threading.Lock()
-_generating: list[int] = []  # threads that are in generate, once for each time
-_usual = 1  # torch's threads outside of it
+_generating: list[int] = []  # ids of threads in generate, one entry per nested call
+_usual = 1  # torch's number of threads before
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread meanwhile: its threads wait for cores that the kernels' keep.
+    """Keep torch on one thread: its OpenMP threads would compete with the CPU kernels' threads.
 
-    The number is of each thread, and of those that start later the one set last: every thread that leaves sets what the
-    first one found.
+    torch keeps the number per thread, and threads that start later inherit the one set last. So every thread that
+    leaves restores the number that the first one found.
     """
     global _usual
     me = threading.get_ident()

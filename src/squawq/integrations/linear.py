@@ -1,7 +1,7 @@
 """A linear layer that keeps AWQ GEMM tensors exactly as the checkpoint has them, and multiplies by them.
 
-On the CPU the native kernels run it, from a packed copy made at the first forward; anywhere else it is plain torch:
-dequantize and multiply. Knows nothing of transformers.
+The backend of the input's device multiplies, from a packed copy made at the first forward where its layout is another
+than AWQ's. Knows nothing of transformers.
 """
 
 from __future__ import annotations
@@ -14,36 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from squawq.backends import backend_for
+from squawq.backends.layer_ops import Packed
 from squawq.errors import KernelError
-from squawq.format.groupwise import SYMMETRIC_ZERO
-from squawq.format.packing import PER_WORD, unpack
-from squawq.kernels import library
-from squawq.kernels.packed import PackedInt4, kernel_group
+from squawq.format.packing import PER_WORD, from_gemm
 
-NATIVE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _numbers = count()
 _owners: WeakValueDictionary[int, AwqLinear] = WeakValueDictionary()
 
 
-def dequantize(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight [in, out] in `dtype`; the products are rounded once."""
-    wide = torch.promote_types(scales.dtype, dtype)
-    groups, out = scales.shape
-    weight = unpack(qweight).view(groups, -1, out).to(wide)
-    weight = weight - (SYMMETRIC_ZERO if qzeros is None else unpack(qzeros).view(groups, 1, out).to(wide))
-    return (weight * scales.view(groups, 1, out).to(wide)).view(-1, out).to(dtype)
-
-
 def plain(x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x [..., in] times the dequantized weight, plus bias, in x's dtype: torch alone, on any device."""
-    y = x @ dequantize(qweight, scales, qzeros, x.dtype)
-    return y if bias is None else y + bias.to(x.dtype)
+    """x [..., in] times the dequantized weight plus bias, in x's dtype: torch alone, seen by autograd and compile."""
+    return F.linear(x, dense(qweight, scales, qzeros, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def dense(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] in `dtype`."""
+    return from_gemm(qweight, scales, qzeros).dequantize().to(dtype)
 
 
 class AwqLinear(nn.Module):
     """qweight int32 [in, out/8], qzeros int32 [in/group, out/8] (None: 8 is meant), scales [in/group, out], bias [out].
 
-    exact: multiply float activations instead of int8 ones on the native kernels. native: False for torch everywhere.
+    exact: activations stay float32. backend: a name of `squawq.backends.BACKENDS`; None chooses by the input's device.
     Tensors change (loading, `to`, a shard of tensor parallelism): the next forward packs again.
     """
 
@@ -59,7 +53,7 @@ class AwqLinear(nn.Module):
         bias: torch.dtype | None = None,
         scales: torch.dtype = torch.float16,
         exact: bool = False,
-        native: bool = True,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.group, self.exact = in_features, out_features, group, exact
@@ -68,13 +62,14 @@ class AwqLinear(nn.Module):
         self.scales = _frozen(groups, out_features, dtype=scales)
         self.qzeros = _frozen(groups, words, dtype=torch.int32) if zeros else None
         self.bias = None if bias is None else _frozen(out_features, dtype=bias)
-        self.native = native and kernel_group(group) is not None and library.load() is not None
+        self.backend = backend
+        self._plain = [kind for kind in ("cpu", "cuda", "mps", "xpu") if backend_for(kind, backend).traceable]
         self._adopt()
 
     def _adopt(self) -> None:
         """A number by which the operator finds this layer, and no packed weight yet."""
         self._number = next(_numbers)
-        self._packed: tuple[Any, PackedInt4] | None = None
+        self._packed: tuple[Any, Packed] | None = None
         _owners[self._number] = self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,8 +84,8 @@ class AwqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = self.qweight, self.scales, self.qzeros, self.bias
-        if not self.native or x.device.type != "cpu" or x.dtype not in NATIVE_TYPES or _offloaded(self):
-            return plain(x, *tensors)  # Triton kernels for CUDA belong here, before this line
+        if x.device.type in self._plain or x.dtype not in FLOATS or _offloaded(self):
+            return plain(x, *tensors)
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             product: Tensor = _operator(x, *tensors, self._number)
             return product
@@ -99,18 +94,16 @@ class AwqLinear(nn.Module):
     def multiply(
         self, x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        """The product on the native kernels, from the packed weight, made anew if the tensors are others."""
+        """The backend's product, from the packed weight, which is made anew if the tensors are others."""
+        backend = backend_for(x.device, self.backend, exact=self.exact)
         state = tuple(map(_identity, (qweight, scales, qzeros, bias)))
         kept = self._packed  # looked at once: another thread may be packing
         if kept is None or kept[0] != state:
             kept = self._packed = None  # let the old one go first
             out, in_features = scales.shape[1], qweight.shape[0]
-            packed = PackedInt4(out, in_features, self.group, bias=bias, exact=self.exact)
-            packed.fill(0, qweight, scales, qzeros)
+            packed = backend.pack_int4(out, in_features, self.group, [(qweight, scales, qzeros)], bias)
             self._packed = kept = state, packed
-        packed = kept[1]
-        y = packed(x.reshape(-1, x.shape[-1]).float().contiguous())
-        return y.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
+        return backend.matmul(x, kept[1])
 
 
 def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -150,7 +143,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The weight is frozen: only the input has a gradient."""
     qweight, scales, qzeros = ctx.saved_tensors
-    return F.linear(gradient, dequantize(qweight, scales, qzeros, gradient.dtype)), None, None, None, None, None
+    return gradient @ dense(qweight, scales, qzeros, gradient.dtype), None, None, None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_save)

@@ -2,7 +2,6 @@
 
 Reads AWQ GEMM in safetensors. Also widens `AwqConfig` in place, since users import it before or after us: it keeps
 `do_fuse`, `fuse_max_seq_len` and `modules_to_fuse`, takes AutoAWQ's spellings, and refuses what it does not know.
-Knows no kernels.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from squawq.backends import REFERENCE
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.shards import TensorInfo, read_header
 from squawq.integrations.experts import expert_names
@@ -143,7 +143,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
         if quantization_config.modules_to_fuse:
             _say_once("modules_to_fuse turns do_fuse on; what it lists is not used, since the whole model is fused")
-        self.native = backend == "auto"
+        self.backend = None if backend == "auto" else REFERENCE
         self._folder: Path | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
                 bias=None if bias is None else bias.dtype,
                 scales=scales.dtype,
                 exact=self.quantization_config.exact,
-                native=self.native,
+                backend=self.backend,
             )
         for name, tensor in layer.named_parameters():
             info = _find(stored, f"{path}.{name}")

@@ -1,64 +1,45 @@
-"""Keys and values in pages of 16 tokens, and the batch of one step that reads and writes them."""
+"""The paged key-value cache of all layers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from squawq.backends.base import Backend, Pages
 from squawq.config import ModelConfig
-from squawq.kernels.reference import PAGE
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step's tokens, a row each, sequence after sequence.
-
-    ids, positions, slots: int64 [rows]; a slot is page * 16 + place. sequences int64 [sequences, 4] and pages int32:
-    see kernels/reference.py. outputs: int64, the rows whose logits are wanted.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    sequences: Tensor
-    pages: Tensor
-    outputs: Tensor
 
 
 class Cache:
-    """Pages of all layers, float16, zeros at first. On a CPU a page takes memory when it is first written.
+    """Pages of all layers, zeros at first, in the backend's layout. On a CPU a page takes memory when it is written.
 
-    Memory: pages * 16 * token_bytes(config).
+    Memory: pages * backend.page_size * token_bytes(config).
     """
 
-    def __init__(self, config: ModelConfig, pages: int, device: str = "cpu") -> None:
+    def __init__(self, config: ModelConfig, pages: int, backend: Backend) -> None:
         _, kv, dim = config.heads
-        shape = (config.num_layers, 2, pages, kv * dim * PAGE)
-        if device == "cpu":  # numpy's zeros are not touched until they are written, torch's are
-            store = torch.from_numpy(np.zeros(shape, np.float16))
+        shapes = backend.page_shapes(kv, dim)
+        shape = (config.num_layers, 2, pages, math.prod(shapes[0]))
+        if backend.device.type == "cpu":  # numpy's zeros take no memory until they are written, torch's do
+            bits = {2: np.int16, 4: np.int32}[backend.cache_dtype.itemsize]
+            self._store = torch.from_numpy(np.zeros(shape, bits)).view(backend.cache_dtype)
         else:
-            store = torch.zeros(shape, dtype=torch.float16, device=device)
-        self._store = store
-        self._layers = [(k.view(pages, kv, dim, PAGE), v.view(pages, kv, PAGE, dim)) for k, v in store]
+            self._store = torch.zeros(shape, dtype=backend.cache_dtype, device=backend.device)
+        key, value = shapes
+        self.layers: list[Pages] = [(k.view(pages, *key), v.view(pages, *value)) for k, v in self._store]
 
     @staticmethod
     def token_bytes(config: ModelConfig) -> int:
-        """Bytes of one token's keys and values in all layers."""
+        """Bytes of one token's keys and values in all layers, in 16 bits."""
         return config.num_layers * 2 * config.num_kv_heads * config.head_dim * 2
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """keys [pages, kv_heads, head_dim, 16] and values [pages, kv_heads, 16, head_dim] of a layer."""
-        return self._layers[index]
-
     def copy(self, source: int, target: int) -> None:
-        """Give page `target` what page `source` holds, in every layer."""
+        """Copy one page to another, in every layer."""
         self._store[:, :, target] = self._store[:, :, source]
 
     def take(self, pages: Sequence[int], other: Cache) -> None:
-        """Hold in these pages what `other`, of the same shape, holds in its."""
+        """Copy these pages from `other`, a cache of the same shape."""
         for page in pages:
             self._store[:, :, page] = other._store[:, :, page]

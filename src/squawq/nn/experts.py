@@ -1,7 +1,7 @@
 """Mixture-of-experts layers whose experts are linears, one by one, as checkpoints name them.
 
-transformers 5 keeps all experts of a layer in two three-dimensional parameters; `Experts` takes that module's place and
-is called as it was. Knows nothing of what the linears hold, and no router.
+transformers 5 stacks all experts of a layer in two three-dimensional parameters; `Experts` replaces that module and has
+the same call signature. The router stays transformers' own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def is_stacked(module: nn.Module) -> bool:
-    """Whether this is transformers' form: every expert of a layer in two parameters."""
+    """Whether all experts of the layer are stacked in two parameters, as in transformers."""
     parts = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
     return all(part is not None and part.dim() == 3 for part in parts)
 
@@ -38,7 +38,7 @@ class Expert(nn.Module):
         self.names = tuple(linears)
         for name, linear in linears.items():
             self.add_module(name, linear)
-        self._act = [act]  # a list: an activation shared by all experts is no module of each
+        self._act = [act]  # in a list, so that the shared activation is not registered as a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(name) for name in self.names)
@@ -56,11 +56,16 @@ class Experts(nn.ModuleList):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """hidden_states [tokens, hidden]; top_k_index and top_k_weights [tokens, k]. An index past the last expert
-        is one of another process: no part of the sum here. Sums in float32, in the order of the experts.
+        """Weighted sum of each token's experts, in float32, in the order of the experts.
 
-        Without an index, as Llama 4 calls: [experts * tokens, hidden], each expert's inputs in its own part, zero where
-        the token is not for it. Gives the same shape.
+        Args:
+            hidden_states: [tokens, hidden]; without an index, as Llama 4 calls: [experts * tokens, hidden], one part
+                per expert, zero where the token is not routed to it.
+            top_k_index: int64 [tokens, k]. An index past the last expert belongs to another process and is skipped.
+            top_k_weights: [tokens, k].
+
+        Returns:
+            As hidden_states, in shape and dtype.
         """
         if top_k_index is None or top_k_weights is None:
             return self._each_its_own(hidden_states)

@@ -1,28 +1,28 @@
 """From a checkpoint to our decoder.
 
-With the native kernels AWQ tensors are read one linear at a time and packed into the kernels' layout. Peak memory of
-`load`: the packed weights, the embedding, and one linear as it is stored. Nothing stays mapped from the files, which
-may change while the model runs.
+AWQ tensors are read one linear at a time and packed by the backend. Peak memory of `load`: the packed weights, the
+embedding, and one linear as it is stored. Nothing stays mapped from the files, which may change while the model runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from squawq.backends import backend_for
+from squawq.backends.base import Backend
+from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ROPE_TYPES, ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import FAMILIES, Family, family_of
-from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
-from squawq.kernels import library
-from squawq.kernels.packed import DENSE_TYPES, PackedDense, PackedInt4, PackedInt8, kernel_group
-from squawq.nn.decoder import DOWN, GATE_UP, OUT, QKV, Decoder, Layer
-from squawq.nn.linear import Linear
+from squawq.nn.decoder import Decoder
+from squawq.nn.layers import DOWN, GATE_UP, OUT, QKV, layer_operations, norm_sizes
 
 HEADS = ("int8", "int4", "16-bit")
 HEAD_GROUP = 32  # of an int4 head: finer than the layers', since nothing was searched for it
@@ -30,26 +30,27 @@ HEAD_GROUP = 32  # of an int4 head: finer than the layers', since nothing was se
 
 @dataclass(frozen=True)
 class Options:
-    """How weights are held. device: where. exact: activations stay float32 in products with 4-bit weights.
+    """How weights are held.
 
-    head: "int8" rounds the head's rows to 8 bits, "int4" to 4 bits in groups of 32, "16-bit" leaves it as it is stored.
-    None: int8 where the native kernels take it, else (and with `exact`) as stored. packed: use the native kernels where
-    they fit; False gives plain tensors, dense ones in float32.
-    Raises ConfigError for another head.
+    Args:
+        device: such as "cpu" or "cuda:1".
+        exact: activations stay float32 in products with 4-bit weights.
+        head: "int8" rounds the head's rows to 8 bits, "int4" to 4 bits in groups of 32, "16-bit" leaves it as it is
+            stored; None for what suits the backend.
+        backend: a name of `squawq.backends.BACKENDS`; None for the first that runs on the device.
+
+    Raises:
+        ConfigError: another head.
     """
 
     device: str = "cpu"
     exact: bool = False
     head: str | None = None
-    packed: bool = True
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         if self.head is not None and self.head not in HEADS:
             raise ConfigError(f"head is {self.head!r}; choose one of {', '.join(HEADS)}")
-
-    @property
-    def native(self) -> bool:
-        return self.packed and self.device == "cpu" and library.load() is not None
 
 
 def check_decoder(config: ModelConfig) -> None:
@@ -98,40 +99,19 @@ FUSED = {
 }
 
 
-def _float(tensor: Tensor, device: str) -> Tensor:
-    return tensor.to(device=device, dtype=torch.float32)
-
-
-def load_linear(checkpoint: Checkpoint, parts: Mapping[str, int], in_features: int, options: Options) -> Linear:
-    """Linears that read the same input as one, stacked: full name -> out_features, each 4-bit or dense."""
+def load_linear(checkpoint: Checkpoint, parts: Mapping[str, int], in_features: int, backend: Backend) -> Packed:
+    """Linears that read the same input as one weight, stacked: full name -> out_features, each 4-bit or dense."""
     quantized = [checkpoint.is_quantized(name) for name in parts]
-    bias = _bias(checkpoint, parts, options.device)
+    bias = _bias(checkpoint, parts, backend.device)
     if all(quantized):
-        return _load_int4(checkpoint, parts, in_features, bias, options)
+        gemms = (checkpoint.read_gemm(name, in_features, out) for name, out in parts.items())
+        group = checkpoint.group_of(in_features)
+        return backend.pack_int4(sum(parts.values()), in_features, group, gemms, bias)
     if not any(quantized):
         weights = [checkpoint.read(f"{name}.weight", (out, in_features)) for name, out in parts.items()]
     else:  # a checkpoint that quantized only some of them
         weights = [_dense(checkpoint, name, out, in_features) for name, out in parts.items()]
-    if options.native:
-        same = len({w.dtype for w in weights}) == 1 and weights[0].dtype in DENSE_TYPES
-        return Linear(PackedDense(weights if same else [w.float() for w in weights], bias=bias))
-    return Linear(torch.cat([_float(w, options.device) for w in weights]), bias)
-
-
-def _load_int4(
-    checkpoint: Checkpoint, parts: Mapping[str, int], in_features: int, bias: Tensor | None, options: Options
-) -> Linear:
-    group = checkpoint.group_of(in_features)
-    if options.native and kernel_group(group) is not None:
-        packed = PackedInt4(sum(parts.values()), in_features, group, bias=bias, exact=options.exact)
-        row = 0
-        for name, out in parts.items():
-            packed.fill(row, *checkpoint.read_gemm(name, in_features, out))
-            row += out
-        return Linear(packed)
-    tensors = [checkpoint.read_quantized(name, in_features, out) for name, out in parts.items()]
-    fields = [torch.cat([getattr(t, f) for t in tensors]).to(options.device) for f in ("q", "scales", "zeros")]
-    return Linear(GroupwiseTensor(*fields), bias)
+    return backend.pack_dense(weights, bias)
 
 
 def _dense(checkpoint: Checkpoint, name: str, out: int, in_features: int) -> Tensor:
@@ -140,7 +120,7 @@ def _dense(checkpoint: Checkpoint, name: str, out: int, in_features: int) -> Ten
     return checkpoint.read(f"{name}.weight", (out, in_features)).float()
 
 
-def _bias(checkpoint: Checkpoint, parts: Mapping[str, int], device: str) -> Tensor | None:
+def _bias(checkpoint: Checkpoint, parts: Mapping[str, int], device: torch.device) -> Tensor | None:
     if not any(f"{name}.bias" in checkpoint.tensors for name in parts):
         return None
     biases = [
@@ -150,20 +130,22 @@ def _bias(checkpoint: Checkpoint, parts: Mapping[str, int], device: str) -> Tens
     return torch.cat(biases).to(device)
 
 
-def load_layer(checkpoint: Checkpoint, index: int, options: Options) -> Layer:
+def _norm(checkpoint: Checkpoint, name: str, size: int, device: torch.device) -> Tensor:
+    return checkpoint.read(f"{name}.weight", (size,)).to(device, torch.float32)
+
+
+def load_layer(checkpoint: Checkpoint, index: int, backend: Backend) -> list[Operation]:
     """One decoder layer."""
     config = checkpoint.config
     family = family_of(config.model_type)
     prefix, shapes = family.layer(index), linear_shapes(config)
     linears = {
-        fused: load_linear(checkpoint, {f"{prefix}.{n}": shapes[n][0] for n in names}, shapes[names[0]][1], options)
+        fused: load_linear(checkpoint, {f"{prefix}.{n}": shapes[n][0] for n in names}, shapes[names[0]][1], backend)
         for fused, names in FUSED.items()
     }
-    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (config.hidden_size,))
-    if family.qk_norm:
-        norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (config.head_dim,))
-    loaded = {n: _float(checkpoint.read(f"{prefix}.{n}.weight", shape), options.device) for n, shape in norms.items()}
-    return Layer(config, index, linears, loaded)
+    sizes = norm_sizes(config, family)
+    norms = {name: _norm(checkpoint, f"{prefix}.{name}", size, backend.device) for name, size in sizes.items()}
+    return layer_operations(config, family, index, linears, norms)
 
 
 def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:
@@ -172,37 +154,43 @@ def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:
     return checkpoint.read(f"{family.embedding}.weight", (config.vocab_size, config.hidden_size))
 
 
-def head_kind(checkpoint: Checkpoint, family: Family, options: Options) -> str:
+def head_kind(checkpoint: Checkpoint, family: Family, options: Options, backend: Backend) -> str:
     """How the head is held, one of HEADS; reads no tensor. Raises ConfigError for one asked for that cannot be."""
-    config = checkpoint.config
-    wanted = options.head or ("16-bit" if options.exact else "int8")
     name = _head_name(checkpoint, family)
-    if wanted != "16-bit" and options.native and not checkpoint.is_quantized(name):
-        if wanted == "int4" and config.hidden_size % HEAD_GROUP == 0 and config.vocab_size % 8 == 0:
-            return wanted
-        dtype = checkpoint.info(f"{name}.weight").dtype
-        if wanted == "int8" and kernel_group(config.hidden_size) is not None and dtype in DENSE_TYPES:
-            return wanted
-    if options.head in ("int8", "int4"):
-        raise ConfigError(
-            f"head is {options.head!r}, which the head of {checkpoint.folder} cannot be here: it takes the native CPU "
-            "kernels, a head that is not quantized, hidden_size a multiple of 16 (int4: 32, and a vocabulary a "
-            "multiple of 8); leave it out or choose 16-bit"
-        )
-    return "16-bit"
+    kind = options.head or backend.head
+    if kind == "16-bit":
+        return kind
+    reason = _head_declines(checkpoint, name, kind, backend)
+    if reason is None:
+        return kind
+    if options.head is None:
+        return "16-bit"
+    raise ConfigError(
+        f"head is {kind!r}, which the head of {checkpoint.folder} cannot be here: {reason}; leave it out or choose "
+        "16-bit"
+    )
+
+
+def _head_declines(checkpoint: Checkpoint, name: str, kind: str, backend: Backend) -> str | None:
+    if checkpoint.is_quantized(name):
+        return "it is quantized"
+    out, in_ = checkpoint.config.vocab_size, checkpoint.config.hidden_size
+    if kind == "int4":
+        return backend.int4_declines(out, in_, HEAD_GROUP)
+    return backend.int8_declines(out, in_, checkpoint.info(f"{name}.weight").dtype)
 
 
 def load_head(
-    checkpoint: Checkpoint, family: Family, options: Options, embedding: Tensor, kind: str
-) -> tuple[Tensor, Linear]:
+    checkpoint: Checkpoint, family: Family, backend: Backend, embedding: Tensor, kind: str
+) -> tuple[Tensor, Packed]:
     """The final norm [hidden] and the head of a kind of HEADS, which is the embedding where the two are tied."""
     config, name = checkpoint.config, _head_name(checkpoint, family)
-    norm = _float(checkpoint.read(f"{family.norm}.weight", (config.hidden_size,)), options.device)
+    norm = _norm(checkpoint, family.norm, config.hidden_size, backend.device)
     if kind == "16-bit":
-        return norm, load_linear(checkpoint, {name: config.vocab_size}, config.hidden_size, options)
+        return norm, load_linear(checkpoint, {name: config.vocab_size}, config.hidden_size, backend)
     tied = name == family.embedding
     weight = embedding if tied else checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
-    return norm, Linear(PackedInt4.rounded(weight, HEAD_GROUP) if kind == "int4" else PackedInt8(weight))
+    return norm, backend.round_int4(weight, HEAD_GROUP) if kind == "int4" else backend.pack_int8(weight)
 
 
 def _head_name(checkpoint: Checkpoint, family: Family) -> str:
@@ -214,9 +202,10 @@ def load(folder: str | Path, options: Options | None = None) -> Decoder:
     options = options or Options()
     checkpoint = Checkpoint(folder)
     check_decoder(checkpoint.config)
-    family = family_of(checkpoint.config.model_type)
-    kind = head_kind(checkpoint, family, options)  # first: what was asked for it may be refused
+    config, family = checkpoint.config, family_of(checkpoint.config.model_type)
+    backend = backend_for(options.device, options.backend, exact=options.exact)
+    kind = head_kind(checkpoint, family, options, backend)  # first: what was asked for it may be refused
     embedding = load_embedding(checkpoint, family)
-    norm, head = load_head(checkpoint, family, options, embedding, kind)
-    layers = [load_layer(checkpoint, index, options) for index in range(checkpoint.config.num_layers)]
-    return Decoder(checkpoint.config, embedding.to(options.device), layers, norm, head)
+    norm, head = load_head(checkpoint, family, backend, embedding, kind)
+    layers = [load_layer(checkpoint, index, backend) for index in range(config.num_layers)]
+    return Decoder(config, backend, embedding.to(backend.device), tuple(chain(*layers)), norm, head)

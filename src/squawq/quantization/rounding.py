@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from squawq.backends import backend_for
 from squawq.format.groupwise import LEVELS, MIN_SCALE, GroupwiseTensor, round_to_grid, scale_and_zero
-from squawq.kernels.dispatch import round_columns
 
 BLOCK = 128  # columns rounded between two matrix products (lazy batch updates)
 CHUNK = 1 << 24  # weights rounded at once: rows are independent
@@ -63,7 +63,7 @@ class Grid:
         Returns:
             Integers as float32, and errors (base minus rounded), each [columns, out].
         """
-        return round_columns(wanted, base, feedback, self.scale, self.zero, groups, LEVELS)
+        return backend_for(wanted.device).round_columns(wanted, base, feedback, self.scale, self.zero, groups, LEVELS)
 
     def fit(self, levels: Tensor, pull: Tensor, gram: Tensor, energy: Tensor, group: Tensor) -> Tensor:
         """Fit a group's scales, in place, to the least loss for its integers.

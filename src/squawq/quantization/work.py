@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from squawq.backends.devices import check_device
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.hub.stream import open_streamed
-from squawq.kernels.devices import check_device
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig

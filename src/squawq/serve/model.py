@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from squawq.backends import backend_for
+from squawq.backends.devices import check_device
 from squawq.engine.engine import Engine
 from squawq.engine.generation_config import GenerationConfig
 from squawq.engine.request import Request, SamplingParams
@@ -19,8 +21,6 @@ from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError
 from squawq.format.files import has_file, read_text
 from squawq.hub.download import resolve, resolve_small
-from squawq.kernels import library
-from squawq.kernels.devices import check_device
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
 from squawq.serve.sizes import Sizes
@@ -96,9 +96,8 @@ class Served:
 
     def facts(self) -> dict[str, Any]:
         """What it runs on, for the log."""
-        facts: dict[str, Any] = {"device": self.settings.device}
-        if self.settings.device == "cpu":
-            facts |= {"threads": library.threads(), "instructions": library.isa()}
+        device = self.settings.device
+        facts: dict[str, Any] = {"device": device, **backend_for(device).describe()}
         cache = self.cached * self.token_bytes
         return {**facts, "cache_tokens": self.cached, "cache_mib": round(cache / 2**20, 1)}
 

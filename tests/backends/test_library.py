@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from squawq.backends.cpu import library
 from squawq.errors import ConfigError, KernelError
-from squawq.kernels import library
 
 FOUND = library._find()
 if FOUND is None:
@@ -32,10 +32,11 @@ def test_a_process_with_a_library_that_is_cut_off(cut: Path) -> None:
     code = f"""
 import torch
 from pathlib import Path
-from squawq.kernels import dispatch, library
+from squawq.backends import backend_for
+from squawq.backends.cpu import library
 library._find = lambda: Path({str(cut)!r})
 library.load(), library.load()
-print(library.isa(), dispatch.silu_mul(torch.ones(1, 32)).shape[1])
+print(library.isa(), backend_for("cpu").activation_mul(torch.ones(1, 32), "silu").shape[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, ["torch", "16"]), done.stderr

@@ -13,14 +13,12 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from squawq.backends.cpu.library import INT, LANES, POINTER, SIZE, address, check, required
+from squawq.backends.layer_ops import Packed
 from squawq.errors import KernelError
-from squawq.format.groupwise import quantize
-from squawq.format.packing import to_gemm
-from squawq.kernels.library import INT, LANES, POINTER, SIZE, address, check, required
 
 LARGE_PAGE = 2 << 20
 GROUPS = (128, 64, 32, 16)  # inputs that share an activation scale
-ROUNDED_ROWS = 4096
 DENSE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -82,7 +80,18 @@ def _blocks(out: int) -> int:
     return -(-out // LANES)
 
 
-class PackedInt4:
+class NativePacked(Packed):
+    """A weight that the library multiplies. kind: of csrc/layers.h; pointer: its structure."""
+
+    kind: int
+    pointer: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [rows, in] -> float32 [rows, out]."""
+        raise NotImplementedError
+
+
+class PackedInt4(NativePacked):
     """4-bit weights [out, in] in the kernels' layout (csrc/ops.h), filled from AWQ GEMM tensors part by part.
 
     exact: multiply float32 activations instead of int8 ones. Memory: out * in / 2 bytes and 3 more for every
@@ -129,16 +138,6 @@ class PackedInt4:
             )
         )
 
-    @classmethod
-    def rounded(cls, weight: Tensor, group: int) -> PackedInt4:
-        """A dense weight [out, in] rounded to nearest. Memory beside the result: a slice of some thousand rows."""
-        out, in_ = weight.shape
-        packed = cls(out, in_, group)
-        for row in range(0, out, ROUNDED_ROWS):
-            gemm = to_gemm(quantize(weight[row : row + ROUNDED_ROWS], group, zero_point=True))
-            packed.fill(row, gemm["qweight"], gemm["scales"], gemm["qzeros"])
-        return packed
-
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [rows, in] -> float32 [rows, out]."""
         y = _product(x, self.shape)
@@ -146,7 +145,7 @@ class PackedInt4:
         return y
 
 
-class PackedInt8:
+class PackedInt8(NativePacked):
     """Weights [out, in] rounded to int8 with one scale a row, in the kernels' layout: out * in bytes."""
 
     kind = 2
@@ -171,7 +170,7 @@ class PackedInt8:
         return y
 
 
-class PackedDense:
+class PackedDense(NativePacked):
     """float16, bfloat16 or float32 weights [out, in] in the kernels' layout; multiplied in float32."""
 
     kind = 3
@@ -199,6 +198,3 @@ class PackedDense:
         y = _product(x, self.shape)
         check(required().squawq_dense_matmul(x.data_ptr(), x.shape[0], self.pointer, y.data_ptr()))
         return y
-
-
-Packed = PackedInt4 | PackedInt8 | PackedDense

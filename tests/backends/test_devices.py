@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from squawq.backends.devices import check_device
 from squawq.errors import ConfigError
-from squawq.kernels.devices import check_device
 
 
 @pytest.fixture

@@ -13,15 +13,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
+from squawq.backends import backend_for
+from squawq.backends.base import Backend
+from squawq.backends.cpu import library
+from squawq.backends.cpu.packed import NativePacked, PackedDense, PackedInt4, PackedInt8
 from squawq.errors import ConfigError, KernelError
 from squawq.format.groupwise import GroupwiseTensor, quantize
 from squawq.format.packing import to_gemm
-from squawq.kernels import cpu, library, reference
-from squawq.kernels.packed import Packed, PackedDense, PackedInt4, PackedInt8
 
 if library.load() is None:
     pytest.skip("the native kernels are not built on this machine", allow_module_level=True)
+
+CPU, REFERENCE = backend_for("cpu", "cpu"), backend_for("cpu", "reference")
 
 
 def available() -> list[str]:
@@ -60,7 +65,7 @@ def packed(tensor: GroupwiseTensor, group: int, *, exact: bool, bias: Tensor | N
     return weight
 
 
-def row_by_row(weight: Packed, x: Tensor) -> Tensor:
+def row_by_row(weight: NativePacked, x: Tensor) -> Tensor:
     return torch.cat([weight(x[i : i + 1]) for i in range(len(x))])
 
 
@@ -78,7 +83,7 @@ def test_int4_matmul(out: int, in_: int, group: int) -> None:
         weight = packed(tensor, group, exact=exact, bias=bias)
         for rows in ROWS:
             x = random(rows, in_, seed=rows)
-            expected = reference.int4_matmul(x, tensor, bias)
+            expected = F.linear(x, tensor.dequantize(), bias)
             found = weight(x)
             assert (found - expected).abs().max() <= tolerance * expected.abs().max()
             assert torch.equal(found, row_by_row(weight, x))
@@ -90,7 +95,7 @@ def test_int8_activations_are_what_the_docs_say() -> None:
     groups = x.view(5, 3, 128)
     scale = groups.abs().amax(-1, keepdim=True) / 127
     rounded = (groups * (127 / groups.abs().amax(-1, keepdim=True))).round() * scale
-    expected = reference.int4_matmul(rounded.view(5, 384).double().float(), tensor)
+    expected = F.linear(rounded.view(5, 384).double().float(), tensor.dequantize())
     assert torch.allclose(
         packed(tensor, 128, exact=False)(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
     )
@@ -115,7 +120,7 @@ def test_symmetric_checkpoints_have_zeros_of_8() -> None:
     weight = PackedInt4(24, 128, 32, exact=True)
     weight.fill(0, gemm["qweight"], gemm["scales"], None)
     x = random(3, 128, seed=4)
-    assert torch.allclose(weight(x), reference.int4_matmul(x, tensor), atol=1e-4)
+    assert torch.allclose(weight(x), F.linear(x, tensor.dequantize()), atol=1e-4)
 
 
 def test_parts_are_stacked() -> None:
@@ -127,7 +132,7 @@ def test_parts_are_stacked() -> None:
         weight.fill(row, gemm["qweight"], gemm["scales"], gemm["qzeros"])
         row += part.q.shape[0]
     x = random(3, 64, seed=9)
-    assert torch.allclose(weight(x), torch.cat([reference.int4_matmul(x, p) for p in parts], 1), atol=1e-4)
+    assert torch.allclose(weight(x), torch.cat([F.linear(x, p.dequantize()) for p in parts], 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -157,14 +162,18 @@ def test_add_rms_norm_and_silu() -> None:
     for rows, n in ((1, 16), (3, 256), (33, 1024)):
         hidden, delta, weight = random(rows, n), random(rows, n, seed=1), random(n, seed=2)
         mine, theirs = hidden.clone(), hidden.clone()
-        found = cpu.add_rms_norm(mine, delta, weight, 1e-5)
-        assert torch.allclose(found, reference.add_rms_norm(theirs, delta, weight, 1e-5), atol=1e-5)
+        found = CPU.add_rms_norm(mine, delta, weight, 1e-5)
+        assert torch.allclose(found, REFERENCE.add_rms_norm(theirs, delta, weight, 1e-5), atol=1e-5)
         assert torch.equal(mine, theirs)
         gate_up = random(rows, 2 * n, seed=3) * 8
-        assert torch.allclose(cpu.silu_mul(gate_up), reference.silu_mul(gate_up), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(
+            CPU.activation_mul(gate_up, "silu"), REFERENCE.activation_mul(gate_up, "silu"), rtol=1e-5, atol=1e-5
+        )
     wild = torch.tensor([[-1e30, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e30] * 2 + [1.0] * 16])
     # Far below -88 the exponential stops growing: -1e30 gives -6e-9 for 0.
-    assert torch.allclose(cpu.silu_mul(wild), reference.silu_mul(wild), rtol=1e-5, atol=1e-8)
+    assert torch.allclose(
+        CPU.activation_mul(wild, "silu"), REFERENCE.activation_mul(wild, "silu"), rtol=1e-5, atol=1e-8
+    )
 
 
 class Paged:
@@ -194,11 +203,8 @@ class Paged:
         self.sequences, self.pages = torch.tensor(sequences), torch.tensor(pages, dtype=torch.int32)
         self.positions, self.slots = torch.tensor(positions), torch.tensor(slots)
 
-    def attend(self, kernels: object, window: int | None) -> Tensor:
-        out: Tensor = kernels.attention(  # type: ignore[attr-defined]
-            self.qkv, self.heads, self.sequences, self.pages, window, self.keys, self.values
-        )
-        return out
+    def attend(self, backend: Backend, window: int | None) -> Tensor:
+        return backend.attention(self.qkv, self.heads, self.sequences, self.pages, window, (self.keys, self.values))
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 16), (8, 2, 64), (6, 1, 32), (16, 1, 128), (3, 3, 48)])
@@ -206,7 +212,7 @@ class Paged:
 def test_attention(heads: tuple[int, int, int], window: int | None) -> None:
     lengths = [(0, 1), (15, 1), (16, 1), (200, 1), (0, 70), (31, 33), (63, 2), (127, 16)]
     paged = Paged(heads, lengths)
-    assert torch.allclose(paged.attend(cpu, window), paged.attend(reference, window), atol=2e-5)
+    assert torch.allclose(paged.attend(CPU, window), paged.attend(REFERENCE, window), atol=2e-5)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -219,17 +225,16 @@ def test_attention_of_a_row_is_the_same_in_any_batch(
     isa: str, lengths: list[tuple[int, int]], window: int | None, seed: int
 ) -> None:
     paged = Paged((4, 2, 32), lengths, seed)
-    together = paged.attend(cpu, window)
+    together = paged.attend(CPU, window)
     for first, rows, start, place in paged.sequences.tolist():
         for row in range(rows):
-            alone = cpu.attention(
+            alone = CPU.attention(
                 paged.qkv[first + row : first + row + 1].contiguous(),
                 paged.heads,
                 torch.tensor([[0, 1, start + row, place]]),
                 paged.pages,
                 window,
-                paged.keys,
-                paged.values,
+                (paged.keys, paged.values),
             )
             assert torch.equal(alone[0], together[first + row])
 
@@ -240,11 +245,11 @@ def test_rotate_and_store(normed: bool) -> None:
     frequencies = 1.0 / 10000 ** (torch.arange(0, 32, 2) / 32)
     norms = (1 + 0.1 * random(32), 1 + 0.1 * random(32, seed=1)) if normed else (None, None)
     results = []
-    for kernels in (cpu, reference):
+    for kernels in (CPU, REFERENCE):
         qkv, keys, values = paged.qkv.clone(), paged.keys.clone(), paged.values.clone()
         qkv[0, -1], qkv[1, -2] = 1e6, -1e6  # beyond float16: kept finite
         rotary = kernels.rotary(paged.positions, frequencies)
-        kernels.rotate_and_store(qkv, paged.heads, rotary, norms, 1e-5, paged.slots, keys, values)
+        kernels.rotate_and_store(qkv, paged.heads, rotary, norms, 1e-5, paged.slots, (keys, values))
         results.append((qkv, keys.float(), values.float()))
     for mine, theirs in zip(*results, strict=True):
         assert torch.allclose(mine, theirs, atol=2e-3, rtol=1e-3)
@@ -260,8 +265,8 @@ def test_round_columns(columns: int, out: int, highest: int) -> None:
     wanted, base, feedback = random(columns, out, seed=3), random(columns, out, seed=4), random(columns, columns) * 0.2
     wanted[0, 0], wanted[-1, -1] = 1e30, -1e30
     given = (wanted, base, feedback, scales, zeros, groups, highest)
-    levels, errors = cpu.round_columns(*given)
-    expected, _ = reference.round_columns(*given)
+    levels, errors = CPU.round_columns(*given)
+    expected, _ = REFERENCE.round_columns(*given)
     assert (levels != expected).any(0).float().mean() < 0.02
     assert torch.equal(levels, levels.round().clamp(0, highest))
     assert torch.allclose(errors, base - (levels - zeros[groups]) * scales[groups], atol=1e-6)
@@ -314,13 +319,13 @@ def test_nothing_of_a_pages_last_holder_is_left() -> None:
     paged = Paged((4, 2, 32), [(0, 5)])
     paged.keys.fill_(float("nan"))
     paged.values.fill_(float("nan"))
-    rotary = cpu.rotary(paged.positions, torch.ones(16))
-    arguments = (paged.heads, rotary, (None, None), 1e-5, paged.slots, paged.keys, paged.values)
-    cpu.rotate_and_store(paged.qkv, *arguments)
-    assert bool(torch.isfinite(paged.attend(cpu, None)).all())
+    rotary = CPU.rotary(paged.positions, torch.ones(16))
+    arguments = (paged.heads, rotary, (None, None), 1e-5, paged.slots, (paged.keys, paged.values))
+    CPU.rotate_and_store(paged.qkv, *arguments)
+    assert bool(torch.isfinite(paged.attend(CPU, None)).all())
     paged.qkv[1, -1] = float("nan")  # a value of token 1 itself is not hidden from those that look at it
-    cpu.rotate_and_store(paged.qkv, *arguments)
-    assert paged.attend(cpu, None).isnan().any(1).tolist()[1:] == [True] * 4
+    CPU.rotate_and_store(paged.qkv, *arguments)
+    assert paged.attend(CPU, None).isnan().any(1).tolist()[1:] == [True] * 4
 
 
 def test_a_forked_child_computes_alone() -> None:
@@ -350,7 +355,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def _isa_of_a_new_process(**environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from squawq.kernels import library; print(library.isa(), library.threads())"
+    code = "from squawq.backends.cpu import library; print(library.isa(), library.threads())"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
     )
@@ -366,10 +371,11 @@ def test_environment_forces_an_isa(isa: str) -> None:
 def test_without_the_library_torch_runs_and_it_is_said_once() -> None:
     code = """
 import torch
-from squawq.kernels import dispatch, library
+from squawq.backends import backend_for
+from squawq.backends.cpu import library
 library._find = lambda: None
 library.load(), library.load()
-print(library.isa(), dispatch.silu_mul(torch.ones(1, 32)).shape[1])
+print(library.isa(), backend_for("cpu").activation_mul(torch.ones(1, 32), "silu").shape[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["torch", "16"]
@@ -378,7 +384,7 @@ print(library.isa(), dispatch.silu_mul(torch.ones(1, 32)).shape[1])
 
 def test_activations_that_pointers_would_misread_are_refused() -> None:
     int4 = packed(quantize(random(16, 64), 32, True), 32, exact=True)
-    weights: list[Packed] = [int4, PackedInt8(random(16, 64)), PackedDense([random(16, 64)])]
+    weights: list[NativePacked] = [int4, PackedInt8(random(16, 64)), PackedDense([random(16, 64)])]
     for weight in weights:
         assert weight(random(3, 64)).shape == (3, 16)
         for x in (random(3, 32), random(3, 128), random(64), random(64, 3).T, random(3, 64).double()):

@@ -21,7 +21,7 @@ from torch import Tensor
 from squawq.errors import ConfigError, KernelError
 
 logger = logging.getLogger("squawq")
-ABI = 4
+ABI = 5
 LANES = 16  # output rows of a packed block, tokens of a page
 ISAS = ("avx512", "avx2", "neon", "scalar", "torch")
 
@@ -36,10 +36,10 @@ _SIGNATURES = {
     "squawq_int8_matmul": (POINTER, SIZE, POINTER, POINTER),
     "squawq_dense_matmul": (POINTER, SIZE, POINTER, POINTER),
     "squawq_rms_norm": (POINTER, POINTER, POINTER, FLOAT, SIZE, SIZE, POINTER),
-    "squawq_silu_mul": (POINTER, SIZE, SIZE, POINTER),
+    "squawq_activation_mul": (POINTER, SIZE, SIZE, SIZE, POINTER),
     "squawq_rotary": (POINTER, SIZE, POINTER, SIZE, POINTER, POINTER),
-    "squawq_rotate_and_store": (POINTER, *(SIZE,) * 4, *(POINTER,) * 4, FLOAT, *(POINTER,) * 3),
-    "squawq_layers": (POINTER, SIZE, POINTER, *(SIZE,) * 6, FLOAT, *(POINTER,) * 4, SIZE, POINTER),
+    "squawq_rotate_and_store": (POINTER, *(SIZE,) * 5, *(POINTER,) * 4, FLOAT, *(POINTER,) * 3),
+    "squawq_layers": (POINTER, SIZE, POINTER, SIZE, POINTER, *(SIZE,) * 4, FLOAT, *(POINTER,) * 4, SIZE, POINTER),
     "squawq_attention": (POINTER, *(SIZE,) * 3, POINTER, SIZE, POINTER, SIZE, *(POINTER,) * 3),
     "squawq_round_columns": (*(POINTER,) * 6, SIZE, SIZE, FLOAT, POINTER, POINTER),
 }
@@ -106,7 +106,7 @@ def _check_whole(path: Path) -> None:
 
 def _find() -> Path | None:
     """The library beside this package; an editable install keeps it in a second folder of the same package."""
-    folders = import_module("squawq.kernels").__path__
+    folders = import_module("squawq.backends.cpu").__path__
     return next((p for f in folders if (p := Path(f) / "libsquawq.so").is_file()), None)
 
 

@@ -1,0 +1,1 @@
+"""CPU backend: the C++ library of csrc/ through ctypes."""

@@ -1,0 +1,63 @@
+"""A decoder layer as a list of operations, built from its family's row and the model's config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from squawq.backends.layer_ops import (
+    ActivationMul,
+    AddResidual,
+    Attention,
+    Buffer,
+    Matmul,
+    Norm,
+    Operation,
+    Packed,
+    RotateAndStore,
+)
+from squawq.config import ModelConfig
+from squawq.families import Family
+
+QKV, OUT, GATE_UP, DOWN = "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"
+QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
+ACTIVATIONS = {"silu": "silu", "swish": "silu"}  # hidden_act of config.json -> a backend's name
+
+
+def norm_sizes(config: ModelConfig, family: Family) -> dict[str, int]:
+    """The norms of one layer and their lengths."""
+    sizes = {name: config.hidden_size for name in family.norms if name}
+    return sizes | (dict.fromkeys((QUERY_NORM, KEY_NORM), config.head_dim) if family.qk_norm else {})
+
+
+def layer_operations(
+    config: ModelConfig, family: Family, index: int, linears: Mapping[str, Packed], norms: Mapping[str, Tensor]
+) -> list[Operation]:
+    """The operations of one layer. Every residual addition but the model's last is part of the norm that follows it.
+
+    Args:
+        index: the layer's, from 0.
+        linears: QKV, OUT, GATE_UP and DOWN.
+        norms: float32 weights by the names of `norm_sizes`.
+    """
+    before_attention, after_attention, before_mlp, after_mlp = family.norms
+    return [
+        Norm(norms[before_attention], add=index > 0),
+        Matmul(linears[QKV], Buffer.NORMED, Buffer.WIDE),
+        RotateAndStore(index, norms.get(QUERY_NORM), norms.get(KEY_NORM)),
+        Attention(index, config.window(index)),
+        Matmul(linears[OUT], Buffer.NARROW, Buffer.DELTA),
+        *_after(after_attention, norms),
+        Norm(norms[before_mlp]),
+        Matmul(linears[GATE_UP], Buffer.NORMED, Buffer.WIDE),
+        ActivationMul(ACTIVATIONS[config.activation]),
+        Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
+        *_after(after_mlp, norms),
+        *([AddResidual()] if index == config.num_layers - 1 else []),
+    ]
+
+
+def _after(name: str, norms: Mapping[str, Tensor]) -> list[Operation]:
+    """The norm of an output before it is added, in families that have one."""
+    return [Norm(norms[name], Buffer.DELTA, Buffer.DELTA, add=False)] if name else []

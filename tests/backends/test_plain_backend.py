@@ -1,0 +1,31 @@
+"""The face is enough: a backend written from `base.py` alone runs the bundled model as the reference does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from plain_backend import PlainBackend
+
+import squawq
+from squawq.backends import BACKENDS
+from squawq.engine.request import Chunk
+from squawq.engine.runner import DecoderRunner
+from squawq.nn.loader import Options, load
+
+MODEL = Path(squawq.__file__).parent / "demo_model"
+
+
+def test_it_runs_the_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "plain", "plain_backend:PlainBackend")
+    ids, found = list(range(5, 45)), []
+    for name in ("plain", "reference"):
+        decoder = load(MODEL, Options(backend=name))
+        assert isinstance(decoder.backend, PlainBackend) == (name == "plain")
+        runner = DecoderRunner(decoder, kv_tokens=128)
+        table = list(range(2, 2 - (-len(ids) // runner.page_size)))
+        chunks = Chunk(ids[:30], 0, table, 30), Chunk(ids[30:], 30, table, 10)
+        found.append(torch.cat([torch.from_numpy(runner.run([chunk])[0]) for chunk in chunks]))
+    assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
+    assert torch.allclose(found[0], found[1], atol=1e-2)  # float32 pages beside float16 ones
