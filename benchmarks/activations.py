@@ -28,7 +28,7 @@ from squawq.evaluation.run import text_ids
 from squawq.kernels import library
 from squawq.nn.loader import Options, load
 from squawq.quantization.pipeline import quantize
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 WAYS = {  # whether activations stay float32, and the head
     "int8 activations, 16-bit head": (False, "16-bit"),

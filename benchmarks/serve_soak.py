@@ -18,7 +18,7 @@ from http_client import HOST, Answer, ask, decode, encode
 from squawq.engine.engine import Engine
 from squawq.engine.request import FinishReason, Grammar, Output, Request, SamplingParams
 from squawq.engine.sequence import join
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 DEADLINE = 60  # seconds; an answer that takes longer counts as none
 ABORTED, BAD, SLOW = 0.2, 0.1, 0.05  # shares of the requests

@@ -24,7 +24,7 @@ from squawq.errors import ConfigError, GenerationError
 from squawq.hub.download import resolve
 from squawq.kernels.devices import check_device
 from squawq.progress import console, counting
-from squawq.tokenizer import Message, Tokenizer
+from squawq.text.tokenizer import Message, Tokenizer
 
 Chat = Sequence[Message]
 Texts = list[str] | tuple[str, ...]  # a text is a sequence of texts too

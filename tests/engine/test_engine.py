@@ -20,7 +20,7 @@ from squawq.engine import grammar as grammar_module
 from squawq.engine.engine import Engine
 from squawq.engine.request import Chunk, FinishReason, Grammar, Output, Request
 from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 MakeEngine = Callable[..., Engine]
 WAIT = 30.0  # seconds; only a test that fails waits so long

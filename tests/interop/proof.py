@@ -153,7 +153,7 @@ def _versions(python: str, proof: Proof) -> str:
 def _models(proof: Proof, models: Path) -> None:
     from squawq import quantize
     from squawq.demo import demo_model
-    from squawq.tokenizer import Tokenizer
+    from squawq.text.tokenizer import Tokenizer
 
     np = _numpy()
     models.mkdir()

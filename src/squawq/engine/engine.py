@@ -21,7 +21,7 @@ from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request, Runner, Sink
 from squawq.engine.sequence import Job, new_job
 from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

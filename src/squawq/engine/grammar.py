@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from squawq.child import Child, ChildError
 from squawq.engine.request import Grammar
 from squawq.engine.schema import close_objects
 from squawq.errors import ConfigError, EngineClosed, QueueFull
+from squawq.text.child import Child, ChildError
 
 if TYPE_CHECKING:  # the processes need neither
     import numpy as np
     from numpy.typing import NDArray
 
-    from squawq.tokenizer import Tokenizer
+    from squawq.text.tokenizer import Tokenizer
 
 MAX_CACHED = 32
 MAX_CACHED_TEXT = 512 * 1024  # characters of their sources

@@ -13,12 +13,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from squawq.engine.detokenizer import Decoder, StopStrings, TextStream
 from squawq.engine.grammar import Matcher
 from squawq.engine.pages import root
 from squawq.engine.request import FinishReason, Output, Request, Sink, TokenLogprob
 from squawq.engine.sampler import Sampler, token_logprob
 from squawq.engine.scheduler import Sequence
-from squawq.engine.text import Decoder, StopStrings, TextStream
 
 
 class Generation:

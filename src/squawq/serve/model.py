@@ -25,8 +25,8 @@ from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
 from squawq.serve.sizes import Sizes
 from squawq.serve.tools import PLAIN_FORMAT, added_tokens, teaches_tools, tool_format
-from squawq.templates import TemplateProcess
-from squawq.tokenizer import Tokenizer
+from squawq.text.template_process import TemplateProcess
+from squawq.text.tokenizer import Tokenizer
 
 MAX_LISTED = 2**17  # tokens that a reply lists one by one, each in up to a hundred bytes
 

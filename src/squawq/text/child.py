@@ -1,8 +1,7 @@
-"""Work on untrusted input in processes of their own: too much time or memory ends a process, and a crash is its alone.
+"""Sandboxed child processes for untrusted input: a crash, or too much time or memory, ends the child alone.
 
-`Child.start` loads what the work needs, once. `fork` copies a process as it stands, in milliseconds, and the copy goes
-on by itself. Messages and answers are bytes over Unix sockets; nothing is pickled. A process ends when nobody holds its
-other end any more. Knows nothing of the work.
+`Child.start` launches a child and loads what the work needs, once. `fork` copies the child in milliseconds, state
+included. Requests and replies are bytes over Unix sockets; nothing is pickled. A child exits when its socket closes.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Child:
         near, far = socket.socketpair()
         with far:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "squawq.child", load, str(memory), str(int(forks))],
+                [sys.executable, "-P", "-m", "squawq.text.child", load, str(memory), str(int(forks))],
                 stdin=far.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=environment,

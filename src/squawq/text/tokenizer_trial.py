@@ -1,7 +1,7 @@
-"""Tries a tokenizer.json before this process reads it: a hostile one can crash, take all memory or never end.
+"""Tests an untrusted tokenizer.json in a child process before this process loads it.
 
-It is loaded and used in a process with limits, and steps that make a text much longer are refused, since the trial sees
-only some texts. A file that passed is not tried again.
+A hostile one can crash, exhaust memory or loop for ever. The child loads it and encodes a few texts under limits. Steps
+that could make other texts much longer are refused by their settings. A file that passed is not tested again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
-from squawq.child import Child, ChildError
 from squawq.errors import CheckpointError
+from squawq.text.child import Child, ChildError
 
 SECONDS = 30.0  # of processor time; a vocabulary of 128,000 tokens takes one or two
 MEMORY = 2 * 2**30  # the same takes 0.3 GB

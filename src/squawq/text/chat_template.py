@@ -1,7 +1,7 @@
-"""Chat templates: messages to the text that a model was trained to read. Knows no tokenizer.
+"""Renders a chat template with jinja2: messages to the text that a model was trained to read.
 
-A template comes with a downloaded model and is not trusted: it runs in jinja2's sandbox, and squawq.templates runs this
-file in a process with limits of memory, time and files. Nothing else calls `render`.
+A template comes with a downloaded model and is untrusted: it runs in jinja2's sandbox, inside a child process with
+limits on memory, time and files (squawq.text.template_process). Nothing else calls `render`.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _cut(text: str, final: str) -> str:
     return kept.removesuffix(final[len(final.rstrip()) :])
 
 
-class _Generation(jinja2.ext.Extension):
-    """The tag {% generation %}, which marks the assistant's words for training; here it changes nothing."""
+class _GenerationTag(jinja2.ext.Extension):
+    """The tag {% generation %}, which marks the assistant's tokens for training; ignored here."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -119,7 +119,7 @@ def _tojson(
 @lru_cache(maxsize=8)  # compiling takes a hundred times as long as rendering
 def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
     )
     environment.globals["raise_exception"] = _raise_exception
     environment.filters["tojson"] = _tojson
@@ -127,7 +127,7 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def load(_: bytes) -> Callable[[bytes], bytes]:
-    """What renders in a process of its own (squawq.child): JSON of `render`'s arguments to {"text"} or {"error"}.
+    """What renders in a process of its own (squawq.text.child): JSON of `render`'s arguments to {"text"} or {"error"}.
 
     An error's "limit" says whether the template went over its limits, rather than refused the chat.
     """

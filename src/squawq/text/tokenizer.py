@@ -1,6 +1,6 @@
-"""Text to token ids and back, what a token stands for, and the model's chat templates; templates.py renders those.
+"""The tokenizer of a model folder: text to token ids and back, the bytes of a token, and the folder's chat templates.
 
-Knows no tensors and no model.
+Chat templates are rendered by template_process.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.files import has_file, read_bytes, read_json, read_text
-from squawq.templates import TemplateProcess
-from squawq.tokenizer_trial import check_tokenizer, failure
+from squawq.text.template_process import TemplateProcess
+from squawq.text.tokenizer_trial import check_tokenizer, failure
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 Message = Mapping[str, str]

@@ -1,7 +1,5 @@
-"""Renders a model's chat templates in a process of its own, so that a hostile template can neither hang its caller, nor
-take its memory, nor read its files. Everything that renders a chat does so here; squawq.chat_template runs there.
-
-Knows no HTTP and no tokenizer.
+"""Renders chat templates in a child process, so that a hostile template cannot hang the caller, exhaust its memory or
+read its files. LLM, serve and quantize all render chats through it; the child runs squawq.text.chat_template.
 """
 
 from __future__ import annotations
@@ -14,9 +12,9 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from squawq import chat_template
-from squawq.child import Child, ChildError
 from squawq.errors import ConfigError, EngineClosed, QueueFull, TemplateError
+from squawq.text import chat_template
+from squawq.text.child import Child, ChildError
 
 TIMEOUT_S = 10.0
 MEMORY = 2**29
@@ -77,7 +75,7 @@ class TemplateProcess:
         variables: Mapping[str, Any] | None = None,
         now: datetime | None = None,
     ) -> str:
-        """The chat as text; `variables` win over those of every chat. Otherwise as squawq.chat_template.render.
+        """The chat as text; `variables` win over those of every chat. Otherwise as squawq.text.chat_template.render.
 
         Raises:
             ConfigError: The template refuses the chat.
