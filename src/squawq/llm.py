@@ -178,24 +178,24 @@ class LLM:
                 if output.finish:
                     ended()
         joined = [[join(found[request.id, index]) for index in range(params.n)] for request in requests]
-        return [[self._told(output) for output in sequences] for sequences in joined]
+        return [[self._with_texts(output) for output in sequences] for sequences in joined]
 
     def _encode_chat(self, messages: str | Chat) -> list[int]:
         return self.tokenizer.encode_chat(
             [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         )
 
-    def _told(self, output: Output) -> Output:
+    def _with_texts(self, output: Output) -> Output:
         """An output whose log probabilities have texts."""
         return replace(
             output,
-            logprobs=None if output.logprobs is None else tuple(map(self._spelled, output.logprobs)),
+            logprobs=None if output.logprobs is None else tuple(map(self._with_text, output.logprobs)),
             prompt_logprobs=None
             if output.prompt_logprobs is None
-            else tuple(None if item is None else self._spelled(item) for item in output.prompt_logprobs),
+            else tuple(None if item is None else self._with_text(item) for item in output.prompt_logprobs),
         )
 
-    def _spelled(self, item: TokenLogprob) -> TokenLogprob:
+    def _with_text(self, item: TokenLogprob) -> TokenLogprob:
         text = self.tokenizer.token_text
         return replace(item, text=text(item.token), top_texts=tuple(text(token) for token, _ in item.top))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request
-from squawq.engine.sequence import new_job
+from squawq.engine.sequence import new_request_state
 
 BLOCKS = ([1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9])  # pages that come after one another in any order
 PREFIX = [7, 3, 9, 9, 1, 4, 30, 31, 2, 5, 6, 40]
@@ -39,7 +39,7 @@ class Bench:
         if asked.params.max_tokens is not None:
             limit = min(limit, len(asked.prompt) + asked.params.max_tokens)
         self.loop.add(
-            new_job(
+            new_request_state(
                 asked,
                 self.outputs.append,
                 limit=limit,
@@ -56,10 +56,10 @@ class Bench:
 
     def finish(self, most: int = 10_000) -> dict[tuple[str, int], Output]:
         for _ in range(most):
-            if not self.loop.jobs:
+            if not self.loop.requests:
                 break
             self.step()
-        assert not self.loop.jobs, "a request does not end"
+        assert not self.loop.requests, "a request does not end"
         assert self.loop.pool.available == self.runner.num_pages, "pages are gone"
         return collect(self.outputs)
 

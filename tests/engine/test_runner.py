@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, default_kv_tokens
-from squawq.engine.sequence import new_job
+from squawq.engine.sequence import new_request_state
 from squawq.kernels import library
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
@@ -61,7 +61,7 @@ class Crowd:
     def add(self, asked: Request) -> None:
         limit = min(self.room, len(asked.prompt) + (asked.params.max_tokens or self.room))
         eos = frozenset([1])
-        job = new_job(
+        state = new_request_state(
             asked,
             self.outputs.append,
             limit=limit,
@@ -69,15 +69,15 @@ class Crowd:
             tokenizer=None,
             eos_ids=eos,
         )
-        self.loop.add(job)
+        self.loop.add(state)
 
     def finish(self) -> dict[tuple[str, int], Output]:
         for _ in range(5000):
-            if not self.loop.jobs:
+            if not self.loop.requests:
                 break
             self.loop.step()
             self.loop.scheduler.check()
-        assert not self.loop.jobs
+        assert not self.loop.requests
         assert self.loop.pool.available == self.loop.pool.num_pages, "pages are gone"
         return collect(self.outputs)
 

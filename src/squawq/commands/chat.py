@@ -44,9 +44,9 @@ def chat(
     llm.tokenizer.render([*start, {"role": "user", "content": "hello"}])  # a model without a template ends here
     if sys.stdin.isatty() and sys.stderr.isatty():
         console.print(banner(llm), markup=False)
-        _talk(llm, settings, start, _until_told(_editor()))
+        _talk(llm, settings, start, _messages(_editor()))
     else:
-        _talk(llm, settings, start, _until_told(lambda: console.input("[bold]> [/bold]"), stops=True))
+        _talk(llm, settings, start, _messages(lambda: console.input("[bold]> [/bold]"), stops=True))
 
 
 def banner(llm: Any) -> str:
@@ -83,7 +83,7 @@ def _kept(pieces: Generator[str], kept: list[str]) -> Generator[str]:
         pieces.close()
 
 
-def _until_told(read: Callable[[], str], stops: bool = False) -> Generator[str]:
+def _messages(read: Callable[[], str], stops: bool = False) -> Generator[str]:
     """What the user writes, up to /exit or the end. stops: Ctrl-C ends it, too; else it says how to end."""
     while True:
         try:

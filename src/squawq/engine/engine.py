@@ -19,7 +19,7 @@ from itertools import chain
 from squawq.engine.grammar import GrammarCompiler, Matcher
 from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request, Runner, Sink
-from squawq.engine.sequence import Job, new_job
+from squawq.engine.sequence import RequestState, new_request_state
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.text.tokenizer import Tokenizer
 
@@ -94,7 +94,7 @@ class Engine:
         self._changed = threading.Condition()  # guards what follows
         self._inbox: list[Callable[[], None]] = []
         self._live: set[str] = set()
-        self._stepped: list[Callable[[], object]] = []
+        self._on_step: list[Callable[[], object]] = []
         self._queued = 0
         self._closed = False
         self._stop = False
@@ -138,7 +138,7 @@ class Engine:
         limit = self._room
         if request.params.max_tokens is not None:
             limit = min(limit, len(request.prompt) + request.params.max_tokens)
-        job = new_job(
+        state = new_request_state(
             request,
             sink,
             limit=limit,
@@ -160,15 +160,15 @@ class Engine:
                 raise QueueFull(f"{self._queued} requests are waiting, as many as may; try again later")
             self._live.add(request.id)
             self._queued += 1
-            self._tell(lambda: self._loop.add(job))
+            self._command(lambda: self._loop.add(state))
 
     def on_step(self, callback: Callable[[], object]) -> None:
-        """Have the worker call `callback` whenever it has handed out the outputs of a step. It must not raise."""
-        self._stepped.append(callback)
+        """Have the worker call `callback` after each step, once its outputs are sent. It must not raise."""
+        self._on_step.append(callback)
 
     def abort(self, request_id: str) -> None:
         """End a request with the reason "abort", from any thread, at any moment; one that is not under way is left."""
-        self._tell(lambda: self._loop.abort(request_id))
+        self._command(lambda: self._loop.abort(request_id))
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
         """Run requests and give their outputs as they come, those of one sequence in order.
@@ -187,8 +187,8 @@ class Engine:
     def waits(self, request_id: str) -> bool:
         """Whether a request is queued and none of its tokens has been run yet."""
         with self._changed:
-            job = self._loop.jobs.get(request_id)
-            return request_id in self._live and (job is None or not job.started)
+            state = self._loop.requests.get(request_id)
+            return request_id in self._live and (state is None or not state.started)
 
     @property
     def alive(self) -> bool:
@@ -259,20 +259,20 @@ class Engine:
                 )
             return self._compiler
 
-    def _tell(self, command: Callable[[], None]) -> None:
+    def _command(self, command: Callable[[], None]) -> None:
         with self._changed:
             self._inbox.append(command)
             self._changed.notify_all()
 
-    def _on_start(self, _: Job) -> None:
+    def _on_start(self, _: RequestState) -> None:
         with self._changed:
             self._queued -= 1
             self._changed.notify_all()
 
-    def _on_end(self, job: Job) -> None:
+    def _on_end(self, state: RequestState) -> None:
         with self._changed:
-            self._queued -= not job.started
-            self._live.discard(job.request.id)
+            self._queued -= not state.started
+            self._live.discard(state.id)
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -280,7 +280,7 @@ class Engine:
         try:
             while self._listen():
                 self._loop.step()
-                self._tell_of_step()
+                self._notify_step()
         except BaseException as error:  # a mistake of ours: nobody may be left waiting
             reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
         with self._changed:
@@ -288,18 +288,18 @@ class Engine:
             self._stop = True
         self._listen()
         self._loop.end_all(reason, why)
-        self._tell_of_step()
+        self._notify_step()
         if self._compiler is not None:
             self._compiler.close()
 
-    def _tell_of_step(self) -> None:
-        for callback in self._stepped:
+    def _notify_step(self) -> None:
+        for callback in self._on_step:
             callback()
 
     def _listen(self) -> bool:
         """Do what other threads asked for, waiting while there is nothing to do; False when it is time to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._loop.jobs or self._stop)
+            self._changed.wait_for(lambda: self._inbox or self._loop.requests or self._stop)
             commands, self._inbox = self._inbox, []
             stop = self._stop
         for command in commands:

@@ -23,7 +23,7 @@ from squawq.nn.cache import Batch, Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import Options, load
 
-CACHE_SHARE = 0.25  # of the memory that is free, for keys and values, unless told
+CACHE_SHARE = 0.25  # of the memory that is free, for keys and values, by default
 MOST_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
 
 

@@ -1,5 +1,5 @@
-"""A request under way: each of its sequences turns rows of logits into tokens, text and log probabilities, and knows
-when it ends. Knows settings and its own history; knows no pages, steps or threads.
+"""The state of a request in flight: its sequences, which turn logits into tokens, text and log probabilities and decide
+when they are finished.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from squawq.engine.detokenizer import Decoder, StopStrings, TextStream
+from squawq.engine.detokenizer import StopStrings, TextStream, TokenDecoder
 from squawq.engine.grammar import Matcher
 from squawq.engine.pages import root
 from squawq.engine.request import FinishReason, Output, Request, Sink, TokenLogprob
@@ -21,22 +21,22 @@ from squawq.engine.sampler import Sampler, token_logprob
 from squawq.engine.scheduler import Sequence
 
 
-class Generation:
-    """One sequence of a request. `place` is its tokens and pages, which the scheduler plans with."""
+class SequenceState:
+    """Samples, detokenizes and stops one sequence; `sequence` is its tokens and pages, as the scheduler sees it."""
 
     def __init__(
         self,
         request: Request,
         index: int,
-        place: Sequence,
+        sequence: Sequence,
         sampler: Sampler,
         matcher: Matcher | None,
-        tokenizer: Decoder | None,
+        tokenizer: TokenDecoder | None,
         eos_ids: frozenset[int],
     ) -> None:
         params = request.params
         self.index = index
-        self.place = place
+        self.sequence = sequence
         self.finish: FinishReason | None = None
         self._request = request
         self._sampler = sampler
@@ -63,7 +63,7 @@ class Generation:
         for position, row in enumerate(rows, start + 1):
             if position == len(self._prompt_logprobs) < len(prompt):
                 self._prompt_logprobs.append(token_logprob(row, prompt[position], top or 0))
-        self.place.score = len(self._prompt_logprobs) < len(prompt)
+        self.sequence.score = len(self._prompt_logprobs) < len(prompt)
 
     def step(self, row: NDArray[np.float32]) -> Output:
         """Choose the next token from its logits [vocab]."""
@@ -75,14 +75,14 @@ class Generation:
         logprob = token_logprob(row, token, params.logprobs or 0) if self._wants_logprobs else None
         if logprob is not None:
             self._logprobs.append(logprob.logprob)
-        first = len(self.place.tokens) == len(self._request.prompt)
-        self.place.tokens.append(token)
+        first = len(self.sequence.tokens) == len(self._request.prompt)
+        self.sequence.tokens.append(token)
         ends = token in self._ending
         if matcher is not None and not ends:
             matcher.consume(token)
         text, stop = self._say(token, ends)
         finish = FinishReason.STOP if ends or stop is not None else None
-        if finish is None and len(self.place.tokens) >= self.place.limit:
+        if finish is None and len(self.sequence.tokens) >= self.sequence.limit:
             finish = FinishReason.LENGTH
         if finish and stop is None:
             text += self._rest()
@@ -101,7 +101,7 @@ class Generation:
         )
 
     def end(self, reason: FinishReason, why: str | None = None) -> Output:
-        """End before its time; text that was held back is given out."""
+        """End before its time; outputs the text that was held back."""
         self.finish = reason
         self._matcher = None
         return Output(self._request.id, self.index, text=self._rest(), finish=reason, stop_reason=why)
@@ -112,7 +112,7 @@ class Generation:
         if self._text is None or (ends and not params.include_stop):
             return "", None
         text = self._text.push(token)
-        generated = len(self.place.tokens) - len(self._request.prompt)
+        generated = len(self.sequence.tokens) - len(self._request.prompt)
         return self._stops.push(text, ending=generated >= params.min_tokens)
 
     def _rest(self) -> str:
@@ -126,34 +126,35 @@ class Generation:
         return tuple(self._prompt_logprobs) if wanted else None
 
 
-class Job:
-    """A request and its sequences. Gives the sink every sequence as it goes, or with best_of the best at the end."""
+class RequestState:
+    """A request and its sequences. Sends each output to the sink as it comes; with best_of the best n at the end."""
 
-    def __init__(self, request: Request, sink: Sink, generations: list[Generation]) -> None:
+    def __init__(self, request: Request, sink: Sink, states: list[SequenceState]) -> None:
+        self.id = request.id
         self.request = request
-        self.generations = generations
+        self.states = states
         self.started = False
         self.sink = sink
         self._kept: list[list[Output]] | None = None
-        if len(generations) > request.params.n:
-            self._kept = [[] for _ in generations]
+        if len(states) > request.params.n:
+            self._kept = [[] for _ in states]
 
     @property
     def ended(self) -> bool:
         """Whether all sequences have ended."""
-        return all(generation.finish for generation in self.generations)
+        return all(state.finish for state in self.states)
 
-    def give(self, output: Output) -> None:
-        """Pass an output on to the sink, or keep it until the last sequence has ended. Raises what the sink raises."""
+    def deliver(self, output: Output) -> None:
+        """Send an output to the sink, with best_of once all sequences have finished. Raises what the sink raises."""
         if self._kept is None:
             self.sink(output)
             return
         self._kept[output.index].append(output)
         if self.ended:
-            ranked = sorted(self.generations, key=lambda g: -g.mean_logprob)
+            ranked = sorted(self.states, key=lambda state: -state.mean_logprob)
             scores = self._kept[0][0].prompt_logprobs
-            for index, generation in enumerate(ranked[: self.request.params.n]):
-                whole = join(self._kept[generation.index])
+            for index, state in enumerate(ranked[: self.request.params.n]):
+                whole = join(self._kept[state.index])
                 self.sink(replace(whole, index=index, prompt_logprobs=scores if index == 0 else None))
 
 
@@ -170,16 +171,16 @@ def join(outputs: Tokens[Output]) -> Output:
     )
 
 
-def new_job(
+def new_request_state(
     request: Request,
     sink: Sink,
     *,
     limit: int,
     matcher: Matcher | None,
-    tokenizer: Decoder | None,
+    tokenizer: TokenDecoder | None,
     eos_ids: frozenset[int],
     draw_seed: Callable[[], int] | None = None,
-) -> Job:
+) -> RequestState:
     """A request with its sequences; `draw_seed` gives the seed of a request that has none."""
     params = request.params
     prefix = root(request.tenant, request.cache_salt)
@@ -187,9 +188,9 @@ def new_job(
     seed = params.seed
     if seed is None:
         seed = secrets.randbits(63) if draw_seed is None else draw_seed()
-    generations: list[Generation] = []
+    states: list[SequenceState] = []
     for index in range(params.sequences):
-        place = Sequence(
+        sequence = Sequence(
             tokens=list(request.prompt),
             limit=limit,
             tenant=request.tenant,
@@ -199,5 +200,5 @@ def new_job(
         )
         sampler = Sampler(params, request.prompt, sorted(ending), seed, index)
         own = None if matcher is None else matcher.copy()
-        generations.append(Generation(request, index, place, sampler, own, tokenizer, ending))
-    return Job(request, sink, generations)
+        states.append(SequenceState(request, index, sequence, sampler, own, tokenizer, ending))
+    return RequestState(request, sink, states)
