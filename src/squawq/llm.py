@@ -9,22 +9,18 @@ import itertools
 import operator
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, overload
 
-from squawq.engine.engine import Engine
-from squawq.engine.generation_config import GenerationConfig
+from squawq.engine.config import EngineConfig
+from squawq.engine.loaded_model import LoadedModel
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
-from squawq.engine.runner import load_runner
 from squawq.engine.sequence import join
 from squawq.errors import ConfigError, GenerationError
-from squawq.hub.download import resolve
-from squawq.kernels.devices import check_device
 from squawq.progress import console, counting
-from squawq.text.tokenizer import Message, Tokenizer
+from squawq.text.tokenizer import Message
 
 Chat = Sequence[Message]
 Texts = list[str] | tuple[str, ...]  # a text is a sequence of texts too
@@ -36,34 +32,18 @@ class LLM:
     `generate` continues texts, `chat` answers messages, `stream` and `stream_chat` give one text piece by piece, and
     `complete` gives all there is to know. All may be called from several threads. Without settings a model's own
     (`sampling_defaults`) hold; keywords such as max_tokens=5 change those, SamplingParams take their place.
-    threads, exact, head, kv_tokens: see `squawq.engine.runner.load_runner`.
+    config: the engine's knobs, which may also be given by name, as in threads=2 (squawq.engine.config.EngineConfig).
     Close it, or leave its `with` block, to stop its thread; its memory goes with the last reference to it.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        device: str = "cpu",
-        threads: int | None = None,
-        exact: bool = False,
-        head: str | None = None,
-        kv_tokens: int | None = None,
-    ) -> None:
-        check_device(device)
-        self.folder = resolve(model)
-        with ThreadPoolExecutor(1) as pool:  # the trial of a large tokenizer takes seconds, beside the weights' loading
-            tokenizer = pool.submit(Tokenizer, self.folder)
-            runner = load_runner(
-                self.folder, device=device, threads=threads, exact=exact, head=head, kv_tokens=kv_tokens
-            )
-            self.tokenizer = tokenizer.result()
-        self.config = runner.config
-        self.context = min(runner.max_positions, runner.num_pages * runner.page_size)
-        self.device = device
-        self._generation_config = GenerationConfig(self.folder, self.config)
-        self._eos_ids = self._generation_config.eos_ids
-        self.engine = Engine(runner, self.tokenizer, eos_ids=sorted(self._eos_ids))
+    def __init__(self, model: str | Path, config: EngineConfig | None = None, **knobs: Any) -> None:
+        if config is not None and knobs:
+            raise ConfigError(f"config and {next(iter(knobs))} are both given; put all knobs into one of the two")
+        config = config or EngineConfig.from_knobs(knobs)
+        self._model = loaded = LoadedModel(model, config)
+        self.folder, self.config, self.device = loaded.folder, loaded.config, config.device
+        self.tokenizer, self.engine = loaded.tokenizer, loaded.engine
+        self.context = min(self.engine.max_positions, self.engine.cache_tokens)
         self._names = itertools.count()
         self._close = weakref.finalize(self, self.engine.close)  # at the interpreter's end too
 
@@ -82,11 +62,11 @@ class LLM:
     def close(self) -> None:
         """Stop what is running and take no more. Idempotent."""
         self._close()
-        self.tokenizer.close()
+        self._model.close()
 
     def sampling_defaults(self) -> SamplingParams:
         """What generation_config.json asks for."""
-        return self._generation_config.sampling_defaults()
+        return self._model.sampling_defaults()
 
     @overload
     def generate(
@@ -146,7 +126,7 @@ class LLM:
         Stops at the model's last position. Raises ConfigError for an empty prompt or one without room for a token.
         """
         params = replace(self._params(params, settings), n=1)
-        ending = {*params.stop_ids, *(() if params.ignore_eos else self._eos_ids)}
+        ending = {*params.stop_ids, *(() if params.ignore_eos else self._model.eos_ids)}
         outputs = self._outputs([ids], params)
         return (token for output in outputs for token in output.ids if token not in ending)
 

@@ -10,6 +10,7 @@ from fakes import EOS, VOCAB, FakeRunner, FakeTokenizer, collect, expected, requ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from squawq.engine.config import EngineConfig
 from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request
 from squawq.engine.sequence import new_request_state
@@ -32,7 +33,10 @@ class Bench:
         self.runner = runner
         self.room = min(runner.max_positions, runner.num_pages * runner.page_size)
         self.outputs: list[Output] = []
-        self.loop = Loop(runner, max_batch_tokens=tokens, max_sequences=sequences, prefix_caching=caching)
+        self.loop = Loop(
+            runner,
+            EngineConfig(max_num_batched_tokens=tokens, max_num_seqs=sequences, prefix_caching=caching),
+        )
 
     def visit(self, asked: Request) -> Request:
         limit = self.room

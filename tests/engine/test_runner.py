@@ -15,6 +15,7 @@ from fakes import collect
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from squawq.engine.config import EngineConfig
 from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, default_kv_tokens
@@ -56,7 +57,7 @@ class Crowd:
         runner = DecoderRunner(decoder, kv_tokens=16 * pages)
         self.room = min(runner.max_positions, 16 * pages)
         self.outputs: list[Output] = []
-        self.loop = Loop(runner, max_batch_tokens=tokens, max_sequences=5, prefix_caching=caching)
+        self.loop = Loop(runner, EngineConfig(max_num_batched_tokens=tokens, max_num_seqs=5, prefix_caching=caching))
 
     def add(self, asked: Request) -> None:
         limit = min(self.room, len(asked.prompt) + (asked.params.max_tokens or self.room))

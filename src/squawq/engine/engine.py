@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from squawq.engine.config import EngineConfig
 from squawq.engine.grammar import GrammarCompiler, Matcher
 from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request, Runner, Sink
@@ -47,49 +48,34 @@ class Stats:
 
 
 class Engine:
-    """Serves requests on a runner. Without a tokenizer it speaks ids alone.
+    """Runs requests on a runner, in a thread of its own.
 
-    max_batch_tokens: tokens of a step at most, twice max_sequences at least. max_sequences: under way together.
-    max_waiting: requests that have not begun; None: any number. eos_ids: tokens that end a text. grammar_timeout:
-    seconds of processor time that a grammar may take to compile. seed: draws the seeds of requests that have none, in
-    order of arrival; None: at random. Raises ConfigError for sizes that cannot work.
+    Args:
+        runner: The model.
+        tokenizer: Decodes outputs; None for token ids only, without stop strings and grammars.
+        config: The knobs.
+        eos_ids: Tokens that end a text.
     """
 
     def __init__(
         self,
         runner: Runner,
         tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
         *,
         eos_ids: Sequence[int] = (),
-        max_batch_tokens: int = 512,
-        max_sequences: int = 64,
-        max_waiting: int | None = 1024,
-        prefix_caching: bool = True,
-        grammar_timeout: float = 2.0,
-        seed: int | None = None,
     ) -> None:
-        if max_sequences < 1 or (max_waiting is not None and max_waiting < 1):
-            raise ConfigError(f"max_sequences is {max_sequences}, max_waiting {max_waiting}; each must be at least 1")
-        if max_batch_tokens < 2 * max_sequences:
-            raise ConfigError(
-                f"max_batch_tokens is {max_batch_tokens}; it must be at least twice max_sequences ({max_sequences})"
-            )
+        self.config = config = config or EngineConfig()
+        self.max_positions = runner.max_positions
+        self.cache_tokens = runner.num_pages * runner.page_size
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
-        self._max_waiting = math.inf if max_waiting is None else max_waiting
-        self._room = min(runner.max_positions, runner.num_pages * runner.page_size)
-        self._grammar_timeout = grammar_timeout
-        self._seeds = secrets.SystemRandom() if seed is None else random.Random(seed)
+        self._max_waiting = math.inf if config.max_waiting is None else config.max_waiting
+        self._room = min(self.max_positions, self.cache_tokens)
+        self._seeds = secrets.SystemRandom() if config.seed is None else random.Random(config.seed)
         self._compiler: GrammarCompiler | None = None
-        self._loop = Loop(
-            runner,
-            max_batch_tokens=max_batch_tokens,
-            max_sequences=max_sequences,
-            prefix_caching=prefix_caching,
-            started=self._on_start,
-            ended=self._on_end,
-        )
+        self._loop = Loop(runner, config, started=self._on_start, ended=self._on_end)
         self._process = os.getpid()
         self._changed = threading.Condition()  # guards what follows
         self._inbox: list[Callable[[], None]] = []
@@ -109,10 +95,8 @@ class Engine:
             raise ConfigError("the prompt is empty; give at least one token")
         if bad := [i for i in prompt if not isinstance(i, int) or not 0 <= i < vocab]:
             raise ConfigError(f"the prompt has the token id {bad[0]!r}; the model has ids 0 to {vocab - 1}")
-        if len(prompt) >= self._runner.max_positions:
-            raise ConfigError(
-                f"the prompt has {len(prompt)} tokens; the model has {self._runner.max_positions} positions"
-            )
+        if len(prompt) >= self.max_positions:
+            raise ConfigError(f"the prompt has {len(prompt)} tokens; the model has {self.max_positions} positions")
         if len(prompt) >= self._room:
             raise ConfigError(f"the prompt has {len(prompt)} tokens; the cache holds {self._room} (kv_tokens)")
         named: dict[str, Iterable[int]] = {
@@ -255,7 +239,10 @@ class Engine:
             if self._compiler is None:
                 assert self._tokenizer is not None
                 self._compiler = GrammarCompiler(
-                    self._tokenizer, self._runner.vocab_size, sorted(self._eos_ids), timeout_s=self._grammar_timeout
+                    self._tokenizer,
+                    self._runner.vocab_size,
+                    sorted(self._eos_ids),
+                    timeout_s=self.config.grammar_timeout,
                 )
             return self._compiler
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from squawq.engine.config import EngineConfig
 from squawq.engine.pages import PagePool
 from squawq.engine.request import Chunk, FinishReason, Output, Runner
 from squawq.engine.scheduler import Scheduler, Sequence
@@ -30,15 +31,13 @@ class Loop:
     def __init__(
         self,
         runner: Runner,
+        config: EngineConfig,
         *,
-        max_batch_tokens: int,
-        max_sequences: int,
-        prefix_caching: bool,
         started: Callable[[RequestState], None] = lambda _: None,
         ended: Callable[[RequestState], None] = lambda _: None,
     ) -> None:
         self.pool = PagePool(runner.num_pages, runner.page_size)
-        self.scheduler = Scheduler(self.pool, max_batch_tokens, max_sequences, prefix_caching)
+        self.scheduler = Scheduler(self.pool, config.step_tokens, config.max_num_seqs, config.prefix_caching)
         self.requests: dict[str, RequestState] = {}
         self.steps = self.tokens_generated = self.prompt_tokens_computed = 0
         self.runner_seconds = self.step_seconds = 0.0

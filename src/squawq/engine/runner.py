@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from squawq.config import ModelConfig
+from squawq.engine.config import EngineConfig
 from squawq.engine.request import Chunk
 from squawq.errors import ConfigError
 from squawq.kernels import library
@@ -145,24 +146,9 @@ def _machine_memory() -> int:
     return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES")) // 2
 
 
-def load_runner(
-    folder: Path,
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    exact: bool = False,
-    head: str | None = None,
-    kv_tokens: int | None = None,
-    gpu_share: float | None = None,
-) -> DecoderRunner:
-    """Load a folder for the engine.
-
-    threads: of the CPU kernels, for the whole process; None leaves them. exact: float32 activations in 4-bit products.
-    head: "int8", "int4", "16-bit", or None for what suits (`nn.loader.Options`). kv_tokens: how many tokens of keys and
-    values fit at once; None takes a share of the free memory. gpu_share: on CUDA, the share of the GPU's memory that
-    weights and cache may take together, where kv_tokens does not say. Raises SquawqError for what cannot be.
-    """
-    options = Options(device, exact, head)
-    if threads is not None:
-        library.set_threads(threads)
-    return DecoderRunner(load(folder, options), kv_tokens, gpu_share)
+def load_runner(folder: Path, config: EngineConfig) -> DecoderRunner:
+    """Load a folder for the engine. Raises SquawqError for one that cannot be run."""
+    options = Options(config.device, config.exact, config.head)
+    if config.threads is not None:
+        library.set_threads(config.threads)
+    return DecoderRunner(load(folder, options), config.kv_tokens, config.gpu_memory_utilization)

@@ -5,9 +5,10 @@ launcher.py fills it from those.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from squawq.engine.config import EngineConfig
 from squawq.engine.request import MAX_LOGPROBS, MAX_SEQUENCES, MAX_STOPS
 from squawq.errors import ConfigError
 
@@ -19,21 +20,21 @@ RESERVED = 256  # connections beside those of requests under way and waiting
 MAY_BE_0 = ("shutdown_timeout", "keep_alive_interval")  # abort at once; no comments
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `squawq serve` was asked for. Sizes in bytes, times in seconds; None: what the model or machine suggests.
+@dataclass(frozen=True, kw_only=True)
+class Settings(EngineConfig):
+    """What `squawq serve` was asked for, beside the engine's knobs.
+
+    Sizes in bytes, times in seconds; None: what the model or machine suggests.
 
     dialect: "openai" (as vLLM answers) or "tgi": which one's rule holds on the shared routes where the two
     contradict each other. served_names: what `model` is called in replies, the first of them; others are aliases.
     tokenizer: a folder or Hub id, None for the model's own. generation_config: where sampling defaults are from:
-    "auto", the model's; "vllm", nowhere; or a folder. seed: draws the seeds of requests that have none, in order of
-    arrival; None: at random. gpu_memory_utilization: the share of a GPU's memory for weights and cache together.
-    grammar_support: whether schemas, regexes, grammars and tools are taken. prometheus_port: /metrics is there, too.
-    max_model_len: tokens of a prompt and its answer together. max_input_tokens: of a prompt alone.
-    max_num_seqs: sequences under way together; max_num_batched_tokens: of a step, at least twice as many. max_queued:
-    requests that wait for their turn beyond those; the next is refused. max_queue_bytes: what requests hold while they
-    wait or run, the next is refused. max_connections: more than there may be requests, so that health and other keys'
-    requests are answered beside those; None: RESERVED more. tensor_parallel_size: GPUs that share a model; 1 for now.
+    "auto", the model's; "vllm", nowhere; or a folder. grammar_support: whether schemas, regexes, grammars and tools are
+    taken. prometheus_port: /metrics is there, too. max_model_len: tokens of a prompt and its answer together.
+    max_input_tokens: of a prompt alone. max_queued: requests that wait for their turn beyond max_num_seqs; the next is
+    refused. max_queue_bytes: what requests hold while they wait or run, the next is refused. max_connections: more than
+    there may be requests, so that health and other keys' requests are answered beside those; None: RESERVED more.
+    tensor_parallel_size: GPUs that share a model; 1 for now.
     Raises ConfigError for values that cannot work.
     """
 
@@ -48,13 +49,6 @@ class Settings:
     generation_config: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    exact: bool = False
-    head: str | None = None
-    kv_tokens: int | None = None
-    gpu_memory_utilization: float | None = None
-    seed: int | None = None
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_input_tokens: int | None = None
@@ -62,10 +56,8 @@ class Settings:
     tool_call_parser: str = "auto"
     grammar_support: bool = True
 
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_waiting: int | None = field(default=None, init=False)  # the server has limits of its own
     max_queued: int = 2048
-    prefix_caching: bool = True
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -89,7 +81,6 @@ class Settings:
     queue_timeout: float = 1800
     generation_timeout: float = 3600
     template_timeout: float = 10
-    grammar_timeout: float = 2
     keep_alive_interval: float = 15
     shutdown_timeout: float = 30
     validation_workers: int = 2
@@ -108,6 +99,7 @@ class Settings:
     log_requests: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (
             ("dialect", DIALECTS),
             ("log_format", LOG_FORMATS),
@@ -149,8 +141,6 @@ class Settings:
                 f"max_connections is {self.max_connections}, but up to {self.most_under_way} requests may be under way "
                 "or waiting; raise it above that, or lower max_queued (--max-num-queued-reqs) or max_num_seqs"
             )
-        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1")
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 f"tensor_parallel_size is {self.tensor_parallel_size}; one process serves a model here for now, "
