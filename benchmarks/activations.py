@@ -21,7 +21,7 @@ from common import print_table
 from torch import Tensor
 
 from squawq.demo import EVALUATED_TOKENS, demo_model
-from squawq.engine.request import Chunk
+from squawq.engine.protocol import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.evaluation.metrics import Score
 from squawq.evaluation.run import text_ids

@@ -16,6 +16,7 @@ from typing import Any, overload
 
 from squawq.engine.config import EngineConfig
 from squawq.engine.loaded_model import LoadedModel
+from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
 from squawq.engine.sequence import join
 from squawq.errors import ConfigError, GenerationError
@@ -42,7 +43,8 @@ class LLM:
         config = config or EngineConfig.from_knobs(knobs)
         self._model = loaded = LoadedModel(model, config)
         self.folder, self.config, self.device = loaded.folder, loaded.config, config.device
-        self.tokenizer, self.engine = loaded.tokenizer, loaded.engine
+        self.tokenizer = loaded.tokenizer
+        self.engine: InferenceEngine = loaded.engine
         self.context = min(self.engine.max_positions, self.engine.cache_tokens)
         self._names = itertools.count()
         self._close = weakref.finalize(self, self.engine.close)  # at the interpreter's end too

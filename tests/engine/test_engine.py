@@ -19,7 +19,9 @@ from squawq.demo import demo_model
 from squawq.engine import grammar as grammar_module
 from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Engine
-from squawq.engine.request import Chunk, FinishReason, Grammar, Output, Request
+from squawq.engine.protocol import Chunk
+from squawq.engine.request import FinishReason, Grammar, Output, Request
+from squawq.engine.sampler import HostSampling
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.text.tokenizer import Tokenizer
 
@@ -336,7 +338,7 @@ def test_a_forked_child_is_told(make: MakeEngine) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-class Letters:
+class Letters(HostSampling):
     """A model of no sense over a real vocabulary."""
 
     vocab_size, max_positions, page_size, num_pages = 4100, 256, 16, 32

@@ -75,7 +75,7 @@ def our_logits(folder: Path, windows: list[list[int]]) -> torch.Tensor:
     import torch
 
     from squawq.engine.config import EngineConfig
-    from squawq.engine.request import Chunk
+    from squawq.engine.protocol import Chunk
     from squawq.engine.runner import load_runner
 
     runner = load_runner(folder, EngineConfig(exact=True, kv_tokens=4096))

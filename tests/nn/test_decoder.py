@@ -11,7 +11,7 @@ from conftest import MakeModel, logits, shared_data
 from safetensors.torch import load_file, save_file
 
 from squawq.config import RopeConfig
-from squawq.engine.request import Chunk
+from squawq.engine.protocol import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError
 from squawq.evaluation.run import final_states

@@ -13,38 +13,16 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 from squawq.engine.config import EngineConfig
 from squawq.engine.grammar import GrammarCompiler, Matcher
 from squawq.engine.loop import Loop
-from squawq.engine.request import FinishReason, Output, Request, Runner, Sink
+from squawq.engine.protocol import Runner, Stats
+from squawq.engine.request import FinishReason, Output, Request, Sink
 from squawq.engine.sequence import RequestState, new_request_state
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What the engine did and has; counts since its start, seconds of wall time.
-
-    running, waiting: sequences. prefix_hits of prefix_queries tokens were found in the cache. runner_seconds of
-    step_seconds were spent in the runner.
-    """
-
-    running: int
-    waiting: int
-    pages_used: int
-    pages: int
-    prefix_hits: int
-    prefix_queries: int
-    preemptions: int
-    tokens_generated: int
-    prompt_tokens_computed: int
-    steps: int
-    runner_seconds: float
-    step_seconds: float
 
 
 class Engine:
@@ -131,6 +109,8 @@ class Engine:
             eos_ids=self._eos_ids,
             draw_seed=self.draw_seed,
         )
+        for sequence in state.states:
+            self._runner.prepare(sequence.sampling)
         if os.getpid() != self._process:
             raise EngineClosed("the engine's thread did not survive a fork; load the model in the child process")
         with self._changed:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from squawq.engine.config import EngineConfig
 from squawq.engine.pages import PagePool
-from squawq.engine.request import Chunk, FinishReason, Output, Runner
+from squawq.engine.protocol import Chunk, Runner, StepOutput
+from squawq.engine.request import FinishReason, Output
 from squawq.engine.scheduler import Scheduler, Sequence
 from squawq.engine.sequence import RequestState, SequenceState
 
@@ -73,39 +71,39 @@ class Loop:
         batch = [self._chunk(sequence, count) for sequence, count in shares]
         ran = time.perf_counter()
         try:
-            rows = self._runner.run(batch)
+            results = self._runner.step(batch)
         except BaseException as error:  # Rust's panics too: none may end the worker
             failed = dict.fromkeys(self._owners[sequence][0] for sequence, _ in shares)
             for request in failed:
                 self._end(request, FinishReason.ERROR, _message(error))
             return
         self.runner_seconds += time.perf_counter() - ran
-        for (sequence, count), chunk, logits in zip(shares, batch, rows, strict=True):
+        for (sequence, count), chunk, result in zip(shares, batch, results, strict=True):
             if not sequence.ended:  # a sibling may have ended it in this very step
                 self.prompt_tokens_computed += max(0, min(count, sequence.prompt - chunk.start))
                 self.scheduler.advance(sequence, count)
-                self._take(sequence, chunk, logits)
+                self._take(sequence, chunk, result)
         self.steps += 1
         self.step_seconds += time.perf_counter() - began
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
-        start = sequence.computed
-        logits = count if sequence.score else int(count == sequence.left)
-        request = self._owners[sequence][0]
+        request, state = self._owners[sequence]
         if not request.started:
             request.started = True
             self._started(request)
-        return Chunk(sequence.tokens[start : start + count], start, sequence.pages, logits)
+        return state.chunk(count)
 
-    def _take(self, sequence: Sequence, chunk: Chunk, logits: NDArray[np.float32]) -> None:
-        """Process the logits of a sequence."""
+    def _take(self, sequence: Sequence, chunk: Chunk, result: StepOutput) -> None:
+        """Process a sequence's result."""
         request, state = self._owners[sequence]
         try:
+            if result.error is not None:
+                raise result.error
             if sequence.score:
-                state.score(chunk.start, logits)
-            if sequence.left:
+                state.score(chunk.start, result.prompt_logprobs)
+            if result.token is None:
                 return
-            output = state.step(logits[-1])
+            output = state.step(result.token, result.logprob)
         except BaseException as error:
             self._end(request, FinishReason.ERROR, _message(error))
             return

@@ -1,6 +1,6 @@
-"""What goes into the engine and what comes out: sampling settings, requests, outputs, and the face of a runner.
+"""What goes into the engine and what comes out: sampling parameters, requests and outputs.
 
-Checks every value on its own; whether a request fits a model (vocabulary, positions, pages) is the engine's check.
+Every value is validated on its own; whether a request fits a model (vocabulary, positions, pages) the engine checks.
 """
 
 from __future__ import annotations
@@ -9,14 +9,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
 
 from squawq.errors import ConfigError
 from squawq.showing import beside_defaults
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 GRAMMARS = ("json_schema", "regex", "lark", "gbnf")
 MAX_GRAMMAR_BYTES = 64 * 1024
@@ -256,31 +251,3 @@ class Output:
 
 
 Sink = Callable[[Output], object]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One sequence's share of a step.
-
-    ids: tokens to run. start: position of the first, which is also how many of the sequence's tokens have their keys
-    and values in its pages. pages: its page table, covering start + len(ids) tokens. logits: wanted for the last so
-    many of `ids`: 0 in the middle of a prompt, 1 at its end, len(ids) for prompt logprobs.
-    """
-
-    ids: Sequence[int]
-    start: int
-    pages: Sequence[int]
-    logits: int
-
-
-class Runner(Protocol):
-    """A model with paged keys and values. A row's logits may depend on its own sequence only, never on the batch."""
-
-    vocab_size: int
-    max_positions: int
-    page_size: int
-    num_pages: int
-
-    def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
-        """Run a step; for each chunk float32 [chunk.logits, vocab_size]."""
-        ...

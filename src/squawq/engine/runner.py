@@ -1,4 +1,4 @@
-"""Runs one step of the engine on our decoder: chunks of sequences in, logits out. Knows no requests and no text.
+"""The runner of our own decoder: a step's chunks in, tokens and log probabilities out.
 
 With the native kernels a row's logits are the same bits in any batch, in any chunking, with or without cached pages.
 """
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from squawq.config import ModelConfig
 from squawq.engine.config import EngineConfig
-from squawq.engine.request import Chunk
+from squawq.engine.protocol import Chunk
+from squawq.engine.sampler import HostSampling
 from squawq.errors import ConfigError
 from squawq.kernels import library
 from squawq.kernels.reference import PAGE
@@ -28,7 +29,7 @@ CACHE_SHARE = 0.25  # of the memory that is free, for keys and values, by defaul
 MOST_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
 
 
-class DecoderRunner:
+class DecoderRunner(HostSampling):
     """A loaded decoder and its pages. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
 
     page_size = PAGE
@@ -55,7 +56,7 @@ class DecoderRunner:
             raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
 
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
-        """Logits float32 [chunk.logits, vocab] for each chunk; keys and values go to the chunks' pages."""
+        """Write keys and values to the chunks' pages; returns float32 logits [chunk.logits, vocab] for each chunk."""
         if threading.get_ident() != self._thread:
             self._thread = threading.get_ident()
             if self._decoder.native(self._cache):

@@ -1,18 +1,20 @@
-"""From a row of logits to a token and its log probability, in numpy on the calling thread. Knows one sequence's
-settings and history; knows no batch, so that a request's tokens cannot depend on what runs beside it.
+"""Sampling on the CPU: from a row of logits to a token and its log probability, in numpy on the calling thread.
 
-numpy and not torch, whose OpenMP threads would fight the kernels' own.
+Each sequence is sampled by itself, so that its tokens cannot depend on the batch. numpy and not torch, whose OpenMP
+threads would compete with the kernels' own.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from squawq.engine.protocol import Chunk, Sampling, StepOutput
 from squawq.engine.request import SamplingParams, TokenLogprob
 
 Row = NDArray[np.float32]
@@ -221,3 +223,36 @@ class Sampler:
             self._output.add(token)
         if self._bad:
             self._tail.append(token)
+
+
+class HostSampling(ABC):
+    """A runner that has its logits on the host, where they are sampled."""
+
+    @abstractmethod
+    def run(self, batch: Sequence[Chunk]) -> list[Row]:
+        """Run a step; float32 logits [chunk.logits, vocab_size] of each chunk."""
+
+    def prepare(self, sampling: Sampling) -> None:
+        """Set `sampling.state`."""
+        sampling.state = Sampler(sampling.params, sampling.prompt, sampling.ending, sampling.seed, sampling.index)
+
+    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
+        """Run a step and sample its tokens."""
+        return [self._sample(chunk, rows) for chunk, rows in zip(batch, self.run(batch), strict=True)]
+
+    def _sample(self, chunk: Chunk, rows: Row) -> StepOutput:
+        try:
+            scores = [token_logprob(row, token, chunk.top) for row, token in zip(rows, chunk.targets, strict=False)]
+            if (sampling := chunk.sampling) is None:
+                return StepOutput(prompt_logprobs=scores)
+            if sampling.state is None:
+                self.prepare(sampling)
+            sampler: Sampler = sampling.state
+            if (grammar := sampling.grammar) is None:
+                token = sampler.choose(rows[-1])
+            else:
+                token = sampler.choose(rows[-1], grammar.allowed(), grammar.complete)
+            top = sampling.logprobs
+            return StepOutput(token, None if top is None else token_logprob(rows[-1], token, top), scores)
+        except BaseException as error:  # Rust's panics too: it is the sequence's own failure
+            return StepOutput(error=error)

@@ -10,14 +10,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from squawq.engine.detokenizer import StopStrings, TextStream, TokenDecoder
 from squawq.engine.grammar import Matcher
 from squawq.engine.pages import root
+from squawq.engine.protocol import Chunk, Sampling
 from squawq.engine.request import FinishReason, Output, Request, Sink, TokenLogprob
-from squawq.engine.sampler import Sampler, token_logprob
 from squawq.engine.scheduler import Sequence
 
 
@@ -29,7 +26,7 @@ class SequenceState:
         request: Request,
         index: int,
         sequence: Sequence,
-        sampler: Sampler,
+        seed: int,
         matcher: Matcher | None,
         tokenizer: TokenDecoder | None,
         eos_ids: frozenset[int],
@@ -39,12 +36,13 @@ class SequenceState:
         self.sequence = sequence
         self.finish: FinishReason | None = None
         self._request = request
-        self._sampler = sampler
         self._matcher = matcher
+        scored = params.logprobs is not None or params.sequences > params.n  # best_of ranks by log probabilities
+        top = (params.logprobs or 0) if scored else None
+        self.sampling = Sampling(params, request.prompt, sorted(eos_ids), seed, index, top, matcher)
         self._text = None if tokenizer is None else TextStream(tokenizer, request.prompt, params.skip_special_tokens)
         self._stops = StopStrings(params.stop, params.include_stop)
         self._ending = eos_ids
-        self._wants_logprobs = params.logprobs is not None or params.sequences > params.n
         self._logprobs: list[float] = []
         self._prompt_logprobs: list[TokenLogprob | None] = [None]
 
@@ -54,25 +52,29 @@ class SequenceState:
         failed = self.finish in (FinishReason.ABORT, FinishReason.ERROR)
         return -math.inf if failed or not self._logprobs else sum(self._logprobs) / len(self._logprobs)
 
-    def score(self, start: int, rows: NDArray[np.float32]) -> None:
-        """Take the prompt's log probabilities from the logits [tokens, vocab] after its tokens from `start` on.
+    def chunk(self, count: int) -> Chunk:
+        """This sequence's part of a step of `count` tokens."""
+        sequence, params = self.sequence, self._request.params
+        start, end = sequence.computed, sequence.computed + count
+        last = count == sequence.left
+        return Chunk(
+            ids=sequence.tokens[start:end],
+            start=start,
+            pages=sequence.pages,
+            logits=count if sequence.score else int(last),
+            sampling=self.sampling if last else None,
+            targets=sequence.tokens[start + 1 : end + 1] if sequence.score else (),
+            top=params.prompt_logprobs or 0,
+        )
 
-        After a preemption rows come again; those that are known are left aside.
-        """
-        prompt, top = self._request.prompt, self._request.params.prompt_logprobs
-        for position, row in enumerate(rows, start + 1):
-            if position == len(self._prompt_logprobs) < len(prompt):
-                self._prompt_logprobs.append(token_logprob(row, prompt[position], top or 0))
-        self.sequence.score = len(self._prompt_logprobs) < len(prompt)
+    def score(self, start: int, found: Tokens[TokenLogprob]) -> None:
+        """Take the log probabilities of the prompt's tokens after `start`; known ones come again after a preemption."""
+        self._prompt_logprobs += found[len(self._prompt_logprobs) - start - 1 :]
+        self.sequence.score = len(self._prompt_logprobs) < len(self._request.prompt)
 
-    def step(self, row: NDArray[np.float32]) -> Output:
-        """Choose the next token from its logits [vocab]."""
+    def step(self, token: int, logprob: TokenLogprob | None) -> Output:
+        """Append the token that was chosen."""
         matcher, params = self._matcher, self._request.params
-        if matcher is None:
-            token = self._sampler.choose(row)
-        else:
-            token = self._sampler.choose(row, matcher.allowed(), matcher.complete)
-        logprob = token_logprob(row, token, params.logprobs or 0) if self._wants_logprobs else None
         if logprob is not None:
             self._logprobs.append(logprob.logprob)
         first = len(self.sequence.tokens) == len(self._request.prompt)
@@ -87,7 +89,7 @@ class SequenceState:
         if finish and stop is None:
             text += self._rest()
         if finish:
-            self._matcher = None  # its process ends, though others of the request go on
+            self._drop_grammar()  # its process ends, though others of the request go on
         self.finish = finish  # last, so that a sequence that failed on the way is still to be ended
         return Output(
             request=self._request.id,
@@ -103,8 +105,11 @@ class SequenceState:
     def end(self, reason: FinishReason, why: str | None = None) -> Output:
         """End before its time; outputs the text that was held back."""
         self.finish = reason
-        self._matcher = None
+        self._drop_grammar()
         return Output(self._request.id, self.index, text=self._rest(), finish=reason, stop_reason=why)
+
+    def _drop_grammar(self) -> None:
+        self._matcher = self.sampling.grammar = None
 
     def _say(self, token: int, ends: bool) -> tuple[str, str | None]:
         """What a token adds to the text, and the stop string that it completed."""
@@ -198,7 +203,6 @@ def new_request_state(
             root=prefix,
             score=params.prompt_logprobs is not None and index == 0,
         )
-        sampler = Sampler(params, request.prompt, sorted(ending), seed, index)
         own = None if matcher is None else matcher.copy()
-        states.append(SequenceState(request, index, sequence, sampler, own, tokenizer, ending))
+        states.append(SequenceState(request, index, sequence, seed, own, tokenizer, ending))
     return RequestState(request, sink, states)
