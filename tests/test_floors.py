@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "squawq"
 FLOORS: dict[str, float] = {
     "errors": 0,
     "showing": 0,
+    "strict": 0.5,
     "config": 2,
     "quant_config": 1,
     "progress": 2,

@@ -67,7 +67,7 @@ def bench(
     began = time.perf_counter()
     room = (prompt_tokens + new_tokens + 16) * streams
     knobs = {"kv_tokens": room, "max_num_seqs": streams, "prefix_caching": False, **knobs}
-    loaded = LoadedModel(folder, EngineConfig.from_knobs(knobs), text=False)
+    loaded = LoadedModel(folder, EngineConfig(**knobs), text=False)
     load_s = time.perf_counter() - began
     ids = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (streams, prompt_tokens)).tolist()
     engine = loaded.engine

@@ -40,7 +40,7 @@ class LLM:
     def __init__(self, model: str | Path, config: EngineConfig | None = None, **knobs: Any) -> None:
         if config is not None and knobs:
             raise ConfigError(f"config and {next(iter(knobs))} are both given; put all knobs into one of the two")
-        config = config or EngineConfig.from_knobs(knobs)
+        config = config or EngineConfig(**knobs)
         self._model = loaded = LoadedModel(model, config)
         self.folder, self.config, self.device = loaded.folder, loaded.config, config.device
         self.tokenizer = loaded.tokenizer

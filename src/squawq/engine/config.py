@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Annotated
 
-from squawq.errors import ConfigError
+from pydantic import Field
+
+from squawq.strict import strict
+
+Count = Annotated[int, Field(ge=1, description="at least 1")]
+OptionalCount = Annotated[int | None, Field(ge=1, description="at least 1")]
 
 
-@dataclass(frozen=True, kw_only=True)
+@strict(kw_only=True)
 class EngineConfig:
     """How to run a model. Knobs that vLLM has too go by vLLM's names.
 
@@ -33,34 +36,17 @@ class EngineConfig:
     """
 
     device: str = "cpu"
-    threads: int | None = None
+    threads: OptionalCount = None
     exact: bool = False
     head: str | None = None
-    kv_tokens: int | None = None
-    gpu_memory_utilization: float | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_waiting: int | None = 1024
+    kv_tokens: OptionalCount = None
+    gpu_memory_utilization: Annotated[float | None, Field(gt=0, le=1, description="above 0, at most 1")] = None
+    max_num_seqs: Count = 64
+    max_num_batched_tokens: Count = 512
+    max_waiting: OptionalCount = 1024
     prefix_caching: bool = True
-    grammar_timeout: float = 2.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("threads", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        share = self.gpu_memory_utilization
-        if share is not None and not 0 < share <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {share}; it must be above 0, at most 1")
-
-    @classmethod
-    def from_knobs(cls, knobs: Mapping[str, Any]) -> Self:
-        """A config from keyword arguments. Raises ConfigError for an unknown name."""
-        known = [entry.name for entry in fields(cls)]
-        if unknown := next((name for name in knobs if name not in known), None):
-            raise ConfigError(f"there is no setting {unknown!r}; choose from {', '.join(known)}")
-        return cls(**knobs)
+    grammar_timeout: Annotated[float, Field(gt=0, description="a number of seconds above 0")] = 2.0
+    seed: Annotated[int | None, Field(ge=0, description="at least 0")] = None
 
     @property
     def step_tokens(self) -> int:

@@ -5,12 +5,13 @@ launcher.py fills it from those.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 
 from squawq.engine.config import EngineConfig
 from squawq.engine.request import MAX_LOGPROBS, MAX_SEQUENCES, MAX_STOPS
 from squawq.errors import ConfigError
+from squawq.strict import strict
 
 DIALECTS = ("openai", "tgi")
 LOG_FORMATS = ("text", "json")
@@ -20,7 +21,7 @@ RESERVED = 256  # connections beside those of requests under way and waiting
 MAY_BE_0 = ("shutdown_timeout", "keep_alive_interval")  # abort at once; no comments
 
 
-@dataclass(frozen=True, kw_only=True)
+@strict(kw_only=True)
 class Settings(EngineConfig):
     """What `squawq serve` was asked for, beside the engine's knobs.
 
@@ -99,7 +100,6 @@ class Settings(EngineConfig):
     log_requests: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name, choices in (
             ("dialect", DIALECTS),
             ("log_format", LOG_FORMATS),
@@ -115,9 +115,8 @@ class Settings(EngineConfig):
                 raise ConfigError(f"{entry.name} is {value}; it must be at least {least}")
             if entry.type == "float" and not (0 <= value < math.inf and (value > 0 or entry.name in MAY_BE_0)):
                 raise ConfigError(f"{entry.name} is {value}; it must be a number of seconds above 0")
-            least = 0 if entry.name == "seed" else 1
-            if entry.type == "int | None" and value is not None and value < least:
-                raise ConfigError(f"{entry.name} is {value}; it must be at least {least}")
+            if entry.type == "int | None" and value is not None and value < 1:
+                raise ConfigError(f"{entry.name} is {value}; it must be at least 1")
         for name, most in (
             ("max_logprobs", MAX_LOGPROBS),
             ("max_top_n_tokens", MAX_LOGPROBS),
