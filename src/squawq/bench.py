@@ -1,4 +1,4 @@
-"""How fast a folder runs here: prefill and decode through the engine, on random token ids, with no early stop."""
+"""Measures the speed of a model on this machine: prefill and decode through the engine, on random token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How to quantize, as a frozen dataclass, to and from `quantization_config` in its writers' spellings. No tensors."""
+"""QuantConfig: how to quantize, and its conversion to and from the `quantization_config` of several libraries."""
 
 from __future__ import annotations
 
@@ -39,24 +39,30 @@ def _at_least(least: int) -> Any:
 
 @strict()
 class QuantConfig:
-    """How to quantize. The first four fields are written to `quantization_config`; the rest steer the search.
+    """How to quantize. The first four fields are written to `quantization_config`.
 
-    bits: 4. group_size: weights along in_features that share a scale, -1 for a whole row.
-    zero_point: asymmetric (True) or symmetric around 8 (False).
-    modules_to_not_convert: linears whose full name contains one of these stay in 16 bits.
-    method: "awq" (activation-aware scales, Lin et al., arXiv 2306.00978), "squawq" (the same scales, then rounding
-    that sees the error) or "rtn" (plain rounding).
-    clip: search a narrower range per group, as AutoAWQ does. duo_scaling: try scales from activations and weights
-    as well as from activations alone. n_grid: steps of the scale search between 0 and 1; None: 10, of "awq" 20.
-    Of "squawq" alone: compensate: what rounding a column of a weight loses, the columns after it make up for (Frantar
-    et al., arXiv 2210.17323), act_order: those of the strongest inputs first. refine: passes of coordinate descent over
-    integers and scales thereafter. sequential: calibrate each linear on what the quantized ones before it hand over,
-    and let it make up for what they lost. damping: how far correlations between inputs are mistrusted, as a share of
-    the Gram matrix's diagonal.
-    dtype: of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
-    samples, seqlen: calibration blocks and tokens in each. None takes what there is, up to 128 blocks, and 512
-    tokens or the model's context if that is shorter.
-    Raises ConfigError for any value that cannot work.
+    Attributes:
+        bits: 4.
+        group_size: Weights along in_features that share a scale; -1 for a whole row.
+        zero_point: Asymmetric (True) or symmetric around 8 (False).
+        modules_to_not_convert: Linears whose full name contains one of these stay in 16 bits.
+        method: "awq" (activation-aware scales, Lin et al., arXiv 2306.00978), "squawq" (the same scales, then rounding
+            with error feedback) or "rtn" (round to nearest).
+        clip: Search a clipping range per group, as AutoAWQ does.
+        duo_scaling: Try scales from activations and weights as well as from activations alone.
+        n_grid: Steps of the scale search between 0 and 1; None: 10, with "awq" 20.
+        compensate: GPTQ error feedback: the columns after a rounded one compensate its error (Frantar et al., arXiv
+            2210.17323). "squawq" alone, like the four that follow.
+        act_order: Round the columns with the largest Hessian diagonal first.
+        refine: Passes of coordinate descent over integers and scales after rounding.
+        sequential: Calibrate each linear on the outputs of the quantized layers before it, and compensate their error.
+        damping: Hessian damping, as a share of its diagonal.
+        dtype: Of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
+        samples: Calibration blocks; None: all there are, up to 128.
+        seqlen: Tokens per block; None: 512, or the model's context if that is shorter.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     bits: Annotated[int, _choose((4,))] = 4
@@ -87,8 +93,8 @@ class QuantConfig:
                 raise ConfigError(f"{name} is {value!r}, but method {self.method!r} has none; leave it out")
 
     @property
-    def sees_errors(self) -> bool:
-        """Whether integers make up for each other; else each is the nearest."""
+    def error_feedback(self) -> bool:
+        """Whether integers compensate each other's rounding errors; otherwise each is rounded to nearest."""
         return self.compensate or self.refine > 0
 
     @property

@@ -1,4 +1,4 @@
-"""Short reprs: what a dataclass says beside its defaults, and mappings without their long lists."""
+"""Short reprs: dataclasses without fields at their defaults, mappings without their long lists."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST = 60  # characters of a value
 
 
 def brief(value: object) -> str:
-    """A value's repr, or how long it is where that says more."""
+    """A value's repr, or its length if the repr is long."""
     text = repr(value)
     if len(text) <= MOST:
         return text
@@ -30,7 +30,7 @@ def beside_defaults(instance: Any) -> str:
 
 
 class Record(dict[str, Any]):
-    """A dict that a person can look at: its repr tells only the length of what is long."""
+    """A dict whose repr shortens long values to their length."""
 
     def __repr__(self) -> str:
         entries = ", ".join(f"{key!r}: {brief(value)}" for key, value in self.items())

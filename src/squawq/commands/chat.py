@@ -56,7 +56,7 @@ def banner(llm: Any) -> str:
 
 
 def _talk(llm: Any, settings: Any, start: list[dict[str, str]], texts: Iterable[str]) -> None:
-    """Answer each text; what was stopped stays in the conversation as far as it came."""
+    """Answer each message; a stopped answer stays in the conversation."""
     messages = list(start)
     for text in texts:
         if text == "/new":
@@ -84,7 +84,7 @@ def _kept(pieces: Generator[str], kept: list[str]) -> Generator[str]:
 
 
 def _messages(read: Callable[[], str], stops: bool = False) -> Generator[str]:
-    """What the user writes, up to /exit or the end. stops: Ctrl-C ends it, too; else it says how to end."""
+    """The user's messages, up to /exit or the end of input; with `stops` Ctrl-C ends it, too."""
     while True:
         try:
             text = read().strip()

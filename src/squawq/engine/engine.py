@@ -1,6 +1,6 @@
-"""The engine: requests come in from any thread, their outputs go to their sinks, one worker thread does all the work.
+"""The engine: takes requests from any thread, runs them in one worker thread, sends outputs to their sinks.
 
-Checks what comes in against the model; knows threads, the queue and its bound. What a step does is loop.py's.
+Threads, the queue and the checks of requests are here; the step itself is in loop.py.
 """
 
 from __future__ import annotations
@@ -66,8 +66,15 @@ class Engine:
         self._worker.start()
 
     def check(self, request: Request) -> Matcher | None:
-        """Raise ConfigError if the request can never be run; its grammar, compiled, if it has one, which may take
-        seconds. Raises QueueFull when too many different grammars are in use."""
+        """Check a request against the model and compile its grammar, which may take seconds.
+
+        Returns:
+            The compiled grammar. It stays compiled as long as the caller holds it.
+
+        Raises:
+            ConfigError: The request can never be run.
+            QueueFull: Too many different grammars are in use.
+        """
         params, prompt, vocab = request.params, request.prompt, self._runner.vocab_size
         if not prompt:
             raise ConfigError("the prompt is empty; give at least one token")
@@ -91,11 +98,7 @@ class Engine:
         return None if params.grammar is None else self._grammars().compile(params.grammar, request.tenant)
 
     def submit(self, request: Request, sink: Sink, *, wait: bool = False) -> None:
-        """Queue a request. `sink` gets its outputs in order, from the worker thread; raising there aborts the request.
-
-        wait: for room in the queue (not from a sink). Raises ConfigError for a request that can never be run or whose
-        id is under way, QueueFull, EngineClosed.
-        """
+        """Queue a request; see InferenceEngine. `wait` must not be used in a sink."""
         matcher = self.check(request)
         limit = self._room
         if request.params.max_tokens is not None:
@@ -127,29 +130,29 @@ class Engine:
             self._command(lambda: self._loop.add(state))
 
     def on_step(self, callback: Callable[[], object]) -> None:
-        """Have the worker call `callback` after each step, once its outputs are sent. It must not raise."""
+        """Call `callback` in the worker thread after each step, once its outputs are sent. It must not raise."""
         self._on_step.append(callback)
 
     def abort(self, request_id: str) -> None:
-        """End a request with the reason "abort", from any thread, at any moment; one that is not under way is left."""
+        """End a request with the reason "abort"; no-op for a request that is not in flight."""
         self._command(lambda: self._loop.abort(request_id))
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
-        """Run requests and give their outputs as they come, those of one sequence in order.
+        """Run requests and yield their outputs as they come, those of one sequence in order.
 
-        All are checked first: raises ConfigError. Requests that do not fit into the queue are handed in as it empties.
-        Leaving the iterator early aborts what is under way.
+        All requests are checked first, and submitted as the queue has room. Closing the iterator early aborts the rest.
+        Raises ConfigError for a request that can never be run.
         """
         for request in requests:
             self.check(request)
         return self._generate(deque(requests))
 
     def draw_seed(self) -> int:
-        """A seed for a request that has none."""
+        """A seed for a request without one."""
         return self._seeds.getrandbits(63)
 
     def waits(self, request_id: str) -> bool:
-        """Whether a request is queued and none of its tokens has been run yet."""
+        """Whether a request is queued and has not started."""
         with self._changed:
             state = self._loop.requests.get(request_id)
             return request_id in self._live and (state is None or not state.started)
@@ -160,7 +163,7 @@ class Engine:
         return self._worker.is_alive() and not self._closed
 
     def stats(self) -> Stats:
-        """The figures of this moment."""
+        """Counters and state."""
         loop, scheduler, pool = self._loop, self._loop.scheduler, self._loop.pool
         return Stats(
             running=len(scheduler.running),
@@ -178,8 +181,12 @@ class Engine:
         )
 
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
-        """Take no more requests and end the worker. drain: let those under way end by themselves, for `timeout` seconds
-        at most; the others are aborted. Idempotent."""
+        """Take no more requests and end the worker thread. Idempotent.
+
+        Args:
+            drain: Wait for the requests in flight.
+            timeout: Seconds to wait at most; the rest is aborted.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -199,7 +206,7 @@ class Engine:
                     try:
                         self.submit(pending[0], outputs.put, wait=not open_sequences)
                     except QueueFull:
-                        if not open_sequences:  # other callers' grammars; nothing of ours will end and make room
+                        if not open_sequences:  # other callers hold the grammars: waiting would not make room
                             raise
                         break
                     request = pending.popleft()
@@ -248,7 +255,7 @@ class Engine:
             while self._listen():
                 self._loop.step()
                 self._notify_step()
-        except BaseException as error:  # a mistake of ours: nobody may be left waiting
+        except BaseException as error:  # a bug: no caller may be left waiting
             reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
         with self._changed:
             self._closed = True
@@ -264,7 +271,7 @@ class Engine:
             callback()
 
     def _listen(self) -> bool:
-        """Do what other threads asked for, waiting while there is nothing to do; False when it is time to stop."""
+        """Run the commands of other threads, after waiting for work; False when the engine should stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._inbox or self._loop.requests or self._stop)
             commands, self._inbox = self._inbox, []

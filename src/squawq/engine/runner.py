@@ -30,7 +30,7 @@ MOST_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
 
 
 class DecoderRunner(HostSampling):
-    """A loaded decoder and its pages. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
+    """A loaded decoder and its KV cache. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
 
     page_size = PAGE
 
@@ -92,14 +92,14 @@ class DecoderRunner(HostSampling):
 
 
 def _one_torch_thread() -> None:
-    """Keep torch's operations of the calling thread on it.
+    """Run torch's operations of the calling thread without OpenMP threads.
 
     A gather of 16 rows wakes torch's OpenMP threads, which then spin for milliseconds on the cores that the kernels'
     threads and the event loop need.
     """
     usual = torch.get_num_threads()
     torch.set_num_threads(1)
-    # That is also what threads which start later get. Only from another thread can it be put back for them.
+    # The setting is also the default of threads that start later; only another thread can restore it for them.
     other = threading.Thread(target=torch.set_num_threads, args=(usual,))
     other.start()
     other.join()
@@ -114,9 +114,9 @@ def default_kv_tokens(config: ModelConfig, device: torch.device) -> int:
 
 
 def shared_kv_tokens(config: ModelConfig, share: float, free: int, total: int) -> int:
-    """Tokens of keys and values that fit when everything on a GPU together may take this share of its memory.
+    """Tokens in the KV cache when weights and cache together may use this share of the GPU's memory.
 
-    free, total: bytes of the GPU with the weights on it. Raises ConfigError where the share is used up by them.
+    free, total: bytes of the GPU after the weights are loaded. Raises ConfigError if the weights use up the share.
     """
     room = int(share * total) - (total - free)
     if room < PAGE * Cache.token_bytes(config):
@@ -128,7 +128,7 @@ def shared_kv_tokens(config: ModelConfig, share: float, free: int, total: int) -
 
 
 def _free_memory() -> int:
-    """Bytes that the machine, or the container's limit (cgroup v2), can still give without swapping."""
+    """Bytes available without swapping on the machine, or within the container's limit (cgroup v2)."""
     free = _machine_memory()
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))

@@ -105,7 +105,7 @@ class LayerQuantizer:
         candidates = scale_candidates(stats.mean_absolute, weight_importance(weights, size), self.config.scale_steps)
         if not self.config.duo_scaling:
             candidates = [c for c in candidates if c.formula != "xw"]
-        if group.inspect is None or self.config.sees_errors:  # a module would judge another rounding than will be
+        if group.inspect is None or self.config.error_feedback:  # a module would judge another rounding than will be
             return best_scales(candidates, weights, stats.loss, size, zero_point)
         module, given = group.inspect, inputs.whole(group.inspect)
         wanted = self.block.inspect(module, given)

@@ -34,9 +34,9 @@ class LinearRounder:
             return quantize(weight, size, config.zero_point), None
         if self.drift is not None:
             self._make_up(weight, self.drift)
-        gram = self.stats.energy.view(-1, size) if config.sees_errors else self.stats.gram_blocks(size)
+        gram = self.stats.energy.view(-1, size) if config.error_feedback else self.stats.gram_blocks(size)
         limits = clip_limits(weight, gram, config.zero_point) if clip else None
-        if not config.sees_errors:
+        if not config.error_feedback:
             return quantize(weight, size, config.zero_point, limits), limits
         grid = Grid.of(limits or whole_ranges(weight, size), size, config.zero_point)
         q = torch.empty(weight.shape[::-1], dtype=torch.uint8, device=weight.device)

@@ -117,7 +117,7 @@ class LayerPass:
         return Recording(features, self.folder, self.streams.states_memory / 2)
 
     def _scales(self, inputs: LayerInputs, lasting: Collection[str]) -> Chosen:
-        inputs.complete(inspected=not self.config.sees_errors)
+        inputs.complete(inspected=not self.config.error_feedback)
         chosen = self.worker.choose_scales(inputs, lasting)
         chosen.folding = chosen.folding.to("cpu")
         return chosen
