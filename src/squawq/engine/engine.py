@@ -18,15 +18,15 @@ from itertools import chain
 from squawq.engine.config import EngineConfig
 from squawq.engine.grammar import GrammarCompiler, Matcher
 from squawq.engine.loop import Loop
-from squawq.engine.protocol import Runner, Stats
+from squawq.engine.protocol import InferenceEngine, Runner, Stats
 from squawq.engine.request import FinishReason, Output, Request, Sink
 from squawq.engine.sequence import RequestState, new_request_state
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.text.tokenizer import Tokenizer
 
 
-class Engine:
-    """Runs requests on a runner, in a thread of its own.
+class Engine(InferenceEngine):
+    """Runs requests on a runner, in a thread of its own. InferenceEngine documents the methods.
 
     Args:
         runner: The model.
@@ -98,7 +98,6 @@ class Engine:
         return None if params.grammar is None else self._grammars().compile(params.grammar, request.tenant)
 
     def submit(self, request: Request, sink: Sink, *, wait: bool = False) -> None:
-        """Queue a request; see InferenceEngine. `wait` must not be used in a sink."""
         matcher = self.check(request)
         limit = self._room
         if request.params.max_tokens is not None:
@@ -130,40 +129,29 @@ class Engine:
             self._command(lambda: self._loop.add(state))
 
     def on_step(self, callback: Callable[[], object]) -> None:
-        """Call `callback` in the worker thread after each step, once its outputs are sent. It must not raise."""
         self._on_step.append(callback)
 
     def abort(self, request_id: str) -> None:
-        """End a request with the reason "abort"; no-op for a request that is not in flight."""
         self._command(lambda: self._loop.abort(request_id))
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
-        """Run requests and yield their outputs as they come, those of one sequence in order.
-
-        All requests are checked first, and submitted as the queue has room. Closing the iterator early aborts the rest.
-        Raises ConfigError for a request that can never be run.
-        """
         for request in requests:
             self.check(request)
         return self._generate(deque(requests))
 
     def draw_seed(self) -> int:
-        """A seed for a request without one."""
         return self._seeds.getrandbits(63)
 
     def waits(self, request_id: str) -> bool:
-        """Whether a request is queued and has not started."""
         with self._changed:
             state = self._loop.requests.get(request_id)
             return request_id in self._live and (state is None or not state.started)
 
     @property
     def alive(self) -> bool:
-        """Whether the worker runs; False after `close` and after a failure."""
         return self._worker.is_alive() and not self._closed
 
     def stats(self) -> Stats:
-        """Counters and state."""
         loop, scheduler, pool = self._loop, self._loop.scheduler, self._loop.pool
         return Stats(
             running=len(scheduler.running),
@@ -181,12 +169,6 @@ class Engine:
         )
 
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
-        """Take no more requests and end the worker thread. Idempotent.
-
-        Args:
-            drain: Wait for the requests in flight.
-            timeout: Seconds to wait at most; the rest is aborted.
-        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()

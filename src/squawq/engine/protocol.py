@@ -70,7 +70,7 @@ class InferenceEngine(Protocol):
         Args:
             request: The request.
             sink: Receives the outputs.
-            wait: Wait for room in the queue.
+            wait: Wait for room in the queue; not from a sink, which would wait for itself.
 
         Raises:
             ConfigError: The request can never be run, or its id is in use.
@@ -80,7 +80,10 @@ class InferenceEngine(Protocol):
         ...
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
-        """Run requests and yield their outputs as they come. Closing the iterator aborts the rest."""
+        """Run requests and yield their outputs as they come, those of one sequence in order.
+
+        All requests are checked first, and submitted as the queue has room. Closing the iterator aborts the rest.
+        """
         ...
 
     def abort(self, request_id: str) -> None:

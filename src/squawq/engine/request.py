@@ -51,7 +51,7 @@ def _tuples(value: object) -> object:
 @strict()
 class Grammar:
     """What the text must match: kind "json_schema", "regex", "lark" (llguidance's dialect) or "gbnf" (llama.cpp's), and
-    its source. Objects of a JSON schema are closed (squawq.engine.schema)."""
+    its source. Objects in a JSON schema are closed (squawq.engine.schema)."""
 
     kind: str
     text: Annotated[str, Field(min_length=1, description="the text of a grammar")]
@@ -65,27 +65,30 @@ class Grammar:
 
 @strict()
 class SamplingParams:
-    """How tokens are chosen, and when to stop. The defaults take the likeliest token, 256 times at most.
+    """How tokens are sampled, and when to stop. The default is greedy, 256 tokens at most.
 
-    A row of logits goes through these in this order: logit_bias; repetition_penalty over prompt and output (Keskar et
-    al., arXiv 1909.05858: positive logits divided, negative multiplied); frequency_penalty per occurrence and
-    presence_penalty once, over the output (OpenAI's definition); allowed_ids; bad_ids; min_tokens, which forbids ending
-    tokens; grammar; temperature (below 1e-6: the likeliest token); top_k (0: off); typical_p (Meister et al., arXiv
-    2202.00666); top_p (Holtzman et al., arXiv 1904.09751); min_p, relative to the likeliest. Each sees the distribution
-    that the one before left, scaled to sum to 1. A grammar that allows nothing but an end goes before allowed_ids,
-    bad_ids and min_tokens. Where no token is left the sequence ends with an error.
+    Logits are processed in this order: logit_bias; repetition_penalty over prompt and output (Keskar et al., arXiv
+    1909.05858: positive logits divided, negative multiplied); frequency_penalty per occurrence and presence_penalty
+    once, over the output (OpenAI's definition); allowed_ids; bad_ids; min_tokens, which forbids end tokens; grammar;
+    temperature (below 1e-6: greedy); top_k (0: off); typical_p (Meister et al., arXiv 2202.00666); top_p (Holtzman et
+    al., arXiv 1904.09751); min_p, relative to the likeliest token. Each works on the renormalized distribution that the
+    one before left. Where a grammar allows only an end token, it overrides allowed_ids, bad_ids and min_tokens. A
+    sequence without a possible token ends with an error.
 
-    max_tokens: new tokens at most; None: up to the context. seed: the same text again; None: another each time.
-    n sequences are returned, the best (by mean logprob) of best_of where that is more; sequence i has a stream of
-    random numbers of its own, and sequence 0 is what n=1 gives.
-    allowed_ids: None, or the only tokens that may be chosen; ending tokens are no exception: without one of them a text
-    goes on up to max_tokens (as with vLLM's allowed_token_ids). bad_ids: sequences of tokens that may not come up: the
-    last token of each is forbidden where the output ends with those before it (as with vLLM's bad_words).
-    stop: strings that end the text, which is cut before them, or after them with include_stop; not looked for before
-    min_tokens. stop_ids: tokens that end it beside the model's own, which ignore_eos switches off.
-    logprobs, prompt_logprobs: None, or so many alternatives to each token (0: the token's own alone), from the raw
-    model before all of the above.
-    Raises ConfigError for a value out of range.
+    Attributes:
+        max_tokens: New tokens at most; None: up to the context.
+        seed: The same seed gives the same text; None: a random one.
+        n, best_of: n sequences are returned, those with the best mean log probability of best_of. Each sequence has its
+            own random stream, and the first is what n=1 gives.
+        allowed_ids: The only tokens that may be sampled, end tokens included (vLLM's allowed_token_ids).
+        bad_ids: Token sequences that may not occur (vLLM's bad_words): the last token of each is forbidden where the
+            output ends with the others.
+        stop, include_stop: Strings that end the text, from min_tokens on. It is cut before them, or after them.
+        stop_ids: Tokens that end it, beside the model's end tokens, which ignore_eos disables.
+        logprobs, prompt_logprobs: Alternatives per token (0: the token alone), from the raw logits; None: off.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     max_tokens: Annotated[
@@ -152,11 +155,13 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt of token ids and what to make of it. `id` is unique among the requests that are under way.
+    """A prompt of token ids and its sampling parameters.
 
-    tenant: on whose behalf; tenants are served round robin and find no cached prefix of one another. group: requests of
-    a tenant with the same one take turns with its others as a single request; None: this one alone. cache_salt: cached
-    prefixes are found by requests with the same one alone (as with vLLM).
+    Attributes:
+        id: Unique among the requests in flight.
+        tenant: Tenants are served round robin and share no cached prefixes.
+        group: Requests of a tenant with the same group take turns as if they were one request; None: no group.
+        cache_salt: Prefixes are shared only by requests with the same salt (as in vLLM).
     """
 
     id: str
@@ -168,10 +173,10 @@ class Request:
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended: exactly one for each.
+    """Why a sequence ended; each has exactly one.
 
-    stop: an end token, a stop id or a stop string; length: max_tokens, the context or the pages are used up; abort: the
-    caller went away or the engine closed; error: its own processing or the model failed.
+    stop: an end token, a stop id or a stop string. length: max_tokens, the context or the KV cache is used up. abort:
+    the client left or the engine was closed. error: its own processing or the model failed.
     """
 
     STOP = "stop"
@@ -182,9 +187,9 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's natural log probability by the raw model, and the likeliest tokens there with theirs, best first.
+    """A token's natural log probability from the raw logits, and the `top` alternatives with theirs, likeliest first.
 
-    text, top_texts: what the token and each of `top` stands for; empty where nobody asked a tokenizer.
+    text, top_texts: the texts of the token and of `top`; only `LLM.complete` fills them in.
     """
 
     token: int
@@ -198,13 +203,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Output:
-    """News of one sequence of a request.
+    """New tokens of one sequence of a request.
 
-    ids: new tokens, an ending one included. text: what they add to the text; an ending token or stop string is left
-    out unless include_stop asks for it. logprobs: one for each of `ids`, where they were asked for. prompt_logprobs:
-    one for each token of the prompt (None for the first, which follows nothing), with sequence 0's first output.
-    finish: set in a sequence's last output, and in that alone. stop_reason: the stop string, the ending token's id, or
-    the error's text.
+    Attributes:
+        ids: The tokens, an end token included.
+        text: What they add to the text, without end tokens and stop strings unless include_stop is set.
+        logprobs: One for each of `ids`, if requested.
+        prompt_logprobs: One for each prompt token (None for the first), in the first output of sequence 0.
+        finish: Set in a sequence's last output only.
+        stop_reason: The stop string, the end token's id, or the error message.
     """
 
     request: str
