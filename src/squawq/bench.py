@@ -20,7 +20,7 @@ from squawq.hub.download import resolve
 from squawq.kernels import library
 from squawq.memory import peak_memory
 
-MOST_STREAMS = 256
+MAX_STREAMS = 256
 
 
 def bench(
@@ -57,8 +57,8 @@ def bench(
     ):
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
-    if streams > MOST_STREAMS:
-        raise ConfigError(f"streams is {streams}; it must be at most {MOST_STREAMS}")
+    if streams > MAX_STREAMS:
+        raise ConfigError(f"streams is {streams}; it must be at most {MAX_STREAMS}")
     folder = resolve(model)
     positions = Checkpoint(folder).config.max_positions
     if prompt_tokens + new_tokens > positions:

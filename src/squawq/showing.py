@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sized
 from dataclasses import fields
 from typing import Any
 
-MOST = 60  # characters of a value
+MAX_LENGTH = 60  # characters of a value
 
 
 def brief(value: object) -> str:
     """A value's repr, or its length if the repr is long."""
     text = repr(value)
-    if len(text) <= MOST:
+    if len(text) <= MAX_LENGTH:
         return text
     if isinstance(value, Mapping):
         return f"{{{len(value)} entries}}"
     if isinstance(value, Sized) and not isinstance(value, str | bytes):
         return f"[{len(value)} entries]"
-    return text[: MOST - 4] + "..." + text[-1]
+    return text[: MAX_LENGTH - 4] + "..." + text[-1]
 
 
 def beside_defaults(instance: Any) -> str:

@@ -1,5 +1,6 @@
-"""`squawq chat`: a conversation. On a terminal with line editing, history and pasted texts as one message; from a pipe
-line by line. Answers go to stdout, everything else to stderr.
+"""`squawq chat`: a conversation. A terminal gets line editing, history and multi-line paste; a pipe is read by lines.
+
+Answers go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def chat(
 
 
 def banner(llm: Any) -> str:
-    """Which model it is, and how to talk to it."""
+    """The model and the keys."""
     model = repr(llm).strip("<>").removeprefix("squawq.LLM ")
     return f"squawq chat with {model}\n{KEYS}\nCtrl-C stops an answer. {LEAVING}"
 

@@ -26,7 +26,7 @@ from squawq.nn.decoder import Decoder
 from squawq.nn.loader import Options, load
 
 CACHE_SHARE = 0.25  # of the memory that is free, for keys and values, by default
-MOST_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
+MAX_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
 
 
 class DecoderRunner(HostSampling):
@@ -109,7 +109,7 @@ def default_kv_tokens(config: ModelConfig, device: torch.device) -> int:
     """Tokens that fit a quarter of the free memory: at least one context if half of it can hold that, at most 16."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     each = Cache.token_bytes(config)
-    wanted = min(int(free * CACHE_SHARE) // each, MOST_CONTEXTS * config.max_positions)
+    wanted = min(int(free * CACHE_SHARE) // each, MAX_CONTEXTS * config.max_positions)
     return max(min(config.max_positions, int(free * 2 * CACHE_SHARE) // each), wanted, PAGE) // PAGE * PAGE
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from squawq.engine.loaded_model import LoadedModel
+from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import Request
 from squawq.errors import ConfigError
 from squawq.kernels import library
@@ -39,7 +40,8 @@ class Served:
             generation_config=settings.generation_config,
         )
         self.folder, self.config = model.folder, model.config
-        self.tokenizer, self.engine = model.tokenizer, model.engine
+        self.tokenizer = model.tokenizer
+        self.engine: InferenceEngine = model.engine
         self.template, self.eos_ids = model.chat_template, model.eos_ids
         self.names = settings.served_names or (_name(settings.model),)
         self.started = int(time.time())

@@ -36,12 +36,20 @@ def render(
     variables: Mapping[str, Any] | None = None,
     now: datetime | None = None,
 ) -> str:
-    """The chat as text. Messages are plain JSON values; a key whose value is None counts as absent.
+    """Render a chat. Messages are plain JSON values; keys whose value is None are left out.
 
-    continue_final: the text ends with the last message's, to be continued, and has no generation prompt.
-    variables: what else the template reads, as bos_token. now: the date that some templates print.
-    Raises ConfigError for a chat that the template refuses, or whose last message cannot be continued, TemplateError
-    for a template that takes too much memory.
+    Args:
+        template: The jinja source.
+        messages: The chat.
+        tools: Tool definitions.
+        generation_prompt: Append the prompt for the assistant's answer.
+        continue_final: End with the text of the last message, to be continued, without a generation prompt.
+        variables: Further template variables, such as bos_token.
+        now: The date that some templates print.
+
+    Raises:
+        ConfigError: The template refuses the chat, or the last message cannot be continued.
+        TemplateError: The template takes too much memory.
     """
     given = dict(variables or {})
     if taken := [name for name in RESERVED if name in given]:
@@ -127,9 +135,9 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def load(_: bytes) -> Callable[[bytes], bytes]:
-    """What renders in a process of its own (squawq.text.child): JSON of `render`'s arguments to {"text"} or {"error"}.
+    """The child's handler (squawq.text.child): JSON of `render`'s arguments to {"text"} or {"error"}.
 
-    An error's "limit" says whether the template went over its limits, rather than refused the chat.
+    An error's "limit" tells a template that exceeded its limits from one that refused the chat.
     """
     with contextlib.suppress(ConfigError):  # what is imported late must be imported before files are given up
         render("{{ strftime_now('%c') }}{{ raise_exception('') }}", [])

@@ -21,16 +21,16 @@ MEMORY = 2**29
 
 
 class TemplateProcess:
-    """A model's template and the process that renders it; may be used from several threads.
+    """A model's chat template and the child process that renders it. Thread-safe.
 
     The process starts at the first chat or with `start`, and again after one that ended. It ends with this object.
 
     Args:
         template: The chat template.
-        variables: What the template reads in every chat, such as bos_token.
-        tool_template: The template for chats with tools, where the model has one for those.
-        timeout_s: Seconds of processor time for one chat, and seconds to wait while other chats are rendered.
-        memory_bytes: What a chat may take (Linux).
+        variables: Template variables of every chat, such as bos_token.
+        tool_template: The template for chats with tools, if the model has one.
+        timeout_s: Processor seconds per chat, and seconds to wait for other chats.
+        memory_bytes: Memory per chat (Linux).
     """
 
     def __init__(
