@@ -4,11 +4,13 @@ launcher.py fills it from those.
 
 from __future__ import annotations
 
-import math
-from dataclasses import field, fields
+from dataclasses import field
 from pathlib import Path
+from typing import Annotated
 
-from squawq.engine.config import EngineConfig
+from pydantic import Field
+
+from squawq.engine.config import Count, EngineConfig, OptionalCount
 from squawq.engine.request import MAX_LOGPROBS, MAX_SEQUENCES, MAX_STOPS
 from squawq.errors import ConfigError
 from squawq.strict import strict
@@ -18,7 +20,10 @@ LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TOOL_PARSERS = ("auto", "llama3_json", "hermes", "none")
 RESERVED = 256  # connections beside those of requests under way and waiting
-MAY_BE_0 = ("shutdown_timeout", "keep_alive_interval")  # abort at once; no comments
+Seconds = Annotated[float, Field(gt=0, description="a number of seconds above 0")]
+SecondsOrZero = Annotated[float, Field(ge=0, description="a number of seconds, 0 or more")]
+Logprobs = Annotated[int, Field(ge=1, le=MAX_LOGPROBS, description=f"1 to {MAX_LOGPROBS}")]
+Choices = Annotated[int, Field(ge=1, le=MAX_SEQUENCES, description=f"1 to {MAX_SEQUENCES}")]
 
 
 @strict(kw_only=True)
@@ -50,50 +55,50 @@ class Settings(EngineConfig):
     generation_config: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
-    tensor_parallel_size: int = 1
-    max_model_len: int | None = None
-    max_input_tokens: int | None = None
+    tensor_parallel_size: Count = 1
+    max_model_len: OptionalCount = None
+    max_input_tokens: OptionalCount = None
     chat_template: Path | None = None
     tool_call_parser: str = "auto"
     grammar_support: bool = True
 
     max_waiting: int | None = field(default=None, init=False)  # the server has limits of its own
-    max_queued: int = 2048
+    max_queued: Annotated[int, Field(ge=0, description="at least 0")] = 2048
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    prometheus_port: int | None = None
+    port: Annotated[int, Field(ge=0, le=65535, description="0 (any free one) to 65535")] = 8000
+    prometheus_port: OptionalCount = None
     uds: Path | None = None
     ssl_keyfile: Path | None = None
     ssl_certfile: Path | None = None
     allowed_origins: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
 
-    max_connections: int | None = None
-    max_body_bytes: int = 2_000_000
-    max_queue_bytes: int = 2**30
-    max_header_bytes: int = 64 * 1024
-    max_headers: int = 256
-    header_timeout: float = 10
-    body_timeout: float = 30
-    min_body_rate: int = 1000
-    idle_timeout: float = 75
-    write_timeout: float = 60
-    queue_timeout: float = 1800
-    generation_timeout: float = 3600
-    template_timeout: float = 10
-    keep_alive_interval: float = 15
-    shutdown_timeout: float = 30
-    validation_workers: int = 2
+    max_connections: OptionalCount = None
+    max_body_bytes: Count = 2_000_000
+    max_queue_bytes: Count = 2**30
+    max_header_bytes: Count = 64 * 1024
+    max_headers: Count = 256
+    header_timeout: Seconds = 10
+    body_timeout: Seconds = 30
+    min_body_rate: Count = 1000
+    idle_timeout: Seconds = 75
+    write_timeout: Seconds = 60
+    queue_timeout: Seconds = 1800
+    generation_timeout: Seconds = 3600
+    template_timeout: Seconds = 10
+    keep_alive_interval: SecondsOrZero = 15  # 0: no comments
+    shutdown_timeout: SecondsOrZero = 30  # 0: abort at once
+    validation_workers: Count = 2
 
-    max_logprobs: int = 20
-    max_logprob_entries: int = 2**18
-    max_choices: int = 64
-    max_prompts: int = 256
-    max_best_of: int = 2
-    max_stop_sequences: int = 4
-    max_top_n_tokens: int = 5
-    max_client_batch: int = 4
+    max_logprobs: Logprobs = 20
+    max_logprob_entries: Count = 2**18
+    max_choices: Choices = 64
+    max_prompts: Count = 256
+    max_best_of: Choices = 2
+    max_stop_sequences: Annotated[int, Field(ge=1, le=MAX_STOPS, description=f"1 to {MAX_STOPS}")] = 4
+    max_top_n_tokens: Logprobs = 5
+    max_client_batch: Count = 4
 
     log_format: str = "text"
     log_level: str = "info"
@@ -108,26 +113,6 @@ class Settings(EngineConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            least = 0 if entry.name in ("port", "max_queued") else 1
-            if entry.type == "int" and value < least:
-                raise ConfigError(f"{entry.name} is {value}; it must be at least {least}")
-            if entry.type == "float" and not (0 <= value < math.inf and (value > 0 or entry.name in MAY_BE_0)):
-                raise ConfigError(f"{entry.name} is {value}; it must be a number of seconds above 0")
-            if entry.type == "int | None" and value is not None and value < 1:
-                raise ConfigError(f"{entry.name} is {value}; it must be at least 1")
-        for name, most in (
-            ("max_logprobs", MAX_LOGPROBS),
-            ("max_top_n_tokens", MAX_LOGPROBS),
-            ("max_choices", MAX_SEQUENCES),
-            ("max_best_of", MAX_SEQUENCES),
-            ("max_stop_sequences", MAX_STOPS),
-        ):
-            if getattr(self, name) > most:
-                raise ConfigError(f"{name} is {getattr(self, name)}; the engine takes at most {most}")
-        if self.port > 65535:
-            raise ConfigError(f"port is {self.port}; it must be 0 (any free one) to 65535")
         if self.prometheus_port is not None and (self.prometheus_port > 65535 or self.prometheus_port == self.port):
             raise ConfigError(f"prometheus_port is {self.prometheus_port}; it must be 1 to 65535 and not the server's")
         if self.prometheus_port is not None and self.uds is not None:
