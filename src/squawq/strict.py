@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import field, fields
 from functools import wraps
 from typing import Any, TypeVar, dataclass_transform
 
@@ -17,7 +17,7 @@ CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 MAX_SHOWN = 100  # characters of a value in an error
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+@dataclass_transform(frozen_default=True, field_specifiers=(Field, field))
 def strict(*, kw_only: bool = False) -> Callable[[Class], Class]:
     """A decorator for frozen dataclasses: fields are validated by their annotations, without conversions.
 
