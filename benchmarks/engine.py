@@ -33,6 +33,7 @@ from llamacpp import run
 
 from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Engine
+from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, load_runner
 from squawq.format.reader import Checkpoint
@@ -61,7 +62,9 @@ print([read, seconds, seconds / read, memory("VmHWM") - before])
 """
 
 
-def serve(engine: Engine, prompts: Sequence[list[int]], new_tokens: int, heard: Callable[[Output], None]) -> None:
+def serve(
+    engine: InferenceEngine, prompts: Sequence[list[int]], new_tokens: int, heard: Callable[[Output], None]
+) -> None:
     """Send requests together and wait until all have ended; `heard` gets their outputs in the worker thread."""
     done, reasons = threading.Event(), []
 
