@@ -23,13 +23,13 @@ from torch import Tensor
 from squawq.backends.base import PAGE
 from squawq.backends.cpu import library
 from squawq.demo import EVALUATED_TOKENS, demo_model
-from squawq.engine.request import Chunk
+from squawq.engine.protocol import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.evaluation.metrics import Score
 from squawq.evaluation.run import text_ids
 from squawq.nn.loader import Options, load
 from squawq.quantization.pipeline import quantize
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 WAYS = {  # whether activations stay float32, and the head
     "int8 activations, 16-bit head": (False, "16-bit"),

@@ -32,7 +32,9 @@ from common import print_table
 from llamacpp import run
 
 from squawq.backends.cpu import library
+from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Engine
+from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, load_runner
 from squawq.format.reader import Checkpoint
@@ -43,6 +45,7 @@ PREFIX, STREAMS, PROMPT, UNSETTLED = 512, 8, 64, 4  # unsettled: tokens of the f
 LOAD = """
 import re, sys, time
 from pathlib import Path
+from squawq.engine.config import EngineConfig
 from squawq.engine.runner import load_runner
 def memory(what):
     return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -53,13 +56,15 @@ for path in model.glob("*.safetensors"):
         while file.readinto(block):
             pass
 read, before, started = time.perf_counter() - started, memory("VmRSS"), time.perf_counter()
-runner = load_runner(model, threads=int(sys.argv[2]), kv_tokens=4096)
+runner = load_runner(model, EngineConfig(threads=int(sys.argv[2]), kv_tokens=4096))
 seconds = time.perf_counter() - started
 print([read, seconds, seconds / read, memory("VmHWM") - before])
 """
 
 
-def serve(engine: Engine, prompts: Sequence[list[int]], new_tokens: int, heard: Callable[[Output], None]) -> None:
+def serve(
+    engine: InferenceEngine, prompts: Sequence[list[int]], new_tokens: int, heard: Callable[[Output], None]
+) -> None:
     """Send requests together and wait until all have ended; `heard` gets their outputs in the worker thread."""
     done, reasons = threading.Event(), []
 
@@ -88,7 +93,7 @@ def first_tokens(engine: Engine, prompts: Sequence[list[int]]) -> float:
 def prefix_row(runner: DecoderRunner, own: int, rounds: int) -> list[str]:
     """Second waves against first ones."""
     generator = np.random.default_rng(1)
-    engine, pairs = Engine(runner, max_sequences=STREAMS), []
+    engine, pairs = Engine(runner, config=EngineConfig(max_num_seqs=STREAMS)), []
 
     def ids(*shape: int) -> Any:
         return generator.integers(0, runner.vocab_size, shape).tolist()
@@ -137,7 +142,7 @@ def overhead_row(runner: DecoderRunner, streams: int, steps: int) -> list[str]:
     """Decode steps and what of them is spent outside of the library."""
     clock, native = Clock(), library.load()
     wrapped = {name: clock.wrap(call) for name, call in vars(native).items() if name.startswith("squawq_")}
-    engine = Engine(runner, max_sequences=streams, prefix_caching=False)
+    engine = Engine(runner, config=EngineConfig(max_num_seqs=streams, prefix_caching=False))
     prompts = np.random.default_rng(2).integers(0, runner.vocab_size, (streams, PROMPT)).tolist()
     marks: list[tuple[float, float, int]] = []  # at each token of the first stream: now, in the library so far, calls
 
@@ -189,7 +194,7 @@ def main() -> None:
             run([sys.executable, str(Path(__file__).parent / "checkpoints.py"), SHAPE, str(model)])
         rows = load_rows(model, args.threads, args.rounds)
         room = STREAMS * max(2 * (PREFIX + args.own + 16), PROMPT + args.steps + 32)
-        runner = load_runner(model, threads=args.threads, kv_tokens=room)
+        runner = load_runner(model, EngineConfig(threads=args.threads, kv_tokens=room))
         rows.append(prefix_row(runner, args.own, args.rounds))
         rows += [overhead_row(runner, streams, args.steps) for streams in (1, STREAMS)]
     title = f"{model.name}, {args.threads} threads, {library.isa()}"

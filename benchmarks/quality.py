@@ -33,7 +33,7 @@ from squawq.demo import demo_model
 from squawq.evaluation.run import text_ids
 from squawq.format.reader import Checkpoint
 from squawq.quantization.calibration import Calibration, token_blocks
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 WINDOW = 256
 BASELINE = "AutoAWQ"

@@ -15,10 +15,10 @@ from typing import Any
 
 from http_client import HOST, Answer, ask, decode, encode
 
-from squawq.engine.engine import Engine
+from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import FinishReason, Grammar, Output, Request, SamplingParams
 from squawq.engine.sequence import join
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 DEADLINE = 60  # seconds; an answer that takes longer counts as none
 ABORTED, BAD, SLOW = 0.2, 0.1, 0.05  # shares of the requests
@@ -85,7 +85,7 @@ class Case:
         return None if found == self.expected else f"{self.path} {self.body}: {found}, not {self.expected}"
 
 
-def make_cases(engine: Engine, tokenizer: Tokenizer) -> list[Case]:
+def make_cases(engine: InferenceEngine, tokenizer: Tokenizer) -> list[Case]:
     """Requests of every kind with their answers; each runs alone."""
 
     def alone(ids: Sequence[int], params: SamplingParams) -> list[Output]:

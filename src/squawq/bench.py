@@ -1,4 +1,4 @@
-"""How fast a folder runs here: prefill and decode through the engine, on random token ids, with no early stop."""
+"""Measures the speed of a model on this machine: prefill and decode through the engine, on random token ids."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from squawq.backends import backend_for
+from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Engine
+from squawq.engine.loaded_model import LoadedModel
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
-from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError, GenerationError
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.memory import peak_memory
 
-MOST_STREAMS = 256
+MAX_STREAMS = 256
 
 
 def bench(
@@ -28,17 +29,26 @@ def bench(
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     streams: int = 1,
-    threads: int | None = None,
-    exact: bool = False,
-    head: str | None = None,
+    **knobs: Any,
 ) -> dict[str, Any]:
     """Load `model` and measure it; streams run together, each on a random prompt of its own.
 
-    Returns load_s; prefill_tok_s: all prompts' tokens by the time until the last stream's first token; ttft_ms: mean
-    time to a stream's first token; decode_tok_s: tokens of all streams from then on; itl_ms_p50 and itl_ms_p99: time
-    between a stream's tokens in that phase; overhead: the share of the engine's time outside of the model;
-    peak_rss_bytes (of the process so far), threads and isa.
-    Raises ConfigError for numbers that cannot be, CheckpointError for a folder that cannot be run.
+    Args:
+        model: A folder or Hub id.
+        prompt_tokens: Tokens of each prompt.
+        new_tokens: Tokens to generate after it.
+        streams: Requests at once.
+        **knobs: Fields of EngineConfig, such as threads.
+
+    Returns:
+        load_s; prefill_tok_s: tokens of all prompts by the time to the last stream's first token; ttft_ms: mean time to
+        first token; decode_tok_s: tokens of all streams from then on; itl_ms_p50, itl_ms_p99: inter-token latency in
+        that phase; overhead: share of the engine's time outside of the runner; peak_rss_bytes (of the process so far);
+        prompt_tokens, new_tokens, streams, threads and isa.
+
+    Raises:
+        ConfigError: A number is out of range.
+        CheckpointError: The folder cannot be run.
     """
     for name, value, least in (
         ("prompt_tokens", prompt_tokens, 1),
@@ -47,8 +57,8 @@ def bench(
     ):
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
-    if streams > MOST_STREAMS:
-        raise ConfigError(f"streams is {streams}; it must be at most {MOST_STREAMS}")
+    if streams > MAX_STREAMS:
+        raise ConfigError(f"streams is {streams}; it must be at most {MAX_STREAMS}")
     folder = resolve(model)
     positions = Checkpoint(folder).config.max_positions
     if prompt_tokens + new_tokens > positions:
@@ -56,17 +66,18 @@ def bench(
         raise ConfigError(f"prompt_tokens and new_tokens are {total} together; the model has {positions} positions")
     began = time.perf_counter()
     room = (prompt_tokens + new_tokens + 16) * streams
-    runner = load_runner(folder, threads=threads, exact=exact, head=head, kv_tokens=room)
+    knobs = {"kv_tokens": room, "max_num_seqs": streams, "prefix_caching": False, **knobs}
+    loaded = LoadedModel(folder, EngineConfig(**knobs), text=False)
     load_s = time.perf_counter() - began
-    ids = np.random.default_rng(0).integers(0, runner.vocab_size, (streams, prompt_tokens)).tolist()
-    engine = Engine(runner, max_sequences=streams, max_batch_tokens=max(512, 2 * streams), prefix_caching=False)
+    ids = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (streams, prompt_tokens)).tolist()
+    engine = loaded.engine
     try:
         _run(engine, [prompt[:16] for prompt in ids], 2)  # threads and pages awake
         before = engine.stats()
         started, times = _run(engine, ids, new_tokens)
         after = engine.stats()
     finally:
-        engine.close()
+        loaded.close()
     machine = backend_for("cpu").describe()
     step_seconds = after.step_seconds - before.step_seconds
     return {

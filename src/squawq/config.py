@@ -1,4 +1,4 @@
-"""What config.json says of a model, as frozen dataclasses. Knows the spellings on disk; knows nothing of tensors."""
+"""Reads a model's config.json into frozen dataclasses, and validates it: the file is untrusted."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAX_SIZES = {  # of what sizes memory; anything else: 2**31 - 1
     "vocab_size": 2**24,
 }
 MAX_SIZE = 2**31 - 1
-MAX_REAL = 1e30  # within float32, in which it is worked with
-ROPE_TYPES = ("default", "linear", "llama3")  # whose numbers are read
-CODE = (  # what names code that transformers would fetch or run
+MAX_REAL = 1e30  # within float32's range
+ROPE_TYPES = ("default", "linear", "llama3")  # their parameters are read
+CODE = (  # keys that name code that transformers would fetch or run
     *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
@@ -49,9 +49,13 @@ def without(config: Any, keys: Collection[str]) -> Any:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base `theta`; type "llama3" scales frequencies as Llama 3.1 does, "linear" by a factor; others
-    are named and no more. partial: the part of a head that is rotated. Type "by layer type": layers
-    differ; `ModelConfig.raw` says how."""
+    """Rotary embedding with base `theta`.
+
+    Attributes:
+        type: "llama3" scales frequencies as Llama 3.1 does, "linear" by `factor`; other types are kept by name only.
+            "by layer type": layers differ, as `ModelConfig.raw` says.
+        partial: The rotated share of a head.
+    """
 
     theta: float = 10000.0
     type: str = "default"
@@ -64,8 +68,11 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What config.json says of a decoder, also where that is the `text_config` of a larger model; `raw` is the whole of
-    it, `quant` None for a 16-bit checkpoint. What only our decoder must know is refused by `nn/loader.py`, not here."""
+    """A decoder's config.json, or the `text_config` in a multimodal model's.
+
+    `raw` is the whole file; `quant` is None for a 16-bit checkpoint. Families that our decoder does not run are refused
+    by `nn/loader.py`, not here.
+    """
 
     model_type: str
     hidden_size: int

@@ -1,7 +1,4 @@
-"""LLM: a model folder that talks. Turns text and chats into requests for the engine and its outputs into text.
-
-Knows what a folder says of stop ids and sampling; knows no logits. Batches, pages and sampling are the engine's.
-"""
+"""LLM, the Python API for inference: texts and chats become requests of the engine, its outputs become text."""
 
 from __future__ import annotations
 
@@ -9,61 +6,50 @@ import itertools
 import operator
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, overload
 
-from squawq.backends.devices import check_device
-from squawq.engine.engine import Engine
-from squawq.engine.generation_config import GenerationConfig
+from squawq.engine.config import EngineConfig
+from squawq.engine.loaded_model import LoadedModel
+from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
-from squawq.engine.runner import load_runner
 from squawq.engine.sequence import join
 from squawq.errors import ConfigError, GenerationError
-from squawq.hub.download import resolve
 from squawq.progress import console, counting
-from squawq.tokenizer import Message, Tokenizer
+from squawq.text.tokenizer import Message
 
 Chat = Sequence[Message]
 Texts = list[str] | tuple[str, ...]  # a text is a sequence of texts too
 
 
 class LLM:
-    """A folder or Hub id, loaded: 16-bit or AWQ. Raises SquawqError for what cannot be run.
+    """A loaded model, 16-bit or AWQ.
 
-    `generate` continues texts, `chat` answers messages, `stream` and `stream_chat` give one text piece by piece, and
-    `complete` gives all there is to know. All may be called from several threads. Without settings a model's own
-    (`sampling_defaults`) hold; keywords such as max_tokens=5 change those, SamplingParams take their place.
-    threads, exact, head, kv_tokens: see `squawq.engine.runner.load_runner`.
-    Close it, or leave its `with` block, to stop its thread; its memory goes with the last reference to it.
+    `generate` continues texts, `chat` answers messages, `stream` and `stream_chat` yield one text piece by piece, and
+    `complete` returns ids, log probabilities and finish reasons too. All are thread-safe. Sampling parameters are
+    the model's own (`sampling_defaults`) unless given: max_tokens=5 changes one, SamplingParams replace all.
+    `close`, or the end of a `with` block, stops the engine's thread.
+
+    Args:
+        model: A folder or a Hub id.
+        config: The engine's knobs (squawq.engine.config.EngineConfig).
+        **knobs: The same by name, as in threads=2.
+
+    Raises:
+        SquawqError: The model cannot be run.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        device: str = "cpu",
-        threads: int | None = None,
-        exact: bool = False,
-        head: str | None = None,
-        kv_tokens: int | None = None,
-    ) -> None:
-        check_device(device)
-        self.folder = resolve(model)
-        with ThreadPoolExecutor(1) as pool:  # the trial of a large tokenizer takes seconds, beside the weights' loading
-            tokenizer = pool.submit(Tokenizer, self.folder)
-            runner = load_runner(
-                self.folder, device=device, threads=threads, exact=exact, head=head, kv_tokens=kv_tokens
-            )
-            self.tokenizer = tokenizer.result()
-        self.config = runner.config
-        self.context = min(runner.max_positions, runner.num_pages * runner.page_size)
-        self.device = device
-        self._generation_config = GenerationConfig(self.folder, self.config)
-        self._eos_ids = self._generation_config.eos_ids
-        self.engine = Engine(runner, self.tokenizer, eos_ids=sorted(self._eos_ids))
+    def __init__(self, model: str | Path, config: EngineConfig | None = None, **knobs: Any) -> None:
+        if config is not None and knobs:
+            raise ConfigError(f"config and {next(iter(knobs))} are both given; put all knobs into one of the two")
+        config = config or EngineConfig(**knobs)
+        self._model = loaded = LoadedModel(model, config)
+        self.folder, self.config, self.device = loaded.folder, loaded.config, config.device
+        self.tokenizer = loaded.tokenizer
+        self.engine: InferenceEngine = loaded.engine
+        self.context = min(self.engine.max_positions, self.engine.cache_tokens)
         self._names = itertools.count()
         self._close = weakref.finalize(self, self.engine.close)  # at the interpreter's end too
 
@@ -80,13 +66,13 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Stop what is running and take no more. Idempotent."""
+        """Abort running requests and stop the engine. Idempotent."""
         self._close()
-        self.tokenizer.close()
+        self._model.close()
 
     def sampling_defaults(self) -> SamplingParams:
         """What generation_config.json asks for."""
-        return self._generation_config.sampling_defaults()
+        return self._model.sampling_defaults()
 
     @overload
     def generate(
@@ -99,10 +85,17 @@ class LLM:
     def generate(
         self, prompt: str | Texts, params: SamplingParams | None = None, *, progress: bool = True, **settings: Any
     ) -> str | list[str]:
-        """The text that follows a prompt, or a list of them, which run together with a bar on a terminal's stderr.
+        """Continue a prompt, or a list of prompts as one batch.
 
-        Of n sequences the first. settings: fields of SamplingParams, as in max_tokens=5, in place of `params`.
-        Raises ConfigError for what cannot be run, GenerationError for what failed.
+        Args:
+            prompt: A text, or a list of texts.
+            params: Sampling parameters. With n > 1 the first sequence is returned.
+            progress: Show a progress bar for a list, on a terminal's stderr.
+            **settings: Fields of SamplingParams instead of `params`, as in max_tokens=5.
+
+        Raises:
+            ConfigError: A request can never be run.
+            GenerationError: A request failed.
         """
         if isinstance(prompt, str):
             return "".join(self.stream(prompt, params, **settings))
@@ -124,29 +117,31 @@ class LLM:
         progress: bool = True,
         **settings: Any,
     ) -> str | list[str]:
-        """The assistant's answer to a user's text, or to messages of {"role", "content"}, by the model's chat template;
-        or to each of a list of such chats. Otherwise as `generate`."""
+        """The assistant's answer to a user's text, messages of {"role", "content"}, or each of a list of such chats.
+
+        Otherwise like `generate`.
+        """
         if not isinstance(messages, str) and messages and all(isinstance(chat, list | tuple) for chat in messages):
             return self._texts([self._encode_chat(chat) for chat in messages], params, progress, settings)  # type: ignore[arg-type]
         return "".join(self.stream_chat(messages, params, **settings))  # type: ignore[arg-type]
 
     def stream(self, prompt: str, params: SamplingParams | None = None, **settings: Any) -> Generator[str]:
-        """`generate` in pieces as they come, never half a character. Closing it stops the work."""
+        """Yield the text of `generate` as it comes, never half a character. Closing the iterator aborts the request."""
         return self._pieces(self.tokenizer.encode(prompt), self._params(params, settings))
 
     def stream_chat(
         self, messages: str | Chat, params: SamplingParams | None = None, **settings: Any
     ) -> Generator[str]:
-        """`chat` in pieces."""
+        """Yield the text of `chat` as it comes."""
         return self._pieces(self._encode_chat(messages), self._params(params, settings))
 
     def generate_ids(self, ids: Sequence[int], params: SamplingParams | None = None, **settings: Any) -> Generator[int]:
-        """New token ids one by one, an ending one not included.
+        """Yield new token ids, without the end token.
 
         Stops at the model's last position. Raises ConfigError for an empty prompt or one without room for a token.
         """
         params = replace(self._params(params, settings), n=1)
-        ending = {*params.stop_ids, *(() if params.ignore_eos else self._eos_ids)}
+        ending = {*params.stop_ids, *(() if params.ignore_eos else self._model.eos_ids)}
         outputs = self._outputs([ids], params)
         return (token for output in outputs for token in output.ids if token not in ending)
 
@@ -158,9 +153,9 @@ class LLM:
         progress: bool = True,
         **settings: Any,
     ) -> list[list[Output]]:
-        """For each prompt, a text or token ids, its n sequences: ids, text, log probabilities and why they ended.
+        """For each prompt, a text or token ids, its n sequences: ids, text, log probabilities and finish reason.
 
-        Tokens in log probabilities have their texts beside their ids. A sequence that failed says so in its `finish`.
+        Log probabilities have the texts of their tokens. A failed sequence has the finish reason "error".
         Raises ConfigError for what cannot be run.
         """
         if isinstance(prompts, str):
@@ -178,24 +173,24 @@ class LLM:
                 if output.finish:
                     ended()
         joined = [[join(found[request.id, index]) for index in range(params.n)] for request in requests]
-        return [[self._told(output) for output in sequences] for sequences in joined]
+        return [[self._with_texts(output) for output in sequences] for sequences in joined]
 
     def _encode_chat(self, messages: str | Chat) -> list[int]:
         return self.tokenizer.encode_chat(
             [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         )
 
-    def _told(self, output: Output) -> Output:
-        """An output whose log probabilities have texts."""
+    def _with_texts(self, output: Output) -> Output:
+        """The output, with the texts of the tokens in its log probabilities."""
         return replace(
             output,
-            logprobs=None if output.logprobs is None else tuple(map(self._spelled, output.logprobs)),
+            logprobs=None if output.logprobs is None else tuple(map(self._with_text, output.logprobs)),
             prompt_logprobs=None
             if output.prompt_logprobs is None
-            else tuple(None if item is None else self._spelled(item) for item in output.prompt_logprobs),
+            else tuple(None if item is None else self._with_text(item) for item in output.prompt_logprobs),
         )
 
-    def _spelled(self, item: TokenLogprob) -> TokenLogprob:
+    def _with_text(self, item: TokenLogprob) -> TokenLogprob:
         text = self.tokenizer.token_text
         return replace(item, text=text(item.token), top_texts=tuple(text(token) for token, _ in item.top))
 
@@ -214,7 +209,7 @@ class LLM:
         return (output.text for output in outputs if output.text)
 
     def _params(self, params: SamplingParams | None, settings: Mapping[str, Any]) -> SamplingParams:
-        """What was asked for: SamplingParams, or the model's own with these settings changed."""
+        """The given SamplingParams, or the model's defaults with these settings changed."""
         if params is not None and not isinstance(params, SamplingParams):
             raise ConfigError(f"params is {params!r:.100}; give SamplingParams, or settings by name: max_tokens=5")
         if params is not None and settings:
@@ -232,11 +227,11 @@ class LLM:
         return [Request(f"llm-{next(self._names)}", ids, params) for ids in whole]
 
     def _outputs(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Output]:
-        """Outputs as they come; a failure is raised."""
+        """Yield outputs as they come; raises GenerationError for a failed one."""
         return self._checked(self.engine.generate(self._requests(prompts, params)))
 
     def _checked(self, outputs: Iterator[Output]) -> Iterator[Output]:
-        """A method, so that a stream keeps the model that it comes from."""
+        """A method, so that an open stream keeps the model alive."""
         for output in outputs:
             _check(output)
             yield output
@@ -249,7 +244,7 @@ def _check(output: Output) -> None:
 
 @contextmanager
 def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    """A bar over `total` texts on a terminal; what it gives is called at the end of each."""
+    """A progress bar over `total` texts, on a terminal; yields a callback for the end of each."""
     if not wanted or total < 2 or not console.is_terminal:
         yield lambda: None
         return

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars with the time left, and a line for every layer. Knows the report's rows, no algorithm."""
+"""Progress on stderr: bars with the time left, and a line for each layer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def output() -> Console:
 
 
 def discard_stdout() -> None:
-    """Write nothing more to stdout, which failed: Python would try again at its end, and complain."""
+    """Redirect stdout, which failed, to the null device: Python would flush it again at exit, and complain."""
     with Path(os.devnull).open("wb") as null:
         os.dup2(null.fileno(), sys.stdout.fileno())
 
@@ -62,8 +62,7 @@ def bar() -> Progress:
 class LayerProgress:
     """A quantization's observer: a bar over the layers, and each layer's error by plain rounding and as kept.
 
-    Nothing shows before the work starts, so that a misuse stays one line. started: whether there was
-    work to do.
+    Nothing is shown before the work starts, so that an error stays one line. started: whether there was work to do.
     """
 
     def __init__(self) -> None:

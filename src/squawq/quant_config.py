@@ -1,13 +1,16 @@
-"""How to quantize, as a frozen dataclass, to and from `quantization_config` in its writers' spellings. No tensors."""
+"""QuantConfig: how to quantize, and its conversion to and from the `quantization_config` of several libraries."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import asdict, fields
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field
 
 from squawq.errors import CheckpointError, ConfigError
 from squawq.showing import beside_defaults
+from squawq.strict import refuse, strict
 
 GroupSize = Literal[16, 32, 64, 128, 256, -1]
 GROUP_SIZES: tuple[GroupSize, ...] = get_args(GroupSize)
@@ -18,81 +21,81 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 
 
-def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices or isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(str(c) for c in choices)}")
+Switch = Annotated[bool, Field(description="true or false")]
+Names = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(lambda names: tuple(names) if isinstance(names, list) else names),
+    Field(description="a list of module names"),
+]
 
 
-def _integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+def _choose(choices: tuple[object, ...]) -> Any:
+    return Field(description=f"choose one of {', '.join(map(str, choices))}")
 
 
-@dataclass(frozen=True)
+def _at_least(least: int) -> Any:
+    return Field(ge=least, description=f"a whole number of at least {least}")
+
+
+@strict()
 class QuantConfig:
-    """How to quantize. The first four fields are written to `quantization_config`; the rest steer the search.
+    """How to quantize. The first four fields are written to `quantization_config`.
 
-    bits: 4. group_size: weights along in_features that share a scale, -1 for a whole row.
-    zero_point: asymmetric (True) or symmetric around 8 (False).
-    modules_to_not_convert: linears whose full name contains one of these stay in 16 bits.
-    method: "awq" (activation-aware scales, Lin et al., arXiv 2306.00978), "squawq" (the same scales, then rounding
-    with error feedback) or "rtn" (round to nearest).
-    clip: search a narrower range per group, as AutoAWQ does. duo_scaling: try scales from activations and weights
-    as well as from activations alone. n_grid: steps of the scale search between 0 and 1; None: 10, of "awq" 20.
-    Of "squawq" alone: compensate: GPTQ's error feedback between columns (arXiv 2210.17323), act_order: in descending
-    order of the Hessian's diagonal. refine: passes of coordinate descent over integers and scales thereafter.
-    sequential: calibrate each linear on the outputs of the quantized ones before it, and correct its weights for their
-    error (QEP, arXiv 2504.09629). damping: Hessian damping, as a share of its diagonal.
-    dtype: of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
-    samples, seqlen: calibration blocks and tokens in each. None takes what there is, up to 128 blocks, and 512
-    tokens or the model's context if that is shorter.
-    Raises ConfigError for any value that cannot work.
+    Attributes:
+        bits: 4.
+        group_size: Weights along in_features that share a scale; -1 for a whole row.
+        zero_point: Asymmetric (True) or symmetric around 8 (False).
+        modules_to_not_convert: Linears whose full name contains one of these stay in 16 bits.
+        method: "awq" (activation-aware scales, Lin et al., arXiv 2306.00978), "squawq" (the same scales, then rounding
+            with error feedback) or "rtn" (round to nearest).
+        clip: Search a clipping range per group, as AutoAWQ does.
+        duo_scaling: Try scales from activations and weights as well as from activations alone.
+        n_grid: Steps of the scale search between 0 and 1; None: 10, with "awq" 20.
+        compensate: GPTQ error feedback: the columns after a rounded one compensate its error (Frantar et al., arXiv
+            2210.17323). "squawq" alone, like the four that follow.
+        act_order: Round the columns with the largest Hessian diagonal first.
+        refine: Passes of coordinate descent over integers and scales after rounding.
+        sequential: Calibrate each linear on the outputs of the quantized layers before it, and correct its weights for
+            their error (QEP, arXiv 2504.09629).
+        damping: Hessian damping, as a share of its diagonal.
+        dtype: Of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
+        samples: Calibration blocks; None: all there are, up to 128.
+        seqlen: Tokens per block; None: 512, or the model's context if that is shorter.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
-    bits: int = 4
-    group_size: int = 128
-    zero_point: bool = True
-    modules_to_not_convert: tuple[str, ...] = ()
-    method: str = "squawq"
-    clip: bool = True
-    duo_scaling: bool = True
-    n_grid: int | None = None
-    compensate: bool = True
-    act_order: bool = True
-    refine: int = 3
-    sequential: bool = True
-    damping: float = 0.5
-    dtype: str = "auto"
-    samples: int | None = None
-    seqlen: int | None = None
+    bits: Annotated[int, _choose((4,))] = 4
+    group_size: Annotated[int, _choose(GROUP_SIZES)] = 128
+    zero_point: Switch = True
+    modules_to_not_convert: Names = ()
+    method: Annotated[str, _choose(METHODS)] = "squawq"
+    clip: Switch = True
+    duo_scaling: Switch = True
+    n_grid: Annotated[int | None, _at_least(1)] = None
+    compensate: Switch = True
+    act_order: Switch = True
+    refine: Annotated[int, _at_least(0)] = 3
+    sequential: Switch = True
+    damping: Annotated[float, Field(ge=0, le=10, description="a number from 0 to 10")] = 0.5
+    dtype: Annotated[str, _choose(DTYPES)] = "auto"
+    samples: Annotated[int | None, _at_least(1)] = None
+    seqlen: Annotated[int | None, _at_least(8)] = None
 
     __repr__ = beside_defaults
 
     def __post_init__(self) -> None:
-        _choice("bits", self.bits, (4,))
-        _choice("group_size", self.group_size, GROUP_SIZES)
-        _choice("method", self.method, METHODS)
-        _choice("dtype", self.dtype, DTYPES)
-        _integer("refine", self.refine, 0)
-        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 <= self.damping <= 10:
-            raise ConfigError(f"damping is {self.damping!r}; it must be a number from 0 to 10")
+        for name, choices in (("bits", (4,)), ("group_size", GROUP_SIZES), ("method", METHODS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise refuse(name, getattr(self, name), f"choose one of {', '.join(map(str, choices))}")
         for name in () if self.method == "squawq" else ("refine", "damping"):
             if (value := getattr(self, name)) not in (0, getattr(QuantConfig, name)):
                 raise ConfigError(f"{name} is {value!r}, but method {self.method!r} has none; leave it out")
-        for name, least in (("n_grid", 1), ("samples", 1), ("seqlen", 8)):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), least)
-        for name in ("zero_point", "clip", "duo_scaling", "compensate", "act_order", "sequential"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
-        names: object = self.modules_to_not_convert
-        if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
-            raise ConfigError(f"modules_to_not_convert is {names!r}; it must be a list of module names")
-        object.__setattr__(self, "modules_to_not_convert", tuple(names))
 
     @property
     def error_feedback(self) -> bool:
-        """Whether rounding uses error feedback or coordinate descent; else it is to nearest."""
+        """Whether rounding uses error feedback or coordinate descent; otherwise it is to nearest."""
         return self.compensate or self.refine > 0
 
     @property

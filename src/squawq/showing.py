@@ -1,4 +1,4 @@
-"""Short reprs: what a dataclass says beside its defaults, and mappings without their long lists."""
+"""Short reprs: dataclasses without fields at their defaults, mappings without their long lists."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sized
 from dataclasses import fields
 from typing import Any
 
-MOST = 60  # characters of a value
+MAX_LENGTH = 60  # characters of a value
 
 
 def brief(value: object) -> str:
-    """A value's repr, or how long it is where that says more."""
+    """A value's repr, or its length if the repr is long."""
     text = repr(value)
-    if len(text) <= MOST:
+    if len(text) <= MAX_LENGTH:
         return text
     if isinstance(value, Mapping):
         return f"{{{len(value)} entries}}"
     if isinstance(value, Sized) and not isinstance(value, str | bytes):
         return f"[{len(value)} entries]"
-    return text[: MOST - 4] + "..." + text[-1]
+    return text[: MAX_LENGTH - 4] + "..." + text[-1]
 
 
 def beside_defaults(instance: Any) -> str:
@@ -30,7 +30,7 @@ def beside_defaults(instance: Any) -> str:
 
 
 class Record(dict[str, Any]):
-    """A dict that a person can look at: its repr tells only the length of what is long."""
+    """A dict whose repr shortens long values to their length."""
 
     def __repr__(self) -> str:
         entries = ", ".join(f"{key!r}: {brief(value)}" for key, value in self.items())

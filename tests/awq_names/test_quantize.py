@@ -25,7 +25,7 @@ from squawq.demo import demo_model
 from squawq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
 from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 Rows = list[list[int]]
 CONFIG = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}

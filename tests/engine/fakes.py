@@ -15,8 +15,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from squawq.engine.request import Chunk, FinishReason, Output, Request, SamplingParams, TokenLogprob
-from squawq.engine.sampler import Sampler, token_logprob
+from squawq.engine.protocol import Chunk
+from squawq.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
+from squawq.engine.sampler import HostSampling, Sampler, token_logprob
 from squawq.engine.sequence import join
 
 VOCAB = 48
@@ -42,7 +43,7 @@ def logits_of(tokens: Sequence[int]) -> NDArray[np.float32]:
     return _row(np.array(states, dtype=np.int64))
 
 
-class FakeRunner:
+class FakeRunner(HostSampling):
     """`fail` is called before each step and may raise; `steps` are the batches that ran."""
 
     def __init__(self, num_pages: int = 64, page_size: int = 4, max_positions: int = 100) -> None:

@@ -14,7 +14,7 @@ from squawq.engine.grammar import GrammarCompiler
 from squawq.engine.request import Grammar
 from squawq.engine.schema import close_objects
 from squawq.errors import ConfigError
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(demo_model())
 EOS = 4

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from squawq.demo import demo_model
 from squawq.engine import grammar as grammar_module
+from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Engine
-from squawq.engine.request import Chunk, FinishReason, Grammar, Output, Request
+from squawq.engine.protocol import Chunk
+from squawq.engine.request import FinishReason, Grammar, Output, Request
+from squawq.engine.sampler import HostSampling
 from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 MakeEngine = Callable[..., Engine]
 WAIT = 30.0  # seconds; only a test that fails waits so long
@@ -31,7 +34,7 @@ def make() -> Iterator[MakeEngine]:
     made = []
 
     def engine(runner: FakeRunner | None = None, **options: object) -> Engine:
-        made.append(Engine(runner or FakeRunner(), eos_ids=[EOS], **options))  # type: ignore[arg-type]
+        made.append(Engine(runner or FakeRunner(), config=EngineConfig(**options), eos_ids=[EOS]))  # type: ignore[arg-type]
         return made[-1]
 
     yield engine
@@ -76,7 +79,7 @@ class Sink:
 
 
 def test_requests_from_many_threads_give_what_they_give_alone(make: MakeEngine) -> None:
-    engine = make(FakeRunner(num_pages=20), max_sequences=5, max_batch_tokens=16)
+    engine = make(FakeRunner(num_pages=20), max_num_seqs=5, max_num_batched_tokens=16)
     limits: list[dict[str, object]] = [{}, {"allowed_ids": list(range(5, 20))}, {"bad_ids": [[7], [9, 8], [3, 9, 1]]}]
     asked = [
         request([1, 2, 3, 4, i], max_tokens=9, temperature=1.0, seed=i, logprobs=1, **limits[i % 3]) for i in range(24)
@@ -103,7 +106,7 @@ def expected_ids(asked: Request, room: int = 80) -> Output:
 
 
 def test_generate_gives_all_outputs_though_the_queue_is_short(make: MakeEngine) -> None:
-    engine = make(max_waiting=2, max_sequences=2, max_batch_tokens=8)
+    engine = make(max_waiting=2, max_num_seqs=2, max_num_batched_tokens=8)
     asked = [request([i], max_tokens=4, n=2, ignore_eos=True) for i in range(1, 20)]
     found = collect(list(engine.generate(asked)))
     assert set(found) == {(one.id, index) for one in asked for index in range(2)}
@@ -128,7 +131,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_the_queue_is_bounded_and_empties(make: MakeEngine) -> None:
     runner = FakeRunner()
     gate = Gate(runner)
-    engine = make(runner, max_sequences=1, max_batch_tokens=8, max_waiting=2)
+    engine = make(runner, max_num_seqs=1, max_num_batched_tokens=8, max_waiting=2)
     sinks = [Sink() for _ in range(4)]
     engine.submit(request([1], max_tokens=3), sinks[0])
     assert gate.reached.wait(WAIT)  # the first has begun and waits no more
@@ -146,7 +149,7 @@ def test_the_queue_is_bounded_and_empties(make: MakeEngine) -> None:
 def test_an_aborted_request_leaves_the_queue(make: MakeEngine) -> None:
     runner = FakeRunner()
     gate = Gate(runner)
-    engine = make(runner, max_sequences=1, max_batch_tokens=8, max_waiting=1)
+    engine = make(runner, max_num_seqs=1, max_num_batched_tokens=8, max_waiting=1)
     first, second, third = (Sink() for _ in range(3))
     engine.submit(request([1], max_tokens=30, ignore_eos=True), first)
     assert gate.reached.wait(WAIT)
@@ -164,7 +167,7 @@ def test_an_aborted_request_leaves_the_queue(make: MakeEngine) -> None:
 
 
 def test_aborts_at_any_moment_give_one_last_output(make: MakeEngine) -> None:
-    engine = make(FakeRunner(num_pages=12, max_positions=40), max_sequences=4, max_batch_tokens=8)
+    engine = make(FakeRunner(num_pages=12, max_positions=40), max_num_seqs=4, max_num_batched_tokens=8)
     for seed in range(60):
         asked, sink = request([1, 2, seed % VOCAB], max_tokens=20, n=2, temperature=1.0, seed=seed), Sink(2)
         engine.submit(asked, sink)
@@ -217,11 +220,21 @@ def test_an_id_is_under_way_once(make: MakeEngine) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"max_batch_tokens": 7, "max_sequences": 4}, {"max_sequences": 0}, {"max_waiting": 0}]
+    "sizes", [{"max_num_batched_tokens": 0}, {"max_num_seqs": 0}, {"max_waiting": 0}, {"threads": 0}]
 )
 def test_sizes_that_cannot_work(sizes: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="max_"):
-        Engine(FakeRunner(), **sizes)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"{next(iter(sizes))} is 0; it must be at least 1"):
+        EngineConfig(**sizes)  # type: ignore[arg-type]
+
+
+def test_a_step_takes_two_tokens_of_each_sequence_at_least() -> None:
+    assert EngineConfig(max_num_batched_tokens=7, max_num_seqs=4).step_tokens == 8
+    assert EngineConfig(max_num_batched_tokens=9, max_num_seqs=4).step_tokens == 9
+
+
+def test_an_unknown_knob() -> None:
+    with pytest.raises(ConfigError, match=r"no setting 'max_sequences'; choose from device, .*max_num_seqs"):
+        EngineConfig(max_sequences=1)  # type: ignore[call-arg]
 
 
 def test_close_without_draining_aborts(make: MakeEngine) -> None:
@@ -325,7 +338,7 @@ def test_a_forked_child_is_told(make: MakeEngine) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-class Letters:
+class Letters(HostSampling):
     """A model of no sense over a real vocabulary."""
 
     vocab_size, max_positions, page_size, num_pages = 4100, 256, 16, 32

@@ -19,7 +19,7 @@ from squawq.engine import grammar as module
 from squawq.engine.grammar import MAX_CACHED, MAX_CACHED_TEXT, MAX_COMPILING, GrammarCompiler, GrammarError, Matcher
 from squawq.engine.request import Grammar
 from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(demo_model())
 EOS = 4

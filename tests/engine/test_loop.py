@@ -10,9 +10,10 @@ from fakes import EOS, VOCAB, FakeRunner, FakeTokenizer, collect, expected, requ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from squawq.engine.config import EngineConfig
 from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request
-from squawq.engine.sequence import new_job
+from squawq.engine.sequence import new_request_state
 
 BLOCKS = ([1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9])  # pages that come after one another in any order
 PREFIX = [7, 3, 9, 9, 1, 4, 30, 31, 2, 5, 6, 40]
@@ -32,14 +33,17 @@ class Bench:
         self.runner = runner
         self.room = min(runner.max_positions, runner.num_pages * runner.page_size)
         self.outputs: list[Output] = []
-        self.loop = Loop(runner, max_batch_tokens=tokens, max_sequences=sequences, prefix_caching=caching)
+        self.loop = Loop(
+            runner,
+            EngineConfig(max_num_batched_tokens=tokens, max_num_seqs=sequences, prefix_caching=caching),
+        )
 
     def visit(self, asked: Request) -> Request:
         limit = self.room
         if asked.params.max_tokens is not None:
             limit = min(limit, len(asked.prompt) + asked.params.max_tokens)
         self.loop.add(
-            new_job(
+            new_request_state(
                 asked,
                 self.outputs.append,
                 limit=limit,
@@ -56,10 +60,10 @@ class Bench:
 
     def finish(self, most: int = 10_000) -> dict[tuple[str, int], Output]:
         for _ in range(most):
-            if not self.loop.jobs:
+            if not self.loop.requests:
                 break
             self.step()
-        assert not self.loop.jobs, "a request does not end"
+        assert not self.loop.requests, "a request does not end"
         assert self.loop.pool.available == self.runner.num_pages, "pages are gone"
         return collect(self.outputs)
 

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squawq.backends.cpu import library
+from squawq.engine.config import EngineConfig
 from squawq.engine.loop import Loop
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, default_kv_tokens
-from squawq.engine.sequence import new_job
+from squawq.engine.sequence import new_request_state
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import load
@@ -56,12 +57,12 @@ class Crowd:
         runner = DecoderRunner(decoder, kv_tokens=16 * pages)
         self.room = min(runner.max_positions, 16 * pages)
         self.outputs: list[Output] = []
-        self.loop = Loop(runner, max_batch_tokens=tokens, max_sequences=5, prefix_caching=caching)
+        self.loop = Loop(runner, EngineConfig(max_num_batched_tokens=tokens, max_num_seqs=5, prefix_caching=caching))
 
     def add(self, asked: Request) -> None:
         limit = min(self.room, len(asked.prompt) + (asked.params.max_tokens or self.room))
         eos = frozenset([1])
-        job = new_job(
+        state = new_request_state(
             asked,
             self.outputs.append,
             limit=limit,
@@ -69,15 +70,15 @@ class Crowd:
             tokenizer=None,
             eos_ids=eos,
         )
-        self.loop.add(job)
+        self.loop.add(state)
 
     def finish(self) -> dict[tuple[str, int], Output]:
         for _ in range(5000):
-            if not self.loop.jobs:
+            if not self.loop.requests:
                 break
             self.loop.step()
             self.loop.scheduler.check()
-        assert not self.loop.jobs
+        assert not self.loop.requests
         assert self.loop.pool.available == self.loop.pool.num_pages, "pages are gone"
         return collect(self.outputs)
 

@@ -21,7 +21,7 @@ from squawq.evaluation.plots import save_plot
 from squawq.evaluation.run import evaluate, text_ids, windows_of
 from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import builtin_rows, read_text, split_documents
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 
 @settings(max_examples=80, deadline=None)

@@ -28,7 +28,7 @@ from squawq.publish.push import check_folder
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 from squawq.report.files import add_evaluation
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 SECRET = "token of somebody"
 

@@ -33,7 +33,7 @@ from squawq.publish.card import Origin, front_matter, model_card
 from squawq.quant_config import QuantConfig
 from squawq.quantization.work import prepare
 from squawq.report.page import render
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 SECONDS = 120  # for all readers of a file, on a busy machine: only a hang takes longer
 MEMORY = 2**30  # by which reading a file may raise the process's peak

@@ -21,6 +21,7 @@ from torch import Tensor
 import squawq.transformers
 from squawq.backends.base import PAGE
 from squawq.backends.cpu import library
+from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Engine
 from squawq.engine.request import Request, SamplingParams
 from squawq.engine.runner import load_runner
@@ -142,7 +143,7 @@ def test_greedy_tokens_are_the_engines(family: Path) -> None:
     rows = prompts(5, 40, 17)
     model = fused(family)
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    engine = Engine(load_runner(family, kv_tokens=1024))
+    engine = Engine(load_runner(family, EngineConfig(kv_tokens=1024)))
     ours: list[list[int]] = [[] for _ in rows]
     try:
         for output in engine.generate([Request(str(index), row, params) for index, row in enumerate(rows)]):

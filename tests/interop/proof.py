@@ -74,10 +74,11 @@ def our_logits(folder: Path, windows: list[list[int]]) -> torch.Tensor:
     """float32 [windows, tokens, vocab] of a folder, with float32 activations and the head as it is stored."""
     import torch
 
-    from squawq.engine.request import Chunk
+    from squawq.engine.config import EngineConfig
+    from squawq.engine.protocol import Chunk
     from squawq.engine.runner import load_runner
 
-    runner = load_runner(folder, exact=True, kv_tokens=4096)
+    runner = load_runner(folder, EngineConfig(exact=True, kv_tokens=4096))
     size = -(-len(windows[0]) // runner.page_size)
     chunks = [Chunk(ids, 0, range(size * n, size * (n + 1)), len(ids)) for n, ids in enumerate(windows)]
     return torch.stack([torch.from_numpy(found) for found in runner.run(chunks)])
@@ -153,7 +154,7 @@ def _versions(python: str, proof: Proof) -> str:
 def _models(proof: Proof, models: Path) -> None:
     from squawq import quantize
     from squawq.demo import demo_model
-    from squawq.tokenizer import Tokenizer
+    from squawq.text.tokenizer import Tokenizer
 
     np = _numpy()
     models.mkdir()

@@ -16,7 +16,7 @@ from squawq.backends.cpu import library
 from squawq.backends.cpu.backend import CpuBackend
 from squawq.backends.cpu.stack import LayerStack
 from squawq.config import RopeConfig
-from squawq.engine.request import Chunk
+from squawq.engine.protocol import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError
 from squawq.evaluation.run import final_states

@@ -14,7 +14,7 @@ import torch
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, ConfigError
 from squawq.quantization.calibration import builtin_rows, token_blocks
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(demo_model())
 

@@ -18,7 +18,7 @@ from squawq.demo import demo_model
 from squawq.engine.request import SamplingParams
 from squawq.llm import LLM
 from squawq.serve.logprobs import Spelling
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 PAIRS = [
     ("Once upon a time,", " there was a little girl"),

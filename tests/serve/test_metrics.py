@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from squawq.engine.engine import Stats
+from squawq.engine.protocol import Stats
 from squawq.engine.request import FinishReason
 from squawq.serve.errors import KINDS
 from squawq.serve.metrics import METHODS, Metrics, Timing

@@ -17,7 +17,7 @@ import pytest
 from running import MESSAGES, Running, running
 
 from squawq.demo import demo_model
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 WORDS = Tokenizer(demo_model())
 TIDY = {

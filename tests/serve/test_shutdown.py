@@ -22,7 +22,7 @@ SLOW = """
 import time
 from squawq.cli import entry
 from squawq.engine.runner import DecoderRunner
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 DecoderRunner.run = Tokenizer.encode = lambda *_: time.sleep(600)
 raise SystemExit(entry())
 """

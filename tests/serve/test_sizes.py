@@ -14,7 +14,7 @@ from squawq.serve.chat import ChatBody, chat, read
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
 from squawq.serve.sizes import LOOSE, Sizes, longest_token
-from squawq.tokenizer import Tokenizer as Ours
+from squawq.text.tokenizer import Tokenizer as Ours
 
 TOKENIZER = Ours(demo_model())
 LONGEST = max(TOKENIZER.fast.get_vocab(), key=len)

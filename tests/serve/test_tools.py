@@ -33,7 +33,7 @@ from squawq.serve.tools import (
     tool_format,
     tool_grammar,
 )
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 LLAMA_TEMPLATE = Path(__file__).parents[3] / "shared/data/llama3-chat-template/meta-llama-Llama-3.1-8B-Instruct.jinja"
 EOS = 4

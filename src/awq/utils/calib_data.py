@@ -12,7 +12,7 @@ from typing import Any
 
 from squawq.errors import CalibrationError, DependencyError
 from squawq.quantization.calibration import Calibration, token_blocks
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 PILEVAL = ("mit-han-lab/pile-val-backup", "validation")
 FILES = (".txt", ".jsonl", ".md", ".json", ".csv", ".parquet")

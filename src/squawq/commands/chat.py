@@ -1,5 +1,6 @@
-"""`squawq chat`: a conversation. On a terminal with line editing, history and pasted texts as one message; from a pipe
-line by line. Answers go to stdout, everything else to stderr.
+"""`squawq chat`: a conversation. A terminal gets line editing, history and multi-line paste; a pipe is read by lines.
+
+Answers go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -44,19 +45,19 @@ def chat(
     llm.tokenizer.render([*start, {"role": "user", "content": "hello"}])  # a model without a template ends here
     if sys.stdin.isatty() and sys.stderr.isatty():
         console.print(banner(llm), markup=False)
-        _talk(llm, settings, start, _until_told(_editor()))
+        _talk(llm, settings, start, _messages(_editor()))
     else:
-        _talk(llm, settings, start, _until_told(lambda: console.input("[bold]> [/bold]"), stops=True))
+        _talk(llm, settings, start, _messages(lambda: console.input("[bold]> [/bold]"), stops=True))
 
 
 def banner(llm: Any) -> str:
-    """Which model it is, and how to talk to it."""
+    """The model and the keys."""
     model = repr(llm).strip("<>").removeprefix("squawq.LLM ")
     return f"squawq chat with {model}\n{KEYS}\nCtrl-C stops an answer. {LEAVING}"
 
 
 def _talk(llm: Any, settings: Any, start: list[dict[str, str]], texts: Iterable[str]) -> None:
-    """Answer each text; what was stopped stays in the conversation as far as it came."""
+    """Answer each message; a stopped answer stays in the conversation."""
     messages = list(start)
     for text in texts:
         if text == "/new":
@@ -83,8 +84,8 @@ def _kept(pieces: Generator[str], kept: list[str]) -> Generator[str]:
         pieces.close()
 
 
-def _until_told(read: Callable[[], str], stops: bool = False) -> Generator[str]:
-    """What the user writes, up to /exit or the end. stops: Ctrl-C ends it, too; else it says how to end."""
+def _messages(read: Callable[[], str], stops: bool = False) -> Generator[str]:
+    """The user's messages, up to /exit or the end of input; with `stops` Ctrl-C ends it, too."""
     while True:
         try:
             text = read().strip()

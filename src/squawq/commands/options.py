@@ -1,4 +1,4 @@
-"""What several commands take."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Device = Annotated[str, typer.Option(metavar=DEVICES, help="Where to run")]
 Temperature = Annotated[
     float | None, typer.Option(help="0 takes the likeliest token; default: what the model asks for")
 ]
-MaxTokens = Annotated[int, typer.Option(help="At most so many new tokens")]
-Seed = Annotated[int | None, typer.Option(help="The same text again")]
-Threads = Annotated[int | None, typer.Option(help="Of the CPU kernels; default: the machine's", min=1)]
+MaxTokens = Annotated[int, typer.Option(help="New tokens at most")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels; default: the machine's", min=1)]
 Heads = Literal["int8", "int4", "16-bit"]  # nn.loader.HEADS, without importing torch
 Head = Annotated[
     Heads | None,

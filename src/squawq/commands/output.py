@@ -1,4 +1,4 @@
-"""Results on stdout, which may be a file on a full disk: what took long to find is not lost for that."""
+"""Prints results on stdout; if that fails, as on a full disk, on stderr."""
 
 from __future__ import annotations
 

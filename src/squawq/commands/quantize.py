@@ -29,18 +29,16 @@ def quantize(
         typer.Option(help="squawq: AWQ's scales and error feedback; awq: the published search; rtn: plain rounding"),
     ] = METHODS[0],
     clip: Annotated[bool, typer.Option(help="Search a narrower range for each group")] = True,
-    compensate: Annotated[
-        bool, typer.Option(help="Let columns make up for what rounding others loses (method squawq)")
-    ] = True,
-    act_order: Annotated[bool, typer.Option(help="Round the columns of the strongest inputs first (squawq)")] = True,
+    compensate: Annotated[bool, typer.Option(help="GPTQ error feedback between columns (method squawq)")] = True,
+    act_order: Annotated[bool, typer.Option(help="Round columns in the order of the Hessian diagonal (squawq)")] = True,
     refine: Annotated[
         int, typer.Option(help="Passes of coordinate descent over integers and scales (squawq)")
     ] = QuantConfig.refine,
     sequential: Annotated[
-        bool, typer.Option(help="Calibrate behind quantized layers, and make up for what they lose (squawq)")
+        bool, typer.Option(help="Calibrate on the outputs of quantized layers, compensate their error (squawq)")
     ] = True,
     damping: Annotated[
-        float, typer.Option(help="How far to mistrust correlations of inputs; more for little text (squawq)")
+        float, typer.Option(help="Hessian damping, as a share of its diagonal; more for little text (squawq)")
     ] = QuantConfig.damping,
     skip: Annotated[
         list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")

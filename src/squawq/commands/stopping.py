@@ -1,6 +1,6 @@
-"""SIGINT and SIGTERM while a model is quantized: the first waits for the layer under way, the second does not.
+"""SIGINT and SIGTERM during quantization: the first stops after the current layer, the second at once.
 
-Only the command line takes signals; who calls squawq.quantize gets KeyboardInterrupt as from any function.
+Only the command line handles signals; squawq.quantize raises KeyboardInterrupt like any function.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ class Stopped(BaseException):
 
 
 class StoppableProgress(LayerProgress):
-    """Progress that raises `Stopped` after the layer under way when a signal came, and at once when another came.
+    """Progress that raises `Stopped` after the current layer on the first signal, and at once on the second.
 
-    shown: whether this process speaks. alone: others that share the work would wait in vain for one that stops at
-    once; and torchrun passes on the signal that its processes have had from the terminal, so that it comes twice.
+    Args:
+        shown: Print progress; under torchrun only the first process does.
+        alone: This is the only process. Under torchrun one must not stop at once: the others would wait for it, and
+            torchrun forwards the terminal's signal, so that it arrives twice.
     """
 
     def __init__(self, shown: bool = True, alone: bool = True) -> None:

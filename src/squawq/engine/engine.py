@@ -1,6 +1,6 @@
-"""The engine: requests come in from any thread, their outputs go to their sinks, one worker thread does all the work.
+"""The engine: takes requests from any thread, runs them in one worker thread, sends outputs to their sinks.
 
-Checks what comes in against the model; knows threads, the queue and its bound. What a step does is loop.py's.
+Threads, the queue and the checks of requests are here; the step itself is in loop.py.
 """
 
 from __future__ import annotations
@@ -13,88 +13,52 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 
+from squawq.engine.config import EngineConfig
 from squawq.engine.grammar import GrammarCompiler, Matcher
 from squawq.engine.loop import Loop
-from squawq.engine.request import FinishReason, Output, Request, Runner, Sink
-from squawq.engine.sequence import Job, new_job
+from squawq.engine.protocol import InferenceEngine, Runner, Stats
+from squawq.engine.request import FinishReason, Output, Request, Sink
+from squawq.engine.sequence import RequestState, new_request_state
 from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What the engine did and has; counts since its start, seconds of wall time.
+class Engine(InferenceEngine):
+    """Runs requests on a runner, in a thread of its own. InferenceEngine documents the methods.
 
-    running, waiting: sequences. prefix_hits of prefix_queries tokens were found in the cache. runner_seconds of
-    step_seconds were spent in the runner.
-    """
-
-    running: int
-    waiting: int
-    pages_used: int
-    pages: int
-    prefix_hits: int
-    prefix_queries: int
-    preemptions: int
-    tokens_generated: int
-    prompt_tokens_computed: int
-    steps: int
-    runner_seconds: float
-    step_seconds: float
-
-
-class Engine:
-    """Serves requests on a runner. Without a tokenizer it speaks ids alone.
-
-    max_batch_tokens: tokens of a step at most, twice max_sequences at least. max_sequences: under way together.
-    max_waiting: requests that have not begun; None: any number. eos_ids: tokens that end a text. grammar_timeout:
-    seconds of processor time that a grammar may take to compile. seed: draws the seeds of requests that have none, in
-    order of arrival; None: at random. Raises ConfigError for sizes that cannot work.
+    Args:
+        runner: The model.
+        tokenizer: Decodes outputs; None for token ids only, without stop strings and grammars.
+        config: The knobs.
+        eos_ids: Tokens that end a text.
     """
 
     def __init__(
         self,
         runner: Runner,
         tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
         *,
         eos_ids: Sequence[int] = (),
-        max_batch_tokens: int = 512,
-        max_sequences: int = 64,
-        max_waiting: int | None = 1024,
-        prefix_caching: bool = True,
-        grammar_timeout: float = 2.0,
-        seed: int | None = None,
     ) -> None:
-        if max_sequences < 1 or (max_waiting is not None and max_waiting < 1):
-            raise ConfigError(f"max_sequences is {max_sequences}, max_waiting {max_waiting}; each must be at least 1")
-        if max_batch_tokens < 2 * max_sequences:
-            raise ConfigError(
-                f"max_batch_tokens is {max_batch_tokens}; it must be at least twice max_sequences ({max_sequences})"
-            )
+        self.config = config = config or EngineConfig()
+        self.max_positions = runner.max_positions
+        self.cache_tokens = runner.num_pages * runner.page_size
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
-        self._max_waiting = math.inf if max_waiting is None else max_waiting
-        self._room = min(runner.max_positions, runner.num_pages * runner.page_size)
-        self._grammar_timeout = grammar_timeout
-        self._seeds = secrets.SystemRandom() if seed is None else random.Random(seed)
+        self._max_waiting = math.inf if config.max_waiting is None else config.max_waiting
+        self._room = min(self.max_positions, self.cache_tokens)
+        self._seeds = secrets.SystemRandom() if config.seed is None else random.Random(config.seed)
         self._compiler: GrammarCompiler | None = None
-        self._loop = Loop(
-            runner,
-            max_batch_tokens=max_batch_tokens,
-            max_sequences=max_sequences,
-            prefix_caching=prefix_caching,
-            started=self._on_start,
-            ended=self._on_end,
-        )
+        self._loop = Loop(runner, config, started=self._on_start, ended=self._on_end)
         self._process = os.getpid()
         self._changed = threading.Condition()  # guards what follows
         self._inbox: list[Callable[[], None]] = []
         self._live: set[str] = set()
-        self._stepped: list[Callable[[], object]] = []
+        self._on_step: list[Callable[[], object]] = []
         self._queued = 0
         self._closed = False
         self._stop = False
@@ -102,17 +66,22 @@ class Engine:
         self._worker.start()
 
     def check(self, request: Request) -> Matcher | None:
-        """Raise ConfigError if the request can never be run; its grammar, compiled, if it has one, which may take
-        seconds. Raises QueueFull when too many different grammars are in use."""
+        """Check a request against the model and compile its grammar, which may take seconds.
+
+        Returns:
+            The compiled grammar. It stays compiled as long as the caller holds it.
+
+        Raises:
+            ConfigError: The request can never be run.
+            QueueFull: Too many different grammars are in use.
+        """
         params, prompt, vocab = request.params, request.prompt, self._runner.vocab_size
         if not prompt:
             raise ConfigError("the prompt is empty; give at least one token")
         if bad := [i for i in prompt if not isinstance(i, int) or not 0 <= i < vocab]:
             raise ConfigError(f"the prompt has the token id {bad[0]!r}; the model has ids 0 to {vocab - 1}")
-        if len(prompt) >= self._runner.max_positions:
-            raise ConfigError(
-                f"the prompt has {len(prompt)} tokens; the model has {self._runner.max_positions} positions"
-            )
+        if len(prompt) >= self.max_positions:
+            raise ConfigError(f"the prompt has {len(prompt)} tokens; the model has {self.max_positions} positions")
         if len(prompt) >= self._room:
             raise ConfigError(f"the prompt has {len(prompt)} tokens; the cache holds {self._room} (kv_tokens)")
         named: dict[str, Iterable[int]] = {
@@ -129,16 +98,11 @@ class Engine:
         return None if params.grammar is None else self._grammars().compile(params.grammar, request.tenant)
 
     def submit(self, request: Request, sink: Sink, *, wait: bool = False) -> None:
-        """Queue a request. `sink` gets its outputs in order, from the worker thread; raising there aborts the request.
-
-        wait: for room in the queue (not from a sink). Raises ConfigError for a request that can never be run or whose
-        id is under way, QueueFull, EngineClosed.
-        """
         matcher = self.check(request)
         limit = self._room
         if request.params.max_tokens is not None:
             limit = min(limit, len(request.prompt) + request.params.max_tokens)
-        job = new_job(
+        state = new_request_state(
             request,
             sink,
             limit=limit,
@@ -147,6 +111,8 @@ class Engine:
             eos_ids=self._eos_ids,
             draw_seed=self.draw_seed,
         )
+        for sequence in state.states:
+            self._runner.prepare(sequence.sampling)
         if os.getpid() != self._process:
             raise EngineClosed("the engine's thread did not survive a fork; load the model in the child process")
         with self._changed:
@@ -160,43 +126,32 @@ class Engine:
                 raise QueueFull(f"{self._queued} requests are waiting, as many as may; try again later")
             self._live.add(request.id)
             self._queued += 1
-            self._tell(lambda: self._loop.add(job))
+            self._command(lambda: self._loop.add(state))
 
     def on_step(self, callback: Callable[[], object]) -> None:
-        """Have the worker call `callback` whenever it has handed out the outputs of a step. It must not raise."""
-        self._stepped.append(callback)
+        self._on_step.append(callback)
 
     def abort(self, request_id: str) -> None:
-        """End a request with the reason "abort", from any thread, at any moment; one that is not under way is left."""
-        self._tell(lambda: self._loop.abort(request_id))
+        self._command(lambda: self._loop.abort(request_id))
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
-        """Run requests and give their outputs as they come, those of one sequence in order.
-
-        All are checked first: raises ConfigError. Requests that do not fit into the queue are handed in as it empties.
-        Leaving the iterator early aborts what is under way.
-        """
         for request in requests:
             self.check(request)
         return self._generate(deque(requests))
 
     def draw_seed(self) -> int:
-        """A seed for a request that has none."""
         return self._seeds.getrandbits(63)
 
     def waits(self, request_id: str) -> bool:
-        """Whether a request is queued and none of its tokens has been run yet."""
         with self._changed:
-            job = self._loop.jobs.get(request_id)
-            return request_id in self._live and (job is None or not job.started)
+            state = self._loop.requests.get(request_id)
+            return request_id in self._live and (state is None or not state.started)
 
     @property
     def alive(self) -> bool:
-        """Whether the worker runs; False after `close` and after a failure."""
         return self._worker.is_alive() and not self._closed
 
     def stats(self) -> Stats:
-        """The figures of this moment."""
         loop, scheduler, pool = self._loop, self._loop.scheduler, self._loop.pool
         return Stats(
             running=len(scheduler.running),
@@ -214,8 +169,6 @@ class Engine:
         )
 
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
-        """Take no more requests and end the worker. drain: let those under way end by themselves, for `timeout` seconds
-        at most; the others are aborted. Idempotent."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -235,7 +188,7 @@ class Engine:
                     try:
                         self.submit(pending[0], outputs.put, wait=not open_sequences)
                     except QueueFull:
-                        if not open_sequences:  # other callers' grammars; nothing of ours will end and make room
+                        if not open_sequences:  # other callers hold the grammars: waiting would not make room
                             raise
                         break
                     request = pending.popleft()
@@ -255,24 +208,27 @@ class Engine:
             if self._compiler is None:
                 assert self._tokenizer is not None
                 self._compiler = GrammarCompiler(
-                    self._tokenizer, self._runner.vocab_size, sorted(self._eos_ids), timeout_s=self._grammar_timeout
+                    self._tokenizer,
+                    self._runner.vocab_size,
+                    sorted(self._eos_ids),
+                    timeout_s=self.config.grammar_timeout,
                 )
             return self._compiler
 
-    def _tell(self, command: Callable[[], None]) -> None:
+    def _command(self, command: Callable[[], None]) -> None:
         with self._changed:
             self._inbox.append(command)
             self._changed.notify_all()
 
-    def _on_start(self, _: Job) -> None:
+    def _on_start(self, _: RequestState) -> None:
         with self._changed:
             self._queued -= 1
             self._changed.notify_all()
 
-    def _on_end(self, job: Job) -> None:
+    def _on_end(self, state: RequestState) -> None:
         with self._changed:
-            self._queued -= not job.started
-            self._live.discard(job.request.id)
+            self._queued -= not state.started
+            self._live.discard(state.id)
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -280,26 +236,26 @@ class Engine:
         try:
             while self._listen():
                 self._loop.step()
-                self._tell_of_step()
-        except BaseException as error:  # a mistake of ours: nobody may be left waiting
+                self._notify_step()
+        except BaseException as error:  # a bug: no caller may be left waiting
             reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
         with self._changed:
             self._closed = True
             self._stop = True
         self._listen()
         self._loop.end_all(reason, why)
-        self._tell_of_step()
+        self._notify_step()
         if self._compiler is not None:
             self._compiler.close()
 
-    def _tell_of_step(self) -> None:
-        for callback in self._stepped:
+    def _notify_step(self) -> None:
+        for callback in self._on_step:
             callback()
 
     def _listen(self) -> bool:
-        """Do what other threads asked for, waiting while there is nothing to do; False when it is time to stop."""
+        """Run the commands of other threads, after waiting for work; False when the engine should stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._loop.jobs or self._stop)
+            self._changed.wait_for(lambda: self._inbox or self._loop.requests or self._stop)
             commands, self._inbox = self._inbox, []
             stop = self._stop
         for command in commands:

@@ -1,6 +1,6 @@
-"""What a folder says of generating: the tokens that end a text, and how its makers would sample.
+"""Reads generation_config.json: the end tokens, and the model's sampling defaults.
 
-A value that cannot work is passed over with a warning: a downloaded file should not keep a model from running.
+An invalid value is ignored with a warning: a downloaded file should not keep a model from running.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 class GenerationConfig:
-    """A folder's generation_config.json; without one, nothing but config.json's end tokens.
+    """A folder's generation_config.json; without one, only config.json's end tokens.
 
     Raises CheckpointError for a file that is not a JSON object.
     """
@@ -31,7 +31,7 @@ class GenerationConfig:
         self.eos_ids = self._read_eos_ids(config)
 
     def sampling_defaults(self) -> SamplingParams:
-        """What the file asks for: the likeliest token, unless its do_sample is true."""
+        """The file's sampling parameters: greedy, unless do_sample is true."""
         values = self._values
         given: dict[str, Any] = {"temperature": 1.0} if values.get("do_sample", False) else {}
         for name in (*(_SAMPLED if given else ()), "repetition_penalty"):

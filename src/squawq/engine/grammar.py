@@ -1,5 +1,4 @@
-"""The one door to llguidance: a JSON schema, regex, Lark or GBNF grammar as a mask over the next token. Knows the
-tokenizer's JSON and the end tokens; knows no logits and no requests.
+"""Structured output with llguidance: a JSON schema, regex, Lark or GBNF grammar as a mask over the next token.
 
 A grammar is untrusted input. Its size is bounded (request.py), and llguidance bounds most of what it may cost, but not
 all: some grammars take minutes to compile, loop for ever at their hundredth token, or overflow the stack. So each is
@@ -17,16 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from squawq.child import Child, ChildError
 from squawq.engine.request import Grammar
 from squawq.engine.schema import close_objects
 from squawq.errors import ConfigError, EngineClosed, QueueFull
+from squawq.text.child import Child, ChildError
 
 if TYPE_CHECKING:  # the processes need neither
     import numpy as np
     from numpy.typing import NDArray
 
-    from squawq.tokenizer import Tokenizer
+    from squawq.text.tokenizer import Tokenizer
 
 MAX_CACHED = 32
 MAX_CACHED_TEXT = 512 * 1024  # characters of their sources
@@ -49,14 +48,14 @@ _Key = tuple[str, Grammar]  # a tenant and its grammar
 
 
 class GrammarError(ValueError):
-    """A matcher went over its limits or met a token that it forbids."""
+    """A matcher exceeded its limits, or was given a token that the grammar forbids."""
 
 
 @dataclass(eq=False)
 class _Start:
-    """A compiled grammar: a process that stands at its start, and what it says there.
+    """A compiled grammar: a process at the grammar's start, and its answer there.
 
-    bad_until: refused until that time (time.monotonic), since a token took too long. lost: the process is gone.
+    bad_until: refused until then (time.monotonic), because a token took too long. lost: the process is gone.
     """
 
     child: Child
@@ -66,7 +65,7 @@ class _Start:
 
 
 class Matcher:
-    """One sequence's place in a grammar, over a vocabulary of `vocab_size` tokens."""
+    """One sequence's position in a grammar, over a vocabulary of `vocab_size` tokens."""
 
     def __init__(self, start: _Start, vocab_size: int) -> None:
         self._start = start
@@ -87,8 +86,10 @@ class Matcher:
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def consume(self, token: int) -> None:
-        """Go on by a token. Does not wait: the next mask is computed while the model runs, and what went wrong, as a
-        token that the grammar forbids, is raised there. Raises GrammarError for what went wrong before."""
+        """Advance by a token, without waiting: the next mask is computed while the model runs.
+
+        Raises GrammarError for the failure of an earlier token; this one's failure is raised by the next call.
+        """
         self._state()
         try:
             if self._child is None:
@@ -99,7 +100,7 @@ class Matcher:
         self._answer = None
 
     def copy(self) -> Matcher:
-        """The same place, to go on from separately. Raises GrammarError."""
+        """A matcher at the same position. Raises GrammarError."""
         answer = self._state()
         return Matcher(_Start(self._child.fork(), answer) if self._child else self._start, self._vocab_size)
 
@@ -124,12 +125,18 @@ class Matcher:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer and keeps the latest ones. May be used from several threads.
+    """Compiles grammars for one tokenizer and caches the latest ones. Thread-safe.
 
-    Tenants share no grammar: what one has compiled, or what went wrong with it, does not show in another's requests.
+    Tenants share no grammar: no request shows what another tenant has compiled, or how that failed.
 
-    eos_ids: what ends a complete text. timeout_s: seconds of processor time that a grammar may take to compile. Raises
-    ConfigError where there are no end tokens.
+    Args:
+        tokenizer: The tokenizer.
+        vocab_size: Size of the logits.
+        eos_ids: Tokens that end a complete text.
+        timeout_s: Processor seconds for compiling a grammar.
+
+    Raises:
+        ConfigError: There are no end tokens.
     """
 
     def __init__(
@@ -150,8 +157,13 @@ class GrammarCompiler:
         self._closed = False
 
     def compile(self, grammar: Grammar, tenant: str = "") -> Matcher:
-        """A matcher at the grammar's start. Raises ConfigError for one that is wrong or costs too much, QueueFull when
-        too many are in use or being compiled, EngineClosed after `close`."""
+        """A matcher at the grammar's start.
+
+        Raises:
+            ConfigError: The grammar is invalid or too expensive.
+            QueueFull: Too many grammars are in use or being compiled.
+            EngineClosed: After `close`.
+        """
         key = tenant, grammar
         start = self._known(key)
         if start is None:
@@ -164,7 +176,7 @@ class GrammarCompiler:
         return Matcher(start, self._vocab_size)
 
     def close(self) -> None:
-        """End the processes that no matcher needs, now or when it goes. Idempotent; from any thread."""
+        """End each process as soon as no matcher needs it. Idempotent; from any thread."""
         with self._lock:
             self._closed = True
             self._cached.clear()
@@ -193,8 +205,10 @@ class GrammarCompiler:
             return start
 
     def _has_room(self, tenant: str) -> bool:
-        """Whether a tenant may have one more grammar: where all hold too many, a tenant with less than an equal share
-        may. So k tenants hold at most 1 + 1/2 + ... + 1/k times MAX_LIVE."""
+        """Whether a tenant may have one more grammar; above MAX_LIVE only a tenant with less than an equal share may.
+
+        So k tenants hold at most 1 + 1/2 + ... + 1/k times MAX_LIVE.
+        """
         if len(self._live) < MAX_LIVE:
             return True
         owners = [owner for owner, _ in self._live]
@@ -233,7 +247,7 @@ class GrammarCompiler:
         return _Start(child, answer)
 
     def _vocabulary_of(self) -> Child:
-        """The process with the vocabulary; started at the first grammar, since it takes a second for 128k tokens."""
+        """The process with the vocabulary, started at the first grammar: that takes a second for 128k tokens."""
         with self._starting:
             if self._vocabulary is None or not self._vocabulary.alive:
                 data = [self._tokenizer.fast.to_str(), self._vocab_size, self._eos_ids]
@@ -249,7 +263,7 @@ class GrammarCompiler:
 
 
 class _Process:
-    """What answers in a process: first with the vocabulary alone, then at a place in a grammar."""
+    """The handler in the child process: first with the vocabulary alone, then at a position in a grammar."""
 
     def __init__(self, data: bytes) -> None:
         from llguidance import LLTokenizer

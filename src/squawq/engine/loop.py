@@ -1,7 +1,7 @@
-"""What the engine's worker does, step by step: plan, run, choose, hand out. Single-threaded; owns the scheduler, the
-pages and the runner. Knows no queue and no lock.
+"""The engine's step: plan, run the model, process the results, send outputs. Single-threaded; owns the scheduler, the
+page pool and the runner.
 
-What fails in one request's processing ends that request alone.
+An error in one request's processing ends that request alone.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
+from squawq.engine.config import EngineConfig
 from squawq.engine.pages import PagePool
-from squawq.engine.request import Chunk, FinishReason, Output, Runner
+from squawq.engine.protocol import Chunk, Runner, StepOutput
+from squawq.engine.request import FinishReason, Output
 from squawq.engine.scheduler import Scheduler, Sequence
-from squawq.engine.sequence import Generation, Job
+from squawq.engine.sequence import RequestState, SequenceState
 
 MAX_MESSAGE = 500
 
@@ -25,114 +24,113 @@ def _nothing(_: Output) -> None:
 
 
 class Loop:
-    """Runs jobs on a runner. `started` and `ended` are called once for each job."""
+    """Runs requests on a runner. `started` and `ended` are called once for each request."""
 
     def __init__(
         self,
         runner: Runner,
+        config: EngineConfig,
         *,
-        max_batch_tokens: int,
-        max_sequences: int,
-        prefix_caching: bool,
-        started: Callable[[Job], None] = lambda _: None,
-        ended: Callable[[Job], None] = lambda _: None,
+        started: Callable[[RequestState], None] = lambda _: None,
+        ended: Callable[[RequestState], None] = lambda _: None,
     ) -> None:
         self.pool = PagePool(runner.num_pages, runner.page_size)
-        self.scheduler = Scheduler(self.pool, max_batch_tokens, max_sequences, prefix_caching)
-        self.jobs: dict[str, Job] = {}
+        self.scheduler = Scheduler(self.pool, config.step_tokens, config.max_num_seqs, config.prefix_caching)
+        self.requests: dict[str, RequestState] = {}
         self.steps = self.tokens_generated = self.prompt_tokens_computed = 0
         self.runner_seconds = self.step_seconds = 0.0
         self._runner = runner
-        self._owners: dict[Sequence, tuple[Job, Generation]] = {}
+        self._owners: dict[Sequence, tuple[RequestState, SequenceState]] = {}
         self._started = started
         self._ended = ended
 
-    def add(self, job: Job) -> None:
+    def add(self, request: RequestState) -> None:
         """Queue a request's sequences."""
-        self.jobs[job.request.id] = job
-        for generation in job.generations:
-            self._owners[generation.place] = (job, generation)
-            self.scheduler.add(generation.place)
+        self.requests[request.id] = request
+        for state in request.states:
+            self._owners[state.sequence] = (request, state)
+            self.scheduler.add(state.sequence)
 
     def abort(self, request_id: str) -> None:
-        """End a request, if it is under way."""
-        if job := self.jobs.get(request_id):
-            self._end(job, FinishReason.ABORT)
+        """Abort a request, if it is in flight."""
+        if request := self.requests.get(request_id):
+            self._end(request, FinishReason.ABORT)
 
     def end_all(self, reason: FinishReason, why: str | None = None) -> None:
         """End every request."""
-        for job in list(self.jobs.values()):
-            self._end(job, reason, why)
+        for request in list(self.requests.values()):
+            self._end(request, reason, why)
 
     def step(self) -> None:
-        """Run the next tokens of what is under way, and hand out what came of it. Nothing under way: nothing done."""
-        if not self.jobs:
+        """Run one step of all requests in flight and send their outputs; no-op without requests."""
+        if not self.requests:
             return
         began = time.perf_counter()
         shares = self.scheduler.plan()
-        assert shares, "requests are under way and none goes on"
-        batch = [self._chunk(place, count) for place, count in shares]
+        assert shares, "requests are in flight and none was scheduled"
+        batch = [self._chunk(sequence, count) for sequence, count in shares]
         ran = time.perf_counter()
         try:
-            rows = self._runner.run(batch)
+            results = self._runner.step(batch)
         except BaseException as error:  # Rust's panics too: none may end the worker
-            for job in {id(job): job for job, _ in (self._owners[place] for place, _ in shares)}.values():
-                self._end(job, FinishReason.ERROR, _message(error))
+            failed = dict.fromkeys(self._owners[sequence][0] for sequence, _ in shares)
+            for request in failed:
+                self._end(request, FinishReason.ERROR, _message(error))
             return
         self.runner_seconds += time.perf_counter() - ran
-        for (place, count), chunk, logits in zip(shares, batch, rows, strict=True):
-            if not place.ended:  # a sibling may have ended it in this very step
-                self.prompt_tokens_computed += max(0, min(count, place.prompt - chunk.start))
-                self.scheduler.advance(place, count)
-                self._take(place, chunk, logits)
+        for (sequence, count), chunk, result in zip(shares, batch, results, strict=True):
+            if not sequence.ended:  # a sibling may have ended it in this very step
+                self.prompt_tokens_computed += max(0, min(count, sequence.prompt - chunk.start))
+                self.scheduler.advance(sequence, count)
+                self._take(sequence, chunk, result)
         self.steps += 1
         self.step_seconds += time.perf_counter() - began
 
-    def _chunk(self, place: Sequence, count: int) -> Chunk:
-        start = place.computed
-        logits = count if place.score else int(count == place.left)
-        job = self._owners[place][0]
-        if not job.started:
-            job.started = True
-            self._started(job)
-        return Chunk(place.tokens[start : start + count], start, place.pages, logits)
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        request, state = self._owners[sequence]
+        if not request.started:
+            request.started = True
+            self._started(request)
+        return state.chunk(count)
 
-    def _take(self, place: Sequence, chunk: Chunk, logits: NDArray[np.float32]) -> None:
-        """Let a sequence make of its logits what it can."""
-        job, generation = self._owners[place]
+    def _take(self, sequence: Sequence, chunk: Chunk, result: StepOutput) -> None:
+        """Process a sequence's result."""
+        request, state = self._owners[sequence]
         try:
-            if place.score:
-                generation.score(chunk.start, logits)
-            if place.left:
+            if result.error is not None:
+                raise result.error
+            if sequence.score:
+                state.score(chunk.start, result.prompt_logprobs)
+            if result.token is None:
                 return
-            output = generation.step(logits[-1])
+            output = state.step(result.token, result.logprob)
         except BaseException as error:
-            self._end(job, FinishReason.ERROR, _message(error))
+            self._end(request, FinishReason.ERROR, _message(error))
             return
         self.tokens_generated += 1
-        self._give(job, generation, output)
+        self._deliver(request, state, output)
 
-    def _give(self, job: Job, generation: Generation, output: Output) -> None:
-        """Hand out an output; a sink that raises has hung up."""
+    def _deliver(self, request: RequestState, state: SequenceState, output: Output) -> None:
+        """Send an output to its sink; a sink that raises aborts its request."""
         if output.finish:
-            self.scheduler.end(generation.place)
-            del self._owners[generation.place]
-        if job.ended and self.jobs.pop(job.request.id, None) is not None:
-            self._ended(job)  # before its last output: whoever gets that may use its id again
+            self.scheduler.end(state.sequence)
+            del self._owners[state.sequence]
+        if request.ended and self.requests.pop(request.id, None) is not None:
+            self._ended(request)  # before its last output: its receiver may reuse the id
         try:
-            job.give(output)
+            request.deliver(output)
         except BaseException:
-            job.sink = _nothing
-            self._end(job, FinishReason.ABORT)
+            request.sink = _nothing
+            self._end(request, FinishReason.ABORT)
 
-    def _end(self, job: Job, reason: FinishReason, why: str | None = None) -> None:
-        for generation in job.generations:
-            if generation.finish is None:
+    def _end(self, request: RequestState, reason: FinishReason, why: str | None = None) -> None:
+        for state in request.states:
+            if state.finish is None:
                 try:
-                    output = generation.end(reason, why)
+                    output = state.end(reason, why)
                 except BaseException:  # the tokenizer failed on what was held back
-                    output = Output(job.request.id, generation.index, finish=reason, stop_reason=why)
-                self._give(job, generation, output)
+                    output = Output(request.id, state.index, finish=reason, stop_reason=why)
+                self._deliver(request, state, output)
 
 
 def _message(error: BaseException) -> str:

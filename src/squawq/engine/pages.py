@@ -1,7 +1,6 @@
-"""Who holds which page of keys and values, and which pages hold what prefix. Knows page numbers and token ids;
-knows nothing of requests, of steps or of the memory behind a page.
+"""Allocates pages of the KV cache, with reference counts, and finds cached prefixes. Page numbers only, no memory.
 
-A full page is found again by a digest over all tokens up to its end, as in vLLM's automatic prefix caching.
+A full page is found again by a digest of all tokens up to its end, as in vLLM's automatic prefix caching.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ def chain(parent: bytes, ids: Sequence[int]) -> bytes:
 
 
 def root(tenant: str, salt: str) -> bytes:
-    """What the first digest of a tenant's prompts follows, so that no prefix is found with another tenant or salt.
+    """The parent of a tenant's first digest, so that no prefix is shared with another tenant or salt.
 
-    The time to the first token would tell what others have asked (CVE-2025-46570). ROOT where both are empty.
+    Otherwise the time to first token would reveal what others have asked (CVE-2025-46570). ROOT if both are empty.
     """
     if not tenant and not salt:
         return ROOT
@@ -34,9 +33,9 @@ def root(tenant: str, salt: str) -> bytes:
 
 
 class PagePool:
-    """Pages 0 to `num_pages` - 1 of `page_size` tokens. Each is free, referenced, or idle: cached without a reference.
+    """Pages 0 to `num_pages` - 1 of `page_size` tokens. Each is free, referenced, or idle (cached, no reference).
 
-    An idle page is found by its digest until `take` evicts it, the one that was let go first.
+    An idle page is found by its digest until `take` evicts it, least recently released first.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -54,11 +53,11 @@ class PagePool:
         return len(self._free) + len(self._idle)
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that hold so many tokens."""
+        """Pages needed for a number of tokens."""
         return -(-tokens // self.page_size)
 
     def take(self) -> int:
-        """A page for new content, referenced once; the longest idle one loses its content when none is free."""
+        """A page for new content, with one reference; evicts the least recently released idle one when none is free."""
         if self._free:
             page = self._free.pop()
         else:
@@ -81,7 +80,7 @@ class PagePool:
         return pages
 
     def idle(self, pages: Iterable[int]) -> int:
-        """How many of these have no reference."""
+        """How many of these are idle."""
         return sum(not self._references[page] for page in pages)
 
     def is_shared(self, page: int) -> bool:
@@ -89,21 +88,21 @@ class PagePool:
         return self._references[page] > 1
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more reference for each."""
+        """Add a reference to each."""
         for page in pages:
             self._idle.pop(page, None)
             self._references[page] += 1
 
     def register(self, page: int, digest: bytes) -> None:
-        """Let a referenced page, now full and computed, be found, unless one of the same content is."""
+        """Add a full, computed page to the prefix cache, unless a page with the same content is there."""
         if digest not in self._found:
             self._found[digest] = page
             self._digests[page] = digest
 
     def release(self, pages: Sequence[int]) -> None:
-        """One reference less for each of a sequence's pages, given in their order.
+        """Drop a reference to each of a sequence's pages, given in their order.
 
-        The last goes first, so that a prefix outlives what follows it.
+        The last page is released first, so that a prefix is evicted after what follows it.
         """
         for page in reversed(pages):
             self._references[page] -= 1
@@ -114,7 +113,7 @@ class PagePool:
                     self._idle[page] = None
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """Assert that every page is exactly one of free, idle, referenced, given all page tables under way."""
+        """Assert that every page is exactly one of free, idle, referenced, given all running page tables."""
         references = Counter(page for table in tables for page in table)
         assert all(self._references[page] == references[page] for page in range(self.num_pages))
         free, idle, held = set(self._free), set(self._idle), set(references)

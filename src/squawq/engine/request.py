@@ -1,22 +1,20 @@
-"""What goes into the engine and what comes out: sampling settings, requests, outputs, and the face of a runner.
+"""What goes into the engine and what comes out: sampling parameters, requests and outputs.
 
-Checks every value on its own; whether a request fits a model (vocabulary, positions, pages) is the engine's check.
+Every value is validated on its own; whether a request fits a model (vocabulary, positions, pages) the engine checks.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
 
 from squawq.errors import ConfigError
 from squawq.showing import beside_defaults
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from squawq.strict import refuse, strict
 
 GRAMMARS = ("json_schema", "regex", "lark", "gbnf")
 MAX_GRAMMAR_BYTES = 64 * 1024
@@ -30,155 +28,124 @@ MAX_BAD = 128
 MAX_BAD_LENGTH = 64
 
 
-def _refuse(name: str, value: object, rule: str) -> ConfigError:
-    shown = repr(value)
-    return ConfigError(f"{name} is {shown if len(shown) <= 100 else shown[:97] + '...'}; it must be {rule}")
+Count = Annotated[int, Field(ge=0, le=2**31 - 1, description="a whole number, 0 to 2147483647")]
+Share = Annotated[float, Field(gt=0, le=1, description="above 0, at most 1")]
+Penalty = Annotated[float, Field(ge=-2, le=2, description="-2 to 2")]
+Logprobs = Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS, description=f"a whole number, 0 to {MAX_LOGPROBS}")]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-def _whole(name: str, value: object, least: int, most: int, rule: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise _refuse(name, value, rule or f"a whole number, {least} to {most}")
+def _texts(value: object) -> object:
+    return (value,) if isinstance(value, str) else _tuple(value)
 
 
-def _real(name: str, value: object, least: float, most: float, *, above: bool = False) -> None:
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not least <= number <= most or (above and number == least):
-        raise _refuse(name, value, f"above {least:g}, at most {most:g}" if above else f"{least:g} to {most:g}")
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
-def _ids(name: str, ids: object, least: int, most: int) -> tuple[int, ...]:
-    if not isinstance(ids, list | tuple) or not least <= len(ids) <= most:
-        raise _refuse(name, ids, f"a list of {least} to {most} token ids")
-    for token in ids:
-        _whole(name, token, 0, 2**31 - 1)
-    return tuple(ids)
+def _tuples(value: object) -> object:
+    return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
 
 
-@dataclass(frozen=True)
+@strict()
 class Grammar:
     """What the text must match: kind "json_schema", "regex", "lark" (llguidance's dialect) or "gbnf" (llama.cpp's), and
-    its source. Objects of a JSON schema are closed (squawq.engine.schema)."""
+    its source. Objects in a JSON schema are closed (squawq.engine.schema)."""
 
     kind: str
-    text: str
+    text: Annotated[str, Field(min_length=1, description="the text of a grammar")]
 
     def __post_init__(self) -> None:
         if self.kind not in GRAMMARS:
-            raise _refuse("grammar kind", self.kind, f"one of {', '.join(GRAMMARS)}")
-        if not isinstance(self.text, str) or not self.text:
-            raise _refuse("grammar text", self.text, "text")
+            raise refuse("grammar kind", self.kind, f"one of {', '.join(GRAMMARS)}")
         if (size := len(self.text.encode("utf-8", "surrogatepass"))) > MAX_GRAMMAR_BYTES:
             raise ConfigError(f"the grammar has {size} bytes; at most {MAX_GRAMMAR_BYTES} are allowed")
 
 
-@dataclass(frozen=True)
+@strict()
 class SamplingParams:
-    """How tokens are chosen, and when to stop. The defaults take the likeliest token, 256 times at most.
+    """How tokens are sampled, and when to stop. The default is greedy, 256 tokens at most.
 
-    A row of logits goes through these in this order: logit_bias; repetition_penalty over prompt and output (Keskar et
-    al., arXiv 1909.05858: positive logits divided, negative multiplied); frequency_penalty per occurrence and
-    presence_penalty once, over the output (OpenAI's definition); allowed_ids; bad_ids; min_tokens, which forbids ending
-    tokens; grammar; temperature (below 1e-6: the likeliest token); top_k (0: off); typical_p (Meister et al., arXiv
-    2202.00666); top_p (Holtzman et al., arXiv 1904.09751); min_p, relative to the likeliest. Each sees the distribution
-    that the one before left, scaled to sum to 1. A grammar that allows nothing but an end goes before allowed_ids,
-    bad_ids and min_tokens. Where no token is left the sequence ends with an error.
+    Logits are processed in this order: logit_bias; repetition_penalty over prompt and output (Keskar et al., arXiv
+    1909.05858: positive logits divided, negative multiplied); frequency_penalty per occurrence and presence_penalty
+    once, over the output (OpenAI's definition); allowed_ids; bad_ids; min_tokens, which forbids end tokens; grammar;
+    temperature (below 1e-6: greedy); top_k (0: off); typical_p (Meister et al., arXiv 2202.00666); top_p (Holtzman et
+    al., arXiv 1904.09751); min_p, relative to the likeliest token. Each works on the renormalized distribution that the
+    one before left. Where a grammar allows only an end token, it overrides allowed_ids, bad_ids and min_tokens. A
+    sequence without a possible token ends with an error.
 
-    max_tokens: new tokens at most; None: up to the context. seed: the same text again; None: another each time.
-    n sequences are returned, the best (by mean logprob) of best_of where that is more; sequence i has a stream of
-    random numbers of its own, and sequence 0 is what n=1 gives.
-    allowed_ids: None, or the only tokens that may be chosen; ending tokens are no exception: without one of them a text
-    goes on up to max_tokens (as with vLLM's allowed_token_ids). bad_ids: sequences of tokens that may not come up: the
-    last token of each is forbidden where the output ends with those before it (as with vLLM's bad_words).
-    stop: strings that end the text, which is cut before them, or after them with include_stop; not looked for before
-    min_tokens. stop_ids: tokens that end it beside the model's own, which ignore_eos switches off.
-    logprobs, prompt_logprobs: None, or so many alternatives to each token (0: the token's own alone), from the raw
-    model before all of the above.
-    Raises ConfigError for a value out of range.
+    Attributes:
+        max_tokens: New tokens at most; None: up to the context.
+        seed: The same seed gives the same text; None: a random one.
+        n, best_of: n sequences are returned, those with the best mean log probability of best_of. Each sequence has its
+            own random stream, and the first is what n=1 gives.
+        allowed_ids: The only tokens that may be sampled, end tokens included (vLLM's allowed_token_ids).
+        bad_ids: Token sequences that may not occur (vLLM's bad_words): the last token of each is forbidden where the
+            output ends with the others.
+        stop, include_stop: Strings that end the text, from min_tokens on. It is cut before them, or after them.
+        stop_ids: Tokens that end it, beside the model's end tokens, which ignore_eos disables.
+        logprobs, prompt_logprobs: Alternatives per token (0: the token alone), from the raw logits; None: off.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
-    max_tokens: int | None = 256
-    min_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    allowed_ids: Sequence[int] | None = None
-    bad_ids: Sequence[Sequence[int]] = ()
-    seed: int | None = None
-    n: int = 1
-    best_of: int | None = None
-    stop: Sequence[str] = ()
-    include_stop: bool = False
-    stop_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    grammar: Grammar | None = None
-    skip_special_tokens: bool = True
+    max_tokens: Annotated[
+        int | None, Field(ge=1, le=2**31 - 1, description="at least 1 (or None: up to the context)")
+    ] = 256
+    min_tokens: Count = 0
+    temperature: Annotated[float, Field(ge=0, le=100, description="0 to 100")] = 0.0
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1, description="0 (off) or more")] = 0
+    top_p: Share = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1, description="0 to 1")] = 0.0
+    typical_p: Share = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, description="0.01 to 100")] = 1.0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    logit_bias: Annotated[
+        Annotated[Mapping[TokenId, Bias], Field(max_length=MAX_BIASES)] | None,
+        Field(description=f"a mapping of at most {MAX_BIASES} token ids to numbers, -100 to 100"),
+    ] = None
+    allowed_ids: Annotated[
+        Annotated[Sequence[TokenId], Field(min_length=1, max_length=MAX_ALLOWED)] | None,
+        BeforeValidator(_tuple),
+        Field(description=f"a list of 1 to {MAX_ALLOWED} token ids"),
+    ] = None
+    bad_ids: Annotated[
+        Sequence[Annotated[Sequence[TokenId], Field(min_length=1, max_length=MAX_BAD_LENGTH)]],
+        BeforeValidator(_tuples),
+        Field(max_length=MAX_BAD, description=f"at most {MAX_BAD} lists of 1 to {MAX_BAD_LENGTH} token ids"),
+    ] = ()
+    seed: Annotated[int | None, Field(ge=0, le=2**63 - 1, description="0 to 2^63 - 1")] = None
+    n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES, description=f"a whole number, 1 to {MAX_SEQUENCES}")] = 1
+    best_of: Annotated[int | None, Field(ge=1, le=MAX_SEQUENCES, description=f"n to {MAX_SEQUENCES}")] = None
+    stop: Annotated[
+        Sequence[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+        BeforeValidator(_texts),
+        Field(max_length=MAX_STOPS, description=f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters"),
+    ] = ()
+    include_stop: Annotated[bool, Field(description="true or false")] = False
+    stop_ids: Annotated[
+        Sequence[TokenId],
+        BeforeValidator(_tuple),
+        Field(max_length=MAX_BIASES, description=f"a list of 0 to {MAX_BIASES} token ids"),
+    ] = ()
+    ignore_eos: Annotated[bool, Field(description="true or false")] = False
+    logprobs: Logprobs = None
+    prompt_logprobs: Logprobs = None
+    grammar: Annotated[Grammar | None, Field(description="a Grammar")] = None
+    skip_special_tokens: Annotated[bool, Field(description="true or false")] = True
 
     __repr__ = beside_defaults
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        self._check_lists()
-        for name in ("include_stop", "ignore_eos", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise _refuse(name, getattr(self, name), "true or false")
-        if self.grammar is not None and not isinstance(self.grammar, Grammar):
-            raise _refuse("grammar", self.grammar, "a Grammar")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise refuse("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
+        if self.best_of is not None and self.best_of < self.n:
+            raise refuse("best_of", self.best_of, f"n ({self.n}) to {MAX_SEQUENCES}")
         if self.grammar is not None and self.ignore_eos:
             raise ConfigError("ignore_eos is true beside a grammar; a grammar ends with the end token")
-
-    def _check_numbers(self) -> None:
-        if self.max_tokens is not None:
-            _whole("max_tokens", self.max_tokens, 1, 2**31 - 1, "at least 1 (or None: up to the context)")
-        _whole("min_tokens", self.min_tokens, 0, 2**31 - 1)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _refuse("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
-        _real("temperature", self.temperature, 0, 100)
-        _whole("top_k", self.top_k, 0, 2**31 - 1, "0 (off) or more")
-        for name in ("top_p", "typical_p"):
-            _real(name, getattr(self, name), 0, 1, above=True)
-        _real("min_p", self.min_p, 0, 1)
-        _real("repetition_penalty", self.repetition_penalty, 0.01, 100)  # logits are divided by it
-        for name in ("frequency_penalty", "presence_penalty"):
-            _real(name, getattr(self, name), -2, 2)
-        if self.seed is not None:
-            _whole("seed", self.seed, 0, 2**63 - 1, "0 to 2^63 - 1")
-        _whole("n", self.n, 1, MAX_SEQUENCES)
-        if self.best_of is not None:
-            _whole("best_of", self.best_of, self.n, MAX_SEQUENCES, f"n ({self.n}) to {MAX_SEQUENCES}")
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
-
-    def _check_lists(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        good = isinstance(stop, list | tuple) and len(stop) <= MAX_STOPS
-        if not good or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop):
-            raise _refuse("stop", self.stop, f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters")
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_ids", _ids("stop_ids", self.stop_ids, 0, MAX_BIASES))
-        if self.allowed_ids is not None:
-            object.__setattr__(self, "allowed_ids", _ids("allowed_ids", self.allowed_ids, 1, MAX_ALLOWED))
-        bad = self.bad_ids
-        if not isinstance(bad, list | tuple) or len(bad) > MAX_BAD:
-            raise _refuse("bad_ids", bad, f"a list of at most {MAX_BAD} lists of token ids")
-        object.__setattr__(self, "bad_ids", tuple(_ids("bad_ids", ids, 1, MAX_BAD_LENGTH) for ids in bad))
-        bias = self.logit_bias
-        if bias is None:
-            return
-        if not isinstance(bias, Mapping) or len(bias) > MAX_BIASES:
-            raise _refuse("logit_bias", bias, f"a mapping of at most {MAX_BIASES} token ids to numbers")
-        for token, value in bias.items():
-            _whole("logit_bias", token, 0, 2**31 - 1, "a mapping of token ids to numbers")
-            _real("logit_bias", value, -100, 100)
-        object.__setattr__(self, "logit_bias", dict(bias))
 
     @property
     def sequences(self) -> int:
@@ -188,11 +155,13 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt of token ids and what to make of it. `id` is unique among the requests that are under way.
+    """A prompt of token ids and its sampling parameters.
 
-    tenant: on whose behalf; tenants are served round robin and find no cached prefix of one another. group: requests of
-    a tenant with the same one take turns with its others as a single request; None: this one alone. cache_salt: cached
-    prefixes are found by requests with the same one alone (as with vLLM).
+    Attributes:
+        id: Unique among the requests in flight.
+        tenant: Tenants are served round robin and share no cached prefixes.
+        group: Requests of a tenant with the same group take turns as if they were one request; None: no group.
+        cache_salt: Prefixes are shared only by requests with the same salt (as in vLLM).
     """
 
     id: str
@@ -204,10 +173,10 @@ class Request:
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended: exactly one for each.
+    """Why a sequence ended; each has exactly one.
 
-    stop: an end token, a stop id or a stop string; length: max_tokens, the context or the pages are used up; abort: the
-    caller went away or the engine closed; error: its own processing or the model failed.
+    stop: an end token, a stop id or a stop string. length: max_tokens, the context or the KV cache is used up. abort:
+    the client left or the engine was closed. error: its own processing or the model failed.
     """
 
     STOP = "stop"
@@ -218,9 +187,9 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's natural log probability by the raw model, and the likeliest tokens there with theirs, best first.
+    """A token's natural log probability from the raw logits, and the `top` alternatives with theirs, likeliest first.
 
-    text, top_texts: what the token and each of `top` stands for; empty where nobody asked a tokenizer.
+    text, top_texts: the texts of the token and of `top`; only `LLM.complete` fills them in.
     """
 
     token: int
@@ -234,13 +203,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Output:
-    """News of one sequence of a request.
+    """New tokens of one sequence of a request.
 
-    ids: new tokens, an ending one included. text: what they add to the text; an ending token or stop string is left
-    out unless include_stop asks for it. logprobs: one for each of `ids`, where they were asked for. prompt_logprobs:
-    one for each token of the prompt (None for the first, which follows nothing), with sequence 0's first output.
-    finish: set in a sequence's last output, and in that alone. stop_reason: the stop string, the ending token's id, or
-    the error's text.
+    Attributes:
+        ids: The tokens, an end token included.
+        text: What they add to the text, without end tokens and stop strings unless include_stop is set.
+        logprobs: One for each of `ids`, if requested.
+        prompt_logprobs: One for each prompt token (None for the first), in the first output of sequence 0.
+        finish: Set in a sequence's last output only.
+        stop_reason: The stop string, the end token's id, or the error message.
     """
 
     request: str
@@ -256,31 +227,3 @@ class Output:
 
 
 Sink = Callable[[Output], object]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One sequence's share of a step.
-
-    ids: tokens to run. start: position of the first, which is also how many of the sequence's tokens have their keys
-    and values in its pages. pages: its page table, covering start + len(ids) tokens. logits: wanted for the last so
-    many of `ids`: 0 in the middle of a prompt, 1 at its end, len(ids) for prompt logprobs.
-    """
-
-    ids: Sequence[int]
-    start: int
-    pages: Sequence[int]
-    logits: int
-
-
-class Runner(Protocol):
-    """A model with paged keys and values. A row's logits may depend on its own sequence only, never on the batch."""
-
-    vocab_size: int
-    max_positions: int
-    page_size: int
-    num_pages: int
-
-    def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
-        """Run a step; for each chunk float32 [chunk.logits, vocab_size]."""
-        ...

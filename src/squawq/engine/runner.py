@@ -1,4 +1,4 @@
-"""Runs one step of the engine on our decoder: chunks of sequences in, logits out. Knows no requests and no text.
+"""The runner of our own decoder: a step's chunks in, tokens and log probabilities out.
 
 With the native kernels a row's logits are the same bits in any batch, in any chunking, with or without cached pages.
 """
@@ -17,18 +17,20 @@ from numpy.typing import NDArray
 from squawq.backends import backend_for
 from squawq.backends.base import PAGE, Batch
 from squawq.config import ModelConfig
-from squawq.engine.request import Chunk
+from squawq.engine.config import EngineConfig
+from squawq.engine.protocol import Chunk
+from squawq.engine.sampler import HostSampling
 from squawq.errors import ConfigError
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import Options, load
 
-CACHE_SHARE = 0.25  # of the memory that is free, for keys and values, unless told
-MOST_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
+CACHE_SHARE = 0.25  # of the memory that is free, for keys and values, by default
+MAX_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
 
 
-class DecoderRunner:
-    """A loaded decoder and its pages. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
+class DecoderRunner(HostSampling):
+    """A loaded decoder and its KV cache. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
 
     def __init__(self, decoder: Decoder, kv_tokens: int | None = None, gpu_share: float | None = None) -> None:
         self.config: ModelConfig = decoder.config
@@ -55,7 +57,7 @@ class DecoderRunner:
             raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
 
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
-        """Logits float32 [chunk.logits, vocab] for each chunk; keys and values go to the chunks' pages."""
+        """Write keys and values to the chunks' pages; returns float32 logits [chunk.logits, vocab] for each chunk."""
         if threading.get_ident() != self._thread:
             self._thread = threading.get_ident()
             if self._decoder.native(self._cache):
@@ -91,14 +93,14 @@ class DecoderRunner:
 
 
 def _one_torch_thread() -> None:
-    """Keep torch's operations of the calling thread on it.
+    """Run torch's operations of the calling thread without OpenMP threads.
 
     A gather of 16 rows wakes torch's OpenMP threads, which then spin for milliseconds on the cores that the kernels'
     threads and the event loop need.
     """
     usual = torch.get_num_threads()
     torch.set_num_threads(1)
-    # That is also what threads which start later get. Only from another thread can it be put back for them.
+    # The setting is also the default of threads that start later; only another thread can restore it for them.
     other = threading.Thread(target=torch.set_num_threads, args=(usual,))
     other.start()
     other.join()
@@ -108,14 +110,14 @@ def default_kv_tokens(config: ModelConfig, device: torch.device) -> int:
     """Tokens that fit a quarter of the free memory: at least one context if half of it can hold that, at most 16."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     each = Cache.token_bytes(config)
-    wanted = min(int(free * CACHE_SHARE) // each, MOST_CONTEXTS * config.max_positions)
+    wanted = min(int(free * CACHE_SHARE) // each, MAX_CONTEXTS * config.max_positions)
     return max(min(config.max_positions, int(free * 2 * CACHE_SHARE) // each), wanted, PAGE) // PAGE * PAGE
 
 
 def shared_kv_tokens(config: ModelConfig, share: float, free: int, total: int) -> int:
-    """Tokens of keys and values that fit when everything on a GPU together may take this share of its memory.
+    """Tokens in the KV cache when weights and cache together may use this share of the GPU's memory.
 
-    free, total: bytes of the GPU with the weights on it. Raises ConfigError where the share is used up by them.
+    free, total: bytes of the GPU after the weights are loaded. Raises ConfigError if the weights use up the share.
     """
     room = int(share * total) - (total - free)
     if room < PAGE * Cache.token_bytes(config):
@@ -127,7 +129,7 @@ def shared_kv_tokens(config: ModelConfig, share: float, free: int, total: int) -
 
 
 def _free_memory() -> int:
-    """Bytes that the machine, or the container's limit (cgroup v2), can still give without swapping."""
+    """Bytes available without swapping on the machine, or within the container's limit (cgroup v2)."""
     free = _machine_memory()
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
@@ -146,24 +148,9 @@ def _machine_memory() -> int:
     return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES")) // 2
 
 
-def load_runner(
-    folder: Path,
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    exact: bool = False,
-    head: str | None = None,
-    kv_tokens: int | None = None,
-    gpu_share: float | None = None,
-) -> DecoderRunner:
-    """Load a folder for the engine.
-
-    threads: of the CPU kernels, for the whole process; None leaves them. exact: float32 activations in 4-bit products.
-    head: "int8", "int4", "16-bit", or None for what suits (`nn.loader.Options`). kv_tokens: how many tokens of keys and
-    values fit at once; None takes a share of the free memory. gpu_share: on CUDA, the share of the GPU's memory that
-    weights and cache may take together, where kv_tokens does not say. Raises SquawqError for what cannot be.
-    """
-    options = Options(device, exact, head)
-    if threads is not None:
-        backend_for(device).set_threads(threads)
-    return DecoderRunner(load(folder, options), kv_tokens, gpu_share)
+def load_runner(folder: Path, config: EngineConfig) -> DecoderRunner:
+    """Load a folder for the engine. Raises SquawqError for one that cannot be run."""
+    options = Options(config.device, config.exact, config.head)
+    if config.threads is not None:
+        backend_for(config.device).set_threads(config.threads)
+    return DecoderRunner(load(folder, options), config.kv_tokens, config.gpu_memory_utilization)

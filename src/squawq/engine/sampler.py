@@ -1,18 +1,20 @@
-"""From a row of logits to a token and its log probability, in numpy on the calling thread. Knows one sequence's
-settings and history; knows no batch, so that a request's tokens cannot depend on what runs beside it.
+"""Sampling on the CPU: from a row of logits to a token and its log probability, in numpy on the calling thread.
 
-numpy and not torch, whose OpenMP threads would fight the kernels' own.
+Each sequence is sampled by itself, so that its tokens cannot depend on the batch. numpy and not torch, whose OpenMP
+threads would compete with the kernels' own.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from squawq.engine.protocol import Chunk, Sampling, StepOutput
 from squawq.engine.request import SamplingParams, TokenLogprob
 
 Row = NDArray[np.float32]
@@ -24,7 +26,7 @@ _SLACK = 1e-9  # of the whole mass: far above float64's rounding, so that a sum 
 
 
 class NoTokenError(ValueError):
-    """Every token is forbidden, or the model gave something that is not a number."""
+    """Every token is forbidden, or the logits are not finite."""
 
 
 def token_logprob(row: Row, token: int, top: int) -> TokenLogprob:
@@ -40,10 +42,10 @@ def token_logprob(row: Row, token: int, top: int) -> TokenLogprob:
 
 
 def draw(row: Row, params: SamplingParams, uniform: float) -> int:
-    """A token of float32 logits [vocab] by temperature, top_k, typical_p, top_p, min_p and a number in [0, 1).
+    """Sample from float32 logits [vocab] by temperature, top_k, typical_p, top_p, min_p and `uniform` in [0, 1).
 
-    The tokens that are left stand in descending order, ties by id; the first whose cumulated probability is above
-    `uniform` is taken. Weights are float32, sums float64. Only as much of the order is sorted as the outcome needs.
+    The remaining tokens are in descending order, ties by id; the first whose cumulative probability exceeds `uniform`
+    is taken. Weights are float32, sums float64. Only as many tokens are sorted as the result needs.
     """
     scaled = (row - row.max()) / np.float32(params.temperature)
     weights = np.exp(scaled)
@@ -89,7 +91,7 @@ def _mean(scaled: Row, weights: Row, total: float) -> float:
 
 
 def _typical(scaled: Row, weights: Row, mean: float, mass: float) -> NDArray[np.bool_]:
-    """Which tokens have the information nearest to the entropy, the first so many that reach `mass`."""
+    """Mask of the tokens whose information is nearest to the entropy, up to a total weight of `mass`."""
     order = np.argsort(np.abs(mean - scaled.astype(np.float64)), kind="stable")
     count = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), mass)) + 1
     kept = np.zeros(len(weights), dtype=np.bool_)
@@ -98,9 +100,9 @@ def _typical(scaled: Row, weights: Row, mean: float, mass: float) -> NDArray[np.
 
 
 def _descending(scaled: Row, enough: Callable[[Ids, float], bool]) -> Ids:
-    """Ids by descending value, ties by id, of float32 [vocab] whose greatest is 0: the first so many that are `enough`.
+    """Ids by descending value, ties by id, of float32 [vocab] with maximum 0: a prefix of the order that is `enough`.
 
-    Everything above a depth is a beginning of the whole order, so cutting by value and sorting less changes nothing.
+    All values above a threshold are a prefix of the full order, so sorting only those changes nothing.
     """
     for depth in _DEPTHS:
         ids = np.flatnonzero(scaled > -depth)
@@ -110,7 +112,7 @@ def _descending(scaled: Row, enough: Callable[[Ids, float], bool]) -> Ids:
 
 
 class _Counts:
-    """How often each of a growing set of ids was seen: O(1) to add, arrays to compute with."""
+    """Counts of ids, as arrays: O(1) to add."""
 
     def __init__(self, ids: Iterable[int] = ()) -> None:
         self._slots: dict[int, int] = {}
@@ -137,10 +139,10 @@ class _Counts:
 
 
 class Sampler:
-    """Chooses one sequence's tokens and remembers what its penalties and its random stream need.
+    """Samples one sequence's tokens, with the state of its penalties and its random stream.
 
-    prompt: token ids. ending: ids that min_tokens forbids. seed, index: the request's seed and which of its sequences
-    this is; their pair names the random stream (Philox, Salmon et al., SC 2011), of which each token takes one number.
+    `Sampling` documents the arguments. (seed, index) select a Philox random stream (Salmon et al., SC 2011), of which
+    each token takes one number.
     """
 
     def __init__(
@@ -163,10 +165,10 @@ class Sampler:
         self._chosen = 0
 
     def choose(self, row: Row, allowed: NDArray[np.bool_] | None = None, complete: bool = False) -> int:
-        """The next token from float32 logits [vocab], which stay as they are.
+        """Sample the next token from float32 logits [vocab], which are not changed.
 
-        allowed: what the grammar allows, bool [vocab]. complete: the grammar allows nothing but an end, which goes
-        before what the settings forbid. Raises NoTokenError when nothing can be chosen.
+        allowed: the grammar's mask, bool [vocab]. complete: the grammar allows only an end token, which overrides what
+        the parameters forbid. Raises NoTokenError.
         """
         forbidding = not complete and (
             self._chosen < self._params.min_tokens or self._only is not None or bool(self._bad)
@@ -221,3 +223,36 @@ class Sampler:
             self._output.add(token)
         if self._bad:
             self._tail.append(token)
+
+
+class HostSampling(ABC):
+    """A runner that has its logits on the host, where they are sampled."""
+
+    @abstractmethod
+    def run(self, batch: Sequence[Chunk]) -> list[Row]:
+        """Run a step; returns float32 logits [chunk.logits, vocab_size] for each chunk."""
+
+    def prepare(self, sampling: Sampling) -> None:
+        """Set `sampling.state`."""
+        sampling.state = Sampler(sampling.params, sampling.prompt, sampling.ending, sampling.seed, sampling.index)
+
+    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
+        """Run a step and sample its tokens."""
+        return [self._sample(chunk, rows) for chunk, rows in zip(batch, self.run(batch), strict=True)]
+
+    def _sample(self, chunk: Chunk, rows: Row) -> StepOutput:
+        try:
+            scores = [token_logprob(row, token, chunk.top) for row, token in zip(rows, chunk.targets, strict=False)]
+            if (sampling := chunk.sampling) is None:
+                return StepOutput(prompt_logprobs=scores)
+            if sampling.state is None:
+                self.prepare(sampling)
+            sampler: Sampler = sampling.state
+            if (grammar := sampling.grammar) is None:
+                token = sampler.choose(rows[-1])
+            else:
+                token = sampler.choose(rows[-1], grammar.allowed(), grammar.complete)
+            top = sampling.logprobs
+            return StepOutput(token, None if top is None else token_logprob(rows[-1], token, top), scores)
+        except BaseException as error:  # Rust's panics too: it is the sequence's own failure
+            return StepOutput(error=error)

@@ -1,4 +1,4 @@
-"""Which tokens of which sequences run in the next step, and on which pages. Plain Python: no tensors, no text.
+"""The scheduler: which tokens of which sequences run in the next step, and on which pages. Plain Python, no tensors.
 
 Continuous batching (Yu et al., Orca, OSDI 2022) with prompts in chunks (Agrawal et al., arXiv 2308.16369) over paged
 keys and values (Kwon et al., arXiv 2309.06180). Tenants are served round robin, as fair queueing does (Nagle, RFC 970).
@@ -17,11 +17,16 @@ MAX_SCORED = 64  # rows of logits a step for prompt logprobs: 64 rows of 152k fl
 
 @dataclass(eq=False)
 class Sequence:
-    """One sequence's place in the queue, tokens and pages.
+    """One sequence, as the scheduler sees it.
 
-    tokens: prompt and output. limit: tokens at most. tenant, group: with whom it takes turns. root: what its digests
-    begin with. score: logits of the whole prompt are wanted, so the cache is not read. computed: tokens whose keys and
-    values lie in `pages`. digests: of the full pages of `tokens`.
+    Attributes:
+        tokens: Prompt and output.
+        limit: Tokens at most.
+        tenant, group: Tenants take turns, and a tenant's groups.
+        root: The parent of its first page's digest.
+        score: Prompt log probabilities are wanted, so the prefix cache is not read.
+        computed: Tokens whose keys and values are in `pages`.
+        digests: Of the full pages of `tokens`.
     """
 
     tokens: list[int]
@@ -41,15 +46,15 @@ class Sequence:
 
     @property
     def left(self) -> int:
-        """Tokens still to run before the next can be chosen."""
+        """Tokens still to run before the next can be sampled."""
         return len(self.tokens) - self.computed
 
 
 @dataclass(eq=False)
 class _Line:
-    """A request's sequences that have not ended, in order.
+    """A request's unfinished sequences, in order.
 
-    turn: where it stands among its tenant's requests with a prompt to compute. ran: tokens of prompts in this turn.
+    turn: its position among its tenant's requests in prefill. ran: prompt tokens run in this turn.
     """
 
     turn: int
@@ -58,11 +63,11 @@ class _Line:
 
 
 class Turns:
-    """The order in which sequences are served: one of each tenant, then a second of each, and so on; a tenant's are one
-    of each of its requests, then a second of each.
+    """Round-robin order of sequences: the first of each tenant, then the second of each, and so on; in a tenant, the
+    first of each request, then the second of each.
 
-    Tenants and requests stand in the order in which they came. One whose first sequence ends goes to the end. So the
-    very first sequence stays first until it ends, and every other becomes first in the end.
+    Tenants and requests are in order of arrival; one whose first sequence ends moves to the back. So the first sequence
+    of all stays first until it ends, and every other one becomes first eventually.
     """
 
     def __init__(self, quantum: int) -> None:
@@ -71,14 +76,14 @@ class Turns:
         self._count = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence behind the others of its request."""
+        """Add a sequence after the others of its request."""
         lines = self._tenants.setdefault(sequence.tenant, {})
         if sequence.group not in lines:
             lines[sequence.group] = _Line(self._next())
         lines[sequence.group].sequences.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take out a sequence that ended."""
+        """Remove a finished sequence."""
         lines = self._tenants[sequence.tenant]
         line = lines[sequence.group]
         first = line.sequences[0] is sequence
@@ -94,15 +99,15 @@ class Turns:
             self._tenants[sequence.tenant] = lines
 
     def by_tenant(self, ready: Callable[[Sequence], bool]) -> list[Iterator[Sequence]]:
-        """Each tenant's sequences in their order, the tenants in theirs; those that are not ready are passed over."""
+        """For each tenant in order, its sequences in order, without those that are not ready."""
         return [_in_turn(filter(ready, line.sequences) for line in lines.values()) for lines in self._tenants.values()]
 
     def prompt_turn(self, sequence: Sequence) -> int:
-        """Where a sequence's request stands among those of its tenant that have a prompt to compute."""
+        """The position of a sequence's request among its tenant's requests in prefill."""
         return self._tenants[sequence.tenant][sequence.group].turn
 
     def ran(self, sequence: Sequence, count: int) -> None:
-        """Say that so many tokens of a prompt run; after a quantum of them the request goes behind the others."""
+        """Count prompt tokens that are run; after a quantum of them the request moves behind the others."""
         line = self._tenants[sequence.tenant][sequence.group]
         line.ran += count
         if line.ran >= self._quantum:
@@ -126,20 +131,20 @@ def _in_turn(lines: Iterable[Iterator[Sequence]]) -> Iterator[Sequence]:
 class Scheduler:
     """Plans steps of at most `max_tokens` tokens of at most `max_sequences` sequences.
 
-    Who runs is decided by `Turns` alone: a waiting sequence takes the slot and the pages of running ones that come
-    later in that order, the last first. They wait again, and find in the prefix cache what they had computed. So the
-    slots are shared evenly by the tenants that ask for them, and by the requests of each; and a tenant's first sequence
-    starts with the next step, whatever others have under way, unless there are more tenants than slots or the first
-    sequences of those before it hold the pages. A sequence that does not fit is overtaken by other tenants' alone.
+    Fairness: `Turns` alone decides who runs. A waiting sequence preempts running ones that come later in that order,
+    the last first; they wait again, and find their pages in the prefix cache. So tenants share the slots evenly,
+    and so do a tenant's requests. A tenant's first sequence starts with the next step, unless there are more tenants
+    than slots or earlier tenants' first sequences hold the pages. Only other tenants may overtake a sequence that does
+    not fit.
 
-    A sequence waits while one before it computes the next page of its prompt, and then finds that page in the cache.
+    Prefix caching: a sequence waits while an earlier one computes the next page of the same prompt, and then uses it.
 
-    Decodes go first in a step and take at most half of it, since max_tokens >= 2 * max_sequences: neither they nor
-    prompts starve. The rest is shared evenly by the tenants that have prompts; a tenant's requests take turns of
-    max_tokens tokens each.
+    Budget: decodes are planned first and take at most half of a step, since max_tokens >= 2 * max_sequences, so neither
+    decodes nor prompts starve. Tenants in prefill share the rest evenly; a tenant's requests take turns of max_tokens
+    tokens each.
 
-    The first in order is never put back, a step always runs some of its tenant's tokens, and every sequence becomes the
-    first: so all end.
+    Progress: the first in order is never preempted, each step runs some of its tenant's tokens, and every sequence
+    becomes the first; so all finish.
     """
 
     def __init__(self, pool: PagePool, max_tokens: int, max_sequences: int, prefix_caching: bool) -> None:
@@ -162,7 +167,7 @@ class Scheduler:
         self.waiting.add(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """Take a sequence out, at any moment; its pages go back."""
+        """Remove a sequence, at any time, and release its pages."""
         if not sequence.ended:
             sequence.ended = True
             (self.running if sequence.pages else self.waiting).remove(sequence)
@@ -170,7 +175,7 @@ class Scheduler:
             self._drop(sequence)
 
     def plan(self) -> list[tuple[Sequence, int]]:
-        """The next step: sequences and how many of their tokens to run from `computed` on."""
+        """The next step: sequences, and how many of their tokens after `computed` to run."""
         self._take_turns()
         decodes = [s for s in list(self.running) if s.left == 1 and s.pages and self._grow(s)]
         wanted = {s: s.left for s in self.running if s.left > 1}
@@ -182,7 +187,7 @@ class Scheduler:
         return [(s, 1) for s in decodes] + [(s, prompts[s]) for s in wanted if prompts[s]]
 
     def advance(self, sequence: Sequence, count: int) -> None:
-        """Say that `count` more tokens are in the pages; those that became full can be found from now on."""
+        """Count `count` more tokens as computed; pages that became full enter the prefix cache."""
         sequence.computed += count
         if self._caching:
             full = sequence.computed // self.pool.page_size
@@ -192,13 +197,13 @@ class Scheduler:
                 self.pool.register(sequence.pages[index], sequence.digests[index])
 
     def check(self) -> None:
-        """Assert that no page is lost, shared wrongly or held by nobody."""
+        """Assert that no page is leaked or shared wrongly."""
         self.pool.check(sequence.pages for sequence in self.running)
         assert not any(sequence.pages or sequence.computed for sequence in self.waiting)
         assert all(len(s.pages) * self.pool.page_size >= s.computed for s in self.running)
 
     def _take_turns(self) -> None:
-        """Admit waiting sequences in turn, in the place of running ones that come later."""
+        """Admit waiting sequences in turn, preempting running ones that come later."""
         kept: list[Sequence] = []
         coming: set[bytes] = set()  # digests of the pages that those kept are computing
         later = dict.fromkeys(self.running)
@@ -215,14 +220,14 @@ class Scheduler:
             if sequence.pages:
                 del later[sequence]
             elif not self._admit(sequence, kept, later):
-                continue  # nothing of its own tenant overtakes it
+                continue  # nor may anything of its own tenant overtake it
             kept.append(sequence)
             coming.update(sequence.digests[sequence.computed // self.pool.page_size :])
             lines.append(line)
         self.running = [*kept, *later]
 
     def _cached(self, sequence: Sequence) -> tuple[list[int], bytes | None]:
-        """A waiting sequence's pages that are in the prefix cache, and the digest of the next page that could be."""
+        """A waiting sequence's cached pages, and the digest of the first page that is not cached."""
         if not self._caching:
             return [], None
         reusable = (len(sequence.tokens) - 1) // self.pool.page_size  # at least one token must run
@@ -233,9 +238,9 @@ class Scheduler:
         return pages, sequence.digests[len(pages)] if len(pages) < reusable else None
 
     def _admit(self, sequence: Sequence, kept: list[Sequence], later: dict[Sequence, None]) -> bool:
-        """Give a waiting sequence pages for all its tokens, if each running one could still take one more.
+        """Allocate pages for all tokens of a waiting sequence, keeping one page free for each running one.
 
-        kept: the running ones that stay. later: those that give way where that makes room enough.
+        kept: running sequences that stay. later: those to preempt if that makes enough room.
         """
         shared, _ = self._cached(sequence)
         fresh = self.pool.pages_for(len(sequence.tokens)) - len(shared)
@@ -250,7 +255,7 @@ class Scheduler:
             if not later or len(held) + fresh + len(kept) > self.pool.num_pages:
                 return False
             while not fits():
-                self._put_back(later.popitem()[0])
+                self._preempt(later.popitem()[0])
         self.pool.share(shared)
         sequence.pages = shared + [self.pool.take() for _ in range(fresh)]
         sequence.computed = len(shared) * self.pool.page_size
@@ -261,9 +266,9 @@ class Scheduler:
         return True
 
     def _split(self, wanted: Mapping[Sequence, int], budget: int) -> Counter[Sequence]:
-        """How many of the tokens that each wants it gets, of `budget` in all: tenants evenly, their requests in turn.
+        """Divide `budget` tokens: evenly among tenants, a tenant's requests in turn.
 
-        What a tenant leaves goes to those that want more.
+        A tenant's unused share goes to those that want more.
         """
         tenants: dict[str, list[Sequence]] = {}
         for sequence in sorted(wanted, key=self._turns.prompt_turn):
@@ -279,18 +284,18 @@ class Scheduler:
         return found
 
     def _grow(self, sequence: Sequence) -> bool:
-        """A page for the next token, where it needs one; False if the sequence itself had to give way."""
+        """Allocate a page for the next token if it needs one; False if the sequence itself was preempted."""
         if len(sequence.tokens) <= len(sequence.pages) * self.pool.page_size:
             return True
         while not self.pool.available:
             last = self.running.pop()
-            self._put_back(last)
+            self._preempt(last)
             if last is sequence:
                 return False
         sequence.pages.append(self.pool.take())
         return True
 
-    def _put_back(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         self._drop(sequence)
         self.waiting.add(sequence)
         self.preemptions += 1

@@ -1,5 +1,6 @@
-"""JSON schemas as those who ask for an answer mean them: an object has the properties that its schema names and no
-others (the strict mode of OpenAI and xgrammar), unless the schema says `additionalProperties`. Pure.
+"""Closes the objects of a JSON schema: no properties but those it names, unless it says `additionalProperties`.
+
+That is the strict mode of OpenAI and xgrammar, and what clients mean.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def close_objects(schema: Any) -> Any:
 
 
 class _Closing:
-    """One schema under way. None in place of names: some schema of the value is open."""
+    """Closes one schema. None instead of names: some schema of the value is open."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root

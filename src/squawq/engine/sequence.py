@@ -1,5 +1,5 @@
-"""A request under way: each of its sequences turns rows of logits into tokens, text and log probabilities, and knows
-when it ends. Knows settings and its own history; knows no pages, steps or threads.
+"""The state of a request in flight: its sequences, which turn logits into tokens, text and log probabilities and decide
+when they are finished.
 """
 
 from __future__ import annotations
@@ -10,41 +10,39 @@ from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
+from squawq.engine.detokenizer import StopStrings, TextStream, TokenDecoder
 from squawq.engine.grammar import Matcher
 from squawq.engine.pages import root
+from squawq.engine.protocol import Chunk, Sampling
 from squawq.engine.request import FinishReason, Output, Request, Sink, TokenLogprob
-from squawq.engine.sampler import Sampler, token_logprob
 from squawq.engine.scheduler import Sequence
-from squawq.engine.text import Decoder, StopStrings, TextStream
 
 
-class Generation:
-    """One sequence of a request. `place` is its tokens and pages, which the scheduler plans with."""
+class SequenceState:
+    """Samples, detokenizes and stops one sequence; `sequence` is its tokens and pages, as the scheduler sees it."""
 
     def __init__(
         self,
         request: Request,
         index: int,
-        place: Sequence,
-        sampler: Sampler,
+        sequence: Sequence,
+        seed: int,
         matcher: Matcher | None,
-        tokenizer: Decoder | None,
+        tokenizer: TokenDecoder | None,
         eos_ids: frozenset[int],
     ) -> None:
         params = request.params
         self.index = index
-        self.place = place
+        self.sequence = sequence
         self.finish: FinishReason | None = None
         self._request = request
-        self._sampler = sampler
         self._matcher = matcher
+        scored = params.logprobs is not None or params.sequences > params.n  # best_of ranks by log probabilities
+        top = (params.logprobs or 0) if scored else None
+        self.sampling = Sampling(params, request.prompt, sorted(eos_ids), seed, index, top, matcher)
         self._text = None if tokenizer is None else TextStream(tokenizer, request.prompt, params.skip_special_tokens)
         self._stops = StopStrings(params.stop, params.include_stop)
         self._ending = eos_ids
-        self._wants_logprobs = params.logprobs is not None or params.sequences > params.n
         self._logprobs: list[float] = []
         self._prompt_logprobs: list[TokenLogprob | None] = [None]
 
@@ -54,40 +52,44 @@ class Generation:
         failed = self.finish in (FinishReason.ABORT, FinishReason.ERROR)
         return -math.inf if failed or not self._logprobs else sum(self._logprobs) / len(self._logprobs)
 
-    def score(self, start: int, rows: NDArray[np.float32]) -> None:
-        """Take the prompt's log probabilities from the logits [tokens, vocab] after its tokens from `start` on.
+    def chunk(self, count: int) -> Chunk:
+        """This sequence's part of a step of `count` tokens."""
+        sequence, params = self.sequence, self._request.params
+        start, end = sequence.computed, sequence.computed + count
+        last = count == sequence.left
+        return Chunk(
+            ids=sequence.tokens[start:end],
+            start=start,
+            pages=sequence.pages,
+            logits=count if sequence.score else int(last),
+            sampling=self.sampling if last else None,
+            targets=sequence.tokens[start + 1 : end + 1] if sequence.score else (),
+            top=params.prompt_logprobs or 0,
+        )
 
-        After a preemption rows come again; those that are known are left aside.
-        """
-        prompt, top = self._request.prompt, self._request.params.prompt_logprobs
-        for position, row in enumerate(rows, start + 1):
-            if position == len(self._prompt_logprobs) < len(prompt):
-                self._prompt_logprobs.append(token_logprob(row, prompt[position], top or 0))
-        self.place.score = len(self._prompt_logprobs) < len(prompt)
+    def score(self, start: int, found: Tokens[TokenLogprob]) -> None:
+        """Take the log probabilities of the prompt's tokens after `start`; known ones come again after a preemption."""
+        self._prompt_logprobs += found[len(self._prompt_logprobs) - start - 1 :]
+        self.sequence.score = len(self._prompt_logprobs) < len(self._request.prompt)
 
-    def step(self, row: NDArray[np.float32]) -> Output:
-        """Choose the next token from its logits [vocab]."""
+    def step(self, token: int, logprob: TokenLogprob | None) -> Output:
+        """Append the token that was chosen."""
         matcher, params = self._matcher, self._request.params
-        if matcher is None:
-            token = self._sampler.choose(row)
-        else:
-            token = self._sampler.choose(row, matcher.allowed(), matcher.complete)
-        logprob = token_logprob(row, token, params.logprobs or 0) if self._wants_logprobs else None
         if logprob is not None:
             self._logprobs.append(logprob.logprob)
-        first = len(self.place.tokens) == len(self._request.prompt)
-        self.place.tokens.append(token)
+        first = len(self.sequence.tokens) == len(self._request.prompt)
+        self.sequence.tokens.append(token)
         ends = token in self._ending
         if matcher is not None and not ends:
             matcher.consume(token)
         text, stop = self._say(token, ends)
         finish = FinishReason.STOP if ends or stop is not None else None
-        if finish is None and len(self.place.tokens) >= self.place.limit:
+        if finish is None and len(self.sequence.tokens) >= self.sequence.limit:
             finish = FinishReason.LENGTH
         if finish and stop is None:
             text += self._rest()
         if finish:
-            self._matcher = None  # its process ends, though others of the request go on
+            self._drop_grammar()  # its process ends, though others of the request go on
         self.finish = finish  # last, so that a sequence that failed on the way is still to be ended
         return Output(
             request=self._request.id,
@@ -101,10 +103,13 @@ class Generation:
         )
 
     def end(self, reason: FinishReason, why: str | None = None) -> Output:
-        """End before its time; text that was held back is given out."""
+        """End before its time; outputs the text that was held back."""
         self.finish = reason
-        self._matcher = None
+        self._drop_grammar()
         return Output(self._request.id, self.index, text=self._rest(), finish=reason, stop_reason=why)
+
+    def _drop_grammar(self) -> None:
+        self._matcher = self.sampling.grammar = None
 
     def _say(self, token: int, ends: bool) -> tuple[str, str | None]:
         """What a token adds to the text, and the stop string that it completed."""
@@ -112,7 +117,7 @@ class Generation:
         if self._text is None or (ends and not params.include_stop):
             return "", None
         text = self._text.push(token)
-        generated = len(self.place.tokens) - len(self._request.prompt)
+        generated = len(self.sequence.tokens) - len(self._request.prompt)
         return self._stops.push(text, ending=generated >= params.min_tokens)
 
     def _rest(self) -> str:
@@ -126,34 +131,35 @@ class Generation:
         return tuple(self._prompt_logprobs) if wanted else None
 
 
-class Job:
-    """A request and its sequences. Gives the sink every sequence as it goes, or with best_of the best at the end."""
+class RequestState:
+    """A request and its sequences. Sends each output to the sink as it comes; with best_of the best n at the end."""
 
-    def __init__(self, request: Request, sink: Sink, generations: list[Generation]) -> None:
+    def __init__(self, request: Request, sink: Sink, states: list[SequenceState]) -> None:
+        self.id = request.id
         self.request = request
-        self.generations = generations
+        self.states = states
         self.started = False
         self.sink = sink
         self._kept: list[list[Output]] | None = None
-        if len(generations) > request.params.n:
-            self._kept = [[] for _ in generations]
+        if len(states) > request.params.n:
+            self._kept = [[] for _ in states]
 
     @property
     def ended(self) -> bool:
         """Whether all sequences have ended."""
-        return all(generation.finish for generation in self.generations)
+        return all(state.finish for state in self.states)
 
-    def give(self, output: Output) -> None:
-        """Pass an output on to the sink, or keep it until the last sequence has ended. Raises what the sink raises."""
+    def deliver(self, output: Output) -> None:
+        """Send an output to the sink, with best_of once all sequences have finished. Raises what the sink raises."""
         if self._kept is None:
             self.sink(output)
             return
         self._kept[output.index].append(output)
         if self.ended:
-            ranked = sorted(self.generations, key=lambda g: -g.mean_logprob)
+            ranked = sorted(self.states, key=lambda state: -state.mean_logprob)
             scores = self._kept[0][0].prompt_logprobs
-            for index, generation in enumerate(ranked[: self.request.params.n]):
-                whole = join(self._kept[generation.index])
+            for index, state in enumerate(ranked[: self.request.params.n]):
+                whole = join(self._kept[state.index])
                 self.sink(replace(whole, index=index, prompt_logprobs=scores if index == 0 else None))
 
 
@@ -170,16 +176,16 @@ def join(outputs: Tokens[Output]) -> Output:
     )
 
 
-def new_job(
+def new_request_state(
     request: Request,
     sink: Sink,
     *,
     limit: int,
     matcher: Matcher | None,
-    tokenizer: Decoder | None,
+    tokenizer: TokenDecoder | None,
     eos_ids: frozenset[int],
     draw_seed: Callable[[], int] | None = None,
-) -> Job:
+) -> RequestState:
     """A request with its sequences; `draw_seed` gives the seed of a request that has none."""
     params = request.params
     prefix = root(request.tenant, request.cache_salt)
@@ -187,9 +193,9 @@ def new_job(
     seed = params.seed
     if seed is None:
         seed = secrets.randbits(63) if draw_seed is None else draw_seed()
-    generations: list[Generation] = []
+    states: list[SequenceState] = []
     for index in range(params.sequences):
-        place = Sequence(
+        sequence = Sequence(
             tokens=list(request.prompt),
             limit=limit,
             tenant=request.tenant,
@@ -197,7 +203,6 @@ def new_job(
             root=prefix,
             score=params.prompt_logprobs is not None and index == 0,
         )
-        sampler = Sampler(params, request.prompt, sorted(ending), seed, index)
         own = None if matcher is None else matcher.copy()
-        generations.append(Generation(request, index, place, sampler, own, tokenizer, ending))
-    return Job(request, sink, generations)
+        states.append(SequenceState(request, index, sequence, seed, own, tokenizer, ending))
+    return RequestState(request, sink, states)

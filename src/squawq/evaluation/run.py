@@ -25,7 +25,7 @@ from squawq.hub.download import resolve
 from squawq.layerwise.blocks import Blocks
 from squawq.quantization.calibration import read_text, split_documents
 from squawq.showing import Record
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 DEFAULT_WINDOW = 1024
 MAX_TOKENS = 32_768

@@ -15,7 +15,7 @@ from typing import Any
 from squawq.config import ModelConfig
 from squawq.engine.generation_config import GenerationConfig
 from squawq.errors import CheckpointError, ConfigError
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # GGUF's token types
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")

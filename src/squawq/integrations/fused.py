@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import cached_file
 
 from squawq.config import ModelConfig
-from squawq.engine.request import Chunk
+from squawq.engine.protocol import Chunk
 from squawq.errors import CheckpointError, ConfigError, FusionError
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from squawq.errors import CalibrationError, ConfigError, DependencyError, TemplateError
-from squawq.tokenizer import Tokenizer, check_messages
+from squawq.text.tokenizer import Tokenizer, check_messages
 
 SEPARATOR = "\n=====\n"
 DEFAULT_SAMPLES = 128

@@ -17,7 +17,7 @@ from squawq.quantization.calibration import token_blocks
 from squawq.quantization.job import Job
 from squawq.quantization.statistics import token_errors
 from squawq.quantization.work import Work
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 ROWS, TOKENS = 4, 32
 VOCABULARY = 8192  # logits that are computed, evenly spread: a whole head in float32 can be larger than a layer

@@ -26,7 +26,7 @@ from squawq.quantization.calibration import Calibration, token_blocks
 from squawq.quantization.job import identity, scratch_folder, target_path
 from squawq.quantization.size import result_bytes
 from squawq.report.files import public_name
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from squawq import __version__
-from squawq.engine.engine import Stats
+from squawq.engine.protocol import Stats
 from squawq.serve import tgi
 from squawq.serve.call import Call
 from squawq.serve.chat import ChatBody, chat, read, render

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from squawq import chat_template
 from squawq.engine.request import FinishReason, Grammar, Output, Request
 from squawq.errors import ConfigError
 from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
@@ -23,6 +22,7 @@ from squawq.serve.model import Served
 from squawq.serve.structured import response_grammar
 from squawq.serve.tool_parser import Delta, ToolParser
 from squawq.serve.tools import PLAIN_FORMAT, call_id, plain_messages, template_messages, tool_grammar
+from squawq.text import chat_template
 
 Chat = TypeVar("Chat", bound="ChatBody")
 NO_TOOLS = "the server knows no format of tool calls for this model; --tool-call-parser names one"

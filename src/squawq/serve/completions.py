@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
+from squawq.engine.detokenizer import TextStream
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
-from squawq.engine.text import TextStream
 from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Many, SamplingFields, TokenId, validate

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from squawq.engine.engine import Engine
+from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import FinishReason, Output
 from squawq.engine.sequence import join
 from squawq.errors import EngineClosed, QueueFull
@@ -32,7 +32,7 @@ class Mailbox:
     Each wake-up in the middle of a step would have the event loop take the interpreter's lock from the engine.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: InferenceEngine) -> None:
         self.engine = engine
         self._items: list[tuple[asyncio.Queue[Output | Exception], Output]] = []  # the engine's thread's alone
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -28,6 +28,7 @@ from squawq.serve.settings import Settings
 
 Reader = Callable[[str], Any]  # raises ConfigError with what the text should have been
 SETTINGS = {entry.name: entry for entry in fields(Settings)}
+TYPES = {name: getattr(kind, "__name__", str(kind)) for name, kind in get_type_hints(Settings).items()}
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -127,8 +128,8 @@ KINDS: dict[str, tuple[Reader, str]] = {  # by a setting's type: how its text is
     "int | None": (whole(1), "N"),
     "float | None": (number, "NUMBER"),
     "float": (number, "SECONDS"),
-    "Path | None": (Path, "FILE"),
-    "tuple[str, ...]": (lambda text: (text,), "TEXT"),
+    "pathlib.Path | None": (Path, "FILE"),
+    "tuple": (lambda text: (text,), "TEXT"),
 }
 
 
@@ -163,7 +164,7 @@ class Flag:
 
     @property
     def kind(self) -> str:
-        kind = str(SETTINGS[self.setting].type) if self.setting else "str"
+        kind = TYPES[self.setting] if self.setting else "str"
         return kind if kind in KINDS else "str"
 
     def parameter(self, panel: str) -> inspect.Parameter:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from squawq.engine.detokenizer import TextStream
 from squawq.engine.request import TokenLogprob
-from squawq.engine.text import TextStream
 from squawq.serve.call import Rows
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 LEAST = -9999.0  # JSON has no minus infinity
 

@@ -24,7 +24,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST
 
-from squawq.engine.engine import Stats
+from squawq.engine.protocol import Stats
 from squawq.engine.request import FinishReason
 from squawq.serve.errors import KINDS
 

@@ -13,20 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from squawq.backends import backend_for
-from squawq.backends.devices import check_device
-from squawq.engine.engine import Engine
-from squawq.engine.generation_config import GenerationConfig
-from squawq.engine.request import Request, SamplingParams
-from squawq.engine.runner import load_runner
+from squawq.engine.loaded_model import LoadedModel
+from squawq.engine.protocol import InferenceEngine
+from squawq.engine.request import Request
 from squawq.errors import ConfigError
-from squawq.format.files import has_file, read_text
-from squawq.hub.download import resolve, resolve_small
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
 from squawq.serve.sizes import Sizes
 from squawq.serve.tools import PLAIN_FORMAT, added_tokens, teaches_tools, tool_format
-from squawq.templates import TemplateProcess
-from squawq.tokenizer import Tokenizer
+from squawq.text.template_process import TemplateProcess
 
 MAX_LISTED = 2**17  # tokens that a reply lists one by one, each in up to a hundred bytes
 
@@ -35,58 +30,46 @@ class Served:
     """A loaded model. Raises SquawqError for one that cannot be run or settings that do not fit it."""
 
     def __init__(self, settings: Settings) -> None:
-        check_device(settings.device)
         self.settings = settings
-        self.folder = resolve(settings.model, revision=settings.revision)
+        self.model = model = LoadedModel(
+            settings.model,
+            settings,
+            revision=settings.revision,
+            tokenizer=settings.tokenizer,
+            chat_template=settings.chat_template,
+            generation_config=settings.generation_config,
+        )
+        self.folder, self.config = model.folder, model.config
+        self.tokenizer = model.tokenizer
+        self.engine: InferenceEngine = model.engine
+        self.template, self.eos_ids = model.chat_template, model.eos_ids
         self.names = settings.served_names or (_name(settings.model),)
         self.started = int(time.time())
-        self.tokenizer = Tokenizer(self.folder if settings.tokenizer is None else resolve_small(settings.tokenizer))
-        self.template, tool_template = self._read_templates()
-        runner = load_runner(
-            self.folder,
-            device=settings.device,
-            threads=settings.threads,
-            exact=settings.exact,
-            head=settings.head,
-            kv_tokens=settings.kv_tokens,
-            gpu_share=settings.gpu_memory_utilization,
-        )
-        self.config = runner.config
-        self.cached = runner.num_pages * runner.page_size
-        self.token_bytes = runner.token_bytes
-        self._check_weights()
-        self.max_len = self._length(runner.max_positions, self.cached)
-        self.max_input = min(settings.max_input_tokens or self.max_len, self.max_len - 1)
-        self.sizes = Sizes(self.tokenizer, self.max_len, self.max_input)
-        generation = self._generation_config()
-        self.eos_ids = generation.eos_ids
-        self.defaults = SamplingParams() if settings.generation_config == "vllm" else generation.sampling_defaults()
-        if self.defaults.temperature == 0:  # OpenAI's default, where the model asks for nothing
-            self.defaults = replace(self.defaults, temperature=1.0)
-        self.teaches_tools = teaches_tools(tool_template or self.template)
-        self.tool_format = self._tool_format(tool_template or self.template)
-        self.added_tokens = added_tokens(self.tokenizer)
-        self.engine = Engine(
-            runner,
-            self.tokenizer,
-            eos_ids=sorted(generation.eos_ids),
-            max_batch_tokens=max(settings.max_num_batched_tokens, 2 * settings.max_num_seqs),
-            max_sequences=settings.max_num_seqs,
-            max_waiting=None,  # the server has limits of its own
-            prefix_caching=settings.prefix_caching,
-            grammar_timeout=settings.grammar_timeout,
-            seed=settings.seed,
-        )
         self._templates: list[TemplateProcess] = []
         self._thread = threading.local()
-        if self.template is not None:
-            variables = self.tokenizer.template_variables()
-            self._templates = [
-                TemplateProcess(
-                    self.template, variables, tool_template=tool_template, timeout_s=settings.template_timeout
-                )
-                for _ in range(2)  # the second is `own_template`'s
-            ]
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Check the settings against the model and start the template processes."""
+        settings = self.settings
+        self._check_weights()
+        self.max_len = self._length(self.engine.max_positions, self.engine.cache_tokens)
+        self.max_input = min(settings.max_input_tokens or self.max_len, self.max_len - 1)
+        self.sizes = Sizes(self.tokenizer, self.max_len, self.max_input)
+        self.defaults = self.model.sampling_defaults()
+        if self.defaults.temperature == 0:  # OpenAI's default, where the model asks for nothing
+            self.defaults = replace(self.defaults, temperature=1.0)
+        tool_template = self.model.tool_template or self.template
+        self.teaches_tools = teaches_tools(tool_template)
+        self.tool_format = self._tool_format(tool_template)
+        self.added_tokens = added_tokens(self.tokenizer)
+        processes = (self.model.template_process(settings.template_timeout) for _ in range(2))
+        self._templates = [process for process in processes if process]  # the second is `own_template`'s
+        if self._templates:
             self._templates[0].start()
 
     @property
@@ -96,14 +79,13 @@ class Served:
 
     def facts(self) -> dict[str, Any]:
         """What it runs on, for the log."""
-        device = self.settings.device
-        facts: dict[str, Any] = {"device": device, **backend_for(device).describe()}
-        cache = self.cached * self.token_bytes
-        return {**facts, "cache_tokens": self.cached, "cache_mib": round(cache / 2**20, 1)}
+        facts = {"device": self.settings.device, **backend_for(self.settings.device).describe()}
+        cache = round(self.model.cache_bytes / 2**20, 1)
+        return {**facts, "cache_tokens": self.engine.cache_tokens, "cache_mib": cache}
 
     def close(self) -> None:
         """Abort what runs and end the threads and processes. Idempotent."""
-        self.engine.close()
+        self.model.close()
         for process in self._templates:
             process.close()
 
@@ -180,31 +162,12 @@ class Served:
             )
         return left if max_tokens is None else max_tokens
 
-    def _generation_config(self) -> GenerationConfig:
-        """The model's, or that of the folder that was asked for; end tokens are the model's with "vllm", too."""
-        asked = self.settings.generation_config
-        if asked in ("auto", "vllm"):
-            return GenerationConfig(self.folder, self.config)
-        if not has_file(Path(asked) / "generation_config.json"):
-            raise ConfigError(
-                f"generation_config is {asked!r}, which is no folder with a generation_config.json; "
-                "give one, or auto or vllm"
-            )
-        return GenerationConfig(Path(asked), self.config)
-
     def _tool_format(self, template: str | None) -> str | None:
         """How the model writes calls of functions; None where it may not make any, or its way is not known."""
         asked = self.settings.tool_call_parser
         if asked == "auto":
             return tool_format(template) if self.teaches_tools else PLAIN_FORMAT
         return None if asked == "none" else asked
-
-    def _read_templates(self) -> tuple[str | None, str | None]:
-        """The chat template, and the one for chats with tools where the model has one of its own for those."""
-        path = self.settings.chat_template
-        if path is None:
-            return self.tokenizer.chat_template, self.tokenizer.tool_template
-        return read_text(path.resolve()), None
 
     def _length(self, positions: int, cached: int) -> int:
         wanted, settings = self.settings.max_model_len, self.settings

@@ -4,36 +4,43 @@ launcher.py fills it from those.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import field
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
+
+from squawq.engine.config import Count, EngineConfig, OptionalCount
 from squawq.engine.request import MAX_LOGPROBS, MAX_SEQUENCES, MAX_STOPS
 from squawq.errors import ConfigError
+from squawq.strict import strict
 
 DIALECTS = ("openai", "tgi")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TOOL_PARSERS = ("auto", "llama3_json", "hermes", "none")
 RESERVED = 256  # connections beside those of requests under way and waiting
-MAY_BE_0 = ("shutdown_timeout", "keep_alive_interval")  # abort at once; no comments
+Seconds = Annotated[float, Field(gt=0, description="a number of seconds above 0")]
+SecondsOrZero = Annotated[float, Field(ge=0, description="a number of seconds, 0 or more")]
+Logprobs = Annotated[int, Field(ge=1, le=MAX_LOGPROBS, description=f"1 to {MAX_LOGPROBS}")]
+Choices = Annotated[int, Field(ge=1, le=MAX_SEQUENCES, description=f"1 to {MAX_SEQUENCES}")]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `squawq serve` was asked for. Sizes in bytes, times in seconds; None: what the model or machine suggests.
+@strict(kw_only=True)
+class Settings(EngineConfig):
+    """What `squawq serve` was asked for, beside the engine's knobs.
+
+    Sizes in bytes, times in seconds; None: what the model or machine suggests.
 
     dialect: "openai" (as vLLM answers) or "tgi": which one's rule holds on the shared routes where the two
     contradict each other. served_names: what `model` is called in replies, the first of them; others are aliases.
     tokenizer: a folder or Hub id, None for the model's own. generation_config: where sampling defaults are from:
-    "auto", the model's; "vllm", nowhere; or a folder. seed: draws the seeds of requests that have none, in order of
-    arrival; None: at random. gpu_memory_utilization: the share of a GPU's memory for weights and cache together.
-    grammar_support: whether schemas, regexes, grammars and tools are taken. prometheus_port: /metrics is there, too.
-    max_model_len: tokens of a prompt and its answer together. max_input_tokens: of a prompt alone.
-    max_num_seqs: sequences under way together; max_num_batched_tokens: of a step, at least twice as many. max_queued:
-    requests that wait for their turn beyond those; the next is refused. max_queue_bytes: what requests hold while they
-    wait or run, the next is refused. max_connections: more than there may be requests, so that health and other keys'
-    requests are answered beside those; None: RESERVED more. tensor_parallel_size: GPUs that share a model; 1 for now.
+    "auto", the model's; "vllm", nowhere; or a folder. grammar_support: whether schemas, regexes, grammars and tools are
+    taken. prometheus_port: /metrics is there, too. max_model_len: tokens of a prompt and its answer together.
+    max_input_tokens: of a prompt alone. max_queued: requests that wait for their turn beyond max_num_seqs; the next is
+    refused. max_queue_bytes: what requests hold while they wait or run, the next is refused. max_connections: more than
+    there may be requests, so that health and other keys' requests are answered beside those; None: RESERVED more.
+    tensor_parallel_size: GPUs that share a model; 1 for now.
     Raises ConfigError for values that cannot work.
     """
 
@@ -48,60 +55,50 @@ class Settings:
     generation_config: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    exact: bool = False
-    head: str | None = None
-    kv_tokens: int | None = None
-    gpu_memory_utilization: float | None = None
-    seed: int | None = None
-    tensor_parallel_size: int = 1
-    max_model_len: int | None = None
-    max_input_tokens: int | None = None
+    tensor_parallel_size: Count = 1
+    max_model_len: OptionalCount = None
+    max_input_tokens: OptionalCount = None
     chat_template: Path | None = None
     tool_call_parser: str = "auto"
     grammar_support: bool = True
 
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_queued: int = 2048
-    prefix_caching: bool = True
+    max_waiting: int | None = field(default=None, init=False)  # the server has limits of its own
+    max_queued: Annotated[int, Field(ge=0, description="at least 0")] = 2048
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    prometheus_port: int | None = None
+    port: Annotated[int, Field(ge=0, le=65535, description="0 (any free one) to 65535")] = 8000
+    prometheus_port: OptionalCount = None
     uds: Path | None = None
     ssl_keyfile: Path | None = None
     ssl_certfile: Path | None = None
     allowed_origins: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
 
-    max_connections: int | None = None
-    max_body_bytes: int = 2_000_000
-    max_queue_bytes: int = 2**30
-    max_header_bytes: int = 64 * 1024
-    max_headers: int = 256
-    header_timeout: float = 10
-    body_timeout: float = 30
-    min_body_rate: int = 1000
-    idle_timeout: float = 75
-    write_timeout: float = 60
-    queue_timeout: float = 1800
-    generation_timeout: float = 3600
-    template_timeout: float = 10
-    grammar_timeout: float = 2
-    keep_alive_interval: float = 15
-    shutdown_timeout: float = 30
-    validation_workers: int = 2
+    max_connections: OptionalCount = None
+    max_body_bytes: Count = 2_000_000
+    max_queue_bytes: Count = 2**30
+    max_header_bytes: Count = 64 * 1024
+    max_headers: Count = 256
+    header_timeout: Seconds = 10
+    body_timeout: Seconds = 30
+    min_body_rate: Count = 1000
+    idle_timeout: Seconds = 75
+    write_timeout: Seconds = 60
+    queue_timeout: Seconds = 1800
+    generation_timeout: Seconds = 3600
+    template_timeout: Seconds = 10
+    keep_alive_interval: SecondsOrZero = 15  # 0: no comments
+    shutdown_timeout: SecondsOrZero = 30  # 0: abort at once
+    validation_workers: Count = 2
 
-    max_logprobs: int = 20
-    max_logprob_entries: int = 2**18
-    max_choices: int = 64
-    max_prompts: int = 256
-    max_best_of: int = 2
-    max_stop_sequences: int = 4
-    max_top_n_tokens: int = 5
-    max_client_batch: int = 4
+    max_logprobs: Logprobs = 20
+    max_logprob_entries: Count = 2**18
+    max_choices: Choices = 64
+    max_prompts: Count = 256
+    max_best_of: Choices = 2
+    max_stop_sequences: Annotated[int, Field(ge=1, le=MAX_STOPS, description=f"1 to {MAX_STOPS}")] = 4
+    max_top_n_tokens: Logprobs = 5
+    max_client_batch: Count = 4
 
     log_format: str = "text"
     log_level: str = "info"
@@ -116,27 +113,6 @@ class Settings:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            least = 0 if entry.name in ("port", "max_queued") else 1
-            if entry.type == "int" and value < least:
-                raise ConfigError(f"{entry.name} is {value}; it must be at least {least}")
-            if entry.type == "float" and not (0 <= value < math.inf and (value > 0 or entry.name in MAY_BE_0)):
-                raise ConfigError(f"{entry.name} is {value}; it must be a number of seconds above 0")
-            least = 0 if entry.name == "seed" else 1
-            if entry.type == "int | None" and value is not None and value < least:
-                raise ConfigError(f"{entry.name} is {value}; it must be at least {least}")
-        for name, most in (
-            ("max_logprobs", MAX_LOGPROBS),
-            ("max_top_n_tokens", MAX_LOGPROBS),
-            ("max_choices", MAX_SEQUENCES),
-            ("max_best_of", MAX_SEQUENCES),
-            ("max_stop_sequences", MAX_STOPS),
-        ):
-            if getattr(self, name) > most:
-                raise ConfigError(f"{name} is {getattr(self, name)}; the engine takes at most {most}")
-        if self.port > 65535:
-            raise ConfigError(f"port is {self.port}; it must be 0 (any free one) to 65535")
         if self.prometheus_port is not None and (self.prometheus_port > 65535 or self.prometheus_port == self.port):
             raise ConfigError(f"prometheus_port is {self.prometheus_port}; it must be 1 to 65535 and not the server's")
         if self.prometheus_port is not None and self.uds is not None:
@@ -149,8 +125,6 @@ class Settings:
                 f"max_connections is {self.max_connections}, but up to {self.most_under_way} requests may be under way "
                 "or waiting; raise it above that, or lower max_queued (--max-num-queued-reqs) or max_num_seqs"
             )
-        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1")
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 f"tensor_parallel_size is {self.tensor_parallel_size}; one process serves a model here for now, "

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from squawq.serve.errors import ApiError
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 LOOSE = 4  # NFC composes four characters into one at most
 _BYTES = 256

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from squawq.engine.detokenizer import TextStream
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
-from squawq.engine.text import TextStream
 from squawq.serve.call import Reply, Rows, Times, dump
 from squawq.serve.errors import ApiError
 from squawq.serve.logprobs import bounded

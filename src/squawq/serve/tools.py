@@ -16,7 +16,7 @@ from squawq.engine.grammar import SPACE
 from squawq.engine.request import Grammar
 from squawq.engine.schema import close_objects
 from squawq.errors import ConfigError
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 TOOL_FORMATS = ("llama3_json", "hermes")
 OPEN, CLOSE = "<tool_call>", "</tool_call>"

@@ -1,6 +1,6 @@
-"""Text to token ids and back, what a token stands for, and the model's chat templates; templates.py renders those.
+"""The tokenizer of a model folder: text to token ids and back, the bytes of a token, and the folder's chat templates.
 
-Knows no tensors and no model.
+Chat templates are rendered by template_process.py.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.files import has_file, read_bytes, read_json, read_text
-from squawq.templates import TemplateProcess
-from squawq.tokenizer_trial import check_tokenizer, failure
+from squawq.text.template_process import TemplateProcess
+from squawq.text.tokenizer_trial import check_tokenizer, failure
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 Message = Mapping[str, str]
 
 
 def check_messages(messages: object) -> list[dict[str, str]]:
-    """Chat messages as a list of {"role", "content"}. Raises ConfigError saying what is wrong."""
+    """Validate chat messages: a list of {"role", "content"}. Raises ConfigError."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ConfigError("messages must be a list of at least one {role, content}")
     checked = []
@@ -43,7 +43,7 @@ def check_messages(messages: object) -> list[dict[str, str]]:
 class Tokenizer:
     """A folder's tokenizer.json and chat template, both untrusted.
 
-    Raises CheckpointError when the folder has none, or one that fails its trial (tokenizer_trial.py).
+    Raises CheckpointError for a folder without tokenizer.json, or with one that is refused (tokenizer_trial.py).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -65,7 +65,7 @@ class Tokenizer:
         self.settings = read_json(settings) if has_file(settings) else {}
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; `special` adds what the tokenizer puts around a text, as a begin token.
+        """Token ids of a text; `special` adds the special tokens that the tokenizer puts around it.
 
         Raises ConfigError for a text that cannot be encoded, such as one with half of a surrogate pair.
         """
@@ -73,7 +73,7 @@ class Tokenizer:
         return ids
 
     def places(self, text: str, special: bool = True) -> list[tuple[int, tuple[int, int]]]:
-        """Token ids, each with the characters of the text that it came from: first, and one past the last.
+        """Token ids, each with its offsets in the text: the first character and one past the last.
 
         Takes ten times as long as `encode`, and raises as that does.
         """
@@ -82,7 +82,7 @@ class Tokenizer:
 
     def _encoded(self, encode: Callable[..., list[Encoding]], text: str, special: bool) -> Encoding:
         try:
-            (found,) = encode([text], add_special_tokens=special)  # other threads run meanwhile, unlike in `encode`
+            (found,) = encode([text], add_special_tokens=special)  # releases the GIL, unlike `encode`
         except BaseException as error:
             raise ConfigError(f"{self.folder}: the tokenizer cannot encode the text: {failure(error)}") from error
         return found
@@ -102,7 +102,7 @@ class Tokenizer:
         return value if isinstance(value, str) else None
 
     def template_variables(self) -> dict[str, str]:
-        """The special tokens that a chat template writes, by name; those that the model has."""
+        """The model's special tokens by name, for chat templates."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return {name: token for name in names if (token := self.token(name)) is not None}
 
@@ -113,7 +113,7 @@ class Tokenizer:
 
     @property
     def tool_template(self) -> str | None:
-        """The template for chats with tools; None where the chat template is to write those too."""
+        """The template for chats with tools; None if the chat template handles tools too."""
         return self._templates.get("tool_use")
 
     @cached_property
@@ -143,7 +143,7 @@ class Tokenizer:
 
     @cached_property
     def _renderer(self) -> TemplateProcess | None:
-        """Its process starts at the first chat and ends with this tokenizer."""
+        """The template process, started at the first chat."""
         template = self.chat_template
         return None if template is None else TemplateProcess(template, self.template_variables())
 
@@ -160,9 +160,9 @@ class Tokenizer:
             renderer.close()
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for, a part of a character too; none for an id that is no token.
+        """The bytes of a token, which may be part of a character; empty for an unknown id.
 
-        A token at a text's start keeps the space that `decode` may take away.
+        Keeps the leading space that `decode` may strip at the start of a text.
         """
         if token in self._added:
             return self._added[token].content.encode()
@@ -177,12 +177,12 @@ class Tokenizer:
         return piece.replace("\u2581", " ").encode()
 
     def token_text(self, token: int) -> str:
-        """What `decode` gives for a token alone; the replacement character for a part of a character."""
+        """The decoded text of a single token; the replacement character for part of a character."""
         return self.decode([token], skip_special=False)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of the tokens that `decode` can leave out."""
+        """Ids of the special tokens, which `decode` can skip."""
         return frozenset(token for token, added in self._added.items() if added.special)
 
     @cached_property
@@ -191,7 +191,7 @@ class Tokenizer:
 
     @cached_property
     def _decoders(self) -> frozenset[str]:
-        """Kinds of the steps that turn tokens into text."""
+        """Types of the decoder's steps."""
         if self.fast.decoder is None:
             return frozenset()
         state = json.loads(self.fast.decoder.__getstate__())

@@ -18,11 +18,11 @@ import pytest
 from conftest import shared_data
 from test_child import wait_until_ended
 
-from squawq.chat_template import render
-from squawq.child import MAX_ANSWER
 from squawq.demo import demo_model
 from squawq.errors import ConfigError, EngineClosed, QueueFull, TemplateError
-from squawq.templates import TemplateProcess
+from squawq.text.chat_template import render
+from squawq.text.child import MAX_ANSWER
+from squawq.text.template_process import TemplateProcess
 
 DEMO = (demo_model() / "chat_template.jinja").read_text(encoding="utf-8")
 LLAMA = "llama3-chat-template/meta-llama-Llama-3.1-8B-Instruct.jinja"
@@ -243,7 +243,7 @@ def test_it_starts_at_the_first_chat_and_ends_with_its_owner() -> None:
 
 def test_a_killed_parent_leaves_no_endless_template() -> None:
     program = (
-        "import sys, threading\nfrom squawq.templates import TemplateProcess\n"
+        "import sys, threading\nfrom squawq.text.template_process import TemplateProcess\n"
         f"process = TemplateProcess({ENDLESS!r}, timeout_s=1); process.start()\n"
         "threading.Thread(target=process.render, args=([],)).start(); print(process._child.pid, flush=True)"
     )
@@ -259,7 +259,7 @@ def test_a_killed_parent_leaves_no_endless_template() -> None:
 )
 def test_no_process_outlives_its_owner(ending: str) -> None:
     program = (
-        "import os, signal\nfrom squawq.templates import TemplateProcess\n"
+        "import os, signal\nfrom squawq.text.template_process import TemplateProcess\n"
         f"process = TemplateProcess('a'); process.render([])\nprint(process._child.pid, flush=True)\n{ending}"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False)

@@ -1,5 +1,6 @@
-"""Text at the engine's edge: ids to text as they come, never half a character, and stop strings that may begin in one
-token and end in another. Knows a tokenizer's `decode`; knows no requests. A token's cost does not grow with the text.
+"""Incremental detokenization (token ids to text, never half a character) and stop strings that span tokens.
+
+The cost of a token does not grow with the length of the text.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ CONTEXT = 8  # tokens before a text that a tokenizer may need to see to spell it
 _HELD = 16  # more tokens than this that end in half a character are not going to become one
 
 
-class Decoder(Protocol):
-    """What this file needs of a tokenizer."""
+class TokenDecoder(Protocol):
+    """A tokenizer's decode method."""
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids."""
@@ -26,10 +27,10 @@ class TextStream:
     back while it ends in the replacement character, which byte-level tokens give for an unfinished one.
     """
 
-    def __init__(self, tokenizer: Decoder, before: Sequence[int] = (), skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: TokenDecoder, before: Sequence[int] = (), skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._given = list(before[-CONTEXT:])  # ids whose text has been handed out, the last piece of them
+        self._given = list(before[-CONTEXT:])  # ids whose text has been output, the last piece of them
         self._held: list[int] = []
 
     def push(self, token: int) -> str:
@@ -37,14 +38,14 @@ class TextStream:
         self._held.append(token)
         text = self._text(self._held)
         if not text.endswith("\ufffd"):
-            return self._hand_out(len(self._held), text)
+            return self._emit(len(self._held), text)
         if len(self._held) > _HELD:
             return self._settle(text)
         return ""
 
     def finish(self) -> str:
         """What was held back."""
-        return self._hand_out(len(self._held), self._text(self._held)) if self._held else ""
+        return self._emit(len(self._held), self._text(self._held)) if self._held else ""
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, self._skip_special)
@@ -52,7 +53,7 @@ class TextStream:
     def _text(self, ids: Sequence[int]) -> str:
         return self._decode([*self._given, *ids])[len(self._decode(self._given)) :]
 
-    def _hand_out(self, count: int, text: str) -> str:
+    def _emit(self, count: int, text: str) -> str:
         piece = (
             self._held[:count] if text else [*self._given, *self._held[:count]][-CONTEXT:]
         )  # special tokens give none
@@ -60,15 +61,15 @@ class TextStream:
         return text
 
     def _settle(self, text: str) -> str:
-        """Hand out bytes that are no text, but keep the last few: they may begin a character.
+        """Output bytes that are no text, but keep the last few: they may begin a character.
 
         A cut that parts a character shows, since its halves give other text than the whole.
         """
         for cut in range(len(self._held) - 4, len(self._held)):
             head = self._text(self._held[:cut])
             if head + self._decode(self._held[cut:]) == text:
-                return self._hand_out(cut, head)
-        return self._hand_out(len(self._held), text)
+                return self._emit(cut, head)
+        return self._emit(len(self._held), text)
 
 
 class StopStrings:
@@ -86,7 +87,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str, ending: bool = True) -> tuple[str, str | None]:
-        """The text that can be given out, and the stop string if one was found; nothing may be pushed after that.
+        """The text that can be output, and the stop string if one was found; nothing may be pushed after that.
 
         ending: False passes over strings that become complete in this text.
         """

@@ -1,7 +1,5 @@
-"""Renders a model's chat templates in a process of its own, so that a hostile template can neither hang its caller, nor
-take its memory, nor read its files. Everything that renders a chat does so here; squawq.chat_template runs there.
-
-Knows no HTTP and no tokenizer.
+"""Renders chat templates in a child process, so that a hostile template cannot hang the caller, exhaust its memory or
+read its files. LLM, serve and quantize all render chats through it; the child runs squawq.text.chat_template.
 """
 
 from __future__ import annotations
@@ -14,25 +12,25 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from squawq import chat_template
-from squawq.child import Child, ChildError
 from squawq.errors import ConfigError, EngineClosed, QueueFull, TemplateError
+from squawq.text import chat_template
+from squawq.text.child import Child, ChildError
 
 TIMEOUT_S = 10.0
 MEMORY = 2**29
 
 
 class TemplateProcess:
-    """A model's template and the process that renders it; may be used from several threads.
+    """A model's chat template and the child process that renders it. Thread-safe.
 
     The process starts at the first chat or with `start`, and again after one that ended. It ends with this object.
 
     Args:
         template: The chat template.
-        variables: What the template reads in every chat, such as bos_token.
-        tool_template: The template for chats with tools, where the model has one for those.
-        timeout_s: Seconds of processor time for one chat, and seconds to wait while other chats are rendered.
-        memory_bytes: What a chat may take (Linux).
+        variables: Template variables of every chat, such as bos_token.
+        tool_template: The template for chats with tools, if the model has one.
+        timeout_s: Processor seconds per chat, and seconds to wait for other chats.
+        memory_bytes: Memory per chat (Linux).
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class TemplateProcess:
         variables: Mapping[str, Any] | None = None,
         now: datetime | None = None,
     ) -> str:
-        """The chat as text; `variables` win over those of every chat. Otherwise as squawq.chat_template.render.
+        """The chat as text; `variables` win over those of every chat. Otherwise as squawq.text.chat_template.render.
 
         Raises:
             ConfigError: The template refuses the chat.

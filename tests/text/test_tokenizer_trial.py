@@ -15,12 +15,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import Replace as Decoder
 from tokenizers.normalizers import Replace as Normalizer
 
-from squawq import tokenizer_trial
-from squawq.child import Child
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError
-from squawq.tokenizer import Tokenizer
-from squawq.tokenizer_trial import load
+from squawq.text import tokenizer_trial
+from squawq.text.child import Child
+from squawq.text.tokenizer import Tokenizer
+from squawq.text.tokenizer_trial import load
 
 DEMO = json.loads((demo_model() / "tokenizer.json").read_text(encoding="utf-8"))
 

@@ -13,9 +13,9 @@ from conftest import shared_data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from squawq.chat_template import MAX_MESSAGE, load, render
 from squawq.demo import demo_model
 from squawq.errors import ConfigError, TemplateError
+from squawq.text.chat_template import MAX_MESSAGE, load, render
 
 LLAMA = "llama3-chat-template/meta-llama-Llama-3.1-8B-Instruct.jinja"
 DEMO = (demo_model() / "chat_template.jinja").read_text(encoding="utf-8")
@@ -177,7 +177,7 @@ def test_errors_are_short_and_name_no_memory() -> None:
 
 
 def test_importing_it_takes_no_torch() -> None:
-    code = "import squawq.chat_template, sys; print(sorted({'torch', 'tokenizers', 'numpy'} & set(sys.modules)))"
+    code = "import squawq.text.chat_template, sys; print(sorted({'torch', 'tokenizers', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from test_child import wait_until_ended
 
-from squawq.child import Child
 from squawq.cli import main
 from squawq.demo import demo_model
 from squawq.engine.request import SamplingParams
@@ -24,8 +23,9 @@ from squawq.quantization.pipeline import quantize
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
 from squawq.serve.settings import Settings
-from squawq.templates import TemplateProcess
-from squawq.tokenizer import Tokenizer
+from squawq.text.child import Child
+from squawq.text.template_process import TemplateProcess
+from squawq.text.tokenizer import Tokenizer
 
 SAY = [{"role": "user", "content": "a"}]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -1,8 +1,7 @@
-"""Work on untrusted input in processes of their own: too much time or memory ends a process, and a crash is its alone.
+"""Sandboxed child processes for untrusted input: a crash, or too much time or memory, ends the child alone.
 
-`Child.start` loads what the work needs, once. `fork` copies a process as it stands, in milliseconds, and the copy goes
-on by itself. Messages and answers are bytes over Unix sockets; nothing is pickled. A process ends when nobody holds its
-other end any more. Knows nothing of the work.
+`Child.start` launches a child and loads what the work needs, once. `fork` copies the child in milliseconds, state
+included. Requests and replies are bytes over Unix sockets; nothing is pickled. A child exits when its socket closes.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ MAX_ANSWER = 16 * 2**20
 
 
 class ChildError(RuntimeError):
-    """The process ended or gave no answer: over its limits, or crashed."""
+    """The process ended or did not answer: it exceeded its limits, or crashed."""
 
 
 class Child:
-    """The near end of a process. For one thread at a time, but for `fork` and `kill`."""
+    """A handle on a child process. Only `fork` and `kill` may be called while another thread uses it."""
 
     def __init__(self, port: socket.socket, process: subprocess.Popen[bytes] | None = None, forks: bool = True) -> None:
         self._port = port
@@ -51,10 +50,16 @@ class Child:
 
     @classmethod
     def start(cls, load: str, data: bytes, *, memory: int = MEMORY, forks: bool = True) -> Child:
-        """A new process that calls `load`, "module:function", with `data`: that returns what answers its messages.
+        """Start a process that calls `load(data)` once, and answers each message with the handler that this returns.
 
-        memory: bytes that it may take beyond what was loaded. forks: whether it can be copied; one that
-        cannot opens no files. Raises ChildError when it does not load, and on a system without fork().
+        Args:
+            load: The function, as "module:function".
+            data: Its argument.
+            memory: Bytes the process may allocate after loading.
+            forks: Whether it can be forked; one that cannot is also kept from opening files.
+
+        Raises:
+            ChildError: It does not load, or the system has no fork().
         """
         if not hasattr(os, "fork"):
             raise ChildError("it needs a system with fork(), as Linux and macOS have it (on Windows: WSL)")
@@ -63,7 +68,7 @@ class Child:
         near, far = socket.socketpair()
         with far:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "squawq.child", load, str(memory), str(int(forks))],
+                [sys.executable, "-P", "-m", "squawq.text.child", load, str(memory), str(int(forks))],
                 stdin=far.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=environment,
@@ -80,7 +85,7 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether a started process still runs. After a fork() of this process, whose other half holds it: False."""
+        """Whether a started process still runs; False in a fork() of the process that started it."""
         return self._process is not None and self._owner == os.getpid() and self._process.poll() is None
 
     def fork(self) -> Child:
@@ -98,7 +103,7 @@ class Child:
         return copy
 
     def send(self, message: bytes, seconds: float) -> None:
-        """Ask for an answer, which may take so many seconds of processor time. Raises ChildError."""
+        """Send a message, to be answered within `seconds` of processor time. Raises ChildError."""
         self._seconds = seconds
         try:
             self._port.settimeout(seconds + _PATIENCE)
@@ -107,7 +112,7 @@ class Child:
             raise ChildError(self._fate("the process has ended")) from error
 
     def receive(self) -> bytes:
-        """The answer to the oldest message that has none. Raises ChildError."""
+        """Wait for the answer to the oldest unanswered message. Raises ChildError."""
         deadline = time.monotonic() + self._seconds + _PATIENCE
         try:
             (size,) = _SIZE.unpack(_read(self._port, _SIZE.size, deadline))
@@ -127,7 +132,7 @@ class Child:
         return self.receive()
 
     def kill(self) -> None:
-        """End a started process at once, whatever it is doing; whoever waits for its answer gets a ChildError."""
+        """Kill a started process; a thread that waits for its answer gets a ChildError."""
         if self._process is not None:
             self._process.kill()
 
@@ -136,7 +141,7 @@ class Child:
         self._end()
 
     def _fate(self, unknown: str) -> str:
-        """How the process ended, which is known of a started one alone."""
+        """How a started process ended; `unknown` for a fork, whose exit code is not available."""
         if self._process is None or self._owner != os.getpid():
             return unknown
         with suppress(subprocess.TimeoutExpired):
@@ -172,7 +177,7 @@ def _read(port: socket.socket, size: int, deadline: float | None = None) -> byte
 
 
 def _main(load: str, memory: int, forks: bool) -> None:
-    """What the process does."""
+    """The child's main function."""
     import resource  # not on Windows
 
     for signum in (signal.SIGINT, signal.SIGTERM):  # a supervisor sends them to all; the parent has work to finish
@@ -202,7 +207,7 @@ def _main(load: str, memory: int, forks: bool) -> None:
 
 
 def _limit_memory(more: int, for_good: bool) -> None:
-    """Allow so many bytes more than the process has."""
+    """Limit the address space to `more` bytes above the current size."""
     import resource
 
     if sys.platform != "linux":

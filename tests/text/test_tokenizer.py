@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError
-from squawq.tokenizer import Tokenizer
+from squawq.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(demo_model())
 CHAT = [

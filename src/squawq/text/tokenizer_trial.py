@@ -1,7 +1,7 @@
-"""Tries a tokenizer.json before this process reads it: a hostile one can crash, take all memory or never end.
+"""Tests an untrusted tokenizer.json in a child process before this process loads it.
 
-It is loaded and used in a process with limits, and steps that make a text much longer are refused, since the trial sees
-only some texts. A file that passed is not tried again.
+A hostile one can crash, exhaust memory or loop for ever. The child loads it and encodes a few texts under limits. Steps
+that could make other texts much longer are refused by their settings. A file that passed is not tested again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
-from squawq.child import Child, ChildError
 from squawq.errors import CheckpointError
+from squawq.text.child import Child, ChildError
 
 SECONDS = 30.0  # of processor time; a vocabulary of 128,000 tokens takes one or two
 MEMORY = 2 * 2**30  # the same takes 0.3 GB
@@ -37,7 +37,7 @@ _passed: set[bytes] = set()
 
 
 def check_tokenizer(content: bytes, where: str) -> None:
-    """Try a tokenizer.json. Raises CheckpointError, which begins with `where`, for one that must not be used."""
+    """Test a tokenizer.json in a child process. Raises CheckpointError, beginning with `where`, if it is refused."""
     digest = hashlib.sha256(content).digest()
     if digest in _passed or content == (files("squawq") / "demo_model" / "tokenizer.json").read_bytes():
         return
@@ -57,14 +57,14 @@ def check_tokenizer(content: bytes, where: str) -> None:
 
 
 def failure(error: BaseException) -> str:
-    """What a tokenizer raised, in a line. Raises what is not a tokenizer's: Rust's panics are no Exception either."""
+    """One line about an exception of a tokenizer, Rust's panics included; re-raises other BaseExceptions."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def load(_: bytes) -> Callable[[bytes], bytes]:
-    """What tries tokenizers in a process of its own: a tokenizer.json to why it is refused, nothing if it is not."""
+    """The child's handler: takes a tokenizer.json, returns why it is refused, or nothing."""
     from tokenizers import Tokenizer
 
     def answer(content: bytes) -> bytes:
@@ -99,7 +99,7 @@ def _try(tokenizer: Any) -> str:
 
 
 def _steps(state: Any) -> Iterator[Mapping[str, Any]]:
-    """Every step, those inside sequences too."""
+    """Every step, nested ones included."""
     if isinstance(state, dict):
         if isinstance(state.get("type"), str):
             yield state
@@ -111,7 +111,7 @@ def _steps(state: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth(step: Mapping[str, Any]) -> float:
-    """How much longer, in bytes, a step can make a text at most; what it puts before a piece counts for each byte."""
+    """The largest factor by which a step can lengthen a text, in bytes; a prefix counts as one for each byte."""
     kind = step["type"]
     if kind == "Replace":
         content, pattern = len(step["content"].encode()), step["pattern"].get("String", "").encode()

@@ -1,7 +1,7 @@
-"""Chat templates: messages to the text that a model was trained to read. Knows no tokenizer.
+"""Renders a chat template with jinja2: messages to the text that a model was trained to read.
 
-A template comes with a downloaded model and is not trusted: it runs in jinja2's sandbox, and squawq.templates runs this
-file in a process with limits of memory, time and files. Nothing else calls `render`.
+A template comes with a downloaded model and is untrusted: it runs in jinja2's sandbox, inside a child process with
+limits on memory, time and files (squawq.text.template_process). Nothing else calls `render`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,20 @@ def render(
     variables: Mapping[str, Any] | None = None,
     now: datetime | None = None,
 ) -> str:
-    """The chat as text. Messages are plain JSON values; a key whose value is None counts as absent.
+    """Render a chat. Messages are plain JSON values; keys whose value is None are left out.
 
-    continue_final: the text ends with the last message's, to be continued, and has no generation prompt.
-    variables: what else the template reads, as bos_token. now: the date that some templates print.
-    Raises ConfigError for a chat that the template refuses, or whose last message cannot be continued, TemplateError
-    for a template that takes too much memory.
+    Args:
+        template: The jinja source.
+        messages: The chat.
+        tools: Tool definitions.
+        generation_prompt: Append the prompt for the assistant's answer.
+        continue_final: End with the text of the last message, to be continued, without a generation prompt.
+        variables: Further template variables, such as bos_token.
+        now: The date that some templates print.
+
+    Raises:
+        ConfigError: The template refuses the chat, or the last message cannot be continued.
+        TemplateError: The template takes too much memory.
     """
     given = dict(variables or {})
     if taken := [name for name in RESERVED if name in given]:
@@ -91,8 +99,8 @@ def _cut(text: str, final: str) -> str:
     return kept.removesuffix(final[len(final.rstrip()) :])
 
 
-class _Generation(jinja2.ext.Extension):
-    """The tag {% generation %}, which marks the assistant's words for training; here it changes nothing."""
+class _GenerationTag(jinja2.ext.Extension):
+    """The tag {% generation %}, which marks the assistant's tokens for training; ignored here."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -119,7 +127,7 @@ def _tojson(
 @lru_cache(maxsize=8)  # compiling takes a hundred times as long as rendering
 def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
     )
     environment.globals["raise_exception"] = _raise_exception
     environment.filters["tojson"] = _tojson
@@ -127,9 +135,9 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def load(_: bytes) -> Callable[[bytes], bytes]:
-    """What renders in a process of its own (squawq.child): JSON of `render`'s arguments to {"text"} or {"error"}.
+    """The child's handler (squawq.text.child): JSON of `render`'s arguments to {"text"} or {"error"}.
 
-    An error's "limit" says whether the template went over its limits, rather than refused the chat.
+    An error's "limit" tells a template that exceeded its limits from one that refused the chat.
     """
     with contextlib.suppress(ConfigError):  # what is imported late must be imported before files are given up
         render("{{ strftime_now('%c') }}{{ raise_exception('') }}", [])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from squawq.child import Child, ChildError, Handler
+from squawq.text.child import Child, ChildError, Handler
 
 WAIT = 30.0  # seconds; only a test that fails waits so long
 
@@ -117,7 +117,7 @@ def test_who_holds_nothing_leaves_nothing(first: Child) -> None:
 
 def test_none_outlives_a_parent_that_is_killed() -> None:
     program = (
-        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r}); from squawq.child import Child\n"
+        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r}); from squawq.text.child import Child\n"
         f"child = Child.start('{__name__}:load', b''); copy = child.fork()\n"
         "print(child._process.pid, copy.call(b'pid', 1).decode(), flush=True); time.sleep(600)"
     )
