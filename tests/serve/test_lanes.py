@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import MESSAGES, Running
 
-from squawq.serve.bodies import SMALL
-from squawq.serve.lanes import Lane
+from squawq.serve.http import SMALL
+from squawq.serve.limits import Lane
 
 
 def done_in_order(tenants: str, cancelled: set[int]) -> list[int]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from squawq.serve import call
 from squawq.serve.call import Rows, dump, pieces
-from squawq.serve.responses import BLOCK, blocks, events
+from squawq.serve.http import BLOCK, blocks, events
 
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),

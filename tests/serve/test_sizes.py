@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from squawq.demo import demo_model
-from squawq.serve.chat import ChatBody, chat, read
 from squawq.serve.errors import ApiError
+from squawq.serve.limits import LOOSE, Sizes, longest_token
 from squawq.serve.model import Served
-from squawq.serve.sizes import LOOSE, Sizes, longest_token
+from squawq.serve.openai.chat import ChatBody, chat, read
 from squawq.tokenizer import Tokenizer as Ours
 
 TOKENIZER = Ours(demo_model())

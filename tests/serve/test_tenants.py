@@ -15,7 +15,7 @@ import pytest
 from running import MESSAGES, Running, running
 from test_operations import address, request, until
 
-from squawq.serve.completions import CompletionCall
+from squawq.serve.openai.completions import CompletionCall
 
 KEYS = {name: {"authorization": f"Bearer key-of-{name}"} for name in "ab"}
 PROMPT = "One day, a cat and a dog went to the park. They saw a big red ball and ran to it. "

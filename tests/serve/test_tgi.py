@@ -21,7 +21,7 @@ from squawq.engine.sequence import join
 from squawq.serve.call import Call, Reply, Times, dump
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
-from squawq.serve.tgi import chat_tokens, generate, info, tokens
+from squawq.serve.tgi.generate import chat_tokens, generate, info, tokens
 
 TIMES = Times(arrived=1.0, checked=1.25, first=1.5, ended=3.25)
 PROMPT = "Once upon a time, there was a little girl"

@@ -20,18 +20,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from squawq import __version__
 from squawq.engine.engine import Stats
-from squawq.serve import tgi
 from squawq.serve.call import Call
-from squawq.serve.chat import ChatBody, chat, read, render
-from squawq.serve.completions import completion
 from squawq.serve.errors import ApiError
-from squawq.serve.generation import Generation, Parse
-from squawq.serve.guard import Guard
+from squawq.serve.http import Guard, send_bytes, send_error, send_json
 from squawq.serve.metrics import Metrics
 from squawq.serve.model import Served
+from squawq.serve.openai.chat import ChatBody, chat, read, render
+from squawq.serve.openai.completions import completion
+from squawq.serve.openai.tokenize import detokenize, tokenize, tokenizer_info
 from squawq.serve.openapi import document
-from squawq.serve.responses import send_bytes, send_error, send_json
-from squawq.serve.tokenization import detokenize, tokenize, tokenizer_info
+from squawq.serve.runtime import Generation, Parse
+from squawq.serve.tgi.generate import generate as tgi
 
 logger = logging.getLogger("squawq.serve")
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]

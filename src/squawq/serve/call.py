@@ -15,6 +15,7 @@ from squawq.engine.request import Output, Request
 from squawq.serve.errors import ApiError
 
 DONE = "[DONE]"
+MIN_LOGPROB = -9999.0  # JSON has no minus infinity
 # Clients that split a stream into lines as str.splitlines does would end one at these.
 _LINE_ENDS = {mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 _ROWS = 64  # of Rows that are encoded at once: json holds the interpreter's lock, and others wait for it
@@ -143,3 +144,8 @@ def head(call: str, kind: str, created: int, model: str) -> dict[str, Any]:
 def usage(prompt: int, completion: int) -> dict[str, int]:
     """Tokens read and written, in OpenAI's words."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def bounded(logprob: float) -> float:
+    """A finite number."""
+    return max(logprob, MIN_LOGPROB)

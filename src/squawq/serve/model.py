@@ -22,9 +22,9 @@ from squawq.hub.download import resolve, resolve_small
 from squawq.kernels import library
 from squawq.kernels.devices import check_device
 from squawq.serve.errors import ApiError
+from squawq.serve.limits import Sizes
 from squawq.serve.settings import Settings
-from squawq.serve.sizes import Sizes
-from squawq.serve.tools import PLAIN_FORMAT, added_tokens, teaches_tools, tool_format
+from squawq.serve.tools.grammar import PLAIN_FORMAT, added_tokens, teaches_tools, tool_format
 from squawq.templates import TemplateProcess
 from squawq.tokenizer import Tokenizer
 

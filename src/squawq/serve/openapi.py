@@ -13,11 +13,11 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from squawq import __version__
-from squawq.serve.chat import ChatBody
-from squawq.serve.completions import CompletionBody
 from squawq.serve.fields import Body
-from squawq.serve.tgi import GenerateBody
-from squawq.serve.tokenization import DetokenizeBody, TokenizeBody, TokenizeChatBody
+from squawq.serve.openai.chat import ChatBody
+from squawq.serve.openai.completions import CompletionBody
+from squawq.serve.openai.tokenize import DetokenizeBody, TokenizeBody, TokenizeChatBody
+from squawq.serve.tgi.generate import GenerateBody
 
 Schema = dict[str, Any]
 ANY_REFUSES = (400, 401, 431, 503)  # the head, the key, a server that is full or closing

@@ -28,9 +28,8 @@ from squawq import __version__
 from squawq.progress import console
 from squawq.serve import logs
 from squawq.serve.app import Api
-from squawq.serve.listening import bind, is_open, refusal, uds_refusal, url
+from squawq.serve.connections import bind, is_open, protocol, refusal, uds_refusal, url
 from squawq.serve.model import Served
-from squawq.serve.protocol import protocol
 from squawq.serve.settings import Settings
 
 logger = logging.getLogger("squawq.serve")

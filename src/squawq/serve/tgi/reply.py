@@ -12,9 +12,8 @@ from typing import Any
 
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
 from squawq.engine.text import TextStream
-from squawq.serve.call import Reply, Rows, Times, dump
+from squawq.serve.call import Reply, Rows, Times, bounded, dump
 from squawq.serve.errors import ApiError
-from squawq.serve.logprobs import bounded
 from squawq.serve.model import Served
 
 FAILED = (FinishReason.ABORT, FinishReason.ERROR)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from squawq.serve.chat import ChatBody, read, render
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, TokenId, validate
 from squawq.serve.model import Served
+from squawq.serve.openai.chat import ChatBody, read, render
 
 
 class TokenizeBody(Body):

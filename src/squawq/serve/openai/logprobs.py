@@ -8,12 +8,8 @@ from typing import Any
 
 from squawq.engine.request import TokenLogprob
 from squawq.engine.text import TextStream
-from squawq.serve.call import Rows
-from squawq.serve.errors import ApiError
-from squawq.serve.settings import Settings
+from squawq.serve.call import Rows, bounded
 from squawq.tokenizer import Tokenizer
-
-LEAST = -9999.0  # JSON has no minus infinity
 
 
 @dataclass(frozen=True)
@@ -92,28 +88,3 @@ class Offsets:
             places.append(self._at)
             self._at += len(self._stream.push(token))
         return places
-
-
-def bounded_tokens(settings: Settings, prompt: int, each: int, tokens: int, *, asked: bool) -> int:
-    """New tokens whose log probabilities a reply has room for, `tokens` at most.
-
-    prompt: log probabilities that the reply lists of its prompts. each: those for one more token of all its sequences.
-    asked: the request said `tokens`, so that fewer will not do. Raises ApiError for a reply that would be too large.
-    """
-    most = settings.max_logprob_entries
-    if each and not asked:
-        tokens = min(tokens, max(1, (most - prompt) // each))
-    size = prompt + each * tokens
-    if size > most:
-        raise ApiError(
-            "invalid",
-            f"The reply would list {size} log probabilities (prompts x tokens x (logprobs + 1) x n); at most {most} "
-            "are listed (--max-logprob-entries). Ask for fewer prompts, tokens, logprobs or choices.",
-            "logprobs",
-        )
-    return tokens
-
-
-def bounded(logprob: float) -> float:
-    """A finite number."""
-    return max(logprob, LEAST)

@@ -15,10 +15,12 @@ from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
 from squawq.engine.text import TextStream
 from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
 from squawq.serve.errors import ApiError
-from squawq.serve.fields import Many, SamplingFields, TokenId, validate
-from squawq.serve.logprobs import Offsets, Spelling, bounded_tokens
+from squawq.serve.fields import Many, TokenId, validate
+from squawq.serve.limits import bounded_tokens
 from squawq.serve.model import Served
-from squawq.serve.structured import response_grammar
+from squawq.serve.openai.logprobs import Offsets, Spelling
+from squawq.serve.openai.sampling import SamplingFields
+from squawq.serve.tools.structured import response_grammar
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's; TGI fills the context
 MAX_LOOKED_AT = 4096  # prompts that are looked at; how many are taken is a setting

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from squawq.serve.tools import CLOSE, OPEN, check_format
+from squawq.serve.tools.grammar import CLOSE, OPEN, check_format
 
 _SPACE = re.compile(r"[ \t\r\n]+")
 _BETWEEN = re.compile(r"[ \t\r\n;]+")  # Llama's calls

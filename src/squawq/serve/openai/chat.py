@@ -17,12 +17,15 @@ from squawq.engine.request import FinishReason, Grammar, Output, Request
 from squawq.errors import ConfigError
 from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
 from squawq.serve.errors import ApiError
-from squawq.serve.fields import Body, Many, SamplingFields, validate
-from squawq.serve.logprobs import Spelling, bounded_tokens
+from squawq.serve.fields import Body, Many, validate
+from squawq.serve.limits import bounded_tokens
 from squawq.serve.model import Served
-from squawq.serve.structured import response_grammar
-from squawq.serve.tool_parser import Delta, ToolParser
-from squawq.serve.tools import PLAIN_FORMAT, call_id, plain_messages, template_messages, tool_grammar
+from squawq.serve.openai.logprobs import Spelling
+from squawq.serve.openai.sampling import SamplingFields
+from squawq.serve.tools.grammar import PLAIN_FORMAT, call_id, tool_grammar
+from squawq.serve.tools.messages import plain_messages, template_messages
+from squawq.serve.tools.parser import Delta, ToolParser
+from squawq.serve.tools.structured import response_grammar
 
 Chat = TypeVar("Chat", bound="ChatBody")
 NO_TOOLS = "the server knows no format of tool calls for this model; --tool-call-parser names one"

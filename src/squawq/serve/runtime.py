@@ -15,17 +15,15 @@ from starlette.types import Receive, Scope, Send
 
 from squawq.engine.request import Output
 from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.serve.admission import Admission, Place, cost
-from squawq.serve.bodies import SMALL, Bodies
 from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
 from squawq.serve.exchange import Exchange, HungUp, Mailbox
 from squawq.serve.fields import parse_json
-from squawq.serve.lanes import Lane
+from squawq.serve.http import KEEP_ALIVE, SMALL, Bodies, blocks, events, send_blocks, send_events, start_events, write
+from squawq.serve.limits import Admission, Lane, Place, cost
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics, Timing
 from squawq.serve.model import Served
-from squawq.serve.responses import KEEP_ALIVE, blocks, events, send_blocks, send_events, start_events, write
 
 logger = logging.getLogger("squawq.serve")
 MAX_SHOWN = 2000  # bytes of a body for the log, which shows fewer

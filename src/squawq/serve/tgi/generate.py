@@ -21,11 +21,11 @@ from squawq.errors import ConfigError
 from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, validate
-from squawq.serve.logprobs import bounded_tokens
+from squawq.serve.limits import bounded_tokens
 from squawq.serve.model import Served
 from squawq.serve.settings import Settings
-from squawq.serve.structured import tgi_grammar
-from squawq.serve.tgi_reply import Asked, GenerateCall
+from squawq.serve.tgi.reply import Asked, GenerateCall
+from squawq.serve.tools.structured import tgi_grammar
 
 
 class Parameters(Body):

@@ -1,0 +1,283 @@
+"""HTTP: the checks before every route (API key, headers, framing), request bodies within their limits, replies, errors
+and server-sent events on the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Collection, Iterable, Mapping
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from squawq.serve.call import dump, pieces
+from squawq.serve.errors import ApiError
+from squawq.serve.logs import event
+from squawq.serve.metrics import Metrics
+from squawq.serve.settings import Settings
+
+logger = logging.getLogger("squawq.serve")
+SMALL = 64 * 1024  # bytes: bodies up to it count against nothing but their own time
+MAX_LARGE = 64  # large bodies of the largest size that may be arriving at once
+WINDOW = 5.0  # seconds over which a large body's rate is looked at
+
+
+class Bodies:
+    """The bodies that are arriving. For the event loop alone."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._large: set[_Upload] = set()
+        self._held = 0  # bytes of large bodies that are not whole yet
+
+    async def read(self, scope: Scope, receive: Receive) -> bytes:
+        """A request's body. Raises ApiError."""
+        _check(dict(scope["headers"]), self._settings.max_body_bytes)
+        upload = _Upload(self._settings)
+        try:
+            async with upload.timeout:
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError("slow", "the client hung up")
+                    self._add(upload, message.get("body", b""))
+                    more = message.get("more_body", False)
+        except TimeoutError as error:
+            raise ApiError("slow", upload.late) from error
+        finally:
+            self._forget(upload)
+        return bytes(upload.body)
+
+    def _add(self, upload: _Upload, piece: bytes) -> None:
+        """Take the next piece; where that is too much for all together, end the slowest."""
+        upload.take(piece)
+        if len(upload.body) > self._settings.max_body_bytes:
+            raise _too_large(self._settings.max_body_bytes)
+        if upload in self._large:
+            self._held += len(piece)
+        elif len(upload.body) > SMALL:
+            self._large.add(upload)
+            self._held += len(upload.body)
+        while self._held > MAX_LARGE * self._settings.max_body_bytes:
+            slowest = min(self._large, key=_Upload.rate)
+            self._forget(slowest)
+            slowest.end("too many large bodies are arriving, and this one came most slowly")
+
+    def _forget(self, upload: _Upload) -> None:
+        if upload in self._large:
+            self._large.discard(upload)
+            self._held -= len(upload.body)
+
+
+class _Upload:
+    """A body as it comes. `timeout` ends it when it is late: as a whole, or a large one for its rate."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.body = bytearray()
+        self.late = f"the body did not arrive within {settings.body_timeout:g} s"
+        self.timeout = asyncio.timeout(settings.body_timeout)
+        self._clock = asyncio.get_running_loop().time
+        self._last = self._clock() + settings.body_timeout
+        self._least = settings.min_body_rate * WINDOW  # bytes in a window
+        self._began, self._count = self._clock(), 0  # the window, and its bytes
+        self._before = self._began, 0  # the window before
+
+    def take(self, piece: bytes) -> None:
+        """Add a piece, and begin the next window where this one has its bytes."""
+        self.body += piece
+        self._count += len(piece)
+        if len(self.body) <= SMALL or self._count < self._least:
+            return
+        self._before = self._began, self._count
+        self._began, self._count = self._clock(), 0
+        if self._began + WINDOW < self._last:
+            self._end_at(self._began + WINDOW, f"less than {self._least:g} bytes of the body came within {WINDOW:g} s")
+
+    def rate(self) -> float:
+        """Bytes a second lately."""
+        began, count = self._before
+        return (count + self._count) / max(self._clock() - began, 0.1)
+
+    def end(self, why: str) -> None:
+        """Have the reader stop now, with this reason."""
+        self._end_at(self._clock(), why)
+
+    def _end_at(self, when: float, why: str) -> None:
+        if not self.timeout.expired():
+            self.late = why
+            self.timeout.reschedule(when)
+
+
+def _check(headers: Mapping[bytes, bytes], limit: int) -> None:
+    """Raise ApiError for a body that its head shows to be no JSON or too large."""
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json":
+        raise ApiError("media_type", "send JSON, with the header Content-Type: application/json")
+    length = headers.get(b"content-length", b"0")
+    if len(length) > 18 or int(length) > limit:
+        raise _too_large(limit)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError("too_large", f"the body has more than {limit} bytes")
+
+
+EVENTS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # a proxy must not hold a stream back
+}
+KEEP_ALIVE = b":\n\n"
+BLOCK = 64 * 1024  # characters that are written at once
+
+
+async def send_bytes(
+    send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str] | None = None
+) -> None:
+    """A whole answer."""
+    given = {"content-type": content_type, "content-length": str(len(body)), **(headers or {})}
+    await send({"type": "http.response.start", "status": status, "headers": encode(given)})
+    await send({"type": "http.response.body", "body": body})
+
+
+def blocks(value: object) -> list[bytes]:
+    """A JSON body in blocks: for a thread beside the event loop, where it is large."""
+    found, text = [], ""
+    for piece in pieces(value):
+        text += piece
+        if len(text) > BLOCK:
+            found.append(text.encode("utf-8", "replace"))
+            text = ""
+    return [*found, text.encode("utf-8", "replace")]
+
+
+async def send_blocks(send: Send, body: list[bytes], headers: Mapping[str, str] | None = None) -> None:
+    """A whole answer in JSON, written as its client reads it."""
+    length = {"content-type": "application/json", "content-length": str(sum(map(len, body)))}
+    await send({"type": "http.response.start", "status": 200, "headers": encode({**length, **(headers or {})})})
+    await write(send, body, last=True)
+
+
+async def send_json(send: Send, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+    """A whole answer in JSON."""
+    await send_bytes(send, status, dump(value).encode("utf-8", "replace"), "application/json", headers)
+
+
+async def send_error(send: Send, error: ApiError, tgi: bool, *, own: bool) -> None:
+    """An error in the form that its route's clients read."""
+    status = error.status(tgi or own)
+    await send_json(send, error.body(tgi or own, own), status, error.headers)
+
+
+async def start_events(send: Send, headers: Mapping[str, str] | None = None) -> None:
+    """The head of a stream."""
+    await send({"type": "http.response.start", "status": 200, "headers": encode({**EVENTS, **(headers or {})})})
+
+
+async def send_events(send: Send, payloads: Iterable[str], *, last: bool = False) -> None:
+    """Events of a stream, in one write where they are short."""
+    await write(send, events(payloads), last=last)
+
+
+def events(payloads: Iterable[str]) -> list[bytes]:
+    """Events of a stream as bytes, in blocks."""
+    body = "".join(f"data: {payload}\n\n" for payload in payloads).encode("utf-8", "replace")
+    return [body[first : first + BLOCK] for first in range(0, len(body), BLOCK)]
+
+
+async def write(send: Send, body: list[bytes], *, last: bool) -> None:
+    """Blocks of an answer, as fast as its client reads them; what was written is let go."""
+    body.reverse()
+    while body:
+        block = body.pop()
+        await send({"type": "http.response.body", "body": block, "more_body": bool(body) or not last})
+        last = last and bool(body)
+    if last:
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def encode(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Headers as ASGI wants them."""
+    return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+PUBLIC = frozenset(
+    (method, path) for method in ("GET", "HEAD") for path in ("/", "/health", "/livez", "/readyz", "/ping")
+)
+_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class Guard:
+    """ASGI middleware. `routes` are the paths that are counted by name."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, own: Collection[str]) -> None:
+        self._app = app
+        self._settings = settings
+        self._metrics = metrics
+        self._own = frozenset(own)
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 0
+        name = next((v for k, v in scope["headers"] if k == b"x-request-id" and _ID.fullmatch(v)), None)
+        name = name or uuid.uuid4().hex.encode()
+        scope["request_id"] = name.decode()
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", name)]}
+            await send(message)
+
+        path, method = scope["path"], scope["method"]
+        refusal = self._refusal(scope)
+        try:
+            if refusal:
+                await send_error(answer, refusal, self._settings.tgi, own=path in self._own)
+            else:
+                await self._app(scope, receive, answer)
+        finally:
+            self._metrics.http(scope.get("route_template", path), method, status)
+            fields = {"id": scope["request_id"], "method": method, "path": path, "status": status}
+            seconds = round(time.perf_counter() - began, 4)
+            level = logging.DEBUG if (method, path) in PUBLIC or path == "/metrics" else logging.INFO
+            keyless = bool(refusal) or not self._keys  # nobody was asked for a key, or none was given
+            event(logger, level, "http", **fields, seconds=seconds, limited=keyless and status >= 400)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers, settings = scope["headers"], self._settings
+        if len(headers) > settings.max_headers:
+            return ApiError("headers", f"the request has more than {settings.max_headers} headers")
+        if sum(len(name) + len(value) for name, value in headers) > settings.max_header_bytes:
+            return ApiError("headers", f"the headers have more than {settings.max_header_bytes} bytes")
+        if _ambiguous(scope):
+            return ApiError("framing", "send HTTP/1.1, with a Content-Length or a Transfer-Encoding, not both")
+        if not self._keys or (scope["method"], scope["path"]) in PUBLIC:
+            return None
+        given = [value for key, value in headers if key == b"authorization"]
+        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        digest = hashlib.sha256(key.strip()).digest()
+        equal = [hmac.compare_digest(digest, known) for known in self._keys]  # all of them, in constant time
+        if scheme.lower() == b"bearer" and any(equal):
+            scope["tenant"] = digest.hex()  # whose turn it takes in the engine, and whose prefix cache it reads
+            return None
+        return ApiError("unauthorized", "Unauthorized: send the header Authorization: Bearer KEY")
+
+
+def _ambiguous(scope: Scope) -> bool:
+    """Whether a proxy may see another end of the request than h11 does, which reads every version alike and lets a
+    Transfer-Encoding win over a Content-Length: what follows could be a request of its own (RFC 9112, 6.1 and 11.2)."""
+    version, names = scope["http_version"], [name for name, _ in scope["headers"]]
+    old_or_both = version != "1.1" or b"content-length" in names
+    return version not in ("1.0", "1.1") or (b"transfer-encoding" in names and old_or_both)

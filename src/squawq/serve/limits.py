@@ -1,0 +1,287 @@
+"""Limits on requests: how many are admitted, how much memory they hold, the order in which API keys are served, and
+which prompts and replies are too large.
+
+Each API key is a tenant with a share that no other key can take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from squawq.engine.request import Request
+from squawq.serve.errors import ApiError
+from squawq.serve.settings import Settings
+from squawq.tokenizer import Tokenizer
+
+_TOKEN = 48  # bytes: an integer, and its place in two lists
+_SEQUENCE = 16 * 1024  # bytes: a sequence's sampler, text and place in the queue
+_SEEN = 120  # bytes that a repetition penalty takes for a token of the prompt
+_LOGPROB = 240  # bytes of a log probability: with its token in a tuple, then as JSON in the reply
+
+
+def cost(requests: Iterable[Request]) -> int:
+    """Bytes that requests hold, about, from the queue to the reply.
+
+    The log probability of each new token itself is left out: it takes no more than the token's text, of which a request
+    that asks for no log probabilities holds as much.
+    """
+    total = 0
+    for request in requests:
+        params, prompt = request.params, len(request.prompt)
+        sequence = _SEQUENCE + 8 * prompt + 16 * len(params.allowed_ids or ())
+        if params.repetition_penalty != 1:
+            sequence += _SEEN * prompt
+        sequence += _LOGPROB * (params.max_tokens or 0) * (params.logprobs or 0)
+        total += _TOKEN * prompt + params.sequences * sequence
+        if params.prompt_logprobs is not None:
+            total += _LOGPROB * prompt * (params.prompt_logprobs + 1)
+    return total
+
+
+@dataclass
+class Load:
+    """Requests that are under way or waiting, and the bytes that they hold."""
+
+    requests: int = 0
+    size: int = 0
+
+
+@dataclass
+class Place:
+    """One request's place in its tenant's load, and the bytes that it holds."""
+
+    tenant: Load
+    size: int = 0
+
+
+class Admission:
+    """Lets requests in. Each API key is a tenant; without keys there is one.
+
+    A tenant that holds less than an equal share is let in whatever the others hold, so that none can lock it out. All
+    together then hold at most twice the limits (Settings.most_under_way says how many requests).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.load = Load()
+        self.tenants: defaultdict[str, Load] = defaultdict(Load)
+        self._settings = settings
+
+    @property
+    def full(self) -> bool:
+        """Whether one more small request would be refused, of whichever tenant."""
+        loads = list(self.tenants.values())
+        if len(loads) < self._settings.tenants:
+            loads.append(Load())
+        return not any(self._fits(load, 1, 1) for load in loads)
+
+    @contextmanager
+    def admitted(self, tenant: str, size: int) -> Iterator[Place]:
+        """A place for a tenant's request with a body of `size` bytes. Raises ApiError where there is none."""
+        place = Place(self.tenants[tenant])
+        self._check(self._fits(place.tenant, 1, size))
+        self._count(place, 1, size)
+        try:
+            yield place
+        finally:
+            self._count(place, -1, 0)
+
+    def hold(self, place: Place, size: int) -> None:
+        """Count what a request holds now. Raises ApiError where that is too much beside the others."""
+        self._check(self._fits(place.tenant, 0, size, place.size))
+        self._count(place, 0, size)
+
+    def _fits(self, own: Load, requests: int, size: int, before: int = 0) -> bool:
+        """Whether there is room for `requests` more, and for `size` bytes in the place of those held `before`."""
+        settings = self._settings
+        for limit, wanted, others, mine in (
+            (settings.max_concurrent, requests, self.load.requests, own.requests),
+            (settings.max_queue_bytes, size, self.load.size - before, own.size - before),
+        ):
+            if wanted and others and others + wanted > limit and mine + wanted > max(1, limit // settings.tenants):
+                return False
+        return True
+
+    @staticmethod
+    def _check(fits: bool) -> None:
+        if not fits:
+            raise ApiError("overloaded", "Model is overloaded")
+
+    def _count(self, place: Place, requests: int, size: int) -> None:
+        for load in (self.load, place.tenant):
+            load.requests += requests
+            load.size += size - place.size
+        place.size = size
+
+
+class Lane:
+    """A queue of work for each tenant, served round robin, and the threads that do it.
+
+    initializer: what each thread calls first.
+    """
+
+    def __init__(self, workers: int, name: str, initializer: Callable[[], object] | None = None) -> None:
+        self._pool = ThreadPoolExecutor(workers, name, initializer)
+        self._lock = threading.Lock()  # guards what follows
+        self._queues: dict[str, dict[Future[Any], Callable[[], Any]]] = {}  # in the order of the turns
+
+    async def run(self, tenant: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns or raises. If cancelled before its turn, it is dropped with all that it holds."""
+        future: Future[Any] = Future()
+        with self._lock:
+            self._queues.setdefault(tenant, {})[future] = work
+        try:
+            self._pool.submit(self._take)
+            return await asyncio.wrap_future(future)
+        finally:
+            self._drop(tenant, future)
+            del future, work  # an exception's traceback holds this frame, and the future holds the exception
+
+    def close(self) -> None:
+        """End the threads when they have done what they are at; the rest is cancelled."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            queues, self._queues = self._queues, {}
+        for queue in queues.values():
+            for future in queue:
+                future.cancel()
+
+    def _take(self) -> None:
+        """Do the next piece of work, not necessarily the one that was queued with this call."""
+        with self._lock:
+            if not self._queues:  # its work was dropped
+                return
+            tenant = next(iter(self._queues))
+            queue = self._queues.pop(tenant)
+            future = next(iter(queue))
+            work = queue.pop(future)
+            if queue:
+                self._queues[tenant] = queue  # behind the others
+        try:
+            if future.set_running_or_notify_cancel():
+                future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            del future, work
+
+    def _drop(self, tenant: str, future: Future[Any]) -> None:
+        with self._lock:
+            queue = self._queues.get(tenant, {})
+            queue.pop(future, None)
+            if not queue:
+                self._queues.pop(tenant, None)
+
+
+LOOSE = 4  # NFC composes four characters into one at most
+_BYTES = 256
+
+
+class Sizes:
+    """The sizes that may fit a context of `max_len` tokens, of which a prompt may have `max_input`."""
+
+    def __init__(self, tokenizer: Tokenizer, max_len: int, max_input: int) -> None:
+        self._max_len, self._max_input = max_len, max_input
+        self.max_bytes = max_input * longest_token(tokenizer)
+        self._max_contents = max_input * LOOSE * _longest_piece(tokenizer)
+
+    def check_text(self, text: str, param: str) -> None:
+        """Raise ApiError for a text that cannot fit."""
+        self._check_bytes([text], self.max_bytes, param)
+
+    def check_messages(self, messages: object, *, truncated: bool = False) -> None:
+        """Raise ApiError for messages as they came that cannot fit, by their number and (unless the prompt is to be
+        truncated) by the texts of their contents."""
+        if not isinstance(messages, list):
+            return
+        if len(messages) > self._max_input:
+            raise ApiError(
+                "invalid", f"{self._context()}; this one has {len(messages)} messages. Shorten it.", "messages"
+            )
+        if not truncated:
+            self._check_bytes([*_texts(messages)], self._max_contents, "messages")
+
+    def _check_bytes(self, texts: Sequence[str], most: int, param: str) -> None:
+        if sum(map(len, texts)) * 4 <= most:
+            return
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        if size > most:
+            raise ApiError(
+                "invalid",
+                f"{self._context()}; this one has {size} bytes of text, and {self._max_input} tokens stand for "
+                f"{most} at most. Shorten it.",
+                param,
+            )
+
+    def _context(self) -> str:
+        return (
+            f"This model's maximum context length is {self._max_len} tokens, of which a prompt may have "
+            f"{self._max_input}"
+        )
+
+
+def _texts(messages: Sequence[Any]) -> Iterator[str]:
+    """The texts of contents and their parts."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                yield text
+
+
+def longest_token(tokenizer: Tokenizer) -> int:
+    """Bytes of a text that one token stands for, at most."""
+    fast = tokenizer.fast
+    steps = list(_steps(fast.pre_tokenizer))
+    added = fast.get_added_tokens_decoder().values()
+    exact = (
+        any(step["type"] == "ByteLevel" for step in steps)
+        and sum(len(piece) == 1 for piece in fast.get_vocab(with_added_tokens=False)) >= _BYTES  # no byte is dropped
+        and fast.normalizer is None
+        and not any(step.get("behavior") == "Removed" for step in steps)
+        and not any(token.lstrip or token.rstrip for token in added)  # which take in any number of spaces
+    )
+    return _longest_piece(tokenizer) * (1 if exact else LOOSE)
+
+
+def _longest_piece(tokenizer: Tokenizer) -> int:
+    """Bytes of the vocabulary's longest token."""
+    fast = tokenizer.fast
+    byte_level = any(step["type"] == "ByteLevel" for step in _steps(fast.pre_tokenizer))
+    lengths = [len(piece) if byte_level else len(piece.encode()) for piece in fast.get_vocab(with_added_tokens=False)]
+    added = (len(token.content.encode()) for token in fast.get_added_tokens_decoder().values())
+    return max([*lengths, *added], default=1)
+
+
+def _steps(pre_tokenizer: Any) -> Iterator[dict[str, Any]]:
+    if pre_tokenizer is not None:
+        state = json.loads(pre_tokenizer.__getstate__())
+        yield from state.get("pretokenizers", [state])
+
+
+def bounded_tokens(settings: Settings, prompt: int, each: int, tokens: int, *, asked: bool) -> int:
+    """New tokens whose log probabilities a reply has room for, `tokens` at most.
+
+    prompt: log probabilities that the reply lists of its prompts. each: those for one more token of all its sequences.
+    asked: the request said `tokens`, so that fewer will not do. Raises ApiError for a reply that would be too large.
+    """
+    most = settings.max_logprob_entries
+    if each and not asked:
+        tokens = min(tokens, max(1, (most - prompt) // each))
+    size = prompt + each * tokens
+    if size > most:
+        raise ApiError(
+            "invalid",
+            f"The reply would list {size} log probabilities (prompts x tokens x (logprobs + 1) x n); at most {most} "
+            "are listed (--max-logprob-entries). Ask for fewer prompts, tokens, logprobs or choices.",
+            "logprobs",
+        )
+    return tokens
