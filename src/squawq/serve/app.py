@@ -29,12 +29,13 @@ from squawq.serve.openai.chat import ChatBody, chat, read, render
 from squawq.serve.openai.completions import completion
 from squawq.serve.openai.tokenize import detokenize, tokenize, tokenizer_info
 from squawq.serve.openapi import document
-from squawq.serve.runtime import Generation, Parse
-from squawq.serve.tgi.generate import generate as tgi
+from squawq.serve.runtime import Parse, Runtime
+from squawq.serve.tgi import generate as tgi
 
 logger = logging.getLogger("squawq.serve")
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
-OWN = frozenset(("/", "/v1", "/generate", "/generate_stream", "/info", "/chat_tokenize"))  # TGI's: bodies and statuses
+# TGI's own routes, whose errors are TGI's in either dialect.
+TGI_PATHS = frozenset(("/", "/v1", "/generate", "/generate_stream", "/info", "/chat_tokenize"))
 EMBEDDINGS = "/v1/embeddings is not supported: this server generates text; embed with an encoder model's server"
 
 
@@ -71,12 +72,12 @@ class Api:
             ("GET", "/openapi.json", self._show(lambda: document((m, p) for m, p, _ in self._table))),
         ]
         self.metrics = Metrics(served.name, self._stats, {path for _, path, _ in self._table})
-        self.generation = Generation(served, self.metrics)
+        self.runtime = Runtime(served, self.metrics)
 
     def _stats(self) -> Stats:
         """The engine's figures; requests that it has not got yet wait, too."""
         stats = self.served.engine.stats()
-        return replace(stats, waiting=stats.waiting + self.generation.unchecked)
+        return replace(stats, waiting=stats.waiting + self.runtime.unchecked)
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -88,7 +89,7 @@ class Api:
         ]
         inner = Starlette(routes=routes, exception_handlers={HTTPException: self._not_ours}, lifespan=self._lifespan)
         inner.router.redirect_slashes = False
-        guarded: ASGIApp = Guard(inner, self.settings, self.metrics, OWN)
+        guarded: ASGIApp = Guard(inner, self.settings, self.metrics, TGI_PATHS)
         if self.settings.prometheus_port is not None:
             guarded = _metrics_alone(guarded, self.settings.prometheus_port)
         if not self.settings.allowed_origins:
@@ -100,18 +101,18 @@ class Api:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
-        self.generation.close()
+        self.runtime.close()
 
     def _endpoint(self, path: str, handlers: Mapping[str, Handler]) -> ASGIApp:
         """One path's handlers by method; what they raise is answered in the form of the path."""
-        return _Endpoint(path, handlers, self.settings.tgi, own=path in OWN)
+        return _Endpoint(path, handlers, self.settings.tgi, tgi_route=path in TGI_PATHS)
 
     def _generate(self, parse: Parse) -> Handler:
-        return lambda scope, receive, send: self.generation.handle(scope, receive, send, parse)
+        return lambda scope, receive, send: self.runtime.handle(scope, receive, send, parse)
 
     def _answer(self, answer: Callable[[Mapping[str, Any], Served], Any]) -> Handler:
         """A handler for what is computed from a body without the engine."""
-        return lambda scope, receive, send: self.generation.answer(
+        return lambda scope, receive, send: self.runtime.answer(
             scope, receive, send, lambda raw: answer(raw, self.served)
         )
 
@@ -150,8 +151,8 @@ class Api:
 
     async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Readiness: with 503 the server should get no new requests for now."""
-        if self.generation.draining or self.generation.admission.full:
-            raise ApiError("unavailable", "shutting down" if self.generation.draining else "the queue is full")
+        if self.runtime.draining or self.runtime.admission.full:
+            raise ApiError("unavailable", "shutting down" if self.runtime.draining else "the queue is full")
         await self._health(scope, receive, send)
 
     async def _metrics(self, scope: Scope, _: Receive, send: Send) -> None:
@@ -168,7 +169,7 @@ class Api:
             refusal = ApiError("not_found", f"there is no route {path}")
             if error.status_code == 405:
                 refusal = ApiError("method", f"{path} does not take {method}", headers=error.headers)
-            await send_error(send, refusal, self.settings.tgi, own=scope["path"] in OWN)
+            await send_error(send, refusal, self.settings.tgi, tgi_route=scope["path"] in TGI_PATHS)
 
         return answer
 
@@ -176,8 +177,8 @@ class Api:
 class _Endpoint:
     """A path: its handlers by method. Errors become answers; after an answer has begun, they end the connection."""
 
-    def __init__(self, path: str, handlers: Mapping[str, Handler], tgi: bool, *, own: bool) -> None:
-        self._path, self._handlers, self._tgi, self._own = path, handlers, tgi, own
+    def __init__(self, path: str, handlers: Mapping[str, Handler], tgi: bool, *, tgi_route: bool) -> None:
+        self._path, self._handlers, self._tgi, self._tgi_route = path, handlers, tgi, tgi_route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["route_template"] = self._path  # for the count
@@ -197,7 +198,7 @@ class _Endpoint:
             if begun:
                 raise
             # No name for the refusal here: a cycle with its traceback would keep the request, and a grammar's process.
-            await send_error(send, _refusal(error), self._tgi, own=self._own)
+            await send_error(send, _refusal(error), self._tgi, tgi_route=self._tgi_route)
 
 
 def _metrics_alone(app: ASGIApp, port: int) -> ASGIApp:
@@ -205,7 +206,7 @@ def _metrics_alone(app: ASGIApp, port: int) -> ASGIApp:
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["server"][1] == port and scope["path"] != "/metrics":
-            await send_error(send, ApiError("not_found", "this port has /metrics alone"), tgi=False, own=False)
+            await send_error(send, ApiError("not_found", "this port has /metrics alone"), tgi=False, tgi_route=False)
         else:
             await app(scope, receive, send)
 
@@ -237,6 +238,6 @@ def _tokenize(raw: Mapping[str, Any], served: Served) -> Any:
 
 def _chat_tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
     body = read(ChatBody, raw, served)
-    served.check_name(body.model)
+    served.check_model_name(body.model)
     text = render(body, served)
     return {"tokenize_response": tgi.chat_tokens(text, served), "templated_text": text}

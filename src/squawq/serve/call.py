@@ -18,12 +18,12 @@ DONE = "[DONE]"
 MIN_LOGPROB = -9999.0  # JSON has no minus infinity
 # Clients that split a stream into lines as str.splitlines does would end one at these.
 _LINE_ENDS = {mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
-_ROWS = 64  # of Rows that are encoded at once: json holds the interpreter's lock, and others wait for it
+_ROWS = 64  # of LazyList that are encoded at once: json holds the interpreter's lock, and others wait for it
 _ITEMS = 4096  # of a plain list
 Item = TypeVar("Item")
 
 
-class Rows(Generic[Item]):
+class LazyList(Generic[Item]):
     """A JSON array whose rows are made from items as they are written, so that a long one is never held."""
 
     def __init__(self, make: Callable[[Item], object], items: Sequence[Item]) -> None:
@@ -52,22 +52,22 @@ def dump_large(value: object) -> str:
 
 def pieces(value: object) -> Iterator[str]:
     """The same in pieces, each of which is made in a moment, so that other threads get their turn."""
-    if isinstance(value, dict) and any(isinstance(item, dict | list | Rows) for item in value.values()):
+    if isinstance(value, dict) and any(isinstance(item, dict | list | LazyList) for item in value.values()):
         begin = "{"
         for key, item in value.items():
             yield f"{begin}{dump(key)}:"
             yield from pieces(item)
             begin = ","
         yield "}"
-    elif isinstance(value, list) and len(value) <= _ITEMS and any(isinstance(item, dict | Rows) for item in value):
+    elif isinstance(value, list) and len(value) <= _ITEMS and any(isinstance(item, dict | LazyList) for item in value):
         begin = "["
         for item in value:
             yield begin
             yield from pieces(item)
             begin = ","
         yield "]"
-    elif isinstance(value, list | Rows) and len(value):
-        begin, step = "[", _ROWS if isinstance(value, Rows) else _ITEMS
+    elif isinstance(value, list | LazyList) and len(value):
+        begin, step = "[", _ROWS if isinstance(value, LazyList) else _ITEMS
         for first in range(0, len(value), step):
             yield begin + dump(value[first : first + step])[1:-1]
             begin = ","
@@ -77,7 +77,7 @@ def pieces(value: object) -> Iterator[str]:
 
 
 def _rows(value: object) -> list[object]:
-    if isinstance(value, Rows):
+    if isinstance(value, LazyList):
         return value[:]
     raise TypeError(f"{type(value).__name__} is no JSON value")
 
@@ -146,6 +146,6 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def bounded(logprob: float) -> float:
+def finite_logprob(logprob: float) -> float:
     """A finite number."""
     return max(logprob, MIN_LOGPROB)

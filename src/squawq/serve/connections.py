@@ -206,7 +206,7 @@ def protocol(settings: Settings) -> type[H11Protocol]:
             if self.transport.is_closing():
                 return
             status = error.status(settings.tgi)
-            body = dump(error.body(settings.tgi, own=False)).encode()
+            body = dump(error.body(settings.tgi, tgi_route=False)).encode()
             head = [f"HTTP/1.1 {status} {error.name}", "content-type: application/json", f"content-length: {len(body)}"]
             head += ["connection: close", *(f"{k}: {v}" for k, v in error.headers.items() if k != "Connection")]
             self.transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)

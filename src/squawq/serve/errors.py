@@ -67,9 +67,9 @@ class ApiError(Exception):
         """The HTTP status in a dialect."""
         return self.kind.tgi_status if tgi else self.kind.openai_status
 
-    def body(self, tgi: bool, own: bool = False) -> dict[str, object]:
-        """The JSON body in a dialect, or (`own`) of one of TGI's own routes. TGI's error is a text."""
-        if tgi or own:
+    def body(self, tgi: bool, tgi_route: bool = False) -> dict[str, object]:
+        """The JSON body in a dialect, or (`tgi_route`) of one of TGI's own routes. TGI's error is a text."""
+        if tgi or tgi_route:
             return {"error": self.message, "error_type": self.kind.tgi_type}
         return {"error": self._error(self.kind.openai_status), "error_type": self.kind.tgi_type}
 

@@ -22,7 +22,7 @@ from squawq.serve.errors import ApiError
 Result = TypeVar("Result")
 
 
-class HungUp(Exception):  # noqa: N818
+class Disconnected(Exception):  # noqa: N818
     """The client is gone: nobody reads an answer."""
 
 
@@ -99,7 +99,7 @@ class Exchange:
     def submit(self, call: Call) -> None:
         """Hand the call's requests to the engine; for a worker thread. Raises ApiError where it takes none."""
         if self.left():  # the client hung up while its request was checked
-            raise HungUp
+            raise Disconnected
         params = call.requests[0].params
         self.prompt_tokens = sum(len(request.prompt) for request in call.requests)
         self.choices, self.max_tokens = len(call.requests) * params.n, params.max_tokens
@@ -148,7 +148,7 @@ class Exchange:
     async def batches(self, pause: float) -> AsyncIterator[list[Output]]:
         """Outputs as they come, all that are there at once; an empty list where there was none for `pause` seconds.
 
-        Raises HungUp and what `end` was given; ApiError for a sequence that failed.
+        Raises Disconnected and what `end` was given; ApiError for a sequence that failed.
         """
         while self._open:
             items = []

@@ -1,4 +1,4 @@
-"""Request bodies: strict types, bounded errors, and what happens to fields that no class here has.
+"""Request bodies: strict types, finite_logprob errors, and what happens to fields that no class here has.
 
 A field whose meaning this server does not support is refused where ignoring it would change the answer. A client's
 bookkeeping, a no-op value and an unknown field are accepted and ignored, as vLLM and TGI do; `--strict-fields` refuses

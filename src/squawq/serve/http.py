@@ -169,10 +169,10 @@ async def send_json(send: Send, value: object, status: int = 200, headers: Mappi
     await send_bytes(send, status, dump(value).encode("utf-8", "replace"), "application/json", headers)
 
 
-async def send_error(send: Send, error: ApiError, tgi: bool, *, own: bool) -> None:
+async def send_error(send: Send, error: ApiError, tgi: bool, *, tgi_route: bool) -> None:
     """An error in the form that its route's clients read."""
-    status = error.status(tgi or own)
-    await send_json(send, error.body(tgi or own, own), status, error.headers)
+    status = error.status(tgi or tgi_route)
+    await send_json(send, error.body(tgi or tgi_route, tgi_route), status, error.headers)
 
 
 async def start_events(send: Send, headers: Mapping[str, str] | None = None) -> None:
@@ -216,11 +216,11 @@ _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 class Guard:
     """ASGI middleware. `routes` are the paths that are counted by name."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, own: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, tgi_paths: Collection[str]) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
-        self._own = frozenset(own)
+        self._tgi_paths = frozenset(tgi_paths)
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -244,7 +244,7 @@ class Guard:
         refusal = self._refusal(scope)
         try:
             if refusal:
-                await send_error(answer, refusal, self._settings.tgi, own=path in self._own)
+                await send_error(answer, refusal, self._settings.tgi, tgi_route=path in self._tgi_paths)
             else:
                 await self._app(scope, receive, answer)
         finally:

@@ -21,7 +21,7 @@ from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
 from squawq.tokenizer import Tokenizer
 
-_TOKEN = 48  # bytes: an integer, and its place in two lists
+_TOKEN = 48  # bytes: an integer, and its slot in two lists
 _SEQUENCE = 16 * 1024  # bytes: a sequence's sampler, text and place in the queue
 _SEEN = 120  # bytes that a repetition penalty takes for a token of the prompt
 _LOGPROB = 240  # bytes of a log probability: with its token in a tuple, then as JSON in the reply
@@ -47,7 +47,7 @@ def cost(requests: Iterable[Request]) -> int:
 
 
 @dataclass
-class Load:
+class Usage:
     """Requests that are under way or waiting, and the bytes that they hold."""
 
     requests: int = 0
@@ -55,10 +55,10 @@ class Load:
 
 
 @dataclass
-class Place:
-    """One request's place in its tenant's load, and the bytes that it holds."""
+class Reservation:
+    """One request's share of its tenant's usage, and the bytes that it holds."""
 
-    tenant: Load
+    tenant: Usage
     size: int = 0
 
 
@@ -70,8 +70,8 @@ class Admission:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.load = Load()
-        self.tenants: defaultdict[str, Load] = defaultdict(Load)
+        self.load = Usage()
+        self.tenants: defaultdict[str, Usage] = defaultdict(Usage)
         self._settings = settings
 
     @property
@@ -79,27 +79,27 @@ class Admission:
         """Whether one more small request would be refused, of whichever tenant."""
         loads = list(self.tenants.values())
         if len(loads) < self._settings.tenants:
-            loads.append(Load())
+            loads.append(Usage())
         return not any(self._fits(load, 1, 1) for load in loads)
 
     @contextmanager
-    def admitted(self, tenant: str, size: int) -> Iterator[Place]:
-        """A place for a tenant's request with a body of `size` bytes. Raises ApiError where there is none."""
-        place = Place(self.tenants[tenant])
-        self._check(self._fits(place.tenant, 1, size))
-        self._count(place, 1, size)
+    def admitted(self, tenant: str, size: int) -> Iterator[Reservation]:
+        """A reservation for a tenant's request with a body of `size` bytes. Raises ApiError where there is none."""
+        reservation = Reservation(self.tenants[tenant])
+        self._check(self._fits(reservation.tenant, 1, size))
+        self._count(reservation, 1, size)
         try:
-            yield place
+            yield reservation
         finally:
-            self._count(place, -1, 0)
+            self._count(reservation, -1, 0)
 
-    def hold(self, place: Place, size: int) -> None:
+    def hold(self, reservation: Reservation, size: int) -> None:
         """Count what a request holds now. Raises ApiError where that is too much beside the others."""
-        self._check(self._fits(place.tenant, 0, size, place.size))
-        self._count(place, 0, size)
+        self._check(self._fits(reservation.tenant, 0, size, reservation.size))
+        self._count(reservation, 0, size)
 
-    def _fits(self, own: Load, requests: int, size: int, before: int = 0) -> bool:
-        """Whether there is room for `requests` more, and for `size` bytes in the place of those held `before`."""
+    def _fits(self, own: Usage, requests: int, size: int, before: int = 0) -> bool:
+        """Whether `requests` more fit, and `size` bytes in place of the `before` bytes that were held."""
         settings = self._settings
         for limit, wanted, others, mine in (
             (settings.max_concurrent, requests, self.load.requests, own.requests),
@@ -114,14 +114,14 @@ class Admission:
         if not fits:
             raise ApiError("overloaded", "Model is overloaded")
 
-    def _count(self, place: Place, requests: int, size: int) -> None:
-        for load in (self.load, place.tenant):
+    def _count(self, reservation: Reservation, requests: int, size: int) -> None:
+        for load in (self.load, reservation.tenant):
             load.requests += requests
-            load.size += size - place.size
-        place.size = size
+            load.size += size - reservation.size
+        reservation.size = size
 
 
-class Lane:
+class FairPool:
     """A queue of work for each tenant, served round robin, and the threads that do it.
 
     initializer: what each thread calls first.
@@ -180,17 +180,17 @@ class Lane:
                 self._queues.pop(tenant, None)
 
 
-LOOSE = 4  # NFC composes four characters into one at most
+MARGIN = 4  # NFC composes four characters into one at most
 _BYTES = 256
 
 
-class Sizes:
+class PromptLimits:
     """The sizes that may fit a context of `max_len` tokens, of which a prompt may have `max_input`."""
 
     def __init__(self, tokenizer: Tokenizer, max_len: int, max_input: int) -> None:
         self._max_len, self._max_input = max_len, max_input
         self.max_bytes = max_input * longest_token(tokenizer)
-        self._max_contents = max_input * LOOSE * _longest_piece(tokenizer)
+        self._max_contents = max_input * MARGIN * _longest_piece(tokenizer)
 
     def check_text(self, text: str, param: str) -> None:
         """Raise ApiError for a text that cannot fit."""
@@ -249,7 +249,7 @@ def longest_token(tokenizer: Tokenizer) -> int:
         and not any(step.get("behavior") == "Removed" for step in steps)
         and not any(token.lstrip or token.rstrip for token in added)  # which take in any number of spaces
     )
-    return _longest_piece(tokenizer) * (1 if exact else LOOSE)
+    return _longest_piece(tokenizer) * (1 if exact else MARGIN)
 
 
 def _longest_piece(tokenizer: Tokenizer) -> int:
@@ -267,7 +267,7 @@ def _steps(pre_tokenizer: Any) -> Iterator[dict[str, Any]]:
         yield from state.get("pretokenizers", [state])
 
 
-def bounded_tokens(settings: Settings, prompt: int, each: int, tokens: int, *, asked: bool) -> int:
+def limit_by_logprobs(settings: Settings, prompt: int, each: int, tokens: int, *, asked: bool) -> int:
     """New tokens whose log probabilities a reply has room for, `tokens` at most.
 
     prompt: log probabilities that the reply lists of its prompts. each: those for one more token of all its sequences.

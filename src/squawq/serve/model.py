@@ -22,9 +22,9 @@ from squawq.hub.download import resolve, resolve_small
 from squawq.kernels import library
 from squawq.kernels.devices import check_device
 from squawq.serve.errors import ApiError
-from squawq.serve.limits import Sizes
+from squawq.serve.limits import PromptLimits
 from squawq.serve.settings import Settings
-from squawq.serve.tools.grammar import PLAIN_FORMAT, added_tokens, teaches_tools, tool_format
+from squawq.serve.tools.grammar import PLAIN_FORMAT, added_tokens, template_supports_tools, tool_format
 from squawq.templates import TemplateProcess
 from squawq.tokenizer import Tokenizer
 
@@ -57,13 +57,13 @@ class Served:
         self._check_weights()
         self.max_len = self._length(runner.max_positions, self.cached)
         self.max_input = min(settings.max_input_tokens or self.max_len, self.max_len - 1)
-        self.sizes = Sizes(self.tokenizer, self.max_len, self.max_input)
+        self.prompt_limits = PromptLimits(self.tokenizer, self.max_len, self.max_input)
         generation = self._generation_config()
         self.eos_ids = generation.eos_ids
         self.defaults = SamplingParams() if settings.generation_config == "vllm" else generation.sampling_defaults()
         if self.defaults.temperature == 0:  # OpenAI's default, where the model asks for nothing
             self.defaults = replace(self.defaults, temperature=1.0)
-        self.teaches_tools = teaches_tools(tool_template or self.template)
+        self.template_supports_tools = template_supports_tools(tool_template or self.template)
         self.tool_format = self._tool_format(tool_template or self.template)
         self.added_tokens = added_tokens(self.tokenizer)
         self.engine = Engine(
@@ -85,7 +85,7 @@ class Served:
                 TemplateProcess(
                     self.template, variables, tool_template=tool_template, timeout_s=settings.template_timeout
                 )
-                for _ in range(2)  # the second is `own_template`'s
+                for _ in range(2)  # the second is `use_second_template_process`'s
             ]
             self._templates[0].start()
 
@@ -94,7 +94,7 @@ class Served:
         """What replies call the model."""
         return self.names[0]
 
-    def facts(self) -> dict[str, Any]:
+    def device_info(self) -> dict[str, Any]:
         """What it runs on, for the log."""
         facts: dict[str, Any] = {"device": self.settings.device}
         if self.settings.device == "cpu":
@@ -108,16 +108,16 @@ class Served:
         for process in self._templates:
             process.close()
 
-    def own_template(self) -> None:
+    def use_second_template_process(self) -> None:
         """Have the calling thread render chats in a process of its own, for which no other thread waits."""
         self._thread.templates = self._templates[1:]
 
-    def check_name(self, name: str | None) -> None:
+    def check_model_name(self, name: str | None) -> None:
         """Raise ApiError for a name that is not this model's, where strict_model_name asks for that."""
         if self.settings.strict_model_name and name is not None and name not in self.names:
             raise ApiError("not_found", f"The model `{name:.100}` does not exist.", "model")
 
-    def echoed(self, name: str | None) -> str:
+    def reply_model_name(self, name: str | None) -> str:
         """What a reply calls the model: its own name, or with TGI's rules the one that was asked for."""
         return self.name if name is None or name == "tgi" or not self.settings.tgi else name
 
@@ -130,7 +130,7 @@ class Served:
         except ConfigError as error:
             raise ApiError("invalid", str(error)) from error
 
-    def text_ids(self, text: str, special: bool = True) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds a begin token where the model has one.
 
         Raises ApiError for a text that cannot be encoded.
@@ -146,7 +146,7 @@ class Served:
         if tokens > MAX_LISTED:
             raise ApiError("invalid", f"the text has {tokens} tokens; at most {MAX_LISTED} are listed: send parts")
 
-    def chat_text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """A chat by the model's template. options: tools, generation_prompt, continue_final, variables.
 
         Raises ApiError for a chat that the template refuses, and for a model without one.
@@ -161,7 +161,7 @@ class Served:
             raise ApiError("template", str(error), "messages") from error
         return text
 
-    def room(self, prompt_tokens: int, max_tokens: int | None) -> int:
+    def max_new_tokens(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """New tokens that a prompt leaves room for, `max_tokens` at most. Raises ApiError where they do not fit."""
         if prompt_tokens > self.max_input:
             raise ApiError(
@@ -197,7 +197,7 @@ class Served:
         """How the model writes calls of functions; None where it may not make any, or its way is not known."""
         asked = self.settings.tool_call_parser
         if asked == "auto":
-            return tool_format(template) if self.teaches_tools else PLAIN_FORMAT
+            return tool_format(template) if self.template_supports_tools else PLAIN_FORMAT
         return None if asked == "none" else asked
 
     def _read_templates(self) -> tuple[str | None, str | None]:

@@ -17,10 +17,10 @@ from squawq.engine.request import Output
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
-from squawq.serve.exchange import Exchange, HungUp, Mailbox
+from squawq.serve.exchange import Disconnected, Exchange, Mailbox
 from squawq.serve.fields import parse_json
 from squawq.serve.http import KEEP_ALIVE, SMALL, Bodies, blocks, events, send_blocks, send_events, start_events, write
-from squawq.serve.limits import Admission, Lane, Place, cost
+from squawq.serve.limits import Admission, FairPool, Reservation, cost
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics, Timing
 from squawq.serve.model import Served
@@ -30,7 +30,7 @@ MAX_SHOWN = 2000  # bytes of a body for the log, which shows fewer
 Parse = Callable[[Mapping[str, Any], Served, str], Call]  # a body and the tenant that it is from
 
 
-class Generation:
+class Runtime:
     """Runs requests on one model. `draining` stops new ones."""
 
     def __init__(self, served: Served, metrics: Metrics) -> None:
@@ -42,9 +42,11 @@ class Generation:
         self.bodies = Bodies(self.settings)
         self._exchanges: set[Exchange] = set()
         self._mailbox = Mailbox(served.engine)
-        self._small = Lane(self.settings.validation_workers, "squawq-validation")
-        self._large = Lane(1, "squawq-validation-large", served.own_template)  # so that small ones never wait for it
-        self._replies = Lane(2, "squawq-replies")
+        self._small = FairPool(self.settings.validation_workers, "squawq-validation")
+        self._large = FairPool(
+            1, "squawq-validation-large", served.use_second_template_process
+        )  # so that small ones never wait for it
+        self._replies = FairPool(2, "squawq-replies")
 
     @property
     def in_flight(self) -> int:
@@ -73,9 +75,9 @@ class Generation:
         try:
             raw = [await self.bodies.read(scope, receive)]
             shown = raw[0][:MAX_SHOWN] if self.settings.log_requests else None
-            with self.admitted(tenant, len(raw[0])) as place:
+            with self.admitted(tenant, len(raw[0])) as reservation:
                 async with self._watched(exchange, receive):
-                    call = await exchange.checking(self._prepare(parse, raw, exchange, place, tenant))
+                    call = await exchange.checking(self._prepare(parse, raw, exchange, reservation, tenant))
                     if shown is not None:
                         text = shown.decode("utf-8", "replace")
                         event(logger, logging.INFO, "request", id=scope["request_id"], body=text)
@@ -115,7 +117,7 @@ class Generation:
         try:
             async with exchange:
                 yield
-        except HungUp:
+        except Disconnected:
             pass
         finally:
             self._exchanges.discard(exchange)
@@ -123,11 +125,13 @@ class Generation:
                 alarm.cancel()
             watch.cancel()
 
-    async def _prepare(self, parse: Parse, raw: list[bytes], exchange: Exchange, place: Place, tenant: str) -> Call:
+    async def _prepare(
+        self, parse: Parse, raw: list[bytes], exchange: Exchange, reservation: Reservation, tenant: str
+    ) -> Call:
         """Check a body and hand its requests to the engine. The body is let go as soon as it was parsed."""
         size = len(raw[0])
         call: Call = await self._in_lane(lambda: parse(parse_json(raw.pop()), self.served, tenant), size, tenant)
-        self.admission.hold(place, size + cost(call.requests))
+        self.admission.hold(reservation, size + cost(call.requests))
         await self._in_lane(lambda: exchange.submit(call), 0, tenant)  # no more than the context by now
         return call
 
@@ -176,7 +180,7 @@ class Generation:
             if not begun:
                 raise
             await send_events(send, call.fail(error), last=True)
-        except HungUp:
+        except Disconnected:
             raise
         except Exception:
             logger.exception("an answer failed")
@@ -237,16 +241,16 @@ class Generation:
             raise ApiError("invalid", str(error)) from error
 
     @contextmanager
-    def admitted(self, tenant: str, size: int) -> Iterator[Place]:
-        """A place for a tenant's request. Raises ApiError while there is none, or none are taken."""
+    def admitted(self, tenant: str, size: int) -> Iterator[Reservation]:
+        """A reservation for a tenant's request. Raises ApiError while there is none, or none are taken."""
         if self.draining:
             raise ApiError("unavailable", "The server is shutting down")
-        with self.admission.admitted(tenant, size) as place:
-            yield place
+        with self.admission.admitted(tenant, size) as reservation:
+            yield reservation
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:
     """Tell an exchange when its client hangs up; the body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    exchange.end(HungUp())
+    exchange.end(Disconnected())

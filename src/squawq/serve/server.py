@@ -107,7 +107,9 @@ class Server(uvicorn.Server):
             text = "there is no API key: whoever reaches this machine may use the model; give --api-key"
             logs.event(logger, logging.WARNING, text, host=settings.host)
         at = url(settings, 0 if settings.uds else self.bound_port)
-        logs.event(logger, logging.INFO, "serving", model=served.name, at=at, context=served.max_len, **served.facts())
+        logs.event(
+            logger, logging.INFO, "serving", model=served.name, at=at, context=served.max_len, **served.device_info()
+        )
 
     async def main_loop(self) -> None:
         """Serve until told to stop, then let requests end."""
@@ -116,7 +118,7 @@ class Server(uvicorn.Server):
             await self.on_tick(count)
             count += 2  # uvicorn's ticks are twice as long
             await asyncio.sleep(TICK)
-        settings, generation = self.api.settings, self.api.generation
+        settings, generation = self.api.settings, self.api.runtime
         generation.draining = True
         logs.event(logger, logging.INFO, "draining", requests=generation.in_flight, seconds=settings.shutdown_timeout)
         await self._until_idle(time.monotonic() + settings.shutdown_timeout, stops=2)
@@ -132,7 +134,7 @@ class Server(uvicorn.Server):
 
     async def _until_idle(self, deadline: float, stops: int) -> None:
         count = 0
-        while self.api.generation.in_flight and self.stops < stops and time.monotonic() < deadline:
+        while self.api.runtime.in_flight and self.stops < stops and time.monotonic() < deadline:
             await asyncio.sleep(TICK)
             await self.on_tick(count := count + 2)
 

@@ -18,9 +18,9 @@ from squawq.errors import ConfigError
 from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, validate
-from squawq.serve.limits import bounded_tokens
+from squawq.serve.limits import limit_by_logprobs
 from squawq.serve.model import Served
-from squawq.serve.openai.logprobs import Spelling
+from squawq.serve.openai.logprobs import LogprobFormatter
 from squawq.serve.openai.sampling import SamplingFields
 from squawq.serve.tools.grammar import PLAIN_FORMAT, call_id, tool_grammar
 from squawq.serve.tools.messages import plain_messages, template_messages
@@ -135,7 +135,7 @@ class ChatBody(SamplingFields):
 
 def read(model: type[Chat], raw: Mapping[str, Any], served: Served) -> Chat:
     """A chat's body, whose messages are measured before each is looked at. Raises ApiError."""
-    served.sizes.check_messages(raw.get("messages"), truncated=bool(raw.get("truncate_prompt_tokens")))
+    served.prompt_limits.check_messages(raw.get("messages"), truncated=bool(raw.get("truncate_prompt_tokens")))
     return validate(model, raw, strict=served.settings.strict_fields)
 
 
@@ -149,7 +149,7 @@ def render(body: ChatBody, served: Served) -> str:
         messages = template_messages(messages)
     except ConfigError as error:
         raise ApiError("invalid", str(error), "messages") from error
-    if not served.teaches_tools:
+    if not served.template_supports_tools:
         messages = plain_messages(served.tool_format or PLAIN_FORMAT, messages, tools, body.tool_prompt)
         tools = None
     continued = body.continue_final_message
@@ -157,7 +157,7 @@ def render(body: ChatBody, served: Served) -> str:
         continued = True  # TGI goes on with an assistant's last message
     if continued and messages[-1]["role"] != "assistant":
         raise ApiError("invalid", "continue_final_message needs an assistant's message at the end", "messages")
-    return served.chat_text(
+    return served.render_chat(
         messages,
         tools=tools,
         generation_prompt=body.add_generation_prompt and not continued,
@@ -177,10 +177,10 @@ def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     scored = 0 if body.prompt_logprobs is None else len(ids) * (body.prompt_logprobs + 1)
     each = body.n * ((body.top_logprobs or 0) + 1) if body.logprobs else 0
-    room = served.room(len(ids), asked)
+    room = served.max_new_tokens(len(ids), asked)
     params = body.params(
         served,
-        max_tokens=bounded_tokens(served.settings, scored, each, room, asked=asked is not None),
+        max_tokens=limit_by_logprobs(served.settings, scored, each, room, asked=asked is not None),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
@@ -215,7 +215,7 @@ def _grammar(body: ChatBody, served: Served) -> Grammar | None:
         raise ApiError("tool", f"Tool error: {error}", "tools") from error
 
 
-class _Choice:
+class _ChatChoice:
     """One of n answers as it comes."""
 
     def __init__(self, parser: ToolParser | None) -> None:
@@ -251,11 +251,11 @@ class ChatCall:
         self.headers: Mapping[str, str] = {}
         self._body, self._served = body, served
         self._tgi = served.settings.tgi
-        self._spelling = Spelling(served.tokenizer, body.return_tokens_as_token_ids)
+        self._formatter = LogprobFormatter(served.tokenizer, body.return_tokens_as_token_ids)
         self._created = int(time.time())
         names = body.tool_names()
         form = served.tool_format if names else None
-        self._choices = [_Choice(ToolParser(form, names) if form else None) for _ in range(body.n)]
+        self._choices = [_ChatChoice(ToolParser(form, names) if form else None) for _ in range(body.n)]
         self._options = body.stream_options
 
     def push(self, output: Output) -> list[str]:
@@ -272,13 +272,13 @@ class ChatCall:
         chunks = [self._chunk(output.index, delta, None) for delta in deltas] or [self._chunk(output.index, {}, None)]
         last = chunks[-1]["choices"][0]
         if output.logprobs is not None:
-            last["logprobs"] = self._spelling.chat(output.logprobs)
+            last["logprobs"] = self._formatter.chat(output.logprobs)
         if self._body.return_token_ids:
             last["token_ids"] = list(output.ids)
             if first:
                 chunks[0]["prompt_token_ids"] = list(self.requests[0].prompt)
         if output.prompt_logprobs is not None:
-            chunks[0]["prompt_logprobs"] = self._spelling.prompt(output.prompt_logprobs)
+            chunks[0]["prompt_logprobs"] = self._formatter.prompt(output.prompt_logprobs)
         if output.finish:
             if last["delta"] and not self._tgi:
                 chunks.append(self._chunk(output.index, {}, None))
@@ -304,7 +304,7 @@ class ChatCall:
         choices = [self._whole(output) for output in outputs[0]]
         body = {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
         scores = outputs[0][0].prompt_logprobs
-        body["prompt_logprobs"] = None if scores is None else self._spelling.prompt(scores)
+        body["prompt_logprobs"] = None if scores is None else self._formatter.prompt(scores)
         if self._body.return_token_ids:
             body["prompt_token_ids"] = list(self.requests[0].prompt)
         return Reply(body)
@@ -323,7 +323,7 @@ class ChatCall:
         found = {
             "index": output.index,
             "message": message,
-            "logprobs": None if output.logprobs is None else self._spelling.chat(output.logprobs),
+            "logprobs": None if output.logprobs is None else self._formatter.chat(output.logprobs),
             "finish_reason": choice.finish(output, self._tgi, self._served.eos_ids),
             "stop_reason": self._stop_reason(output),
         }
@@ -339,7 +339,7 @@ class ChatCall:
             call["function"] = {"name": delta.name, "arguments": delta.arguments}
         return {**role, "tool_calls": [call]}
 
-    def _last_delta(self, choice: _Choice) -> dict[str, Any]:
+    def _last_delta(self, choice: _ChatChoice) -> dict[str, Any]:
         """Nothing; in TGI's dialect of the kind of those before it, since its clients add them all."""
         if not self._tgi:
             return {}
@@ -353,7 +353,7 @@ class ChatCall:
         return chunk
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return head(self.requests[0].id, kind, self._created, self._served.echoed(self._body.model))
+        return head(self.requests[0].id, kind, self._created, self._served.reply_model_name(self._body.model))
 
     def _usage(self) -> dict[str, int]:
         return usage(len(self.requests[0].prompt), sum(choice.tokens for choice in self._choices))

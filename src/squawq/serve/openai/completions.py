@@ -16,9 +16,9 @@ from squawq.engine.text import TextStream
 from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Many, TokenId, validate
-from squawq.serve.limits import bounded_tokens
+from squawq.serve.limits import limit_by_logprobs
 from squawq.serve.model import Served
-from squawq.serve.openai.logprobs import Offsets, Spelling
+from squawq.serve.openai.logprobs import LogprobFormatter, Offsets
 from squawq.serve.openai.sampling import SamplingFields
 from squawq.serve.tools.structured import response_grammar
 
@@ -58,13 +58,13 @@ class CompletionBody(SamplingFields):
             for item in given
         ]
 
-    def bounded_tokens(self, served: Served, prompts: list[list[int]], tokens: int) -> int:
+    def limit_by_logprobs(self, served: Served, prompts: list[list[int]], tokens: int) -> int:
         """New tokens of a sequence that the reply has room for. Raises ApiError."""
         shown = 0 if self.logprobs is None else self.logprobs + 1
         listed = (self.n * shown if self.echo else 0) + (
             0 if self.prompt_logprobs is None else self.prompt_logprobs + 1
         )
-        return bounded_tokens(
+        return limit_by_logprobs(
             served.settings,
             sum(map(len, prompts)) * listed,
             len(prompts) * max(self.n, self.best_of or 1) * shown,
@@ -99,10 +99,10 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
         scored = max(body.prompt_logprobs, scored or 0)
     default = None if served.settings.tgi else DEFAULT_MAX_TOKENS
     name, requests, prompts = f"cmpl-{uuid.uuid4().hex}", [], body.prompts(served)
-    rooms = [served.room(len(ids), body.max_tokens) for ids in prompts]
+    rooms = [served.max_new_tokens(len(ids), body.max_tokens) for ids in prompts]
     if body.max_tokens is None and default is not None:
         rooms = [min(room, default) for room in rooms]
-    most = body.bounded_tokens(served, prompts, max(rooms))
+    most = body.limit_by_logprobs(served, prompts, max(rooms))
     for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
         params = body.params(
             served,
@@ -117,7 +117,7 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
     return CompletionCall(body, served, name, requests)
 
 
-class _Choice:
+class _TextChoice:
     """One text as it comes: what was given out of it."""
 
     def __init__(self, prompt: Sequence[int], index: int, offsets: Offsets) -> None:
@@ -137,17 +137,17 @@ class CompletionCall:
         self.headers: Mapping[str, str] = {}
         self._body, self._served, self._name = body, served, name
         self._tgi = served.settings.tgi
-        self._spelling = Spelling(served.tokenizer, body.return_tokens_as_token_ids)
+        self._formatter = LogprobFormatter(served.tokenizer, body.return_tokens_as_token_ids)
         self._created = int(time.time())
         self._scores: dict[str, Sequence[TokenLogprob | None]] = {}
         self._choices = {
-            (request.id, index): _Choice(request.prompt, number * body.n + index, self._offsets(request))
+            (request.id, index): _TextChoice(request.prompt, number * body.n + index, self._offsets(request))
             for number, request in enumerate(requests)
             for index in range(body.n)
         }
 
     def push(self, output: Output) -> list[str]:
-        """A chunk for an output, with the prompt before the first where it is echoed."""
+        """A chunk for an output, with the prompt before the first where it is reply_model_name."""
         found = self._choice(output)
         if not (found["text"] or found["logprobs"] or found["finish_reason"] or self._body.return_token_ids):
             return []
@@ -196,7 +196,7 @@ class CompletionCall:
         choice.tokens += len(ids)
         logprobs = None
         if body.logprobs is not None and spelled:
-            logprobs = self._spelling.completion(items, spelled, choice.offsets.take(spelled))
+            logprobs = self._formatter.completion(items, spelled, choice.offsets.take(spelled))
         found = {
             "index": choice.index,
             "text": text,
@@ -205,7 +205,7 @@ class CompletionCall:
             "stop_reason": None if output.stop_reason in self._served.eos_ids else output.stop_reason,
         }
         if output.prompt_logprobs is not None and body.prompt_logprobs is not None:
-            found["prompt_logprobs"] = self._spelling.prompt(output.prompt_logprobs)
+            found["prompt_logprobs"] = self._formatter.prompt(output.prompt_logprobs)
         if body.return_token_ids:
             found["token_ids"] = list(ids)
             found["prompt_token_ids"] = list(choice.prompt) if first else None
@@ -223,7 +223,7 @@ class CompletionCall:
         return output.finish and output.finish.value
 
     def _head(self) -> dict[str, Any]:
-        return head(self._name, "text_completion", self._created, self._served.echoed(self._body.model))
+        return head(self._name, "text_completion", self._created, self._served.reply_model_name(self._body.model))
 
     def _usage(self) -> dict[str, int]:
         prompt = sum(len(request.prompt) for request in self.requests)

@@ -8,12 +8,12 @@ from typing import Any
 
 from squawq.engine.request import TokenLogprob
 from squawq.engine.text import TextStream
-from squawq.serve.call import Rows, bounded
+from squawq.serve.call import LazyList, finite_logprob
 from squawq.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Spelling:
+class LogprobFormatter:
     """How tokens are written in replies: their text, or "token_id:7" where as_ids asks for names that are unique."""
 
     tokenizer: Tokenizer
@@ -29,7 +29,7 @@ class Spelling:
 
     def chat(self, items: Sequence[TokenLogprob]) -> dict[str, Any]:
         """OpenAI's chat form."""
-        return {"content": Rows(self._scored, items)}
+        return {"content": LazyList(self._scored, items)}
 
     def completion(
         self, items: Sequence[TokenLogprob | None], ids: Sequence[int], offsets: Sequence[int]
@@ -37,14 +37,14 @@ class Spelling:
         """OpenAI's completion form for tokens that begin at `offsets` in the text; None: nothing known."""
         return {
             "text_offset": list(offsets),
-            "token_logprobs": [None if item is None else bounded(item.logprob) for item in items],
+            "token_logprobs": [None if item is None else finite_logprob(item.logprob) for item in items],
             "tokens": [self.text(token) for token in ids],
-            "top_logprobs": Rows(self._top, items),
+            "top_logprobs": LazyList(self._top, items),
         }
 
-    def prompt(self, items: Sequence[TokenLogprob | None]) -> Rows[TokenLogprob | None]:
+    def prompt(self, items: Sequence[TokenLogprob | None]) -> LazyList[TokenLogprob | None]:
         """vLLM's prompt_logprobs: for each token of the prompt its own and the likeliest, by id. rank: where known."""
-        return Rows(self._ranked, items)
+        return LazyList(self._ranked, items)
 
     def _ranked(self, item: TokenLogprob | None) -> dict[str, Any] | None:
         if item is None:
@@ -52,13 +52,13 @@ class Spelling:
         pairs: dict[int, tuple[float, int | None]] = {item.token: (item.logprob, None)}
         pairs |= {token: (logprob, rank) for rank, (token, logprob) in enumerate(item.top, 1)}
         return {
-            str(token): {"logprob": bounded(logprob), "rank": rank, "decoded_token": self.text(token)}
+            str(token): {"logprob": finite_logprob(logprob), "rank": rank, "decoded_token": self.text(token)}
             for token, (logprob, rank) in pairs.items()
         }
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         spelled = self.tokenizer.token_bytes(token)
-        return {"token": self.text(token), "logprob": bounded(logprob), "bytes": list(spelled)}
+        return {"token": self.text(token), "logprob": finite_logprob(logprob), "bytes": list(spelled)}
 
     def _scored(self, item: TokenLogprob) -> dict[str, Any]:
         return {**self._entry(item.token, item.logprob), "top_logprobs": [self._entry(*pair) for pair in item.top]}
@@ -69,7 +69,7 @@ class Spelling:
             return None
         top: dict[str, float] = {}
         for token, logprob in (*item.top, (item.token, item.logprob)):
-            top.setdefault(self.text(token), bounded(logprob))
+            top.setdefault(self.text(token), finite_logprob(logprob))
         return top
 
 

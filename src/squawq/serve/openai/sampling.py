@@ -79,8 +79,8 @@ class SamplingFields(Body):
     def prompt_ids(self, text: str, param: str, special: bool, served: Served) -> list[int]:
         """A prompt's tokens, cut as truncate_prompt_tokens asks. Raises ApiError for a text that cannot fit."""
         if not self.truncate_prompt_tokens:
-            served.sizes.check_text(text, param)
-        return self.truncated(served.text_ids(text, special), served)
+            served.prompt_limits.check_text(text, param)
+        return self.truncated(served.encode(text, special), served)
 
     def truncated(self, ids: list[int], served: Served) -> list[int]:
         """A prompt cut as truncate_prompt_tokens asks; -1: to what the model takes."""
@@ -102,7 +102,7 @@ class SamplingFields(Body):
     def check(self, served: Served) -> None:
         """Raise ApiError for what no single field's type can say."""
         settings = served.settings
-        served.check_name(self.model)
+        served.check_model_name(self.model)
         if self.stream_options is not None and not self.stream and not settings.tgi:
             raise ApiError("invalid", "stream_options needs stream: true", "stream_options")
         if self.n > settings.max_choices:
@@ -188,7 +188,7 @@ def _bad_ids(words: list[str], served: Served) -> list[list[int]]:
     """A word's tokens at a text's beginning and after a space, where those differ (as vLLM's bad_words)."""
     sequences = []
     for word in words:
-        plain = served.text_ids(word.lstrip(), special=False)
-        spaced = served.text_ids(" " + word.lstrip(), special=False)
+        plain = served.encode(word.lstrip(), special=False)
+        spaced = served.encode(" " + word.lstrip(), special=False)
         sequences += [plain] if plain == spaced else [plain, spaced]
     return [ids for ids in sequences if ids]

@@ -21,10 +21,10 @@ from squawq.errors import ConfigError
 from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, validate
-from squawq.serve.limits import bounded_tokens
+from squawq.serve.limits import limit_by_logprobs
 from squawq.serve.model import Served
 from squawq.serve.settings import Settings
-from squawq.serve.tgi.reply import Asked, GenerateCall
+from squawq.serve.tgi.reply import GenerateCall, ReplyOptions
 from squawq.serve.tools.structured import tgi_grammar
 
 
@@ -88,7 +88,7 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
     details = parameters.details or parameters.decoder_input_details
     seeds = _seeds(parameters, served.engine.draw_seed)
     shown = stream or details
-    room = bounded_tokens(
+    room = limit_by_logprobs(
         served.settings,
         len(ids) * len(seeds) if parameters.decoder_input_details else 0,
         len(seeds) * ((parameters.top_n_tokens or 0) + 1) if shown else 0,
@@ -106,7 +106,7 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
         served.engine.check(requests[0])
     except ConfigError as error:
         raise _refused(f"grammar is not valid: {error}" if params.grammar else str(error)) from error
-    asked = Asked(
+    options = ReplyOptions(
         inputs=body.inputs,
         stream=stream,
         listed=compat,
@@ -114,7 +114,7 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
         details=details,
         seeds=seeds,
     )
-    return GenerateCall(served, requests, asked)
+    return GenerateCall(served, requests, options)
 
 
 def tokens(raw: Mapping[str, Any], served: Served) -> list[dict[str, Any]]:
@@ -208,8 +208,8 @@ def _prompt(body: GenerateBody, served: Served) -> list[int]:
     """The last tokens of the inputs, a begin token counted, as many as truncate keeps."""
     keep = _truncate(body.parameters, served)
     if not keep:
-        served.sizes.check_text(body.inputs, "inputs")
-    return served.text_ids(body.inputs)[-keep if keep else 0 :]
+        served.prompt_limits.check_text(body.inputs, "inputs")
+    return served.encode(body.inputs)[-keep if keep else 0 :]
 
 
 def _room(count: int, wanted: int | None, served: Served) -> int:
@@ -265,7 +265,7 @@ def _grammar(value: Mapping[str, Any] | None) -> Grammar | None:
 
 def _places(text: str, served: Served, special: bool) -> list[dict[str, Any]]:
     """Tokens with the part of the text that each came from; a token of a part of a character names the whole of it."""
-    served.check_listed(len(served.text_ids(text, special)))  # counting takes a tenth of what places take
+    served.check_listed(len(served.encode(text, special)))  # counting takes a tenth of what places take
     places = served.tokenizer.places(text, special)
     at = list(accumulate((len(character.encode()) for character in text), initial=0))
     return [

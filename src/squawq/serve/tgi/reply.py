@@ -12,7 +12,7 @@ from typing import Any
 
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
 from squawq.engine.text import TextStream
-from squawq.serve.call import Reply, Rows, Times, bounded, dump
+from squawq.serve.call import LazyList, Reply, Times, dump, finite_logprob
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
 
@@ -20,7 +20,7 @@ FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReplyOptions:
     """What a reply shows. listed: as a list of one. seeds: what each sequence is drawn by; None: it is not drawn."""
 
     inputs: str
@@ -34,17 +34,17 @@ class Asked:
 class GenerateCall:
     """A request of TGI's routes under way (call.Call)."""
 
-    def __init__(self, served: Served, requests: Sequence[Request], asked: Asked) -> None:
+    def __init__(self, served: Served, requests: Sequence[Request], options: ReplyOptions) -> None:
         self.requests = requests  # one for each of best_of sequences
-        self.stream = asked.stream
+        self.stream = options.stream
         self.headers: Mapping[str, str] = {
             "x-compute-type": served.settings.device,
-            "x-compute-characters": str(len(asked.inputs)),
+            "x-compute-characters": str(len(options.inputs)),
         }
         self._request = request = requests[0]
         self._served = served
-        self._asked = asked
-        self._before = asked.inputs if asked.full_text else ""
+        self._options = options
+        self._before = options.inputs if options.full_text else ""
         self._top = bool(request.params.logprobs)
         self._texts: list[str] = []
         self._count = 0
@@ -58,11 +58,11 @@ class GenerateCall:
         events = [self._event(*token) for token in zip(output.ids, texts, output.logprobs or (), strict=True)]
         if output.finish:
             events[-1]["generated_text"] = self._before + "".join(self._texts)
-            if self._asked.details:
+            if self._options.details:
                 events[-1]["details"] = {
                     "finish_reason": _reason(output),
                     "generated_tokens": self._count,
-                    "seed": self._asked.seeds[0],
+                    "seed": self._options.seeds[0],
                     "input_length": len(self._request.prompt),
                 }
         return [dump(event) for event in events]
@@ -82,9 +82,9 @@ class GenerateCall:
             raise _incomplete()
         best = max(sequences, key=_mean_logprob) if len(sequences) > 1 else sequences[0]
         body: dict[str, Any] = {"generated_text": self._before + best.text}
-        if self._asked.details:
+        if self._options.details:
             body["details"] = self._details(best, sequences)
-        return Reply([body] if self._asked.listed else body, self._headers(len(best.ids), times))
+        return Reply([body] if self._options.listed else body, self._headers(len(best.ids), times))
 
     def _event(self, token: int, text: str, scored: TokenLogprob) -> dict[str, Any]:
         self._count += 1
@@ -96,7 +96,7 @@ class GenerateCall:
         """An end token that lets out text which was held back counts as that text: it is part of the whole."""
         special = token in self._served.tokenizer.special_ids and not text
         text = self._served.tokenizer.token_text(token) if special else text
-        return {"id": token, "text": text, "logprob": bounded(logprob), "special": special}
+        return {"id": token, "text": text, "logprob": finite_logprob(logprob), "special": special}
 
     def _top_tokens(self, scored: TokenLogprob) -> list[dict[str, Any]]:
         tokenizer = self._served.tokenizer
@@ -104,7 +104,7 @@ class GenerateCall:
             {
                 "id": token,
                 "text": tokenizer.token_text(token),
-                "logprob": bounded(logprob),
+                "logprob": finite_logprob(logprob),
                 "special": token in tokenizer.special_ids,
             }
             for token, logprob in scored.top
@@ -112,7 +112,7 @@ class GenerateCall:
 
     def _details(self, best: Output, sequences: Sequence[Output]) -> dict[str, Any]:
         prefill = self._prefill(sequences[0].prompt_logprobs or ())
-        pairs = [*zip(sequences, self._asked.seeds, strict=True)]
+        pairs = [*zip(sequences, self._options.seeds, strict=True)]
         details, *_ = (self._account(output, seed, prefill) for output, seed in pairs if output is best)
         if len(sequences) > 1:
             details["best_of_sequences"] = [
@@ -122,28 +122,28 @@ class GenerateCall:
             ]
         return details
 
-    def _account(self, output: Output, seed: int | None, prefill: Rows[Any]) -> dict[str, Any]:
+    def _account(self, output: Output, seed: int | None, prefill: LazyList[Any]) -> dict[str, Any]:
         scores = output.logprobs or ()
-        top = {"top_tokens": Rows(self._top_tokens, scores)} if self._top else {}
+        top = {"top_tokens": LazyList(self._top_tokens, scores)} if self._top else {}
         pieces = [*zip(output.ids, self._pieces(output), scores, strict=True)]
         return {
             "finish_reason": _reason(output),
             "generated_tokens": len(output.ids),
             "seed": seed,
             "prefill": prefill,
-            "tokens": Rows(lambda row: self._token(row[0], row[1], row[2].logprob), pieces),
+            "tokens": LazyList(lambda row: self._token(row[0], row[1], row[2].logprob), pieces),
             **top,
         }
 
-    def _prefill(self, scores: Sequence[TokenLogprob | None]) -> Rows[tuple[int, TokenLogprob | None]]:
+    def _prefill(self, scores: Sequence[TokenLogprob | None]) -> LazyList[tuple[int, TokenLogprob | None]]:
         """The prompt's tokens, where they were scored."""
 
         def row(item: tuple[int, TokenLogprob | None]) -> dict[str, Any]:
             token, scored = item
-            logprob = None if scored is None else bounded(scored.logprob)
+            logprob = None if scored is None else finite_logprob(scored.logprob)
             return {"id": token, "text": self._served.tokenizer.token_text(token), "logprob": logprob}
 
-        return Rows(row, [*zip(self._request.prompt, scores, strict=False)])
+        return LazyList(row, [*zip(self._request.prompt, scores, strict=False)])
 
     def _pieces(self, output: Output) -> list[str]:
         """What each token of a whole sequence added to its text, which a stop string may have cut."""

@@ -36,7 +36,7 @@ def tool_format(template: str | None) -> str | None:
     return "llama3_json" if teaches else None
 
 
-def teaches_tools(template: str | None) -> bool:
+def template_supports_tools(template: str | None) -> bool:
     """Whether a chat template reads the tools at all, in whatever format it shows them."""
     return re.search(r"\btools\b", template or "") is not None
 
