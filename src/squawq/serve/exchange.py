@@ -87,6 +87,8 @@ class Exchange:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._open and self.ending.done():  # the client disconnected while its answer was written
+            self.finish = FinishReason.ABORT
         self._left = True
         self._abort()
 

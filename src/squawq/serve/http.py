@@ -11,8 +11,12 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Mapping
+from contextlib import AsyncExitStack
 
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from squawq.serve.call import dump, pieces
@@ -35,19 +39,16 @@ class Bodies:
         self._large: set[_Upload] = set()
         self._held = 0  # bytes of large bodies that are not whole yet
 
-    async def read(self, scope: Scope, receive: Receive) -> bytes:
+    async def read(self, request: Request) -> bytes:
         """A request's body. Raises ApiError."""
-        _check(dict(scope["headers"]), self._settings.max_body_bytes)
+        _check(request.headers, self._settings.max_body_bytes)
         upload = _Upload(self._settings)
         try:
             async with upload.timeout:
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError("slow", "the client hung up")
-                    self._add(upload, message.get("body", b""))
-                    more = message.get("more_body", False)
+                async for piece in request.stream():
+                    self._add(upload, piece)
+        except ClientDisconnect as error:
+            raise ApiError("slow", "the client hung up") from error
         except TimeoutError as error:
             raise ApiError("slow", upload.late) from error
         finally:
@@ -114,12 +115,12 @@ class _Upload:
             self.timeout.reschedule(when)
 
 
-def _check(headers: Mapping[bytes, bytes], limit: int) -> None:
+def _check(headers: Headers, limit: int) -> None:
     """Raise ApiError for a body that its head shows to be no JSON or too large."""
-    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if kind != b"application/json":
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
         raise ApiError("media_type", "send JSON, with the header Content-Type: application/json")
-    length = headers.get(b"content-length", b"0")
+    length = headers.get("content-length", "0")
     if len(length) > 18 or int(length) > limit:
         raise _too_large(limit)
 
@@ -128,26 +129,54 @@ def _too_large(limit: int) -> ApiError:
     return ApiError("too_large", f"the body has more than {limit} bytes")
 
 
-EVENTS = {
+EVENT_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # a proxy must not hold a stream back
+    "x-accel-buffering": "no",  # a proxy must not buffer a stream
 }
 KEEP_ALIVE = b":\n\n"
 BLOCK = 64 * 1024  # characters that are written at once
 
 
-async def send_bytes(
-    send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str] | None = None
-) -> None:
-    """A whole answer."""
-    given = {"content-type": content_type, "content-length": str(len(body)), **(headers or {})}
-    await send({"type": "http.response.start", "status": status, "headers": encode(given)})
-    await send({"type": "http.response.body", "body": body})
+class JsonReply(JSONResponse):
+    """A JSON response, as `call.dump` writes it."""
+
+    def render(self, content: object) -> bytes:
+        return dump(content).encode("utf-8", "replace")
+
+
+class HeldReply(StreamingResponse):
+    """A streaming response that releases `resources` once it is written, or its client has disconnected."""
+
+    def __init__(self, body: AsyncIterable[bytes], headers: Mapping[str, str]) -> None:
+        super().__init__(body, headers=headers)
+        self.resources = AsyncExitStack()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.resources:
+            await super().__call__(scope, receive, send)
+
+
+def error_reply(error: ApiError, tgi: bool, *, tgi_route: bool) -> Response:
+    """An error in the form that the clients of its route read."""
+    return JsonReply(error.body(tgi or tgi_route, tgi_route), error.status(tgi or tgi_route), error.headers)
+
+
+def json_reply(body: list[bytes], headers: Mapping[str, str] | None = None) -> HeldReply:
+    """A JSON response from the `blocks` of its body."""
+    length = str(sum(map(len, body)))
+    return HeldReply(drain(body), {"content-type": "application/json", "content-length": length, **(headers or {})})
+
+
+async def drain(body: list[bytes]) -> AsyncIterator[bytes]:
+    """Blocks as fast as the client reads them. Each is released once it is written."""
+    body.reverse()
+    while body:
+        yield body.pop()
 
 
 def blocks(value: object) -> list[bytes]:
-    """A JSON body in blocks: for a thread beside the event loop, where it is large."""
+    """A JSON body in blocks. Large bodies take seconds: call it in a worker thread."""
     found, text = [], ""
     for piece in pieces(value):
         text += piece
@@ -157,54 +186,10 @@ def blocks(value: object) -> list[bytes]:
     return [*found, text.encode("utf-8", "replace")]
 
 
-async def send_blocks(send: Send, body: list[bytes], headers: Mapping[str, str] | None = None) -> None:
-    """A whole answer in JSON, written as its client reads it."""
-    length = {"content-type": "application/json", "content-length": str(sum(map(len, body)))}
-    await send({"type": "http.response.start", "status": 200, "headers": encode({**length, **(headers or {})})})
-    await write(send, body, last=True)
-
-
-async def send_json(send: Send, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-    """A whole answer in JSON."""
-    await send_bytes(send, status, dump(value).encode("utf-8", "replace"), "application/json", headers)
-
-
-async def send_error(send: Send, error: ApiError, tgi: bool, *, tgi_route: bool) -> None:
-    """An error in the form that its route's clients read."""
-    status = error.status(tgi or tgi_route)
-    await send_json(send, error.body(tgi or tgi_route, tgi_route), status, error.headers)
-
-
-async def start_events(send: Send, headers: Mapping[str, str] | None = None) -> None:
-    """The head of a stream."""
-    await send({"type": "http.response.start", "status": 200, "headers": encode({**EVENTS, **(headers or {})})})
-
-
-async def send_events(send: Send, payloads: Iterable[str], *, last: bool = False) -> None:
-    """Events of a stream, in one write where they are short."""
-    await write(send, events(payloads), last=last)
-
-
 def events(payloads: Iterable[str]) -> list[bytes]:
-    """Events of a stream as bytes, in blocks."""
+    """Server-sent events as bytes, in blocks."""
     body = "".join(f"data: {payload}\n\n" for payload in payloads).encode("utf-8", "replace")
     return [body[first : first + BLOCK] for first in range(0, len(body), BLOCK)]
-
-
-async def write(send: Send, body: list[bytes], *, last: bool) -> None:
-    """Blocks of an answer, as fast as its client reads them; what was written is let go."""
-    body.reverse()
-    while body:
-        block = body.pop()
-        await send({"type": "http.response.body", "body": block, "more_body": bool(body) or not last})
-        last = last and bool(body)
-    if last:
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def encode(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Headers as ASGI wants them."""
-    return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
 
 PUBLIC = frozenset(
@@ -244,7 +229,8 @@ class Guard:
         refusal = self._refusal(scope)
         try:
             if refusal:
-                await send_error(answer, refusal, self._settings.tgi, tgi_route=path in self._tgi_paths)
+                reply = error_reply(refusal, self._settings.tgi, tgi_route=path in self._tgi_paths)
+                await reply(scope, receive, answer)
             else:
                 await self._app(scope, receive, answer)
         finally:

@@ -1,5 +1,5 @@
-"""How a request that costs work is read, checked, run and answered, whatever its route and dialect. Speaks plain ASGI;
-what a body means is the parser's that comes with it.
+"""How a request that costs work is read, checked, run and answered, whatever its route and dialect. The
+dialect's parser says what a body means.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive
 
 from squawq.engine.request import Output
 from squawq.errors import ConfigError, EngineClosed, QueueFull
@@ -19,7 +21,7 @@ from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
 from squawq.serve.exchange import Disconnected, Exchange, Mailbox
 from squawq.serve.fields import parse_json
-from squawq.serve.http import KEEP_ALIVE, SMALL, Bodies, blocks, events, send_blocks, send_events, start_events, write
+from squawq.serve.http import EVENT_HEADERS, KEEP_ALIVE, SMALL, Bodies, HeldReply, blocks, drain, events, json_reply
 from squawq.serve.limits import Admission, FairPool, Reservation, cost
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics, Timing
@@ -68,42 +70,52 @@ class Runtime:
         for exchange in self._exchanges:
             exchange.end(ApiError("unavailable", "The server is shutting down"))
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send, parse: Parse) -> None:
-        """Read, check, run and answer a request. Raises ApiError before the answer has begun, never after."""
-        tenant, call = scope.get("tenant", ""), None
-        exchange = self._exchange()
+    async def generate(self, request: Request, parse: Parse) -> Response:
+        """Read, check and run a request. The response streams, or has the whole reply.
+
+        What fails before the first output raises ApiError, and so has a status of its own.
+        """
+        tenant, exchange = request.scope.get("tenant", ""), self._exchange()
+        call: Call | None = None
+
+        def observe() -> None:
+            if call is not None:
+                self._observe(request, exchange)
+
         try:
-            raw = [await self.bodies.read(scope, receive)]
-            shown = raw[0][:MAX_SHOWN] if self.settings.log_requests else None
-            with self.admitted(tenant, len(raw[0])) as reservation:
-                async with self._watched(exchange, receive):
-                    call = await exchange.checking(self._prepare(parse, raw, exchange, reservation, tenant))
-                    if shown is not None:
-                        text = shown.decode("utf-8", "replace")
-                        event(logger, logging.INFO, "request", id=scope["request_id"], body=text)
-                    await (self._stream if call.stream else self._whole)(call, exchange, send, tenant)
+            async with AsyncExitStack() as stack:
+                stack.callback(observe)
+                raw = [await self.bodies.read(request)]
+                shown = raw[0][:MAX_SHOWN] if self.settings.log_requests else None
+                reservation = stack.enter_context(self.admitted(tenant, len(raw[0])))
+                await stack.enter_async_context(self._watched(exchange, request.receive))
+                call = await exchange.checking(self._prepare(parse, raw, exchange, reservation, tenant))
+                if shown is not None:
+                    text = shown.decode("utf-8", "replace")
+                    event(logger, logging.INFO, "request", id=request.scope["request_id"], body=text)
+                reply = await (self._stream if call.stream else self._whole)(call, exchange, tenant)
+                reply.resources = stack.pop_all()
+                return reply
         except ApiError as error:
-            if exchange.checked is None:  # else it is counted by how it ended
+            if exchange.checked is None:  # otherwise it is counted by how it ended
                 self.metrics.rejected(error.name)
             raise
-        finally:
-            if call is not None:
-                self._observe(scope, exchange)
 
-    async def answer(
-        self, scope: Scope, receive: Receive, send: Send, compute: Callable[[Mapping[str, Any]], Any]
-    ) -> None:
-        """Answer with the JSON that `compute` makes of a body, without the engine; otherwise as `handle`."""
-        tenant = scope.get("tenant", "")
-        raw = [await self.bodies.read(scope, receive)]
+    async def compute(self, request: Request, work: Callable[[Mapping[str, Any]], Any]) -> Response:
+        """A response with the JSON that `work` makes of the body, without the engine."""
+        tenant = request.scope.get("tenant", "")
+        raw = [await self.bodies.read(request)]
         size, exchange = len(raw[0]), self._exchange()
 
-        def work() -> list[bytes]:
-            return blocks(compute(parse_json(raw.pop())))
+        def encoded() -> list[bytes]:
+            return blocks(work(parse_json(raw.pop())))
 
-        with self.admitted(tenant, size):
-            async with self._watched(exchange, receive):
-                await send_blocks(send, await exchange.checking(self._in_lane(work, size, tenant)))
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self.admitted(tenant, size))
+            await stack.enter_async_context(self._watched(exchange, request.receive))
+            reply = json_reply(await exchange.checking(self._in_pool(encoded, size, tenant)))
+            reply.resources = stack.pop_all()
+            return reply
 
     def _exchange(self) -> Exchange:
         return Exchange(self._mailbox, time.perf_counter(), self.metrics.inter_token)
@@ -117,8 +129,6 @@ class Runtime:
         try:
             async with exchange:
                 yield
-        except Disconnected:
-            pass
         finally:
             self._exchanges.discard(exchange)
             for alarm in alarms:
@@ -130,9 +140,9 @@ class Runtime:
     ) -> Call:
         """Check a body and hand its requests to the engine. The body is let go as soon as it was parsed."""
         size = len(raw[0])
-        call: Call = await self._in_lane(lambda: parse(parse_json(raw.pop()), self.served, tenant), size, tenant)
+        call: Call = await self._in_pool(lambda: parse(parse_json(raw.pop()), self.served, tenant), size, tenant)
         self.admission.hold(reservation, size + cost(call.requests))
-        await self._in_lane(lambda: exchange.submit(call), 0, tenant)  # no more than the context by now
+        await self._in_pool(lambda: exchange.submit(call), 0, tenant)  # no more than the context by now
         return call
 
     def _alarms(self, exchange: Exchange) -> list[asyncio.TimerHandle]:
@@ -150,43 +160,42 @@ class Runtime:
         loop = asyncio.get_running_loop()
         return [loop.call_later(queued, turn), loop.call_later(limit, exchange.end, late)]
 
-    async def _whole(self, call: Call, exchange: Exchange, send: Send, tenant: str) -> None:
-        """Answer with one body. A long one takes seconds to make: beside the event loop."""
+    async def _whole(self, call: Call, exchange: Exchange, tenant: str) -> HeldReply:
+        """The whole reply. Encoding a long one takes seconds: in a worker thread."""
         outputs = await exchange.all(call)
 
         def make() -> tuple[list[bytes], Mapping[str, str]]:
             reply = call.reply(outputs, exchange.times)
             return blocks(reply.body), reply.headers
 
-        body, headers = await self._replies.run(tenant, make)
-        await send_blocks(send, body, headers)
+        return json_reply(*await self._replies.run(tenant, make))
 
-    async def _stream(self, call: Call, exchange: Exchange, send: Send, tenant: str) -> None:
-        """Answer with events. The head waits for the first output, so that what fails before it has its own status, but
-        no longer than `keep_alive_interval`: then it goes with a comment, since a proxy ends a connection that is idle
-        for a minute or so, and what fails is an event."""
-        begun = False
+    async def _stream(self, call: Call, exchange: Exchange, tenant: str) -> HeldReply:
+        """A stream of events. Its head waits for the first output, so that what fails before has a status of its own,
+        but no longer than `keep_alive_interval`: proxies close a connection that is idle for about a minute."""
+        batches = exchange.batches(self.settings.keep_alive_interval)
+        first = await anext(batches)
+        return HeldReply(self._chunks(call, first, batches, tenant), {**EVENT_HEADERS, **call.headers})
+
+    async def _chunks(
+        self, call: Call, batch: list[Output] | None, batches: AsyncIterator[list[Output]], tenant: str
+    ) -> AsyncIterator[bytes]:
+        """The events of all batches, a comment for an empty one, and what ends the stream."""
         try:
-            async for batch in exchange.batches(self.settings.keep_alive_interval):
-                if not begun:
-                    begun = True
-                    await start_events(send, call.headers)
-                if batch:
-                    await write(send, await self._events(call, batch, tenant), last=False)
-                else:
-                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-            await send_events(send, call.end(), last=True)
-        except ApiError as error:
-            if not begun:
-                raise
-            await send_events(send, call.fail(error), last=True)
+            while batch is not None:
+                async for block in drain(await self._events(call, batch, tenant) if batch else [KEEP_ALIVE]):
+                    yield block
+                batch = await anext(batches, None)
+            last = call.end()
         except Disconnected:
-            raise
+            return
+        except ApiError as error:
+            last = call.fail(error)
         except Exception:
             logger.exception("an answer failed")
-            if not begun:
-                raise
-            await send_events(send, call.fail(ApiError("internal", "internal error")), last=True)
+            last = call.fail(ApiError("internal", "internal error"))
+        async for block in drain(events(last)):
+            yield block
 
     async def _events(self, call: Call, batch: list[Output], tenant: str) -> list[bytes]:
         """What a batch adds to a stream; a prompt's log probabilities take seconds to write: beside the event loop."""
@@ -199,7 +208,7 @@ class Runtime:
         found: list[bytes] = await self._replies.run(tenant, make)
         return found
 
-    def _observe(self, scope: Scope, exchange: Exchange) -> None:
+    def _observe(self, request: Request, exchange: Exchange) -> None:
         times = exchange.times
         timing = Timing(
             arrived=exchange.arrived,
@@ -218,7 +227,7 @@ class Runtime:
             logger,
             logging.INFO,
             "generated",
-            id=scope["request_id"],
+            id=request.scope["request_id"],
             prompt_tokens=timing.prompt_tokens,
             tokens=timing.generated_tokens,
             finish=timing.finish,
@@ -226,7 +235,7 @@ class Runtime:
             seconds=round(timing.ended - timing.arrived, 4),
         )
 
-    async def _in_lane(self, work: Callable[[], Any], size: int, tenant: str) -> Any:
+    async def _in_pool(self, work: Callable[[], Any], size: int, tenant: str) -> Any:
         """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError.
 
         size: bytes of the body; large ones have a thread of their own, so that small ones never wait for them.
