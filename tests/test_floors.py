@@ -61,6 +61,7 @@ DOORS = {
     "safetensors": ("format.",),
     "transformers": ("quantization.skeleton", "integrations."),
     "typer": ("cli", "commands.", "serve.flags", "serve.launcher", "serve.tgi_launcher"),
+    "yaml": ("serve.launcher",),
     "datasets": ("quantization.calibration",),
     "markupsafe": ("report.page",),
     "matplotlib": ("evaluation.plots",),

@@ -133,11 +133,20 @@ KINDS: dict[str, tuple[Reader, str]] = {  # by a setting's type: how its text is
 
 
 @dataclass(frozen=True)
+class FromFile:
+    """What a configuration file says of a flag."""
+
+    path: str
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Flag:
     """`--key`. to: its setting, `key` where that is one; a flag without a setting is read, which may refuse it.
 
     read: how, else by the setting's type. names: further ones. switch: it takes no value; "no": and there is --no-key.
-    variable: of the environment, read where the flag is absent. default: where both are, if it is not the setting's.
+    variables: of the environment; the first that is set is read where the flag is absent. default: where nothing says
+    a value, if it is not the setting's.
     noted: it changes nothing here, and the log says so with its help text when it is given. metavar: what help calls
     its value, where that does not follow from how it is read.
     """
@@ -148,7 +157,7 @@ class Flag:
     read: Reader | None = None
     names: tuple[str, ...] = ()
     switch: bool | str = False
-    variable: str = ""
+    variables: tuple[str, ...] = ()
     default: object = None
     noted: bool = False
     metavar: str = ""
@@ -182,17 +191,23 @@ class Flag:
         return inspect.Parameter(self.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
     def texts(self, given: Any, environ: Mapping[str, str]) -> tuple[str, Sequence[str]]:
-        """What typer gave, else the environment, and where it is from."""
-        texts = given if isinstance(given, list | tuple) else [] if given is None else [str(given)]
-        text = environ.get(self.variable)
-        if texts or text is None or (text == "" and self.setting != "api_keys"):  # an empty key opens no server
+        """The source of a value and its texts: the command line (typer's `given`), the environment, or a file."""
+        file = given if isinstance(given, FromFile) else None
+        texts = [] if given is None or file else given if isinstance(given, list | tuple) else [str(given)]
+        if texts:
             return self.name, texts
-        return self.variable, [text]
+        for variable in self.variables:
+            text = environ.get(variable)
+            if text or (text == "" and self.setting == "api_keys"):  # an empty key opens no server
+                return variable, [text]
+        return (self.name, ()) if file is None else (f"{file.path}: {self.key}", file.texts)
 
     def value(self, given: Any, environ: Mapping[str, str]) -> Any:
         """What was given, read; else the default."""
         source, texts = self.texts(given, environ)
-        read, found = self.read or KINDS[self.kind][0], []
+        read, found = self.read or (truth if self.switch else KINDS[self.kind][0]), []
+        if len(texts) > 1 and not self.kind.startswith("tuple"):
+            raise ConfigError(f"{source} is {list(texts)!r}; give one value")
         for text in texts:
             try:
                 found.append(read(text))

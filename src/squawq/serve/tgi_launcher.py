@@ -144,7 +144,7 @@ TABLE: Flags = {
         *(Flag(key, why, read=Only(None, str, f"{why}; leave it out")) for key, why in ABSENT.items()),
     ],
 }
-FLAGS: Flags = {panel: [replace(flag, variable=flag.key.upper()) for flag in rows] for panel, rows in TABLE.items()}
+FLAGS: Flags = {panel: [replace(flag, variables=(flag.key.upper(),)) for flag in rows] for panel, rows in TABLE.items()}
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
 
 
