@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from squawq import __version__
 from squawq.engine.request import FinishReason, Output, TokenLogprob
 from squawq.engine.sequence import join
+from squawq.errors import ConfigError
 from squawq.serve.call import Call, Reply, Times, dump
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
@@ -477,7 +478,16 @@ def test_a_grammar_holds(served: Served) -> None:
     ],
 )
 def test_bad_grammars_are_refused(served: Served, grammar: dict[str, Any]) -> None:
-    assert rule_of(served, {"grammar": grammar}).startswith("grammar is not valid: ")
+    try:
+        call = call_of(served, {"grammar": grammar})
+    except ApiError as error:
+        refused = error
+    else:
+        with pytest.raises(ConfigError) as failed:
+            served.engine.check(call.requests[0])
+        refused = call.invalid(failed.value)
+    assert refused.status(tgi=True) == 422
+    assert refused.message.startswith("Input validation error: grammar is not valid: ")
 
 
 @pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.ERROR])

@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from squawq import __version__
 from squawq.engine.request import Output, Request
+from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
 
 DONE = "[DONE]"
@@ -116,6 +117,10 @@ class Call(Protocol):
     @property
     def headers(self) -> Mapping[str, str]:
         """What to add to the head of a stream."""
+        ...
+
+    def invalid(self, error: ConfigError) -> ApiError:
+        """The error reply for requests that the engine refuses."""
         ...
 
     def push(self, output: Output) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from squawq.engine.engine import Engine
 from squawq.engine.request import FinishReason, Output
 from squawq.engine.sequence import join
-from squawq.errors import EngineClosed, QueueFull
+from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.serve.call import Call, Times
 from squawq.serve.errors import ApiError
 
@@ -99,7 +99,10 @@ class Exchange:
         return Times(self.arrived, self.checked or now, self.first or now, now)
 
     def submit(self, call: Call) -> None:
-        """Hand the call's requests to the engine; for a worker thread. Raises ApiError where it takes none."""
+        """Submit the call's requests to the engine, which checks them and compiles grammars; for a worker thread.
+
+        Raises ApiError.
+        """
         if self.left():  # the client hung up while its request was checked
             raise Disconnected
         params = call.requests[0].params
@@ -110,9 +113,12 @@ class Exchange:
                 self._open[request.id] = request.params.n
                 owned = replace(request, group=call.requests[0].id)
                 self._engine.submit(owned, self._sink)
+        except ConfigError as error:
+            self._abort()
+            raise call.invalid(error) from error
         except QueueFull as error:
             self._abort()
-            raise ApiError("overloaded", "Model is overloaded") from error
+            raise ApiError("overloaded", str(error)) from error
         except EngineClosed as error:
             self._abort()
             raise ApiError("unavailable", "The server is shutting down or its engine has failed") from error

@@ -14,7 +14,7 @@ from typing import Any
 
 from squawq.engine.engine import Engine
 from squawq.engine.generation_config import GenerationConfig
-from squawq.engine.request import Request, SamplingParams
+from squawq.engine.request import Grammar, SamplingParams
 from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError
 from squawq.format.files import has_file, read_text
@@ -121,14 +121,10 @@ class Served:
         """What a reply calls the model: its own name, or with TGI's rules the one that was asked for."""
         return self.name if name is None or name == "tgi" or not self.settings.tgi else name
 
-    def check(self, request: Request) -> None:
-        """Raise ApiError for a request that the engine can never run, or may not with these settings."""
-        if request.params.grammar is not None and not self.settings.grammar_support:
+    def check_grammar(self, grammar: Grammar | None) -> None:
+        """Raise ApiError for a grammar, where the settings allow none. The engine checks the grammar itself."""
+        if grammar is not None and not self.settings.grammar_support:
             raise ApiError("invalid", "grammars and tools are not supported: the server runs with --no-grammar-support")
-        try:
-            self.engine.check(request)
-        except ConfigError as error:
-            raise ApiError("invalid", str(error)) from error
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds a begin token where the model has one.

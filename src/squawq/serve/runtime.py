@@ -142,7 +142,7 @@ class Runtime:
         size = len(raw[0])
         call: Call = await self._in_pool(lambda: parse(parse_json(raw.pop()), self.served, tenant), size, tenant)
         self.admission.hold(reservation, size + cost(call.requests))
-        await self._in_pool(lambda: exchange.submit(call), 0, tenant)  # no more than the context by now
+        await self._in_pool(lambda: exchange.submit(call), size, tenant)
         return call
 
     def _alarms(self, exchange: Exchange) -> list[asyncio.TimerHandle]:

@@ -173,6 +173,7 @@ def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
     if body.top_logprobs and not body.logprobs:
         raise ApiError("invalid", "top_logprobs needs logprobs: true", "top_logprobs")
     grammar = _grammar(body, served)
+    served.check_grammar(grammar)
     ids = body.prompt_ids(render(body, served), "messages", body.add_special_tokens, served)
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     scored = 0 if body.prompt_logprobs is None else len(ids) * (body.prompt_logprobs + 1)
@@ -186,7 +187,6 @@ def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
         grammar=grammar,
     )
     request = Request(f"chatcmpl-{uuid.uuid4().hex}", ids, params, tenant, cache_salt=body.cache_salt or "")
-    served.check(request)
     return ChatCall(body, served, request)
 
 
@@ -257,6 +257,10 @@ class ChatCall:
         form = served.tool_format if names else None
         self._choices = [_ChatChoice(ToolParser(form, names) if form else None) for _ in range(body.n)]
         self._options = body.stream_options
+
+    def invalid(self, error: ConfigError) -> ApiError:
+        """The engine's words."""
+        return ApiError("invalid", str(error))
 
     def push(self, output: Output) -> list[str]:
         """Chunks for an output."""

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
 from squawq.engine.text import TextStream
+from squawq.errors import ConfigError
 from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Many, TokenId, validate
@@ -94,6 +95,7 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
     body = validate(CompletionBody, raw, strict=served.settings.strict_fields)
     body.check(served)
     grammar = response_grammar(body.response_format, body.outputs(), served.added_tokens)
+    served.check_grammar(grammar)
     scored = body.logprobs if body.echo else None
     if body.prompt_logprobs is not None:
         scored = max(body.prompt_logprobs, scored or 0)
@@ -113,7 +115,6 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
             grammar=grammar,
         )
         requests.append(Request(f"{name}-{number}", ids, params, tenant, cache_salt=body.cache_salt or ""))
-        served.check(requests[-1])
     return CompletionCall(body, served, name, requests)
 
 
@@ -145,6 +146,10 @@ class CompletionCall:
             for number, request in enumerate(requests)
             for index in range(body.n)
         }
+
+    def invalid(self, error: ConfigError) -> ApiError:
+        """The engine's words."""
+        return ApiError("invalid", str(error))
 
     def push(self, output: Output) -> list[str]:
         """A chunk for an output, with the prompt before the first where it is reply_model_name."""

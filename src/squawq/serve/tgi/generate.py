@@ -24,7 +24,7 @@ from squawq.serve.fields import Body, Many, validate
 from squawq.serve.limits import limit_by_logprobs
 from squawq.serve.model import Served
 from squawq.serve.settings import Settings
-from squawq.serve.tgi.reply import GenerateCall, ReplyOptions
+from squawq.serve.tgi.reply import GenerateCall, ReplyOptions, refused
 from squawq.serve.tools.structured import tgi_grammar
 
 
@@ -79,11 +79,11 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
     body = validate(GenerateBody, raw, strict=served.settings.strict_fields)
     parameters = body.parameters
     if body.stream and not (compat or stream):
-        raise _refused("`stream` is true; use /generate_stream")
+        raise refused("`stream` is true; use /generate_stream")
     stream = body.stream if compat else stream
     _check_parameters(parameters, served.settings, stream)
     if not body.inputs:
-        raise _refused("`inputs` cannot be empty")
+        raise refused("`inputs` cannot be empty")
     ids = _prompt(body, served)
     details = parameters.details or parameters.decoder_input_details
     seeds = _seeds(parameters, served.engine.draw_seed)
@@ -101,11 +101,7 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
         params = _sampling(parameters, room, seed, shown=shown, scored=scored)
         requests.append(Request(f"{name}-{number}", ids, params, tenant))
     if params.grammar is not None and not served.settings.grammar_support:
-        raise _refused("grammar is not supported")
-    try:
-        served.engine.check(requests[0])
-    except ConfigError as error:
-        raise _refused(f"grammar is not valid: {error}" if params.grammar else str(error)) from error
+        raise refused("grammar is not supported")
     options = ReplyOptions(
         inputs=body.inputs,
         stream=stream,
@@ -153,10 +149,6 @@ def info(served: Served) -> dict[str, Any]:
     }
 
 
-def _refused(rule: str) -> ApiError:
-    return ApiError("invalid", f"Input validation error: {rule}")
-
-
 def _above(value: float | None, least: float) -> bool:
     return value is None or value > least
 
@@ -193,14 +185,14 @@ def _check_parameters(given: Parameters, settings: Settings, stream: bool) -> No
     )
     for holds, rule in rules:
         if not holds:
-            raise _refused(rule)
+            raise refused(rule)
 
 
 def _truncate(given: Parameters, served: Served) -> int | None:
     """How many tokens of the inputs are kept."""
     keep = given.truncate
     if keep is not None and not 0 < keep <= served.max_input:
-        raise _refused(f"`truncate` must be strictly positive and less than {served.max_input}. Given: {keep}")
+        raise refused(f"`truncate` must be strictly positive and less than {served.max_input}. Given: {keep}")
     return keep
 
 
@@ -215,12 +207,12 @@ def _prompt(body: GenerateBody, served: Served) -> list[int]:
 def _room(count: int, wanted: int | None, served: Served) -> int:
     """New tokens at most, for inputs of `count` tokens."""
     if wanted is not None and count + wanted > served.max_len:
-        raise _refused(
+        raise refused(
             f"`inputs` tokens + `max_new_tokens` must be <= {served.max_len}. "
             f"Given: {count} `inputs` tokens and {wanted} `max_new_tokens`"
         )
     if count > served.max_input:
-        raise _refused(f"`inputs` must have less than {served.max_input} tokens. Given: {count}")
+        raise refused(f"`inputs` must have less than {served.max_input} tokens. Given: {count}")
     return served.max_len - count if wanted is None else wanted
 
 
@@ -253,14 +245,14 @@ def _sampling(given: Parameters, max_tokens: int, seed: int | None, *, shown: bo
             grammar=_grammar(given.grammar),
         )
     except ConfigError as error:
-        raise _refused(str(error)) from error
+        raise refused(str(error)) from error
 
 
 def _grammar(value: Mapping[str, Any] | None) -> Grammar | None:
     try:
         return None if value is None else tgi_grammar(value)
     except ApiError as error:
-        raise _refused(f"grammar is not valid: {error.message}") from error
+        raise refused(f"grammar is not valid: {error.message}") from error
 
 
 def _places(text: str, served: Served, special: bool) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
 from squawq.engine.text import TextStream
+from squawq.errors import ConfigError
 from squawq.serve.call import LazyList, Reply, Times, dump, finite_logprob
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
@@ -48,6 +49,10 @@ class GenerateCall:
         self._top = bool(request.params.logprobs)
         self._texts: list[str] = []
         self._count = 0
+
+    def invalid(self, error: ConfigError) -> ApiError:
+        """The engine's words, after TGI's."""
+        return refused(f"grammar is not valid: {error}" if self._request.params.grammar else str(error))
 
     def push(self, output: Output) -> list[str]:
         """One event a token; in the last the whole text, and what it says of itself where details were asked for."""
@@ -172,6 +177,11 @@ class GenerateCall:
             "x-prompt-tokens": str(len(self._request.prompt)),
             "x-generated-tokens": str(generated),
         }
+
+
+def refused(rule: str) -> ApiError:
+    """The error reply for a request that breaks a rule."""
+    return ApiError("invalid", f"Input validation error: {rule}")
 
 
 def _milliseconds(seconds: float) -> str:
