@@ -28,8 +28,9 @@ REASONS = {
 
 
 def bind(settings: Settings) -> list[socket.socket] | None:
-    """Sockets on the server's port and the one for metrics, not listening yet: a port that cannot be had shows before a
-    model is loaded. None for a Unix socket. Raises ConfigError."""
+    """Bind sockets to the server's port and the metrics port, before the model is loaded. None for a Unix socket.
+
+    Raises ConfigError."""
     if settings.uds is not None:
         return None
     sockets: list[socket.socket] = []
@@ -45,7 +46,7 @@ def bind(settings: Settings) -> list[socket.socket] | None:
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of a host; of several, the first alone has to be there."""
+    """Bind a socket to each address of a host. Only the first must succeed."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -76,18 +77,18 @@ def _socket(family: int, kind: int, protocol: int, address: Sequence[object]) ->
 
 
 def refusal(host: str, port: int, error: OSError) -> ConfigError:
-    """What to say of an address that cannot be had."""
+    """The error for an address that cannot be bound."""
     reason = REASONS.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
     return ConfigError(f"cannot listen on {_place(host, port)}: {reason}")
 
 
 def uds_refusal(path: Path, error: OSError) -> ConfigError:
-    """The same for a Unix socket."""
+    """The error for a Unix socket that cannot be bound."""
     return ConfigError(f"cannot listen on the Unix socket {path}: {error.strerror or error}")
 
 
 def url(settings: Settings, port: int) -> str:
-    """Where clients find the server."""
+    """The server's URL."""
     if settings.uds is not None:
         return str(settings.uds)
     return f"{'https' if settings.ssl_certfile else 'http'}://{_place(settings.host, port)}"
@@ -98,7 +99,7 @@ def _place(host: str, port: int) -> str:
 
 
 def is_open(settings: Settings) -> bool:
-    """Whether other machines may reach the server, and anybody there may use it."""
+    """Whether other machines can reach the server, and need no API key."""
     if settings.api_keys or settings.uds is not None:
         return False
     try:
@@ -112,11 +113,13 @@ SURPLUS_S = 1.0  # seconds for those to ask
 
 
 def protocol(settings: Settings) -> type[H11Protocol]:
-    """The protocol class for a server with these limits."""
+    """uvicorn's protocol class with these limits.
+
+    Above the limit of connections, the one that has been idle longest is closed."""
     idle: dict[H11Protocol, None] = {}  # connections with no request under way, the longest idle first
 
     class Protocol(H11Protocol):
-        """One connection. `_clock` runs while a client owes us bytes, `_stall` while it does not read ours."""
+        """One connection. `_clock` runs while the client owes us bytes, `_stall` while it does not read ours."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -197,12 +200,12 @@ def protocol(settings: Settings) -> type[H11Protocol]:
                 self._abort_later()
 
         def _abort_later(self) -> None:
-            """An unread answer may not keep a closing connection open."""
+            """Abort a closing connection whose client does not read its answer."""
             if self._stall is None:
                 self._stall = self.loop.call_later(settings.write_timeout, self.transport.abort)
 
         def _refuse(self, error: ApiError) -> None:
-            """Answer without the application, and close."""
+            """Send an error without calling the application, and close."""
             if self.transport.is_closing():
                 return
             status = error.status(settings.tgi)
@@ -217,7 +220,7 @@ def protocol(settings: Settings) -> type[H11Protocol]:
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """Nothing, in the place of the timer."""
+    """Cancel a timer. Returns None, its new value."""
     if timer is not None:
         timer.cancel()
     return None

@@ -1,4 +1,4 @@
-"""Request bodies: strict types, finite_logprob errors, and what happens to fields that no class here has.
+"""Request bodies: strict types, bounded errors, and what happens to fields that no class here has.
 
 A field whose meaning this server does not support is refused where ignoring it would change the answer. A client's
 bookkeeping, a no-op value and an unknown field are accepted and ignored, as vLLM and TGI do; `--strict-fields` refuses
@@ -24,9 +24,9 @@ Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(fail_fast=True)]  # a million wrong items are one error, not a minute's work
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-MAX_LOGGED = 100  # names in the life of a process
+MAX_LOGGED = 100  # field names per process
 MAX_ERRORS = 5
-MAX_KEYS = 1024  # of an object in a body: each unknown one is an error
+MAX_KEYS = 1024  # of an object in a body; each unknown key is an error
 STRICT = {"strict_fields": True}
 
 _LORA = "adapters (LoRA) are not supported"
@@ -110,7 +110,7 @@ _lock = threading.Lock()
 
 
 def known(given: Mapping[str, Any], fields: Container[str]) -> dict[str, Any]:
-    """What is to be checked of an object of a body: its `fields`, and what is refused."""
+    """The entries of an object in a body that are validated: known `fields`, and fields to refuse."""
     kept = {}
     for name, value in given.items():
         if name in fields or (name in REFUSED and not _asks_for_nothing(name, value)):
@@ -121,7 +121,7 @@ def known(given: Mapping[str, Any], fields: Container[str]) -> dict[str, Any]:
 
 
 def why_refused(name: str) -> str:
-    """What to say of a field that is refused."""
+    """The reason for refusing a field."""
     return REFUSED.get(name, "this server does not know the field")
 
 
@@ -130,7 +130,7 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
 
 
 def _log(name: str) -> None:
-    """Say once that a field is ignored."""
+    """Log once that a field is ignored."""
     name = name[:60]
     with _lock:
         if name in _logged or len(_logged) >= MAX_LOGGED:
@@ -140,7 +140,7 @@ def _log(name: str) -> None:
 
 
 class Body(BaseModel):
-    """Base of every request body and part of one."""
+    """Base class of every request body and of its parts."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra={"additionalProperties": True}
@@ -169,9 +169,15 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, strict: bool) -> Model:
-    """An instance of a body. strict: refuse every field that the body has not.
+    """Validate a body.
 
-    Raises ApiError naming the first fields that are wrong and why, never their contents.
+    Args:
+        model: The body's class.
+        values: The JSON object.
+        strict: Refuse unknown fields.
+
+    Raises:
+        ApiError: Names the first wrong fields and why, never their contents.
     """
     try:
         return model.model_validate(values, context=STRICT if strict else None)

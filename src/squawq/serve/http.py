@@ -26,18 +26,20 @@ from squawq.serve.metrics import Metrics
 from squawq.serve.settings import Settings
 
 logger = logging.getLogger("squawq.serve")
-SMALL = 64 * 1024  # bytes: bodies up to it count against nothing but their own time
-MAX_LARGE = 64  # large bodies of the largest size that may be arriving at once
-WINDOW = 5.0  # seconds over which a large body's rate is looked at
+SMALL = 64 * 1024  # bytes: bodies up to this size only have a timeout
+MAX_LARGE = 64  # memory for arriving large bodies, in bodies of the largest size
+WINDOW = 5.0  # seconds over which a large body's rate is measured
 
 
 class Bodies:
-    """The bodies that are arriving. For the event loop alone."""
+    """Reads request bodies within limits of size, time, rate and memory; for the event loop only.
+
+    Small bodies are never refused because of others. Where large bodies fill their memory, the slowest is ended."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._large: set[_Upload] = set()
-        self._held = 0  # bytes of large bodies that are not whole yet
+        self._held = 0  # bytes of large bodies that are still arriving
 
     async def read(self, request: Request) -> bytes:
         """A request's body. Raises ApiError."""
@@ -56,7 +58,7 @@ class Bodies:
         return bytes(upload.body)
 
     def _add(self, upload: _Upload, piece: bytes) -> None:
-        """Take the next piece; where that is too much for all together, end the slowest."""
+        """Add a piece. If large bodies exceed their memory, end the slowest."""
         upload.take(piece)
         if len(upload.body) > self._settings.max_body_bytes:
             raise _too_large(self._settings.max_body_bytes)
@@ -77,7 +79,7 @@ class Bodies:
 
 
 class _Upload:
-    """A body as it comes. `timeout` ends it when it is late: as a whole, or a large one for its rate."""
+    """A body while it arrives. `timeout` expires if the body, or a window of a large one, is late."""
 
     def __init__(self, settings: Settings) -> None:
         self.body = bytearray()
@@ -90,7 +92,7 @@ class _Upload:
         self._before = self._began, 0  # the window before
 
     def take(self, piece: bytes) -> None:
-        """Add a piece, and begin the next window where this one has its bytes."""
+        """Add a piece. Start the next window if this one has enough bytes."""
         self.body += piece
         self._count += len(piece)
         if len(self.body) <= SMALL or self._count < self._least:
@@ -101,12 +103,12 @@ class _Upload:
             self._end_at(self._began + WINDOW, f"less than {self._least:g} bytes of the body came within {WINDOW:g} s")
 
     def rate(self) -> float:
-        """Bytes a second lately."""
+        """Recent bytes per second."""
         began, count = self._before
         return (count + self._count) / max(self._clock() - began, 0.1)
 
     def end(self, why: str) -> None:
-        """Have the reader stop now, with this reason."""
+        """End the upload now, for this reason."""
         self._end_at(self._clock(), why)
 
     def _end_at(self, when: float, why: str) -> None:
@@ -116,7 +118,7 @@ class _Upload:
 
 
 def _check(headers: Headers, limit: int) -> None:
-    """Raise ApiError for a body that its head shows to be no JSON or too large."""
+    """Raise ApiError if the headers say that the body is not JSON or too large."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError("media_type", "send JSON, with the header Content-Type: application/json")
@@ -199,7 +201,9 @@ _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Guard:
-    """ASGI middleware. `routes` are the paths that are counted by name."""
+    """ASGI middleware before every route: API key, limits and form of the head, request id, log line, metrics.
+
+    Every route but PUBLIC needs a key. Paths are compared as they came, whatever the Host header says."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, tgi_paths: Collection[str]) -> None:
         self._app = app
@@ -209,7 +213,7 @@ class Guard:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
+        """Handle a request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -238,7 +242,7 @@ class Guard:
             fields = {"id": scope["request_id"], "method": method, "path": path, "status": status}
             seconds = round(time.perf_counter() - began, 4)
             level = logging.DEBUG if (method, path) in PUBLIC or path == "/metrics" else logging.INFO
-            keyless = bool(refusal) or not self._keys  # nobody was asked for a key, or none was given
+            keyless = bool(refusal) or not self._keys  # sent without a valid key
             event(logger, level, "http", **fields, seconds=seconds, limited=keyless and status >= 400)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
@@ -254,16 +258,18 @@ class Guard:
         given = [value for key, value in headers if key == b"authorization"]
         scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
         digest = hashlib.sha256(key.strip()).digest()
-        equal = [hmac.compare_digest(digest, known) for known in self._keys]  # all of them, in constant time
+        equal = [hmac.compare_digest(digest, known) for known in self._keys]  # compare with all keys, in constant time
         if scheme.lower() == b"bearer" and any(equal):
-            scope["tenant"] = digest.hex()  # whose turn it takes in the engine, and whose prefix cache it reads
+            scope["tenant"] = digest.hex()  # for fair scheduling and a prefix cache of its own
             return None
         return ApiError("unauthorized", "Unauthorized: send the header Authorization: Bearer KEY")
 
 
 def _ambiguous(scope: Scope) -> bool:
-    """Whether a proxy may see another end of the request than h11 does, which reads every version alike and lets a
-    Transfer-Encoding win over a Content-Length: what follows could be a request of its own (RFC 9112, 6.1 and 11.2)."""
+    """Whether a proxy may see another end of the request than h11 (request smuggling; RFC 9112, 6.1 and 11.2).
+
+    h11 reads every version alike, and prefers Transfer-Encoding to Content-Length.
+    """
     version, names = scope["http_version"], [name for name, _ in scope["headers"]]
     old_or_both = version != "1.1" or b"content-length" in names
     return version not in ("1.0", "1.1") or (b"transfer-encoding" in names and old_or_both)

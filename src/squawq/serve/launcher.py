@@ -1,5 +1,6 @@
-"""`squawq serve`: vLLM's flags, each read into its setting, refused, or taken with a word in the log on why it changes
-nothing. A value that would change what users get and cannot be had is refused.
+"""`squawq serve`: vLLM's flags. Each sets a setting, is refused, or has no effect, and then the log says why.
+
+A value that would change what users get, but is not supported, is refused.
 """
 
 from __future__ import annotations
@@ -245,16 +246,22 @@ serve.__signature__ = signature(  # type: ignore[attr-defined]
 
 
 def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """What `squawq serve` with these arguments would serve."""
+    """The settings of `squawq serve` with these arguments and this environment."""
     given = parse(serve, arguments)
     path = given.pop("path")
     return _settings(path, read_flags(FLAGS, with_config(path, given, environ), named_address("HOST", environ)))
 
 
 def with_config(path: str | None, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """What typer gave, and for flags that it lacks what the file of --config says. `path` is the MODEL argument.
+    """The command line's values, completed from the file of --config.
 
-    Raises ConfigError for a file that cannot be read, or has a key that is no flag.
+    Args:
+        path: The MODEL argument.
+        given: typer's values by flag.
+        environ: The environment.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key is not a flag.
     """
     found = {**given, "model": path if given["model"] is None else given["model"]}
     flags = {name: flag for rows in FLAGS.values() for flag in rows for name in (flag.name, *flag.names)}
@@ -277,7 +284,7 @@ def with_config(path: str | None, given: Mapping[str, Any], environ: Mapping[str
 
 
 def _text(value: object) -> str:
-    """A YAML value as the command line would have it."""
+    """A YAML value as text, as on the command line."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

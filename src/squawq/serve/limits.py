@@ -28,10 +28,9 @@ _LOGPROB = 240  # bytes of a log probability: with its token in a tuple, then as
 
 
 def cost(requests: Iterable[Request]) -> int:
-    """Bytes that requests hold, about, from the queue to the reply.
+    """Estimated bytes that requests hold, from the queue to the reply.
 
-    The log probability of each new token itself is left out: it takes no more than the token's text, of which a request
-    that asks for no log probabilities holds as much.
+    The log probability of each new token itself is not counted: it is no larger than the token's text.
     """
     total = 0
     for request in requests:
@@ -48,7 +47,7 @@ def cost(requests: Iterable[Request]) -> int:
 
 @dataclass
 class Usage:
-    """Requests that are under way or waiting, and the bytes that they hold."""
+    """Requests that are running or waiting, and the bytes that they hold."""
 
     requests: int = 0
     size: int = 0
@@ -63,10 +62,10 @@ class Reservation:
 
 
 class Admission:
-    """Lets requests in. Each API key is a tenant; without keys there is one.
+    """Admission control, for the event loop only. Each API key is a tenant; without keys there is one.
 
-    A tenant that holds less than an equal share is let in whatever the others hold, so that none can lock it out. All
-    together then hold at most twice the limits (Settings.most_under_way says how many requests).
+    A tenant below an equal share is always admitted, so that no other can lock it out. All together then hold at most
+    twice the limits (`Settings.most_under_way`).
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -76,7 +75,7 @@ class Admission:
 
     @property
     def full(self) -> bool:
-        """Whether one more small request would be refused, of whichever tenant."""
+        """Whether a small request of any tenant would be refused."""
         loads = list(self.tenants.values())
         if len(loads) < self._settings.tenants:
             loads.append(Usage())
@@ -84,7 +83,7 @@ class Admission:
 
     @contextmanager
     def admitted(self, tenant: str, size: int) -> Iterator[Reservation]:
-        """A reservation for a tenant's request with a body of `size` bytes. Raises ApiError where there is none."""
+        """Reserve room for a tenant's request with a body of `size` bytes. Raises ApiError if there is none."""
         reservation = Reservation(self.tenants[tenant])
         self._check(self._fits(reservation.tenant, 1, size))
         self._count(reservation, 1, size)
@@ -94,7 +93,7 @@ class Admission:
             self._count(reservation, -1, 0)
 
     def hold(self, reservation: Reservation, size: int) -> None:
-        """Count what a request holds now. Raises ApiError where that is too much beside the others."""
+        """Change a reservation to `size` bytes. Raises ApiError if that is too much."""
         self._check(self._fits(reservation.tenant, 0, size, reservation.size))
         self._count(reservation, 0, size)
 
@@ -122,9 +121,12 @@ class Admission:
 
 
 class FairPool:
-    """A queue of work for each tenant, served round robin, and the threads that do it.
+    """A thread pool that serves tenants round robin: one tenant's queue delays another by one piece of work at most.
 
-    initializer: what each thread calls first.
+    Args:
+        workers: Threads.
+        name: Their prefix.
+        initializer: Called first in each thread.
     """
 
     def __init__(self, workers: int, name: str, initializer: Callable[[], object] | None = None) -> None:
@@ -133,7 +135,7 @@ class FairPool:
         self._queues: dict[str, dict[Future[Any], Callable[[], Any]]] = {}  # in the order of the turns
 
     async def run(self, tenant: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns or raises. If cancelled before its turn, it is dropped with all that it holds."""
+        """Run `work` in a thread. If cancelled before its turn, it is dropped with all that it holds."""
         future: Future[Any] = Future()
         with self._lock:
             self._queues.setdefault(tenant, {})[future] = work
@@ -145,7 +147,7 @@ class FairPool:
             del future, work  # an exception's traceback holds this frame, and the future holds the exception
 
     def close(self) -> None:
-        """End the threads when they have done what they are at; the rest is cancelled."""
+        """Finish running work, cancel the rest, and end the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             queues, self._queues = self._queues, {}
@@ -154,7 +156,7 @@ class FairPool:
                 future.cancel()
 
     def _take(self) -> None:
-        """Do the next piece of work, not necessarily the one that was queued with this call."""
+        """Do the next piece of work: not always the one that was queued with this call."""
         with self._lock:
             if not self._queues:  # its work was dropped
                 return
@@ -185,7 +187,12 @@ _BYTES = 256
 
 
 class PromptLimits:
-    """The sizes that may fit a context of `max_len` tokens, of which a prompt may have `max_input`."""
+    """Refuses prompts that cannot fit by their size, before they are rendered or tokenized.
+
+    A text with more bytes than `max_input` tokens can stand for never fits. This is exact for byte-level tokenizers.
+    One that normalizes, strips or drops characters may read more, so its bound is MARGIN times larger. The bound of a
+    chat has the same margin, since its template may leave out some of it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, max_len: int, max_input: int) -> None:
         self._max_len, self._max_input = max_len, max_input
@@ -228,7 +235,7 @@ class PromptLimits:
 
 
 def _texts(messages: Sequence[Any]) -> Iterator[str]:
-    """The texts of contents and their parts."""
+    """The texts in messages' contents."""
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else [content]:
@@ -238,7 +245,7 @@ def _texts(messages: Sequence[Any]) -> Iterator[str]:
 
 
 def longest_token(tokenizer: Tokenizer) -> int:
-    """Bytes of a text that one token stands for, at most."""
+    """The most bytes of a text that one token can stand for."""
     fast = tokenizer.fast
     steps = list(_steps(fast.pre_tokenizer))
     added = fast.get_added_tokens_decoder().values()
@@ -268,10 +275,17 @@ def _steps(pre_tokenizer: Any) -> Iterator[dict[str, Any]]:
 
 
 def limit_by_logprobs(settings: Settings, prompt: int, each: int, tokens: int, *, asked: bool) -> int:
-    """New tokens whose log probabilities a reply has room for, `tokens` at most.
+    """Limit new tokens so that the reply's log probabilities stay within `max_logprob_entries`.
 
-    prompt: log probabilities that the reply lists of its prompts. each: those for one more token of all its sequences.
-    asked: the request said `tokens`, so that fewer will not do. Raises ApiError for a reply that would be too large.
+    Args:
+        settings: The server's.
+        prompt: Log probabilities of the prompts in the reply.
+        each: Log probabilities for one more token of all sequences.
+        tokens: New tokens without this limit.
+        asked: The request asked for `tokens`, so that fewer are an error.
+
+    Raises:
+        ApiError: The reply would be too large.
     """
     most = settings.max_logprob_entries
     if each and not asked:

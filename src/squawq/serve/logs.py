@@ -222,7 +222,7 @@ class Formatter(logging.Formatter):
 
 
 def _plain(value: object) -> _Value:
-    """A value that JSON can hold, finite_logprob."""
+    """A value that JSON can hold, bounded."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) < 2**63:

@@ -1,6 +1,4 @@
-"""How a request that costs work is read, checked, run and answered, whatever its route and dialect. The
-dialect's parser says what a body means.
-"""
+"""Runs requests: read the body, admit, parse in the dialect, submit to the engine, stream or send the reply."""
 
 from __future__ import annotations
 
@@ -28,8 +26,8 @@ from squawq.serve.metrics import Metrics, Timing
 from squawq.serve.model import Served
 
 logger = logging.getLogger("squawq.serve")
-MAX_SHOWN = 2000  # bytes of a body for the log, which shows fewer
-Parse = Callable[[Mapping[str, Any], Served, str], Call]  # a body and the tenant that it is from
+MAX_SHOWN = 2000  # bytes of a body that are kept for the log
+Parse = Callable[[Mapping[str, Any], Served, str], Call]  # from body and tenant
 
 
 class Runtime:

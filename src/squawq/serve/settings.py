@@ -1,5 +1,5 @@
-"""Every setting of the server in one frozen object: model, dialect, engine, limits. Knows no flags and no environment;
-launcher.py fills it from those.
+"""All settings of the server in one frozen object. launcher.py and tgi_launcher.py read them from flags, environment
+and file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DIALECTS = ("openai", "tgi")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TOOL_PARSERS = ("auto", "llama3_json", "hermes", "none")
-RESERVED = 256  # connections beside those of requests under way and waiting
+RESERVED = 256  # connections beyond those of running and waiting requests
 MAY_BE_0 = ("shutdown_timeout", "keep_alive_interval")  # abort at once; no comments
 
 
@@ -163,22 +163,22 @@ class Settings:
 
     @property
     def tgi(self) -> bool:
-        """Whether TGI's rules hold on the shared routes."""
+        """Whether the shared routes follow TGI's rules."""
         return self.dialect == "tgi"
 
     @property
     def max_concurrent(self) -> int:
-        """Generation requests that may be under way or waiting at once."""
+        """Generation requests that may be running or waiting at once."""
         return self.max_num_seqs + self.max_queued
 
     @property
     def tenants(self) -> int:
-        """API keys; without them everybody is one tenant."""
+        """The number of API keys, at least 1."""
         return max(1, len(set(self.api_keys)))
 
     @property
     def most_under_way(self) -> int:
-        """The same beside the shares of the keys that a single one cannot take (admission.py)."""
+        """`max_concurrent`, and the shares of the other keys beside it (limits.Admission)."""
         return self.max_concurrent + (self.tenants - 1) * max(1, self.max_concurrent // self.tenants)
 
     @property

@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /tokenizer_info in vLLM's forms. TGI's /tokenize (key `inputs`) is tgi.py's. Pure."""
+"""/tokenize, /detokenize and /tokenizer_info in vLLM's forms. TGI's /tokenize (key `inputs`) is in tgi/generate.py."""
 
 from __future__ import annotations
 

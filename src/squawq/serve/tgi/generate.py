@@ -1,9 +1,9 @@
-"""TGI's own routes: /, /generate, /generate_stream, /tokenize and /info. Bodies and rules in, engine requests out, with
-the texts that TGI refuses with. Pure; what replies look like is tgi_reply.py's.
+"""TGI's own routes: /, /generate, /generate_stream, /tokenize and /info. Turns bodies into engine requests, with TGI's
+rules and error messages; reply.py writes the replies.
 
-Where it differs from TGI: fields that ask for what is not there (watermark, adapters) are refused;
-max_new_tokens counts in full against the context, where TGI counts 1024 of it at most and lets the rest fail later; a
-sequence's log probabilities are the raw model's, before penalties and temperature.
+Differences from TGI: unsupported fields (watermark, adapters) are refused; all of max_new_tokens counts against the
+context, where TGI counts 1024 at most and lets the rest fail later; log probabilities are the raw model's, before
+penalties and temperature.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from squawq.serve.tools.structured import tgi_grammar
 
 
 class Parameters(Body):
-    """TGI's generation parameters.
+    """TGI's generation parameters. Decoding is greedy unless do_sample, a temperature other than 1, top_k, top_p or
+    typical_p asks for sampling.
 
-    Given at all, the likeliest tokens are taken, unless do_sample, a temperature other than 1, top_k, top_p or
-    typical_p asks for sampling. max_new_tokens: up to the context where it is absent. truncate: keep the last so many
-    tokens of the inputs. stop: strings that end the text and stay in it.
+    Attributes:
+        max_new_tokens: Without it, up to the context length.
+        truncate: Keep this many tokens at the end of the inputs.
+        stop: Strings that end the text, and stay in it.
     """
 
     best_of: int | None = None
@@ -57,15 +59,15 @@ class Parameters(Body):
 
     @property
     def sampled(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         narrowed = any(value is not None for value in (self.top_k, self.top_p, self.typical_p))
         return self.do_sample or self.temperature not in (None, 1.0) or narrowed
 
 
 class GenerateBody(Body):
-    """The body of /, /generate, /generate_stream and /tokenize. Without parameters tokens are drawn.
+    """The body of /, /generate, /generate_stream and /tokenize. Without parameters, tokens are sampled.
 
-    stream is looked at on / alone; the other routes' names say it.
+    Only / reads `stream`.
     """
 
     inputs: str
@@ -74,8 +76,19 @@ class GenerateBody(Body):
 
 
 def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream: bool, compat: bool) -> Call:
-    """A checked request, ready for the engine. compat: for /, where the body says whether to stream, a whole reply is
-    a list of one, and the inputs are part of the text unless return_full_text is false. Raises ApiError."""
+    """Parse a generate request.
+
+    Args:
+        raw: The body.
+        served: The model.
+        tenant: The API key's digest.
+        stream: Whether the route streams.
+        compat: For /: the body says whether to stream, a reply is a list of one, and the text begins with the inputs
+            unless return_full_text is false.
+
+    Raises:
+        ApiError: The request breaks a rule.
+    """
     body = validate(GenerateBody, raw, strict=served.settings.strict_fields)
     parameters = body.parameters
     if body.stream and not (compat or stream):
@@ -114,7 +127,7 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
 
 
 def tokens(raw: Mapping[str, Any], served: Served) -> list[dict[str, Any]]:
-    """What /tokenize answers: the inputs' tokens, cut as truncate asks, with their bytes in the inputs' UTF-8.
+    """The reply of /tokenize: the inputs' tokens, truncated, with their byte offsets in the inputs' UTF-8.
 
     Raises ApiError.
     """
@@ -124,12 +137,12 @@ def tokens(raw: Mapping[str, Any], served: Served) -> list[dict[str, Any]]:
 
 
 def chat_tokens(text: str, served: Served) -> list[dict[str, Any]]:
-    """The same for a rendered chat, whose template wrote the special tokens."""
+    """`tokens` for a rendered chat, whose template has written the special tokens."""
     return _places(text, served, special=False)
 
 
 def info(served: Served) -> dict[str, Any]:
-    """What /info answers."""
+    """The reply of /info."""
     settings = served.settings
     return {
         "model_id": served.name,
@@ -158,7 +171,7 @@ def _inside(value: float | None) -> bool:
 
 
 def _check_parameters(given: Parameters, settings: Settings, stream: bool) -> None:
-    """Raise ApiError for the first of TGI's rules that does not hold; those on lengths need the tokens."""
+    """Raise ApiError for the first of TGI's rules that is broken, except those on lengths."""
     best_of = 1 if given.best_of is None else given.best_of
     top_n, stops = given.top_n_tokens or 0, len(given.stop)
     most_best, most_stops, most_top = settings.max_best_of, settings.max_stop_sequences, settings.max_top_n_tokens
@@ -189,7 +202,7 @@ def _check_parameters(given: Parameters, settings: Settings, stream: bool) -> No
 
 
 def _truncate(given: Parameters, served: Served) -> int | None:
-    """How many tokens of the inputs are kept."""
+    """The number of tokens to keep of the inputs; None for all."""
     keep = given.truncate
     if keep is not None and not 0 < keep <= served.max_input:
         raise refused(f"`truncate` must be strictly positive and less than {served.max_input}. Given: {keep}")
@@ -197,7 +210,7 @@ def _truncate(given: Parameters, served: Served) -> int | None:
 
 
 def _prompt(body: GenerateBody, served: Served) -> list[int]:
-    """The last tokens of the inputs, a begin token counted, as many as truncate keeps."""
+    """Token ids of the inputs, truncated; a begin token counts."""
     keep = _truncate(body.parameters, served)
     if not keep:
         served.prompt_limits.check_text(body.inputs, "inputs")
@@ -205,7 +218,7 @@ def _prompt(body: GenerateBody, served: Served) -> list[int]:
 
 
 def _room(count: int, wanted: int | None, served: Served) -> int:
-    """New tokens at most, for inputs of `count` tokens."""
+    """The largest number of new tokens after `count` tokens of inputs."""
     if wanted is not None and count + wanted > served.max_len:
         raise refused(
             f"`inputs` tokens + `max_new_tokens` must be <= {served.max_len}. "
@@ -217,15 +230,22 @@ def _room(count: int, wanted: int | None, served: Served) -> int:
 
 
 def _seeds(given: Parameters, draw: Callable[[], int]) -> list[int | None]:
-    """What each of best_of sequences is drawn by, which alone gives it again; None where nothing is drawn."""
+    """The seed of each of best_of sequences; None for greedy decoding."""
     if not given.sampled:
         return [None]
     return [draw() if given.seed is None else given.seed for _ in range(given.best_of or 1)]
 
 
 def _sampling(given: Parameters, max_tokens: int, seed: int | None, *, shown: bool, scored: bool) -> SamplingParams:
-    """The engine's settings for one sequence. shown: whether the answer lists tokens with their log probabilities;
-    scored: the prompt's too."""
+    """Sampling parameters of one sequence.
+
+    Args:
+        given: TGI's.
+        max_tokens: New tokens at most.
+        seed: Of this sequence.
+        shown: The reply lists tokens with log probabilities.
+        scored: It lists the prompt's as well.
+    """
     best_of = given.best_of or 1
     top_n = (given.top_n_tokens or 0) if shown else 0
     try:
@@ -256,7 +276,7 @@ def _grammar(value: Mapping[str, Any] | None) -> Grammar | None:
 
 
 def _places(text: str, served: Served, special: bool) -> list[dict[str, Any]]:
-    """Tokens with the part of the text that each came from; a token of a part of a character names the whole of it."""
+    """Tokens with their place in the text. A token of a part of a character has the whole character's."""
     served.check_listed(len(served.encode(text, special)))  # counting takes a tenth of what places take
     places = served.tokenizer.places(text, special)
     at = list(accumulate((len(character.encode()) for character in text), initial=0))

@@ -1,7 +1,7 @@
-"""TGI's replies and stream events, from a request's outputs. Pure; knows no rules of what may be asked.
+"""TGI's replies and stream events from a request's outputs.
 
-A token's text is what it adds to the generated text, so that the texts of the tokens that are not special, joined, are
-that text: half a character adds nothing, the token that completes it all of it. A special token shows its own name.
+A token's text is what it adds to the generated text, which is the texts of all tokens that are not special, joined. The
+first tokens of a character add nothing, the last one adds all of it. A special token's text is its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 
 @dataclass(frozen=True)
 class ReplyOptions:
-    """What a reply shows. listed: as a list of one. seeds: what each sequence is drawn by; None: it is not drawn."""
+    """What the client asked for.
+
+    Attributes:
+        listed: The reply is a list of one.
+        full_text: The text begins with the inputs.
+        seeds: Of each sequence; None for greedy decoding.
+    """
 
     inputs: str
     stream: bool
@@ -33,7 +39,7 @@ class ReplyOptions:
 
 
 class GenerateCall:
-    """A request of TGI's routes under way (call.Call)."""
+    """A request on TGI's routes (call.Call)."""
 
     def __init__(self, served: Served, requests: Sequence[Request], options: ReplyOptions) -> None:
         self.requests = requests  # one for each of best_of sequences
@@ -51,11 +57,11 @@ class GenerateCall:
         self._count = 0
 
     def invalid(self, error: ConfigError) -> ApiError:
-        """The engine's words, after TGI's."""
+        """The engine's message, in TGI's form."""
         return refused(f"grammar is not valid: {error}" if self._request.params.grammar else str(error))
 
     def push(self, output: Output) -> list[str]:
-        """One event a token; in the last the whole text, and what it says of itself where details were asked for."""
+        """One event per token. The last has the whole text, and details if the client asked for them."""
         if output.finish in FAILED:
             return self.fail(_incomplete())
         self._texts.append(output.text)
@@ -81,7 +87,7 @@ class GenerateCall:
         return [dump(error.body(tgi=True))]
 
     def reply(self, outputs: Sequence[Sequence[Output]], times: Times, /) -> Reply:
-        """The likeliest sequence, with the others in its details."""
+        """The sequence with the highest mean log probability; the others are in its details."""
         sequences = [output for (output,) in outputs]
         if any(output.finish in FAILED for output in sequences):
             raise _incomplete()
@@ -98,7 +104,7 @@ class GenerateCall:
         return {**shown, "generated_text": None, "details": None}
 
     def _token(self, token: int, text: str, logprob: float) -> dict[str, Any]:
-        """An end token that lets out text which was held back counts as that text: it is part of the whole."""
+        """An end token that releases text which was held back shows that text, not its name."""
         special = token in self._served.tokenizer.special_ids and not text
         text = self._served.tokenizer.token_text(token) if special else text
         return {"id": token, "text": text, "logprob": finite_logprob(logprob), "special": special}
@@ -141,7 +147,7 @@ class GenerateCall:
         }
 
     def _prefill(self, scores: Sequence[TokenLogprob | None]) -> LazyList[tuple[int, TokenLogprob | None]]:
-        """The prompt's tokens, where they were scored."""
+        """The prompt's tokens, if their log probabilities were computed."""
 
         def row(item: tuple[int, TokenLogprob | None]) -> dict[str, Any]:
             token, scored = item
@@ -151,7 +157,7 @@ class GenerateCall:
         return LazyList(row, [*zip(self._request.prompt, scores, strict=False)])
 
     def _pieces(self, output: Output) -> list[str]:
-        """What each token of a whole sequence added to its text, which a stop string may have cut."""
+        """What each token added to the text of its sequence, which a stop string may have cut."""
         stream = TextStream(self._served.tokenizer, self._request.prompt)
         pieces = [stream.push(token) for token in output.ids]
         pieces[-1] += stream.finish()

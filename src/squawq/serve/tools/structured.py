@@ -27,7 +27,7 @@ def response_grammar(
 ) -> Grammar | None:
     """The grammar of response_format or structured_outputs; None for free text. Raises ApiError.
 
-    added: `tools.added_tokens` of the model's tokenizer, which a structural tag may name.
+    added: `grammar.added_tokens` of the model's tokenizer, which a structural tag may name.
     """
     if response is not None and outputs is not None:
         raise ApiError(
@@ -132,7 +132,7 @@ def structural_tag(form: Mapping[str, Any], added: Mapping[str, int]) -> Grammar
     """The grammar of {"structures": [{"begin", "schema", "end"}], "triggers": [...]}, or of {"format": ...} with a
     format of the type triggered_tags.
 
-    added: `tools.added_tokens` of the model's tokenizer. Raises ConfigError.
+    added: `grammar.added_tokens` of the model's tokenizer. Raises ConfigError.
     """
     tags, triggers = _legacy(form) if "format" not in form else _triggered(form["format"])
     if not isinstance(triggers, list) or not 0 < len(triggers) <= MAX_TAGS or not all(map(_text, triggers)):
@@ -198,7 +198,7 @@ def _text(value: Any) -> bool:
 
 
 def _word(text: str, added: Mapping[str, int]) -> str:
-    """A text in a Lark rule, by its token where it is one; "" for none."""
+    """A text in a Lark rule, as a token if it is one; "" for an empty text."""
     return f"<[{added[text]}]>" if text in added else text and json.dumps(text, ensure_ascii=False)
 
 
