@@ -204,8 +204,10 @@ class PromptLimits:
         self._check_bytes([text], self.max_bytes, param)
 
     def check_messages(self, messages: object, *, truncated: bool = False) -> None:
-        """Raise ApiError for messages as they came that cannot fit, by their number and (unless the prompt is to be
-        truncated) by the texts of their contents."""
+        """Raise ApiError for unvalidated messages that cannot fit, by their number and their texts.
+
+        truncated: The prompt will be truncated, so only the number counts.
+        """
         if not isinstance(messages, list):
             return
         if len(messages) > self._max_input:

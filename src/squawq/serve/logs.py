@@ -20,15 +20,16 @@ from collections.abc import Callable
 
 from squawq.errors import ConfigError
 
-MAX_LINES = 4096  # that wait to be written
-LIMITED = 20  # lines of the limited kind that are written in a period
+MAX_LINES = 4096  # in the queue
+LIMITED = 20  # limited lines per period
 PERIOD = 1.0  # seconds
 
 
 class Writer:
-    """A queue of lines and the thread that writes them. `put` and `allows` may be called from any thread.
+    """A bounded queue of lines and the thread that writes them to sys.stderr. Thread-safe.
 
-    note: makes a line that says how many lines were dropped or suppressed. Lines go to what sys.stderr is now.
+    Args:
+        note: Makes the line that says how many lines were dropped or suppressed.
     """
 
     def __init__(self, note: Callable[..., str]) -> None:
@@ -38,14 +39,14 @@ class Writer:
         self._lock = threading.Lock()  # guards what follows
         self._dropped = 0
         self._suppressed = 0
-        self._said = 0.0  # when the suppressed ones were told last
+        self._said = 0.0  # when suppressed lines were reported last
         self._period, self._written = 0.0, 0
-        # A daemon: a write that waits for its reader must not keep the process.
+        # A daemon, since a blocked write must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="squawq-logs", daemon=True)
         self._thread.start()
 
     def put(self, line: str) -> None:
-        """Queue a line; drop and count it where the queue is full."""
+        """Queue a line. If the queue is full, drop and count it."""
         try:
             self._lines.put_nowait(line)
         except queue.Full:
@@ -53,7 +54,7 @@ class Writer:
                 self._dropped += 1
 
     def allows(self) -> bool:
-        """Whether one more line of the limited kind may be written in this period; it is counted if not."""
+        """Whether one more limited line may be written in this period; if not, it is counted."""
         with self._lock:
             now = time.monotonic()
             if now - self._period >= PERIOD:
@@ -64,7 +65,7 @@ class Writer:
             return self._written <= LIMITED
 
     def close(self, timeout: float) -> bool:
-        """Write what is queued and end the thread; False where its reader does not let it within `timeout` seconds."""
+        """Write what is queued and end the thread. Returns False if that takes more than `timeout` seconds."""
         try:
             self._lines.put(None, timeout=timeout)
         except queue.Full:
@@ -88,7 +89,7 @@ class Writer:
             self._lines.task_done()
 
     def _say_counts(self, last: bool = False) -> None:
-        """Say what was left out: dropped lines at once, suppressed ones once a period."""
+        """Log how many lines were left out: dropped ones at once, suppressed ones once a period."""
         with self._lock:
             dropped, suppressed, now = self._dropped, self._suppressed, time.monotonic()
             self._dropped = 0
@@ -107,7 +108,8 @@ class Writer:
 
 
 def _descriptor_writer() -> Callable[[str], object] | None:
-    """Writes past sys.stderr's own lock, which the interpreter's end would wait for; None where it is no file."""
+    """A writer to stderr's descriptor, past sys.stderr's lock, for which the interpreter's exit would wait; None if stderr
+    is not a file."""
     try:
         descriptor = sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
@@ -142,9 +144,17 @@ _Value = str | int | float | bool | None
 
 
 def setup(form: str, level: str) -> Writer:
-    """Send what squawq, uvicorn and asyncio log to stderr, and to nothing else. Returns the writer, to be closed.
+    """Log squawq, uvicorn and asyncio to stderr only. May be called again. Start uvicorn with log_config=None.
 
-    Start uvicorn with log_config=None after this. May be called again. Raises ConfigError for an unknown form or level.
+    Args:
+        form: One of FORMS.
+        level: One of LEVELS.
+
+    Returns:
+        The writer; close it at the end.
+
+    Raises:
+        ConfigError: The form or level is unknown.
     """
     if form not in FORMS:
         raise ConfigError(f"log format is {form!r}; choose one of {', '.join(FORMS)}")
@@ -168,7 +178,7 @@ def setup(form: str, level: str) -> Writer:
 
 
 def event(logger: logging.Logger, level: int, name: str, /, *, limited: bool = False, **fields: object) -> None:
-    """Log an event with its fields. limited: anybody can cause it, without a key; only so many a second are written."""
+    """Log an event with its fields. limited: anybody can cause it, so only LIMITED lines per second are written."""
     logger.log(level, "%s", name, extra={"fields": fields, "limited": limited})
 
 
@@ -179,7 +189,7 @@ def _record(name: str, fields: dict[str, object]) -> logging.LogRecord:
 
 
 class Handler(logging.Handler):
-    """Formats a record on its own thread, so that no request is held, and gives the line to the writer."""
+    """Formats records in the calling thread, so that their arguments are not kept, and queues the lines."""
 
     def __init__(self, writer: Writer) -> None:
         super().__init__()
@@ -195,12 +205,12 @@ class Handler(logging.Handler):
 
 
 def _unasked(record: logging.LogRecord) -> bool:
-    """Whether uvicorn warns of a client's bytes that were no request."""
+    """Whether it is uvicorn's warning of an invalid request."""
     return record.name.startswith("uvicorn") and record.levelno == logging.WARNING
 
 
 class Formatter(logging.Formatter):
-    """Writes a record as a line. In text, a word stands bare and anything else in JSON's quotes."""
+    """Formats a record as one line. In text form, values other than words are JSON."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -222,7 +232,7 @@ class Formatter(logging.Formatter):
 
 
 def _plain(value: object) -> _Value:
-    """A value that JSON can hold, bounded."""
+    """A JSON value of bounded size."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) < 2**63:

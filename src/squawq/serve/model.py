@@ -1,7 +1,4 @@
-"""The model that is served: its engine, tokenizer and chat template, and what a request may ask of it.
-
-Knows no HTTP and no dialect's JSON.
-"""
+"""The served model: its engine, tokenizer and chat template, and the limits that it sets to requests."""
 
 from __future__ import annotations
 
@@ -28,11 +25,15 @@ from squawq.serve.tools.grammar import PLAIN_FORMAT, added_tokens, template_supp
 from squawq.templates import TemplateProcess
 from squawq.tokenizer import Tokenizer
 
-MAX_LISTED = 2**17  # tokens that a reply lists one by one, each in up to a hundred bytes
+MAX_LISTED = 2**17  # tokens in a reply's list, up to a hundred bytes each
 
 
 class Served:
-    """A loaded model. Raises SquawqError for one that cannot be run or settings that do not fit it."""
+    """A loaded model.
+
+    Raises:
+        SquawqError: The model cannot be run, or the settings do not fit it.
+    """
 
     def __init__(self, settings: Settings) -> None:
         check_device(settings.device)
@@ -91,11 +92,11 @@ class Served:
 
     @property
     def name(self) -> str:
-        """What replies call the model."""
+        """The model's name in replies."""
         return self.names[0]
 
     def device_info(self) -> dict[str, Any]:
-        """What it runs on, for the log."""
+        """The device and the cache, for the log."""
         facts: dict[str, Any] = {"device": self.settings.device}
         if self.settings.device == "cpu":
             facts |= {"threads": library.threads(), "instructions": library.isa()}
@@ -103,34 +104,31 @@ class Served:
         return {**facts, "cache_tokens": self.cached, "cache_mib": round(cache / 2**20, 1)}
 
     def close(self) -> None:
-        """Abort what runs and end the threads and processes. Idempotent."""
+        """Abort running requests, end threads and processes. Idempotent."""
         self.engine.close()
         for process in self._templates:
             process.close()
 
     def use_second_template_process(self) -> None:
-        """Have the calling thread render chats in a process of its own, for which no other thread waits."""
+        """Render this thread's chats in the second process, which no other thread waits for."""
         self._thread.templates = self._templates[1:]
 
     def check_model_name(self, name: str | None) -> None:
-        """Raise ApiError for a name that is not this model's, where strict_model_name asks for that."""
+        """Raise ApiError for another model's name, if strict_model_name is set."""
         if self.settings.strict_model_name and name is not None and name not in self.names:
             raise ApiError("not_found", f"The model `{name:.100}` does not exist.", "model")
 
     def reply_model_name(self, name: str | None) -> str:
-        """What a reply calls the model: its own name, or with TGI's rules the one that was asked for."""
+        """The model's name in a reply; in TGI's dialect, the name in the request."""
         return self.name if name is None or name == "tgi" or not self.settings.tgi else name
 
     def check_grammar(self, grammar: Grammar | None) -> None:
-        """Raise ApiError for a grammar, where the settings allow none. The engine checks the grammar itself."""
+        """Raise ApiError for a grammar if --no-grammar-support is set. The engine checks the grammar itself."""
         if grammar is not None and not self.settings.grammar_support:
             raise ApiError("invalid", "grammars and tools are not supported: the server runs with --no-grammar-support")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text; `special` adds a begin token where the model has one.
-
-        Raises ApiError for a text that cannot be encoded.
-        """
+        """Token ids of a text. special: with the model's begin token. Raises ApiError if it cannot be encoded."""
         try:
             return self.tokenizer.encode(text, special)
         except ConfigError as error:
@@ -138,14 +136,19 @@ class Served:
 
     @staticmethod
     def check_listed(tokens: int) -> None:
-        """Raise ApiError for more tokens than a reply lists one by one."""
+        """Raise ApiError for more tokens than a reply may list."""
         if tokens > MAX_LISTED:
             raise ApiError("invalid", f"the text has {tokens} tokens; at most {MAX_LISTED} are listed: send parts")
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """A chat by the model's template. options: tools, generation_prompt, continue_final, variables.
+        """Render a chat with the model's template.
 
-        Raises ApiError for a chat that the template refuses, and for a model without one.
+        Args:
+            messages: As `template_messages` makes them.
+            **options: Of TemplateProcess.render: tools, generation_prompt, continue_final, variables.
+
+        Raises:
+            ApiError: The template refuses the chat, or the model has none.
         """
         templates: list[TemplateProcess] = getattr(self._thread, "templates", self._templates)
         if not templates:
@@ -158,7 +161,7 @@ class Served:
         return text
 
     def max_new_tokens(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """New tokens that a prompt leaves room for, `max_tokens` at most. Raises ApiError where they do not fit."""
+        """New tokens that fit after the prompt, `max_tokens` at most. Raises ApiError if they do not fit."""
         if prompt_tokens > self.max_input:
             raise ApiError(
                 "invalid",
@@ -178,7 +181,7 @@ class Served:
         return left if max_tokens is None else max_tokens
 
     def _generation_config(self) -> GenerationConfig:
-        """The model's, or that of the folder that was asked for; end tokens are the model's with "vllm", too."""
+        """The model's, or the given folder's. With "vllm", only its end tokens are used."""
         asked = self.settings.generation_config
         if asked in ("auto", "vllm"):
             return GenerationConfig(self.folder, self.config)
@@ -190,14 +193,14 @@ class Served:
         return GenerationConfig(Path(asked), self.config)
 
     def _tool_format(self, template: str | None) -> str | None:
-        """How the model writes calls of functions; None where it may not make any, or its way is not known."""
+        """The format of the model's tool calls; None if they are off, or the format is unknown."""
         asked = self.settings.tool_call_parser
         if asked == "auto":
             return tool_format(template) if self.template_supports_tools else PLAIN_FORMAT
         return None if asked == "none" else asked
 
     def _read_templates(self) -> tuple[str | None, str | None]:
-        """The chat template, and the one for chats with tools where the model has one of its own for those."""
+        """The chat template, and the model's separate one for chats with tools, if any."""
         path = self.settings.chat_template
         if path is None:
             return self.tokenizer.chat_template, self.tokenizer.tool_template
@@ -218,7 +221,7 @@ class Served:
         return wanted
 
     def _check_weights(self) -> None:
-        """Whether the weights are what the flags say; they are run as they are stored."""
+        """Raise ConfigError if --dtype or --quantization do not fit the weights, which are run as stored."""
         if self.settings.quantization is not None and self.config.quant is None:
             raise ConfigError(
                 f"quantization is {self.settings.quantization!r}, but {self.folder} is a 16-bit model; leave it out"
@@ -230,5 +233,5 @@ class Served:
 
 
 def _name(model: str) -> str:
-    """What a model is called: its Hub id, or its folder's name, without the path to it."""
+    """The name of a model: its Hub id, or its folder's name without the path."""
     return Path(model).resolve().name if Path(model).is_dir() else model

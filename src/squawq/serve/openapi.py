@@ -1,5 +1,5 @@
-"""The server's OpenAPI document: a row for each route, and the classes that check bodies. A reply is described by the
-fields that it always has. Knows no framework.
+"""The server's OpenAPI document: a row per route, with the pydantic classes of its bodies. A reply's schema has the
+fields that are always present.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ EXAMPLES: dict[type[Body], Schema] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A route. content: its answer by media type; without one it is not supported."""
+    """A route. content: its reply by media type; empty if the route is not supported."""
 
     summary: str
     content: Schema

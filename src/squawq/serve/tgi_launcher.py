@@ -1,5 +1,5 @@
-"""`text-generation-launcher`: TGI's flags, environment variables and defaults for the server of `squawq serve`, in TGI's
-dialect. A flag wins over its variable. Unsupported values are refused, never ignored.
+"""`text-generation-launcher`: TGI's flags, environment variables and defaults, for the server of `squawq serve` with
+TGI's dialect. A flag wins over its variable. Unsupported values are refused, never ignored.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""/v1/chat/completions: OpenAI's JSON (with vLLM's additions) to an engine request, and its outputs back.
+"""/v1/chat/completions: OpenAI's JSON, with vLLM's additions, to an engine request, and its outputs back.
 
-Pure: no HTTP, no threads. Streams and whole replies are made by the same steps, so they agree.
+Streams and complete replies are made by the same steps, so they agree.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RESERVED = (*chat_template.RESERVED, "tokenize", "chat_template")
 
 
 class Message(Body):
-    """One message; content may be text or a list of text parts. What clients replay beside that is taken."""
+    """A message; content is text or a list of text parts. Other fields that clients replay are accepted."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Many[dict[str, Any]] | None = None
@@ -57,7 +57,7 @@ class Function(Body):
 
 
 class Tool(Body):
-    """OpenAI's wrapping of a function."""
+    """OpenAI's wrapper of a function."""
 
     type: Literal["function"]
     function: Function
@@ -86,7 +86,7 @@ class ChatBody(SamplingFields):
     audio: Any = None  # of an answer's speech, which modalities ask for
 
     def tool_names(self) -> list[str]:
-        """What may be called; nothing where tool_choice is "none"."""
+        """The tools that may be called; none if tool_choice is "none"."""
         return [tool.function.name for tool in self.tools or ()] if self.choice() != "none" else []
 
     def choice(self) -> str:
@@ -109,7 +109,7 @@ class ChatBody(SamplingFields):
         )
 
     def variables(self) -> dict[str, Any]:
-        """What the request says to the template: chat_template_kwargs, and what other fields say of thinking.
+        """Variables for the template: chat_template_kwargs, and other fields' settings of thinking.
 
         Raises ApiError.
         """
@@ -134,13 +134,13 @@ class ChatBody(SamplingFields):
 
 
 def read(model: type[Chat], raw: Mapping[str, Any], served: Served) -> Chat:
-    """A chat's body, whose messages are measured before each is looked at. Raises ApiError."""
+    """Validate a chat's body; the messages' size is checked first. Raises ApiError."""
     served.prompt_limits.check_messages(raw.get("messages"), truncated=bool(raw.get("truncate_prompt_tokens")))
     return validate(model, raw, strict=served.settings.strict_fields)
 
 
 def render(body: ChatBody, served: Served) -> str:
-    """The chat as text, by the model's template. Raises ApiError."""
+    """Render the chat with the model's template. Raises ApiError."""
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
     tools = None
     if body.tools and body.choice() != "none":
@@ -154,7 +154,7 @@ def render(body: ChatBody, served: Served) -> str:
         tools = None
     continued = body.continue_final_message
     if served.settings.tgi and messages[-1]["role"] == "assistant":
-        continued = True  # TGI goes on with an assistant's last message
+        continued = True  # TGI continues an assistant's last message
     if continued and messages[-1]["role"] != "assistant":
         raise ApiError("invalid", "continue_final_message needs an assistant's message at the end", "messages")
     return served.render_chat(
@@ -167,7 +167,7 @@ def render(body: ChatBody, served: Served) -> str:
 
 
 def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
-    """A checked chat request, ready for the engine. Raises ApiError."""
+    """Parse a chat request. Raises ApiError."""
     body = read(ChatBody, raw, served)
     body.check(served)
     if body.top_logprobs and not body.logprobs:
@@ -191,7 +191,7 @@ def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
 
 
 def _grammar(body: ChatBody, served: Served) -> Grammar | None:
-    """What the answer is held to: a response's form, calls of tools, or ("auto") either."""
+    """The grammar of the answer: a response format, tool calls, or ("auto") either."""
     asked = response_grammar(body.response_format, body.outputs(), served.added_tokens)
     tgi = served.settings.tgi
     if asked is not None and tgi and body.tools is not None:
@@ -216,7 +216,7 @@ def _grammar(body: ChatBody, served: Served) -> Grammar | None:
 
 
 class _ChatChoice:
-    """One of n answers as it comes."""
+    """The state of one of n answers."""
 
     def __init__(self, parser: ToolParser | None) -> None:
         self.parser = parser
@@ -225,7 +225,7 @@ class _ChatChoice:
         self.begun = False
 
     def read(self, output: Output) -> list[Delta]:
-        """What an output adds: text, or pieces of tool calls."""
+        """The text or pieces of tool calls that an output adds."""
         self.tokens += len(output.ids)
         if self.parser is None:
             return [Delta(content=output.text)] if output.text else []
@@ -243,7 +243,7 @@ class _ChatChoice:
 
 
 class ChatCall:
-    """A chat under way (call.Call)."""
+    """A chat request (call.Call)."""
 
     def __init__(self, body: ChatBody, served: Served, request: Request) -> None:
         self.requests = (request,)
@@ -259,7 +259,7 @@ class ChatCall:
         self._options = body.stream_options
 
     def invalid(self, error: ConfigError) -> ApiError:
-        """The engine's words."""
+        """The engine's message."""
         return ApiError("invalid", str(error))
 
     def push(self, output: Output) -> list[str]:
@@ -294,13 +294,13 @@ class ChatCall:
         return [dump(chunk) if output.prompt_logprobs is None else dump_large(chunk) for chunk in chunks]
 
     def end(self) -> list[str]:
-        """The usage, where it was asked for, and the end mark."""
+        """The usage, if the client asked for it, and the end mark."""
         if self._options is None or not self._options.include_usage:
             return [DONE]
         return [dump({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}), DONE]
 
     def fail(self, error: ApiError) -> list[str]:
-        """The error as a chunk of its own, and the end mark."""
+        """The error as a chunk, and the end mark."""
         return [dump(error.event(self._tgi)), DONE]
 
     def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
@@ -344,7 +344,7 @@ class ChatCall:
         return {**role, "tool_calls": [call]}
 
     def _last_delta(self, choice: _ChatChoice) -> dict[str, Any]:
-        """Nothing; in TGI's dialect of the kind of those before it, since its clients add them all."""
+        """An empty delta; in TGI's dialect with the keys of the earlier ones, since its clients concatenate them."""
         if not self._tgi:
             return {}
         return self._delta(Delta(call=choice.calls - 1) if choice.calls else Delta())
@@ -363,5 +363,5 @@ class ChatCall:
         return usage(len(self.requests[0].prompt), sum(choice.tokens for choice in self._choices))
 
     def _stop_reason(self, output: Output) -> str | int | None:
-        """The stop string or id; nothing for the model's own end."""
+        """The stop string or id; None for the model's end token."""
         return None if output.stop_reason in self._served.eos_ids else output.stop_reason

@@ -1,5 +1,5 @@
-"""/v1/completions: prompts as text, lists of texts, token ids or lists of those; echo and logprobs as
-lm-evaluation-harness reads them (one entry a token, the first null, nothing added to ids). Pure.
+"""/v1/completions: prompts as text, lists of texts, token ids or lists of those. echo and logprobs are as
+lm-evaluation-harness reads them: one entry per token, the first null, and no token added to ids.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class CompletionBody(SamplingFields):
     add_special_tokens: bool = True
 
     def prompts(self, served: Served) -> list[list[int]]:
-        """Token ids of every prompt. Raises ApiError for more prompts than may be."""
+        """Token ids of every prompt. Raises ApiError for too many prompts."""
         given: Sequence[str | list[int]]
         given = [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
         settings = served.settings
@@ -60,7 +60,7 @@ class CompletionBody(SamplingFields):
         ]
 
     def limit_by_logprobs(self, served: Served, prompts: list[list[int]], tokens: int) -> int:
-        """New tokens of a sequence that the reply has room for. Raises ApiError."""
+        """New tokens of a sequence within the limit of log probabilities. Raises ApiError."""
         shown = 0 if self.logprobs is None else self.logprobs + 1
         listed = (self.n * shown if self.echo else 0) + (
             0 if self.prompt_logprobs is None else self.prompt_logprobs + 1
@@ -74,7 +74,7 @@ class CompletionBody(SamplingFields):
         )
 
     def check(self, served: Served) -> None:
-        """Raise ApiError for what no single field's type can say."""
+        """Raise ApiError for rules that concern several fields."""
         super().check(served)
         if self.suffix is not None:
             raise ApiError(
@@ -91,7 +91,7 @@ class CompletionBody(SamplingFields):
 
 
 def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> CompletionCall:
-    """A checked completion request, ready for the engine. Raises ApiError."""
+    """Parse a completion request. Raises ApiError."""
     body = validate(CompletionBody, raw, strict=served.settings.strict_fields)
     body.check(served)
     grammar = response_grammar(body.response_format, body.outputs(), served.added_tokens)
@@ -119,7 +119,7 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
 
 
 class _TextChoice:
-    """One text as it comes: what was given out of it."""
+    """The state of one text."""
 
     def __init__(self, prompt: Sequence[int], index: int, offsets: Offsets) -> None:
         self.prompt = prompt
@@ -130,7 +130,7 @@ class _TextChoice:
 
 
 class CompletionCall:
-    """A completion under way (call.Call)."""
+    """A completion request (call.Call)."""
 
     def __init__(self, body: CompletionBody, served: Served, name: str, requests: list[Request]) -> None:
         self.requests = requests
@@ -148,11 +148,11 @@ class CompletionCall:
         }
 
     def invalid(self, error: ConfigError) -> ApiError:
-        """The engine's words."""
+        """The engine's message."""
         return ApiError("invalid", str(error))
 
     def push(self, output: Output) -> list[str]:
-        """A chunk for an output, with the prompt before the first where it is reply_model_name."""
+        """A chunk for an output. The first begins with the prompt if echo is set."""
         found = self._choice(output)
         if not (found["text"] or found["logprobs"] or found["finish_reason"] or self._body.return_token_ids):
             return []
@@ -168,14 +168,14 @@ class CompletionCall:
         return [dump(chunk) if output.prompt_logprobs is None else dump_large(chunk)]
 
     def end(self) -> list[str]:
-        """The usage, where it was asked for, and the end mark."""
+        """The usage, if the client asked for it, and the end mark."""
         options = self._body.stream_options
         if options is None or not options.include_usage:
             return [DONE]
         return [dump({**self._head(), "choices": [], "usage": self._usage()}), DONE]
 
     def fail(self, error: ApiError) -> list[str]:
-        """The error as a chunk of its own, and the end mark."""
+        """The error as a chunk, and the end mark."""
         return [dump(error.event(self._tgi)), DONE]
 
     def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:

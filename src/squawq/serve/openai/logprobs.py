@@ -1,4 +1,4 @@
-"""Log probabilities in the forms that clients read: OpenAI's chat and completion ones, and vLLM's prompt_logprobs."""
+"""Log probabilities in OpenAI's chat and completion formats, and vLLM's prompt_logprobs."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from squawq.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class LogprobFormatter:
-    """How tokens are written in replies: their text, or "token_id:7" where as_ids asks for names that are unique."""
+    """Writes tokens and their log probabilities. as_ids: as "token_id:7", which is unique, instead of their text."""
 
     tokenizer: Tokenizer
     as_ids: bool = False
     _names: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
     def text(self, token: int) -> str:
-        """A token's name; a space at its beginning stays, which decoding it alone may take away."""
+        """A token's text, with its leading space, which decoding it alone may drop."""
         if token not in self._names:
             text = self.tokenizer.token_bytes(token).decode("utf-8", "replace")
             self._names[token] = f"token_id:{token}" if self.as_ids else text
         return self._names[token]
 
     def chat(self, items: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """OpenAI's chat form."""
+        """OpenAI's chat format."""
         return {"content": LazyList(self._scored, items)}
 
     def completion(
         self, items: Sequence[TokenLogprob | None], ids: Sequence[int], offsets: Sequence[int]
     ) -> dict[str, Any]:
-        """OpenAI's completion form for tokens that begin at `offsets` in the text; None: nothing known."""
+        """OpenAI's completion format for tokens at `offsets` in the text. None: no log probability."""
         return {
             "text_offset": list(offsets),
             "token_logprobs": [None if item is None else finite_logprob(item.logprob) for item in items],
@@ -43,7 +43,7 @@ class LogprobFormatter:
         }
 
     def prompt(self, items: Sequence[TokenLogprob | None]) -> LazyList[TokenLogprob | None]:
-        """vLLM's prompt_logprobs: for each token of the prompt its own and the likeliest, by id. rank: where known."""
+        """vLLM's prompt_logprobs: for each prompt token, its own log probability and the top ones, by id."""
         return LazyList(self._ranked, items)
 
     def _ranked(self, item: TokenLogprob | None) -> dict[str, Any] | None:
@@ -64,7 +64,7 @@ class LogprobFormatter:
         return {**self._entry(item.token, item.logprob), "top_logprobs": [self._entry(*pair) for pair in item.top]}
 
     def _top(self, item: TokenLogprob | None) -> dict[str, float] | None:
-        """The likeliest by name, best first; the token itself is always among them, as in OpenAI's replies."""
+        """The top tokens, best first, and always the token itself, as in OpenAI's replies."""
         if item is None:
             return None
         top: dict[str, float] = {}
@@ -74,15 +74,17 @@ class LogprobFormatter:
 
 
 class Offsets:
-    """Where tokens begin in the text that they add to, in characters. A token that adds nothing, such as a begin token,
-    stands where the next one does, and the parts of one character where it begins."""
+    """Character offsets of tokens in the text.
+
+    A token without text, such as a begin token, has the next one's offset; all tokens of a character have its offset.
+    """
 
     def __init__(self, stream: TextStream) -> None:
         self._stream = stream
         self._at = 0
 
     def take(self, ids: Sequence[int]) -> list[int]:
-        """The places of the next tokens."""
+        """The offsets of the next tokens."""
         places = []
         for token in ids:
             places.append(self._at)

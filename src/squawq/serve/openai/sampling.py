@@ -1,6 +1,4 @@
-"""The sampling fields that OpenAI's chat and completion bodies share, OpenAI's and vLLM's, and what they mean in either
-dialect.
-"""
+"""The sampling fields of OpenAI's chat and completion bodies, with vLLM's, and their meaning in either dialect."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from squawq.serve.model import Served
 
 
 class StreamOptions(Body):
-    """usage in a stream: at its end, or in every chunk."""
+    """`usage` in a stream: at its end, or in every chunk."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -25,7 +23,7 @@ class StreamOptions(Body):
 
 
 class SamplingFields(Body):
-    """What /v1/chat/completions and /v1/completions share: OpenAI's fields, then vLLM's."""
+    """Fields of both /v1/chat/completions and /v1/completions: OpenAI's, then vLLM's."""
 
     model: Annotated[str, Field(max_length=1000)] | None = None
     stream: bool = False
@@ -77,13 +75,13 @@ class SamplingFields(Body):
     return_token_ids: bool = False
 
     def prompt_ids(self, text: str, param: str, special: bool, served: Served) -> list[int]:
-        """A prompt's tokens, cut as truncate_prompt_tokens asks. Raises ApiError for a text that cannot fit."""
+        """A prompt's token ids, truncated. Raises ApiError for a text that cannot fit."""
         if not self.truncate_prompt_tokens:
             served.prompt_limits.check_text(text, param)
         return self.truncated(served.encode(text, special), served)
 
     def truncated(self, ids: list[int], served: Served) -> list[int]:
-        """A prompt cut as truncate_prompt_tokens asks; -1: to what the model takes."""
+        """A prompt truncated to truncate_prompt_tokens; -1: to the model's limit."""
         keep = self.truncate_prompt_tokens
         if keep is None or keep == 0:
             return ids
@@ -91,7 +89,7 @@ class SamplingFields(Body):
         return ids[-keep:] if self.truncation_side == "left" else ids[:keep]
 
     def outputs(self) -> dict[str, Any] | None:
-        """structured_outputs, by whichever names it was given. Raises ApiError for both."""
+        """structured_outputs, or vLLM's older guided_* fields. Raises ApiError if both are given."""
         guided = {name: getattr(self, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
         guided = {name: value for name, value in guided.items() if value is not None}
         if guided and self.structured_outputs is not None:
@@ -100,7 +98,7 @@ class SamplingFields(Body):
         return guided or self.structured_outputs
 
     def check(self, served: Served) -> None:
-        """Raise ApiError for what no single field's type can say."""
+        """Raise ApiError for rules that concern several fields or settings."""
         settings = served.settings
         served.check_model_name(self.model)
         if self.stream_options is not None and not self.stream and not settings.tgi:
@@ -111,7 +109,7 @@ class SamplingFields(Body):
             self._check_tgi(settings.max_stop_sequences)
 
     def _check_tgi(self, max_stop: int) -> None:
-        """TGI's rules, where they forbid what OpenAI and vLLM allow."""
+        """TGI's rules that forbid what OpenAI and vLLM allow."""
         stops = 0 if self.stop is None else 1 if isinstance(self.stop, str) else len(self.stop)
         if self.top_p is not None and self.top_p >= 1:
             raise ApiError("invalid", "Input validation error: `top_p` must be > 0.0 and < 1.0", "top_p")
@@ -132,7 +130,7 @@ class SamplingFields(Body):
         best_of: int | None = None,
         grammar: Grammar | None = None,
     ) -> SamplingParams:
-        """The engine's settings. Raises ApiError for values out of its range."""
+        """The engine's sampling parameters. Raises ApiError for values out of range."""
         tgi = served.settings.tgi
         base = SamplingParams(temperature=1.0) if tgi else served.defaults
         given = {name: getattr(self, name) for name in _SAME if getattr(self, name) is not None}
@@ -185,7 +183,7 @@ def _bias(values: Mapping[str, float] | None) -> dict[int, float] | None:
 
 
 def _bad_ids(words: list[str], served: Served) -> list[list[int]]:
-    """A word's tokens at a text's beginning and after a space, where those differ (as vLLM's bad_words)."""
+    """A word's tokens at the beginning of a text and after a space, if those differ (as vLLM's bad_words)."""
     sequences = []
     for word in words:
         plain = served.encode(word.lstrip(), special=False)

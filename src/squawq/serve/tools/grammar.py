@@ -37,15 +37,15 @@ def tool_format(template: str | None) -> str | None:
 
 
 def template_supports_tools(template: str | None) -> bool:
-    """Whether a chat template reads the tools at all, in whatever format it shows them."""
+    """Whether a chat template uses the tools, in any format."""
     return re.search(r"\btools\b", template or "") is not None
 
 
 def added_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """A tokenizer's added tokens that are text and have a tag's form, such as Qwen's <tool_call> and <think>.
+    """A tokenizer's added tokens that are not special but look like tags, such as Qwen's <tool_call> and <think>.
 
-    llguidance takes every added token of the form <...> for a special one, which no text in a grammar matches; so
-    `tool_grammar` must name them.
+    llguidance treats every added token <...> as special, which text in a grammar does not match; so grammars must name
+    them.
     """
     added = tokenizer.fast.get_added_tokens_decoder()
     return {
@@ -56,7 +56,7 @@ def added_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def call_id() -> str:
-    """A new id of a call."""
+    """A new id of a tool call."""
     return f"call_{secrets.token_hex(12)}"
 
 
@@ -68,11 +68,19 @@ def tool_grammar(
     added: Mapping[str, int] | None = None,
     answer: Grammar | None = None,
 ) -> Grammar:
-    """What an answer may be: one call or more ("required"; one where not `parallel`), exactly one call to the function
-    that `choice` names, or ("auto") free text as well: before the calls in hermes, instead of them in llama3_json.
+    """The grammar of an answer with tool calls.
 
-    tools: OpenAI's. added: `added_tokens` of the model's tokenizer. answer: in place of free text, a JSON schema's.
-    Raises ConfigError.
+    Args:
+        form: One of TOOL_FORMATS.
+        tools: OpenAI's.
+        choice: "required": calls; "auto": calls or free text, which may precede them in hermes; or a function's name:
+            one call of it.
+        parallel: More than one call is allowed.
+        added: `added_tokens` of the model's tokenizer.
+        answer: A JSON schema's grammar in place of free text.
+
+    Raises:
+        ConfigError: A tool is invalid, or `choice` names none.
     """
     check_format(form)
     functions = _functions(tools)
@@ -122,7 +130,7 @@ def _hermes_rules(free: bool, many: bool, added: Mapping[str, int]) -> list[str]
 
 
 def _llama_rules(free: bool, many: bool, added: Mapping[str, int]) -> list[str]:
-    """A call begins with the answer's first character that is no white space; other first characters begin text."""
+    """A call starts at the answer's first character that is not white space; otherwise the answer is text."""
     calls = "calls: object" + (r" (/;[ \n]?|\n/ object)*" if many else "")
     if not free:
         return ["start: calls", calls]
@@ -138,7 +146,7 @@ def _llama_rules(free: bool, many: bool, added: Mapping[str, int]) -> list[str]:
 
 
 def other_tokens(added: Mapping[str, int], without: Container[str]) -> str:
-    """The added tokens that are text like any other, in a Lark rule; "" for none."""
+    """The other added tokens, as an alternative in a Lark rule; "" for none."""
     ids = ",".join(str(index) for mark, index in sorted(added.items()) if mark not in without)
     return ids and f"<[{ids}]>"
 
@@ -148,7 +156,7 @@ def _either(*rules: str) -> str:
 
 
 def _functions(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The functions by their names, checked."""
+    """The functions by name, validated."""
     functions: dict[str, Mapping[str, Any]] = {}
     for tool in tools:
         function = tool["function"]
@@ -167,7 +175,7 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
 
 
 def _schema(name: str, function: Mapping[str, Any]) -> str:
-    """The JSON schema of a function's arguments, an object. It stays a root, so that its references hold."""
+    """The JSON schema of a function's arguments. It stays a root, so that its references are valid."""
     schema = function.get("parameters")
     schema = {} if schema is None else schema
     if isinstance(schema, Mapping) and not any(key in schema for key in _SHAPES):
@@ -182,9 +190,14 @@ def _schema(name: str, function: Mapping[str, Any]) -> str:
 
 
 def embedded(schema: Any, space: str = SPACE) -> str:
-    """A JSON schema, or its text, as it stands after %json in a Lark grammar. space: what may stand between its tokens.
+    """A JSON schema, or its text, for %json in a Lark grammar.
 
-    Raises ConfigError for what is no JSON or is nested too deeply, and for schemas that cannot be closed.
+    Args:
+        schema: The schema.
+        space: Regex of the white space between JSON tokens.
+
+    Raises:
+        ConfigError: It is not JSON, too deeply nested, or cannot be closed to additional properties.
     """
     try:
         closed = close_objects(json.loads(schema) if isinstance(schema, str) else schema)

@@ -21,13 +21,13 @@ _TEXTS = ("text", "input_text", "output_text", "refusal")  # OpenAI's names of p
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """OpenAI's messages as chat templates take them. Raises ConfigError for what is no text, and for bad calls.
+    """Convert OpenAI's messages for chat templates. Raises ConfigError for parts that are not text, and invalid calls.
 
     Arguments of calls become objects, "developer" becomes "system", "function" becomes "tool", text parts are joined by
     line breaks as in vLLM (transformers joins them by spaces, TGI by nothing). An assistant's missing content becomes
     "": Llama's templates would print None, and Qwen's would add it to text. `tool_calls` is there only where there are
-    calls, since Llama's templates look for the key alone. An assistant's thoughts are there for templates that read
-    them, under either name. Whatever else clients replay is left out.
+    calls, since Llama's templates look for the key alone. An assistant's reasoning is kept
+    under both of its names. Other fields are dropped.
     """
     return [_message(message) for message in messages]
 
@@ -60,10 +60,14 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 def plain_messages(
     form: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompt: str | None
 ) -> list[dict[str, Any]]:
-    """Messages of `template_messages` for a template that knows no tools: these are told at the end of the last user's
-    message, as TGI does, calls are the assistant's text and their results a user's.
+    """Messages for a template without tools: the last user message ends with the tools, as in TGI, calls are the
+    assistant's text, and their results a user's.
 
-    form: of calls, one of TOOL_FORMATS. prompt: how to call, after the tools; None: the form's of PLAIN_PROMPTS.
+    Args:
+        form: Of the calls, one of TOOL_FORMATS.
+        messages: As `template_messages` makes them.
+        tools: OpenAI's.
+        prompt: How to call them; None for the format's of PLAIN_PROMPTS.
     """
     made = [dict(message) for message in messages]
     for message in made:
