@@ -17,7 +17,7 @@ from running import Running
 from squawq.demo import demo_model
 from squawq.engine.request import SamplingParams
 from squawq.llm import LLM
-from squawq.serve.openai.logprobs import LogprobFormatter
+from squawq.serve.openai.reply import LogprobFormatter
 from squawq.tokenizer import Tokenizer
 
 PAIRS = [

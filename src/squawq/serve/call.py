@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from squawq import __version__
 from squawq.engine.request import Output, Request
 from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
 
-DONE = "[DONE]"
 MIN_LOGPROB = -9999.0  # JSON has no minus infinity
 # Clients that split a stream into lines as str.splitlines does would end one at these.
 _LINE_ENDS = {mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
@@ -140,17 +138,6 @@ class Call(Protocol):
     def reply(self, outputs: Sequence[Sequence[Output]], times: Times, /) -> Reply:
         """The complete reply, from each request's joined sequences. Raises ApiError for failed sequences."""
         ...
-
-
-def head(call: str, kind: str, created: int, model: str) -> dict[str, Any]:
-    """The first fields of every OpenAI reply and chunk."""
-    fingerprint = f"squawq-{__version__}"
-    return {"id": call, "object": kind, "created": created, "model": model, "system_fingerprint": fingerprint}
-
-
-def usage(prompt: int, completion: int) -> dict[str, int]:
-    """OpenAI's `usage` object."""
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def finite_logprob(logprob: float) -> float:

@@ -108,8 +108,8 @@ class Writer:
 
 
 def _descriptor_writer() -> Callable[[str], object] | None:
-    """A writer to stderr's descriptor, past sys.stderr's lock, for which the interpreter's exit would wait; None if stderr
-    is not a file."""
+    """A writer to stderr's descriptor, past sys.stderr's lock, for which the interpreter's exit would wait; None if
+    stderr is not a file."""
     try:
         descriptor = sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):

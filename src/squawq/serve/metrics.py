@@ -1,7 +1,7 @@
 """Prometheus metrics under vLLM's names (vllm:*) and TGI's (tgi_*), from one registry.
 
 Label values come from fixed sets, whatever a request holds. The engine's figures are read at each scrape. TGI's
-counters have no suffix _total: they are "counter" in the text format and "unknown" in OpenMetrics, where counters need it.
+counters have no suffix _total: they are "counter" in the text format and "unknown" in OpenMetrics, which requires it.
 """
 
 from __future__ import annotations

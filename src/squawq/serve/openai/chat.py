@@ -5,7 +5,6 @@ Streams and complete replies are made by the same steps, so they agree.
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,12 +14,12 @@ from pydantic import Field
 from squawq import chat_template
 from squawq.engine.request import FinishReason, Grammar, Output, Request
 from squawq.errors import ConfigError
-from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
+from squawq.serve.call import Reply, Times, dump, dump_large
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, validate
 from squawq.serve.limits import limit_by_logprobs
 from squawq.serve.model import Served
-from squawq.serve.openai.logprobs import LogprobFormatter
+from squawq.serve.openai.reply import OpenAICall
 from squawq.serve.openai.sampling import SamplingFields
 from squawq.serve.tools.grammar import PLAIN_FORMAT, call_id, tool_grammar
 from squawq.serve.tools.messages import plain_messages, template_messages
@@ -221,51 +220,31 @@ class _ChatChoice:
     def __init__(self, parser: ToolParser | None) -> None:
         self.parser = parser
         self.calls = 0
-        self.tokens = 0
         self.begun = False
 
     def read(self, output: Output) -> list[Delta]:
         """The text or pieces of tool calls that an output adds."""
-        self.tokens += len(output.ids)
         if self.parser is None:
             return [Delta(content=output.text)] if output.text else []
         deltas = self.parser.push(output.text) + (self.parser.finish() if output.finish else [])
         self.calls += sum(delta.name is not None for delta in deltas)
         return deltas
 
-    def finish(self, output: Output, tgi: bool, eos_ids: frozenset[int]) -> str | None:
-        """OpenAI's finish_reason, or TGI's."""
-        if output.finish is FinishReason.STOP and self.calls:
-            return "tool_calls"
-        if tgi and output.finish is FinishReason.STOP and output.stop_reason not in eos_ids:
-            return "stop_sequence"
-        return output.finish and output.finish.value
 
-
-class ChatCall:
+class ChatCall(OpenAICall):
     """A chat request (call.Call)."""
 
     def __init__(self, body: ChatBody, served: Served, request: Request) -> None:
-        self.requests = (request,)
-        self.stream = body.stream
-        self.headers: Mapping[str, str] = {}
-        self._body, self._served = body, served
-        self._tgi = served.settings.tgi
-        self._formatter = LogprobFormatter(served.tokenizer, body.return_tokens_as_token_ids)
-        self._created = int(time.time())
+        super().__init__(body, served, (request,), request.id, "chat.completion.chunk")
+        self._body = body
         names = body.tool_names()
         form = served.tool_format if names else None
         self._choices = [_ChatChoice(ToolParser(form, names) if form else None) for _ in range(body.n)]
-        self._options = body.stream_options
-
-    def invalid(self, error: ConfigError) -> ApiError:
-        """The engine's message."""
-        return ApiError("invalid", str(error))
 
     def push(self, output: Output) -> list[str]:
         """Chunks for an output."""
         choice = self._choices[output.index]
-        deltas = [self._delta(delta) for delta in choice.read(output)]
+        deltas = [self._delta(delta) for delta in self._read(output)]
         first = not choice.begun
         choice.begun = True
         if first and not self._tgi:
@@ -273,7 +252,7 @@ class ChatCall:
         scored = output.logprobs is not None or output.prompt_logprobs is not None
         if not deltas and not output.finish and not scored and not self._body.return_token_ids:
             return []
-        chunks = [self._chunk(output.index, delta, None) for delta in deltas] or [self._chunk(output.index, {}, None)]
+        chunks = [self._chunk(output.index, delta) for delta in deltas] or [self._chunk(output.index, {})]
         last = chunks[-1]["choices"][0]
         if output.logprobs is not None:
             last["logprobs"] = self._formatter.chat(output.logprobs)
@@ -285,23 +264,13 @@ class ChatCall:
             chunks[0]["prompt_logprobs"] = self._formatter.prompt(output.prompt_logprobs)
         if output.finish:
             if last["delta"] and not self._tgi:
-                chunks.append(self._chunk(output.index, {}, None))
+                chunks.append(self._chunk(output.index, {}))
                 last = chunks[-1]["choices"][0]
             elif not last["delta"]:
                 last["delta"] = self._last_delta(choice)
-            last["finish_reason"] = choice.finish(output, self._tgi, self._served.eos_ids)
+            last["finish_reason"] = self._finish(output, choice)
             last["stop_reason"] = self._stop_reason(output)
         return [dump(chunk) if output.prompt_logprobs is None else dump_large(chunk) for chunk in chunks]
-
-    def end(self) -> list[str]:
-        """The usage, if the client asked for it, and the end mark."""
-        if self._options is None or not self._options.include_usage:
-            return [DONE]
-        return [dump({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}), DONE]
-
-    def fail(self, error: ApiError) -> list[str]:
-        """The error as a chunk, and the end mark."""
-        return [dump(error.event(self._tgi)), DONE]
 
     def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
         """OpenAI's chat.completion."""
@@ -316,7 +285,7 @@ class ChatCall:
     def _whole(self, output: Output) -> dict[str, Any]:
         choice = self._choices[output.index]
         content, calls = "", []
-        for delta in choice.read(output):
+        for delta in self._read(output):
             content += delta.content
             if delta.name is not None:
                 calls.append({"id": call_id(), "type": "function", "function": {"name": delta.name, "arguments": ""}})
@@ -328,7 +297,7 @@ class ChatCall:
             "index": output.index,
             "message": message,
             "logprobs": None if output.logprobs is None else self._formatter.chat(output.logprobs),
-            "finish_reason": choice.finish(output, self._tgi, self._served.eos_ids),
+            "finish_reason": self._finish(output, choice),
             "stop_reason": self._stop_reason(output),
         }
         return {**found, "token_ids": list(output.ids)} if self._body.return_token_ids else found
@@ -349,19 +318,17 @@ class ChatCall:
             return {}
         return self._delta(Delta(call=choice.calls - 1) if choice.calls else Delta())
 
-    def _chunk(self, index: int, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        if self._options is not None and self._options.continuous_usage_stats:
+        if self._usage_in_chunks:
             chunk["usage"] = self._usage()
         return chunk
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return head(self.requests[0].id, kind, self._created, self._served.reply_model_name(self._body.model))
+    def _finish(self, output: Output, choice: _ChatChoice) -> str | None:
+        calls = output.finish is FinishReason.STOP and choice.calls
+        return "tool_calls" if calls else self._finish_reason(output)
 
-    def _usage(self) -> dict[str, int]:
-        return usage(len(self.requests[0].prompt), sum(choice.tokens for choice in self._choices))
-
-    def _stop_reason(self, output: Output) -> str | int | None:
-        """The stop string or id; None for the model's end token."""
-        return None if output.stop_reason in self._served.eos_ids else output.stop_reason
+    def _read(self, output: Output) -> list[Delta]:
+        self._tokens += len(output.ids)
+        return self._choices[output.index].read(output)

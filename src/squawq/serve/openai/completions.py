@@ -4,22 +4,20 @@ lm-evaluation-harness reads them: one entry per token, the first null, and no to
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
-from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
+from squawq.engine.request import Output, Request, TokenLogprob
 from squawq.engine.text import TextStream
-from squawq.errors import ConfigError
-from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
+from squawq.serve.call import Reply, Times, dump, dump_large
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Many, TokenId, validate
 from squawq.serve.limits import limit_by_logprobs
 from squawq.serve.model import Served
-from squawq.serve.openai.logprobs import LogprobFormatter, Offsets
+from squawq.serve.openai.reply import Offsets, OpenAICall, usage
 from squawq.serve.openai.sampling import SamplingFields
 from squawq.serve.tools.structured import response_grammar
 
@@ -129,17 +127,12 @@ class _TextChoice:
         self.begun = False
 
 
-class CompletionCall:
+class CompletionCall(OpenAICall):
     """A completion request (call.Call)."""
 
     def __init__(self, body: CompletionBody, served: Served, name: str, requests: list[Request]) -> None:
-        self.requests = requests
-        self.stream = body.stream
-        self.headers: Mapping[str, str] = {}
-        self._body, self._served, self._name = body, served, name
-        self._tgi = served.settings.tgi
-        self._formatter = LogprobFormatter(served.tokenizer, body.return_tokens_as_token_ids)
-        self._created = int(time.time())
+        super().__init__(body, served, requests, name, "text_completion")
+        self._body = body
         self._scores: dict[str, Sequence[TokenLogprob | None]] = {}
         self._choices = {
             (request.id, index): _TextChoice(request.prompt, number * body.n + index, self._offsets(request))
@@ -147,41 +140,25 @@ class CompletionCall:
             for index in range(body.n)
         }
 
-    def invalid(self, error: ConfigError) -> ApiError:
-        """The engine's message."""
-        return ApiError("invalid", str(error))
-
     def push(self, output: Output) -> list[str]:
         """A chunk for an output. The first begins with the prompt if echo is set."""
         found = self._choice(output)
         if not (found["text"] or found["logprobs"] or found["finish_reason"] or self._body.return_token_ids):
             return []
-        chunk: dict[str, Any] = {**self._head(), "choices": [found]}
+        chunk: dict[str, Any] = {**self._head("text_completion"), "choices": [found]}
         if self._tgi and found["finish_reason"] is None:
             found["finish_reason"] = ""
         elif self._tgi:
             choice = self._choices[output.request, output.index]
             chunk["usage"] = usage(len(choice.prompt), choice.tokens)
-        options = self._body.stream_options
-        if options is not None and options.continuous_usage_stats:
+        if self._usage_in_chunks:
             chunk["usage"] = self._usage()
         return [dump(chunk) if output.prompt_logprobs is None else dump_large(chunk)]
-
-    def end(self) -> list[str]:
-        """The usage, if the client asked for it, and the end mark."""
-        options = self._body.stream_options
-        if options is None or not options.include_usage:
-            return [DONE]
-        return [dump({**self._head(), "choices": [], "usage": self._usage()}), DONE]
-
-    def fail(self, error: ApiError) -> list[str]:
-        """The error as a chunk, and the end mark."""
-        return [dump(error.event(self._tgi)), DONE]
 
     def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
         """OpenAI's text_completion."""
         choices = [self._choice(output) for sequences in outputs for output in sequences]
-        return Reply({**self._head(), "choices": choices, "usage": self._usage()})
+        return Reply({**self._head("text_completion"), "choices": choices, "usage": self._usage()})
 
     def _choice(self, output: Output) -> dict[str, Any]:
         choice = self._choices[output.request, output.index]
@@ -199,6 +176,7 @@ class CompletionCall:
             spelled = [*choice.prompt, *ids]
         choice.begun = True
         choice.tokens += len(ids)
+        self._tokens += len(ids)
         logprobs = None
         if body.logprobs is not None and spelled:
             logprobs = self._formatter.completion(items, spelled, choice.offsets.take(spelled))
@@ -206,8 +184,8 @@ class CompletionCall:
             "index": choice.index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": self._finish(output),
-            "stop_reason": None if output.stop_reason in self._served.eos_ids else output.stop_reason,
+            "finish_reason": "length" if bare and output.finish else self._finish_reason(output),
+            "stop_reason": self._stop_reason(output),
         }
         if output.prompt_logprobs is not None and body.prompt_logprobs is not None:
             found["prompt_logprobs"] = self._formatter.prompt(output.prompt_logprobs)
@@ -219,17 +197,3 @@ class CompletionCall:
     def _offsets(self, request: Request) -> Offsets:
         before = () if self._body.echo else request.prompt
         return Offsets(TextStream(self._served.tokenizer, before, self._body.skip_special_tokens))
-
-    def _finish(self, output: Output) -> str | None:
-        if self._body.max_tokens == 0 and output.finish:
-            return "length"
-        if self._tgi and output.finish is FinishReason.STOP and output.stop_reason not in self._served.eos_ids:
-            return "stop_sequence"
-        return output.finish and output.finish.value
-
-    def _head(self) -> dict[str, Any]:
-        return head(self._name, "text_completion", self._created, self._served.reply_model_name(self._body.model))
-
-    def _usage(self) -> dict[str, int]:
-        prompt = sum(len(request.prompt) for request in self.requests)
-        return usage(prompt, sum(choice.tokens for choice in self._choices.values()))

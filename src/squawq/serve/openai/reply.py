@@ -1,15 +1,89 @@
-"""Log probabilities in OpenAI's chat and completion formats, and vLLM's prompt_logprobs."""
+"""Replies of OpenAI's routes: what chats and completions share, and log probabilities as OpenAI and vLLM write them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from squawq.engine.request import TokenLogprob
+from squawq import __version__
+from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
 from squawq.engine.text import TextStream
-from squawq.serve.call import LazyList, finite_logprob
+from squawq.errors import ConfigError
+from squawq.serve.call import LazyList, dump, finite_logprob
+from squawq.serve.errors import ApiError
+from squawq.serve.model import Served
+from squawq.serve.openai.sampling import SamplingFields
 from squawq.tokenizer import Tokenizer
+
+DONE = "[DONE]"
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    """OpenAI's `usage` object."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+class OpenAICall:
+    """What chats and completions share (call.Call).
+
+    Args:
+        body: The request's fields.
+        served: The model.
+        requests: For the engine.
+        name: Id of the reply.
+        chunk: `object` of a stream's chunks.
+    """
+
+    def __init__(
+        self, body: SamplingFields, served: Served, requests: Sequence[Request], name: str, chunk: str
+    ) -> None:
+        self.requests = requests
+        self.stream = body.stream
+        self.headers: Mapping[str, str] = {}
+        self._served = served
+        self._tgi = served.settings.tgi
+        self._formatter = LogprobFormatter(served.tokenizer, body.return_tokens_as_token_ids)
+        self._model = served.reply_model_name(body.model)
+        self._created = int(time.time())
+        self._name, self._chunk_kind = name, chunk
+        options = body.stream_options
+        self._usage_at_end = options is not None and options.include_usage
+        self._usage_in_chunks = options is not None and options.continuous_usage_stats
+        self._tokens = 0
+
+    def invalid(self, error: ConfigError) -> ApiError:
+        """The engine's message."""
+        return ApiError("invalid", str(error))
+
+    def end(self) -> list[str]:
+        """The usage, if the client asked for it, and the end mark."""
+        if not self._usage_at_end:
+            return [DONE]
+        return [dump({**self._head(self._chunk_kind), "choices": [], "usage": self._usage()}), DONE]
+
+    def fail(self, error: ApiError) -> list[str]:
+        """The error as a chunk, and the end mark."""
+        return [dump(error.event(self._tgi)), DONE]
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        """The first fields of a reply or chunk."""
+        head = {"id": self._name, "object": kind, "created": self._created, "model": self._model}
+        return {**head, "system_fingerprint": f"squawq-{__version__}"}
+
+    def _usage(self) -> dict[str, int]:
+        return usage(sum(len(request.prompt) for request in self.requests), self._tokens)
+
+    def _finish_reason(self, output: Output) -> str | None:
+        """OpenAI's finish_reason, or TGI's."""
+        if self._tgi and output.finish is FinishReason.STOP and output.stop_reason not in self._served.eos_ids:
+            return "stop_sequence"
+        return output.finish and output.finish.value
+
+    def _stop_reason(self, output: Output) -> str | int | None:
+        """The stop string or id; None for the model's end token."""
+        return None if output.stop_reason in self._served.eos_ids else output.stop_reason
 
 
 @dataclass(frozen=True)
