@@ -405,7 +405,8 @@ def test_an_empty_key_does_not_open_the_server() -> None:
 def test_every_flag_is_a_variable_and_a_line_of_a_file(line: str, tmp_path: Path) -> None:
     setting, expected = FLAGS[line]
     name, *values = re.split("[ =]", line.removeprefix("--"), maxsplit=1)
-    name, value = (name[3:], "false") if name.startswith("no-") else (name, *(values or ["true"]))
+    value = "false" if name.startswith("no-") else values[0] if values else "true"
+    name = name.removeprefix("no-")
     repeated = isinstance(expected, tuple) and len(expected) > 1 and not value.startswith("[")
     found = settings_of(tmp_path, {name: value.split() if repeated else value})
     assert getattr(found, setting) == expected

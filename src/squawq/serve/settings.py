@@ -15,26 +15,48 @@ DIALECTS = ("openai", "tgi")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TOOL_PARSERS = ("auto", "llama3_json", "hermes", "none")
+CHOICES = {
+    "dialect": DIALECTS,
+    "log_format": LOG_FORMATS,
+    "log_level": LOG_LEVELS,
+    "tool_call_parser": TOOL_PARSERS,
+}
 RESERVED = 256  # connections beyond those of running and waiting requests
 MAY_BE_0 = ("shutdown_timeout", "keep_alive_interval")  # abort at once; no comments
+MIN = {"port": 0, "max_queued": 0, "seed": 0}  # of other integers: 1
+MAX = {
+    "max_logprobs": MAX_LOGPROBS,
+    "max_top_n_tokens": MAX_LOGPROBS,
+    "max_choices": MAX_SEQUENCES,
+    "max_best_of": MAX_SEQUENCES,
+    "max_stop_sequences": MAX_STOPS,
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `squawq serve` was asked for. Sizes in bytes, times in seconds; None: what the model or machine suggests.
+    """Settings of `squawq serve`. Sizes in bytes, times in seconds; None: as the model or machine suggests.
 
-    dialect: "openai" (as vLLM answers) or "tgi": which one's rule holds on the shared routes where the two
-    contradict each other. served_names: what `model` is called in replies, the first of them; others are aliases.
-    tokenizer: a folder or Hub id, None for the model's own. generation_config: where sampling defaults are from:
-    "auto", the model's; "vllm", nowhere; or a folder. seed: draws the seeds of requests that have none, in order of
-    arrival; None: at random. gpu_memory_utilization: the share of a GPU's memory for weights and cache together.
-    grammar_support: whether schemas, regexes, grammars and tools are taken. prometheus_port: /metrics is there, too.
-    max_model_len: tokens of a prompt and its answer together. max_input_tokens: of a prompt alone.
-    max_num_seqs: sequences under way together; max_num_batched_tokens: of a step, at least twice as many. max_queued:
-    requests that wait for their turn beyond those; the next is refused. max_queue_bytes: what requests hold while they
-    wait or run, the next is refused. max_connections: more than there may be requests, so that health and other keys'
-    requests are answered beside those; None: RESERVED more. tensor_parallel_size: GPUs that share a model; 1 for now.
-    Raises ConfigError for values that cannot work.
+    Attributes:
+        dialect: "openai" (as vLLM answers) or "tgi": whose rules hold on the shared routes, where they differ.
+        served_names: The model's name in replies, then aliases.
+        tokenizer: A folder or Hub id; None for the model's own.
+        generation_config: Source of sampling defaults: "auto", the model; "vllm", none; or a folder.
+        seed: Draws the seeds of requests without one, in order of arrival; None: at random.
+        gpu_memory_utilization: Share of a GPU's memory for weights and cache together.
+        grammar_support: Accept schemas, regexes, grammars and tools.
+        prometheus_port: Serve /metrics on this port as well.
+        max_model_len: Tokens of a prompt and its answer together.
+        max_input_tokens: Tokens of a prompt.
+        max_num_seqs: Running sequences.
+        max_num_batched_tokens: Tokens of a step, at least twice max_num_seqs.
+        max_queued: Waiting requests; the next is refused.
+        max_queue_bytes: Memory of waiting and running requests; the next is refused.
+        max_connections: More than there may be requests, so that others can still ask for health; None: RESERVED more.
+        tensor_parallel_size: GPUs that share a model; 1 for now.
+
+    Raises:
+        ConfigError: Values that cannot work.
     """
 
     model: str
@@ -108,58 +130,50 @@ class Settings:
     log_requests: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("dialect", DIALECTS),
-            ("log_format", LOG_FORMATS),
-            ("log_level", LOG_LEVELS),
-            ("tool_call_parser", TOOL_PARSERS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            least = 0 if entry.name in ("port", "max_queued") else 1
-            if entry.type == "int" and value < least:
-                raise ConfigError(f"{entry.name} is {value}; it must be at least {least}")
-            if entry.type == "float" and not (0 <= value < math.inf and (value > 0 or entry.name in MAY_BE_0)):
-                raise ConfigError(f"{entry.name} is {value}; it must be a number of seconds above 0")
-            least = 0 if entry.name == "seed" else 1
-            if entry.type == "int | None" and value is not None and value < least:
-                raise ConfigError(f"{entry.name} is {value}; it must be at least {least}")
-        for name, most in (
-            ("max_logprobs", MAX_LOGPROBS),
-            ("max_top_n_tokens", MAX_LOGPROBS),
-            ("max_choices", MAX_SEQUENCES),
-            ("max_best_of", MAX_SEQUENCES),
-            ("max_stop_sequences", MAX_STOPS),
-        ):
-            if getattr(self, name) > most:
-                raise ConfigError(f"{name} is {getattr(self, name)}; the engine takes at most {most}")
-        if self.port > 65535:
-            raise ConfigError(f"port is {self.port}; it must be 0 (any free one) to 65535")
-        if self.prometheus_port is not None and (self.prometheus_port > 65535 or self.prometheus_port == self.port):
-            raise ConfigError(f"prometheus_port is {self.prometheus_port}; it must be 1 to 65535 and not the server's")
-        if self.prometheus_port is not None and self.uds is not None:
-            raise ConfigError(
-                f"prometheus_port is {self.prometheus_port} beside the Unix socket {self.uds}, which has /metrics; "
-                "leave one of them out"
-            )
-        if self.max_connections is not None and self.max_connections <= self.most_under_way:
-            raise ConfigError(
-                f"max_connections is {self.max_connections}, but up to {self.most_under_way} requests may be under way "
-                "or waiting; raise it above that, or lower max_queued (--max-num-queued-reqs) or max_num_seqs"
-            )
-        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1")
-        if self.tensor_parallel_size != 1:
-            raise ConfigError(
+            name, value, minimum = entry.name, getattr(self, entry.name), MIN.get(entry.name, 1)
+            if value not in CHOICES.get(name, (value,)):
+                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(CHOICES[name])}")
+            if entry.type in ("int", "int | None") and value is not None and value < minimum:
+                raise ConfigError(f"{name} is {value}; it must be at least {minimum}")
+            if entry.type == "float" and not (0 <= value < math.inf and (value > 0 or name in MAY_BE_0)):
+                raise ConfigError(f"{name} is {value}; it must be a number of seconds above 0")
+            if name in MAX and value > MAX[name]:
+                raise ConfigError(f"{name} is {value}; the engine takes at most {MAX[name]}")
+        metrics, share, connections = self.prometheus_port, self.gpu_memory_utilization, self.max_connections
+        for broken, message in (
+            (self.port > 65535, f"port is {self.port}; it must be 0 (any free one) to 65535"),
+            (
+                metrics is not None and (metrics > 65535 or metrics == self.port),
+                f"prometheus_port is {metrics}; it must be 1 to 65535 and not the server's",
+            ),
+            (
+                metrics is not None and self.uds is not None,
+                f"prometheus_port is {metrics} beside the Unix socket {self.uds}, which has /metrics; "
+                "leave one of them out",
+            ),
+            (
+                connections is not None and connections <= self.most_under_way,
+                f"max_connections is {connections}, but up to {self.most_under_way} requests may be under way "
+                "or waiting; raise it above that, or lower max_queued (--max-num-queued-reqs) or max_num_seqs",
+            ),
+            (
+                share is not None and not 0 < share <= 1,
+                f"gpu_memory_utilization is {share}; it must be above 0, at most 1",
+            ),
+            (
+                self.tensor_parallel_size != 1,
                 f"tensor_parallel_size is {self.tensor_parallel_size}; one process serves a model here for now, "
-                "so it must be 1 (NUM_SHARD=1, --tensor-parallel-size 1)"
-            )
-        if any(not key for key in self.api_keys):
-            raise ConfigError("an API key is empty; give a key or leave the flag out")
-        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
-            raise ConfigError("TLS needs both ssl_keyfile and ssl_certfile; only one was given")
+                "so it must be 1 (NUM_SHARD=1, --tensor-parallel-size 1)",
+            ),
+            ("" in self.api_keys, "an API key is empty; give a key or leave the flag out"),
+            (
+                (self.ssl_keyfile is None) != (self.ssl_certfile is None),
+                "TLS needs both ssl_keyfile and ssl_certfile; only one was given",
+            ),
+        ):
+            if broken:
+                raise ConfigError(message)
 
     @property
     def tgi(self) -> bool:
