@@ -209,13 +209,15 @@ class Exchange:
                 del self._open[item.request]
             self.finish = item.finish
             if item.finish is FinishReason.ERROR:
+                self._abort()
                 kind = "generation" if self._engine.alive else "unavailable"  # the request's own failure, or everyone's
                 raise ApiError(kind, f"Request failed during generation: {item.stop_reason}")
         return item
 
     def _abort(self) -> None:
-        for request in list(self._open):
+        for request in list(self._open):  # a worker thread may call this as well
             self._engine.abort(request)
+        self._open.clear()
 
 
 def _is_good(item: Output | Exception) -> bool:
