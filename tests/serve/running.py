@@ -44,11 +44,11 @@ class Running:
 
     def idle(self, seconds: float = 20) -> bool:
         """Whether within so many seconds nothing is under way and every page is free."""
-        engine, generation = self.served.engine, self.server.api.generation
+        engine, runtime = self.served.engine, self.server.api.runtime
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             stats = engine.stats()
-            if not (generation.in_flight or stats.running or stats.waiting or stats.pages_used):
+            if not (runtime.in_flight or stats.running or stats.waiting or stats.pages_used):
                 return True
             time.sleep(0.02)
         return False

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from squawq.engine.request import Request, SamplingParams
 from squawq.errors import ConfigError
-from squawq.serve.admission import Admission, cost
 from squawq.serve.errors import ApiError
+from squawq.serve.limits import Admission, cost
 from squawq.serve.settings import Settings
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from running import MESSAGES, Running, running
 
-from squawq.serve import known
+from squawq.serve import fields as body_fields
 
 CHAT: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 6, "temperature": 0}
 COMPLETION: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 6, "temperature": 0}
@@ -56,13 +56,13 @@ def test_what_asks_for_nothing_is_taken(any_server: Running) -> None:
 
 
 def test_what_has_a_meaning_is_refused(server: Running) -> None:
-    for name in known.REFUSED:
+    for name in body_fields.REFUSED:
         answer = server.post("/v1/chat/completions", {**CHAT, name: {"any": "value"}})
         if name == "audio":  # alone it asks for nothing
             continue
         assert answer.status_code == 400, name
         assert answer.json()["error"]["param"] == name
-        assert f"{name}: not supported: {known.REFUSED[name]}" in answer.json()["error"]["message"]
+        assert f"{name}: not supported: {body_fields.REFUSED[name]}" in answer.json()["error"]["message"]
     heard = [{"role": "assistant", "content": None, "audio": {"id": "x"}}, *MESSAGES]
     assert "text only" in server.post("/v1/chat/completions", {**CHAT, "messages": heard}).json()["error"]["message"]
     answer = server.post("/v1/chat/completions", {**CHAT, "modalities": ["text", "audio"]})
@@ -70,13 +70,13 @@ def test_what_has_a_meaning_is_refused(server: Running) -> None:
 
 
 def test_unknown_fields_are_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "_logged", set())
+    monkeypatch.setattr(body_fields, "_logged", set())
     with caplog.at_level(logging.WARNING, logger="squawq.serve"):
         for _ in range(3):
-            assert known.known({"a": 1, "new": 2, "timeout": 3}, {"a": 1}) == {"a": 1}
+            assert body_fields.known({"a": 1, "new": 2, "timeout": 3}, {"a": 1}) == {"a": 1}
         for number in range(1000):
-            known.known({f"x{number}": 1}, ())
-    assert len(caplog.records) == known.MAX_LOGGED
+            body_fields.known({f"x{number}": 1}, ())
+    assert len(caplog.records) == body_fields.MAX_LOGGED
     assert [getattr(record, "fields", None) for record in caplog.records[:2]] == [{"field": "new"}, {"field": "x0"}]
 
 

@@ -14,7 +14,7 @@ from running import MESSAGES, Running
 from wire import CHAT, COMPLETION, MEGABYTE, Attacked, Wire, attacked
 
 from squawq.engine.request import Request, SamplingParams
-from squawq.serve.admission import cost
+from squawq.serve.limits import cost
 from squawq.serve.openapi import ROWS
 from squawq.serve.settings import Settings
 

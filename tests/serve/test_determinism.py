@@ -23,11 +23,11 @@ SHARED: dict[str, Any] = {
     "n": 2,
     "ignore_eos": True,
 }
-OWN: dict[str, Any] = {"seed": 20, "temperature": 1.2, "top_p": 0.95, "max_new_tokens": TOKENS, "details": True}
+TGI_PATHS: dict[str, Any] = {"seed": 20, "temperature": 1.2, "top_p": 0.95, "max_new_tokens": TOKENS, "details": True}
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {**SHARED, "messages": MESSAGES, "logprobs": True, "top_logprobs": 2},
     "/v1/completions": {**SHARED, "prompt": PROMPT, "logprobs": 2, "echo": True},
-    "/generate": {"inputs": PROMPT, "parameters": {**OWN, "top_n_tokens": 2}},
+    "/generate": {"inputs": PROMPT, "parameters": {**TGI_PATHS, "top_n_tokens": 2}},
 }
 Found = list[tuple[str, list[Any]]]  # of each sequence its text and the log probabilities of its tokens
 

@@ -17,7 +17,7 @@ from squawq.serve import launcher, tgi_launcher
 PROMPT = "Once upon a time"
 CHAT: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 8, "temperature": 0}
 COMPLETION: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
-OWN = ("/", "/v1", "/generate", "/generate_stream")
+TGI_PATHS = ("/", "/v1", "/generate", "/generate_stream")
 
 
 @pytest.fixture(params=["server", "tgi_server"])
@@ -42,11 +42,11 @@ def choice_of(server: Running, body: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def refused(answer: httpx.Response, status: int, kind: str, message: str, *, own: bool = False) -> None:
+def refused(answer: httpx.Response, status: int, kind: str, message: str, *, tgi_route: bool = False) -> None:
     """own: in TGI's form, of one of its routes or in its dialect."""
     body = answer.json()
     assert (answer.status_code, body["error_type"]) == (status, kind)
-    if own:
+    if tgi_route:
         assert (set(body), message in body["error"]) == ({"error", "error_type"}, True), body
     else:
         assert (set(body), set(body["error"])) == ({"error", "error_type"}, {"message", "type", "param", "code"})
@@ -59,7 +59,7 @@ def engine_text(server: Running, ids: list[int], **params: Any) -> str:
 
 
 def chat_ids(server: Running) -> list[int]:
-    return server.served.text_ids(server.served.chat_text(MESSAGES), special=False)
+    return server.served.encode(server.served.render_chat(MESSAGES), special=False)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -73,19 +73,21 @@ def test_validation(any_server: Running, stream: bool) -> None:
             status,
             "validation",
             "temperature: Input should be greater",
-            own=is_tgi(any_server),
+            tgi_route=is_tgi(any_server),
         )
     parameters = {"temperature": -1}
-    for path in OWN:
+    for path in TGI_PATHS:
         body = {"inputs": PROMPT, "parameters": parameters, "stream": stream and path != "/generate"}
         answer = any_server.post(path, body)
-        refused(answer, 422, "validation", "Input validation error: `temperature` must be strictly positive", own=True)
+        refused(
+            answer, 422, "validation", "Input validation error: `temperature` must be strictly positive", tgi_route=True
+        )
 
 
 def test_bodies_that_are_no_requests(any_server: Running) -> None:
     status = 422 if is_tgi(any_server) else 400
     for path in ("/v1/chat/completions", "/generate"):
-        own = path in OWN
+        own = path in TGI_PATHS
         for content in (b"{", b"[]", b"{}"):
             answer = httpx.post(any_server.url + path, content=content, headers={"content-type": "application/json"})
             assert answer.status_code == (422 if own else status)
@@ -95,26 +97,34 @@ def test_bodies_that_are_no_requests(any_server: Running) -> None:
             415,
             "validation",
             "send JSON",
-            own=own or is_tgi(any_server),
+            tgi_route=own or is_tgi(any_server),
         )
         large = httpx.post(any_server.url + path, json={"inputs": "x" * 2_000_000}, timeout=60)
-        refused(large, 413, "validation", "the body has more than 2000000 bytes", own=own or is_tgi(any_server))
+        refused(large, 413, "validation", "the body has more than 2000000 bytes", tgi_route=own or is_tgi(any_server))
         refused(
-            any_server.get(path), 405, "method_not_allowed", f"{path} does not take GET", own=own or is_tgi(any_server)
+            any_server.get(path),
+            405,
+            "method_not_allowed",
+            f"{path} does not take GET",
+            tgi_route=own or is_tgi(any_server),
         )
-    refused(any_server.post("/nothing", {}), 404, "not_found", "there is no route /nothing", own=is_tgi(any_server))
+    refused(
+        any_server.post("/nothing", {}), 404, "not_found", "there is no route /nothing", tgi_route=is_tgi(any_server)
+    )
 
 
 def test_overload(any_server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    admission = any_server.server.api.generation.admission
+    admission = any_server.server.api.runtime.admission
     for load in (admission.load, admission.tenants[""]):
         monkeypatch.setattr(load, "requests", any_server.server.api.settings.max_concurrent)
     answer = any_server.post("/v1/chat/completions", CHAT)
-    refused(answer, 429 if is_tgi(any_server) else 503, "overloaded", "Model is overloaded", own=is_tgi(any_server))
+    refused(
+        answer, 429 if is_tgi(any_server) else 503, "overloaded", "Model is overloaded", tgi_route=is_tgi(any_server)
+    )
     assert answer.headers["retry-after"] == "1"
-    for path in OWN:
+    for path in TGI_PATHS:
         answer = any_server.post(path, {"inputs": PROMPT})
-        refused(answer, 429, "overloaded", "Model is overloaded", own=True)
+        refused(answer, 429, "overloaded", "Model is overloaded", tgi_route=True)
     assert any_server.get("/health").status_code == 200
 
 
@@ -135,7 +145,7 @@ def test_the_list_of_models(any_server: Running) -> None:
 
 def test_tokenize(any_server: Running) -> None:
     served = any_server.served
-    ids = served.text_ids(PROMPT)
+    ids = served.encode(PROMPT)
     found = ask(any_server, "/tokenize", {"prompt": PROMPT, "return_token_strs": True})
     assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), 4096)
     assert found["token_strs"] == ["<|begin_of_text|>", "Once", " upon", " a", " time"]
@@ -144,7 +154,7 @@ def test_tokenize(any_server: Running) -> None:
     assert [row["id"] for row in rows] == ids
     assert [PROMPT.encode()[row["start"] : row["stop"]].decode() for row in rows] == [row["text"] for row in rows]
     whole = ask(any_server, "/chat_tokenize", {"messages": MESSAGES})
-    assert whole["templated_text"] == served.chat_text(MESSAGES)
+    assert whole["templated_text"] == served.render_chat(MESSAGES)
     assert [row["id"] for row in whole["tokenize_response"]] == chat_ids(any_server)
 
 
@@ -161,7 +171,7 @@ def test_invocations(any_server: Running) -> None:
         status,
         "validation",
         "one of: inputs (TGI), messages",
-        own=is_tgi(any_server),
+        tgi_route=is_tgi(any_server),
     )
 
 
@@ -183,7 +193,7 @@ def test_stop_strings(any_server: Running) -> None:
 def test_how_many_stop_strings(any_server: Running) -> None:
     answer = any_server.post("/v1/completions", {**COMPLETION, "stop": list("vwxyz")})
     if is_tgi(any_server):
-        refused(answer, 422, "validation", "`stop` supports up to 4 stop sequences. Given: 5", own=True)
+        refused(answer, 422, "validation", "`stop` supports up to 4 stop sequences. Given: 5", tgi_route=True)
     else:
         assert answer.status_code == 200
 
@@ -222,11 +232,13 @@ def test_top_p_of_one(any_server: Running) -> None:
     for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
         answer = any_server.post(path, {**body, "top_p": 1.0})
         if is_tgi(any_server):
-            refused(answer, 422, "validation", "Input validation error: `top_p` must be > 0.0 and < 1.0", own=True)
+            refused(
+                answer, 422, "validation", "Input validation error: `top_p` must be > 0.0 and < 1.0", tgi_route=True
+            )
         else:
             assert answer.status_code == 200
     answer = any_server.post("/generate", {"inputs": PROMPT, "parameters": {"top_p": 1.0}})
-    refused(answer, 422, "validation", "Input validation error: `top_p` must be > 0.0 and < 1.0", own=True)
+    refused(answer, 422, "validation", "Input validation error: `top_p` must be > 0.0 and < 1.0", tgi_route=True)
 
 
 def test_what_tgi_refuses_by_other_names(any_server: Running) -> None:
@@ -237,21 +249,23 @@ def test_what_tgi_refuses_by_other_names(any_server: Running) -> None:
         422 if tgi else 400,
         "suffix not supported",
         "Suffix is not supported and can be achieved by",
-        own=is_tgi(any_server),
+        tgi_route=is_tgi(any_server),
     )
     answer = any_server.post("/v1/completions", {"prompt": ["a"] * (5 if tgi else 257)})
     most = f"Number of prompts exceeds the maximum allowed batch size of {4 if tgi else 256}"
-    refused(answer, 422 if tgi else 400, "batch size exceeded", most, own=is_tgi(any_server))
+    refused(answer, 422 if tgi else 400, "batch size exceeded", most, tgi_route=is_tgi(any_server))
     tools = [{"type": "function", "function": {"name": "f"}}]
     answer = any_server.post(
         "/v1/chat/completions", {**CHAT, "tools": tools, "response_format": {"type": "json_object"}}
     )
     if tgi:
-        refused(answer, 422, "tool_error", "Tool error: Grammar and tools are mutually exclusive", own=True)
+        refused(answer, 422, "tool_error", "Tool error: Grammar and tools are mutually exclusive", tgi_route=True)
     else:
         assert answer.status_code == 200
     answer = any_server.post("/v1/chat/completions", {**CHAT, "tools": tools, "tool_choice": "g"})
-    refused(answer, 422 if tgi else 400, "tool_error", "Tool error: tool_choice must be none, auto, required", own=tgi)
+    refused(
+        answer, 422 if tgi else 400, "tool_error", "Tool error: tool_choice must be none, auto, required", tgi_route=tgi
+    )
 
 
 def test_both_keys_of_a_schema(any_server: Running) -> None:

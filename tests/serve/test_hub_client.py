@@ -225,7 +225,7 @@ def test_a_full_server(dialect: str, status: int) -> None:
         next(stream)
         second = threading.Thread(target=client.text_generation, args=(PROMPT,), kwargs={"max_new_tokens": 1})
         second.start()
-        while not server.server.api.generation.admission.full:
+        while not server.server.api.runtime.admission.full:
             assert second.is_alive()
         with pytest.raises(OverloadedError, match="Model is overloaded"):
             client.text_generation(PROMPT)

@@ -16,24 +16,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import MESSAGES, Running
 
-from squawq.serve.bodies import SMALL
-from squawq.serve.lanes import Lane
+from squawq.serve.http import SMALL
+from squawq.serve.limits import FairPool
 
 
 def done_in_order(tenants: str, cancelled: set[int]) -> list[int]:
-    """The order in which a lane of one thread does pieces of work, queued for these tenants while it was busy."""
+    """The order in which a pool of one thread does pieces of work, queued for these tenants while it was busy."""
     order: list[int] = []
     go_on = threading.Event()
 
     async def run() -> None:
-        lane = Lane(1, "test")
-        busy = asyncio.create_task(lane.run("first", lambda: go_on.wait(20)))
+        pool = FairPool(1, "test")
+        busy = asyncio.create_task(pool.run("first", lambda: go_on.wait(20)))
         await asyncio.sleep(0)
 
         def piece(number: int) -> Callable[[], None]:
             return lambda: order.append(number)
 
-        tasks = [asyncio.create_task(lane.run(name, piece(number))) for number, name in enumerate(tenants)]
+        tasks = [asyncio.create_task(pool.run(name, piece(number))) for number, name in enumerate(tenants)]
         await asyncio.sleep(0)
         for number in cancelled:
             tasks[number].cancel()
@@ -41,8 +41,8 @@ def done_in_order(tenants: str, cancelled: set[int]) -> list[int]:
         go_on.set()
         await asyncio.gather(busy, *tasks, return_exceptions=True)
         assert [task.cancelled() for task in tasks] == [number in cancelled for number in range(len(tasks))]
-        assert not lane._queues
-        lane.close()
+        assert not pool._queues
+        pool.close()
 
     asyncio.run(run())
     return order
@@ -72,12 +72,12 @@ def test_what_is_cancelled_is_let_go_though_its_turn_did_not_come() -> None:
         pass
 
     async def run() -> None:
-        lane, go_on = Lane(1, "test"), threading.Event()
-        busy = asyncio.create_task(lane.run("a", lambda: go_on.wait(20)))
+        pool, go_on = FairPool(1, "test"), threading.Event()
+        busy = asyncio.create_task(pool.run("a", lambda: go_on.wait(20)))
         await asyncio.sleep(0)
         body = Body()
         held = weakref.ref(body)
-        waiting = asyncio.create_task(lane.run("a", partial(id, body)))
+        waiting = asyncio.create_task(pool.run("a", partial(id, body)))
         await asyncio.sleep(0)
         del body
         assert held() is not None
@@ -89,7 +89,7 @@ def test_what_is_cancelled_is_let_go_though_its_turn_did_not_come() -> None:
         assert held() is None
         go_on.set()
         assert await busy
-        lane.close()
+        pool.close()
 
     asyncio.run(run())
 
@@ -99,17 +99,17 @@ def test_an_error_is_raised_and_holds_nothing() -> None:
         pass
 
     async def run() -> weakref.ref[Exception]:
-        lane = Lane(1, "test")
+        pool = FairPool(1, "test")
 
         def work() -> None:
             raise RefusedError("no")
 
         try:
-            await lane.run("a", work)
+            await pool.run("a", work)
         except RefusedError as error:
             return weakref.ref(error)
         finally:
-            lane.close()
+            pool.close()
         raise AssertionError
 
     gc.disable()
@@ -121,10 +121,10 @@ def test_an_error_is_raised_and_holds_nothing() -> None:
 
 def test_a_closed_lane_leaves_nobody_waiting() -> None:
     async def run() -> None:
-        lane, go_on = Lane(1, "test"), threading.Event()
-        tasks = [asyncio.create_task(lane.run("a", lambda: go_on.wait(20))) for _ in range(3)]
+        pool, go_on = FairPool(1, "test"), threading.Event()
+        tasks = [asyncio.create_task(pool.run("a", lambda: go_on.wait(20))) for _ in range(3)]
         await asyncio.sleep(0.01)
-        lane.close()
+        pool.close()
         go_on.set()
         first, *others = await asyncio.gather(*tasks, return_exceptions=True)
         assert first is True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -176,6 +177,7 @@ ACCEPTED = [
     "--model m",
 ]
 REFUSED = {
+    "--config /nowhere.yaml": "the configuration file /nowhere.yaml cannot be read",
     "--dtype float32": "--dtype is 'float32'; choose one of auto, half, float16, bfloat16",
     "--dtype float": "choose one of auto, half",
     "--quantization gptq": "--quantization is 'gptq'; choose one of awq, auto_awq, awq_marlin",
@@ -400,6 +402,49 @@ def test_an_empty_key_does_not_open_the_server() -> None:
         tgi(API_KEY="")
 
 
+@pytest.mark.parametrize("line", [line for line in FLAGS if line.startswith("--") and line.count("--") == 1])
+def test_every_flag_is_a_variable_and_a_line_of_a_file(line: str, tmp_path: Path) -> None:
+    setting, expected = FLAGS[line]
+    name, *values = re.split("[ =]", line.removeprefix("--"), maxsplit=1)
+    value = "false" if name.startswith("no-") else values[0] if values else "true"
+    name = name.removeprefix("no-")
+    repeated = isinstance(expected, tuple) and len(expected) > 1 and not value.startswith("[")
+    found = settings_of(tmp_path, {name: value.split() if repeated else value})
+    assert getattr(found, setting) == expected
+    if not repeated and name != "uvicorn-log-level":
+        assert getattr(vllm("", **{f"SQUAWQ_{name.replace('-', '_').upper()}": value}), setting) == expected
+
+
+def settings_of(folder: Path, values: object, *arguments: str, **environ: str) -> Settings:
+    file = folder / "config.yaml"
+    file.write_text(json.dumps(values), encoding="utf-8")  # which is YAML
+    return launcher.settings_from(["m", "--config", str(file), *arguments], environ)
+
+
+def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> None:
+    values = {"port": 1, "max_num_seqs": 2, "api-key": ["a", "b"], "model": "n", "seed": None, "max-model-len": "4K"}
+    found = settings_of(tmp_path, values, "--port", "3", SQUAWQ_PORT="4", PORT="5", SQUAWQ_MAX_NUM_SEQS="6")
+    assert (found.port, found.max_num_seqs, found.api_keys, found.model) == (3, 6, ("a", "b"), "m")
+    assert (found.seed, found.max_model_len) == (None, 4096)
+    assert vllm("", SQUAWQ_PORT="4", PORT="5").port == 4
+    assert launcher.settings_from([], {"SQUAWQ_MODEL": "n"}).model == "n"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max-num-seqs": "x"}, "config.yaml: max_num_seqs is 'x'; it must be a whole number of at least 1"),
+        ({"max-num-seqs": [1, 2]}, "give one value"),
+        ({"nothing": 1}, "has the key 'nothing', which is no flag"),
+        ({"config": "x.yaml"}, "has the key 'config', which is no flag"),
+        ([1], "must be a YAML mapping"),
+    ],
+)
+def test_a_wrong_file_is_one_line_of_error(values: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        settings_of(tmp_path, values)
+
+
 @given(st.integers(1, 10**9))
 def test_tokens_are_read_as_vllm_writes_them(count: int) -> None:
     assert serve_flags.tokens(str(count)) == count
@@ -463,7 +508,7 @@ def test_tgi_switches_are_true_or_false(key: str) -> None:
 def test_every_flag_of_tgi_has_a_case() -> None:
     names = {line.partition("=")[0] for line in (*TGI, *TGI_ACCEPTED, *TGI_REFUSED)}
     assert names - {"HF_TOKEN"} | {key.upper() for key in TGI_SWITCHES} == {
-        flag.variable for flag in flags(tgi_launcher.FLAGS)
+        flag.variables[0] for flag in flags(tgi_launcher.FLAGS)
     }
 
 

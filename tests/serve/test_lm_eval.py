@@ -17,7 +17,7 @@ from running import Running
 from squawq.demo import demo_model
 from squawq.engine.request import SamplingParams
 from squawq.llm import LLM
-from squawq.serve.logprobs import Spelling
+from squawq.serve.openai.reply import LogprobFormatter
 from squawq.text.tokenizer import Tokenizer
 
 PAIRS = [
@@ -104,7 +104,7 @@ def test_the_form_of_an_answer(server: Running, llm: LLM) -> None:
 def test_names_keep_their_spaces() -> None:
     """Decoded alone, such tokens of SentencePiece lose theirs."""
     tokenizer = Tokenizer(shared_data("autoawq-babyllama"))
-    assert [Spelling(tokenizer).text(token) for token in tokenizer.encode("a b")] == ["<s>", " ", "a", " ", "b"]
+    assert [LogprobFormatter(tokenizer).text(token) for token in tokenizer.encode("a b")] == ["<s>", " ", "a", " ", "b"]
 
 
 def test_texts_and_their_ids_are_the_same(server: Running, llm: LLM) -> None:

@@ -20,8 +20,7 @@ from test_operations import until
 
 from squawq.errors import ConfigError
 from squawq.serve import server
-from squawq.serve.log_writer import LIMITED, MAX_LINES
-from squawq.serve.logs import MAX_VALUE, Formatter, event, setup
+from squawq.serve.logs import LIMITED, MAX_LINES, MAX_VALUE, Formatter, event, setup
 from squawq.serve.settings import Settings
 
 NAMES = ("squawq", "uvicorn", "asyncio", "uvicorn.access", "uvicorn.error")

@@ -35,7 +35,7 @@ def complete(client: Any) -> Any:
 
 def engine_text(server: Running, params: SamplingParams) -> str:
     """What the engine alone makes of PROMPT."""
-    request = Request("test", server.served.text_ids(PROMPT), params)
+    request = Request("test", server.served.encode(PROMPT), params)
     return "".join(output.text for output in server.served.engine.generate([request]))
 
 
@@ -52,7 +52,7 @@ def test_a_chat(server: Running, chat: Any) -> None:
     assert (choice.message.role, choice.message.refusal, choice.logprobs) == ("assistant", None, None)
     assert choice.finish_reason == "length"
     served = server.served
-    ids = served.text_ids(served.chat_text(MESSAGES), special=False)
+    ids = served.encode(served.render_chat(MESSAGES), special=False)
     assert answer.usage.to_dict() == {"prompt_tokens": len(ids), "completion_tokens": 12, "total_tokens": len(ids) + 12}
     told = chat(max_tokens=None, max_completion_tokens=5)
     assert told.usage.completion_tokens == 5
@@ -122,10 +122,10 @@ def test_seeds(chat: Any) -> None:
 
 
 def test_logit_bias(server: Running, chat: Any) -> None:
-    lily = server.served.text_ids(" Lily", special=False)[0]
+    lily = server.served.encode(" Lily", special=False)[0]
     assert chat(max_tokens=4, logit_bias={str(lily): 100}).choices[0].message.content == " Lily" * 4
     first = chat(max_tokens=1, logprobs=True).choices[0].logprobs.content[0].token
-    token = server.served.text_ids(first, special=False)[0]
+    token = server.served.encode(first, special=False)[0]
     assert chat(max_tokens=1, logit_bias={str(token): -100}).choices[0].message.content != first
 
 
@@ -173,7 +173,7 @@ def test_prompts(server: Running, complete: Any, prompt: Any) -> None:
     several = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     whole = complete(prompt=prompt, n=2, seed=3, temperature=1)
     assert [choice.index for choice in whole.choices] == list(range(2 * len(several)))
-    ids = [server.served.text_ids(item) if isinstance(item, str) else item for item in several]
+    ids = [server.served.encode(item) if isinstance(item, str) else item for item in several]
     assert whole.usage.prompt_tokens == sum(map(len, ids))
     assert whole.usage.completion_tokens == 24 * len(several)
     texts = [""] * len(whole.choices)
@@ -194,7 +194,7 @@ def test_echo_with_logprobs(server: Running, complete: Any, stream: bool) -> Non
     tokens = [token for item in given for token in item.tokens]
     offsets = [offset for item in given for offset in item.text_offset]
     assert text == PROMPT + complete(max_tokens=3).choices[0].text
-    assert len(scores) == len(tokens) == len(offsets) == len(server.served.text_ids(PROMPT)) + 3
+    assert len(scores) == len(tokens) == len(offsets) == len(server.served.encode(PROMPT)) + 3
     assert scores[0] is None
     assert all(score < 0 for score in scores[1:])
     assert tokens == ["<|begin_of_text|>", *(text[a:b] for a, b in zip(offsets[1:], [*offsets[2:], None], strict=True))]
@@ -248,7 +248,7 @@ def test_sampling_fields_reach_the_engine(server: Running, complete: Any) -> Non
 
 
 def test_tokens_that_may_come(server: Running, complete: Any) -> None:
-    ids = server.served.text_ids(" dog cat", special=False)
+    ids = server.served.encode(" dog cat", special=False)
     drawn = {"temperature": 2, "seed": 1, "logprobs": 0}
     found = complete(**drawn, extra_body={"allowed_token_ids": ids}).choices[0].logprobs.tokens
     assert set(found) == {" dog", " cat"}
@@ -263,7 +263,7 @@ def test_ending(server: Running, complete: Any) -> None:
     kept = complete(**end, extra_body={"ignore_eos": True, "skip_special_tokens": False}).choices[0]
     assert (kept.text, kept.finish_reason) == ("<|eot_id|>" * 12, "length")
     assert complete(**end, extra_body={"min_tokens": 5}).usage.completion_tokens == 6
-    (comma,) = server.served.text_ids(",", special=False)
+    (comma,) = server.served.encode(",", special=False)
     stopped = complete(extra_body={"stop_token_ids": [comma]}).choices[0]
     assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("", "stop", comma)
 
@@ -271,7 +271,7 @@ def test_ending(server: Running, complete: Any) -> None:
 def test_token_ids_and_prompt_logprobs(server: Running, complete: Any, chat: Any) -> None:
     asked = {"prompt_logprobs": 2, "return_token_ids": True}
     choice = complete(echo=True, logprobs=2, extra_body=asked).choices[0]
-    ids = server.served.text_ids(PROMPT)
+    ids = server.served.encode(PROMPT)
     assert choice.prompt_token_ids == ids
     assert PROMPT + server.served.tokenizer.decode(choice.token_ids) == choice.text
     named = complete(logprobs=1, extra_body={"return_tokens_as_token_ids": True}).choices[0].logprobs
@@ -290,7 +290,7 @@ def test_token_ids_and_prompt_logprobs(server: Running, complete: Any, chat: Any
 
 
 def test_prompts_are_truncated(server: Running, complete: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = server.served.text_ids(PROMPT)
+    ids = server.served.encode(PROMPT)
     for side, kept in (("left", ids[-2:]), ("right", ids[:2])):
         asked = {"truncate_prompt_tokens": 2, "truncation_side": side, "return_token_ids": True}
         assert complete(extra_body=asked).choices[0].prompt_token_ids == kept

@@ -137,7 +137,7 @@ def test_a_full_server(
         next(iter(first))  # it is under way
         second = threading.Thread(target=server.post, args=("/v1/completions", {"prompt": "a", "max_tokens": 1}))
         second.start()
-        assert until(lambda: server.server.api.generation.admission.full)
+        assert until(lambda: server.server.api.runtime.admission.full)
         with pytest.raises(kind) as caught:
             client.chat.completions.create(**CHAT)
         assert "Model is overloaded" in str(

@@ -35,7 +35,7 @@ def test_parse(client: Any) -> None:
 
 def test_forms_of_answers(server: Running, client: Any) -> None:
     schema = Pet.model_json_schema()
-    (close,) = server.served.text_ids("}", special=False)
+    (close,) = server.served.encode("}", special=False)
     forms: list[dict[str, Any]] = [
         {"response_format": {"type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": schema}}},
         {"response_format": {"type": "json_object"}, "logit_bias": {str(close): 100}},

@@ -169,7 +169,7 @@ def test_text_where_no_call_must_come(chat: Any) -> None:
 def test_a_call_that_may_come(tools_server: Running, chat: Any) -> None:
     form = tools_server.served.tool_format
     begin = "<tool_call>" if form == "hermes" else '{"name": "set_light"'
-    first = tools_server.served.text_ids(begin, special=False)[0]
+    first = tools_server.served.encode(begin, special=False)[0]
     asked = {"tool_choice": "auto", "logit_bias": {str(first): 15, **GOES_ON}, "max_tokens": 100}
     content, calls, finish = whole(chat(**asked))
     assert joined(chat(stream=True, **asked)) == (content, calls, finish)
@@ -279,9 +279,9 @@ def test_a_call_or_a_form(tools_server: Running, chat: Any) -> None:
     asked = {"response_format": form, "logit_bias": ENDS}
     found = []
     for word in ("cat", "get_weather", "set_light"):
-        bias = {str(token): 30 for token in tools_server.served.text_ids(word, special=False)}
+        bias = {str(token): 30 for token in tools_server.served.encode(word, special=False)}
         if word != "cat" and tools_server.served.tool_format == "hermes":
-            bias |= {str(tools_server.served.text_ids("<tool_call>", special=False)[0]): 100}
+            bias |= {str(tools_server.served.encode("<tool_call>", special=False)[0]): 100}
         answer = chat(**{**asked, "logit_bias": {**bias, **ENDS}})
         content, calls, finish = whole(answer)
         assert joined(chat(**{**asked, "logit_bias": {**bias, **ENDS}}, stream=True)) == (content, calls, finish)

@@ -17,7 +17,8 @@ import httpx
 import pytest
 from running import MESSAGES, Running, running
 
-from squawq.serve import bodies, tgi
+from squawq.serve import http
+from squawq.serve.tgi import generate as tgi
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True}
 CHAT = {"messages": MESSAGES, "max_tokens": 8}
@@ -86,7 +87,7 @@ def test_a_full_server_says_so_and_stays_healthy() -> None:
             next(lines)
             second = threading.Thread(target=server.post, args=("/v1/completions", {"prompt": "a", "max_tokens": 1}))
             second.start()
-            assert until(lambda: server.server.api.generation.in_flight == 2)
+            assert until(lambda: server.server.api.runtime.in_flight == 2)
             refused = server.post("/v1/completions", {"prompt": "a"})
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
             assert refused.json()["error"]["type"] == "ServiceUnavailableError"
@@ -123,17 +124,17 @@ def test_what_cannot_be_held_is_refused() -> None:
         held = [socket.create_connection(address(server), timeout=20) for _ in range(2)]
         for connection in held:
             connection.sendall(request("/v1/completions", LONG))
-        generation = server.server.api.generation
-        assert until(lambda: generation.in_flight == 2 and generation.admission.load.size > 2 * 16_000)
+        runtime = server.server.api.runtime
+        assert until(lambda: runtime.in_flight == 2 and runtime.admission.load.size > 2 * 16_000)
         refused = server.post("/v1/completions", {"prompt": [5] * 500, "max_tokens": 1})
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert server.get("/readyz").status_code == 200, "there is room for less"
         for connection in held:
             connection.close()
-        assert until(lambda: generation.admission.load.size == 0)
+        assert until(lambda: runtime.admission.load.size == 0)
         alone = {"prompt": [5] * 2000, "max_tokens": 1}  # holds more than all may, but nobody else does
         assert server.post("/v1/completions", alone).status_code == 200
-        assert until(lambda: generation.admission.load.size == 0)
+        assert until(lambda: runtime.admission.load.size == 0)
 
 
 def test_a_stream_that_waits_has_begun_when_a_comment_was_sent() -> None:
@@ -156,7 +157,7 @@ def test_a_stream_that_waits_has_begun_when_a_comment_was_sent() -> None:
 @pytest.mark.parametrize("ends", ["queue_timeout", "generation_timeout", "end_all"])
 def test_what_needs_no_engine_is_ended_too(path: str, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(**({} if ends == "end_all" else {ends: 0.3})) as server:
-        go_on, generation = threading.Event(), server.server.api.generation
+        go_on, runtime = threading.Event(), server.server.api.runtime
         for name in ("encode", "decode"):
             monkeypatch.setattr(server.served.tokenizer, name, lambda *_, **__: go_on.wait(20))
         body = {"prompt": "a"} if path == "/tokenize" else {"tokens": [5]} if path == "/detokenize" else CHAT
@@ -165,10 +166,10 @@ def test_what_needs_no_engine_is_ended_too(path: str, ends: str, monkeypatch: py
             with ThreadPoolExecutor(1) as pool:
                 answer = pool.submit(server.post, path, body)
                 if ends == "end_all":
-                    assert until(lambda: generation.unchecked == 1)
-                    server.server.servers[0].get_loop().call_soon_threadsafe(generation.end_all)
+                    assert until(lambda: runtime.unchecked == 1)
+                    server.server.servers[0].get_loop().call_soon_threadsafe(runtime.end_all)
                 assert answer.result(20).status_code in (503, 429)
-            assert until(lambda: generation.in_flight == 0)
+            assert until(lambda: runtime.in_flight == 0)
         finally:
             go_on.set()
 
@@ -190,7 +191,7 @@ def test_a_request_waits_no_longer_than_it_may(stream: bool) -> None:
 def test_log_probabilities_count_as_memory() -> None:
     """The next request with many of them is refused beside those that are held; others go on."""
     with running(max_queue_bytes=20_000_000) as server:
-        admission = server.server.api.generation.admission
+        admission = server.server.api.runtime.admission
         scored = {**LONG, "max_tokens": 2000, "logprobs": 20}
         held = [socket.create_connection(address(server), timeout=20) for _ in range(2)]
         for connection in held:
@@ -211,7 +212,7 @@ def test_too_many_connections_are_answered() -> None:
         busy = [socket.create_connection(address(server)) for _ in range(5)]
         for connection in busy[:4]:
             connection.sendall(request("/v1/completions", LONG))
-        assert until(lambda: server.server.api.generation.in_flight == 4)
+        assert until(lambda: server.server.api.runtime.in_flight == 4)
         busy[4].sendall(request("/v1/completions", LONG)[:-1])
         answer = raw(server, request("/v1/completions", {"prompt": "a", "max_tokens": 1}))
         assert answer.startswith(b"HTTP/1.1 503 ")
@@ -269,19 +270,19 @@ def test_a_slow_body_is_cut_off() -> None:
         answer = raw(server, request("/v1/completions", LONG)[:-5])
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"did not arrive within 0.3 s" in answer
-        assert server.server.api.generation.in_flight == 0
+        assert server.server.api.runtime.in_flight == 0
 
 
 def test_stalled_large_bodies_lock_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many large bodies as may be arriving lack their last byte: small ones go on, and of the large ones the
     stalled make room."""
-    monkeypatch.setattr(bodies, "MAX_LARGE", 3)
+    monkeypatch.setattr(http, "MAX_LARGE", 3)
     with running(max_body_bytes=200_000) as server:
         large = request("/v1/completions", {"prompt": "a", "max_tokens": 1, "user": "x" * 150_000})
         stalled = [socket.create_connection(address(server), timeout=20) for _ in range(4)]
         for connection in stalled:
             connection.sendall(large[:-1])
-        held = server.server.api.generation.bodies
+        held = server.server.api.runtime.bodies
         assert until(lambda: held._held > 2 * 150_000)
         time.sleep(0.3)  # until the slow one below is quicker than these
         assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
@@ -302,7 +303,7 @@ def test_stalled_large_bodies_lock_nobody_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_large_body_must_come_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "WINDOW", 0.3)
+    monkeypatch.setattr(http, "WINDOW", 0.3)
     large = request("/v1/completions", {"prompt": "a", "max_tokens": 1, "user": "x" * 100_000})
     with running(min_body_rate=10_000) as server:
         answer = raw(server, large[:-1])
@@ -343,7 +344,7 @@ def test_who_hangs_up_while_checked_leaves_its_place(path: str, monkeypatch: pyt
         with socket.create_connection(address(server)) as connection:
             connection.sendall(request(path, LONG))
             assert checking.wait(20)
-        assert until(lambda: server.server.api.generation.in_flight == 0)
+        assert until(lambda: server.server.api.runtime.in_flight == 0)
         go_on.set()
         assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
         assert server.served.engine.stats().tokens_generated == 1, "nobody waited for the first request"

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from squawq.serve import call
-from squawq.serve.call import Rows, dump, pieces
-from squawq.serve.responses import BLOCK, blocks, events
+from squawq.serve.call import LazyList, dump, pieces
+from squawq.serve.http import BLOCK, blocks, events
 
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
@@ -25,7 +25,7 @@ def test_pieces_are_the_same_json(value: Any, rows: int, items: int) -> None:
     call._ROWS, call._ITEMS = rows, items
     try:
         assert "".join(pieces(value)) == dump(value)
-        lazy = {"a": [Rows(lambda item: {"b": item}, [value] * 3), 1], "c": Rows(str, [])}
+        lazy = {"a": [LazyList(lambda item: {"b": item}, [value] * 3), 1], "c": LazyList(str, [])}
         assert json.loads("".join(pieces(lazy))) == json.loads(dump(lazy)) == {"a": [[{"b": value}] * 3, 1], "c": []}
     finally:
         call._ROWS, call._ITEMS = before
@@ -33,7 +33,7 @@ def test_pieces_are_the_same_json(value: Any, rows: int, items: int) -> None:
 
 def test_no_piece_is_large_and_rows_are_not_held() -> None:
     made: list[int] = []
-    rows = Rows(lambda i: made.append(i) or {"i": i}, range(100_000))  # type: ignore[func-returns-value]
+    rows = LazyList(lambda i: made.append(i) or {"i": i}, range(100_000))  # type: ignore[func-returns-value]
     found = pieces({"rows": rows})
     next(found)
     next(found)

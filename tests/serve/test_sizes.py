@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from squawq.demo import demo_model
-from squawq.serve.chat import ChatBody, chat, read
 from squawq.serve.errors import ApiError
+from squawq.serve.limits import MARGIN, PromptLimits, longest_token
 from squawq.serve.model import Served
-from squawq.serve.sizes import LOOSE, Sizes, longest_token
+from squawq.serve.openai.chat import ChatBody, chat, read
 from squawq.text.tokenizer import Tokenizer as Ours
 
 TOKENIZER = Ours(demo_model())
@@ -26,17 +26,17 @@ TEXTS = st.text(st.characters(codec="utf-8")) | st.lists(
 @given(TEXTS, st.integers(1, 20))
 def test_what_fits_is_not_refused(parts: str | list[str], most: int) -> None:
     text = "".join(parts)
-    sizes = Sizes(TOKENIZER, most + 1, most)
+    sizes = PromptLimits(TOKENIZER, most + 1, most)
     if len(TOKENIZER.encode(text, special=False)) <= most:
         sizes.check_text(text, "prompt")
 
 
 def test_the_bound_is_reached(served: Served) -> None:
-    most = served.sizes.max_bytes
-    served.sizes.check_text("a" * most, "prompt")
+    most = served.prompt_limits.max_bytes
+    served.prompt_limits.check_text("a" * most, "prompt")
     for text in ("a" * (most + 1), "\U0001f642" * (most // 4 + 1)):
         with pytest.raises(ApiError, match=r"maximum context length is \d+ tokens.*bytes of text"):
-            served.sizes.check_text(text, "prompt")
+            served.prompt_limits.check_text(text, "prompt")
 
 
 def byte_level(**parts: object) -> Ours:
@@ -52,33 +52,33 @@ def byte_level(**parts: object) -> Ours:
 
 def test_a_tokenizer_that_drops_characters_has_a_bound_further_away() -> None:
     assert longest_token(byte_level()) == 1
-    assert longest_token(byte_level(normalizer=normalizers.NFC())) == LOOSE
+    assert longest_token(byte_level(normalizer=normalizers.NFC())) == MARGIN
     stripping = byte_level()
     stripping.fast.add_special_tokens([AddedToken("<a>", rstrip=True)])
-    assert longest_token(stripping) == 3 * LOOSE
+    assert longest_token(stripping) == 3 * MARGIN
     removed = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()])
-    assert longest_token(byte_level(pre_tokenizer=removed)) == LOOSE
-    assert longest_token(byte_level(pre_tokenizer=None)) == LOOSE * len("\u0120".encode())
+    assert longest_token(byte_level(pre_tokenizer=removed)) == MARGIN
+    assert longest_token(byte_level(pre_tokenizer=None)) == MARGIN * len("\u0120".encode())
 
 
 def test_messages_are_counted_before_they_are_looked_at(served: Served) -> None:
-    served.sizes.check_messages([{}] * served.max_input)
+    served.prompt_limits.check_messages([{}] * served.max_input)
     with pytest.raises(ApiError, match=rf"this one has {served.max_input + 1} messages"):
-        served.sizes.check_messages([{}] * (served.max_input + 1))
+        served.prompt_limits.check_messages([{}] * (served.max_input + 1))
 
 
 @given(TEXTS, st.integers(1, 20))
 def test_contents_that_fit_are_not_refused(parts: str | list[str], most: int) -> None:
     text = "".join(parts)
-    sizes = Sizes(TOKENIZER, most + 1, most)
+    sizes = PromptLimits(TOKENIZER, most + 1, most)
     if len(TOKENIZER.encode(text, special=False)) <= most:
         sizes.check_messages([{"content": text}])
         sizes.check_messages([{"content": [{"type": "text", "text": text}]}])
 
 
 def test_contents_are_measured_before_they_are_rendered(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served, "chat_text", lambda *_, **__: "short")
-    large = "a" * (LOOSE * served.sizes.max_bytes // 2 + 1)
+    monkeypatch.setattr(served, "render_chat", lambda *_, **__: "short")
+    large = "a" * (MARGIN * served.prompt_limits.max_bytes // 2 + 1)
     parts = [{"type": "text", "text": large}]
     given: list[Any] = [[{"content": large}, {"content": large}], [{"content": parts}, {"content": [*parts, *parts]}]]
     for messages in given:
@@ -89,4 +89,4 @@ def test_contents_are_measured_before_they_are_rendered(served: Served, monkeypa
         assert read(ChatBody, {**body, "truncate_prompt_tokens": 5}, served).messages
     odd: list[Any] = [None, 1, "a", {}, [1, None, {"content": 5}, {"content": [1, {"text": 1}]}]]
     for messages in odd:
-        served.sizes.check_messages(messages)
+        served.prompt_limits.check_messages(messages)

@@ -15,7 +15,7 @@ import pytest
 from running import MESSAGES, Running, running
 from test_operations import address, request, until
 
-from squawq.serve.completions import CompletionCall
+from squawq.serve.openai.completions import CompletionCall
 
 KEYS = {name: {"authorization": f"Bearer key-of-{name}"} for name in "ab"}
 PROMPT = "One day, a cat and a dog went to the park. They saw a big red ball and ran to it. "
@@ -99,7 +99,7 @@ def test_a_large_request_does_not_hold_up_another_key(shared: Running, path: str
 def test_checking_takes_turns_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one key has queued to be checked holds up another key by one request at most."""
     with running(api_keys=("key-of-a", "key-of-b"), validation_workers=1) as server, contextlib.ExitStack() as stack:
-        generation, encode = server.server.api.generation, server.served.tokenizer.encode
+        runtime, encode = server.server.api.runtime, server.served.tokenizer.encode
         texts: list[str] = []
         go_on = threading.Event()
 
@@ -113,7 +113,7 @@ def test_checking_takes_turns_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
             connection = stack.enter_context(socket.create_connection(address(server), timeout=30))
             body = {"prompt": f"{name} {count}", "max_tokens": 1}
             connection.sendall(request("/v1/completions", body, f"Authorization: {KEYS[name]['authorization']}"))
-            assert until(lambda count=count: generation.unchecked == count)
+            assert until(lambda count=count: runtime.unchecked == count)
         assert until(lambda: texts == ["a 1"])
         assert 'vllm:num_requests_waiting{model_name="demo_model"} 6.0' in (
             server.get("/metrics", headers=KEYS["a"]).text
@@ -127,7 +127,7 @@ def test_checking_takes_turns_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_replies_are_made_in_turn_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that one key's large replies, seconds of work each, hold up another key's by one piece of work."""
     with running(api_keys=("key-of-a", "key-of-b")) as server, contextlib.ExitStack() as stack:
-        generation, reply = server.server.api.generation, CompletionCall.reply
+        runtime, reply = server.server.api.runtime, CompletionCall.reply
         made: list[int] = []
         go_on = threading.Event()
 
@@ -142,7 +142,7 @@ def test_replies_are_made_in_turn_by_key(monkeypatch: pytest.MonkeyPatch) -> Non
             body = {"prompt": [100 + number], "max_tokens": 1}
             connection.sendall(request("/v1/completions", body, f"Authorization: {KEYS[name]['authorization']}"))
             waiting = max(0, number - 1)
-            assert until(lambda n=waiting: sum(map(len, generation._replies._queues.values())) == n)
+            assert until(lambda n=waiting: sum(map(len, runtime._replies._queues.values())) == n)
             assert until(lambda n=number - waiting + 1: len(made) == n)
         go_on.set()
         assert until(lambda: len(made) == 7)
@@ -158,12 +158,12 @@ def test_health_and_another_key_are_answered_beside_a_full_queue() -> None:
         running(api_keys=keys, max_num_seqs=2, max_queued=2, max_connections=7) as server,
         contextlib.ExitStack() as stack,
     ):
-        generation = server.server.api.generation
+        runtime = server.server.api.runtime
         for count, name in enumerate("aaaabb", 1):
             assert server.get("/readyz").status_code == 200
             connection = stack.enter_context(socket.create_connection(address(server), timeout=30))
             connection.sendall(request("/v1/completions", long, f"Authorization: {KEYS[name]['authorization']}"))
-            assert until(lambda count=count: generation.in_flight == count)
+            assert until(lambda count=count: runtime.in_flight == count)
         assert server.get("/health").status_code == 200
         assert server.get("/readyz").status_code == 503
         stack.close()
@@ -175,12 +175,12 @@ def test_a_key_that_fills_the_queue_leaves_room_for_another() -> None:
     keys = ("key-of-a", "key-of-b")
     long = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True}
     with running(api_keys=keys, max_num_seqs=2, max_queued=2) as server, contextlib.ExitStack() as stack:
-        generation = server.server.api.generation
+        runtime = server.server.api.runtime
 
         def begin(name: str, count: int) -> bool:
             connection = stack.enter_context(socket.create_connection(address(server), timeout=30))
             connection.sendall(request("/v1/completions", long, f"Authorization: {KEYS[name]['authorization']}"))
-            return until(lambda: generation.in_flight == count)
+            return until(lambda: runtime.in_flight == count)
 
         assert all(begin("a", count) for count in range(1, 5))
         small = {"prompt": "Once", "max_tokens": 1}

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from squawq import __version__
 from squawq.engine.request import FinishReason, Output, TokenLogprob
 from squawq.engine.sequence import join
+from squawq.errors import ConfigError
 from squawq.serve.call import Call, Reply, Times, dump
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
-from squawq.serve.tgi import chat_tokens, generate, info, tokens
+from squawq.serve.tgi.generate import chat_tokens, generate, info, tokens
 
 TIMES = Times(arrived=1.0, checked=1.25, first=1.5, ended=3.25)
 PROMPT = "Once upon a time, there was a little girl"
@@ -69,7 +70,7 @@ def refusal(served: Served, parameters: dict[str, Any] | None = None, **options:
         call_of(served, parameters, **options)
     error = refused.value
     assert error.status(tgi=True) == 422
-    assert error.body(tgi=True, own=True) == {"error": error.message, "error_type": "validation"}
+    assert error.body(tgi=True, tgi_route=True) == {"error": error.message, "error_type": "validation"}
     return error.message
 
 
@@ -145,13 +146,13 @@ def test_edges_that_are_allowed(served: Served) -> None:
 def test_inputs_that_are_empty_or_too_long(served: Served) -> None:
     assert rule_of(served, inputs="") == "`inputs` cannot be empty"
     long = "a" + " a" * 4094
-    assert len(served.text_ids(long)) == 4096
+    assert len(served.encode(long)) == 4096
     assert rule_of(served, inputs=long) == "`inputs` must have less than 4095 tokens. Given: 4096"
     assert len(call_of(served, {"truncate": 4095}, inputs=long).requests[0].prompt) == 4095
 
 
 def test_max_new_tokens_counts_in_full(served: Served) -> None:
-    count = len(served.text_ids(PROMPT))
+    count = len(served.encode(PROMPT))
     room = 4096 - count
     assert call_of(served).requests[0].params.max_tokens == room
     assert call_of(served, {"max_new_tokens": room}).requests[0].params.max_tokens == room
@@ -161,7 +162,7 @@ def test_max_new_tokens_counts_in_full(served: Served) -> None:
 
 
 def test_truncate_keeps_the_last_tokens(served: Served) -> None:
-    ids = served.text_ids(PROMPT)
+    ids = served.encode(PROMPT)
     assert call_of(served).requests[0].prompt == ids
     assert call_of(served, {"truncate": 3}).requests[0].prompt == ids[-3:]
     assert call_of(served, {"truncate": 4000}).requests[0].prompt == ids
@@ -270,7 +271,7 @@ def test_a_whole_reply(served: Served) -> None:
         "x-validation-time": "250",
         "x-inference-time": "2000",
         "x-time-per-token": "333",
-        "x-prompt-tokens": str(len(served.text_ids("é" + PROMPT))),
+        "x-prompt-tokens": str(len(served.encode("é" + PROMPT))),
         "x-generated-tokens": "6",
     }
 
@@ -295,7 +296,7 @@ def test_details(served: Served) -> None:
 def test_prefill(served: Served) -> None:
     body = body_of(served, {"max_new_tokens": 2, "decoder_input_details": True})
     prefill = body["details"]["prefill"]
-    assert [token["id"] for token in prefill] == served.text_ids(PROMPT)
+    assert [token["id"] for token in prefill] == served.encode(PROMPT)
     assert "".join(token["text"] for token in prefill[1:]) == PROMPT
     assert prefill[0] == {"id": 0, "text": "<|begin_of_text|>", "logprob": None}
     assert all(token["logprob"] <= 0 for token in prefill[1:])
@@ -376,7 +377,7 @@ def test_details_of_a_stream(served: Served) -> None:
         ("finish_reason", "length"),
         ("generated_tokens", 3),
         ("seed", 2**64 - 1),
-        ("input_length", len(served.text_ids(PROMPT))),
+        ("input_length", len(served.encode(PROMPT))),
     ]
 
 
@@ -477,7 +478,16 @@ def test_a_grammar_holds(served: Served) -> None:
     ],
 )
 def test_bad_grammars_are_refused(served: Served, grammar: dict[str, Any]) -> None:
-    assert rule_of(served, {"grammar": grammar}).startswith("grammar is not valid: ")
+    try:
+        call = call_of(served, {"grammar": grammar})
+    except ApiError as error:
+        refused = error
+    else:
+        with pytest.raises(ConfigError) as failed:
+            served.engine.check(call.requests[0])
+        refused = call.invalid(failed.value)
+    assert refused.status(tgi=True) == 422
+    assert refused.message.startswith("Input validation error: grammar is not valid: ")
 
 
 @pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.ERROR])
@@ -488,7 +498,7 @@ def test_sequences_that_do_not_finish(served: Served, reason: FinishReason) -> N
     assert [json.loads(payload) for payload in call.push(output)] == [failure]
     with pytest.raises(ApiError) as failed:
         call.reply([[output]], TIMES)
-    assert failed.value.body(tgi=True, own=True) == failure
+    assert failed.value.body(tgi=True, tgi_route=True) == failure
     assert failed.value.status(tgi=True) == 503
 
 
@@ -505,13 +515,13 @@ def test_ids_are_unique(served: Served) -> None:
 @settings(max_examples=100, deadline=None)
 def test_tokenize_gives_bytes(served: Served, text: str) -> None:
     found = tokens({"inputs": text}, served)
-    assert [token["id"] for token in found] == served.text_ids(text)
+    assert [token["id"] for token in found] == served.encode(text)
     assert all(token["text"].encode() == text.encode()[token["start"] : token["stop"]] for token in found)
     covered = sorted({(token["start"], token["stop"]) for token in found[1:]})
     assert all(before[1] <= after[0] or after == before for before, after in pairwise(covered))
     if text:
         assert covered[-1][1] == len(text.encode())
-    assert [token["id"] for token in chat_tokens(text, served)] == served.text_ids(text, special=False)
+    assert [token["id"] for token in chat_tokens(text, served)] == served.encode(text, special=False)
 
 
 def test_tokenize_truncates(served: Served) -> None:

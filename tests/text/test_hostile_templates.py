@@ -80,7 +80,7 @@ def by_llm_in_lists(folder: Path) -> None:
 def by_serve(folder: Path) -> None:
     served = Served(Settings(model=str(folder), kv_tokens=256, template_timeout=0.5))
     try:
-        served.chat_text(SAY)
+        served.render_chat(SAY)
     except ApiError as error:
         raise TemplateError(str(error)) from error
     finally:

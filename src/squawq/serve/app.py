@@ -1,7 +1,6 @@
-"""The server's routes: which path does what, in which dialect its errors are, and what stands around all of them.
+"""The routes: which path does what, and how errors are answered.
 
-What a body means and what a reply looks like is chat.py's, completions.py's, tokenization.py's and tgi.py's; how a
-request is run is generation.py's.
+The dialects (openai/, tgi/) read bodies and write replies; runtime.py runs requests.
 """
 
 from __future__ import annotations
@@ -14,28 +13,33 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from squawq import __version__
 from squawq.engine.protocol import Stats
-from squawq.serve import tgi
 from squawq.serve.call import Call
-from squawq.serve.chat import ChatBody, chat, read, render
-from squawq.serve.completions import completion
 from squawq.serve.errors import ApiError
-from squawq.serve.generation import Generation, Parse
-from squawq.serve.guard import Guard
+from squawq.serve.exchange import Disconnected
+from squawq.serve.http import Guard, JsonReply, error_reply
 from squawq.serve.metrics import Metrics
 from squawq.serve.model import Served
+from squawq.serve.openai.chat import ChatBody, chat, read, render
+from squawq.serve.openai.completions import completion
+from squawq.serve.openai.tokenize import detokenize, tokenize, tokenizer_info
 from squawq.serve.openapi import document
-from squawq.serve.responses import send_bytes, send_error, send_json
-from squawq.serve.tokenization import detokenize, tokenize, tokenizer_info
+from squawq.serve.runtime import Parse, Runtime
+from squawq.serve.tgi import generate as tgi
 
 logger = logging.getLogger("squawq.serve")
-Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
-OWN = frozenset(("/", "/v1", "/generate", "/generate_stream", "/info", "/chat_tokenize"))  # TGI's: bodies and statuses
+Handler = Callable[[Request], Awaitable[Response]]
+# TGI's own routes, whose errors are TGI's in either dialect.
+TGI_PATHS = frozenset(("/", "/v1", "/generate", "/generate_stream", "/info", "/chat_tokenize"))
 EMBEDDINGS = "/v1/embeddings is not supported: this server generates text; embed with an encoder model's server"
 
 
@@ -45,51 +49,51 @@ class Api:
     def __init__(self, served: Served) -> None:
         self.served = served
         self.settings = served.settings
-        self._table: list[tuple[str, str, Handler]] = [
-            ("POST", "/v1/chat/completions", self._generate(chat)),
-            ("POST", "/v1/completions", self._generate(completion)),
-            ("POST", "/v1/embeddings", self._refuse("unsupported", EMBEDDINGS)),
-            ("GET", "/v1/models", self._show(self._models)),
-            ("GET", "/v1/models/{model:path}", self._model),
-            ("POST", "/tokenize", self._answer(_tokenize)),
-            ("POST", "/detokenize", self._answer(detokenize)),
-            ("GET", "/tokenizer_info", self._show(lambda: tokenizer_info(served))),
-            ("POST", "/", self._generate(_tgi(compat=True))),
-            ("POST", "/v1", self._generate(_tgi(compat=True))),  # a client's base_url may end so
-            ("POST", "/generate", self._generate(_tgi())),
-            ("POST", "/generate_stream", self._generate(_tgi(stream=True))),
-            ("POST", "/chat_tokenize", self._answer(_chat_tokenize)),
-            ("POST", "/invocations", self._generate(_invocation)),
-            ("GET", "/info", self._show(lambda: tgi.info(served))),
-            ("GET", "/", self._health),
-            ("GET", "/health", self._health),
-            ("GET", "/ping", self._health),
-            ("POST", "/ping", self._health),
-            ("GET", "/livez", self._health),
-            ("GET", "/readyz", self._ready),
-            ("GET", "/metrics", self._metrics),
-            ("GET", "/version", self._show(lambda: {"version": __version__})),
-            ("GET", "/openapi.json", self._show(lambda: document((m, p) for m, p, _ in self._table))),
-        ]
-        self.metrics = Metrics(served.name, self._stats, {path for _, path, _ in self._table})
-        self.generation = Generation(served, self.metrics)
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/v1/chat/completions": {"POST": self._generate(chat)},
+            "/v1/completions": {"POST": self._generate(completion)},
+            "/v1/embeddings": {"POST": _embeddings},
+            "/v1/models": {"GET": _show(self._models)},
+            "/v1/models/{model:path}": {"GET": self._model},
+            "/tokenize": {"POST": self._compute(_tokenize)},
+            "/detokenize": {"POST": self._compute(detokenize)},
+            "/tokenizer_info": {"GET": _show(lambda: tokenizer_info(served))},
+            "/": {"POST": self._generate(_tgi(compat=True)), "GET": self._health},
+            "/v1": {"POST": self._generate(_tgi(compat=True))},  # a client's base_url may end so
+            "/generate": {"POST": self._generate(_tgi())},
+            "/generate_stream": {"POST": self._generate(_tgi(stream=True))},
+            "/chat_tokenize": {"POST": self._compute(_chat_tokenize)},
+            "/invocations": {"POST": self._generate(_invocation)},
+            "/info": {"GET": _show(lambda: tgi.info(served))},
+            "/health": {"GET": self._health},
+            "/ping": {"GET": self._health, "POST": self._health},
+            "/livez": {"GET": self._health},
+            "/readyz": {"GET": self._ready},
+            "/metrics": {"GET": self._metrics},
+            "/version": {"GET": _show(lambda: {"version": __version__})},
+            "/openapi.json": {"GET": _show(lambda: document(self._table()))},
+        }
+        self.metrics = Metrics(served.name, self._stats, set(self._routes))
+        self.runtime = Runtime(served, self.metrics)
+
+    def _table(self) -> list[tuple[str, str]]:
+        return [(method, path) for path, handlers in self._routes.items() for method in handlers]
 
     def _stats(self) -> Stats:
-        """The engine's figures; requests that it has not got yet wait, too."""
+        """The engine's figures. Requests that are not yet submitted to it count as waiting."""
         stats = self.served.engine.stats()
-        return replace(stats, waiting=stats.waiting + self.generation.unchecked)
+        return replace(stats, waiting=stats.waiting + self.runtime.unchecked)
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
-        handlers: dict[str, dict[str, Handler]] = {}
-        for method, path, handler in self._table:
-            handlers.setdefault(path, {})[method] = handler
-        routes = [
-            Route(path, self._endpoint(path, methods), methods=list(methods)) for path, methods in handlers.items()
-        ]
-        inner = Starlette(routes=routes, exception_handlers={HTTPException: self._not_ours}, lifespan=self._lifespan)
+        inner = Starlette(
+            routes=[_route(path, handlers) for path, handlers in self._routes.items()],
+            middleware=[Middleware(ExceptionMiddleware, handlers={Exception: self._failed})],
+            exception_handlers={ApiError: self._refused, HTTPException: self._no_route, Disconnected: _nothing},
+            lifespan=self._lifespan,
+        )
         inner.router.redirect_slashes = False
-        guarded: ASGIApp = Guard(inner, self.settings, self.metrics, OWN)
+        guarded: ASGIApp = Guard(inner, self.settings, self.metrics, TGI_PATHS)
         if self.settings.prometheus_port is not None:
             guarded = _metrics_alone(guarded, self.settings.prometheus_port)
         if not self.settings.allowed_origins:
@@ -101,30 +105,19 @@ class Api:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
-        self.generation.close()
-
-    def _endpoint(self, path: str, handlers: Mapping[str, Handler]) -> ASGIApp:
-        """One path's handlers by method; what they raise is answered in the form of the path."""
-        return _Endpoint(path, handlers, self.settings.tgi, own=path in OWN)
+        self.runtime.close()
 
     def _generate(self, parse: Parse) -> Handler:
-        return lambda scope, receive, send: self.generation.handle(scope, receive, send, parse)
+        async def handle(request: Request) -> Response:
+            return await self.runtime.generate(request, parse)
 
-    def _answer(self, answer: Callable[[Mapping[str, Any], Served], Any]) -> Handler:
-        """A handler for what is computed from a body without the engine."""
-        return lambda scope, receive, send: self.generation.answer(
-            scope, receive, send, lambda raw: answer(raw, self.served)
-        )
+        return handle
 
-    @staticmethod
-    def _show(value: Callable[[], Any]) -> Handler:
-        """A handler for a value that asks for nothing."""
-        return lambda _, __, send: send_json(send, value())
+    def _compute(self, work: Callable[[Mapping[str, Any], Served], Any]) -> Handler:
+        """A handler whose reply needs a body, but not the engine."""
 
-    @staticmethod
-    def _refuse(kind: str, why: str) -> Handler:
-        async def handle(*_: Any) -> None:
-            raise ApiError(kind, why)
+        async def handle(request: Request) -> Response:
+            return await self.runtime.compute(request, lambda raw: work(raw, self.served))
 
         return handle
 
@@ -135,86 +128,84 @@ class Api:
         data = [{"id": name, **common, "parent": None, "max_model_len": served.max_len} for name in served.names]
         return {"object": "list", "data": data}
 
-    async def _model(self, scope: Scope, _: Receive, send: Send) -> None:
+    async def _model(self, request: Request) -> Response:
         """One of the models, whose name may have slashes."""
-        name = scope["path_params"]["model"]
+        name = request.path_params["model"]
         found = next((model for model in self._models()["data"] if model["id"] == name), None)
         if found is None:
             raise ApiError("not_found", f"The model `{name:.100}` does not exist.", "model")
-        await send_json(send, found)
+        return JsonReply(found)
 
-    async def _health(self, _: Scope, __: Receive, send: Send) -> None:
-        """Liveness: 200 while the engine lives, however full its queue is; with 503 it should be started again."""
+    async def _health(self, _: Request) -> Response:
+        """Liveness: 200 while the engine is alive, however full its queue is. After a 503, restart the server."""
         if not self.served.engine.alive:
             raise ApiError("unhealthy", "unhealthy")
-        await send_bytes(send, 200, b"", "text/plain")
+        return Response(headers={"content-type": "text/plain"})
 
-    async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Readiness: with 503 the server should get no new requests for now."""
-        if self.generation.draining or self.generation.admission.full:
-            raise ApiError("unavailable", "shutting down" if self.generation.draining else "the queue is full")
-        await self._health(scope, receive, send)
+    async def _ready(self, request: Request) -> Response:
+        """Readiness: after a 503, send no new requests for now."""
+        if self.runtime.draining or self.runtime.admission.full:
+            raise ApiError("unavailable", "shutting down" if self.runtime.draining else "the queue is full")
+        return await self._health(request)
 
-    async def _metrics(self, scope: Scope, _: Receive, send: Send) -> None:
-        accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
-        body, kind = self.metrics.render(accept)
-        await send_bytes(send, 200, body, kind)
+    async def _metrics(self, request: Request) -> Response:
+        body, kind = self.metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": kind})
 
-    async def _not_ours(self, _: Any, error: Exception) -> Any:
+    async def _refused(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error_reply(error, self.settings.tgi, tgi_route=request.scope["path"] in TGI_PATHS)
+
+    async def _no_route(self, request: Request, error: Exception) -> Response:
         """Starlette's own refusals (no such path, no such method) in our form."""
         assert isinstance(error, HTTPException)
+        path, method = request.scope["path"][:100], request.method[:20]
+        refusal = ApiError("not_found", f"there is no route {path}")
+        if error.status_code == 405:
+            refusal = ApiError("method", f"{path} does not take {method}", headers=error.headers)
+        return await self._refused(request, refusal)
 
-        async def answer(scope: Scope, _: Receive, send: Send) -> None:
-            path, method = scope["path"][:100], scope["method"][:20]
-            refusal = ApiError("not_found", f"there is no route {path}")
-            if error.status_code == 405:
-                refusal = ApiError("method", f"{path} does not take {method}", headers=error.headers)
-            await send_error(send, refusal, self.settings.tgi, own=scope["path"] in OWN)
-
-        return answer
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        logger.error("a request failed", exc_info=error)
+        return await self._refused(request, ApiError("internal", "internal error"))
 
 
-class _Endpoint:
-    """A path: its handlers by method. Errors become answers; after an answer has begun, they end the connection."""
+def _route(path: str, handlers: Mapping[str, Handler]) -> Route:
+    async def endpoint(request: Request) -> Response:
+        request.scope["route_template"] = path  # the label of its metrics
+        return await handlers["GET" if request.method == "HEAD" else request.method](request)
 
-    def __init__(self, path: str, handlers: Mapping[str, Handler], tgi: bool, *, own: bool) -> None:
-        self._path, self._handlers, self._tgi, self._own = path, handlers, tgi, own
+    return Route(path, endpoint, methods=list(handlers))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["route_template"] = self._path  # for the count
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        begun = False
 
-        async def answer(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
+def _show(value: Callable[[], Any]) -> Handler:
+    """A handler for a value that depends on no request."""
 
-        try:
-            await self._handlers[method](scope, receive, answer)
-        except Exception as error:
-            if not isinstance(error, ApiError):
-                logger.exception("a request failed")
-            if begun:
-                raise
-            # No name for the refusal here: a cycle with its traceback would keep the request, and a grammar's process.
-            await send_error(send, _refusal(error), self._tgi, own=self._own)
+    async def handle(_: Request) -> Response:
+        return JsonReply(value())
+
+    return handle
+
+
+async def _embeddings(_: Request) -> Response:
+    raise ApiError("unsupported", EMBEDDINGS)
+
+
+async def _nothing(*_: object) -> Any:
+    """No response: the client is gone."""
+    return None
 
 
 def _metrics_alone(app: ASGIApp, port: int) -> ASGIApp:
-    """The application, of which this port has nothing but the metrics, with the same keys."""
+    """The application, which answers with nothing but metrics on this port. The API keys are the same."""
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        inner = app
         if scope["type"] == "http" and scope["server"][1] == port and scope["path"] != "/metrics":
-            await send_error(send, ApiError("not_found", "this port has /metrics alone"), tgi=False, own=False)
-        else:
-            await app(scope, receive, send)
+            inner = error_reply(ApiError("not_found", "this port has /metrics alone"), tgi=False, tgi_route=False)
+        await inner(scope, receive, send)
 
     return route
-
-
-def _refusal(error: Exception) -> ApiError:
-    return error if isinstance(error, ApiError) else ApiError("internal", "internal error")
 
 
 def _tgi(*, stream: bool = False, compat: bool = False) -> Parse:
@@ -238,6 +229,6 @@ def _tokenize(raw: Mapping[str, Any], served: Served) -> Any:
 
 def _chat_tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
     body = read(ChatBody, raw, served)
-    served.check_name(body.model)
+    served.check_model_name(body.model)
     text = render(body, served)
     return {"tokenize_response": tgi.chat_tokens(text, served), "templated_text": text}

@@ -1,7 +1,7 @@
-"""What a request can be refused with: one exception, a table of kinds, and the bodies that each dialect's clients read.
+"""Errors that are sent to clients: one exception, a table of kinds, and the JSON bodies of either dialect.
 
-In OpenAI's dialect a body has OpenAI's `error` object and TGI's `error_type`; in TGI's, and on its own routes, its two
-strings. Knows no HTTP framework.
+OpenAI's body has its `error` object and TGI's `error_type`. TGI's body, which TGI's own routes have in either dialect,
+has two strings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ RETRY_AFTER = {"Retry-After": "1"}
 
 @dataclass(frozen=True)
 class Kind:
-    """Status and name of an error in either dialect: vLLM's `type`, TGI's `error_type`."""
+    """Status and type of an error: vLLM's `type`, TGI's `error_type`."""
 
     openai_status: int
     openai_type: str
@@ -49,9 +49,13 @@ KINDS = {
 
 
 class ApiError(Exception):
-    """A request that is answered with an error. `kind` is one of KINDS, `param` the field that is wrong.
+    """A request is answered with an error. The message is cut at MAX_MESSAGE characters.
 
-    The message is cut at MAX_MESSAGE characters: no reply grows with its request.
+    Args:
+        kind: One of KINDS.
+        message: For the client.
+        param: The wrong field.
+        headers: Further headers of the reply.
     """
 
     def __init__(self, kind: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None):
@@ -67,14 +71,14 @@ class ApiError(Exception):
         """The HTTP status in a dialect."""
         return self.kind.tgi_status if tgi else self.kind.openai_status
 
-    def body(self, tgi: bool, own: bool = False) -> dict[str, object]:
-        """The JSON body in a dialect, or (`own`) of one of TGI's own routes. TGI's error is a text."""
-        if tgi or own:
+    def body(self, tgi: bool, tgi_route: bool = False) -> dict[str, object]:
+        """The JSON body in a dialect. tgi_route: on one of TGI's own routes."""
+        if tgi or tgi_route:
             return {"error": self.message, "error_type": self.kind.tgi_type}
         return {"error": self._error(self.kind.openai_status), "error_type": self.kind.tgi_type}
 
     def event(self, tgi: bool) -> dict[str, object]:
-        """What ends a stream of a shared route: an object in both dialects, since their clients read its message."""
+        """The last event of a failed stream on a shared route: an object in both dialects, as their clients expect."""
         status = self.status(tgi)
         found = {**self._error(status), "http_status_code": status} if tgi else self._error(status)
         return {"error": found, "error_type": self.kind.tgi_type}

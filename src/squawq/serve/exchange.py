@@ -1,5 +1,5 @@
-"""One call between the engine's thread and the event loop: its outputs as they come, until it ended, its client hung up
-or its time is over. Leaving it aborts what is still under way. Knows no HTTP and no JSON.
+"""One call between the engine's thread and the event loop: its outputs as they come, until it ends, its client
+disconnects or a timeout expires. Leaving the context aborts its unfinished requests.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import TypeVar
 from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import FinishReason, Output
 from squawq.engine.sequence import join
-from squawq.errors import EngineClosed, QueueFull
+from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.serve.call import Call, Times
 from squawq.serve.errors import ApiError
 
 Result = TypeVar("Result")
 
 
-class HungUp(Exception):  # noqa: N818
-    """The client is gone: nobody reads an answer."""
+class Disconnected(Exception):  # noqa: N818
+    """The client has disconnected."""
 
 
 class Mailbox:
-    """Outputs on their way from the engine's thread to the event loop, which is woken once for all of a step.
+    """Carries outputs from the engine's thread to the event loop, which is woken once per step.
 
-    Each wake-up in the middle of a step would have the event loop take the interpreter's lock from the engine.
+    Waking it in the middle of a step would take the interpreter's lock from the engine.
     """
 
     def __init__(self, engine: InferenceEngine) -> None:
@@ -39,11 +39,11 @@ class Mailbox:
         engine.on_step(self._send)
 
     def open(self) -> None:
-        """Deliver to the running event loop."""
+        """Deliver to the running event loop from now on."""
         self._loop = asyncio.get_running_loop()
 
     def put(self, queue: asyncio.Queue[Output | Exception], output: Output) -> None:
-        """Deliver an output to a queue of the event loop when the step ends; from the engine's thread."""
+        """Deliver an output when the step ends; call it in the engine's thread."""
         self._items.append((queue, output))
 
     def _send(self) -> None:
@@ -59,9 +59,12 @@ def _deliver(items: list[tuple[asyncio.Queue[Output | Exception], Output]]) -> N
 
 
 class Exchange:
-    """A context for one call. `clock` started when the request arrived.
+    """A context for one call.
 
-    inter_token: told the seconds between a sequence's outputs.
+    Args:
+        mailbox: Delivers the engine's outputs.
+        arrived: When the request arrived, by time.perf_counter.
+        inter_token: Called with the seconds between two tokens of a sequence.
     """
 
     def __init__(self, mailbox: Mailbox, arrived: float, inter_token: Callable[[float], object]) -> None:
@@ -75,7 +78,7 @@ class Exchange:
         self._seen: dict[tuple[str, int], float] = {}
         self._inter_token = inter_token
         self.arrived = arrived
-        self.checked: float | None = None  # when the engine took it
+        self.checked: float | None = None  # when it was submitted to the engine
         self.first: float | None = None
         self.tokens = 0
         self.prompt_tokens = 0
@@ -87,19 +90,24 @@ class Exchange:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._open and self.ending.done():  # the client disconnected while its answer was written
+            self.finish = FinishReason.ABORT
         self._left = True
         self._abort()
 
     @property
     def times(self) -> Times:
-        """Of this call, so far."""
+        """Times of this call so far."""
         now = time.perf_counter()
         return Times(self.arrived, self.checked or now, self.first or now, now)
 
     def submit(self, call: Call) -> None:
-        """Hand the call's requests to the engine; for a worker thread. Raises ApiError where it takes none."""
+        """Submit the call's requests to the engine, which checks them and compiles grammars; for a worker thread.
+
+        Raises ApiError.
+        """
         if self.left():  # the client hung up while its request was checked
-            raise HungUp
+            raise Disconnected
         params = call.requests[0].params
         self.prompt_tokens = sum(len(request.prompt) for request in call.requests)
         self.choices, self.max_tokens = len(call.requests) * params.n, params.max_tokens
@@ -108,9 +116,12 @@ class Exchange:
                 self._open[request.id] = request.params.n
                 owned = replace(request, group=call.requests[0].id)
                 self._engine.submit(owned, self._sink)
+        except ConfigError as error:
+            self._abort()
+            raise call.invalid(error) from error
         except QueueFull as error:
             self._abort()
-            raise ApiError("overloaded", "Model is overloaded") from error
+            raise ApiError("overloaded", str(error)) from error
         except EngineClosed as error:
             self._abort()
             raise ApiError("unavailable", "The server is shutting down or its engine has failed") from error
@@ -119,21 +130,21 @@ class Exchange:
         self.checked = time.perf_counter()
 
     def left(self) -> bool:
-        """Whether nobody waits for this call any more."""
+        """Whether the context was left."""
         return self._left
 
     def waits(self) -> bool:
-        """Whether it is still being checked, or waits for its turn in the engine."""
+        """Whether it is being checked, or queued in the engine."""
         return self.checked is None or (bool(self._open) and all(map(self._engine.waits, self._open)))
 
     def end(self, reason: Exception) -> None:
-        """End the waiting with an exception, for outputs or for the check before; from the event loop."""
+        """Raise an exception in whoever waits for this call; call it in the event loop."""
         self._queue.put_nowait(reason)
         if not self.ending.done():
             self.ending.set_result(None)
 
     async def checking(self, work: Awaitable[Result]) -> Result:
-        """What `work` gives, unless `end` comes first: then that is raised, and `work` is cancelled."""
+        """The result of `work`. If `end` comes first, its exception is raised and `work` is cancelled."""
         task = asyncio.ensure_future(work)
         try:
             await asyncio.wait((task, self.ending), return_when=asyncio.FIRST_COMPLETED)
@@ -146,9 +157,11 @@ class Exchange:
             self._check(self._queue.get_nowait())
 
     async def batches(self, pause: float) -> AsyncIterator[list[Output]]:
-        """Outputs as they come, all that are there at once; an empty list where there was none for `pause` seconds.
+        """Lists of the outputs that are ready; an empty list after `pause` seconds without one.
 
-        Raises HungUp and what `end` was given; ApiError for a sequence that failed.
+        Raises:
+            ApiError: A sequence failed, or `end` was called with this error.
+            Disconnected: The client has disconnected.
         """
         while self._open:
             items = []
@@ -164,7 +177,7 @@ class Exchange:
                 self._check(items.pop(len(good)))  # not held here: its traceback will hold this frame
 
     async def all(self, call: Call) -> list[list[Output]]:
-        """Each request's sequences, joined, in the order of the requests."""
+        """Each request's sequences, joined, once all have finished."""
         parts: dict[tuple[str, int], list[Output]] = {}
         async for batch in self.batches(0):
             for output in batch:
@@ -175,7 +188,7 @@ class Exchange:
         self._mailbox.put(self._queue, output)
 
     def _check(self, item: Output | Exception) -> Output:
-        """Take note of an output; raise what is none."""
+        """Record an output; raise an exception."""
         if isinstance(item, Exception):
             self.finish = FinishReason.ABORT
             try:
@@ -196,13 +209,15 @@ class Exchange:
                 del self._open[item.request]
             self.finish = item.finish
             if item.finish is FinishReason.ERROR:
+                self._abort()
                 kind = "generation" if self._engine.alive else "unavailable"  # the request's own failure, or everyone's
                 raise ApiError(kind, f"Request failed during generation: {item.stop_reason}")
         return item
 
     def _abort(self) -> None:
-        for request in list(self._open):
+        for request in list(self._open):  # a worker thread may call this as well
             self._engine.abort(request)
+        self._open.clear()
 
 
 def _is_good(item: Output | Exception) -> bool:

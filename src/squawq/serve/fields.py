@@ -1,35 +1,146 @@
-"""Request bodies: strict types, bounded errors, and the sampling fields that OpenAI's, vLLM's and TGI's chat and
-completion bodies share, with what they mean in each dialect.
+"""Request bodies: strict types, bounded errors, and what happens to fields that no class here has.
 
-A key whose value is null counts as absent; fields that no class here has are known.py's.
+A field whose meaning this server does not support is refused where ignoring it would change the answer. A client's
+bookkeeping, a no-op value and an unknown field are accepted and ignored, as vLLM and TGI do; `--strict-fields` refuses
+them. A key whose value is null counts as absent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+import logging
+import threading
+from collections.abc import Container, Mapping
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
-from squawq.engine.request import Grammar, SamplingParams
-from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
-from squawq.serve.known import known, why_refused
-from squawq.serve.model import Served
+from squawq.serve.logs import event
 
+logger = logging.getLogger("squawq.serve")
 Model = TypeVar("Model", bound="Body")
 Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(fail_fast=True)]  # a million wrong items are one error, not a minute's work
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+MAX_LOGGED = 100  # field names per process
 MAX_ERRORS = 5
-MAX_KEYS = 1024  # of an object in a body: each unknown one is an error
+MAX_KEYS = 1024  # of an object in a body; each unknown key is an error
 STRICT = {"strict_fields": True}
+
+_LORA = "adapters (LoRA) are not supported"
+_OUTPUTS = "use structured_outputs or response_format"
+_TEXT = "this server reads and writes text only"
+_SAMPLER = "this sampler is not supported"
+_CODE = "no code of a request is run"
+_LENGTH = "use max_tokens"
+REFUSED = {
+    "adapter_id": _LORA,
+    "audio": _TEXT,
+    "best_of": "use n",
+    "chat_template": "a template in a request is not rendered; the server's model has its own",
+    "custom_logit_processor": _CODE,
+    "documents": "put documents into the messages",
+    "dry_multiplier": _SAMPLER,
+    "dynatemp_range": _SAMPLER,
+    "ebnf": _OUTPUTS,
+    "extra_body": "put its fields into the body itself",
+    "format": "use response_format",
+    "function_call": "use tools and tool_choice",
+    "functions": "use tools",
+    "grammar": _OUTPUTS,
+    "guided_whitespace_pattern": "white space in JSON is fixed",
+    "json_schema": _OUTPUTS,
+    "kv_transfer_params": "there is one engine, with nothing to transfer",
+    "logits_processors": _CODE,
+    "logprob_token_ids": "use logprobs",
+    "lora_path": _LORA,
+    "max_length": "use max_tokens, or TGI's max_new_tokens",
+    "max_new_tokens": _LENGTH,
+    "media_io_kwargs": _TEXT,
+    "min_new_tokens": "use min_tokens",
+    "mirostat": _SAMPLER,
+    "mm_processor_kwargs": "this server reads text only",
+    "modalities": _TEXT,
+    "n_predict": _LENGTH,
+    "n_probs": "use logprobs",
+    "no_stop_trim": "use include_stop_str_in_output",
+    "num_beams": "beam search is not supported",
+    "num_predict": _LENGTH,
+    "options": "put sampling fields into the body itself, under OpenAI's names",
+    "prefix": "use continue_final_message",
+    "prompt_embeds": "give text or token ids",
+    "regex": _OUTPUTS,
+    "repeat_penalty": "use repetition_penalty",
+    "repetition_detection": "use stop or max_tokens",
+    "return_hidden_states": "hidden states are not returned",
+    "stop_regex": "use stop",
+    "structural_tag": "use response_format",
+    "thinking_budget": "thinking has no budget of its own here; use max_tokens",
+    "thinking_token_budget": "thinking has no budget of its own here; use max_tokens",
+    "top_a": _SAMPLER,
+    "top_n_sigma": _SAMPLER,
+    "vllm_xargs": "this server has no extra arguments",
+    "web_search_options": "this server does not search the web",
+    "xtc_probability": _SAMPLER,
+}
+NO_OPS: dict[str, tuple[Any, ...]] = {  # of other fields: values that are empty, false or zero
+    "best_of": (1,),
+    "function_call": ("none", "auto", ""),
+    "format": ("", "text"),
+    "modalities": ([], ["text"]),
+    "n_predict": (-1,),
+    "num_beams": (1,),
+    "num_predict": (-1,),
+    "repeat_penalty": (1,),
+    "thinking_budget": (-1,),
+    "thinking_token_budget": (-1,),
+    "top_n_sigma": (-1,),
+}
+BOOKKEEPING = {  # of clients, and hints that no text depends on; other fields are logged
+    *("api_base", "api_version", "custom_llm_provider", "drop_params", "extra_headers", "extra_query", "fallbacks"),
+    *("allowed_openai_params", "keep_alive", "max_retries", "num_retries", "provider", "rid", "timeout"),
+    *("cache_control", "cache_prompt", "caching", "prediction", "prompt_cache_options", "prompt_cache_retention"),
+    *("guided_decoding_backend", "include_reasoning", "separate_reasoning", "stream_interval", "stream_reasoning"),
+    *("annotations", "id", "index", "parsed", "provider_specific_fields", "thinking_blocks", "type", "verbosity"),
+}
+_logged: set[str] = set()
+_lock = threading.Lock()
+
+
+def known(given: Mapping[str, Any], fields: Container[str]) -> dict[str, Any]:
+    """The entries of an object in a body that are validated: known `fields`, and fields to refuse."""
+    kept = {}
+    for name, value in given.items():
+        if name in fields or (name in REFUSED and not _asks_for_nothing(name, value)):
+            kept[name] = value
+        elif name not in REFUSED and name not in BOOKKEEPING:
+            _log(name)
+    return kept
+
+
+def why_refused(name: str) -> str:
+    """The reason for refusing a field."""
+    return REFUSED.get(name, "this server does not know the field")
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    return value in NO_OPS[name] if name in NO_OPS else not value
+
+
+def _log(name: str) -> None:
+    """Log once that a field is ignored."""
+    name = name[:60]
+    with _lock:
+        if name in _logged or len(_logged) >= MAX_LOGGED:
+            return
+        _logged.add(name)
+    event(logger, logging.WARNING, "unknown field ignored", field=name)
 
 
 class Body(BaseModel):
-    """Base of every request body and part of one."""
+    """Base class of every request body and of its parts."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra={"additionalProperties": True}
@@ -58,9 +169,15 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, strict: bool) -> Model:
-    """An instance of a body. strict: refuse every field that the body has not.
+    """Validate a body.
 
-    Raises ApiError naming the first fields that are wrong and why, never their contents.
+    Args:
+        model: The body's class.
+        values: The JSON object.
+        strict: Refuse unknown fields.
+
+    Raises:
+        ApiError: Names the first wrong fields and why, never their contents.
     """
     try:
         return model.model_validate(values, context=STRICT if strict else None)
@@ -79,181 +196,3 @@ def _sentence(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         return f"{_where(item)}: not supported: {why_refused(str(item['loc'][-1]))}"
     return f"{_where(item)}: {item['msg'][:200]}"
-
-
-class StreamOptions(Body):
-    """usage in a stream: at its end, or in every chunk."""
-
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: bool = False  # padding against listeners: no text depends on it
-
-
-class SamplingFields(Body):
-    """What /v1/chat/completions and /v1/completions share: OpenAI's fields, then vLLM's."""
-
-    model: Annotated[str, Field(max_length=1000)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1)] = 1
-    stop: str | Many[str] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
-    user: str | None = None
-    metadata: Any = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    min_tokens: Count = 0
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] = []
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: Literal[True] = True
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
-    truncation_side: Literal["left", "right"] = "left"
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
-    allowed_token_ids: Many[TokenId] | None = None
-    bad_words: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)] = []
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None  # vLLM's older names of structured_outputs
-    guided_regex: str | None = None
-    guided_choice: list[Any] | None = None
-    guided_grammar: str | None = None
-    response_format: dict[str, Any] | None = None
-    use_beam_search: Literal[False] = False
-    length_penalty: Annotated[float, Field(ge=1, le=1)] = 1
-    watermark: Literal[False] = False
-    priority: Annotated[int, Field(ge=0, le=0)] = 0
-    request_id: Annotated[str, Field(max_length=200)] | None = None
-    session_id: Annotated[str, Field(max_length=200)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
-    return_tokens_as_token_ids: bool = False
-    return_token_ids: bool = False
-
-    def prompt_ids(self, text: str, param: str, special: bool, served: Served) -> list[int]:
-        """A prompt's tokens, cut as truncate_prompt_tokens asks. Raises ApiError for a text that cannot fit."""
-        if not self.truncate_prompt_tokens:
-            served.sizes.check_text(text, param)
-        return self.truncated(served.text_ids(text, special), served)
-
-    def truncated(self, ids: list[int], served: Served) -> list[int]:
-        """A prompt cut as truncate_prompt_tokens asks; -1: to what the model takes."""
-        keep = self.truncate_prompt_tokens
-        if keep is None or keep == 0:
-            return ids
-        keep = served.max_input if keep == -1 else keep
-        return ids[-keep:] if self.truncation_side == "left" else ids[:keep]
-
-    def outputs(self) -> dict[str, Any] | None:
-        """structured_outputs, by whichever names it was given. Raises ApiError for both."""
-        guided = {name: getattr(self, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
-        guided = {name: value for name, value in guided.items() if value is not None}
-        if guided and self.structured_outputs is not None:
-            name = f"guided_{next(iter(guided))}"
-            raise ApiError("invalid", f"{name} and structured_outputs are both given; choose one", name)
-        return guided or self.structured_outputs
-
-    def check(self, served: Served) -> None:
-        """Raise ApiError for what no single field's type can say."""
-        settings = served.settings
-        served.check_name(self.model)
-        if self.stream_options is not None and not self.stream and not settings.tgi:
-            raise ApiError("invalid", "stream_options needs stream: true", "stream_options")
-        if self.n > settings.max_choices:
-            raise ApiError("invalid", f"n is {self.n}; at most {settings.max_choices} are made", "n")
-        if settings.tgi:
-            self._check_tgi(settings.max_stop_sequences)
-
-    def _check_tgi(self, max_stop: int) -> None:
-        """TGI's rules, where they forbid what OpenAI and vLLM allow."""
-        stops = 0 if self.stop is None else 1 if isinstance(self.stop, str) else len(self.stop)
-        if self.top_p is not None and self.top_p >= 1:
-            raise ApiError("invalid", "Input validation error: `top_p` must be > 0.0 and < 1.0", "top_p")
-        if stops > max_stop:
-            raise ApiError(
-                "invalid",
-                f"Input validation error: `stop` supports up to {max_stop} stop sequences. Given: {stops}",
-                "stop",
-            )
-
-    def params(
-        self,
-        served: Served,
-        *,
-        max_tokens: int,
-        logprobs: int | None,
-        prompt_logprobs: int | None = None,
-        best_of: int | None = None,
-        grammar: Grammar | None = None,
-    ) -> SamplingParams:
-        """The engine's settings. Raises ApiError for values out of its range."""
-        tgi = served.settings.tgi
-        base = SamplingParams(temperature=1.0) if tgi else served.defaults
-        given = {name: getattr(self, name) for name in _SAME if getattr(self, name) is not None}
-        if tgi and self.presence_penalty is not None:  # what TGI's router makes of it
-            given["repetition_penalty"] = self.presence_penalty + 2.0
-            del given["presence_penalty"]
-        if given.get("top_k") == -1:
-            given["top_k"] = 0
-        sampling = {name: getattr(base, name) for name in _DEFAULTED}
-        wanted = max((value for value in (logprobs, prompt_logprobs) if value is not None), default=0)
-        if wanted > served.settings.max_logprobs:
-            raise ApiError("invalid", f"logprobs is {wanted}; at most {served.settings.max_logprobs} are given")
-        try:
-            return SamplingParams(
-                **{**sampling, **given},
-                max_tokens=max_tokens,
-                n=self.n,
-                best_of=best_of,
-                seed=None if self.seed is None else self.seed & (2**63 - 1),
-                stop=self.stop or (),
-                include_stop=self.include_stop_str_in_output or tgi,
-                stop_ids=self.stop_token_ids,
-                logit_bias=_bias(self.logit_bias),
-                allowed_ids=self.allowed_token_ids,
-                bad_ids=_bad_ids(self.bad_words, served),
-                logprobs=logprobs,
-                prompt_logprobs=prompt_logprobs,
-                grammar=grammar,
-                min_tokens=self.min_tokens,
-                ignore_eos=self.ignore_eos,
-                skip_special_tokens=self.skip_special_tokens,
-            )
-        except ConfigError as error:
-            raise ApiError("invalid", str(error)) from error
-
-
-_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
-_SAME = (*_DEFAULTED, "frequency_penalty", "presence_penalty")
-
-
-def _bias(values: Mapping[str, float] | None) -> dict[int, float] | None:
-    if values is None:
-        return None
-    bias = {}
-    for token, value in values.items():
-        if not (token.isascii() and token.isdecimal() and len(token) <= 10):
-            raise ApiError("invalid", f"logit_bias has the key {token[:40]!r}; its keys are token ids", "logit_bias")
-        bias[int(token)] = value
-    return bias
-
-
-def _bad_ids(words: list[str], served: Served) -> list[list[int]]:
-    """A word's tokens at a text's beginning and after a space, where those differ (as vLLM's bad_words)."""
-    sequences = []
-    for word in words:
-        plain = served.text_ids(word.lstrip(), special=False)
-        spaced = served.text_ids(" " + word.lstrip(), special=False)
-        sequences += [plain] if plain == spaced else [plain, spaced]
-    return [ids for ids in sequences if ids]

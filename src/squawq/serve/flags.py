@@ -1,7 +1,5 @@
-"""Flags in tables: a row says a flag, its setting and how its text is read; their way through typer and the
-environment, help in sections, how a command line ends. The tables are launcher.py's and tgi_launcher.py's.
-
-Knows how a value is written and which setting it goes to; what a setting means is the server's.
+"""Flags as tables: each row has a flag, its setting and the reader of its text. Values come from the command line
+(typer), the environment or a YAML file. The tables are in launcher.py and tgi_launcher.py.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ def whole(least: int) -> Reader:
 
 
 def tokens(text: str) -> int | None:
-    """How many tokens, as vLLM writes it: 4096, 4k (4000), 4K (4096), 1.5k (1500); None for auto and -1."""
+    """A number of tokens as vLLM writes it: 4096, 4k (4000), 4K (4096), 1.5k (1500); None for auto and -1."""
     if text in ("auto", "-1"):
         return None
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9}(?=[kmg]))?)([kmgKMG]?)", text)
@@ -66,7 +64,7 @@ def number(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A share above 0, at most 1."""
+    """A fraction above 0, at most 1."""
     value = number(text)
     if not 0 < value <= 1:
         raise ConfigError("it must be a number above 0, at most 1, such as 0.9")
@@ -74,7 +72,7 @@ def share(text: str) -> float:
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """A text, or the texts of a JSON list."""
+    """One text, or a JSON list of texts."""
     try:
         return tuple(map(str, json.loads(text))) if text.startswith("[") else (text,)
     except ValueError:
@@ -83,7 +81,7 @@ def listed(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Reads one of the keys, in upper or lower case, as what it maps to."""
+    """Reads one of the keys, ignoring case, as its value."""
 
     known: Mapping[str, Any]
 
@@ -104,7 +102,7 @@ def among(names: Iterable[str]) -> Choice:
 
 @dataclass(frozen=True)
 class Only:
-    """Reads `value` and nothing else; `why` is what to say of the rest."""
+    """Reads `value`, and refuses all else with `why`."""
 
     value: object
     reader: Reader
@@ -134,13 +132,26 @@ KINDS: dict[str, tuple[Reader, str]] = {  # by a setting's type: how its text is
 
 
 @dataclass(frozen=True)
-class Flag:
-    """`--key`. to: its setting, `key` where that is one; a flag without a setting is read, which may refuse it.
+class FromFile:
+    """A flag's value in the file of --config."""
 
-    read: how, else by the setting's type. names: further ones. switch: it takes no value; "no": and there is --no-key.
-    variable: of the environment, read where the flag is absent. default: where both are, if it is not the setting's.
-    noted: it changes nothing here, and the log says so with its help text when it is given. metavar: what help calls
-    its value, where that does not follow from how it is read.
+    path: str
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The flag `--key`.
+
+    Attributes:
+        to: Its setting, if not `key`. A flag without a setting is read all the same, which may refuse it.
+        read: Reads its text; by default the setting's type says how.
+        names: Further names.
+        switch: It takes no value; "no": there is --no-key as well.
+        variables: Environment variables. Without the flag, the first that is set is read.
+        default: If it is not the setting's.
+        noted: It has no effect; the log gives its help text as the reason.
+        metavar: The value's name in the help, if not the reader's.
     """
 
     key: str
@@ -149,7 +160,7 @@ class Flag:
     read: Reader | None = None
     names: tuple[str, ...] = ()
     switch: bool | str = False
-    variable: str = ""
+    variables: tuple[str, ...] = ()
     default: object = None
     noted: bool = False
     metavar: str = ""
@@ -168,7 +179,7 @@ class Flag:
         return kind if kind in KINDS else "str"
 
     def parameter(self, panel: str) -> inspect.Parameter:
-        """For typer, which gives texts (the environment has nothing else) and switches."""
+        """The parameter for typer: texts and switches."""
         default = self.default or (SETTINGS[self.setting].default if self.setting else None)
         shown = not isinstance(default, bool) and isinstance(default, str | int | float)
         option = typer.Option(
@@ -183,17 +194,23 @@ class Flag:
         return inspect.Parameter(self.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
     def texts(self, given: Any, environ: Mapping[str, str]) -> tuple[str, Sequence[str]]:
-        """What typer gave, else the environment, and where it is from."""
-        texts = given if isinstance(given, list | tuple) else [] if given is None else [str(given)]
-        text = environ.get(self.variable)
-        if texts or text is None or (text == "" and self.setting != "api_keys"):  # an empty key opens no server
+        """The source of a value and its texts: the command line (typer's `given`), the environment, or a file."""
+        file = given if isinstance(given, FromFile) else None
+        texts = [] if given is None or file else given if isinstance(given, list | tuple) else [str(given)]
+        if texts:
             return self.name, texts
-        return self.variable, [text]
+        for variable in self.variables:
+            text = environ.get(variable)
+            if text or (text == "" and self.setting == "api_keys"):  # an empty key opens no server
+                return variable, [text]
+        return (self.name, ()) if file is None else (f"{file.path}: {self.key}", file.texts)
 
     def value(self, given: Any, environ: Mapping[str, str]) -> Any:
-        """What was given, read; else the default."""
+        """The value, or the default."""
         source, texts = self.texts(given, environ)
-        read, found = self.read or KINDS[self.kind][0], []
+        read, found = self.read or (truth if self.switch else KINDS[self.kind][0]), []
+        if len(texts) > 1 and not self.kind.startswith("tuple"):
+            raise ConfigError(f"{source} is {list(texts)!r}; give one value")
         for text in texts:
             try:
                 found.append(read(text))
@@ -208,24 +225,24 @@ Flags = Mapping[str, Sequence[Flag]]  # by their section of the help
 
 
 def signature(flags: Flags, *first: inspect.Parameter) -> inspect.Signature:
-    """Of a function that typer calls with these flags."""
+    """The signature for a function that typer calls with these flags."""
     return inspect.Signature([*first, *(flag.parameter(panel) for panel, rows in flags.items() for flag in rows)])
 
 
 def read_flags(flags: Flags, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """What was asked for, by flag. Raises ConfigError with the flag or the variable, its value and the choices."""
+    """Values by flag. Raises ConfigError with the source (flag, variable or file), the value and the choices."""
     found = {flag.key: flag.value(given[flag.key], environ) for rows in flags.values() for flag in rows}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def named_address(variable: str, environ: Mapping[str, str]) -> Mapping[str, str]:
-    """The environment, without the variable of the address where it is the machine's name: containers and some shells
-    set that, and nobody chose it to listen on."""
+    """The environment, without `variable` if it is the machine's name: containers and some shells set HOST and
+    HOSTNAME so, which is no choice of an address to listen on."""
     return {**environ, variable: ""} if environ.get(variable) == socket.gethostname() else environ
 
 
 def notes(flags: Flags, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
-    """Why each flag or variable that was given has no effect, by its name."""
+    """For each given flag or variable without effect, the reason."""
     found = {}
     for flag in (flag for rows in flags.values() for flag in rows if flag.noted):
         source, texts = flag.texts(given[flag.key], environ)
@@ -235,7 +252,7 @@ def notes(flags: Flags, given: Mapping[str, Any], environ: Mapping[str, str]) ->
 
 
 def to_settings(flags: Flags, found: Mapping[str, Any], **others: Any) -> Settings:
-    """Settings from what was asked for."""
+    """Settings from the values of `read_flags`."""
     known = {flag.setting: found[flag.key] for rows in flags.values() for flag in rows if flag.key in found}
     known.pop("", None)
     return Settings(**{**known, **others})
@@ -245,7 +262,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class Command(TyperCommand):
-    """Typer's, with `--flag a b` for flags that may be repeated, as vLLM has it, and plain help in sections."""
+    """A typer command that accepts `--flag a b` for repeatable flags, as vLLM does, and has plain help in sections."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
@@ -271,7 +288,7 @@ class Command(TyperCommand):
 
 
 def parse(function: Callable[..., None], arguments: Sequence[str]) -> dict[str, Any]:
-    """The arguments that typer would call `function` with."""
+    """Parse arguments as typer would for `function`."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=HELP)
     app.command(cls=Command)(function)
     with typer.main.get_command(app).make_context(function.__name__, list(arguments)) as context:
@@ -279,14 +296,14 @@ def parse(function: Callable[..., None], arguments: Sequence[str]) -> dict[str, 
 
 
 def _misuse(error: TyperException, program: str) -> str:
-    """What was wrong with the command line, and the command whose help tells more."""
+    """The error message for a wrong command line."""
     context = getattr(error, "ctx", None)
     message = error.format_message().replace(": Value error, ", ": ").removesuffix(".")
     return f"{message} (see {program if context is None else context.command_path} --help)"
 
 
 def finish(app: typer.Typer, program: str, arguments: list[str] | None, stopped: str = "stopped") -> int:
-    """Run a command line; returns the exit code: 0, 1 when the machine fails, 2 for a misuse, 130 when stopped."""
+    """Run a command line. Returns the exit code: 0, 1 for system errors, 2 for usage errors, 130 when interrupted."""
     try:
         code = app(arguments, standalone_mode=False, prog_name=program)
         sys.stdout.flush()  # now, while an error can be told

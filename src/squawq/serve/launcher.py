@@ -1,21 +1,27 @@
-"""`squawq serve`: vLLM's flags, each read into its setting, refused, or taken with a word in the log on why it changes
-nothing. A value that would change what users get and cannot be had is refused.
+"""`squawq serve`: vLLM's flags. Each sets a setting, is refused, or has no effect, and then the log says why.
+
+A value that would change what users get, but is not supported, is refused.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from squawq.errors import ConfigError
 from squawq.serve.flags import (
     Choice,
     Flag,
     Flags,
+    FromFile,
     Only,
     among,
     listed,
@@ -102,9 +108,10 @@ ACCEPTED = [
     Flag("decode_context_parallel_size", "there is one process", read=ONE, names=("-dcp",)),
     Flag("nnodes", "there is one process", read=ONE),
 ]
-FLAGS: Flags = {
+TABLE: Flags = {
     "Model": [
         Flag("model", "The same as MODEL"),
+        Flag("config", "A YAML file with these flags by their names; flags and variables win", metavar="FILE"),
         Flag("served_model_name", "What replies call the model, then aliases; one or several", "served_names"),
         Flag("strict_model_name", "404 for any other `model`; without it all names are taken", switch=True),
         Flag("strict_fields", "Refuse fields that no route knows; without it they are ignored", switch=True),
@@ -144,12 +151,12 @@ FLAGS: Flags = {
         Flag("data_parallel_size", "1 for now", read=ONE, names=("-dp",)),
     ],
     "Network": [
-        Flag("host", "The address to listen on; 0.0.0.0 for all; or HOST", variable="HOST"),
-        Flag("port", "0 takes a free one; or PORT", read=whole(0), variable="PORT"),
+        Flag("host", "The address to listen on; 0.0.0.0 for all; or HOST", variables=("HOST",)),
+        Flag("port", "0 takes a free one; or PORT", read=whole(0), variables=("PORT",)),
         Flag("uds", "Listen on this Unix socket instead; not beside --prometheus-port"),
         Flag("ssl_keyfile", "TLS: the key (PEM)"),
         Flag("ssl_certfile", "TLS: the certificate (PEM)"),
-        Flag("api_key", "One or several; or VLLM_API_KEY", "api_keys", variable="VLLM_API_KEY"),
+        Flag("api_key", "One or several; or VLLM_API_KEY", "api_keys", variables=("VLLM_API_KEY",)),
         Flag("allowed_origins", "CORS: origins, or a JSON list of them; without it none", read=listed),
         Flag("prometheus_port", "Serve /metrics on this port, too; without it on the server's alone"),
     ],
@@ -192,13 +199,17 @@ FLAGS: Flags = {
             "disable_log_requests",
             "The older name of --no-enable-log-requests",
             "log_requests",
-            Choice({"true": False}),
+            Choice({"true": False, "1": False, "false": None, "0": None}),
             switch=True,
         ),
         Flag("log_format", "For people or for machines", read=among(LOG_FORMATS)),
         Flag("log_level", "The least that is logged", read=Choice(LEVELS), names=("--uvicorn-log-level",)),
     ],
     "vLLM's flags that change nothing here": ACCEPTED,
+}
+FLAGS: Flags = {
+    panel: [replace(flag, variables=(f"SQUAWQ_{flag.key.upper()}", *flag.variables)) for flag in rows]
+    for panel, rows in TABLE.items()
 }
 MODEL = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A model folder or a Hub id", rich_help_panel="Model")
@@ -208,6 +219,9 @@ MODEL = Annotated[
 def serve(path: str | None, **given: Any) -> None:
     """Serve a model: the routes of OpenAI and vLLM and those of TGI on one port. The flags are vLLM's.
 
+    Each flag is an environment variable too: SQUAWQ_MAX_MODEL_LEN for --max-model-len. Flags win over variables, and
+    variables over the file of --config.
+
     \b
     Examples:
       squawq serve Llama-3.1-8B-AWQ --port 8000
@@ -215,6 +229,7 @@ def serve(path: str | None, **given: Any) -> None:
       curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Tell me a story."}]}'
     """
+    given = with_config(path, given, os.environ)
     found = read_flags(FLAGS, given, named_address("HOST", os.environ))
     settings = _settings(path, found)
     for key, variable in (("download_dir", "HF_HUB_CACHE"), ("hf_token", "HF_TOKEN")):
@@ -231,9 +246,46 @@ serve.__signature__ = signature(  # type: ignore[attr-defined]
 
 
 def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """What `squawq serve` with these arguments would serve."""
+    """The settings of `squawq serve` with these arguments and this environment."""
     given = parse(serve, arguments)
-    return _settings(given["path"], read_flags(FLAGS, given, named_address("HOST", environ)))
+    path = given.pop("path")
+    return _settings(path, read_flags(FLAGS, with_config(path, given, environ), named_address("HOST", environ)))
+
+
+def with_config(path: str | None, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """The command line's values, completed from the file of --config.
+
+    Args:
+        path: The MODEL argument.
+        given: typer's values by flag.
+        environ: The environment.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key is not a flag.
+    """
+    found = {**given, "model": path if given["model"] is None else given["model"]}
+    flags = {name: flag for rows in FLAGS.values() for flag in rows for name in (flag.name, *flag.names)}
+    file = flags["--config"].value(given["config"], environ)
+    if file is None:
+        return found
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"the configuration file {file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"the configuration file {file} must be a YAML mapping, such as max-model-len: 4096")
+    for name, value in values.items():
+        flag = flags.get("--" + str(name).replace("_", "-"))
+        if flag is None or flag.key == "config":
+            raise ConfigError(f"{file} has the key {name!r:.80}, which is no flag (see squawq serve --help)")
+        if found[flag.key] in (None, [], ()) and value is not None:
+            found[flag.key] = FromFile(file, [_text(item) for item in (value if isinstance(value, list) else [value])])
+    return found
+
+
+def _text(value: object) -> str:
+    """A YAML value as text, as on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _settings(path: str | None, found: Mapping[str, Any]) -> Settings:

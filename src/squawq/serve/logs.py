@@ -1,20 +1,137 @@
 """Logs on stderr, one line a record, as text or JSON: the time, the level, an event and its fields.
 
-Every value is cut at MAX_VALUE characters and written in printable ASCII, so that no request can forge a line or grow
-the log. A thread of its own writes the lines: a reader that stalls stops nothing but the log (log_writer.py). Knows
-nothing of requests: what is logged is its callers' choice.
+Values are cut at MAX_VALUE characters and written in printable ASCII, so that no request can forge a line or grow the
+log. A thread of its own writes the lines from a bounded queue: a reader that stalls blocks nothing but the log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
+import queue
 import re
+import sys
+import threading
 import time
+from collections.abc import Callable
 
 from squawq.errors import ConfigError
-from squawq.serve.log_writer import Writer
+
+MAX_LINES = 4096  # in the queue
+LIMITED = 20  # limited lines per period
+PERIOD = 1.0  # seconds
+
+
+class Writer:
+    """A bounded queue of lines and the thread that writes them to sys.stderr. Thread-safe.
+
+    Args:
+        note: Makes the line that says how many lines were dropped or suppressed.
+    """
+
+    def __init__(self, note: Callable[..., str]) -> None:
+        self._note = note
+        self._write = _descriptor_writer() or _stream_writer()
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_LINES)
+        self._lock = threading.Lock()  # guards what follows
+        self._dropped = 0
+        self._suppressed = 0
+        self._said = 0.0  # when suppressed lines were reported last
+        self._period, self._written = 0.0, 0
+        # A daemon, since a blocked write must not keep the process alive.
+        self._thread = threading.Thread(target=self._work, name="squawq-logs", daemon=True)
+        self._thread.start()
+
+    def put(self, line: str) -> None:
+        """Queue a line. If the queue is full, drop and count it."""
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            with self._lock:
+                self._dropped += 1
+
+    def allows(self) -> bool:
+        """Whether one more limited line may be written in this period; if not, it is counted."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._period >= PERIOD:
+                self._period, self._written = now, 0
+            self._written += 1
+            if self._written > LIMITED:
+                self._suppressed += 1
+            return self._written <= LIMITED
+
+    def close(self, timeout: float) -> bool:
+        """Write what is queued and end the thread. Returns False if that takes more than `timeout` seconds."""
+        try:
+            self._lines.put(None, timeout=timeout)
+        except queue.Full:
+            return False
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        open_ = True
+        while open_:
+            try:
+                line = self._lines.get(timeout=PERIOD)
+            except queue.Empty:
+                self._say_counts()
+                continue
+            if line is None:
+                open_ = False
+            else:
+                self._put_out(line)
+            self._say_counts(last=not open_)
+            self._lines.task_done()
+
+    def _say_counts(self, last: bool = False) -> None:
+        """Log how many lines were left out: dropped ones at once, suppressed ones once a period."""
+        with self._lock:
+            dropped, suppressed, now = self._dropped, self._suppressed, time.monotonic()
+            self._dropped = 0
+            if now - self._said < PERIOD and not last:
+                suppressed = 0
+            if suppressed:
+                self._suppressed, self._said = 0, now
+        if dropped:
+            self._put_out(self._note("log lines dropped: their reader was too slow", lines=dropped))
+        if suppressed:
+            self._put_out(self._note("log lines suppressed: refused requests", lines=suppressed))
+
+    def _put_out(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the server goes on
+            self._write(line + "\n")
+
+
+def _descriptor_writer() -> Callable[[str], object] | None:
+    """A writer to stderr's descriptor, past sys.stderr's lock, for which the interpreter's exit would wait; None if
+    stderr is not a file."""
+    try:
+        descriptor = sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
+
+    def write(text: str) -> None:
+        rest = text.encode()
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+    return write
+
+
+def _stream_writer() -> Callable[[str], object]:
+    stream = sys.stderr
+
+    def write(text: str) -> None:
+        stream.write(text)
+        stream.flush()
+
+    return write
+
 
 FORMS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -27,9 +144,17 @@ _Value = str | int | float | bool | None
 
 
 def setup(form: str, level: str) -> Writer:
-    """Send what squawq, uvicorn and asyncio log to stderr, and to nothing else. Returns the writer, to be closed.
+    """Log squawq, uvicorn and asyncio to stderr only. May be called again. Start uvicorn with log_config=None.
 
-    Start uvicorn with log_config=None after this. May be called again. Raises ConfigError for an unknown form or level.
+    Args:
+        form: One of FORMS.
+        level: One of LEVELS.
+
+    Returns:
+        The writer; close it at the end.
+
+    Raises:
+        ConfigError: The form or level is unknown.
     """
     if form not in FORMS:
         raise ConfigError(f"log format is {form!r}; choose one of {', '.join(FORMS)}")
@@ -53,7 +178,7 @@ def setup(form: str, level: str) -> Writer:
 
 
 def event(logger: logging.Logger, level: int, name: str, /, *, limited: bool = False, **fields: object) -> None:
-    """Log an event with its fields. limited: anybody can cause it, without a key; only so many a second are written."""
+    """Log an event with its fields. limited: anybody can cause it, so only LIMITED lines per second are written."""
     logger.log(level, "%s", name, extra={"fields": fields, "limited": limited})
 
 
@@ -64,7 +189,7 @@ def _record(name: str, fields: dict[str, object]) -> logging.LogRecord:
 
 
 class Handler(logging.Handler):
-    """Formats a record on its own thread, so that no request is held, and gives the line to the writer."""
+    """Formats records in the calling thread, so that their arguments are not kept, and queues the lines."""
 
     def __init__(self, writer: Writer) -> None:
         super().__init__()
@@ -80,12 +205,12 @@ class Handler(logging.Handler):
 
 
 def _unasked(record: logging.LogRecord) -> bool:
-    """Whether uvicorn warns of a client's bytes that were no request."""
+    """Whether it is uvicorn's warning of an invalid request."""
     return record.name.startswith("uvicorn") and record.levelno == logging.WARNING
 
 
 class Formatter(logging.Formatter):
-    """Writes a record as a line. In text, a word stands bare and anything else in JSON's quotes."""
+    """Formats a record as one line. In text form, values other than words are JSON."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -107,7 +232,7 @@ class Formatter(logging.Formatter):
 
 
 def _plain(value: object) -> _Value:
-    """A value that JSON can hold, bounded."""
+    """A JSON value of bounded size."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) < 2**63:

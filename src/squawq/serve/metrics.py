@@ -1,8 +1,7 @@
-"""What the server did, for Prometheus: vLLM's names (vllm:*) and TGI's (tgi_*) from one registry and one set of calls.
+"""Prometheus metrics under vLLM's names (vllm:*) and TGI's (tgi_*), from one registry.
 
-The one door to prometheus_client. Every label value is from a fixed set, whatever a request holds. Knows no HTTP
-framework; the engine's own figures are read when a scrape comes. TGI's counters have no _total: they are "counter" in
-the text format and "unknown" in OpenMetrics, which knows no counter without that suffix.
+Label values come from fixed sets, whatever a request holds. The engine's figures are read at each scrape. TGI's
+counters have no suffix _total: they are "counter" in the text format and "unknown" in OpenMetrics, which requires it.
 """
 
 from __future__ import annotations
@@ -70,11 +69,14 @@ _UNTYPED = re.compile(rb"^(# TYPE tgi_\w+) untyped$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Timing:
-    """A generation request that ended. Times in seconds of time.perf_counter.
+    """A finished generation request. Times in seconds of time.perf_counter; None: unknown, or never reached.
 
-    validated: parsed, tokenized and handed to the engine. started: out of the queue. None: not known, or never reached.
-    prompt_tokens: of its prompt. generated_tokens: of all its n sequences together. max_tokens: of a sequence, at most.
-    finish: a FinishReason; any other value counts as "error".
+    Attributes:
+        validated: When it was submitted to the engine.
+        started: When it left the queue.
+        generated_tokens: Of all its sequences.
+        max_tokens: Limit of each sequence.
+        finish: A FinishReason; any other value counts as "error".
     """
 
     arrived: float
@@ -90,10 +92,12 @@ class Timing:
 
 
 class Metrics:
-    """The metrics of one server; several in a process share nothing. Every method may be called from any thread.
+    """The metrics of one server. Thread-safe.
 
-    model_name: the label of vLLM's metrics. stats: the engine's figures, asked for at each scrape. routes: the route
-    templates that have a count of their own.
+    Args:
+        model_name: The label of vLLM's metrics.
+        stats: Returns the engine's figures; called at each scrape.
+        routes: Route templates that are counted by name.
     """
 
     def __init__(self, model_name: str, stats: Callable[[], Stats], routes: Iterable[str] = ()) -> None:
@@ -135,10 +139,7 @@ class Metrics:
         registry.register(self)
 
     def observe(self, request: Timing) -> None:
-        """Count a request that was run, once, at its end.
-
-        What it took goes into the histograms only if it ran to its end; what it asked for, always.
-        """
+        """Count a request at its end. Histograms of durations and tokens only take complete ones."""
         finish = request.finish if request.finish in _FINISHES else FinishReason.ERROR.value
         self._finished.labels(self._model, str(finish)).inc()
         values = {
@@ -166,15 +167,15 @@ class Metrics:
             _add(self._values[name], value)
 
     def rejected(self, reason: str) -> None:
-        """Count a generation request that was not run. `reason` is a kind of errors.KINDS; others count as "other"."""
+        """Count a refused generation request. Reasons that are not in errors.KINDS count as "other"."""
         self._rejected.labels(KINDS[reason].tgi_type if reason in KINDS else OTHER).inc()
 
     def inter_token(self, seconds: float) -> None:
-        """Count the time between two tokens of a sequence."""
+        """Record the seconds between two tokens of a sequence."""
         _add(self._values["inter_token_latency_seconds"], seconds)
 
     def http(self, route: str, method: str, status: int) -> None:
-        """Count an HTTP request by its route template; what is not one of ours counts as "other"."""
+        """Count an HTTP request by its route template; unknown ones count as "other"."""
         self._http.labels(
             route if route in self._routes else OTHER,
             method if method in METHODS else OTHER,
@@ -182,7 +183,7 @@ class Metrics:
         ).inc()
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The metrics and their content type: OpenMetrics where the Accept header names it, the text format else."""
+        """The metrics and their content type: OpenMetrics if the Accept header names it, else the text format."""
         asked = {part.partition(";")[0].strip().lower() for part in accept.split(",")}
         if "application/openmetrics-text" in asked:
             encode, _ = choose_encoder(_OPENMETRICS)
@@ -190,7 +191,7 @@ class Metrics:
         return _UNTYPED.sub(rb"\1 counter", generate_latest(self._registry)), CONTENT_TYPE_PLAIN_0_0_4
 
     def collect(self) -> Iterator[Metric]:
-        """What no instrument holds: the engine's figures and TGI's view of the instruments. The registry calls this."""
+        """The engine's figures, and TGI's view of the other metrics; called by the registry."""
         try:
             stats = self._stats()
         except Exception:

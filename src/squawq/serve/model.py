@@ -1,7 +1,4 @@
-"""The model that is served: its engine, tokenizer and chat template, and what a request may ask of it.
-
-Knows no HTTP and no dialect's JSON.
-"""
+"""The served model: its engine, tokenizer and chat template, and the limits that it sets to requests."""
 
 from __future__ import annotations
 
@@ -15,19 +12,23 @@ from typing import Any
 from squawq.backends import backend_for
 from squawq.engine.loaded_model import LoadedModel
 from squawq.engine.protocol import InferenceEngine
-from squawq.engine.request import Request
+from squawq.engine.request import Grammar
 from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
+from squawq.serve.limits import PromptLimits
 from squawq.serve.settings import Settings
-from squawq.serve.sizes import Sizes
-from squawq.serve.tools import PLAIN_FORMAT, added_tokens, teaches_tools, tool_format
+from squawq.serve.tools.grammar import PLAIN_FORMAT, added_tokens, template_supports_tools, tool_format
 from squawq.text.template_process import TemplateProcess
 
-MAX_LISTED = 2**17  # tokens that a reply lists one by one, each in up to a hundred bytes
+MAX_LISTED = 2**17  # tokens in a reply's list, up to a hundred bytes each
 
 
 class Served:
-    """A loaded model. Raises SquawqError for one that cannot be run or settings that do not fit it."""
+    """A loaded model.
+
+    Raises:
+        SquawqError: The model cannot be run, or the settings do not fit it.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -59,63 +60,56 @@ class Served:
         self._check_weights()
         self.max_len = self._length(self.engine.max_positions, self.engine.cache_tokens)
         self.max_input = min(settings.max_input_tokens or self.max_len, self.max_len - 1)
-        self.sizes = Sizes(self.tokenizer, self.max_len, self.max_input)
+        self.prompt_limits = PromptLimits(self.tokenizer, self.max_len, self.max_input)
         self.defaults = self.model.sampling_defaults()
         if self.defaults.temperature == 0:  # OpenAI's default, where the model asks for nothing
             self.defaults = replace(self.defaults, temperature=1.0)
         tool_template = self.model.tool_template or self.template
-        self.teaches_tools = teaches_tools(tool_template)
+        self.template_supports_tools = template_supports_tools(tool_template)
         self.tool_format = self._tool_format(tool_template)
         self.added_tokens = added_tokens(self.tokenizer)
         processes = (self.model.template_process(settings.template_timeout) for _ in range(2))
-        self._templates = [process for process in processes if process]  # the second is `own_template`'s
+        self._templates = [process for process in processes if process]  # the second is `use_second_template_process`'s
         if self._templates:
             self._templates[0].start()
 
     @property
     def name(self) -> str:
-        """What replies call the model."""
+        """The model's name in replies."""
         return self.names[0]
 
-    def facts(self) -> dict[str, Any]:
-        """What it runs on, for the log."""
+    def device_info(self) -> dict[str, Any]:
+        """The device and the cache, for the log."""
         facts = {"device": self.settings.device, **backend_for(self.settings.device).describe()}
         cache = round(self.model.cache_bytes / 2**20, 1)
         return {**facts, "cache_tokens": self.engine.cache_tokens, "cache_mib": cache}
 
     def close(self) -> None:
-        """Abort what runs and end the threads and processes. Idempotent."""
+        """Abort running requests, end threads and processes. Idempotent."""
         self.model.close()
         for process in self._templates:
             process.close()
 
-    def own_template(self) -> None:
-        """Have the calling thread render chats in a process of its own, for which no other thread waits."""
+    def use_second_template_process(self) -> None:
+        """Render this thread's chats in the second process, which no other thread waits for."""
         self._thread.templates = self._templates[1:]
 
-    def check_name(self, name: str | None) -> None:
-        """Raise ApiError for a name that is not this model's, where strict_model_name asks for that."""
+    def check_model_name(self, name: str | None) -> None:
+        """Raise ApiError for another model's name, if strict_model_name is set."""
         if self.settings.strict_model_name and name is not None and name not in self.names:
             raise ApiError("not_found", f"The model `{name:.100}` does not exist.", "model")
 
-    def echoed(self, name: str | None) -> str:
-        """What a reply calls the model: its own name, or with TGI's rules the one that was asked for."""
+    def reply_model_name(self, name: str | None) -> str:
+        """The model's name in a reply; in TGI's dialect, the name in the request."""
         return self.name if name is None or name == "tgi" or not self.settings.tgi else name
 
-    def check(self, request: Request) -> None:
-        """Raise ApiError for a request that the engine can never run, or may not with these settings."""
-        if request.params.grammar is not None and not self.settings.grammar_support:
+    def check_grammar(self, grammar: Grammar | None) -> None:
+        """Raise ApiError for a grammar if --no-grammar-support is set. The engine checks the grammar itself."""
+        if grammar is not None and not self.settings.grammar_support:
             raise ApiError("invalid", "grammars and tools are not supported: the server runs with --no-grammar-support")
-        try:
-            self.engine.check(request)
-        except ConfigError as error:
-            raise ApiError("invalid", str(error)) from error
 
-    def text_ids(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text; `special` adds a begin token where the model has one.
-
-        Raises ApiError for a text that cannot be encoded.
-        """
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text. special: with the model's begin token. Raises ApiError if it cannot be encoded."""
         try:
             return self.tokenizer.encode(text, special)
         except ConfigError as error:
@@ -123,14 +117,19 @@ class Served:
 
     @staticmethod
     def check_listed(tokens: int) -> None:
-        """Raise ApiError for more tokens than a reply lists one by one."""
+        """Raise ApiError for more tokens than a reply may list."""
         if tokens > MAX_LISTED:
             raise ApiError("invalid", f"the text has {tokens} tokens; at most {MAX_LISTED} are listed: send parts")
 
-    def chat_text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """A chat by the model's template. options: tools, generation_prompt, continue_final, variables.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """Render a chat with the model's template.
 
-        Raises ApiError for a chat that the template refuses, and for a model without one.
+        Args:
+            messages: As `template_messages` makes them.
+            **options: Of TemplateProcess.render: tools, generation_prompt, continue_final, variables.
+
+        Raises:
+            ApiError: The template refuses the chat, or the model has none.
         """
         templates: list[TemplateProcess] = getattr(self._thread, "templates", self._templates)
         if not templates:
@@ -142,8 +141,8 @@ class Served:
             raise ApiError("template", str(error), "messages") from error
         return text
 
-    def room(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """New tokens that a prompt leaves room for, `max_tokens` at most. Raises ApiError where they do not fit."""
+    def max_new_tokens(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """New tokens that fit after the prompt, `max_tokens` at most. Raises ApiError if they do not fit."""
         if prompt_tokens > self.max_input:
             raise ApiError(
                 "invalid",
@@ -163,10 +162,10 @@ class Served:
         return left if max_tokens is None else max_tokens
 
     def _tool_format(self, template: str | None) -> str | None:
-        """How the model writes calls of functions; None where it may not make any, or its way is not known."""
+        """The format of the model's tool calls; None if they are off, or the format is unknown."""
         asked = self.settings.tool_call_parser
         if asked == "auto":
-            return tool_format(template) if self.teaches_tools else PLAIN_FORMAT
+            return tool_format(template) if self.template_supports_tools else PLAIN_FORMAT
         return None if asked == "none" else asked
 
     def _length(self, positions: int, cached: int) -> int:
@@ -184,7 +183,7 @@ class Served:
         return wanted
 
     def _check_weights(self) -> None:
-        """Whether the weights are what the flags say; they are run as they are stored."""
+        """Raise ConfigError if --dtype or --quantization do not fit the weights, which are run as stored."""
         if self.settings.quantization is not None and self.config.quant is None:
             raise ConfigError(
                 f"quantization is {self.settings.quantization!r}, but {self.folder} is a 16-bit model; leave it out"
@@ -196,5 +195,5 @@ class Served:
 
 
 def _name(model: str) -> str:
-    """What a model is called: its Hub id, or its folder's name, without the path to it."""
+    """The name of a model: its Hub id, or its folder's name without the path."""
     return Path(model).resolve().name if Path(model).is_dir() else model

@@ -1,5 +1,5 @@
-"""The server's OpenAPI document: a row for each route, and the classes that check bodies. A reply is described by the
-fields that it always has. Knows no framework.
+"""The server's OpenAPI document: a row per route, with the pydantic classes of its bodies. A reply's schema has the
+fields that are always present.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from squawq import __version__
-from squawq.serve.chat import ChatBody
-from squawq.serve.completions import CompletionBody
 from squawq.serve.fields import Body
-from squawq.serve.tgi import GenerateBody
-from squawq.serve.tokenization import DetokenizeBody, TokenizeBody, TokenizeChatBody
+from squawq.serve.openai.chat import ChatBody
+from squawq.serve.openai.completions import CompletionBody
+from squawq.serve.openai.tokenize import DetokenizeBody, TokenizeBody, TokenizeChatBody
+from squawq.serve.tgi.generate import GenerateBody
 
 Schema = dict[str, Any]
 ANY_REFUSES = (400, 401, 431, 503)  # the head, the key, a server that is full or closing
@@ -62,7 +62,7 @@ EXAMPLES: dict[type[Body], Schema] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A route. content: its answer by media type; without one it is not supported."""
+    """A route. content: its reply by media type; empty if the route is not supported."""
 
     summary: str
     content: Schema

@@ -1,6 +1,6 @@
-"""Runs the server: loads the model, listens, and ends in order. A first signal drains, a second aborts at once.
+"""Runs the server: load the model, listen, shut down. The first signal drains, the second aborts.
 
-Everything that is under way then gets a final reason; the exit code is 0.
+Every request in flight then gets a finish reason, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from squawq import __version__
 from squawq.progress import console
 from squawq.serve import logs
 from squawq.serve.app import Api
-from squawq.serve.listening import bind, is_open, refusal, uds_refusal, url
+from squawq.serve.connections import bind, is_open, protocol, refusal, uds_refusal, url
 from squawq.serve.model import Served
-from squawq.serve.protocol import protocol
 from squawq.serve.settings import Settings
 
 logger = logging.getLogger("squawq.serve")
@@ -39,7 +38,7 @@ LAST_WORDS = 1.0  # seconds for answers to be written after their requests were 
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with our way of ending. `stop` may be called from any thread, as a signal would."""
+    """uvicorn's server with our shutdown. `stop` works from any thread, as a signal does."""
 
     def __init__(self, api: Api) -> None:
         settings = api.settings
@@ -68,12 +67,12 @@ class Server(uvicorn.Server):
 
     @property
     def bound_port(self) -> int:
-        """The port that is listened on, once started."""
+        """The port, once started."""
         port: int = self.servers[0].sockets[0].getsockname()[1]
         return port
 
     def stop(self) -> None:
-        """End: the first call drains, the second aborts."""
+        """Shut down: the first call drains, the second aborts."""
         self.stops += 1
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -82,7 +81,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals without raising them again at the end: a server that ends in order exits with 0."""
+        """Handle signals without raising them again at the end, so that a graceful shutdown exits with 0."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -94,7 +93,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where. Raises ConfigError where that cannot be."""
+        """Listen, and log the URL. Raises ConfigError if it cannot listen."""
         settings, served = self.api.settings, self.api.served
         try:
             await super().startup(sockets)
@@ -108,16 +107,18 @@ class Server(uvicorn.Server):
             text = "there is no API key: whoever reaches this machine may use the model; give --api-key"
             logs.event(logger, logging.WARNING, text, host=settings.host)
         at = url(settings, 0 if settings.uds else self.bound_port)
-        logs.event(logger, logging.INFO, "serving", model=served.name, at=at, context=served.max_len, **served.facts())
+        logs.event(
+            logger, logging.INFO, "serving", model=served.name, at=at, context=served.max_len, **served.device_info()
+        )
 
     async def main_loop(self) -> None:
-        """Serve until told to stop, then let requests end."""
+        """Serve until `stop`, then drain."""
         count = 0
         while not self.stops:
             await self.on_tick(count)
             count += 2  # uvicorn's ticks are twice as long
             await asyncio.sleep(TICK)
-        settings, generation = self.api.settings, self.api.generation
+        settings, generation = self.api.settings, self.api.runtime
         generation.draining = True
         logs.event(logger, logging.INFO, "draining", requests=generation.in_flight, seconds=settings.shutdown_timeout)
         await self._until_idle(time.monotonic() + settings.shutdown_timeout, stops=2)
@@ -133,15 +134,24 @@ class Server(uvicorn.Server):
 
     async def _until_idle(self, deadline: float, stops: int) -> None:
         count = 0
-        while self.api.generation.in_flight and self.stops < stops and time.monotonic() < deadline:
+        while self.api.runtime.in_flight and self.stops < stops and time.monotonic() < deadline:
             await asyncio.sleep(TICK)
             await self.on_tick(count := count + 2)
 
 
 def run(settings: Settings, notes: Mapping[str, Any] | None = None, environment: bool = False) -> int:
-    """Serve until a signal; returns the exit code. Raises SquawqError for what cannot be served.
+    """Serve until a signal.
 
-    notes: flags that were given and change nothing, and why, for the log. environment: log what runs here.
+    Args:
+        settings: The server's.
+        notes: Flags without effect, and why, for the log.
+        environment: Log versions and the machine.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SquawqError: The model cannot be served.
     """
     writer = logs.setup(settings.log_format, settings.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -174,7 +184,7 @@ def run(settings: Settings, notes: Mapping[str, Any] | None = None, environment:
 
 
 def _environment() -> dict[str, Any]:
-    """Versions and the machine, for reports of faults."""
+    """Versions and the machine, for bug reports."""
     return {
         "squawq": __version__,
         "python": platform.python_version(),
@@ -185,7 +195,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _close(served: Served) -> bool:
-    """Whether all threads but the log's ended soon: a step of the engine or the check of a request may take minutes."""
+    """Close, and return whether all threads but the log's ended soon. An engine step or a check may take minutes."""
     threading.Thread(target=served.close, daemon=True).start()
     until = time.monotonic() + LAST_WORDS / 2
     while threading.active_count() > 2 and time.monotonic() < until:
@@ -194,7 +204,7 @@ def _close(served: Served) -> bool:
 
 
 def _allow_files(wanted: int) -> None:
-    """A connection is an open file; the usual soft limit of 1024 is for programs with few."""
+    """Raise the limit of open files: each connection is one, and the usual soft limit is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:

@@ -1,5 +1,5 @@
-"""Every setting of the server in one frozen object: model, dialect, engine, limits. Knows no flags and no environment;
-launcher.py fills it from those.
+"""All settings of the server in one frozen object. launcher.py and tgi_launcher.py read them from flags, environment
+and file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DIALECTS = ("openai", "tgi")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TOOL_PARSERS = ("auto", "llama3_json", "hermes", "none")
-RESERVED = 256  # connections beside those of requests under way and waiting
+RESERVED = 256  # connections beyond those of running and waiting requests
 Seconds = Annotated[float, Field(gt=0, description="a number of seconds above 0")]
 SecondsOrZero = Annotated[float, Field(ge=0, description="a number of seconds, 0 or more")]
 Logprobs = Annotated[int, Field(ge=1, le=MAX_LOGPROBS, description=f"1 to {MAX_LOGPROBS}")]
@@ -28,20 +28,25 @@ Choices = Annotated[int, Field(ge=1, le=MAX_SEQUENCES, description=f"1 to {MAX_S
 
 @strict(kw_only=True)
 class Settings(EngineConfig):
-    """What `squawq serve` was asked for, beside the engine's knobs.
+    """Settings of `squawq serve`, beside the engine's. Sizes in bytes, times in seconds; None: as the model or machine
+    suggests.
 
-    Sizes in bytes, times in seconds; None: what the model or machine suggests.
+    Attributes:
+        dialect: "openai" (as vLLM answers) or "tgi": whose rules hold on the shared routes, where they differ.
+        served_names: The model's name in replies, then aliases.
+        tokenizer: A folder or Hub id; None for the model's own.
+        generation_config: Source of sampling defaults: "auto", the model; "vllm", none; or a folder.
+        grammar_support: Accept schemas, regexes, grammars and tools.
+        prometheus_port: Serve /metrics on this port as well.
+        max_model_len: Tokens of a prompt and its answer together.
+        max_input_tokens: Tokens of a prompt.
+        max_queued: Waiting requests; the next is refused.
+        max_queue_bytes: Memory of waiting and running requests; the next is refused.
+        max_connections: More than there may be requests, so that others can still ask for health; None: RESERVED more.
+        tensor_parallel_size: GPUs that share a model; 1 for now.
 
-    dialect: "openai" (as vLLM answers) or "tgi": which one's rule holds on the shared routes where the two
-    contradict each other. served_names: what `model` is called in replies, the first of them; others are aliases.
-    tokenizer: a folder or Hub id, None for the model's own. generation_config: where sampling defaults are from:
-    "auto", the model's; "vllm", nowhere; or a folder. grammar_support: whether schemas, regexes, grammars and tools are
-    taken. prometheus_port: /metrics is there, too. max_model_len: tokens of a prompt and its answer together.
-    max_input_tokens: of a prompt alone. max_queued: requests that wait for their turn beyond max_num_seqs; the next is
-    refused. max_queue_bytes: what requests hold while they wait or run, the next is refused. max_connections: more than
-    there may be requests, so that health and other keys' requests are answered beside those; None: RESERVED more.
-    tensor_parallel_size: GPUs that share a model; 1 for now.
-    Raises ConfigError for values that cannot work.
+    Raises:
+        ConfigError: Values that cannot work.
     """
 
     model: str
@@ -130,29 +135,29 @@ class Settings(EngineConfig):
                 f"tensor_parallel_size is {self.tensor_parallel_size}; one process serves a model here for now, "
                 "so it must be 1 (NUM_SHARD=1, --tensor-parallel-size 1)"
             )
-        if any(not key for key in self.api_keys):
+        if "" in self.api_keys:
             raise ConfigError("an API key is empty; give a key or leave the flag out")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("TLS needs both ssl_keyfile and ssl_certfile; only one was given")
 
     @property
     def tgi(self) -> bool:
-        """Whether TGI's rules hold on the shared routes."""
+        """Whether the shared routes follow TGI's rules."""
         return self.dialect == "tgi"
 
     @property
     def max_concurrent(self) -> int:
-        """Generation requests that may be under way or waiting at once."""
+        """Generation requests that may be running or waiting at once."""
         return self.max_num_seqs + self.max_queued
 
     @property
     def tenants(self) -> int:
-        """API keys; without them everybody is one tenant."""
+        """The number of API keys, at least 1."""
         return max(1, len(set(self.api_keys)))
 
     @property
     def most_under_way(self) -> int:
-        """The same beside the shares of the keys that a single one cannot take (admission.py)."""
+        """`max_concurrent`, and the shares of the other keys beside it (limits.Admission)."""
         return self.max_concurrent + (self.tenants - 1) * max(1, self.max_concurrent // self.tenants)
 
     @property

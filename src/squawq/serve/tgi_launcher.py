@@ -1,7 +1,5 @@
-"""`text-generation-launcher`: TGI's flags and environment variables, read into settings of a server that speaks TGI's
-dialect. A flag wins over its variable; a value that asks for what is not here is refused, not passed over.
-
-Knows TGI's names and defaults; the server behind them is that of `squawq serve`.
+"""`text-generation-launcher`: TGI's flags, environment variables and defaults, for the server of `squawq serve` with
+TGI's dialect. A flag wins over its variable. Unsupported values are refused, never ignored.
 """
 
 from __future__ import annotations
@@ -73,7 +71,7 @@ LATER = "tensor parallelism comes later"
 def log_level(text: str) -> str:
     """The level of Rust's directives, as TGI reads LOG_LEVEL: `info`, `info,text_generation_router=debug`.
 
-    What they say of the router, which this server is, goes before a bare level; other targets are not here.
+    A directive for the router, which this server is, wins over a bare level; other targets are ignored.
     """
     level = router = None
     for directive in filter(None, text.split(",")):
@@ -144,7 +142,7 @@ TABLE: Flags = {
         *(Flag(key, why, read=Only(None, str, f"{why}; leave it out")) for key, why in ABSENT.items()),
     ],
 }
-FLAGS: Flags = {panel: [replace(flag, variable=flag.key.upper()) for flag in rows] for panel, rows in TABLE.items()}
+FLAGS: Flags = {panel: [replace(flag, variables=(flag.key.upper(),)) for flag in rows] for panel, rows in TABLE.items()}
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
 
 
@@ -186,7 +184,7 @@ launch.__signature__ = signature(  # type: ignore[attr-defined]
 
 
 def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """What text-generation-launcher would serve with these arguments and this environment."""
+    """The settings of text-generation-launcher with these arguments and this environment."""
     return _settings(_found(parse(launch, arguments), environ))
 
 

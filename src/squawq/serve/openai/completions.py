@@ -1,10 +1,9 @@
-"""/v1/completions: prompts as text, lists of texts, token ids or lists of those; echo and logprobs as
-lm-evaluation-harness reads them (one entry a token, the first null, nothing added to ids). Pure.
+"""/v1/completions: prompts as text, lists of texts, token ids or lists of those. echo and logprobs are as
+lm-evaluation-harness reads them: one entry per token, the first null, and no token added to ids.
 """
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -12,13 +11,15 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field
 
 from squawq.engine.detokenizer import TextStream
-from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
-from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
+from squawq.engine.request import Output, Request, TokenLogprob
+from squawq.serve.call import Reply, Times, dump, dump_large
 from squawq.serve.errors import ApiError
-from squawq.serve.fields import Many, SamplingFields, TokenId, validate
-from squawq.serve.logprobs import Offsets, Spelling, bounded_tokens
+from squawq.serve.fields import Many, TokenId, validate
+from squawq.serve.limits import limit_by_logprobs
 from squawq.serve.model import Served
-from squawq.serve.structured import response_grammar
+from squawq.serve.openai.reply import Offsets, OpenAICall, usage
+from squawq.serve.openai.sampling import SamplingFields
+from squawq.serve.tools.structured import response_grammar
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's; TGI fills the context
 MAX_LOOKED_AT = 4096  # prompts that are looked at; how many are taken is a setting
@@ -39,7 +40,7 @@ class CompletionBody(SamplingFields):
     add_special_tokens: bool = True
 
     def prompts(self, served: Served) -> list[list[int]]:
-        """Token ids of every prompt. Raises ApiError for more prompts than may be."""
+        """Token ids of every prompt. Raises ApiError for too many prompts."""
         given: Sequence[str | list[int]]
         given = [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
         settings = served.settings
@@ -56,13 +57,13 @@ class CompletionBody(SamplingFields):
             for item in given
         ]
 
-    def bounded_tokens(self, served: Served, prompts: list[list[int]], tokens: int) -> int:
-        """New tokens of a sequence that the reply has room for. Raises ApiError."""
+    def limit_by_logprobs(self, served: Served, prompts: list[list[int]], tokens: int) -> int:
+        """New tokens of a sequence within the limit of log probabilities. Raises ApiError."""
         shown = 0 if self.logprobs is None else self.logprobs + 1
         listed = (self.n * shown if self.echo else 0) + (
             0 if self.prompt_logprobs is None else self.prompt_logprobs + 1
         )
-        return bounded_tokens(
+        return limit_by_logprobs(
             served.settings,
             sum(map(len, prompts)) * listed,
             len(prompts) * max(self.n, self.best_of or 1) * shown,
@@ -71,7 +72,7 @@ class CompletionBody(SamplingFields):
         )
 
     def check(self, served: Served) -> None:
-        """Raise ApiError for what no single field's type can say."""
+        """Raise ApiError for rules that concern several fields."""
         super().check(served)
         if self.suffix is not None:
             raise ApiError(
@@ -88,19 +89,20 @@ class CompletionBody(SamplingFields):
 
 
 def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> CompletionCall:
-    """A checked completion request, ready for the engine. Raises ApiError."""
+    """Parse a completion request. Raises ApiError."""
     body = validate(CompletionBody, raw, strict=served.settings.strict_fields)
     body.check(served)
     grammar = response_grammar(body.response_format, body.outputs(), served.added_tokens)
+    served.check_grammar(grammar)
     scored = body.logprobs if body.echo else None
     if body.prompt_logprobs is not None:
         scored = max(body.prompt_logprobs, scored or 0)
     default = None if served.settings.tgi else DEFAULT_MAX_TOKENS
     name, requests, prompts = f"cmpl-{uuid.uuid4().hex}", [], body.prompts(served)
-    rooms = [served.room(len(ids), body.max_tokens) for ids in prompts]
+    rooms = [served.max_new_tokens(len(ids), body.max_tokens) for ids in prompts]
     if body.max_tokens is None and default is not None:
         rooms = [min(room, default) for room in rooms]
-    most = body.bounded_tokens(served, prompts, max(rooms))
+    most = body.limit_by_logprobs(served, prompts, max(rooms))
     for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
         params = body.params(
             served,
@@ -111,12 +113,11 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
             grammar=grammar,
         )
         requests.append(Request(f"{name}-{number}", ids, params, tenant, cache_salt=body.cache_salt or ""))
-        served.check(requests[-1])
     return CompletionCall(body, served, name, requests)
 
 
-class _Choice:
-    """One text as it comes: what was given out of it."""
+class _TextChoice:
+    """The state of one text."""
 
     def __init__(self, prompt: Sequence[int], index: int, offsets: Offsets) -> None:
         self.prompt = prompt
@@ -126,55 +127,38 @@ class _Choice:
         self.begun = False
 
 
-class CompletionCall:
-    """A completion under way (call.Call)."""
+class CompletionCall(OpenAICall):
+    """A completion request (call.Call)."""
 
     def __init__(self, body: CompletionBody, served: Served, name: str, requests: list[Request]) -> None:
-        self.requests = requests
-        self.stream = body.stream
-        self.headers: Mapping[str, str] = {}
-        self._body, self._served, self._name = body, served, name
-        self._tgi = served.settings.tgi
-        self._spelling = Spelling(served.tokenizer, body.return_tokens_as_token_ids)
-        self._created = int(time.time())
+        super().__init__(body, served, requests, name, "text_completion")
+        self._body = body
         self._scores: dict[str, Sequence[TokenLogprob | None]] = {}
         self._choices = {
-            (request.id, index): _Choice(request.prompt, number * body.n + index, self._offsets(request))
+            (request.id, index): _TextChoice(request.prompt, number * body.n + index, self._offsets(request))
             for number, request in enumerate(requests)
             for index in range(body.n)
         }
 
     def push(self, output: Output) -> list[str]:
-        """A chunk for an output, with the prompt before the first where it is echoed."""
+        """A chunk for an output. The first begins with the prompt if echo is set."""
         found = self._choice(output)
         if not (found["text"] or found["logprobs"] or found["finish_reason"] or self._body.return_token_ids):
             return []
-        chunk: dict[str, Any] = {**self._head(), "choices": [found]}
+        chunk: dict[str, Any] = {**self._head("text_completion"), "choices": [found]}
         if self._tgi and found["finish_reason"] is None:
             found["finish_reason"] = ""
         elif self._tgi:
             choice = self._choices[output.request, output.index]
             chunk["usage"] = usage(len(choice.prompt), choice.tokens)
-        options = self._body.stream_options
-        if options is not None and options.continuous_usage_stats:
+        if self._usage_in_chunks:
             chunk["usage"] = self._usage()
         return [dump(chunk) if output.prompt_logprobs is None else dump_large(chunk)]
-
-    def end(self) -> list[str]:
-        """The usage, where it was asked for, and the end mark."""
-        options = self._body.stream_options
-        if options is None or not options.include_usage:
-            return [DONE]
-        return [dump({**self._head(), "choices": [], "usage": self._usage()}), DONE]
-
-    def fail(self, error: ApiError) -> list[str]:
-        """The error as a chunk of its own, and the end mark."""
-        return [dump(error.event(self._tgi)), DONE]
 
     def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
         """OpenAI's text_completion."""
         choices = [self._choice(output) for sequences in outputs for output in sequences]
-        return Reply({**self._head(), "choices": choices, "usage": self._usage()})
+        return Reply({**self._head("text_completion"), "choices": choices, "usage": self._usage()})
 
     def _choice(self, output: Output) -> dict[str, Any]:
         choice = self._choices[output.request, output.index]
@@ -192,18 +176,19 @@ class CompletionCall:
             spelled = [*choice.prompt, *ids]
         choice.begun = True
         choice.tokens += len(ids)
+        self._tokens += len(ids)
         logprobs = None
         if body.logprobs is not None and spelled:
-            logprobs = self._spelling.completion(items, spelled, choice.offsets.take(spelled))
+            logprobs = self._formatter.completion(items, spelled, choice.offsets.take(spelled))
         found = {
             "index": choice.index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": self._finish(output),
-            "stop_reason": None if output.stop_reason in self._served.eos_ids else output.stop_reason,
+            "finish_reason": "length" if bare and output.finish else self._finish_reason(output),
+            "stop_reason": self._stop_reason(output),
         }
         if output.prompt_logprobs is not None and body.prompt_logprobs is not None:
-            found["prompt_logprobs"] = self._spelling.prompt(output.prompt_logprobs)
+            found["prompt_logprobs"] = self._formatter.prompt(output.prompt_logprobs)
         if body.return_token_ids:
             found["token_ids"] = list(ids)
             found["prompt_token_ids"] = list(choice.prompt) if first else None
@@ -212,17 +197,3 @@ class CompletionCall:
     def _offsets(self, request: Request) -> Offsets:
         before = () if self._body.echo else request.prompt
         return Offsets(TextStream(self._served.tokenizer, before, self._body.skip_special_tokens))
-
-    def _finish(self, output: Output) -> str | None:
-        if self._body.max_tokens == 0 and output.finish:
-            return "length"
-        if self._tgi and output.finish is FinishReason.STOP and output.stop_reason not in self._served.eos_ids:
-            return "stop_sequence"
-        return output.finish and output.finish.value
-
-    def _head(self) -> dict[str, Any]:
-        return head(self._name, "text_completion", self._created, self._served.echoed(self._body.model))
-
-    def _usage(self) -> dict[str, int]:
-        prompt = sum(len(request.prompt) for request in self.requests)
-        return usage(prompt, sum(choice.tokens for choice in self._choices.values()))

@@ -1,11 +1,10 @@
-"""/v1/chat/completions: OpenAI's JSON (with vLLM's additions) to an engine request, and its outputs back.
+"""/v1/chat/completions: OpenAI's JSON, with vLLM's additions, to an engine request, and its outputs back.
 
-Pure: no HTTP, no threads. Streams and whole replies are made by the same steps, so they agree.
+Streams and complete replies are made by the same steps, so they agree.
 """
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,14 +13,17 @@ from pydantic import Field
 
 from squawq.engine.request import FinishReason, Grammar, Output, Request
 from squawq.errors import ConfigError
-from squawq.serve.call import DONE, Reply, Times, dump, dump_large, head, usage
+from squawq.serve.call import Reply, Times, dump, dump_large
 from squawq.serve.errors import ApiError
-from squawq.serve.fields import Body, Many, SamplingFields, validate
-from squawq.serve.logprobs import Spelling, bounded_tokens
+from squawq.serve.fields import Body, Many, validate
+from squawq.serve.limits import limit_by_logprobs
 from squawq.serve.model import Served
-from squawq.serve.structured import response_grammar
-from squawq.serve.tool_parser import Delta, ToolParser
-from squawq.serve.tools import PLAIN_FORMAT, call_id, plain_messages, template_messages, tool_grammar
+from squawq.serve.openai.reply import OpenAICall
+from squawq.serve.openai.sampling import SamplingFields
+from squawq.serve.tools.grammar import PLAIN_FORMAT, call_id, tool_grammar
+from squawq.serve.tools.messages import plain_messages, template_messages
+from squawq.serve.tools.parser import Delta, ToolParser
+from squawq.serve.tools.structured import response_grammar
 from squawq.text import chat_template
 
 Chat = TypeVar("Chat", bound="ChatBody")
@@ -30,7 +32,7 @@ RESERVED = (*chat_template.RESERVED, "tokenize", "chat_template")
 
 
 class Message(Body):
-    """One message; content may be text or a list of text parts. What clients replay beside that is taken."""
+    """A message; content is text or a list of text parts. Other fields that clients replay are accepted."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Many[dict[str, Any]] | None = None
@@ -54,7 +56,7 @@ class Function(Body):
 
 
 class Tool(Body):
-    """OpenAI's wrapping of a function."""
+    """OpenAI's wrapper of a function."""
 
     type: Literal["function"]
     function: Function
@@ -83,7 +85,7 @@ class ChatBody(SamplingFields):
     audio: Any = None  # of an answer's speech, which modalities ask for
 
     def tool_names(self) -> list[str]:
-        """What may be called; nothing where tool_choice is "none"."""
+        """The tools that may be called; none if tool_choice is "none"."""
         return [tool.function.name for tool in self.tools or ()] if self.choice() != "none" else []
 
     def choice(self) -> str:
@@ -106,7 +108,7 @@ class ChatBody(SamplingFields):
         )
 
     def variables(self) -> dict[str, Any]:
-        """What the request says to the template: chat_template_kwargs, and what other fields say of thinking.
+        """Variables for the template: chat_template_kwargs, and other fields' settings of thinking.
 
         Raises ApiError.
         """
@@ -131,13 +133,13 @@ class ChatBody(SamplingFields):
 
 
 def read(model: type[Chat], raw: Mapping[str, Any], served: Served) -> Chat:
-    """A chat's body, whose messages are measured before each is looked at. Raises ApiError."""
-    served.sizes.check_messages(raw.get("messages"), truncated=bool(raw.get("truncate_prompt_tokens")))
+    """Validate a chat's body; the messages' size is checked first. Raises ApiError."""
+    served.prompt_limits.check_messages(raw.get("messages"), truncated=bool(raw.get("truncate_prompt_tokens")))
     return validate(model, raw, strict=served.settings.strict_fields)
 
 
 def render(body: ChatBody, served: Served) -> str:
-    """The chat as text, by the model's template. Raises ApiError."""
+    """Render the chat with the model's template. Raises ApiError."""
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
     tools = None
     if body.tools and body.choice() != "none":
@@ -146,15 +148,15 @@ def render(body: ChatBody, served: Served) -> str:
         messages = template_messages(messages)
     except ConfigError as error:
         raise ApiError("invalid", str(error), "messages") from error
-    if not served.teaches_tools:
+    if not served.template_supports_tools:
         messages = plain_messages(served.tool_format or PLAIN_FORMAT, messages, tools, body.tool_prompt)
         tools = None
     continued = body.continue_final_message
     if served.settings.tgi and messages[-1]["role"] == "assistant":
-        continued = True  # TGI goes on with an assistant's last message
+        continued = True  # TGI continues an assistant's last message
     if continued and messages[-1]["role"] != "assistant":
         raise ApiError("invalid", "continue_final_message needs an assistant's message at the end", "messages")
-    return served.chat_text(
+    return served.render_chat(
         messages,
         tools=tools,
         generation_prompt=body.add_generation_prompt and not continued,
@@ -164,31 +166,31 @@ def render(body: ChatBody, served: Served) -> str:
 
 
 def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
-    """A checked chat request, ready for the engine. Raises ApiError."""
+    """Parse a chat request. Raises ApiError."""
     body = read(ChatBody, raw, served)
     body.check(served)
     if body.top_logprobs and not body.logprobs:
         raise ApiError("invalid", "top_logprobs needs logprobs: true", "top_logprobs")
     grammar = _grammar(body, served)
+    served.check_grammar(grammar)
     ids = body.prompt_ids(render(body, served), "messages", body.add_special_tokens, served)
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     scored = 0 if body.prompt_logprobs is None else len(ids) * (body.prompt_logprobs + 1)
     each = body.n * ((body.top_logprobs or 0) + 1) if body.logprobs else 0
-    room = served.room(len(ids), asked)
+    room = served.max_new_tokens(len(ids), asked)
     params = body.params(
         served,
-        max_tokens=bounded_tokens(served.settings, scored, each, room, asked=asked is not None),
+        max_tokens=limit_by_logprobs(served.settings, scored, each, room, asked=asked is not None),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
     )
     request = Request(f"chatcmpl-{uuid.uuid4().hex}", ids, params, tenant, cache_salt=body.cache_salt or "")
-    served.check(request)
     return ChatCall(body, served, request)
 
 
 def _grammar(body: ChatBody, served: Served) -> Grammar | None:
-    """What the answer is held to: a response's form, calls of tools, or ("auto") either."""
+    """The grammar of the answer: a response format, tool calls, or ("auto") either."""
     asked = response_grammar(body.response_format, body.outputs(), served.added_tokens)
     tgi = served.settings.tgi
     if asked is not None and tgi and body.tools is not None:
@@ -212,53 +214,37 @@ def _grammar(body: ChatBody, served: Served) -> Grammar | None:
         raise ApiError("tool", f"Tool error: {error}", "tools") from error
 
 
-class _Choice:
-    """One of n answers as it comes."""
+class _ChatChoice:
+    """The state of one of n answers."""
 
     def __init__(self, parser: ToolParser | None) -> None:
         self.parser = parser
         self.calls = 0
-        self.tokens = 0
         self.begun = False
 
     def read(self, output: Output) -> list[Delta]:
-        """What an output adds: text, or pieces of tool calls."""
-        self.tokens += len(output.ids)
+        """The text or pieces of tool calls that an output adds."""
         if self.parser is None:
             return [Delta(content=output.text)] if output.text else []
         deltas = self.parser.push(output.text) + (self.parser.finish() if output.finish else [])
         self.calls += sum(delta.name is not None for delta in deltas)
         return deltas
 
-    def finish(self, output: Output, tgi: bool, eos_ids: frozenset[int]) -> str | None:
-        """OpenAI's finish_reason, or TGI's."""
-        if output.finish is FinishReason.STOP and self.calls:
-            return "tool_calls"
-        if tgi and output.finish is FinishReason.STOP and output.stop_reason not in eos_ids:
-            return "stop_sequence"
-        return output.finish and output.finish.value
 
-
-class ChatCall:
-    """A chat under way (call.Call)."""
+class ChatCall(OpenAICall):
+    """A chat request (call.Call)."""
 
     def __init__(self, body: ChatBody, served: Served, request: Request) -> None:
-        self.requests = (request,)
-        self.stream = body.stream
-        self.headers: Mapping[str, str] = {}
-        self._body, self._served = body, served
-        self._tgi = served.settings.tgi
-        self._spelling = Spelling(served.tokenizer, body.return_tokens_as_token_ids)
-        self._created = int(time.time())
+        super().__init__(body, served, (request,), request.id, "chat.completion.chunk")
+        self._body = body
         names = body.tool_names()
         form = served.tool_format if names else None
-        self._choices = [_Choice(ToolParser(form, names) if form else None) for _ in range(body.n)]
-        self._options = body.stream_options
+        self._choices = [_ChatChoice(ToolParser(form, names) if form else None) for _ in range(body.n)]
 
     def push(self, output: Output) -> list[str]:
         """Chunks for an output."""
         choice = self._choices[output.index]
-        deltas = [self._delta(delta) for delta in choice.read(output)]
+        deltas = [self._delta(delta) for delta in self._read(output)]
         first = not choice.begun
         choice.begun = True
         if first and not self._tgi:
@@ -266,42 +252,32 @@ class ChatCall:
         scored = output.logprobs is not None or output.prompt_logprobs is not None
         if not deltas and not output.finish and not scored and not self._body.return_token_ids:
             return []
-        chunks = [self._chunk(output.index, delta, None) for delta in deltas] or [self._chunk(output.index, {}, None)]
+        chunks = [self._chunk(output.index, delta) for delta in deltas] or [self._chunk(output.index, {})]
         last = chunks[-1]["choices"][0]
         if output.logprobs is not None:
-            last["logprobs"] = self._spelling.chat(output.logprobs)
+            last["logprobs"] = self._formatter.chat(output.logprobs)
         if self._body.return_token_ids:
             last["token_ids"] = list(output.ids)
             if first:
                 chunks[0]["prompt_token_ids"] = list(self.requests[0].prompt)
         if output.prompt_logprobs is not None:
-            chunks[0]["prompt_logprobs"] = self._spelling.prompt(output.prompt_logprobs)
+            chunks[0]["prompt_logprobs"] = self._formatter.prompt(output.prompt_logprobs)
         if output.finish:
             if last["delta"] and not self._tgi:
-                chunks.append(self._chunk(output.index, {}, None))
+                chunks.append(self._chunk(output.index, {}))
                 last = chunks[-1]["choices"][0]
             elif not last["delta"]:
                 last["delta"] = self._last_delta(choice)
-            last["finish_reason"] = choice.finish(output, self._tgi, self._served.eos_ids)
+            last["finish_reason"] = self._finish(output, choice)
             last["stop_reason"] = self._stop_reason(output)
         return [dump(chunk) if output.prompt_logprobs is None else dump_large(chunk) for chunk in chunks]
-
-    def end(self) -> list[str]:
-        """The usage, where it was asked for, and the end mark."""
-        if self._options is None or not self._options.include_usage:
-            return [DONE]
-        return [dump({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}), DONE]
-
-    def fail(self, error: ApiError) -> list[str]:
-        """The error as a chunk of its own, and the end mark."""
-        return [dump(error.event(self._tgi)), DONE]
 
     def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
         """OpenAI's chat.completion."""
         choices = [self._whole(output) for output in outputs[0]]
         body = {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
         scores = outputs[0][0].prompt_logprobs
-        body["prompt_logprobs"] = None if scores is None else self._spelling.prompt(scores)
+        body["prompt_logprobs"] = None if scores is None else self._formatter.prompt(scores)
         if self._body.return_token_ids:
             body["prompt_token_ids"] = list(self.requests[0].prompt)
         return Reply(body)
@@ -309,7 +285,7 @@ class ChatCall:
     def _whole(self, output: Output) -> dict[str, Any]:
         choice = self._choices[output.index]
         content, calls = "", []
-        for delta in choice.read(output):
+        for delta in self._read(output):
             content += delta.content
             if delta.name is not None:
                 calls.append({"id": call_id(), "type": "function", "function": {"name": delta.name, "arguments": ""}})
@@ -320,8 +296,8 @@ class ChatCall:
         found = {
             "index": output.index,
             "message": message,
-            "logprobs": None if output.logprobs is None else self._spelling.chat(output.logprobs),
-            "finish_reason": choice.finish(output, self._tgi, self._served.eos_ids),
+            "logprobs": None if output.logprobs is None else self._formatter.chat(output.logprobs),
+            "finish_reason": self._finish(output, choice),
             "stop_reason": self._stop_reason(output),
         }
         return {**found, "token_ids": list(output.ids)} if self._body.return_token_ids else found
@@ -336,25 +312,23 @@ class ChatCall:
             call["function"] = {"name": delta.name, "arguments": delta.arguments}
         return {**role, "tool_calls": [call]}
 
-    def _last_delta(self, choice: _Choice) -> dict[str, Any]:
-        """Nothing; in TGI's dialect of the kind of those before it, since its clients add them all."""
+    def _last_delta(self, choice: _ChatChoice) -> dict[str, Any]:
+        """An empty delta; in TGI's dialect with the keys of the earlier ones, since its clients concatenate them."""
         if not self._tgi:
             return {}
         return self._delta(Delta(call=choice.calls - 1) if choice.calls else Delta())
 
-    def _chunk(self, index: int, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        if self._options is not None and self._options.continuous_usage_stats:
+        if self._usage_in_chunks:
             chunk["usage"] = self._usage()
         return chunk
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return head(self.requests[0].id, kind, self._created, self._served.echoed(self._body.model))
+    def _finish(self, output: Output, choice: _ChatChoice) -> str | None:
+        calls = output.finish is FinishReason.STOP and choice.calls
+        return "tool_calls" if calls else self._finish_reason(output)
 
-    def _usage(self) -> dict[str, int]:
-        return usage(len(self.requests[0].prompt), sum(choice.tokens for choice in self._choices))
-
-    def _stop_reason(self, output: Output) -> str | int | None:
-        """The stop string or id; nothing for the model's own end."""
-        return None if output.stop_reason in self._served.eos_ids else output.stop_reason
+    def _read(self, output: Output) -> list[Delta]:
+        self._tokens += len(output.ids)
+        return self._choices[output.index].read(output)

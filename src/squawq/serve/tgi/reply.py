@@ -1,7 +1,7 @@
-"""TGI's replies and stream events, from a request's outputs. Pure; knows no rules of what may be asked.
+"""TGI's replies and stream events from a request's outputs.
 
-A token's text is what it adds to the generated text, so that the texts of the tokens that are not special, joined, are
-that text: half a character adds nothing, the token that completes it all of it. A special token shows its own name.
+A token's text is what it adds to the generated text, which is the texts of all tokens that are not special, joined. The
+first tokens of a character add nothing, the last one adds all of it. A special token's text is its name.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ from typing import Any
 
 from squawq.engine.detokenizer import TextStream
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
-from squawq.serve.call import Reply, Rows, Times, dump
+from squawq.errors import ConfigError
+from squawq.serve.call import LazyList, Reply, Times, dump, finite_logprob
 from squawq.serve.errors import ApiError
-from squawq.serve.logprobs import bounded
 from squawq.serve.model import Served
 
 FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a reply shows. listed: as a list of one. seeds: what each sequence is drawn by; None: it is not drawn."""
+class ReplyOptions:
+    """What the client asked for.
+
+    Attributes:
+        listed: The reply is a list of one.
+        full_text: The text begins with the inputs.
+        seeds: Of each sequence; None for greedy decoding.
+    """
 
     inputs: str
     stream: bool
@@ -33,25 +39,29 @@ class Asked:
 
 
 class GenerateCall:
-    """A request of TGI's routes under way (call.Call)."""
+    """A request on TGI's routes (call.Call)."""
 
-    def __init__(self, served: Served, requests: Sequence[Request], asked: Asked) -> None:
+    def __init__(self, served: Served, requests: Sequence[Request], options: ReplyOptions) -> None:
         self.requests = requests  # one for each of best_of sequences
-        self.stream = asked.stream
+        self.stream = options.stream
         self.headers: Mapping[str, str] = {
             "x-compute-type": served.settings.device,
-            "x-compute-characters": str(len(asked.inputs)),
+            "x-compute-characters": str(len(options.inputs)),
         }
         self._request = request = requests[0]
         self._served = served
-        self._asked = asked
-        self._before = asked.inputs if asked.full_text else ""
+        self._options = options
+        self._before = options.inputs if options.full_text else ""
         self._top = bool(request.params.logprobs)
         self._texts: list[str] = []
         self._count = 0
 
+    def invalid(self, error: ConfigError) -> ApiError:
+        """The engine's message, in TGI's form."""
+        return refused(f"grammar is not valid: {error}" if self._request.params.grammar else str(error))
+
     def push(self, output: Output) -> list[str]:
-        """One event a token; in the last the whole text, and what it says of itself where details were asked for."""
+        """One event per token. The last has the whole text, and details if the client asked for them."""
         if output.finish in FAILED:
             return self.fail(_incomplete())
         self._texts.append(output.text)
@@ -59,11 +69,11 @@ class GenerateCall:
         events = [self._event(*token) for token in zip(output.ids, texts, output.logprobs or (), strict=True)]
         if output.finish:
             events[-1]["generated_text"] = self._before + "".join(self._texts)
-            if self._asked.details:
+            if self._options.details:
                 events[-1]["details"] = {
                     "finish_reason": _reason(output),
                     "generated_tokens": self._count,
-                    "seed": self._asked.seeds[0],
+                    "seed": self._options.seeds[0],
                     "input_length": len(self._request.prompt),
                 }
         return [dump(event) for event in events]
@@ -77,15 +87,15 @@ class GenerateCall:
         return [dump(error.body(tgi=True))]
 
     def reply(self, outputs: Sequence[Sequence[Output]], times: Times, /) -> Reply:
-        """The likeliest sequence, with the others in its details."""
+        """The sequence with the highest mean log probability; the others are in its details."""
         sequences = [output for (output,) in outputs]
         if any(output.finish in FAILED for output in sequences):
             raise _incomplete()
         best = max(sequences, key=_mean_logprob) if len(sequences) > 1 else sequences[0]
         body: dict[str, Any] = {"generated_text": self._before + best.text}
-        if self._asked.details:
+        if self._options.details:
             body["details"] = self._details(best, sequences)
-        return Reply([body] if self._asked.listed else body, self._headers(len(best.ids), times))
+        return Reply([body] if self._options.listed else body, self._headers(len(best.ids), times))
 
     def _event(self, token: int, text: str, scored: TokenLogprob) -> dict[str, Any]:
         self._count += 1
@@ -94,10 +104,10 @@ class GenerateCall:
         return {**shown, "generated_text": None, "details": None}
 
     def _token(self, token: int, text: str, logprob: float) -> dict[str, Any]:
-        """An end token that lets out text which was held back counts as that text: it is part of the whole."""
+        """An end token that releases text which was held back shows that text, not its name."""
         special = token in self._served.tokenizer.special_ids and not text
         text = self._served.tokenizer.token_text(token) if special else text
-        return {"id": token, "text": text, "logprob": bounded(logprob), "special": special}
+        return {"id": token, "text": text, "logprob": finite_logprob(logprob), "special": special}
 
     def _top_tokens(self, scored: TokenLogprob) -> list[dict[str, Any]]:
         tokenizer = self._served.tokenizer
@@ -105,7 +115,7 @@ class GenerateCall:
             {
                 "id": token,
                 "text": tokenizer.token_text(token),
-                "logprob": bounded(logprob),
+                "logprob": finite_logprob(logprob),
                 "special": token in tokenizer.special_ids,
             }
             for token, logprob in scored.top
@@ -113,7 +123,7 @@ class GenerateCall:
 
     def _details(self, best: Output, sequences: Sequence[Output]) -> dict[str, Any]:
         prefill = self._prefill(sequences[0].prompt_logprobs or ())
-        pairs = [*zip(sequences, self._asked.seeds, strict=True)]
+        pairs = [*zip(sequences, self._options.seeds, strict=True)]
         details, *_ = (self._account(output, seed, prefill) for output, seed in pairs if output is best)
         if len(sequences) > 1:
             details["best_of_sequences"] = [
@@ -123,31 +133,31 @@ class GenerateCall:
             ]
         return details
 
-    def _account(self, output: Output, seed: int | None, prefill: Rows[Any]) -> dict[str, Any]:
+    def _account(self, output: Output, seed: int | None, prefill: LazyList[Any]) -> dict[str, Any]:
         scores = output.logprobs or ()
-        top = {"top_tokens": Rows(self._top_tokens, scores)} if self._top else {}
+        top = {"top_tokens": LazyList(self._top_tokens, scores)} if self._top else {}
         pieces = [*zip(output.ids, self._pieces(output), scores, strict=True)]
         return {
             "finish_reason": _reason(output),
             "generated_tokens": len(output.ids),
             "seed": seed,
             "prefill": prefill,
-            "tokens": Rows(lambda row: self._token(row[0], row[1], row[2].logprob), pieces),
+            "tokens": LazyList(lambda row: self._token(row[0], row[1], row[2].logprob), pieces),
             **top,
         }
 
-    def _prefill(self, scores: Sequence[TokenLogprob | None]) -> Rows[tuple[int, TokenLogprob | None]]:
-        """The prompt's tokens, where they were scored."""
+    def _prefill(self, scores: Sequence[TokenLogprob | None]) -> LazyList[tuple[int, TokenLogprob | None]]:
+        """The prompt's tokens, if their log probabilities were computed."""
 
         def row(item: tuple[int, TokenLogprob | None]) -> dict[str, Any]:
             token, scored = item
-            logprob = None if scored is None else bounded(scored.logprob)
+            logprob = None if scored is None else finite_logprob(scored.logprob)
             return {"id": token, "text": self._served.tokenizer.token_text(token), "logprob": logprob}
 
-        return Rows(row, [*zip(self._request.prompt, scores, strict=False)])
+        return LazyList(row, [*zip(self._request.prompt, scores, strict=False)])
 
     def _pieces(self, output: Output) -> list[str]:
-        """What each token of a whole sequence added to its text, which a stop string may have cut."""
+        """What each token added to the text of its sequence, which a stop string may have cut."""
         stream = TextStream(self._served.tokenizer, self._request.prompt)
         pieces = [stream.push(token) for token in output.ids]
         pieces[-1] += stream.finish()
@@ -173,6 +183,11 @@ class GenerateCall:
             "x-prompt-tokens": str(len(self._request.prompt)),
             "x-generated-tokens": str(generated),
         }
+
+
+def refused(rule: str) -> ApiError:
+    """The error reply for a request that breaks a rule."""
+    return ApiError("invalid", f"Input validation error: {rule}")
 
 
 def _milliseconds(seconds: float) -> str:

@@ -1,9 +1,9 @@
-"""TGI's own routes: /, /generate, /generate_stream, /tokenize and /info. Bodies and rules in, engine requests out, with
-the texts that TGI refuses with. Pure; what replies look like is tgi_reply.py's.
+"""TGI's own routes: /, /generate, /generate_stream, /tokenize and /info. Turns bodies into engine requests, with TGI's
+rules and error messages; reply.py writes the replies.
 
-Where it differs from TGI: fields that ask for what is not there (watermark, adapters) are refused;
-max_new_tokens counts in full against the context, where TGI counts 1024 of it at most and lets the rest fail later; a
-sequence's log probabilities are the raw model's, before penalties and temperature.
+Differences from TGI: unsupported fields (watermark, adapters) are refused; all of max_new_tokens counts against the
+context, where TGI counts 1024 at most and lets the rest fail later; log probabilities are the raw model's, before
+penalties and temperature.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from squawq.errors import ConfigError
 from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, validate
-from squawq.serve.logprobs import bounded_tokens
+from squawq.serve.limits import limit_by_logprobs
 from squawq.serve.model import Served
 from squawq.serve.settings import Settings
-from squawq.serve.structured import tgi_grammar
-from squawq.serve.tgi_reply import Asked, GenerateCall
+from squawq.serve.tgi.reply import GenerateCall, ReplyOptions, refused
+from squawq.serve.tools.structured import tgi_grammar
 
 
 class Parameters(Body):
-    """TGI's generation parameters.
+    """TGI's generation parameters. Decoding is greedy unless do_sample, a temperature other than 1, top_k, top_p or
+    typical_p asks for sampling.
 
-    Given at all, the likeliest tokens are taken, unless do_sample, a temperature other than 1, top_k, top_p or
-    typical_p asks for sampling. max_new_tokens: up to the context where it is absent. truncate: keep the last so many
-    tokens of the inputs. stop: strings that end the text and stay in it.
+    Attributes:
+        max_new_tokens: Without it, up to the context length.
+        truncate: Keep this many tokens at the end of the inputs.
+        stop: Strings that end the text, and stay in it.
     """
 
     best_of: int | None = None
@@ -57,15 +59,15 @@ class Parameters(Body):
 
     @property
     def sampled(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         narrowed = any(value is not None for value in (self.top_k, self.top_p, self.typical_p))
         return self.do_sample or self.temperature not in (None, 1.0) or narrowed
 
 
 class GenerateBody(Body):
-    """The body of /, /generate, /generate_stream and /tokenize. Without parameters tokens are drawn.
+    """The body of /, /generate, /generate_stream and /tokenize. Without parameters, tokens are sampled.
 
-    stream is looked at on / alone; the other routes' names say it.
+    Only / reads `stream`.
     """
 
     inputs: str
@@ -74,21 +76,32 @@ class GenerateBody(Body):
 
 
 def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream: bool, compat: bool) -> Call:
-    """A checked request, ready for the engine. compat: for /, where the body says whether to stream, a whole reply is
-    a list of one, and the inputs are part of the text unless return_full_text is false. Raises ApiError."""
+    """Parse a generate request.
+
+    Args:
+        raw: The body.
+        served: The model.
+        tenant: The API key's digest.
+        stream: Whether the route streams.
+        compat: For /: the body says whether to stream, a reply is a list of one, and the text begins with the inputs
+            unless return_full_text is false.
+
+    Raises:
+        ApiError: The request breaks a rule.
+    """
     body = validate(GenerateBody, raw, strict=served.settings.strict_fields)
     parameters = body.parameters
     if body.stream and not (compat or stream):
-        raise _refused("`stream` is true; use /generate_stream")
+        raise refused("`stream` is true; use /generate_stream")
     stream = body.stream if compat else stream
     _check_parameters(parameters, served.settings, stream)
     if not body.inputs:
-        raise _refused("`inputs` cannot be empty")
+        raise refused("`inputs` cannot be empty")
     ids = _prompt(body, served)
     details = parameters.details or parameters.decoder_input_details
     seeds = _seeds(parameters, served.engine.draw_seed)
     shown = stream or details
-    room = bounded_tokens(
+    room = limit_by_logprobs(
         served.settings,
         len(ids) * len(seeds) if parameters.decoder_input_details else 0,
         len(seeds) * ((parameters.top_n_tokens or 0) + 1) if shown else 0,
@@ -101,12 +114,8 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
         params = _sampling(parameters, room, seed, shown=shown, scored=scored)
         requests.append(Request(f"{name}-{number}", ids, params, tenant))
     if params.grammar is not None and not served.settings.grammar_support:
-        raise _refused("grammar is not supported")
-    try:
-        served.engine.check(requests[0])
-    except ConfigError as error:
-        raise _refused(f"grammar is not valid: {error}" if params.grammar else str(error)) from error
-    asked = Asked(
+        raise refused("grammar is not supported")
+    options = ReplyOptions(
         inputs=body.inputs,
         stream=stream,
         listed=compat,
@@ -114,11 +123,11 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
         details=details,
         seeds=seeds,
     )
-    return GenerateCall(served, requests, asked)
+    return GenerateCall(served, requests, options)
 
 
 def tokens(raw: Mapping[str, Any], served: Served) -> list[dict[str, Any]]:
-    """What /tokenize answers: the inputs' tokens, cut as truncate asks, with their bytes in the inputs' UTF-8.
+    """The reply of /tokenize: the inputs' tokens, truncated, with their byte offsets in the inputs' UTF-8.
 
     Raises ApiError.
     """
@@ -128,12 +137,12 @@ def tokens(raw: Mapping[str, Any], served: Served) -> list[dict[str, Any]]:
 
 
 def chat_tokens(text: str, served: Served) -> list[dict[str, Any]]:
-    """The same for a rendered chat, whose template wrote the special tokens."""
+    """`tokens` for a rendered chat, whose template has written the special tokens."""
     return _places(text, served, special=False)
 
 
 def info(served: Served) -> dict[str, Any]:
-    """What /info answers."""
+    """The reply of /info."""
     settings = served.settings
     return {
         "model_id": served.name,
@@ -153,10 +162,6 @@ def info(served: Served) -> dict[str, Any]:
     }
 
 
-def _refused(rule: str) -> ApiError:
-    return ApiError("invalid", f"Input validation error: {rule}")
-
-
 def _above(value: float | None, least: float) -> bool:
     return value is None or value > least
 
@@ -166,7 +171,7 @@ def _inside(value: float | None) -> bool:
 
 
 def _check_parameters(given: Parameters, settings: Settings, stream: bool) -> None:
-    """Raise ApiError for the first of TGI's rules that does not hold; those on lengths need the tokens."""
+    """Raise ApiError for the first of TGI's rules that is broken, except those on lengths."""
     best_of = 1 if given.best_of is None else given.best_of
     top_n, stops = given.top_n_tokens or 0, len(given.stop)
     most_best, most_stops, most_top = settings.max_best_of, settings.max_stop_sequences, settings.max_top_n_tokens
@@ -193,47 +198,54 @@ def _check_parameters(given: Parameters, settings: Settings, stream: bool) -> No
     )
     for holds, rule in rules:
         if not holds:
-            raise _refused(rule)
+            raise refused(rule)
 
 
 def _truncate(given: Parameters, served: Served) -> int | None:
-    """How many tokens of the inputs are kept."""
+    """The number of tokens to keep of the inputs; None for all."""
     keep = given.truncate
     if keep is not None and not 0 < keep <= served.max_input:
-        raise _refused(f"`truncate` must be strictly positive and less than {served.max_input}. Given: {keep}")
+        raise refused(f"`truncate` must be strictly positive and less than {served.max_input}. Given: {keep}")
     return keep
 
 
 def _prompt(body: GenerateBody, served: Served) -> list[int]:
-    """The last tokens of the inputs, a begin token counted, as many as truncate keeps."""
+    """Token ids of the inputs, truncated; a begin token counts."""
     keep = _truncate(body.parameters, served)
     if not keep:
-        served.sizes.check_text(body.inputs, "inputs")
-    return served.text_ids(body.inputs)[-keep if keep else 0 :]
+        served.prompt_limits.check_text(body.inputs, "inputs")
+    return served.encode(body.inputs)[-keep if keep else 0 :]
 
 
 def _room(count: int, wanted: int | None, served: Served) -> int:
-    """New tokens at most, for inputs of `count` tokens."""
+    """The largest number of new tokens after `count` tokens of inputs."""
     if wanted is not None and count + wanted > served.max_len:
-        raise _refused(
+        raise refused(
             f"`inputs` tokens + `max_new_tokens` must be <= {served.max_len}. "
             f"Given: {count} `inputs` tokens and {wanted} `max_new_tokens`"
         )
     if count > served.max_input:
-        raise _refused(f"`inputs` must have less than {served.max_input} tokens. Given: {count}")
+        raise refused(f"`inputs` must have less than {served.max_input} tokens. Given: {count}")
     return served.max_len - count if wanted is None else wanted
 
 
 def _seeds(given: Parameters, draw: Callable[[], int]) -> list[int | None]:
-    """What each of best_of sequences is drawn by, which alone gives it again; None where nothing is drawn."""
+    """The seed of each of best_of sequences; None for greedy decoding."""
     if not given.sampled:
         return [None]
     return [draw() if given.seed is None else given.seed for _ in range(given.best_of or 1)]
 
 
 def _sampling(given: Parameters, max_tokens: int, seed: int | None, *, shown: bool, scored: bool) -> SamplingParams:
-    """The engine's settings for one sequence. shown: whether the answer lists tokens with their log probabilities;
-    scored: the prompt's too."""
+    """Sampling parameters of one sequence.
+
+    Args:
+        given: TGI's.
+        max_tokens: New tokens at most.
+        seed: Of this sequence.
+        shown: The reply lists tokens with log probabilities.
+        scored: It lists the prompt's as well.
+    """
     best_of = given.best_of or 1
     top_n = (given.top_n_tokens or 0) if shown else 0
     try:
@@ -253,19 +265,19 @@ def _sampling(given: Parameters, max_tokens: int, seed: int | None, *, shown: bo
             grammar=_grammar(given.grammar),
         )
     except ConfigError as error:
-        raise _refused(str(error)) from error
+        raise refused(str(error)) from error
 
 
 def _grammar(value: Mapping[str, Any] | None) -> Grammar | None:
     try:
         return None if value is None else tgi_grammar(value)
     except ApiError as error:
-        raise _refused(f"grammar is not valid: {error.message}") from error
+        raise refused(f"grammar is not valid: {error.message}") from error
 
 
 def _places(text: str, served: Served, special: bool) -> list[dict[str, Any]]:
-    """Tokens with the part of the text that each came from; a token of a part of a character names the whole of it."""
-    served.check_listed(len(served.text_ids(text, special)))  # counting takes a tenth of what places take
+    """Tokens with their place in the text. A token of a part of a character has the whole character's."""
+    served.check_listed(len(served.encode(text, special)))  # counting takes a tenth of what places take
     places = served.tokenizer.places(text, special)
     at = list(accumulate((len(character.encode()) for character in text), initial=0))
     return [

@@ -1,31 +1,125 @@
-"""Limits on a connection that no application sees: how many there are, the time until a request's head has arrived,
-the time that a client may leave an answer unread. Where there are too many, the one that is idle for the longest time
-makes room. On uvicorn's HTTP/1.1 protocol.
-"""
+"""Sockets and connections: where the server listens, how many connections there are, and the time limits of each."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import ipaddress
+import os
+import socket
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from squawq.errors import ConfigError
 from squawq.serve.call import dump
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import Settings
+
+REASONS = {
+    errno.EADDRINUSE: "another program listens there; choose another port (0 takes a free one), or end that program",
+    errno.EACCES: "this user may not listen there; choose a port above 1023",
+    errno.EADDRNOTAVAIL: "this machine has no such address; use one of its own, or 0.0.0.0 for all",
+}
+
+
+def bind(settings: Settings) -> list[socket.socket] | None:
+    """Bind sockets to the server's port and the metrics port, before the model is loaded. None for a Unix socket.
+
+    Raises ConfigError."""
+    if settings.uds is not None:
+        return None
+    sockets: list[socket.socket] = []
+    try:
+        sockets += _bind(settings.host, settings.port)
+        if settings.prometheus_port is not None:
+            sockets += _bind(settings.host, settings.prometheus_port)
+    except BaseException:
+        for one in sockets:
+            one.close()
+        raise
+    return sockets
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """Bind a socket to each address of a host. Only the first must succeed."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"host is {host!r}, which is no address of this machine: {error}") from error
+    sockets: list[socket.socket] = []
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        if sockets:  # the same port, where any free one was asked for
+            address = (address[0], sockets[0].getsockname()[1], *address[2:])
+        try:
+            sockets.append(_socket(family, kind, protocol, address))
+        except OSError as error:
+            if not sockets:
+                raise refusal(host, port, error) from error
+    return sockets
+
+
+def _socket(family: int, kind: int, protocol: int, address: Sequence[object]) -> socket.socket:
+    one = socket.socket(family, kind, protocol)
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(tuple(address))
+    except BaseException:
+        one.close()
+        raise
+    return one
+
+
+def refusal(host: str, port: int, error: OSError) -> ConfigError:
+    """The error for an address that cannot be bound."""
+    reason = REASONS.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
+    return ConfigError(f"cannot listen on {_place(host, port)}: {reason}")
+
+
+def uds_refusal(path: Path, error: OSError) -> ConfigError:
+    """The error for a Unix socket that cannot be bound."""
+    return ConfigError(f"cannot listen on the Unix socket {path}: {error.strerror or error}")
+
+
+def url(settings: Settings, port: int) -> str:
+    """The server's URL."""
+    if settings.uds is not None:
+        return str(settings.uds)
+    return f"{'https' if settings.ssl_certfile else 'http'}://{_place(settings.host, port)}"
+
+
+def _place(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_open(settings: Settings) -> bool:
+    """Whether other machines can reach the server, and need no API key."""
+    if settings.api_keys or settings.uds is not None:
+        return False
+    try:
+        return not ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        return settings.host != "localhost"
+
 
 MAX_SURPLUS = 64  # connections beyond the limit that are still answered
 SURPLUS_S = 1.0  # seconds for those to ask
 
 
 def protocol(settings: Settings) -> type[H11Protocol]:
-    """The protocol class for a server with these limits."""
+    """uvicorn's protocol class with these limits.
+
+    Above the limit of connections, the one that has been idle longest is closed."""
     idle: dict[H11Protocol, None] = {}  # connections with no request under way, the longest idle first
 
     class Protocol(H11Protocol):
-        """One connection. `_clock` runs while a client owes us bytes, `_stall` while it does not read ours."""
+        """One connection. `_clock` runs while the client owes us bytes, `_stall` while it does not read ours."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -106,16 +200,16 @@ def protocol(settings: Settings) -> type[H11Protocol]:
                 self._abort_later()
 
         def _abort_later(self) -> None:
-            """An unread answer may not keep a closing connection open."""
+            """Abort a closing connection whose client does not read its answer."""
             if self._stall is None:
                 self._stall = self.loop.call_later(settings.write_timeout, self.transport.abort)
 
         def _refuse(self, error: ApiError) -> None:
-            """Answer without the application, and close."""
+            """Send an error without calling the application, and close."""
             if self.transport.is_closing():
                 return
             status = error.status(settings.tgi)
-            body = dump(error.body(settings.tgi, own=False)).encode()
+            body = dump(error.body(settings.tgi, tgi_route=False)).encode()
             head = [f"HTTP/1.1 {status} {error.name}", "content-type: application/json", f"content-length: {len(body)}"]
             head += ["connection: close", *(f"{k}: {v}" for k, v in error.headers.items() if k != "Connection")]
             self.transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)
@@ -126,7 +220,7 @@ def protocol(settings: Settings) -> type[H11Protocol]:
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """Nothing, in the place of the timer."""
+    """Cancel a timer. Returns None, its new value."""
     if timer is not None:
         timer.cancel()
     return None

@@ -1,6 +1,8 @@
-"""Reads calls of functions out of a model's text while it comes, in pieces split anywhere; the rest is content.
+"""Parses tool calls in a model's text while it is generated, in pieces split anywhere; the rest is content.
 
-Pure: knows two formats and the functions' names, no schemas. Each character is read once.
+Knows two formats and the functions' names, no schemas. Each character is read once, and arguments are streamed as the
+model wrote them: a JSON parser with partial input (pydantic_core.from_json) would parse all again for each piece, and
+return values in place of the text.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from squawq.serve.tools import CLOSE, OPEN, check_format
+from squawq.serve.tools.grammar import CLOSE, OPEN, check_format
 
 _SPACE = re.compile(r"[ \t\r\n]+")
 _BETWEEN = re.compile(r"[ \t\r\n;]+")  # Llama's calls
@@ -24,9 +26,10 @@ _ARGUMENTS = ("parameters", "arguments")
 
 @dataclass(frozen=True)
 class Delta:
-    """News of an answer: more content, or more of call number `call`, whose first delta has its function's name.
+    """More content, or more of call number `call`, whose first delta has the function's name.
 
-    arguments: a piece of the arguments' JSON, as the model wrote it.
+    Attributes:
+        arguments: A piece of the arguments' JSON, as the model wrote it.
     """
 
     content: str = ""
@@ -36,18 +39,18 @@ class Delta:
 
 
 class _NoCall(Exception):  # noqa: N818
-    """What is read is no call, or no more of one."""
+    """The text is not a tool call."""
 
 
 class ToolParser:
     """Takes an answer's text piece by piece. `form` is one of TOOL_FORMATS; raises ConfigError for another.
 
-    A call is given out once its name is known to be one of `names` and its arguments have begun; from then on its
-    arguments go out as they come, whether they turn out as JSON or not. Until then it is held, and what turns out to be
-    no call is content as it was written. White space around calls is dropped; where there is no call, nothing is.
+    A call is returned once its name is one of `names` and its arguments have begun; then its arguments are returned as
+    they come, valid JSON or not. Until then the text is held back; if it is not a call, it becomes content as written.
+    White space around calls is dropped; without calls, nothing is.
 
-    The text is read by generators that wait for more of it. What they pass over goes to the sink that is set at the
-    time: held back, content, or a call's arguments.
+    Generators read the text and wait for more. What they skip goes to the current sink: held back, content or a call's
+    arguments.
     """
 
     def __init__(self, form: str, names: Collection[str]) -> None:
@@ -65,18 +68,18 @@ class ToolParser:
         next(self._steps)
 
     def push(self, text: str) -> list[Delta]:
-        """What this text adds."""
+        """Deltas for a piece of text."""
         self._text, self._begin, self._at = text, 0, 0
         next(self._steps, None)
         return self._news()
 
     def finish(self) -> list[Delta]:
-        """What was held back. Nothing may be pushed after it."""
+        """Deltas for what was held back. Nothing may be pushed after it."""
         self._ended = True
         return self.push("")
 
     def _llama(self) -> Generator[None]:
-        """Calls from the first character on, or none."""
+        """Calls at the beginning of the text, or none."""
         yield from self._skip(_SPACE)
         while (yield from self._peek()) == "{" and (yield from self._call()):
             yield from self._skip(_BETWEEN)
@@ -87,7 +90,7 @@ class ToolParser:
             self._at = len(self._text)
 
     def _hermes(self) -> Generator[None]:
-        """Calls in text, each between two markers. A call without the second one counts."""
+        """Calls anywhere, each between two markers. The second may be missing."""
         bare = True  # nothing but white space since the last call or the beginning
         while (yield from self._peek()):
             if bare:
@@ -110,7 +113,7 @@ class ToolParser:
         return CLOSE.startswith("".join(self._held).strip(" \t\r\n"))
 
     def _marker(self) -> Generator[None, None, str]:
-        """The marker that stands here, "" for none; the part of one that does is passed over."""
+        """The marker here, or ""; a part of a marker is skipped."""
         read = ""
         while read not in (OPEN, CLOSE):
             read += yield from self._peek()
@@ -120,7 +123,7 @@ class ToolParser:
         return read
 
     def _call(self) -> Generator[None, None, bool]:
-        """Read a call. Whether any of it was given out; if so nothing is held, if not all that was read."""
+        """Read a call. Whether any of it was returned; if not, all of it is held back."""
         before = self.calls
         with suppress(_NoCall):
             yield from self._object()
@@ -131,7 +134,7 @@ class ToolParser:
         return True
 
     def _object(self) -> Generator[None]:
-        """A call's object. Members after what was given out are passed over."""
+        """A call's object. Members after the arguments are skipped."""
         name = arguments = None
         given = False
         yield from self._skip(_SPACE)
@@ -177,7 +180,7 @@ class ToolParser:
         return str(name)
 
     def _value(self) -> Generator[None]:
-        """Pass over a JSON value; its brackets and strings are looked at, no more."""
+        """Skip a JSON value; only its brackets and strings are checked."""
         depth = 0
         while True:
             character = yield from self._peek()
@@ -205,7 +208,7 @@ class ToolParser:
         yield from self._pass('"')
 
     def _read(self, steps: Generator[None]) -> Generator[None, None, str]:
-        """The text that some steps pass over, which is held."""
+        """The text that some steps skip, which is held back."""
         self._flush()
         start = len(self._held)
         yield from steps
@@ -222,7 +225,7 @@ class ToolParser:
         return self._text[self._at]
 
     def _skip(self, run: re.Pattern[str]) -> Generator[None, None, bool]:
-        """Pass over all the characters here that a pattern takes. Whether there were any."""
+        """Skip what a pattern matches here. Whether there was any."""
         found = False
         while (yield from self._peek()) and (match := run.match(self._text, self._at)):
             self._at = match.end()
@@ -253,7 +256,7 @@ class ToolParser:
         self._held.clear()
 
     def _give(self, name: str) -> Callable[[str], object]:
-        """Give out a call's name; what is returned takes its arguments."""
+        """Return a call's name in a delta; the result is the sink of its arguments."""
         call = self.calls
         self.calls += 1
         self._end_content()
@@ -272,7 +275,7 @@ class ToolParser:
 
 
 def parse(form: str, names: Collection[str], text: str) -> tuple[str, list[tuple[str, str]]]:
-    """A whole answer: its content, and each call's function and arguments."""
+    """Parse a complete answer: its content, and each call's function and arguments."""
     parser = ToolParser(form, names)
     content: list[str] = []
     found: list[tuple[str, list[str]]] = []

@@ -1,6 +1,4 @@
-"""How a request that costs work is read, checked, run and answered, whatever its route and dialect. Speaks plain ASGI;
-what a body means is the parser's that comes with it.
-"""
+"""Runs requests: read the body, admit, parse in the dialect, submit to the engine, stream or send the reply."""
 
 from __future__ import annotations
 
@@ -8,31 +6,31 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive
 
 from squawq.engine.request import Output
 from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.serve.admission import Admission, Place, cost
-from squawq.serve.bodies import SMALL, Bodies
 from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
-from squawq.serve.exchange import Exchange, HungUp, Mailbox
+from squawq.serve.exchange import Disconnected, Exchange, Mailbox
 from squawq.serve.fields import parse_json
-from squawq.serve.lanes import Lane
+from squawq.serve.http import EVENT_HEADERS, KEEP_ALIVE, SMALL, Bodies, HeldReply, blocks, drain, events, json_reply
+from squawq.serve.limits import Admission, FairPool, Reservation, cost
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics, Timing
 from squawq.serve.model import Served
-from squawq.serve.responses import KEEP_ALIVE, blocks, events, send_blocks, send_events, start_events, write
 
 logger = logging.getLogger("squawq.serve")
-MAX_SHOWN = 2000  # bytes of a body for the log, which shows fewer
-Parse = Callable[[Mapping[str, Any], Served, str], Call]  # a body and the tenant that it is from
+MAX_SHOWN = 2000  # bytes of a body that are kept for the log
+Parse = Callable[[Mapping[str, Any], Served, str], Call]  # from body and tenant
 
 
-class Generation:
+class Runtime:
     """Runs requests on one model. `draining` stops new ones."""
 
     def __init__(self, served: Served, metrics: Metrics) -> None:
@@ -44,9 +42,11 @@ class Generation:
         self.bodies = Bodies(self.settings)
         self._exchanges: set[Exchange] = set()
         self._mailbox = Mailbox(served.engine)
-        self._small = Lane(self.settings.validation_workers, "squawq-validation")
-        self._large = Lane(1, "squawq-validation-large", served.own_template)  # so that small ones never wait for it
-        self._replies = Lane(2, "squawq-replies")
+        self._small = FairPool(self.settings.validation_workers, "squawq-validation")
+        self._large = FairPool(
+            1, "squawq-validation-large", served.use_second_template_process
+        )  # so that small ones never wait for it
+        self._replies = FairPool(2, "squawq-replies")
 
     @property
     def in_flight(self) -> int:
@@ -68,42 +68,52 @@ class Generation:
         for exchange in self._exchanges:
             exchange.end(ApiError("unavailable", "The server is shutting down"))
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send, parse: Parse) -> None:
-        """Read, check, run and answer a request. Raises ApiError before the answer has begun, never after."""
-        tenant, call = scope.get("tenant", ""), None
-        exchange = self._exchange()
+    async def generate(self, request: Request, parse: Parse) -> Response:
+        """Read, check and run a request. The response streams, or has the whole reply.
+
+        What fails before the first output raises ApiError, and so has a status of its own.
+        """
+        tenant, exchange = request.scope.get("tenant", ""), self._exchange()
+        call: Call | None = None
+
+        def observe() -> None:
+            if call is not None:
+                self._observe(request, exchange)
+
         try:
-            raw = [await self.bodies.read(scope, receive)]
-            shown = raw[0][:MAX_SHOWN] if self.settings.log_requests else None
-            with self.admitted(tenant, len(raw[0])) as place:
-                async with self._watched(exchange, receive):
-                    call = await exchange.checking(self._prepare(parse, raw, exchange, place, tenant))
-                    if shown is not None:
-                        text = shown.decode("utf-8", "replace")
-                        event(logger, logging.INFO, "request", id=scope["request_id"], body=text)
-                    await (self._stream if call.stream else self._whole)(call, exchange, send, tenant)
+            async with AsyncExitStack() as stack:
+                stack.callback(observe)
+                raw = [await self.bodies.read(request)]
+                shown = raw[0][:MAX_SHOWN] if self.settings.log_requests else None
+                reservation = stack.enter_context(self.admitted(tenant, len(raw[0])))
+                await stack.enter_async_context(self._watched(exchange, request.receive))
+                call = await exchange.checking(self._prepare(parse, raw, exchange, reservation, tenant))
+                if shown is not None:
+                    text = shown.decode("utf-8", "replace")
+                    event(logger, logging.INFO, "request", id=request.scope["request_id"], body=text)
+                reply = await (self._stream if call.stream else self._whole)(call, exchange, tenant)
+                reply.resources = stack.pop_all()
+                return reply
         except ApiError as error:
-            if exchange.checked is None:  # else it is counted by how it ended
+            if exchange.checked is None:  # otherwise it is counted by how it ended
                 self.metrics.rejected(error.name)
             raise
-        finally:
-            if call is not None:
-                self._observe(scope, exchange)
 
-    async def answer(
-        self, scope: Scope, receive: Receive, send: Send, compute: Callable[[Mapping[str, Any]], Any]
-    ) -> None:
-        """Answer with the JSON that `compute` makes of a body, without the engine; otherwise as `handle`."""
-        tenant = scope.get("tenant", "")
-        raw = [await self.bodies.read(scope, receive)]
+    async def compute(self, request: Request, work: Callable[[Mapping[str, Any]], Any]) -> Response:
+        """A response with the JSON that `work` makes of the body, without the engine."""
+        tenant = request.scope.get("tenant", "")
+        raw = [await self.bodies.read(request)]
         size, exchange = len(raw[0]), self._exchange()
 
-        def work() -> list[bytes]:
-            return blocks(compute(parse_json(raw.pop())))
+        def encoded() -> list[bytes]:
+            return blocks(work(parse_json(raw.pop())))
 
-        with self.admitted(tenant, size):
-            async with self._watched(exchange, receive):
-                await send_blocks(send, await exchange.checking(self._in_lane(work, size, tenant)))
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self.admitted(tenant, size))
+            await stack.enter_async_context(self._watched(exchange, request.receive))
+            reply = json_reply(await exchange.checking(self._in_pool(encoded, size, tenant)))
+            reply.resources = stack.pop_all()
+            return reply
 
     def _exchange(self) -> Exchange:
         return Exchange(self._mailbox, time.perf_counter(), self.metrics.inter_token)
@@ -117,20 +127,20 @@ class Generation:
         try:
             async with exchange:
                 yield
-        except HungUp:
-            pass
         finally:
             self._exchanges.discard(exchange)
             for alarm in alarms:
                 alarm.cancel()
             watch.cancel()
 
-    async def _prepare(self, parse: Parse, raw: list[bytes], exchange: Exchange, place: Place, tenant: str) -> Call:
+    async def _prepare(
+        self, parse: Parse, raw: list[bytes], exchange: Exchange, reservation: Reservation, tenant: str
+    ) -> Call:
         """Check a body and hand its requests to the engine. The body is let go as soon as it was parsed."""
         size = len(raw[0])
-        call: Call = await self._in_lane(lambda: parse(parse_json(raw.pop()), self.served, tenant), size, tenant)
-        self.admission.hold(place, size + cost(call.requests))
-        await self._in_lane(lambda: exchange.submit(call), 0, tenant)  # no more than the context by now
+        call: Call = await self._in_pool(lambda: parse(parse_json(raw.pop()), self.served, tenant), size, tenant)
+        self.admission.hold(reservation, size + cost(call.requests))
+        await self._in_pool(lambda: exchange.submit(call), size, tenant)
         return call
 
     def _alarms(self, exchange: Exchange) -> list[asyncio.TimerHandle]:
@@ -148,43 +158,42 @@ class Generation:
         loop = asyncio.get_running_loop()
         return [loop.call_later(queued, turn), loop.call_later(limit, exchange.end, late)]
 
-    async def _whole(self, call: Call, exchange: Exchange, send: Send, tenant: str) -> None:
-        """Answer with one body. A long one takes seconds to make: beside the event loop."""
+    async def _whole(self, call: Call, exchange: Exchange, tenant: str) -> HeldReply:
+        """The whole reply. Encoding a long one takes seconds: in a worker thread."""
         outputs = await exchange.all(call)
 
         def make() -> tuple[list[bytes], Mapping[str, str]]:
             reply = call.reply(outputs, exchange.times)
             return blocks(reply.body), reply.headers
 
-        body, headers = await self._replies.run(tenant, make)
-        await send_blocks(send, body, headers)
+        return json_reply(*await self._replies.run(tenant, make))
 
-    async def _stream(self, call: Call, exchange: Exchange, send: Send, tenant: str) -> None:
-        """Answer with events. The head waits for the first output, so that what fails before it has its own status, but
-        no longer than `keep_alive_interval`: then it goes with a comment, since a proxy ends a connection that is idle
-        for a minute or so, and what fails is an event."""
-        begun = False
+    async def _stream(self, call: Call, exchange: Exchange, tenant: str) -> HeldReply:
+        """A stream of events. Its head waits for the first output, so that what fails before has a status of its own,
+        but no longer than `keep_alive_interval`: proxies close a connection that is idle for about a minute."""
+        batches = exchange.batches(self.settings.keep_alive_interval)
+        first = await anext(batches)
+        return HeldReply(self._chunks(call, first, batches, tenant), {**EVENT_HEADERS, **call.headers})
+
+    async def _chunks(
+        self, call: Call, batch: list[Output] | None, batches: AsyncIterator[list[Output]], tenant: str
+    ) -> AsyncIterator[bytes]:
+        """The events of all batches, a comment for an empty one, and what ends the stream."""
         try:
-            async for batch in exchange.batches(self.settings.keep_alive_interval):
-                if not begun:
-                    begun = True
-                    await start_events(send, call.headers)
-                if batch:
-                    await write(send, await self._events(call, batch, tenant), last=False)
-                else:
-                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-            await send_events(send, call.end(), last=True)
+            while batch is not None:
+                async for block in drain(await self._events(call, batch, tenant) if batch else [KEEP_ALIVE]):
+                    yield block
+                batch = await anext(batches, None)
+            last = call.end()
+        except Disconnected:
+            return
         except ApiError as error:
-            if not begun:
-                raise
-            await send_events(send, call.fail(error), last=True)
-        except HungUp:
-            raise
+            last = call.fail(error)
         except Exception:
             logger.exception("an answer failed")
-            if not begun:
-                raise
-            await send_events(send, call.fail(ApiError("internal", "internal error")), last=True)
+            last = call.fail(ApiError("internal", "internal error"))
+        async for block in drain(events(last)):
+            yield block
 
     async def _events(self, call: Call, batch: list[Output], tenant: str) -> list[bytes]:
         """What a batch adds to a stream; a prompt's log probabilities take seconds to write: beside the event loop."""
@@ -197,7 +206,7 @@ class Generation:
         found: list[bytes] = await self._replies.run(tenant, make)
         return found
 
-    def _observe(self, scope: Scope, exchange: Exchange) -> None:
+    def _observe(self, request: Request, exchange: Exchange) -> None:
         times = exchange.times
         timing = Timing(
             arrived=exchange.arrived,
@@ -216,7 +225,7 @@ class Generation:
             logger,
             logging.INFO,
             "generated",
-            id=scope["request_id"],
+            id=request.scope["request_id"],
             prompt_tokens=timing.prompt_tokens,
             tokens=timing.generated_tokens,
             finish=timing.finish,
@@ -224,7 +233,7 @@ class Generation:
             seconds=round(timing.ended - timing.arrived, 4),
         )
 
-    async def _in_lane(self, work: Callable[[], Any], size: int, tenant: str) -> Any:
+    async def _in_pool(self, work: Callable[[], Any], size: int, tenant: str) -> Any:
         """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError.
 
         size: bytes of the body; large ones have a thread of their own, so that small ones never wait for them.
@@ -239,16 +248,16 @@ class Generation:
             raise ApiError("invalid", str(error)) from error
 
     @contextmanager
-    def admitted(self, tenant: str, size: int) -> Iterator[Place]:
-        """A place for a tenant's request. Raises ApiError while there is none, or none are taken."""
+    def admitted(self, tenant: str, size: int) -> Iterator[Reservation]:
+        """A reservation for a tenant's request. Raises ApiError while there is none, or none are taken."""
         if self.draining:
             raise ApiError("unavailable", "The server is shutting down")
-        with self.admission.admitted(tenant, size) as place:
-            yield place
+        with self.admission.admitted(tenant, size) as reservation:
+            yield reservation
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:
     """Tell an exchange when its client hangs up; the body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    exchange.end(HungUp())
+    exchange.end(Disconnected())
