@@ -1,5 +1,5 @@
-// A run of decoder layers in one call. Between two operations nothing goes back to the caller, whose interpreter would
-// leave the memory idle for some microseconds each time.
+// Runs several decoder layers in one call. Returning to the caller's interpreter between operations would leave memory
+// bandwidth unused for some microseconds each time.
 #pragma once
 #include <cstdint>
 
