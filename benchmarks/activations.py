@@ -1,11 +1,12 @@
-"""What rounding activations and the head at run time costs, beside what 4-bit weights cost.
+"""Measures the accuracy cost of int8 activations and of the quantized head, next to the cost of 4-bit weights.
 
     python benchmarks/activations.py [MODEL] [--text FILE] [--tokens 16384] [--window 512]
 
-MODEL is a 16-bit folder (default: the bundled demo model), quantized here with the defaults. The INT4 folder is run
-over the same windows in each way. KL in nats and agreement on the likeliest token: of the INT4 folder in float32 to the
-16-bit model, which is what quantizing costs, and of each other way to the INT4 folder in float32. "of quantizing" is
-a KL by the former one. Memory: two models and the logits of two windows.
+MODEL is a 16-bit folder (default: the bundled demo model), which is quantized here with default settings. The INT4
+folder is run over the same windows with each runtime setting. KL (nats) and top-1 agreement are given for the INT4
+folder in float32 against the 16-bit model (the cost of quantization), and for every other setting against the INT4
+folder in float32. The column "of quantizing" is a KL divided by the former one. Memory: two models and the logits of
+two windows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from squawq.nn.loader import Options, load
 from squawq.quantization.pipeline import quantize
 from squawq.text.tokenizer import Tokenizer
 
-WAYS = {  # whether activations stay float32, and the head
+WAYS = {  # (exact, head): whether activations stay float32, and the head's format
     "int8 activations, 16-bit head": (False, "16-bit"),
     "float32 activations, int8 head": (True, "int8"),
     "int8 activations, int8 head (default)": (False, "int8"),
@@ -45,13 +46,13 @@ def runner_of(folder: Path, window: int, exact: bool, head: str) -> DecoderRunne
 
 
 def logits_of(runner: DecoderRunner, ids: Tensor) -> Tensor:
-    """[tokens, vocab] of one window."""
+    """Return the logits [tokens, vocab] of one window."""
     chunk = Chunk(ids.tolist(), 0, range(runner.num_pages), len(ids))
     return torch.from_numpy(runner.run([chunk])[0])
 
 
 def compare(runner: DecoderRunner, base: DecoderRunner, windows: Tensor) -> dict[str, Any]:
-    """What `Score.summary` gives for `runner` with `base` as the reference."""
+    """Return `Score.summary` of `runner` with `base` as the reference."""
     score = Score()
     for ids in windows:
         score.add(logits_of(runner, ids)[:-1], ids[1:], logits_of(base, ids)[:-1])
@@ -59,7 +60,7 @@ def compare(runner: DecoderRunner, base: DecoderRunner, windows: Tensor) -> dict
 
 
 def row(title: str, found: dict[str, Any], quantizing: float) -> list[str]:
-    """Figures of one way."""
+    """Return the table row of one setting."""
     share, agreement = found["kl_mean"] / quantizing, found["top1_agreement"]
     return [title, f"{found['perplexity']:.4f}", f"{found['kl_mean']:.6f}", f"{share:.1%}", f"{agreement:.2%}"]
 

@@ -1,9 +1,9 @@
-"""Random-weight checkpoints of named shapes, AWQ INT4 or 16-bit, to measure on where no real model is at hand.
+"""Writes random-weight checkpoints of named shapes, AWQ INT4 or 16-bit, for benchmarks without a real model.
 
     python benchmarks/checkpoints.py llama-3.2-1b FOLDER [--layers 4] [--dense]
 
-Tensors, layout and config.json are a real checkpoint's (docs/format.md), the weights are noise of standard deviation
-0.02; there is no tokenizer. One shard a layer, and no more than one layer (or the embedding) in memory.
+Tensors, layout and config.json are those of a real checkpoint (docs/format.md); the weights are noise with standard
+deviation 0.02. There is no tokenizer. One shard per layer; at most one layer (or the embedding) is in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from squawq.nn.loader import linear_shapes
 from squawq.quant_config import QuantConfig
 
 STD = 0.02
-LEVEL_STD = 4.64  # of a nibble uniform in 0 to 15 less a zero of 7 or 8
+LEVEL_STD = 4.64  # standard deviation of a nibble uniform in 0 to 15 minus a zero of 7 or 8
 QUANT = QuantConfig()
 
 
@@ -64,7 +64,7 @@ class Shape:
         return linear_shapes(ModelConfig.from_dict(self.config(self.layers)))
 
     def nbytes(self) -> int:
-        """What the whole model takes in 16 bits."""
+        """Bytes of the whole model in 16 bits."""
         layer = sum(rows * columns for rows, columns in self.linears().values()) + 2 * self.hidden
         table = self.vocab * self.hidden
         return 2 * (self.layers * layer + table + self.hidden + (0 if self.tied else table))
@@ -92,7 +92,7 @@ class Noise:
         return {"weight": torch.randn(out_features, in_features, dtype=self.dtype, generator=self._torch).mul_(STD)}
 
     def quantized(self, out_features: int, in_features: int) -> dict[str, Tensor]:
-        """An AWQ GEMM linear: any nibbles, zeros of 7 or 8, scales within a fifth of each other."""
+        """An AWQ GEMM linear: random nibbles, zeros of 7 or 8, scales within a fifth of each other."""
         groups, words = in_features // QUANT.group_of(in_features), out_features // PER_WORD
         scales = self._numpy.uniform(0.9, 1.1, (groups, out_features)) * (STD / LEVEL_STD)
         zeros = (self._words(groups, words) & 0x11111111) + 0x77777777
@@ -107,7 +107,7 @@ class Noise:
 
 
 def write_checkpoint(folder: Path, shape: Shape, layers: int, *, quantized: bool) -> int:
-    """AWQ INT4 with float16 for the rest, or bfloat16 throughout, in a folder that is not there yet.
+    """Write AWQ INT4 with float16 for the rest, or bfloat16 throughout, to a folder that must not exist yet.
 
     Returns the bytes of all tensors.
     """
@@ -141,7 +141,7 @@ def write_checkpoint(folder: Path, shape: Shape, layers: int, *, quantized: bool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("folder", type=Path, help="the folder to make")
+    parser.add_argument("folder", type=Path, help="the folder to create")
     parser.add_argument("--layers", type=int, help="default: as many as the model has")
     parser.add_argument("--dense", action="store_true", help="bfloat16 instead of INT4")
     args = parser.parse_args()

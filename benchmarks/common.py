@@ -1,4 +1,4 @@
-"""What the benchmarks share: a table on stdout, and a quantizer run in an environment and process of its own."""
+"""Shared by the benchmarks: a table on stdout, and running a quantizer in its own environment and process."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def quantize_apart(
     settings: Mapping[str, Any],
     patience: float | None = None,
 ) -> dict[str, Any]:
-    """Run peers/PEER_quantize.py with its environment's interpreter: `seconds` of quantizing alone and `peak_bytes`.
+    """Run peers/PEER_quantize.py with the interpreter of its environment.
 
-    rows: a JSON file of token id lists. Ends the benchmark with the peer's own words when it fails, the peer when it
-    has not come to an end after `patience` seconds (subprocess.TimeoutExpired).
+    Returns `seconds` (of quantization alone) and `peak_bytes`. rows: a JSON file with lists of token ids. If the peer
+    fails, the benchmark ends with the peer's error message. Raises subprocess.TimeoutExpired, and stops the peer, after
+    `patience` seconds.
     """
     script = PEERS / f"{peer}_quantize.py"
     command = [python, str(script), str(model), str(out), str(rows), json.dumps(settings)]

@@ -1,16 +1,17 @@
-"""The engine on the 1B shape: what a shared prefix saves, what Python costs, what loading takes.
+"""Benchmarks the engine on the 1B shape: prefix caching, Python overhead, loading.
 
     python benchmarks/engine.py [MODEL] [--folder DIR] [--threads 2] [--own 8] [--rounds 5] [--steps 64]
 
 MODEL is an AWQ folder; default: random weights of Llama-3.2-1B's shape, made in --folder (a temporary one) and reused.
-Figures are medians, ratios are medians of the ratios of what was measured together.
-Prefix: in every round two waves of 8 requests with one prefix of 512 tokens, new in every round, and 8 tokens of their
-own; mean time to first token. The first wave too computes the prefix once, so 64 tokens stand against 576.
-Outside of the kernels: a clock is put around every function of the native library, and a step is what passes from one
-token of the first stream to its next, so scheduling, sampling and handing out are in it. What a clock takes and does
-not count is measured on a function that does nothing and taken off. Overhead is step less library, step by step.
-Load: in a process of its own, beside reading the files once, and the resident memory gained at its peak beside packed
-weights, int8 head and 16-bit embedding; one layer more is allowed.
+Figures are medians; ratios are medians of the ratios of values measured together.
+Prefix: each round sends two waves of 8 requests that share a new prefix of 512 tokens, each with 8 tokens of its own,
+and measures the mean time to first token. The first wave also computes the prefix only once, so 64 tokens compare with
+576.
+Overhead: every function of the native library is timed. A step lasts from one token of the first stream to its next
+and includes scheduling, sampling and delivery. The cost of the timer itself is measured on an empty function and
+subtracted. Overhead is step time minus library time, per step.
+Load: in a separate process. The time is compared with reading the files once, and the gain of peak resident memory
+with packed weights, int8 head and 16-bit embedding; one more layer is allowed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ from squawq.format.reader import Checkpoint
 from squawq.nn.loader import linear_shapes
 
 SHAPE = "llama-3.2-1b"
-PREFIX, STREAMS, PROMPT, UNSETTLED = 512, 8, 64, 4  # unsettled: tokens of the first stream until all have begun
+PREFIX, STREAMS, PROMPT, UNSETTLED = (
+    512,
+    8,
+    64,
+    4,
+)  # unsettled: tokens of the first stream before all streams have started
 LOAD = """
 import re, sys, time
 from pathlib import Path
@@ -84,14 +90,14 @@ def serve(
 
 
 def first_tokens(engine: Engine, prompts: Sequence[list[int]]) -> float:
-    """Mean milliseconds to the first token of requests that are sent together."""
+    """Mean milliseconds to the first token of requests sent together."""
     times, started = list[float](), time.perf_counter()
     serve(engine, prompts, 1, lambda _: times.append(time.perf_counter()))
     return (statistics.mean(times) - started) * 1e3
 
 
 def prefix_row(runner: DecoderRunner, own: int, rounds: int) -> list[str]:
-    """Second waves against first ones."""
+    """Compare second waves with first ones."""
     generator = np.random.default_rng(1)
     engine, pairs = Engine(runner, config=EngineConfig(max_num_seqs=STREAMS)), []
 
@@ -99,7 +105,7 @@ def prefix_row(runner: DecoderRunner, own: int, rounds: int) -> list[str]:
         return generator.integers(0, runner.vocab_size, shape).tolist()
 
     try:
-        first_tokens(engine, ids(STREAMS, PROMPT))  # threads and pages awake
+        first_tokens(engine, ids(STREAMS, PROMPT))  # warm up threads and pages
         for _ in range(rounds):
             prefix = ids(PREFIX)
             pairs.append([first_tokens(engine, [prefix + tail for tail in ids(STREAMS, own)]) for _ in range(2)])
@@ -112,7 +118,7 @@ def prefix_row(runner: DecoderRunner, own: int, rounds: int) -> list[str]:
 
 
 class Clock:
-    """Wraps the library's functions; `seconds` and `calls` are what was spent in them."""
+    """Wraps the library's functions; `seconds` and `calls` accumulate over their calls."""
 
     def __init__(self) -> None:
         self.seconds, self.calls = 0.0, 0
@@ -129,7 +135,7 @@ class Clock:
 
 
 def clock_cost() -> float:
-    """Seconds that a wrapped call takes and does not count."""
+    """Seconds that a wrapped call takes without counting them."""
     clock = Clock()
     empty = clock.wrap(lambda *_: 0)
     started = time.perf_counter()
@@ -139,12 +145,14 @@ def clock_cost() -> float:
 
 
 def overhead_row(runner: DecoderRunner, streams: int, steps: int) -> list[str]:
-    """Decode steps and what of them is spent outside of the library."""
+    """Decode steps and the time they spend outside of the library."""
     clock, native = Clock(), library.load()
     wrapped = {name: clock.wrap(call) for name, call in vars(native).items() if name.startswith("squawq_")}
     engine = Engine(runner, config=EngineConfig(max_num_seqs=streams, prefix_caching=False))
     prompts = np.random.default_rng(2).integers(0, runner.vocab_size, (streams, PROMPT)).tolist()
-    marks: list[tuple[float, float, int]] = []  # at each token of the first stream: now, in the library so far, calls
+    marks: list[
+        tuple[float, float, int]
+    ] = []  # at each token of the first stream: time, seconds in the library so far, calls
 
     def heard(output: Output) -> None:
         if output.request.endswith(" 0"):
@@ -163,7 +171,7 @@ def overhead_row(runner: DecoderRunner, streams: int, steps: int) -> list[str]:
 
 
 def load_rows(model: Path, threads: int, rounds: int) -> list[list[str]]:
-    """Seconds beside reading the files; memory beside what has to stay."""
+    """Loading time against reading the files; memory gained against what has to stay."""
     checkpoint = Checkpoint(model)
     config, sizes = checkpoint.config, linear_shapes(checkpoint.config).values()
     layer = sum(out * (in_ // 2 + in_ // checkpoint.group_of(in_) * 3) for out, in_ in sizes)
@@ -182,9 +190,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--folder", type=Path, help="keeps the random model; default: a temporary one")
     parser.add_argument("--threads", type=int, default=library.default_threads())
-    parser.add_argument("--own", type=int, default=8, help="tokens of a request behind the prefix")
-    parser.add_argument("--rounds", type=int, default=5, help="of prefix waves and loads")
-    parser.add_argument("--steps", type=int, default=64, help="of decode")
+    parser.add_argument("--own", type=int, default=8, help="tokens of a request after the prefix")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of prefix waves and loads")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps")
     args = parser.parse_args()
     if library.load() is None:
         sys.exit("the native kernels are not built here, or SQUAWQ_ISA=torch is set")

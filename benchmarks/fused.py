@@ -1,11 +1,11 @@
-"""transformers' generate() on a fused model beside our own engine: decode speed of one stream, and memory.
+"""Compares transformers' generate() on a fused model with squawq's engine: decode speed and memory.
 
     python benchmarks/fused.py [MODEL] [--folder DIR] [--rounds 5] [--prompt-tokens 64] [--new-tokens 96]
 
 MODEL is an AWQ folder; default: random weights of Llama-3.2-1B's shape, made in --folder (a temporary one) and reused.
-In every round `squawq.bench` and generate() measure one after the other; the model stays loaded, the bench loads anew.
-Figures are medians, the ratio is the median of the rounds' ratios. Rows: greedy and sampled tokens, eight rows at
-once, and a model that is not fused. What generate() spends outside of our forward is measured too.
+Each round runs `squawq.bench` and then generate(); generate()'s model stays loaded, the bench loads its own each time.
+Figures are medians; the ratio is the median of the rounds' ratios. Rows: greedy and sampled decoding, eight rows at
+once, and a model that is not fused. The time generate() spends outside of forward is measured, too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[bool, int, dict[str, Any]]] = {  # fused, rows, how
 
 
 class Clock:
-    """Called as a streamer by generate() for every token, and as the model's forward: times of both."""
+    """Records times as generate()'s streamer (for every token) and as the model's forward."""
 
     def __init__(self, model: Any) -> None:
         self.marks: list[float] = []
@@ -53,7 +53,7 @@ class Clock:
 
 
 def generate(model: Any, rows: int, prompt: int, new: int, how: dict[str, Any]) -> tuple[float, float]:
-    """Tokens a second from the first on, and milliseconds of a step outside of forward."""
+    """Tokens per second after the first, and milliseconds per step outside of forward."""
     ids = torch.randint(2, model.config.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0))
     clock = Clock(model)
     try:
@@ -100,7 +100,7 @@ def main() -> None:
         for name, (fused, streams, how) in CASES.items():
             model = models[fused]
             sizes = args.prompt_tokens, args.new_tokens
-            generate(model, streams, *sizes, how)  # threads and pages awake
+            generate(model, streams, *sizes, how)  # warm up threads and pages
             rounds = []
             for _ in range(args.rounds):
                 ours = bench(folder, prompt_tokens=sizes[0], new_tokens=sizes[1], streams=streams)["decode_tok_s"]

@@ -1,9 +1,9 @@
-"""A light HTTP client for the server's benchmarks: requests as bytes, whole answers and streams read back.
+"""A light HTTP client for the server benchmarks: requests as bytes, whole responses and streams decoded.
 
-As a program it sends streaming requests together and reports when their tokens came. A job, a line of JSON on stdin, is
-{"port": 8000, "path": "/v1/completions", "bodies": [...]}; an answer, a line on stdout, is {"seconds": to the last
-byte, "first": [to each first event], "events": how many}, from when all were sent. It runs in a process of its own, so
-that the server does not wait for its Python.
+As a program, it sends streaming requests together and reports when their tokens arrived. It runs in its own process, so
+that the server does not wait for the client's Python. A job is a line of JSON on stdin: {"port": 8000, "path":
+"/v1/completions", "bodies": [...]}. The answer is a line on stdout: {"seconds": until the last byte, "first": [until
+each stream's first event], "events": their number}, all measured from when the requests were sent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HOST = "127.0.0.1"
 
 
 def encode(path: str, body: Any, kind: str = "application/json", method: str = "POST") -> bytes:
-    """A request whose connection ends with its answer. body: a JSON value, or bytes as they are."""
+    """Encode a request whose connection closes after the response. body: a JSON value, or bytes sent unchanged."""
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nConnection: close\r\n"
     return f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text
@@ -27,14 +27,14 @@ def encode(path: str, body: Any, kind: str = "application/json", method: str = "
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """A response."""
 
     status: int
     body: bytes
 
     @property
     def streamed(self) -> bool:
-        """Whether it is a stream of events."""
+        """Whether it is an event stream."""
         return self.body.startswith((b"data: ", b":"))
 
     @property
@@ -43,7 +43,7 @@ class Answer:
         return self.body.endswith(b"data: [DONE]\n\n")
 
     def values(self) -> list[Any]:
-        """Its JSON values: one, or those of a stream, the end mark left out. Raises ValueError for anything else."""
+        """Its JSON values: one, or those of a stream without the end mark. Raises ValueError for anything else."""
         if not self.streamed:
             return [json.loads(self.body)]
         events = [event for event in self.body.decode().split("\n\n") if event.startswith("data: ")]
@@ -51,7 +51,7 @@ class Answer:
 
 
 def decode(data: bytes) -> Answer:
-    """An answer from its bytes. Raises ValueError for one that was cut off."""
+    """Decode a response from its bytes. Raises ValueError for a truncated one."""
     head, mark, body = data.partition(b"\r\n\r\n")
     if not mark:
         raise ValueError(f"the answer's head was cut off after {len(data)} bytes")

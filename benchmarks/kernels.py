@@ -1,13 +1,14 @@
-"""The matrix kernels against what the machine can do: reading memory, and torch's own products.
+"""Compares the matrix kernels with the machine's limits: memory bandwidth, and torch's matrix products.
 
     python benchmarks/kernels.py [--threads 2] [--rounds 15] [--isa avx512 avx2]
         [--weight 14336 4096 --copies 12 --tokens 512 --head 128256 2048]
 
-One token: a 4-bit weight (outputs, inputs) in groups of 128, read from copies in turn so that caches do not help, and
-an int8 head; gigabytes a second of integers, scales and zeros. Baseline: summing an int64 array with as many threads.
-torch's own int4 kernel, in bfloat16, where it is fastest, stands beside them. Many tokens: operations a second against
-torch's F.linear in float32. Baseline and kernel take turns after a first go that does not count; figures are medians,
-ratios are medians over the turns. All is done for each instruction set of this machine; targets are for the best.
+One token: a 4-bit weight (outputs, inputs) in groups of 128, with several copies read in turn so that caches do not
+help, and an int8 head. The figure is gigabytes per second of integers, scales and zeros; the baseline sums an int64
+array with the same number of threads. torch's own int4 kernel, in bfloat16, where it is fastest, is shown as well. Many
+tokens: operations per second against torch's F.linear in float32. Baseline and kernel alternate after a warm-up.
+Figures are medians; ratios are medians over the rounds. Everything runs for each instruction set of the machine;
+targets are for the best one.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from squawq.errors import ConfigError
 
 GROUP = 128
 READ_BYTES = 2**29
-PRODUCT_ROUNDS = 5  # at most: they take long
+PRODUCT_ROUNDS = 5  # at most, because they take long
 Speed = Callable[[], float]
 
 
 def speed(amount: float, work: Callable[[], object]) -> float:
-    """Billions a second."""
+    """Billions per second."""
     started = time.perf_counter()
     work()
     return amount / (time.perf_counter() - started) / 1e9
@@ -54,7 +55,7 @@ def random_int4(generator: np.random.Generator, out: int, in_: int) -> PackedInt
 
 
 def torch_int4(generator: np.random.Generator, out: int, in_: int) -> Callable[[Tensor], Tensor]:
-    """The same in torch's layout: a bfloat16 scale and zero for each row and group."""
+    """The same weight in torch's layout: a bfloat16 scale and zero for each row and group."""
     integers = torch.from_numpy(generator.integers(0, 16, (out, in_), dtype=np.int32))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
     scales = torch.full((in_ // GROUP, out, 2), 0.004, dtype=torch.bfloat16)
@@ -67,7 +68,7 @@ def torch_int4(generator: np.random.Generator, out: int, in_: int) -> Callable[[
 
 
 def instruction_sets() -> list[str]:
-    """Those of this build and machine, best first."""
+    """Instruction sets of this build and machine, best first."""
     found = []
     for name in library.ISAS[:-1]:
         try:
@@ -79,7 +80,7 @@ def instruction_sets() -> list[str]:
 
 
 def row(title: str, unit: str, rounds: int, baseline: Speed, kernel: Speed, target: str = "") -> list[str]:
-    """Both in turn."""
+    """Measure both in alternation."""
     pairs = [(baseline(), kernel()) for _ in range(rounds + 1)][1:]
     base, found = (statistics.median(values) for values in zip(*pairs, strict=True))
     ratio = statistics.median(mine / theirs for theirs, mine in pairs)

@@ -1,13 +1,13 @@
-"""squawq against llama.cpp's Q4_K_M: same shape, same threads, random weights, taking turns in one run.
+"""Compares squawq with llama.cpp's Q4_K_M: same shape, same threads, random weights, alternating in one run.
 
     python benchmarks/llamacpp.py --peer-python PYTHON [--shape llama-3.2-1b] [--threads 2] [--rounds 3]
         [--cases decode prefill streams] [--head int8] [--folder DIR]
 
-PYTHON is the interpreter of an environment with llama-cpp-python, gguf and numpy. Every round measures plain reading of
-memory, llama.cpp and squawq, one after the other; the figures are medians over the rounds. The models are made in
---folder and used again if they are there (2 GB for the 1B shape, 4.5 GB on the way). "of limit" is the share of what
-plain reading of memory would allow, on either side: the bytes of weights and cache that a step needs, by the bandwidth.
-All that takes memory runs in a process of its own, because a child's ru_maxrss starts at its parent's.
+PYTHON is the interpreter of an environment with llama-cpp-python, gguf and numpy. Each round measures memory bandwidth,
+llama.cpp and squawq, one after the other; figures are medians over the rounds. Models are made in --folder and reused
+if they exist (2 GB for the 1B shape, 4.5 GB while making them). "of limit" is the share of the speed that memory
+bandwidth allows, on either side: bandwidth divided by the bytes of weights and KV cache that a step reads. Everything
+that takes much memory runs in its own process, because a child's ru_maxrss starts at its parent's.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ READ_PASSES = 4
 
 @dataclass(frozen=True)
 class Load:
-    """What a run does."""
+    """The workload of a run."""
 
     prompt_tokens: int
     new_tokens: int
     streams: int
 
     def flags(self, threads: int) -> list[str]:
-        """The flags, the same on both sides."""
+        """The command line flags, the same for both sides."""
         values = {"prompt-tokens": self.prompt_tokens, "new-tokens": self.new_tokens, "streams": self.streams}
         return [part for name, value in (values | {"threads": threads}).items() for part in (f"--{name}", str(value))]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A figure of a run and how many times llama.cpp's it shall be."""
+    """A figure of a run, and its target as a multiple of llama.cpp's."""
 
     title: str
     load: Load
@@ -70,7 +70,7 @@ CASES = {
 
 
 def run(command: Sequence[str]) -> str:
-    """The child's last line; its errors end this run too."""
+    """Return the child's last line; an error in the child ends this run, too."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not done.stdout.strip():
         sys.exit(f"{' '.join(command[:4])} failed:\n{done.stderr[-2000:]}")
@@ -78,7 +78,7 @@ def run(command: Sequence[str]) -> str:
 
 
 def prepare(name: str, folder: Path, peer_python: str) -> tuple[Path, Path]:
-    """The two models, made where they are missing; neither has its name before it is whole."""
+    """Make the two models if they are missing; a model gets its name when it is complete."""
     checkpoint, gguf = folder / f"{name}-awq", folder / f"{name}.gguf"
     if not gguf.exists():
         subprocess.run([peer_python, str(PEER), "make", name, str(gguf)], check=True)
@@ -91,7 +91,7 @@ def prepare(name: str, folder: Path, peer_python: str) -> tuple[Path, Path]:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second of summing an array much larger than the caches; the best of a few passes."""
+    """Bytes per second of summing an array much larger than the caches; the best of a few passes."""
     parts = np.array_split(np.ones(READ_BYTES // 8, np.int64), threads)
     seconds = []
     with ThreadPoolExecutor(threads) as pool:
@@ -103,8 +103,10 @@ def read_bandwidth(threads: int) -> float:
 
 
 def weight_bytes(shape: Shape, head: str) -> int:
-    """What squawq reads a step: nibbles, scales and zeros of every linear, and the head: 8 bits and a scale a row, or 4
-    bits, a scale and a zero for 32."""
+    """Bytes that squawq reads in a step: nibbles, scales and zeros of every linear, and the head.
+
+    The head has 8 bits and a scale per row, or 4 bits with a scale and a zero per 32.
+    """
     total = shape.vocab * (shape.hidden + 4 if head == "int8" else shape.hidden // 2 + shape.hidden // 32 * 3)
     for out_features, in_features in shape.linears().values():
         groups = in_features // QUANT.group_of(in_features)
@@ -113,13 +115,13 @@ def weight_bytes(shape: Shape, head: str) -> int:
 
 
 def parameters(shape: Shape) -> int:
-    """All weights, tied embeddings once."""
+    """Number of weights, tied embeddings counted once."""
     layer = sum(prod(size) for size in shape.linears().values()) + 2 * shape.hidden
     return shape.layers * layer + shape.vocab * shape.hidden * (1 if shape.tied else 2) + shape.hidden
 
 
 def limit(weights: int, shape: Shape, load: Load, bandwidth: float) -> float:
-    """Tokens a second of all streams if a decode step took as long as reading its weights and 16-bit cache."""
+    """Tokens per second of all streams if a decode step took as long as reading its weights and 16-bit KV cache."""
     position = shape.layers * 2 * shape.kv_heads * (shape.hidden // shape.heads) * 2
     cache = load.streams * position * (load.prompt_tokens + load.new_tokens / 2)
     return load.streams * bandwidth / (weights + cache)
@@ -132,7 +134,7 @@ def table(
     found: dict[tuple[Load, str], list[dict[str, Any]]],
     bandwidth: float,
 ) -> list[list[str]]:
-    """A row a case, then what else each kind of run says."""
+    """A row per case, then the other figures of each kind of run."""
 
     def pair(load: Load, key: str) -> tuple[float, float]:
         peer, ours = ([float(one[key]) for one in found[load, side]] for side in ("peer", "squawq"))

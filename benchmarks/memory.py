@@ -1,13 +1,13 @@
-"""Peak memory of quantizing: the same for few layers and for many.
+"""Measures the peak memory of quantization for few and for many layers.
 
     python benchmarks/memory.py [--shape llama-3.1-8b] [--layers 2 6] [--vocab N] [--samples 16 --seqlen 512]
         [--states-memory GIB] [--folder DIR]
 
-Writes random-weight checkpoints of the model's layer shapes (bfloat16, one shard a layer) into a temporary folder and
-quantizes each in a process of its own; the figure is the kernel's high-water mark of its resident memory (ru_maxrss).
-The baseline in the same run: what the whole model's 16-bit checkpoint takes, which a quantizer that loads it needs at
-least. The vocabulary is the model's own; --vocab 1024 spares the disk its table and head. Needs the disk of the layers
-and a third more: 2 layers of the 70B shapes and a small vocabulary some 5 GB, of the 405B shapes some 17 GB.
+Writes random-weight checkpoints of the model's layer shapes (bfloat16, one shard per layer) to a temporary folder and
+quantizes each in its own process. The figure is the process's peak resident memory (ru_maxrss). The baseline is the
+size of the whole model's 16-bit checkpoint, which a quantizer that loads it needs at least. The vocabulary is the
+model's own; --vocab 1024 saves the disk space of embedding and head. Disk: the layers and a third more. 2 layers of the
+70B shapes with a small vocabulary take about 5 GB, of the 405B shapes about 17 GB.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ print(json.dumps({"peak": peak, "seconds": time.monotonic() - started}))
 
 
 def measured(shape: Shape, layers: int, arguments: tuple[float, ...], parent: Path | None) -> tuple[int, float]:
-    """Peak memory in bytes and seconds for a checkpoint of so many layers. Exits where the quantizer fails."""
+    """Peak memory in bytes, and seconds, for a checkpoint of `layers` layers. Exits if the quantizer fails."""
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         model = Path(folder) / "model"
         write_checkpoint(model, shape, layers, quantized=False)

@@ -1,10 +1,11 @@
-"""What AWQ recovers: plain rounding, AWQ, AWQ with clip, and all of squawq, on the demo model and its outlier twin.
+"""Measures what AWQ recovers, on the demo model and its outlier twin.
 
     python benchmarks/outliers.py [--channels 6 --factor 30] [--text STORIES.txt]
 
-The twin is the same function: in every layer the norm weights of a few channels are multiplied by the factor and the
-columns of the linears that read them divided by it, as large models have grown such channels by themselves. Calibrated
-on the built-in set, or on the start of --text; measured on the demo model's held-back stories.
+Compared are rounding to nearest, AWQ, AWQ with clipping, and squawq's default method. The twin computes the same
+function: in every layer, the norm weights of a few channels are multiplied by the factor, and the matching columns of
+the next linears are divided by it. Large models develop such outlier channels in training. Calibration uses the
+built-in set, or the start of --text; KL is measured on the demo model's held-out stories.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def make_twin(model: Path, twin: Path, channels: int, factor: float) -> None:
-    """Write the twin of a checkpoint, in float32 so that both compute the same."""
+    """Write the twin of a checkpoint, in float32 so that both compute the same function."""
     shutil.copytree(model, twin)
     state = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
     generator = torch.Generator().manual_seed(0)

@@ -1,11 +1,11 @@
-"""How well scales are chosen by a proxy: the Gram matrix's loss of each linear, against the loss of the whole module.
+"""Measures how well the proxy loss chooses scales: each linear's Gram loss against the output error of its module.
 
     python benchmarks/proxy.py [--model FOLDER] [--rows 64 --seqlen 256]
 
-For every group of linears that a module is inspected for (q/k/v in attention, gate/up in the MLP), all candidates are
-judged both ways. Columns: the module's loss under the proxy's first choice, and under the choice of --method awq (the
-module's judgement of the proxy's best few), each relative to the least of all candidates, which AutoAWQ's search finds
-at the price of running the module for each; and where the truly best candidate stands in the proxy's order.
+For every group of linears with an inspected module (q/k/v in attention, gate/up in the MLP), both losses are computed
+for all candidates. Columns: the module's loss with the proxy's first choice and with the choice of --method awq (the
+module's choice among the proxy's best few), each relative to the minimum over all candidates, which AutoAWQ's search
+finds by running the module for each; and the rank of the best candidate in the proxy's order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Found = dict[int, list[tuple[float, float, int]]]  # by number of linears: first
 
 
 def judging(found: Found) -> Callable[..., ScaleCandidate]:
-    """`best_scales` that also judges every candidate by the module."""
+    """`best_scales` that also computes the module's loss of every candidate."""
 
     def judge(
         candidates: list[ScaleCandidate],

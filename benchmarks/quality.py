@@ -1,15 +1,15 @@
-"""Quantizers side by side, same model and calibration tokens: KL to the 16-bit model, perplexity, time, memory.
+"""Compares quantizers on the same model and calibration tokens: KL to the 16-bit model, perplexity, time, memory.
 
     python benchmarks/quality.py --work FOLDER [--data ../shared/data] [--mixed FOLDER] [--peer autoawq=PYTHON ...]
                                  [--models demo twin ...] [--quantizers squawq AutoAWQ ...] [--bits 3] [--fresh]
 
-PYTHON is the interpreter of an environment of the peer's own (benchmarks/peers/README.md); peers that are not given are
-left out. FOLDER keeps what the peers made and their figures, by model and tokens: a second run measures only ours again
-and marks the kept ones with a star; --fresh does all anew, for times from one run. Every folder is measured by
-`squawq.evaluate` on text that calibration did not see. At 3 bits, which the format does not have, the peers hand over
-dequantized weights, and ours are integers 0..7 in 4 bits each. All but the mixed model are calibrated on the stories in
---data, or on the built-in set. The bundled model, its twin and the mixed one were trained on the text that calibrates
-them.
+PYTHON is the interpreter of a peer's own environment (benchmarks/peers/README.md); peers that are not given are
+skipped. FOLDER keeps the peers' results and figures by model and tokens. A second run measures only squawq again and
+marks the kept figures with a star; --fresh measures everything again, for times from one run. Every result is
+evaluated by `squawq.evaluate` on text that is not in the calibration. The format has no 3 bits, so there the peers
+write dequantized weights, and squawq's are integers 0..7 stored in 4 bits. All models but the mixed one are calibrated
+on the stories in --data, or on the built-in set. The bundled model, its twin and the mixed one were trained on their
+calibration text.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ QUANTIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to quantize, the text to calibrate it on and the text to measure it on."""
+    """A model to quantize, its calibration text and its evaluation text."""
 
     folder: Path
     calibration: Calibration
@@ -78,7 +78,7 @@ def subjects(names: list[str], data: Path, mixed: Path | None, work: Path) -> di
 
 
 class Bench:
-    """One model with its tokens, and the folder where what was made of it lies."""
+    """One model with its tokens, and the folder with its results."""
 
     def __init__(self, subject: Subject, name: str, args: argparse.Namespace) -> None:
         self.model, self.args = subject.folder, args
@@ -97,7 +97,7 @@ class Bench:
         self.rows.write_text(rows)
 
     def figures(self, name: str, peers: dict[str, str]) -> dict[str, Any]:
-        """What one quantizer reached; `kept` says that it was measured in an earlier run."""
+        """Results of one quantizer; `kept` marks those measured in an earlier run."""
         environment, settings = QUANTIZERS[name]
         out = self.folder / f"{name.replace(' ', '-')}-{self.args.bits}"
         kept = out.with_suffix(".json")
@@ -114,7 +114,7 @@ class Bench:
 
 
 def show(name: str, measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    """The table of one model."""
+    """Print the table of one model."""
     base = measured.get(BASELINE)
     rows = []
     for quantizer, found in measured.items():

@@ -1,13 +1,13 @@
-"""How long quantizing takes: by calibration tokens, and for a large model's layer beside AutoAWQ.
+"""Measures the time of quantization: by number of calibration tokens, and for a large model's layer next to AutoAWQ.
 
     python benchmarks/quantize_time.py growth [--tokens 8192 32768 131072] [--shape llama-3.2-1b --layers 1]
     python benchmarks/quantize_time.py layer --peer PYTHON [--shape llama-3.1-8b] [--tokens 8192] [--patience 8]
 
-growth: our own quantizer with ever more tokens, its time split by a profile into the passes over all tokens (where the
-statistics are gathered) and the rest, which should not grow; the bundled model unless a shape is given.
-layer: one decoder layer of the shape with random weights and a small vocabulary, ours and AutoAWQ 0.2.9 (PYTHON is its
-environment's, peers/README.md) one after the other; prints the ratio and what all layers of the model would take. With
---patience 8, AutoAWQ is stopped once it has taken eight times as long as ours.
+growth: squawq with more and more tokens. A profile splits its time into the passes over all tokens, which gather the
+statistics, and the rest, which should not grow. The model is the bundled one unless a shape is given.
+layer: one decoder layer of the shape with random weights and a small vocabulary, quantized by squawq and then by
+AutoAWQ 0.2.9 (PYTHON is the interpreter of its environment, peers/README.md). Prints the ratio and the projected time
+for all layers of the model. With --patience 8, AutoAWQ is stopped after eight times squawq's time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 from checkpoints import SHAPES, write_checkpoint
 from common import print_table, quantize_apart
-from transformers.models.llama import modeling_llama  # before any clock runs
+from transformers.models.llama import modeling_llama  # imported before timing starts
 
 import squawq
 from squawq import QuantConfig
@@ -36,13 +36,13 @@ from squawq.layerwise.blocks import Block
 from squawq.quantization.replay import Replay
 
 assert modeling_llama.LlamaForCausalLM
-VOCAB = 1024  # of the random models, and the least of the ids
+VOCAB = 1024  # vocabulary of the random models, and upper bound of the ids
 SEQLEN = 512
-STARTING = 60.0  # seconds that AutoAWQ has to be ready to work, which are not counted
+STARTING = 60.0  # seconds AutoAWQ may take to start, not counted
 
 
 def token_rows(tokens: int) -> list[list[int]]:
-    """Random ids; time does not depend on what they say."""
+    """Random token ids; the time does not depend on their values."""
     generator = random.Random(0)
     return [[generator.randrange(VOCAB) for _ in range(SEQLEN)] for _ in range(tokens // SEQLEN)]
 
@@ -55,7 +55,7 @@ def random_model(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def seconds_in(profile: pstats.Stats, function: object) -> float:
-    """Seconds in a Python function and all that it calls."""
+    """Seconds in a Python function and everything it calls."""
     code = getattr(function, "__wrapped__", function).__code__  # type: ignore[attr-defined]
     where = (code.co_filename, code.co_firstlineno, code.co_name)
     return float(profile.stats[where][3])  # type: ignore[attr-defined]
@@ -87,7 +87,7 @@ def growth(args: argparse.Namespace, folder: Path) -> None:
 
 
 def layer(args: argparse.Namespace, folder: Path) -> None:
-    """Ours and AutoAWQ's seconds for the layers, and projected for the whole model."""
+    """squawq's and AutoAWQ's seconds for the layers, and projected for the whole model."""
     model, rows = random_model(args, folder), folder / "rows.json"
     rows.write_text(json.dumps(token_rows(args.tokens[0])))
     layers = SHAPES[args.shape].layers
@@ -120,7 +120,7 @@ def main() -> None:
     growing.add_argument("--shape", choices=SHAPES)
     one.add_argument("--tokens", type=int, nargs=1, default=[8192])
     one.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
-    one.add_argument("--patience", type=float, help="times our seconds after which AutoAWQ is stopped")
+    one.add_argument("--patience", type=float, help="stop AutoAWQ after this multiple of squawq's time")
     one.add_argument("--peer", required=True, help="python of the environment with AutoAWQ")
     for command in (growing, one):
         command.add_argument("--layers", type=int, default=1, help="of a random model")

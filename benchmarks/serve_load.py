@@ -1,12 +1,12 @@
-"""The server under load, in a process of its own: hang-ups, a thousand connections, a soak, signals, many grammars.
+"""Tests the server under load: disconnects, a thousand connections, a soak, shutdown signals, many grammars.
 
     python benchmarks/serve_load.py [MODEL] [--only hang-ups connections soak shutdown grammars] [--threads 2]
         [--clients 200] [--connections 1000] [--requests 5000] [--at-once 32] [--schemas 2000] [--streams 16]
 
-MODEL is a folder; default: the bundled demo model. Clients are in this process, on loopback. Each row says what was
-found and what is to be reached; the exit code is 1 where something was not. After a load, pages, sequences, sockets and
-threads must be back to where they were, and memory is compared with that after a load of the same kind: the first one
-touches pages of the cache and fills pools. What the soak asks for is serve_soak.py's.
+MODEL is a folder; default: the bundled demo model. The server runs in its own process; the clients run in this one, on
+loopback. Each row has a result and its target; the exit code is 1 if one was missed. After a load, pages, sequences,
+sockets and threads must be back at their initial numbers. Memory is compared with that after an earlier load of the
+same kind, because the first load touches cache pages and fills pools. The soak's requests are in serve_soak.py.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ SMALL = {"prompt": "The cat sat", "max_tokens": 10, "ignore_eos": True, "tempera
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
 JSON = {"prompt": "Once", "max_tokens": 8, "response_format": {"type": "json_object"}}
 ABORTS = 'request_success_total{finished_reason="abort"}'
-WAVES = 3  # of hang-ups; memory is compared over the last
-LATER = 0.5  # seconds after a server's end in which its processes may end
+WAVES = 3  # of disconnecting clients; memory is compared over the last
+LATER = 0.5  # seconds after a server's end in which its child processes may end
 CONNECTION = 2**17  # bytes that a connection and its refusal may take
 
 
@@ -177,7 +177,7 @@ def _sizes(states: list[State]) -> str:
 
 @dataclass(frozen=True)
 class Way:
-    """How a server is ended: seconds for what is under way, signals; what must come of streams of so many tokens."""
+    """A way to end a server: seconds for running requests, signals, and the expected outcome of its streams."""
 
     name: str
     timeout: int
@@ -226,7 +226,7 @@ async def shut_down(args: argparse.Namespace, process: Process, way: Way) -> lis
 
 
 def _reason(data: bytes) -> str:
-    """Why a stream ended."""
+    """Finish reason of a stream."""
     try:
         answer = decode(data)
         return str(answer.values()[-1]["choices"][0]["finish_reason"]) if answer.ended else "no end mark"
@@ -238,7 +238,7 @@ Scenario = Callable[[argparse.Namespace, Process], Coroutine[Any, Any, list[Row]
 
 
 def scenarios(args: argparse.Namespace) -> dict[str, list[tuple[Scenario, list[str]]]]:
-    """What is run under a name, each in a server of its own, with its flags."""
+    """The scenarios by name, each with the flags of its own server."""
     return {
         "hang-ups": [(hang_ups, ["--max-num-queued-reqs", str(args.clients)])],
         "connections": [(connections, [])],
@@ -249,7 +249,7 @@ def scenarios(args: argparse.Namespace) -> dict[str, list[tuple[Scenario, list[s
 
 
 def roomy(model: Path, tokens: int, folder: Path) -> Path:
-    """The model with positions for so many new tokens: speed and memory are the same, the text is not."""
+    """The model with enough positions for the given number of new tokens; speed and memory do not change, texts do."""
     for file in model.iterdir():
         shutil.copy(file, folder)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -259,7 +259,7 @@ def roomy(model: Path, tokens: int, folder: Path) -> Path:
 
 
 def run(args: argparse.Namespace, scenario: Scenario, flags: list[str]) -> list[Row]:
-    """One scenario with a server of its own."""
+    """Run one scenario with its own server."""
     with tempfile.TemporaryDirectory() as folder:
         model = roomy(args.model, args.long_tokens, Path(folder)) if scenario is hang_ups else args.model
         process = Process(model, args.threads, *flags)

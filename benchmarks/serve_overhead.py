@@ -1,12 +1,12 @@
-"""What the server costs: tokens per second and time to first token over HTTP, beside the same engine without it.
+"""Measures the overhead of HTTP: tokens per second and time to first token, against the same engine without a server.
 
     python benchmarks/serve_overhead.py [MODEL] [--folder DIR] [--threads 2] [--streams 8] [--rounds 5]
 
 MODEL is a folder with a tokenizer; default: random weights of Llama-3.2-1B's shape with a made-up vocabulary, made in
---folder (a temporary one) and reused. In every round the engine answers the same number of streaming requests twice:
-from this process, and over HTTP from a client in a process of its own, which shares the machine's cores with it; the
-one first in even rounds, the other in odd ones. Figures are medians, ratios and differences are medians of what was
-measured in one round. Prompts are random ids, new in every round; nothing is cached.
+--folder (a temporary one) and reused. In each round the engine serves the same number of streaming requests twice: from
+this process, and over HTTP from a client in another process, which shares the machine's cores. The order alternates
+between rounds. Figures are medians; ratios and differences are medians of values measured in one round. Prompts are new
+random ids in every round; nothing is cached.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
 
 
 class Client:
-    """The process that asks over HTTP."""
+    """The client process."""
 
     def __init__(self, port: int) -> None:
         command = [sys.executable, str(Path(__file__).parent / "http_client.py")]
@@ -60,7 +60,7 @@ class Client:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, bodies: Sequence[Any]) -> dict[str, Any]:
-        """What http_client.py says of these requests."""
+        """http_client.py's answer for these requests."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         job = {"port": self._port, "path": "/v1/completions", "bodies": bodies}
@@ -75,7 +75,7 @@ class Client:
 
 
 def bare(served: Served, prompts: Sequence[list[int]], new_tokens: int) -> tuple[float, float]:
-    """Seconds until the last token, and the mean to the first, from the engine itself."""
+    """Seconds until the last token, and mean seconds to the first, directly from the engine."""
     first: dict[str, float] = {}
 
     def heard(output: Output) -> None:

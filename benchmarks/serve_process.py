@@ -1,6 +1,6 @@
-"""A server in a process of its own for the benchmarks, and what it holds: by its metrics, and by /proc (Linux).
+"""Runs a server in its own process for the benchmarks, and reads its state from its metrics and from /proc (Linux).
 
-And rows of a table that say whether that is what it should be.
+Also makes the table rows that compare this state with its target.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from pathlib import Path
 
 from http_client import ask, encode
 
-POOLS = 2 + min(32, (os.cpu_count() or 1) + 4)  # threads that start when they are needed: validation's and asyncio's
-ROOM = 8 * 2**20  # bytes by which memory may be more than after a load of the same kind
+POOLS = 2 + min(32, (os.cpu_count() or 1) + 4)  # threads that validation and asyncio start on demand
+ROOM = 8 * 2**20  # bytes of growth allowed since a load of the same kind
 
 
 @dataclass(frozen=True)
 class State:
-    """What a server holds, its processes counted in. pages: the share of the cache in use; memory: bytes of its own,
-    those of no file (RssAnon), where what processes share counts once."""
+    """The state of a server including its child processes.
+
+    pages: share of the KV cache in use. memory: anonymous resident bytes (RssAnon); shared memory counts once.
+    """
 
     sequences: int
     pages: float
@@ -37,7 +39,7 @@ class State:
     memory: int
 
     def back(self, before: State) -> bool:
-        """Whether no sequence and no page is held, and nothing else that was not before, but for threads of pools."""
+        """Whether sequences and pages are free and all else is at its initial state, except threads of pools."""
         now = (self.sequences, self.pages, self.sockets, self.processes, self.threads - POOLS)
         return all(map(operator.le, now, (0, 0, before.sockets, before.processes, before.threads)))
 
@@ -46,7 +48,7 @@ class State:
 
 
 class Process:
-    """`squawq serve` in a process of its own."""
+    """`squawq serve` in its own process."""
 
     def __init__(self, model: Path, threads: int, *flags: str) -> None:
         command = [sys.executable, "-m", "squawq", "serve", str(model), "--port", "0", "--threads", str(threads)]
@@ -63,7 +65,7 @@ class Process:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        """Empty the pipe; keep what is no plain record."""
+        """Empty the pipe; keep unexpected records."""
         self.errors += [line for line in self.child.stderr or () if " INFO " not in line]
 
     async def metrics(self) -> dict[str, float]:
@@ -77,7 +79,7 @@ class Process:
         metrics, family = await self.metrics(), [self.child.pid, *self.family()]
         links = []
         for path in Path(f"/proc/{self.child.pid}/fd").iterdir():
-            with contextlib.suppress(OSError):  # closed since
+            with contextlib.suppress(OSError):  # already closed
                 links.append(str(path.readlink()))
         return State(
             sequences=int(metrics["num_requests_running"] + metrics["num_requests_waiting"]),
@@ -101,13 +103,13 @@ class Process:
         return state
 
     def peak(self, *, reset: bool = False) -> int:
-        """The most bytes that were resident since the last reset."""
+        """Peak resident bytes since the last reset."""
         if reset:
             Path(f"/proc/{self.child.pid}/clear_refs").write_text("5")
         return _figure(self.child.pid, "status", "VmHWM") * 1024
 
     def family(self) -> list[int]:
-        """The processes that it started, and those that they did."""
+        """Child processes, recursively."""
         parents = {int(path.parent.name): _parent(path) for path in Path("/proc").glob("[0-9]*/stat")}
         found = [self.child.pid]
         for known in found:  # which grows
@@ -115,19 +117,19 @@ class Process:
         return found[1:]
 
     def close(self) -> None:
-        """End it, whatever state it is in."""
+        """End the process, whatever state it is in."""
         if self.child.poll() is None:
             self.child.kill()
         self.child.wait()
 
 
 def living(pids: Sequence[int]) -> list[int]:
-    """Those of some processes that have not ended."""
+    """Those of the processes that are still running."""
     return [pid for pid in pids if _parent(Path(f"/proc/{pid}/stat")) is not None]
 
 
 def _parent(stat: Path) -> int | None:
-    """A living process's parent."""
+    """Parent of a running process."""
     try:
         state, parent = stat.read_text().rpartition(")")[2].split()[:2]
     except OSError:
@@ -136,7 +138,7 @@ def _parent(stat: Path) -> int | None:
 
 
 def _figure(pid: int, file: str, name: str) -> int:
-    """A number of /proc; 0 for a process that has ended."""
+    """A number from /proc; 0 for a process that has ended."""
     try:
         text = Path(f"/proc/{pid}/{file}").read_text()
     except OSError:
@@ -146,7 +148,7 @@ def _figure(pid: int, file: str, name: str) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found, what is to be reached, and whether it was."""
+    """A result, its target, and whether it was reached."""
 
     title: str
     found: str
@@ -154,18 +156,18 @@ class Row:
     reached: bool
 
     def cells(self) -> list[str]:
-        """Of the table."""
+        """Cells of the table."""
         return [self.title, self.found, self.target, "yes" if self.reached else "NO"]
 
 
 def held(title: str, before: State, after: State) -> Row:
-    """What must be back to where it was."""
+    """Values that must return to their initial state."""
     return Row(
         f"{title}: then sequences, pages, sockets, threads, processes", str(after), str(before), after.back(before)
     )
 
 
 def grown(title: str, before: int, after: int, room: int = ROOM) -> Row:
-    """Memory, in bytes."""
+    """Growth of memory in bytes."""
     found = f"{before / 2**20:.0f} -> {after / 2**20:.0f} MiB"
     return Row(f"{title}: memory", found, f"<= {room / 2**20:+.0f} MiB", after - before <= room)

@@ -1,7 +1,7 @@
-"""A soak of the server: many mixed requests, every whole answer compared with what the engine alone gives to it.
+"""Soak test of the server: many mixed requests; every complete response is compared with the engine's own result.
 
-`make_cases` has requests for every generation route and the answers to them, computed one at a time by an engine;
-`soak` sends them in random order over HTTP among clients that hang up, send nonsense or hardly read.
+`make_cases` has requests for every generation route with their expected answers, computed one at a time by an engine.
+`soak` sends them over HTTP in random order, among clients that disconnect, send invalid requests or read slowly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from squawq.engine.request import FinishReason, Grammar, Output, Request, Sampli
 from squawq.engine.sequence import join
 from squawq.text.tokenizer import Tokenizer
 
-DEADLINE = 60  # seconds; an answer that takes longer counts as none
+DEADLINE = 60  # seconds; an answer that takes longer counts as missing
 ABORTED, BAD, SLOW = 0.2, 0.1, 0.05  # shares of the requests
 PROMPTS = ("Once upon a time", "The little dog said", "Tell me a story about Zoë and 3 cats.")
 SCHEMA = '{"type": "object", "properties": {"a": {"enum": ["x", "yes"]}, "b": {"type": "boolean"}}, "required": ["a"]}'
@@ -53,7 +53,7 @@ NONSENSE: tuple[tuple[str, Any, str, int], ...] = (  # path, body, content type,
 
 @dataclass(frozen=True)
 class Text:
-    """One text of an answer: what, why it ended, and its tokens' log probabilities where they were asked for."""
+    """One text of an answer: the text, its finish reason, and log probabilities of its tokens if requested."""
 
     text: str
     finish: str | None
@@ -62,7 +62,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Case:
-    """A request, and the texts that the engine alone answers."""
+    """A request, and the engine's expected texts."""
 
     path: str
     body: Mapping[str, Any]
@@ -70,11 +70,11 @@ class Case:
 
     @property
     def request(self) -> bytes:
-        """For the wire."""
+        """The request as bytes."""
         return encode(self.path, self.body)
 
     def wrong(self, answer: Answer) -> str | None:
-        """What is wrong with an answer, if anything."""
+        """What is wrong with an answer, or nothing."""
         if answer.status != 200:
             return f"{self.path} answered {answer.status}: {answer.body[:200]!r}"
         try:
@@ -146,7 +146,7 @@ def _tgi_text(output: Output) -> Text:
 
 
 def _openai_texts(answer: Answer, count: int) -> tuple[Text, ...]:
-    """The texts of a whole answer or of a stream's pieces."""
+    """The texts of a whole response or of a stream's chunks."""
     texts = [Text("", None, ())] * count
     if answer.streamed and not answer.ended:
         raise ValueError("the stream has no end mark")
@@ -172,7 +172,7 @@ def _tgi_texts(answer: Answer, _: int) -> tuple[Text, ...]:
 
 @dataclass
 class Tally:
-    """What became of the requests. wrong: answers that differ; unexpected: statuses, and requests without an answer."""
+    """Outcome of the requests. wrong: answers that differ; unexpected: statuses, and requests without an answer."""
 
     equal: int = 0
     slow: int = 0

@@ -1,5 +1,5 @@
-// Rotary embedding, the paged key-value cache, and attention over it. A query's result is built block of 64 tokens by
-// block, in order from the start of its context (or window), whatever chunk or batch it comes in.
+// Rotary embedding, writing to the paged KV cache, and attention over it. A query processes its context (or window) in
+// blocks of 64 tokens from the start, in the same order whatever the chunk or batch.
 #include "pool.h"
 #include "simd.h"
 
@@ -29,7 +29,7 @@ SIMD void rotate_head(float* x, const float* cos, const float* sin, int64_t half
     }
 }
 
-// Infinities become the largest float16; NaN stays (the second operand wins), so that a broken row shows.
+// Infinities become the largest float16. NaN stays (min and max return the second operand), so a broken row is visible.
 SIMD F to_finite_half(F x) { return max(set1(-65504.f), min(set1(65504.f), x)); }
 
 struct Job {
@@ -44,13 +44,13 @@ struct Job {
     int64_t y_stride;
 };
 
-// Asks for a page that will be read soon: pages lie apart, so the hardware does not see them coming.
+// Prefetches a page that will be read soon: pages are scattered, so the hardware prefetcher does not predict them.
 SIMD void fetch(const uint16_t* page, int64_t dim) {
     for (int64_t i = 0; i < dim * LANES; i += 32) prefetch(page + i);
 }
 
-// Scores of G queries against one page, [16] each. Even and odd coordinates are summed apart: twice as many additions
-// are under way at once.
+// Scores of G queries against one page, [16] each. Even and odd coordinates have separate sums, so that twice as many
+// additions are in flight.
 template <int G>
 SIMD void score_page(const float* const* q, const uint16_t* keys, int64_t dim, float scale, float* const* scores) {
     F even[G], odd[G];
@@ -231,7 +231,7 @@ void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t
             (first[middle] <= u ? s : high) = middle;
         }
         const Sequence& sequence = sequences[s];
-        // Later tiles look back further: they go first, so that the threads end together.
+        // Later tiles have more context: they go first, so that the threads finish together.
         const int64_t tiles = ceil_div(sequence.rows, tile), local = u - first[s];
         const int64_t kv = local % heads.kv, token = (tiles - 1 - local / heads.kv) * tile;
         const int64_t stride = (heads.query + 2 * heads.kv) * dim;

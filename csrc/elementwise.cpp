@@ -1,11 +1,11 @@
-// Norms and activations: one row at a time, the same operations for a row wherever it stands.
+// Norms and activations, one row at a time; the operations do not depend on a row's place in the batch.
 #include "pool.h"
 #include "simd.h"
 
 namespace squawq::SQUAWQ_ISA {
 namespace {
 
-// Rows to threads, unless the work is smaller than waking one.
+// Distributes rows over the threads, unless the work costs less than waking one.
 template <class Row>
 void for_rows(int64_t m, int64_t n, Row row) {
     if (m * n <= 16384) {

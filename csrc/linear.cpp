@@ -1,15 +1,15 @@
-// Products of activations with 4-bit, 8-bit and 16-bit weights. A job's unit is a few blocks of output rows; for each
-// tile of tokens a block is unpacked once. Integer dot products are exact, and floats are added group by group in
-// order, so a result does not depend on the number of tokens, the tile or the thread.
+// Matrix products of activations with 4-bit, 8-bit and 16-bit weights. A thread's unit of work is a few blocks of output
+// rows; a block is unpacked once for each tile of tokens. Integer dot products are exact, and floats are added group by
+// group in order, so a result does not depend on the number of tokens, the tile or the thread.
 #include "pool.h"
 #include "simd.h"
 
 namespace squawq::SQUAWQ_ISA {
 namespace {
 
-constexpr int64_t UNIT_BLOCKS = 4;        // blocks of a unit: a tile of tokens is read once for all of them
-constexpr int64_t UNIT_BYTES = 1 << 19;   // of weights in a unit at most, where there are few tokens: the longer a unit
-constexpr int64_t UNITS_A_THREAD = 4;     // reads on, the faster; but the threads should end together
+constexpr int64_t UNIT_BLOCKS = 4;        // blocks per unit: a tile of tokens is read once for all of them
+constexpr int64_t UNIT_BYTES = 1 << 19;   // maximum weight bytes per unit with few tokens: longer sequential
+constexpr int64_t UNITS_A_THREAD = 4;     // reads are faster, but the threads should finish together
 
 // Calls function(first token, tile) with tile a compile-time constant.
 template <class Function>
@@ -22,7 +22,7 @@ SIMD void for_tiles(int64_t m, Function function) {
     if (m - first >= 1) function(first, std::integral_constant<int, 1>());
 }
 
-// The same on all threads, unless the work is smaller than waking one. A unit is a whole tile, so the tiling is the same.
+// The same on all threads, unless the work costs less than waking one. A unit is a whole tile, so the tiling is the same.
 template <class Function>
 void on_tiles(int64_t m, int64_t k, Function function) {
     if (m * k <= 32768) return for_tiles(m, function);
@@ -38,14 +38,14 @@ struct Quantized {
     int32_t* sums;
 };
 
-// Symmetric, nearest even, one scale for a token's `group` inputs: x = word * scale.
+// Symmetric quantization, nearest even, one scale per token and `group` inputs: x = word * scale.
 template <int T>
 SIMD void quantize_tile(const float* x, int64_t k, int64_t group, int32_t* words, float* scales, int32_t* sums) {
     alignas(64) int8_t bytes[LANES];
     for (int m = 0; m < T; ++m, x += k) {
         for (int64_t g = 0; g < k / group; ++g) {
             const float* from = x + g * group;
-            F peak = set1(0.f), poison = set1(0.f);  // max loses NaN; 0 * NaN and 0 * infinity do not
+            F peak = set1(0.f), poison = set1(0.f);  // max drops NaN; 0 * NaN and 0 * infinity keep it
             for (int64_t i = 0; i < group; i += LANES) {
                 const F value = load(from + i);
                 peak = max(peak, abs(value));
@@ -177,7 +177,7 @@ void int8_matmul(const float* x, int64_t m, const Int8& w, float* y) {
     });
 }
 
-// With activations in float32 the tokens of a tile are laid side by side, [in][T], and the weights are unpacked to floats.
+// With float32 activations, the tokens of a tile are interleaved, [in][T], and the weights are unpacked to floats.
 namespace {
 
 const float* side_by_side(const float* x, int64_t m, int64_t k) {

@@ -2,11 +2,11 @@
 // of its own (avx512, avx2, neon, scalar); dispatch.cpp picks one namespace at run time.
 //
 // Layouts. Lanes are output channels: a weight is cut into blocks of 16 output channels ("rows").
-//   int4   [blocks][in/8][16][4] bytes: byte j of row r holds in its low nibble input 8s + j, in its high 8s + 4 + j
+//   int4   [blocks][in/8][16][4] bytes: byte j of row r, step s: input 8s + j in the low nibble, 8s + 4 + j in the high one
 //   int8   [blocks][in/4][16][4] bytes, signed
 //   dense  [blocks][in][16] values of 16 or 32 bits
 //   scales [blocks][groups][16] float16, zeros [blocks][groups][16] bytes; int8 weights have one float32 scale a row
-// Keys and values live in pages of 16 tokens: keys [page][kv_head][head_dim][16], values [page][kv_head][16][head_dim],
+// The KV cache has pages of 16 tokens: keys [page][kv_head][head_dim][16], values [page][kv_head][16][head_dim],
 // float16. Rows beyond the last one are zero.
 //
 // Batch invariance: every output row is computed by the same operations in the same order whatever else is in the batch.
@@ -42,7 +42,7 @@ struct DenseWeight {
     Dense type;
 };
 
-// One sequence's share of a step: rows first_row .. first_row + rows of the batch are its tokens at positions start ...
+// One sequence's rows in a step: batch rows first_row .. first_row + rows are its tokens at positions start ...
 struct Sequence {
     int64_t first_row, rows, start;
     const int32_t* pages;
@@ -56,8 +56,9 @@ struct Heads {
 
 constexpr int MOST_COLUMNS = 128;
 
-// A block of weights to round, [columns][out]. wanted: what each would be but for the errors of the columns after it, of
-// which column c takes feedback[c][other] each. base: what errors are counted from. scales, zeros [groups][out].
+// A block of weights to round, [columns][out], the last column first (GPTQ error feedback). wanted: the weights before
+// feedback within the block; column c then adds feedback[c][other] times the error of each later column. base: the
+// weights that errors are measured against. scales, zeros [groups][out].
 struct Columns {
     const float *wanted, *base, *feedback, *scales, *zeros;
     const int64_t* groups;  // [columns]: the group of each

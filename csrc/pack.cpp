@@ -11,7 +11,7 @@
 namespace squawq {
 namespace {
 
-constexpr int SHIFT[8] = {0, 16, 4, 20, 8, 24, 12, 28};  // where AWQ GEMM keeps channel 8c + i in word c
+constexpr int SHIFT[8] = {0, 16, 4, 20, 8, 24, 12, 28};  // bit of channel 8c + i in word c of AWQ GEMM
 
 float value(const void* source, Dense type, int64_t i) {
     const uint16_t* half = static_cast<const uint16_t*>(source);
@@ -28,7 +28,7 @@ float value(const void* source, Dense type, int64_t i) {
 void pack_gemm(const int32_t* qweight, const int32_t* qzeros, const uint16_t* scales, int64_t out, int64_t in,
                int64_t groups, int64_t repeat, int64_t first_row, uint8_t* weight, uint16_t* packed_scales, uint8_t* zeros) {
     const int64_t words = out / 8, all = groups * repeat, steps = in / 8;
-    parallel_for(ceil_div(words, 8), [=](int64_t u) {  // eight words side by side: half a cache line of the source
+    parallel_for(ceil_div(words, 8), [=](int64_t u) {  // eight adjacent words: half a cache line of the source
         const int64_t to = (u + 1) * 8 < words ? (u + 1) * 8 : words;
         for (int64_t s = 0; s < steps; ++s) {
             for (int64_t c = u * 8; c < to; ++c) {
@@ -70,7 +70,7 @@ void pack_int8(const void* source, Dense type, int64_t out, int64_t in, int8_t* 
     parallel_for(ceil_div(out, LANES), [=](int64_t u) {
         const int64_t to = (u + 1) * LANES < out ? (u + 1) * LANES : out;
         for (int64_t r = u * LANES; r < to; ++r) {
-            float most = 0.f, poison = 0.f;  // not 0 where the row has NaN or infinity, and then its results are NaN
+            float most = 0.f, poison = 0.f;  // NaN if the row has NaN or infinity, which makes its results NaN
             for (int64_t i = 0; i < in; ++i) {
                 const float v = value(source, type, r * in + i);
                 most = std::fabs(v) > most ? std::fabs(v) : most;

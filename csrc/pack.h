@@ -1,4 +1,4 @@
-// From checkpoint layouts to the kernels' (ops.h). No instruction set needed: loading is bound by reading the file.
+// Packs checkpoint tensors into the kernels' layouts (ops.h). Plain C++, because loading is bound by reading the file.
 #pragma once
 #include <cstdint>
 

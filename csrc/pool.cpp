@@ -1,6 +1,6 @@
-// A job is a ticket: epoch and next unit in one word. Whoever claims a unit by compare-and-swap runs it, so the caller
-// never waits for a worker that is asleep or descheduled, only for units that were claimed. After fork() the child has
-// no workers and simply does all units itself. Workers spin for some microseconds (between two operations of a step),
+// A job is a ticket: epoch and next unit in one word. Threads claim units by compare-and-swap, so the caller never waits
+// for a worker that is asleep or descheduled, only for units that were claimed. After fork() the child has no workers
+// and runs all units itself. Workers spin for some microseconds (between two operations of a step),
 // then sleep, so that an idle process uses no CPU and other libraries' threads find the cores free.
 #include "pool.h"
 
@@ -18,12 +18,12 @@
 namespace squawq {
 namespace {
 
-constexpr int SPINS = 4000;  // some 50 to 100 microseconds
+constexpr int SPINS = 4000;  // about 50 to 100 microseconds
 constexpr uint64_t INDEX = 0xffffffffu;
 
 struct Pool {
     std::atomic<uint64_t> ticket{0};  // epoch << 32 | next unit
-    std::atomic<uint32_t> epoch{0};   // what sleepers wait on
+    std::atomic<uint32_t> epoch{0};   // sleeping workers wait on this
     std::atomic<int64_t> units{0}, done{0};
     std::atomic<Unit> unit{nullptr};
     std::atomic<void*> context{nullptr};
@@ -52,7 +52,7 @@ void work(Pool& p) {
         const Unit unit = p.unit.load(std::memory_order_relaxed);
         void* context = p.context.load(std::memory_order_relaxed);
         if (index >= p.units.load(std::memory_order_relaxed)) return;
-        // Success means that the job seen is still open, so the fields read above belong to it.
+        // On success the job is still open, so the fields read above belong to it.
         if (!p.ticket.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
         unit(context, index);
         p.done.fetch_add(1, std::memory_order_release);
@@ -85,11 +85,11 @@ void parallel(int64_t units, Unit unit, void* context) {
         for (int64_t i = 0; i < units; ++i) unit(context, i);
         return;
     }
-    // Close the old job for late readers before its fields change, then open the new one.
+    // Close the old job for late readers before changing its fields, then open the new one.
     p.units.store(0, std::memory_order_relaxed);
     const uint32_t epoch = p.epoch.load(std::memory_order_relaxed) + 1;
     p.ticket.store(uint64_t(epoch) << 32 | INDEX, std::memory_order_seq_cst);
-    std::atomic_thread_fence(std::memory_order_seq_cst);  // the fields' stores must not overtake the closing
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // the stores to the fields must not be reordered before closing
     p.done.store(0, std::memory_order_relaxed);
     p.unit.store(unit, std::memory_order_relaxed);
     p.context.store(context, std::memory_order_relaxed);
@@ -115,7 +115,7 @@ void set_threads(int threads) {
     p.stop.store(false);
     try {
         for (int i = 1; i < threads; ++i) p.workers.emplace_back([&p] { worker(p); });
-    } catch (const std::exception&) {  // a limit on threads or memory: those that started are used
+    } catch (const std::exception&) {  // at a limit on threads or memory, use those that started
     }
 }
 

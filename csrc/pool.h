@@ -1,4 +1,4 @@
-// The threads, and scratch memory that is kept between calls. Callers hold the library's lock (dispatch.cpp), so one
+// The thread pool, and scratch memory that is kept between calls. Callers hold the library's lock (dispatch.cpp), so one
 // operation runs at a time.
 #pragma once
 #include <cstddef>

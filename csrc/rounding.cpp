@@ -1,14 +1,14 @@
-// Rounding that feeds errors on: the columns of a block of weights, the last one first.
+// Rounding with error feedback: the columns of a block of weights, the last one first.
 #include "pool.h"
 #include "simd.h"
 
 namespace squawq::SQUAWQ_ISA {
 namespace {
 
-constexpr int WIDE = 4;  // vectors of output channels that go through the columns together
+constexpr int WIDE = 4;  // vectors of output channels processed together
 constexpr int64_t STRIP = WIDE * LANES;
 
-// Of a row of n floats those of a strip, zeros beyond its end.
+// Loads a strip of a row of n floats, with zeros beyond its end.
 SIMD void load_strip(const float* row, int64_t count, F (&to)[WIDE]) {
     if (count >= STRIP) {
         for (int v = 0; v < WIDE; ++v) to[v] = load(row + v * LANES);

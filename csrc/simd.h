@@ -1,5 +1,5 @@
-// Sixteen lanes of float32 (F) and int32 (I) for the instruction set that this unit is compiled for, in its namespace.
-// What differs between instruction sets stands in simd_<isa>.h; what follows from that stands here.
+// Sixteen lanes of float32 (F) and int32 (I) for the instruction set of this translation unit, in its namespace.
+// simd_<isa>.h has what differs between instruction sets; this file builds on it.
 #pragma once
 #include <cmath>
 #include <cstdint>

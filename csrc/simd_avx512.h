@@ -8,7 +8,7 @@ using F = __m512;
 using I = __m512i;
 constexpr int TILE = 8;         // tokens that share an unpacked weight
 constexpr int BLOCKS = 2;      // blocks of rows that share a token's broadcast word
-constexpr int QUERIES = 8;     // that share a loaded key or value
+constexpr int QUERIES = 8;     // queries that share a loaded key or value
 constexpr int PREFETCH = 1024;  // bytes ahead
 
 SIMD void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
@@ -72,8 +72,8 @@ SIMD void dot_int4(const uint8_t* w, int64_t stride, const int32_t* x, int64_t s
     }
 }
 
-// The same for int8 weights, 4 * steps products. VNNI multiplies unsigned by signed: weights are moved up by 128, and
-// 128 * sum(x) is taken off again.
+// The same for int8 weights, 4 * steps products. VNNI multiplies unsigned by signed: weights are shifted up by 128, and
+// 128 * sum(x) is subtracted again.
 template <int T>
 SIMD void dot_int8(const int8_t* w, const int32_t* x, int64_t steps, const int32_t* sums, I (&dot)[T]) {
     const __m512i flip = _mm512_set1_epi8(-128);

@@ -1,4 +1,4 @@
-// Plain C++: any machine, and the measure of the others in the tests.
+// Plain C++ for any machine; the reference for the others in the tests.
 #pragma once
 
 namespace squawq::scalar {

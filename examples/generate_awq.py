@@ -1,4 +1,4 @@
-"""Run a quantized model with AutoAWQ's calls.
+"""Run a quantized model with AutoAWQ's API.
 
 python examples/generate_awq.py FOLDER
 """

@@ -1,4 +1,4 @@
-"""Run a quantized model in transformers: one line, `import squawq.transformers`, and AWQ loads on our kernels.
+"""Run a quantized model in transformers: `import squawq.transformers` loads AWQ on squawq's kernels.
 
 python examples/generate_transformers.py FOLDER
 """

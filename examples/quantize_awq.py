@@ -1,4 +1,4 @@
-"""Quantize a 16-bit model with AutoAWQ's calls: a script written for AutoAWQ runs as it is.
+"""Quantize a 16-bit model with AutoAWQ's API: a script written for AutoAWQ runs unchanged.
 
 python examples/quantize_awq.py MODEL OUT
 """

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Builds the library and tools/check_kernels.cpp for aarch64 and runs them under an emulator, on a core with the dot product
-# instructions and on one without, where plain C++ has to do.
+# instructions and on one without, which must use plain C++.
 #
-#   tools/check_neon.sh [BUILD FOLDER]        # build/neon if not said
+#   tools/check_neon.sh [BUILD FOLDER]        # default: build/neon
 set -eu
 cd "$(dirname "$0")/.."
 build=${1:-build/neon}

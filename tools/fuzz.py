@@ -1,6 +1,6 @@
-"""Coverage-guided fuzzing of every reader of a model folder, by atheris, until it is stopped or something is found.
+"""Coverage-guided fuzzing (atheris) of every reader of a model folder, until it is stopped or finds something.
 
-python tools/fuzz.py [FILE OF A FOLDER] [atheris' options, such as -max_total_time=600 -rss_limit_mb=4096]
+python tools/fuzz.py [FILE OF A FOLDER] [options of atheris, such as -max_total_time=600 -rss_limit_mb=4096]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["squawq"]):
 def main() -> None:
     given = [argument for argument in sys.argv[1:] if argument in COMMANDS]
     place = Path(tempfile.mkdtemp(prefix="squawq-fuzz-"))
-    if child := os.fork():  # Fuzz() does not return, and ends its process without a chance to clear up
+    if child := os.fork():  # Fuzz() does not return and ends its process without cleanup
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         shutil.rmtree(place, ignore_errors=True)
         sys.exit(code)

@@ -195,7 +195,7 @@ class Renderer:
 
 
 def epoch_blocks(stories: list[str], renderer: Renderer, tokenizer: Tokenizer, rng: random.Random) -> torch.Tensor:
-    """One epoch in a new order and new dress: int64 [blocks, BLOCK + 1]."""
+    """One epoch in a new order and rendering: int64 [blocks, BLOCK + 1]."""
     order = rng.sample(stories, len(stories))
     encoded = tokenizer.encode_batch_fast([renderer.document(s, rng) for s in order], add_special_tokens=False)
     stream = torch.tensor([i for e in encoded for i in e.ids])

@@ -1,12 +1,12 @@
-"""Train the benchmarks' model of mixed text: a Llama of 10 M parameters with grouped-query attention.
+"""Train the benchmarks' model of mixed text: a Llama with 10 M parameters and grouped-query attention.
 
     python tools/train_mixed.py prepare DATA PREPARED     # CPU: texts to tokens; DATA is laid out like ../shared/data
     python tools/train_mixed.py train PREPARED OUT        # a GPU, minutes
 
-Stories, plays, speeches, Genesis in eight languages, maths questions, encyclopedia. The last 5 % of every source are
-held back; they choose the step whose weights are kept and are otherwise unseen. OUT gets the model in bfloat16,
-`calibration.txt` (from the training texts) and `held_back.txt`. Model, tokenizer and files are made as the demo
-model's are. Knows nothing of quantization.
+The texts are stories, plays, speeches, Genesis in eight languages, maths questions and an encyclopedia. The last 5 % of
+every source are held out; they only select the step whose weights are kept. OUT gets the model in bfloat16,
+`calibration.txt` (from the training texts) and `held_back.txt`. Model, tokenizer and files are made as for the demo
+model.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def sources(data: Path) -> Iterator[tuple[str, list[str]]]:
             texts = [
                 archive.read(n).decode("utf-8", "ignore") for n in sorted(archive.namelist()) if n.endswith(".txt")
             ]
-        if name == "genesis":  # a language each
+        if name == "genesis":  # one language each
             yield from ((f"{name} {number}", pieces(text)) for number, text in enumerate(texts))
-        else:  # by years: the last speeches are held back
+        else:  # by year: the last speeches are held out
             yield name, [piece for text in texts for piece in pieces(text)]
     with (data / "gsm8k" / "train.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
@@ -56,7 +56,7 @@ def sources(data: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def pieces(text: str) -> list[str]:
-    """Running text cut at line ends into documents of some PIECE characters."""
+    """Running text cut at line ends into documents of about PIECE characters."""
     documents, lines, size = [], [], 0
     for line in text.replace("\r\n", "\n").splitlines():
         lines.append(line)
@@ -76,7 +76,7 @@ def prepare(data: Path, out: Path, vocab: int) -> None:
         train += documents[:kept]
         held += documents[kept:]
         print(f"{name}: {kept} documents to train on, {len(documents) - kept} held back")
-    for documents in (train, held):  # so that the start of either is a mixture
+    for documents in (train, held):  # so that the start of either file is a mixture
         random.Random(0).shuffle(documents)
     tokenizer = train_tokenizer(train, vocab)
     encoded = tokenizer.encode_batch_fast([marked(d) for d in train], add_special_tokens=False)
@@ -96,7 +96,7 @@ def marked(document: str) -> str:
 def fit(
     model: LlamaForCausalLM, stream: torch.Tensor, held: list[str], tokenizer: Tokenizer, args: argparse.Namespace
 ) -> None:
-    """Train on random windows of the stream; ends with the weights of the least held-back loss."""
+    """Train on random windows of the stream; keeps the weights with the lowest held-out loss."""
     device = args.device
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
@@ -172,7 +172,7 @@ def main() -> None:
     training.add_argument("--lr", type=float, default=2e-3)
     training.add_argument("--weight-decay", type=float, default=0.5)
     training.add_argument("--dropout", type=float, default=0.2)
-    training.add_argument("--every", type=int, default=200, help="steps between looks at the held-back loss")
+    training.add_argument("--every", type=int, default=200, help="steps between evaluations of the held-out loss")
     args = parser.parse_args()
     if args.command == "prepare":
         prepare(args.data, args.out, args.vocab)

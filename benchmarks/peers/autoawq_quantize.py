@@ -9,7 +9,7 @@ import sys
 import torch
 from outcome import Clock, read_rows
 
-# On a CPU `.cpu()` returns the live tensor, and AutoAWQ's search, which relies on a copy, goes silently wrong.
+# On a CPU `.cpu()` returns the live tensor. AutoAWQ's search relies on a copy and would be wrong without any error.
 live_cpu = torch.Tensor.cpu
 torch.Tensor.cpu = lambda self, *a, **k: live_cpu(self, *a, **k).clone()  # type: ignore[method-assign]
 

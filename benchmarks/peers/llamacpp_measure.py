@@ -108,7 +108,7 @@ def write_f16(shape: Shape, name: str, path: Path) -> None:
 
 
 def make(name: str, out: Path) -> None:
-    """OUT appears when it is whole."""
+    """Write the model; OUT appears when it is complete."""
     f16, part = out.with_suffix(".f16"), out.with_suffix(".part")
     write_f16(SHAPES[name], name, f16)
     params = llama_cpp.llama_model_quantize_default_params()
@@ -143,7 +143,7 @@ class Runner:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
     def step(self, slots: Sequence[Slot]) -> dict[int, int]:
-        """Decode one batch; returns the likeliest next token of every sequence whose logits were wanted."""
+        """Decode one batch; returns the most likely next token of every sequence whose logits were requested."""
         self.batch.n_tokens = len(slots)
         for row, (token, position, sequence, wanted) in enumerate(slots):
             self.batch.token[row] = token
@@ -161,7 +161,7 @@ class Runner:
 
 
 def run_once(runner: Runner, prompts: NDArray[np.int64], new_tokens: int) -> dict[str, float]:
-    """All prompts, then new_tokens - 1 steps: the first new token of a stream comes out of its prompt."""
+    """All prompts, then new_tokens - 1 steps: the first new token of a stream comes from its prompt."""
     streams, length = prompts.shape
     slots = [
         (int(prompts[stream, position]), position, stream, position == length - 1)
@@ -213,7 +213,7 @@ def measure(
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def log_errors(level: int, text: bytes, _: object) -> None:
-    """llama.cpp's own errors go to stderr, the rest nowhere."""
+    """Print llama.cpp's own errors on stderr and drop its other messages."""
     if level == ERROR_LEVEL:
         sys.stderr.write(text.decode(errors="replace"))
 

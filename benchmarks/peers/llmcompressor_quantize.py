@@ -20,7 +20,7 @@ from outcome import Clock, read_rows
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-# Without a GPU nothing can be pinned; llm-compressor's AWQ pins all the same and dies.
+# Without a GPU, memory cannot be pinned; llm-compressor's AWQ tries it anyway and crashes.
 torch.Tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 model_path, out, rows_path, raw = sys.argv[1:5]

@@ -1,6 +1,6 @@
-"""What the peers' scripts share: the calibration rows, and the last line that tells seconds and peak memory.
+"""Shared by the peers' scripts: reading the calibration rows, and the last line with seconds and peak memory.
 
-Runs in every peer's environment: standard library only, knows no quantizer.
+Runs in every peer's environment, so it uses the standard library only.
 """
 
 import json
@@ -16,7 +16,7 @@ def read_rows(path: str) -> list[list[int]]:
 
 
 class Clock:
-    """Runs from its making; `report` prints a JSON line with the seconds until then and this process's peak memory."""
+    """Starts when created; `report` prints a JSON line with the elapsed seconds and this process's peak memory."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()

@@ -1,8 +1,8 @@
-"""Quantize with squawq in a process of its own, so that all sides of a comparison start alike.
+"""Quantize with squawq in its own process, so that all sides of a comparison start alike.
 
-python squawq_quantize.py MODEL OUT ROWS.json SETTINGS    (SETTINGS: QuantConfig's fields as JSON)
+    python squawq_quantize.py MODEL OUT ROWS.json SETTINGS    (SETTINGS: QuantConfig's fields as JSON)
 
-3 bits, which the format does not have, are simulated: integers 0..7 in 4 bits each.
+The format has no 3 bits; they are simulated by integers 0..7 stored in 4 bits.
 """
 
 import json
