@@ -7,10 +7,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
+import programs
 import pytest
 import torch
 from conftest import MakeModel
@@ -28,8 +28,7 @@ ROWS = ["--samples", "8", "--seqlen", "64"]
 
 def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "error", "-m", "squawq", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, input=stdin, env=environment)
+    return programs.run(["-W", "error", "-m", "squawq", *arguments], stdin=stdin, env=environment)
 
 
 @pytest.fixture(scope="module")

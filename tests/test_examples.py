@@ -7,10 +7,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import programs
 import pytest
 from safetensors.torch import save_file
 
@@ -28,13 +28,11 @@ GENERATORS = {"generate_awq.py", "generate_transformers.py"}
 
 def run(name: str, *arguments: object) -> str:
     """What a script prints; it must end well."""
-    program = "sh" if name.endswith(".sh") else sys.executable
-    done = subprocess.run(
-        [program, str(EXAMPLES / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"},  # nobody
-    )
+    command = [str(EXAMPLES / name), *map(str, arguments)]
+    if name.endswith(".sh"):
+        done = subprocess.run(["sh", *command], capture_output=True, text=True)
+    else:
+        done = programs.run(command, env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"})  # nobody
     assert done.returncode == 0, done.stderr
     return done.stdout
 

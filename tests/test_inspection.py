@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from conftest import MakeModel, tiny_config
 
@@ -210,8 +210,7 @@ def test_a_folders_name_is_shown_as_it_is(tmp_path: Path, capsys: pytest.Capture
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "squawq", "inspect", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return programs.run(["-W", "error", "-m", "squawq", "inspect", *arguments])
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import ClassVar
 
+import programs
 import pytest
 
 from squawq.demo import demo_model
@@ -104,8 +104,7 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def run(environment: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "squawq", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return programs.run(["-m", "squawq", *arguments], env=environment)
 
 
 def test_model_by_its_id(hub: dict[str, str], tmp_path: Path) -> None:

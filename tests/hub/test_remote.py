@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import programs
 import pytest
 from standin import Hub, Repository, standin
 
@@ -27,8 +27,7 @@ def hub() -> Iterator[Hub]:
 
 
 def run(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=hub.environment(home))
+    return programs.run(arguments, env=hub.environment(home))
 
 
 def fetched(hub: Hub) -> set[str]:

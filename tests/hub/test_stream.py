@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from conftest import MakeModel
@@ -85,8 +84,7 @@ def hub(make_model: MakeModel) -> Iterator[Hub]:
 def run(hub: Hub, home: Path, rows: Rows, *cases: tuple[Path, str, int]) -> list[dict[str, Any]]:
     """One quantization after another: (OUT, "stream" or "whole", the fetch to be killed after or 0)."""
     given = json.dumps([(str(out), how, stop) for out, how, stop in cases])
-    command = [sys.executable, "-c", RUN, ID, json.dumps(rows), given]
-    done = subprocess.run(command, capture_output=True, text=True, env=hub.environment(home))
+    done = programs.run(["-c", RUN, ID, json.dumps(rows), given], env=hub.environment(home))
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(cases), done.stderr

@@ -1,4 +1,4 @@
-"""One of two processes of test_tensor_parallel.py: loads a folder cut in two and says what it computes."""
+"""One of two processes of test_tensor_parallel.py: loads folders cut in two and says what it computes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def main(folder: str, out: str) -> None:
     model.save_pretrained(Path(out) / "saved")
     rank = torch.distributed.get_rank()
     torch.save(found, Path(out) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    for place in sys.argv[1:]:
+        main(f"{place}/awq", place)
+    torch.distributed.destroy_process_group()

@@ -21,24 +21,40 @@ WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_moe", "mixtral"])
-def test_two_processes_are_one_model(tmp_path: Path, model_type: str) -> None:
-    inner: dict[str, Any] = {"moe_intermediate_size": 64} if model_type == "qwen3_moe" else {"intermediate_size": 128}
-    awq, _ = quantized(tmp_path, model_type, **inner)
+MODELS = ["llama", "qwen2", "qwen3_moe", "mixtral"]
+
+
+@pytest.fixture(scope="module")
+def cut_in_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By model_type, a folder with the model in awq/ and what each of two processes computed; they run once for all."""
+    found = {}
+    for model_type in MODELS:
+        inner: dict[str, Any] = (
+            {"moe_intermediate_size": 64} if model_type == "qwen3_moe" else {"intermediate_size": 128}
+        )
+        found[model_type] = tmp_path_factory.mktemp(model_type)
+        assert quantized(found[model_type], model_type, **inner)[0].name == "awq"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SQUAWQ_THREADS": "1"}
-    done = subprocess.run([*command, str(awq), str(tmp_path)], env=environment, capture_output=True, timeout=240)
+    done = subprocess.run([*command, *map(str, found.values())], env=environment, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return found
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_two_processes_are_one_model(cut_in_two: dict[str, Path], model_type: str) -> None:
+    folder = cut_in_two[model_type]
+    awq = folder / "awq"
     model = load(awq, exact=True)
     ids = torch.arange(2, 26).view(2, 12)
     tokens = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        found = torch.load(folder / f"{rank}.pt")
         assert found["rank_words"].tolist() == [64, 4]
         assert difference(found["logits"], logits(model, ids)) < TOLERANCES[torch.float32]
         assert torch.equal(found["tokens"], tokens)
         assert torch.equal(found["batch"], tokens[:, 12:])
-    before, after = stored(awq), stored(tmp_path / "saved")
+    before, after = stored(awq), stored(folder / "saved")
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from standin import COMMIT, TOKEN, Hub, Repository, standin
 
@@ -36,12 +36,12 @@ def hub() -> Iterator[Hub]:
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "squawq", "push", str(folder), *(arguments or (REPO,))]
+    return ["-m", "squawq", "push", str(folder), *(arguments or (REPO,))]
 
 
 def push(hub: Hub, folder: Path, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
     environment = hub.environment(folder.parent / "home", token)
-    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, env=environment)
+    return programs.run(command(folder, *arguments), env=environment)
 
 
 def last(done: subprocess.CompletedProcess[str]) -> str:
@@ -83,7 +83,7 @@ def test_again_sends_nothing(hub: Hub, folder: Path) -> None:
 def test_a_killed_push_goes_on(hub: Hub, folder: Path) -> None:
     hub.stall_from = 4
     environment = hub.environment(folder.parent / "home")
-    process = subprocess.Popen(command(folder), env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = programs.Program(command(folder), env=environment)
     try:
         until = time.monotonic() + 60
         while len(hub.objects) < 4 and time.monotonic() < until:

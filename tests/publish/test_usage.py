@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import programs
 import pytest
 from running import process
 
@@ -27,7 +26,7 @@ def blocks(language: str, folder: Path, chat: bool) -> list[str]:
 
 def run(code: str) -> str:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = programs.run(["-c", code], env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,10 +60,8 @@ def test_clients(awq_demo: Path, address: str, mark: str, chat: bool) -> None:
 def test_the_launchers_line_is_read() -> None:
     """The flags after TGI's image, by our launcher, which stops at the model that is not there."""
     (line,) = (line for line in usage(REPO, True).splitlines() if TGI_IMAGE in line)
-    done = subprocess.run(
-        [sys.executable, "-m", "squawq.serve.tgi_launcher", *shlex.split(line.partition(TGI_IMAGE)[2])],
-        capture_output=True,
-        text=True,
+    done = programs.run(
+        ["-m", "squawq.serve.tgi_launcher", *shlex.split(line.partition(TGI_IMAGE)[2])],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"},
     )
     assert done.returncode == 2

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from conftest import MakeModel, logits, shared_data
@@ -386,7 +385,7 @@ print(json.dumps(ends))
 def killed_runs(folder: Path, rows: Rows, cases: list[tuple[Path, str, int]]) -> list[int]:
     """Exit codes of one killed run for each (out, moment, point)."""
     arguments = json.dumps(rows), json.dumps([[str(out), moment, point] for out, moment, point in cases])
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), *arguments], capture_output=True, text=True)
+    done = programs.run(["-c", KILLED, folder, *arguments])
     assert done.returncode == 0, done.stderr
     ends: list[int] = json.loads(done.stdout.splitlines()[-1])
     return ends

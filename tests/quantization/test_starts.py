@@ -6,12 +6,12 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 
 from awq.models.saving import save
@@ -74,7 +74,7 @@ print(json.dumps(ends))
 
 
 def test_processes_that_start_together(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", STARTS, str(tmp_path), "40", "3"], capture_output=True, text=True)
+    done = programs.run(["-c", STARTS, tmp_path, "40", "3"])
     assert done.returncode == 0, done.stderr
     ends = json.loads(done.stdout)
     assert len(ends) == 120

@@ -7,13 +7,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from conftest import MakeModel
 from results import settled
@@ -88,8 +87,7 @@ def command(make_model: MakeModel, tmp_path: Path) -> list[str]:
 
 def signalled(command: list[str], cases: list[tuple[int, float]]) -> list[tuple[int, str]]:
     """Exit code and last line of one run for each (signal, moment); see above."""
-    run = [sys.executable, "-c", COMMAND_LINE, json.dumps(command), json.dumps(cases)]
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = programs.run(["-c", COMMAND_LINE, json.dumps(command), json.dumps(cases)])
     assert done.returncode == 0, done.stderr
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import programs
 
 from squawq.demo import demo_model
 from squawq.serve.app import Api
@@ -83,16 +83,11 @@ def process(
     environment: Mapping[str, str] | None = None,
     module: str = "squawq",
     lines: list[str] | None = None,
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
+) -> Iterator[tuple[programs.Program, str]]:
     """A server in a process of its own, and its URL, read from its log, whose lines go to `lines`; killed at the end if
     it still runs."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    )
+    command = ["-m", module, *arguments]
+    child = programs.Program(command, stderr=subprocess.PIPE, env={**os.environ, **(environment or {})})
     assert child.stderr is not None
     lines = [] if lines is None else lines
     reader: threading.Thread | None = None

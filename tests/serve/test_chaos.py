@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
-import sys
 from urllib.parse import urlsplit
 
+import programs
 from running import DEFAULTS
 
 REQUESTS = 600  # a log line each, far more bytes than a pipe holds
@@ -15,9 +15,9 @@ REQUESTS = 600  # a log line each, far more bytes than a pipe holds
 
 def test_a_log_that_nobody_reads_stops_nothing() -> None:
     """Stderr is a full pipe: requests are answered, and a signal ends the server."""
-    command = [sys.executable, "-m", "squawq", "serve", DEFAULTS["model"], "--port", "0", "--threads", "1"]
+    command = ["-m", "squawq", "serve", DEFAULTS["model"], "--port", "0", "--threads", "1"]
     flags = ["--kv-tokens", "4096", "--log-level", "debug"]
-    with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as server:
+    with programs.Program([*command, *flags], stderr=subprocess.PIPE) as server:
         try:
             assert server.stderr is not None
             url = next(word for line in server.stderr for word in line.split() if word.startswith("at=http"))

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import programs
 from running import DEFAULTS, process
 
 LONG = 3000  # tokens: far more than are generated before a signal
@@ -29,7 +29,7 @@ raise SystemExit(entry())
 
 
 @contextmanager
-def serving(*flags: str, **options: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(*flags: str, **options: Any) -> Iterator[tuple[programs.Program, str]]:
     arguments = ["serve", DEFAULTS["model"], "--port", "0", "--threads", "1", "--kv-tokens", "16384", *flags]
     with process(arguments, **options) as found:
         yield found
@@ -84,7 +84,7 @@ def running(url: str) -> float:
     return float(re.findall(r"^vllm:num_requests_running\S+ (\S+)$", get(url, "/metrics")[1], re.MULTILINE)[0])
 
 
-def drain(server: subprocess.Popen[str], url: str, number: signal.Signals = signal.SIGTERM) -> None:
+def drain(server: programs.Program, url: str, number: signal.Signals = signal.SIGTERM) -> None:
     """Send a signal and wait until it was noticed."""
     server.send_signal(number)
     until(lambda: get(url, "/readyz")[0] == 503)
@@ -99,7 +99,7 @@ def parent(stat: Path) -> int | None:
     return None if state in "ZX" else int(found)
 
 
-def family(server: subprocess.Popen[str]) -> list[int]:
+def family(server: programs.Program) -> list[int]:
     """The processes that a server started, and those that they did."""
     parents = {int(stat.parent.name): parent(stat) for stat in Path("/proc").glob("[0-9]*/stat")}
     found = [server.pid]
@@ -109,7 +109,7 @@ def family(server: subprocess.Popen[str]) -> list[int]:
     return found[1:]
 
 
-def assert_ended(server: subprocess.Popen[str], children: list[int]) -> None:
+def assert_ended(server: programs.Program, children: list[int]) -> None:
     assert server.wait(60) == 0
     until = time.monotonic() + 10
     while left := [pid for pid in children if parent(Path(f"/proc/{pid}/stat")) is not None]:
