@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 from common import print_table
 from torch import Tensor
@@ -68,8 +69,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     args = parser.parse_args()
     found: Found = {}
-    chooser.best_scales = judging(found)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, patch.object(chooser, "best_scales", judging(found)):
         squawq.quantize(
             args.model, Path(folder) / "out", QuantConfig(method="awq", samples=args.rows, seqlen=args.seqlen)
         )
