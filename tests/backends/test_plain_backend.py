@@ -10,7 +10,7 @@ from plain_backend import PlainBackend
 
 import squawq
 from squawq.backends import BACKENDS
-from squawq.engine.protocol import Chunk
+from squawq.backends.sampling import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.nn.loader import Options, load
 

@@ -26,6 +26,7 @@ from squawq.backends.layer_ops import (
     Packed,
     RotateAndStore,
 )
+from squawq.backends.sampling import Chunk, Sampling, StepOutput, sample, sampler
 from squawq.format.groupwise import quantize
 from squawq.format.packing import to_gemm
 
@@ -178,6 +179,18 @@ class Backend(ABC):
         self, wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
     ) -> tuple[Tensor, Tensor]:
         """Quantization: integers and errors of a block of columns with error feedback. See `reference`."""
+
+    # Sampling: here on the host, one sequence after another.
+    def prepare_sampling(self, sampling: Sampling) -> None:
+        """Set `sampling.state`, which `sample` keeps for a sequence; called in the thread that submits the request."""
+        sampling.state = sampler(sampling)
+
+    def sample(self, logits: Tensor, batch: Sequence[Chunk]) -> list[StepOutput]:
+        """logits float32 [rows, vocab], `chunk.logits` rows of each chunk in order -> an output for each chunk.
+
+        An output depends on the chunk's own rows, never on the batch.
+        """
+        return sample(logits.cpu().numpy(), batch)
 
     # The machine.
     def set_threads(self, count: int) -> None:  # noqa: B027 (a device without threads of its own)

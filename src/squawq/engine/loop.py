@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from squawq.backends.sampling import Chunk, StepOutput
 from squawq.engine.config import EngineConfig
 from squawq.engine.pages import PagePool
-from squawq.engine.protocol import Chunk, Runner, StepOutput
+from squawq.engine.protocol import Runner
 from squawq.engine.request import FinishReason, Output
 from squawq.engine.scheduler import Scheduler, Sequence
 from squawq.engine.sequence import RequestState, SequenceState

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
-from squawq.engine.request import Output, Request, SamplingParams, Sink, TokenLogprob
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from squawq.backends.sampling import Chunk, Sampling, StepOutput
+from squawq.engine.request import Output, Request, Sink
 
 
 @dataclass(frozen=True)
@@ -109,83 +106,6 @@ class InferenceEngine(Protocol):
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
         """Take no more requests and stop; `drain` waits for running ones, for `timeout` seconds at most. Idempotent."""
         ...
-
-
-class TokenMask(Protocol):
-    """The tokens that a grammar allows next. Read as late as possible: it is computed while the model runs."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing but an end token may follow."""
-        ...
-
-    def allowed(self) -> NDArray[np.bool_]:
-        """bool [vocab_size]."""
-        ...
-
-
-@dataclass(eq=False)
-class Sampling:
-    """How the tokens of one sequence are chosen: the same object in each of its steps.
-
-    Attributes:
-        params: The request's settings.
-        prompt: Token ids, for the penalties.
-        ending: Ids that `min_tokens` forbids.
-        seed, index: Name the random stream: the request's seed and which of its sequences this is.
-        logprobs: Log probabilities of the token and of so many alternatives; None for none.
-        grammar: Restricts the tokens.
-        state: The runner's own: counts for penalties, the random stream.
-    """
-
-    params: SamplingParams
-    prompt: Sequence[int]
-    ending: Iterable[int]
-    seed: int
-    index: int
-    logprobs: int | None = None
-    grammar: TokenMask | None = None
-    state: Any = None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One sequence's part of a step.
-
-    Attributes:
-        ids: Tokens to run.
-        start: Position of the first, which is also how many tokens of the sequence are in the KV cache.
-        pages: Its page table, for start + len(ids) tokens.
-        logits: Logits are needed after so many of the last `ids`.
-        sampling: Choose the token that follows the last of `ids`; None in the middle of a prompt.
-        targets: Compute the log probabilities of these prompt tokens, which follow the first len(targets) of `ids`.
-        top: With so many alternatives each.
-    """
-
-    ids: Sequence[int]
-    start: int
-    pages: Sequence[int]
-    logits: int
-    sampling: Sampling | None = None
-    targets: Sequence[int] = ()
-    top: int = 0
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step computed for a chunk.
-
-    Attributes:
-        token: The chosen token.
-        logprob: Its log probability, where `Sampling.logprobs` asks for it.
-        prompt_logprobs: One for each of `Chunk.targets`.
-        error: Why this sequence alone failed.
-    """
-
-    token: int | None = None
-    logprob: TokenLogprob | None = None
-    prompt_logprobs: Sequence[TokenLogprob] = ()
-    error: BaseException | None = None
 
 
 class Runner(Protocol):

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
+from squawq.backends.sampling import Chunk, Sampling
 from squawq.engine.detokenizer import StopStrings, TextStream, TokenDecoder
 from squawq.engine.grammar import Matcher
 from squawq.engine.pages import root
-from squawq.engine.protocol import Chunk, Sampling
 from squawq.engine.request import FinishReason, Output, Request, Sink, TokenLogprob
 from squawq.engine.scheduler import Sequence
 

@@ -21,8 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import cached_file
 
+from squawq.backends.sampling import Chunk
 from squawq.config import ModelConfig
-from squawq.engine.protocol import Chunk
 from squawq.errors import CheckpointError, ConfigError, FusionError
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint

@@ -1,20 +1,20 @@
-"""Sampling on the CPU: from a row of logits to a token and its log probability, in numpy on the calling thread.
+"""Sampling on the host: from rows of logits to tokens and log probabilities, in numpy on the calling thread.
 
-Each sequence is sampled by itself, so that its tokens cannot depend on the batch. numpy and not torch, whose OpenMP
-threads would compete with the kernels' own.
+`Backend.sample` is this unless a backend samples on its device. Each sequence is sampled by itself, so that its tokens
+cannot depend on the batch. numpy and not torch, whose OpenMP threads would compete with the kernels' own.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squawq.engine.protocol import Chunk, Sampling, StepOutput
 from squawq.engine.request import SamplingParams, TokenLogprob
 
 Row = NDArray[np.float32]
@@ -23,6 +23,83 @@ GREEDY_BELOW = 1e-6  # a temperature under this would overflow float32 where it 
 # Logits this far under the top are sorted, those further down only when they matter.
 _DEPTHS = (2.0, 4.0, 6.0, 9.0, 14.0, 24.0, math.inf)
 _SLACK = 1e-9  # of the whole mass: far above float64's rounding, so that a sum in another order decides the same
+
+
+class TokenMask(Protocol):
+    """The tokens that a grammar allows next. Read as late as possible: it is computed while the model runs."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but an end token may follow."""
+        ...
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """bool [vocab_size]."""
+        ...
+
+
+@dataclass(eq=False)
+class Sampling:
+    """How the tokens of one sequence are chosen: the same object in each of its steps.
+
+    Attributes:
+        params: The request's settings.
+        prompt: Token ids, for the penalties.
+        ending: Ids that `min_tokens` forbids.
+        seed, index: Name the random stream: the request's seed and which of its sequences this is.
+        logprobs: Log probabilities of the token and of so many alternatives; None for none.
+        grammar: Restricts the tokens.
+        state: The runner's own: counts for penalties, the random stream.
+    """
+
+    params: SamplingParams
+    prompt: Sequence[int]
+    ending: Iterable[int]
+    seed: int
+    index: int
+    logprobs: int | None = None
+    grammar: TokenMask | None = None
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One sequence's part of a step.
+
+    Attributes:
+        ids: Tokens to run.
+        start: Position of the first, which is also how many tokens of the sequence are in the KV cache.
+        pages: Its page table, for start + len(ids) tokens.
+        logits: Logits are needed after so many of the last `ids`.
+        sampling: Choose the token that follows the last of `ids`; None in the middle of a prompt.
+        targets: Compute the log probabilities of these prompt tokens, which follow the first len(targets) of `ids`.
+        top: With so many alternatives each.
+    """
+
+    ids: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    logits: int
+    sampling: Sampling | None = None
+    targets: Sequence[int] = ()
+    top: int = 0
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step computed for a chunk.
+
+    Attributes:
+        token: The chosen token.
+        logprob: Its log probability, where `Sampling.logprobs` asks for it.
+        prompt_logprobs: One for each of `Chunk.targets`.
+        error: Why this sequence alone failed.
+    """
+
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: Sequence[TokenLogprob] = ()
+    error: BaseException | None = None
 
 
 class NoTokenError(ValueError):
@@ -225,34 +302,32 @@ class Sampler:
             self._tail.append(token)
 
 
-class HostSampling(ABC):
-    """A runner that has its logits on the host, where they are sampled."""
+def sampler(sampling: Sampling) -> Sampler:
+    """The state with which `sample` samples one sequence."""
+    return Sampler(sampling.params, sampling.prompt, sampling.ending, sampling.seed, sampling.index)
 
-    @abstractmethod
-    def run(self, batch: Sequence[Chunk]) -> list[Row]:
-        """Run a step; returns float32 logits [chunk.logits, vocab_size] for each chunk."""
 
-    def prepare(self, sampling: Sampling) -> None:
-        """Set `sampling.state`."""
-        sampling.state = Sampler(sampling.params, sampling.prompt, sampling.ending, sampling.seed, sampling.index)
+def sample(logits: Row, batch: Sequence[Chunk]) -> list[StepOutput]:
+    """Sample each chunk of a step by its rows of float32 logits [rows, vocab], `chunk.logits` of them in order."""
+    found, end = [], 0
+    for chunk in batch:
+        start, end = end, end + chunk.logits
+        found.append(_sample(chunk, logits[start:end]))
+    return found
 
-    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
-        """Run a step and sample its tokens."""
-        return [self._sample(chunk, rows) for chunk, rows in zip(batch, self.run(batch), strict=True)]
 
-    def _sample(self, chunk: Chunk, rows: Row) -> StepOutput:
-        try:
-            scores = [token_logprob(row, token, chunk.top) for row, token in zip(rows, chunk.targets, strict=False)]
-            if (sampling := chunk.sampling) is None:
-                return StepOutput(prompt_logprobs=scores)
-            if sampling.state is None:
-                self.prepare(sampling)
-            sampler: Sampler = sampling.state
-            if (grammar := sampling.grammar) is None:
-                token = sampler.choose(rows[-1])
-            else:
-                token = sampler.choose(rows[-1], grammar.allowed(), grammar.complete)
-            top = sampling.logprobs
-            return StepOutput(token, None if top is None else token_logprob(rows[-1], token, top), scores)
-        except BaseException as error:  # Rust's panics too: it is the sequence's own failure
-            return StepOutput(error=error)
+def _sample(chunk: Chunk, rows: Row) -> StepOutput:
+    try:
+        scores = [token_logprob(row, token, chunk.top) for row, token in zip(rows, chunk.targets, strict=False)]
+        if (sampling := chunk.sampling) is None:
+            return StepOutput(prompt_logprobs=scores)
+        state: Sampler = sampling.state or sampler(sampling)
+        sampling.state = state
+        if (grammar := sampling.grammar) is None:
+            token = state.choose(rows[-1])
+        else:
+            token = state.choose(rows[-1], grammar.allowed(), grammar.complete)
+        top = sampling.logprobs
+        return StepOutput(token, None if top is None else token_logprob(rows[-1], token, top), scores)
+    except BaseException as error:  # Rust's panics too: it is the sequence's own failure
+        return StepOutput(error=error)
