@@ -11,11 +11,72 @@ from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
 from squawq.backends.sampling import Chunk, Sampling
-from squawq.engine.detokenizer import StopStrings, TextStream, TokenDecoder
 from squawq.engine.grammar import Matcher
 from squawq.engine.pages import root
 from squawq.engine.request import FinishReason, Output, Request, Sink, TokenLogprob
 from squawq.engine.scheduler import Sequence
+from squawq.text.tokenizer import TextStream, TokenDecoder
+
+
+class StopStrings:
+    """Cuts a text at the first of some strings to be complete; of several complete at one character, the longest.
+
+    Text that may begin one is held back, unless it stays in the text anyway. Where the text is split does not matter.
+    The automaton is Knuth, Morris and Pratt's (SIAM J. Comput. 6, 1977), one a string.
+    """
+
+    def __init__(self, stops: Tokens[str], include: bool = False) -> None:
+        self._stops = sorted(stops, key=len, reverse=True)
+        self._borders = [_borders(stop) for stop in self._stops]
+        self._states = [0] * len(stops)  # how many characters of each string the text ends with
+        self._include = include
+        self._held = ""
+
+    def push(self, text: str, ending: bool = True) -> tuple[str, str | None]:
+        """The text that can be output, and the stop string if one was found; nothing may be pushed after that.
+
+        ending: False passes over strings that become complete in this text.
+        """
+        if not self._stops:
+            return text, None
+        buffer = self._held + text
+        for position in range(len(self._held), len(buffer)):
+            if (stop := self._advance(buffer[position])) is not None and ending:
+                self._held = ""
+                return buffer[: position + 1 - (0 if self._include else len(stop))], stop
+        ready = len(buffer) if self._include else len(buffer) - max(self._states)
+        self._held = buffer[ready:]
+        return buffer[:ready], None
+
+    def finish(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return held
+
+    def _advance(self, character: str) -> str | None:
+        found = None
+        for index, (stop, borders) in enumerate(zip(self._stops, self._borders, strict=True)):
+            state = self._states[index]
+            while state and stop[state] != character:
+                state = borders[state - 1]
+            state += stop[state] == character
+            if state == len(stop):
+                found = found or stop
+                state = borders[-1]
+            self._states[index] = state
+        return found
+
+
+def _borders(word: str) -> list[int]:
+    """For each beginning of a word, the length of the longest shorter beginning that it also ends with."""
+    borders = [0] * len(word)
+    length = 0
+    for position in range(1, len(word)):
+        while length and word[position] != word[length]:
+            length = borders[length - 1]
+        length += word[position] == word[length]
+        borders[position] = length
+    return borders
 
 
 class SequenceState:
