@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squawq.engine.config import EngineConfig
-from squawq.engine.loop import Loop
+from squawq.engine.engine import Loop
 from squawq.engine.request import FinishReason, Output, Request
 from squawq.engine.sequence import new_request_state
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from squawq.backends.cpu import library
 from squawq.engine.config import EngineConfig
-from squawq.engine.loop import Loop
+from squawq.engine.engine import Loop
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, default_kv_tokens
 from squawq.engine.sequence import new_request_state

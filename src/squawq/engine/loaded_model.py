@@ -69,7 +69,7 @@ class LoadedModel:
         self._generation_config = self._read_generation_config(generation_config)
         self._defaults = generation_config != "vllm"
         self.eos_ids = self._generation_config.eos_ids
-        self.engine = Engine(runner, self._tokenizer, config, eos_ids=sorted(self.eos_ids))
+        self.engine = Engine(runner, self._tokenizer, config, eos_ids=self.eos_ids)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -1,13 +1,14 @@
 """What goes into the engine and what comes out: sampling parameters, requests and outputs.
 
-Every value is validated on its own; whether a request fits a model (vocabulary, positions, pages) the engine checks.
+Values are validated when they are set; `Request.check` tells whether a request fits a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
@@ -170,6 +171,27 @@ class Request:
     tenant: str = ""
     group: str | None = None
     cache_salt: str = ""
+
+    def check(self, vocab_size: int, max_positions: int, cache_tokens: int) -> None:
+        """Raise ConfigError where the request cannot be run by a model of these sizes."""
+        count, ids, params = len(self.prompt), f"the model has ids 0 to {vocab_size - 1}", self.params
+        if not count:
+            raise ConfigError("the prompt is empty; give at least one token")
+        if bad := [i for i in self.prompt if not isinstance(i, int) or not 0 <= i < vocab_size]:
+            raise ConfigError(f"the prompt has the token id {bad[0]!r}; {ids}")
+        if count >= max_positions:
+            raise ConfigError(f"the prompt has {count} tokens; the model has {max_positions} positions")
+        if count >= cache_tokens:
+            raise ConfigError(f"the prompt has {count} tokens; the cache holds {cache_tokens} (kv_tokens)")
+        named: dict[str, Iterable[int]] = {
+            "stop_ids": params.stop_ids,
+            "logit_bias": params.logit_bias or (),
+            "allowed_ids": params.allowed_ids or (),
+            "bad_ids": chain.from_iterable(params.bad_ids),
+        }
+        for name, values in named.items():
+            if (largest := max(values, default=0)) >= vocab_size:
+                raise ConfigError(f"{name} has the token id {largest}; {ids}")
 
 
 class FinishReason(StrEnum):
