@@ -1,6 +1,6 @@
 """Reference backend: plain torch on any device. It defines what every operation computes; tests compare others with it.
 
-Slow on purpose. INT4 weights stay 4 bits in memory and are dequantized one weight at a time, for each product.
+It is simple, not fast: INT4 weights stay 4 bits in memory, and each product dequantizes its whole weight.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ class Reference(Backend):
     def rotate_and_store(
         self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
     ) -> None:
-        """A page is cleared when its first slot is written: nothing of its last holder stays. Infinities become the
-        largest number of the cache's dtype; NaN stays.
+        """Clears a page when its first slot is written, so that nothing of another sequence stays. Infinities become
+        the largest number of the cache's dtype; NaN stays.
         """
         keys, values = pages
         q, k, v = split_heads(qkv, heads)
