@@ -44,23 +44,14 @@ Gemm = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one step, one row each, sequence after sequence.
+    """The tokens of one step, one row each, sequence after sequence. int64, but for `pages`."""
 
-    Attributes:
-        ids, positions: int64 [rows].
-        slots: int64 [rows]; page * page_size + place in the page.
-        sequences: int64 [sequences, 4]: first row, rows, start, offset of the page table in `pages`. A sequence's
-            tokens have the positions start, start + 1 ...
-        pages: int32; all page tables.
-        outputs: int64; rows whose logits are needed.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    sequences: Tensor
-    pages: Tensor
-    outputs: Tensor
+    ids: Tensor  # [rows]
+    positions: Tensor  # [rows]; start, start + 1 ... in a sequence
+    slots: Tensor  # [rows]; page * page_size + place in the page
+    sequences: Tensor  # [sequences, 4]: first row, rows, start, offset of the page table in `pages`
+    pages: Tensor  # int32; all page tables
+    outputs: Tensor  # rows whose logits are needed
 
 
 @dataclass(frozen=True)
@@ -78,22 +69,15 @@ RunLayers = Callable[[Tensor, Rotary, Batch], None]  # hidden [rows, hidden_size
 class Backend(ABC):
     """Operations on one device. Rows are tokens.
 
-    Attributes:
-        page_size: Tokens per page of the KV cache.
-        activation_dtype: dtype of hidden states.
-        traceable: The operations are torch's own, which autograd and torch.compile can trace.
-        head: Default format of the output head, "16-bit" or "int8".
-
-    Args:
-        exact: Compute 4-bit products in float32, where the backend would round or narrow activations otherwise.
+    exact: compute 4-bit products in float32, where the backend would round or narrow activations otherwise.
     """
 
     name: ClassVar[str]
-    page_size: ClassVar[int] = PAGE
+    page_size: ClassVar[int] = PAGE  # tokens per page of the KV cache
     cache_dtype: ClassVar[torch.dtype] = torch.float16
-    activation_dtype: ClassVar[torch.dtype] = torch.float32
-    traceable: ClassVar[bool] = False
-    head: str = "16-bit"
+    activation_dtype: ClassVar[torch.dtype] = torch.float32  # of hidden states
+    traceable: ClassVar[bool] = False  # the operations are torch's own, which autograd and torch.compile can trace
+    head: str = "16-bit"  # default format of the output head: "16-bit" or "int8"
 
     def __init__(self, device: torch.device, *, exact: bool = False) -> None:
         self.device, self.exact = device, exact

@@ -40,66 +40,39 @@ class TokenMask(Protocol):
 
 @dataclass(eq=False)
 class Sampling:
-    """How the tokens of one sequence are chosen: the same object in each of its steps.
-
-    Attributes:
-        params: The request's settings.
-        prompt: Token ids, for the penalties.
-        ending: Ids that `min_tokens` forbids.
-        seed, index: Name the random stream: the request's seed and which of its sequences this is.
-        logprobs: Log probabilities of the token and of so many alternatives; None for none.
-        grammar: Restricts the tokens.
-        state: The runner's own: counts for penalties, the random stream.
-    """
+    """How the tokens of one sequence are sampled: the same object in each of its steps."""
 
     params: SamplingParams
-    prompt: Sequence[int]
-    ending: Iterable[int]
-    seed: int
-    index: int
-    logprobs: int | None = None
+    prompt: Sequence[int]  # for the penalties
+    ending: Iterable[int]  # what `min_tokens` forbids
+    seed: int  # of the request
+    index: int  # of the sequence in its request; names the random stream together with the seed
+    logprobs: int | None = None  # number of alternatives; None: no log probabilities
     grammar: TokenMask | None = None
-    state: Any = None
+    state: Any = None  # the sampler's own: counts for penalties, the random stream
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One sequence's part of a step.
+    """One sequence's part of a step."""
 
-    Attributes:
-        ids: Tokens to run.
-        start: Position of the first, which is also how many tokens of the sequence are in the KV cache.
-        pages: Its page table, for start + len(ids) tokens.
-        logits: Logits are needed after so many of the last `ids`.
-        sampling: Choose the token that follows the last of `ids`; None in the middle of a prompt.
-        targets: Compute the log probabilities of these prompt tokens, which follow the first len(targets) of `ids`.
-        top: With so many alternatives each.
-    """
-
-    ids: Sequence[int]
-    start: int
-    pages: Sequence[int]
-    logits: int
-    sampling: Sampling | None = None
-    targets: Sequence[int] = ()
-    top: int = 0
+    ids: Sequence[int]  # tokens to run
+    start: int  # position of the first: the number of the sequence's tokens in the KV cache
+    pages: Sequence[int]  # page table, for start + len(ids) tokens
+    logits: int  # rows of logits: after so many of the last `ids`
+    sampling: Sampling | None = None  # sample the next token; None in the middle of a prompt
+    targets: Sequence[int] = ()  # compute log probabilities of these prompt tokens, which follow the first of `ids`
+    top: int = 0  # alternatives for each target
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step computed for a chunk.
-
-    Attributes:
-        token: The chosen token.
-        logprob: Its log probability, where `Sampling.logprobs` asks for it.
-        prompt_logprobs: One for each of `Chunk.targets`.
-        error: Why this sequence alone failed.
-    """
+    """What a step computed for a chunk."""
 
     token: int | None = None
-    logprob: TokenLogprob | None = None
-    prompt_logprobs: Sequence[TokenLogprob] = ()
-    error: BaseException | None = None
+    logprob: TokenLogprob | None = None  # if `Sampling.logprobs` asks for it
+    prompt_logprobs: Sequence[TokenLogprob] = ()  # one for each of `Chunk.targets`
+    error: BaseException | None = None  # why this sequence alone failed
 
 
 class NoTokenError(ValueError):
@@ -218,8 +191,7 @@ class _Counts:
 class Sampler:
     """Samples one sequence's tokens, with the state of its penalties and its random stream.
 
-    `Sampling` documents the arguments. (seed, index) select a Philox random stream (Salmon et al., SC 2011), of which
-    each token takes one number.
+    (seed, index) select a Philox stream (Salmon et al., SC 2011), of which each token takes one number.
     """
 
     def __init__(
@@ -229,8 +201,8 @@ class Sampler:
         self._greedy = params.temperature < GREEDY_BELOW
         self._random = None if self._greedy else np.random.Generator(np.random.Philox(seed=[seed, index]))
         bias = params.logit_bias or {}
-        self._bias_ids = np.fromiter(bias, dtype=np.int64, count=len(bias))
-        self._bias = np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
+        self._bias_ids = np.fromiter(bias, dtype=np.int64)
+        self._bias = np.fromiter(bias.values(), dtype=np.float32)
         self._only = None if params.allowed_ids is None else np.array(params.allowed_ids, dtype=np.int64)
         self._bad = [(tuple(ids[:-1]), ids[-1]) for ids in params.bad_ids]
         self._tail: deque[int] = deque(maxlen=max((len(before) for before, _ in self._bad), default=0))
@@ -247,12 +219,10 @@ class Sampler:
         allowed: the grammar's mask, bool [vocab]. complete: the grammar allows only an end token, which overrides what
         the parameters forbid. Raises NoTokenError.
         """
-        forbidding = not complete and (
-            self._chosen < self._params.min_tokens or self._only is not None or bool(self._bad)
-        )
-        changed = len(self._bias) or self._repeats or self._counted or forbidding or allowed is not None
+        early = self._chosen < self._params.min_tokens
+        forbidding = not complete and (early or self._only is not None or bool(self._bad))
         logits = row
-        if changed:
+        if len(self._bias) or self._repeats or self._counted or forbidding or allowed is not None:
             logits = self._adjusted(row)
             if forbidding:
                 self._forbid(logits)

@@ -12,27 +12,19 @@ from squawq.engine.request import Output, Request, Sink
 
 @dataclass(frozen=True)
 class Stats:
-    """Counters since the engine's start, and its state now. Times in seconds of wall time.
+    """Counters since the engine's start, and its state now."""
 
-    Attributes:
-        running, waiting: Sequences.
-        pages_used, pages: Pages of the KV cache.
-        prefix_hits, prefix_queries: Prompt tokens found in the prefix cache, and looked up.
-        preemptions: Sequences that had to give their pages back and wait again.
-        runner_seconds: The runner's part of `step_seconds`.
-    """
-
-    running: int
+    running: int  # sequences
     waiting: int
-    pages_used: int
+    pages_used: int  # of the KV cache
     pages: int
-    prefix_hits: int
-    prefix_queries: int
+    prefix_hits: int  # prompt tokens found in the prefix cache
+    prefix_queries: int  # prompt tokens looked up in it
     preemptions: int
     tokens_generated: int
     prompt_tokens_computed: int
     steps: int
-    runner_seconds: float
+    runner_seconds: float  # wall time; the runner's part of step_seconds
     step_seconds: float
 
 
@@ -40,14 +32,10 @@ class InferenceEngine(Protocol):
     """What LLM and serve need of an engine: ours (engine.py), a fake in tests, or an adapter to another engine.
 
     All methods may be called from any thread.
-
-    Attributes:
-        max_positions: Context length of the model.
-        cache_tokens: Capacity of the KV cache in tokens.
     """
 
-    max_positions: int
-    cache_tokens: int
+    max_positions: int  # context length of the model
+    cache_tokens: int  # capacity of the KV cache
 
     @property
     def alive(self) -> bool:
@@ -55,7 +43,7 @@ class InferenceEngine(Protocol):
         ...
 
     def check(self, request: Request) -> object:
-        """Raise ConfigError for a request that can never be run, QueueFull for one whose grammar finds no room now.
+        """Raise ConfigError for a request that can never be run, QueueFull while too many grammars are in use.
 
         The caller may hold on to the result, to keep a compiled grammar until `submit`.
         """
@@ -65,8 +53,6 @@ class InferenceEngine(Protocol):
         """Queue a request; `sink` receives its outputs in order, from the engine's thread. A sink that raises aborts.
 
         Args:
-            request: The request.
-            sink: Receives the outputs.
             wait: Wait for room in the queue; not from a sink, which would wait for itself.
 
         Raises:
@@ -92,7 +78,7 @@ class InferenceEngine(Protocol):
         ...
 
     def on_step(self, callback: Callable[[], object]) -> None:
-        """Call `callback` in the engine's thread after each step, once its outputs are sent. It must not raise."""
+        """Call `callback`, which must not raise, in the engine's thread after each step's outputs are sent."""
         ...
 
     def draw_seed(self) -> int:

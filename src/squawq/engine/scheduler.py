@@ -17,27 +17,17 @@ MAX_SCORED = 64  # rows of logits a step for prompt logprobs: 64 rows of 152k fl
 
 @dataclass(eq=False)
 class Sequence:
-    """One sequence, as the scheduler sees it.
+    """One sequence, as the scheduler sees it."""
 
-    Attributes:
-        tokens: Prompt and output.
-        limit: Tokens at most.
-        tenant, group: Tenants take turns, and a tenant's groups.
-        root: The parent of its first page's digest.
-        score: Prompt log probabilities are wanted, so the prefix cache is not read.
-        computed: Tokens whose keys and values are in `pages`.
-        digests: Of the full pages of `tokens`.
-    """
-
-    tokens: list[int]
-    limit: int
+    tokens: list[int]  # prompt and output
+    limit: int  # tokens at most
     tenant: str = ""
     group: str = ""
-    root: bytes = ROOT
-    score: bool = False
-    computed: int = 0
+    root: bytes = ROOT  # parent of its first page's digest
+    score: bool = False  # prompt log probabilities are wanted, so the prefix cache is not read
+    computed: int = 0  # tokens whose keys and values are in `pages`
     pages: list[int] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`
     ended: bool = False
     prompt: int = field(init=False)
 
@@ -52,14 +42,11 @@ class Sequence:
 
 @dataclass(eq=False)
 class _Line:
-    """A request's unfinished sequences, in order.
+    """A request's unfinished sequences, in order."""
 
-    turn: its position among its tenant's requests in prefill. ran: prompt tokens run in this turn.
-    """
-
-    turn: int
+    turn: int  # position among its tenant's requests in prefill
     sequences: list[Sequence] = field(default_factory=list)
-    ran: int = 0
+    ran: int = 0  # prompt tokens run in this turn
 
 
 class Turns:
