@@ -174,8 +174,8 @@ void attention(const std::string& name, Int query, Int kv, Int dim) {
         check(what, normed ? 1e-5 : 0, ROWS, width + 2 * stored, [&](Int first, Int count, float* y) {
             Floats rotated(&qkv[first * width], &qkv[first * width] + count * width);
             auto k = keys, v = values;
-            squawq_rotate_and_store(rotated.data(), count, query, kv, dim, half, &cos[first * half], &sin[first * half], weight, weight,
-                                    1e-5f, slots + first, k.data(), v.data());
+            squawq_rotate_and_store(rotated.data(), count, query, kv, dim, half, &cos[first * half], &sin[first * half],
+                                    weight, weight, 1e-5f, slots + first, k.data(), v.data());
             for (Int i = 0; i < count; ++i) {
                 const Int page = slots[first + i] / 16, place = slots[first + i] % 16;
                 y = std::copy_n(&rotated[i * width], width, y);
