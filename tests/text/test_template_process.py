@@ -60,10 +60,13 @@ def alive(pid: int) -> bool:
 
 
 def start_endless(process: TemplateProcess, pool: ThreadPoolExecutor) -> Any:
+    """Returns once the child has the chat; before that, `render` would start another for one that was killed."""
     process.start()
+    assert process._child is not None
+    process._child._seconds = 0.0
     future = pool.submit(process.render, say("loop"))
     deadline = time.monotonic() + 60
-    while not process._turn.locked() and time.monotonic() < deadline:
+    while not process._child._seconds and time.monotonic() < deadline:
         time.sleep(0.001)
     return future
 
