@@ -182,13 +182,9 @@ class LLM:
 
     def _with_texts(self, output: Output) -> Output:
         """The output, with the texts of the tokens in its log probabilities."""
-        return replace(
-            output,
-            logprobs=None if output.logprobs is None else tuple(map(self._with_text, output.logprobs)),
-            prompt_logprobs=None
-            if output.prompt_logprobs is None
-            else tuple(None if item is None else self._with_text(item) for item in output.prompt_logprobs),
-        )
+        found, prompt = output.logprobs, output.prompt_logprobs
+        scores = None if prompt is None else tuple(item and self._with_text(item) for item in prompt)
+        return replace(output, logprobs=found and tuple(map(self._with_text, found)), prompt_logprobs=scores)
 
     def _with_text(self, item: TokenLogprob) -> TokenLogprob:
         text = self.tokenizer.token_text
@@ -197,12 +193,8 @@ class LLM:
     def _texts(
         self, prompts: list[list[int]], params: SamplingParams | None, progress: bool, settings: Mapping[str, Any]
     ) -> list[str]:
-        texts = []
         one = replace(self._params(params, settings), n=1)
-        for (output,) in self.complete(prompts, one, progress=progress):
-            _check(output)
-            texts.append(output.text)
-        return texts
+        return [_checked(output).text for (output,) in self.complete(prompts, one, progress=progress)]
 
     def _pieces(self, ids: Sequence[int], params: SamplingParams) -> Generator[str]:
         outputs = self._outputs([ids], replace(params, n=1))  # best_of stays
@@ -228,18 +220,18 @@ class LLM:
 
     def _outputs(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Output]:
         """Yield outputs as they come; raises GenerationError for a failed one."""
-        return self._checked(self.engine.generate(self._requests(prompts, params)))
+        return self._run(self.engine.generate(self._requests(prompts, params)))
 
-    def _checked(self, outputs: Iterator[Output]) -> Iterator[Output]:
+    def _run(self, outputs: Iterator[Output]) -> Iterator[Output]:
         """A method, so that an open stream keeps the model alive."""
         for output in outputs:
-            _check(output)
-            yield output
+            yield _checked(output)
 
 
-def _check(output: Output) -> None:
+def _checked(output: Output) -> Output:
     if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
         raise GenerationError(f"the text was not finished: {output.stop_reason}")
+    return output
 
 
 @contextmanager

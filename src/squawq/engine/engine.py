@@ -45,10 +45,8 @@ class Loop:
         self.requests: dict[str, RequestState] = {}
         self.steps = self.tokens_generated = self.prompt_tokens_computed = 0
         self.runner_seconds = self.step_seconds = 0.0
-        self._runner = runner
+        self._runner, self._started, self._ended = runner, started, ended
         self._owners: dict[Sequence, tuple[RequestState, SequenceState]] = {}
-        self._started = started
-        self._ended = ended
 
     def add(self, request: RequestState) -> None:
         """Queue a request's sequences."""
@@ -79,8 +77,7 @@ class Loop:
         try:
             results = self._runner.step(batch)
         except BaseException as error:  # Rust's panics too: none may end the worker
-            failed = dict.fromkeys(self._owners[sequence][0] for sequence, _ in shares)
-            for request in failed:
+            for request in dict.fromkeys(self._owners[sequence][0] for sequence, _ in shares):
                 self._end(request, FinishReason.ERROR, _message(error))
             return
         self.runner_seconds += time.perf_counter() - ran
@@ -142,11 +139,7 @@ class Loop:
 class Engine(InferenceEngine):
     """Runs requests on a runner, in a thread of its own. `InferenceEngine` documents the methods.
 
-    Args:
-        runner: The model.
-        tokenizer: Decodes outputs; None for token ids only, without stop strings and grammars.
-        config: The knobs.
-        eos_ids: Tokens that end a text.
+    tokenizer: decodes outputs; None for token ids only, without stop strings and grammars.
     """
 
     def __init__(
@@ -170,9 +163,7 @@ class Engine(InferenceEngine):
         self._inbox: list[Callable[[], None]] = []
         self._live: set[str] = set()
         self._on_step: list[Callable[[], object]] = []
-        self._queued = 0
-        self._closed = False
-        self._stop = False
+        self._queued, self._closed, self._stop = 0, False, False
         self._worker = threading.Thread(target=self._work, name="squawq-engine", daemon=True)
         self._worker.start()
 
@@ -323,8 +314,7 @@ class Engine(InferenceEngine):
         except BaseException as error:  # a bug: no caller may be left waiting
             reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
         with self._changed:
-            self._closed = True
-            self._stop = True
+            self._closed = self._stop = True
         self._listen()
         self._loop.end_all(reason, why)
         self._stepped()

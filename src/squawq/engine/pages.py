@@ -1,4 +1,4 @@
-"""Allocates pages of the KV cache, with reference counts, and finds cached prefixes. Page numbers only, no memory.
+"""Allocates page numbers of the KV cache, with reference counts, and finds cached prefixes.
 
 A full page is found again by a digest of all tokens up to its end, as in vLLM's automatic prefix caching.
 """
@@ -9,6 +9,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import takewhile
 
 ROOT = b""
 
@@ -71,13 +72,7 @@ class PagePool:
 
     def match(self, digests: Iterable[bytes]) -> list[int]:
         """Pages of the longest run of `digests` from the first on. They are not referenced yet."""
-        pages = []
-        for digest in digests:
-            page = self._found.get(digest)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+        return [self._found[digest] for digest in takewhile(self._found.__contains__, digests)]
 
     def idle(self, pages: Iterable[int]) -> int:
         """How many of these are idle."""

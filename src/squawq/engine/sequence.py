@@ -1,6 +1,4 @@
-"""The state of a request in flight: its sequences, which turn logits into tokens, text and log probabilities and decide
-when they are finished.
-"""
+"""The state of a request in flight: its sequences turn tokens into text and decide when they are finished."""
 
 from __future__ import annotations
 
