@@ -161,7 +161,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 if f"{path}.qweight" in stored:
-                    model.set_submodule(path, self._linear(path, stored, module))
+                    model.set_submodule(path, self._layer(path, stored, module.in_features, module.out_features))
                 elif f"{path}.weight" not in stored and re.search(r"\.\d+\.", path):
                     raise CheckpointError(f"the checkpoint has neither {path}.qweight nor {path}.weight")
             elif is_stacked(module):
@@ -183,9 +183,6 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
             linears = {n: self._layer(place, stored, *shapes[n]) for n, place in places.items()}
             experts.append(Expert(linears, module.act_fn))
         model.set_submodule(path, Experts(experts))
-
-    def _linear(self, path: str, stored: Mapping[str, TensorInfo], linear: nn.Linear) -> AwqLinear:
-        return self._layer(path, stored, linear.in_features, linear.out_features)
 
     def _layer(self, path: str, stored: Mapping[str, TensorInfo], in_features: int, out_features: int) -> AwqLinear:
         """The layer, without its tensors, whose shapes and dtypes are checked here."""
