@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Loop
 from squawq.engine.request import FinishReason, Output, Request
-from squawq.engine.sequence import new_request_state
+from squawq.engine.sequence import RequestState
 
 BLOCKS = ([1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9])  # pages that come after one another in any order
 PREFIX = [7, 3, 9, 9, 1, 4, 30, 31, 2, 5, 6, 40]
@@ -39,14 +39,11 @@ class Bench:
         )
 
     def visit(self, asked: Request) -> Request:
-        limit = self.room
-        if asked.params.max_tokens is not None:
-            limit = min(limit, len(asked.prompt) + asked.params.max_tokens)
         self.loop.add(
-            new_request_state(
+            RequestState(
                 asked,
                 self.outputs.append,
-                limit=limit,
+                room=self.room,
                 matcher=None,
                 tokenizer=FakeTokenizer(),
                 eos_ids=frozenset([EOS]),

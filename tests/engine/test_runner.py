@@ -20,7 +20,7 @@ from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Loop
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, default_kv_tokens
-from squawq.engine.sequence import new_request_state
+from squawq.engine.sequence import RequestState
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import load
@@ -60,12 +60,11 @@ class Crowd:
         self.loop = Loop(runner, EngineConfig(max_num_batched_tokens=tokens, max_num_seqs=5, prefix_caching=caching))
 
     def add(self, asked: Request) -> None:
-        limit = min(self.room, len(asked.prompt) + (asked.params.max_tokens or self.room))
         eos = frozenset([1])
-        state = new_request_state(
+        state = RequestState(
             asked,
             self.outputs.append,
-            limit=limit,
+            room=self.room,
             matcher=None,
             tokenizer=None,
             eos_ids=eos,

@@ -19,7 +19,7 @@ from squawq.engine.pages import PagePool
 from squawq.engine.protocol import InferenceEngine, Runner, Stats
 from squawq.engine.request import FinishReason, Output, Request, Sink
 from squawq.engine.scheduler import Scheduler, Sequence
-from squawq.engine.sequence import RequestState, SequenceState, new_request_state
+from squawq.engine.sequence import RequestState, SequenceState
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.text.tokenizer import Tokenizer
 
@@ -49,7 +49,6 @@ class Loop:
         self._owners: dict[Sequence, tuple[RequestState, SequenceState]] = {}
 
     def add(self, request: RequestState) -> None:
-        """Queue a request's sequences."""
         self.requests[request.id] = request
         for state in request.states:
             self._owners[state.sequence] = (request, state)
@@ -61,7 +60,6 @@ class Loop:
             self._end(request, FinishReason.ABORT)
 
     def end_all(self, reason: FinishReason, why: str | None = None) -> None:
-        """End every request."""
         for request in list(self.requests.values()):
             self._end(request, reason, why)
 
@@ -97,7 +95,6 @@ class Loop:
         return state.chunk(count)
 
     def _take(self, sequence: Sequence, chunk: Chunk, result: StepOutput) -> None:
-        """Process a sequence's result."""
         request, state = self._owners[sequence]
         try:
             if result.error is not None:
@@ -177,13 +174,10 @@ class Engine(InferenceEngine):
 
     def submit(self, request: Request, sink: Sink, *, wait: bool = False) -> None:
         matcher = self.check(request)
-        limit = min(self.max_positions, self.cache_tokens)
-        if request.params.max_tokens is not None:
-            limit = min(limit, len(request.prompt) + request.params.max_tokens)
-        state = new_request_state(
+        state = RequestState(
             request,
             sink,
-            limit=limit,
+            room=min(self.max_positions, self.cache_tokens),
             matcher=matcher,
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
