@@ -31,11 +31,9 @@ class TokenMask(Protocol):
     @property
     def complete(self) -> bool:
         """Whether nothing but an end token may follow."""
-        ...
 
     def allowed(self) -> NDArray[np.bool_]:
         """bool [vocab_size]."""
-        ...
 
 
 @dataclass(eq=False)

@@ -55,7 +55,6 @@ class Loop:
             self.scheduler.add(state.sequence)
 
     def abort(self, request_id: str) -> None:
-        """Abort a request, if it is in flight."""
         if request := self.requests.get(request_id):
             self._end(request, FinishReason.ABORT)
 

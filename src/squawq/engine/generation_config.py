@@ -35,7 +35,8 @@ class GenerationConfig:
         values = self._values
         given: dict[str, Any] = {"temperature": 1.0} if values.get("do_sample", False) else {}
         for name in (*(_SAMPLED if given else ()), "repetition_penalty"):
-            if (value := values.get(name)) is None:
+            value: Any = values.get(name)
+            if value is None:
                 continue
             if isinstance(value, float) and value.is_integer() and name == "top_k":
                 value = int(value)

@@ -54,7 +54,6 @@ class PagePool:
         return len(self._free) + len(self._idle)
 
     def pages_for(self, tokens: int) -> int:
-        """Pages needed for a number of tokens."""
         return -(-tokens // self.page_size)
 
     def take(self) -> int:

@@ -40,14 +40,12 @@ class InferenceEngine(Protocol):
     @property
     def alive(self) -> bool:
         """Whether it takes requests; False after `close` and after a failure."""
-        ...
 
     def check(self, request: Request) -> object:
         """Raise ConfigError for a request that can never be run, QueueFull while too many grammars are in use.
 
         The caller may hold on to the result, to keep a compiled grammar until `submit`.
         """
-        ...
 
     def submit(self, request: Request, sink: Sink, *, wait: bool = False) -> None:
         """Queue a request; `sink` receives its outputs in order, from the engine's thread. A sink that raises aborts.
@@ -60,38 +58,30 @@ class InferenceEngine(Protocol):
             QueueFull: There is no room in the queue.
             EngineClosed: After `close`.
         """
-        ...
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
         """Run requests and yield their outputs as they come, those of one sequence in order.
 
         All requests are checked first, and submitted as the queue has room. Closing the iterator aborts the rest.
         """
-        ...
 
     def abort(self, request_id: str) -> None:
         """End a request with the reason "abort"; no-op for an unknown one."""
-        ...
 
     def waits(self, request_id: str) -> bool:
         """Whether a request is queued and has not started."""
-        ...
 
     def on_step(self, callback: Callable[[], object]) -> None:
         """Call `callback`, which must not raise, in the engine's thread after each step's outputs are sent."""
-        ...
 
     def draw_seed(self) -> int:
         """A seed for a request without one."""
-        ...
 
     def stats(self) -> Stats:
         """Counters and state."""
-        ...
 
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
         """Take no more requests and stop; `drain` waits for running ones, for `timeout` seconds at most. Idempotent."""
-        ...
 
 
 class Runner(Protocol):
@@ -104,8 +94,6 @@ class Runner(Protocol):
 
     def prepare(self, sampling: Sampling) -> None:
         """Set `sampling.state`, where that takes time; called in the thread that submits the request."""
-        ...
 
     def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
         """Run a step: one output for each chunk."""
-        ...

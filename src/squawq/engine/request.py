@@ -147,7 +147,6 @@ class SamplingParams:
 
     @property
     def sequences(self) -> int:
-        """How many sequences are run."""
         return self.n if self.best_of is None else self.best_of
 
 

@@ -70,7 +70,6 @@ class Turns:
         lines[sequence.group].sequences.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a finished sequence."""
         lines = self._tenants[sequence.tenant]
         line = lines[sequence.group]
         first = line.sequences[0] is sequence

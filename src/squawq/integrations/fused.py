@@ -244,7 +244,6 @@ class FusedCausalLM:
             model_kwargs[CACHE] = FusedCache(self._fused.decoder, self._fused.max_seq_len)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own."""
         with one_thread():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 

@@ -26,9 +26,8 @@ from transformers.quantizers.base import HfQuantizer
 from squawq.backends import REFERENCE
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.shards import TensorInfo, read_header
-from squawq.integrations.experts import expert_names
 from squawq.integrations.linear import AwqLinear
-from squawq.nn.experts import Expert, Experts, is_stacked, stacked_sizes
+from squawq.nn.experts import Expert, Experts, expert_names, is_stacked, stacked_sizes
 from squawq.quant_config import QuantConfig
 
 logger = logging.getLogger("squawq")

@@ -154,7 +154,13 @@ def head_kind(checkpoint: Checkpoint, family: Family, options: Options, backend:
     kind = options.head or backend.head
     if kind == "16-bit":
         return kind
-    reason = _head_declines(checkpoint, name, kind, backend)
+    out, in_ = checkpoint.config.vocab_size, checkpoint.config.hidden_size
+    if checkpoint.is_quantized(name):
+        reason: str | None = "it is quantized"
+    elif kind == "int4":
+        reason = backend.int4_declines(out, in_, HEAD_GROUP)
+    else:
+        reason = backend.int8_declines(out, in_, checkpoint.info(f"{name}.weight").dtype)
     if reason is None:
         return kind
     if options.head is None:
@@ -163,15 +169,6 @@ def head_kind(checkpoint: Checkpoint, family: Family, options: Options, backend:
         f"head is {kind!r}, which the head of {checkpoint.folder} cannot be here: {reason}; leave it out or choose "
         "16-bit"
     )
-
-
-def _head_declines(checkpoint: Checkpoint, name: str, kind: str, backend: Backend) -> str | None:
-    if checkpoint.is_quantized(name):
-        return "it is quantized"
-    out, in_ = checkpoint.config.vocab_size, checkpoint.config.hidden_size
-    if kind == "int4":
-        return backend.int4_declines(out, in_, HEAD_GROUP)
-    return backend.int8_declines(out, in_, checkpoint.info(f"{name}.weight").dtype)
 
 
 def load_head(

@@ -124,7 +124,6 @@ class Child:
         raise ChildError(f"it answered with {size:,} bytes; {MAX_ANSWER:,} are allowed")
 
     def call(self, message: bytes, seconds: float) -> bytes:
-        """Send and receive."""
         self.send(message, seconds)
         return self.receive()
 

@@ -206,7 +206,6 @@ class TokenDecoder(Protocol):
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids."""
-        ...
 
 
 class TextStream:
