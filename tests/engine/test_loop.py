@@ -9,6 +9,7 @@ import pytest
 from fakes import EOS, VOCAB, FakeRunner, FakeTokenizer, collect, expected, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from invariants import check_scheduler
 
 from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Loop
@@ -53,7 +54,7 @@ class Bench:
 
     def step(self) -> None:
         self.loop.step()
-        self.loop.scheduler.check()
+        check_scheduler(self.loop.scheduler)
 
     def finish(self, most: int = 10_000) -> dict[tuple[str, int], Output]:
         for _ in range(most):

@@ -14,6 +14,7 @@ from conftest import tiny_config
 from fakes import collect
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from invariants import check_scheduler
 
 from squawq.backends.cpu import library
 from squawq.engine.config import EngineConfig
@@ -76,7 +77,7 @@ class Crowd:
             if not self.loop.requests:
                 break
             self.loop.step()
-            self.loop.scheduler.check()
+            check_scheduler(self.loop.scheduler)
         assert not self.loop.requests
         assert self.loop.pool.available == self.loop.pool.num_pages, "pages are gone"
         return collect(self.outputs)
@@ -127,7 +128,7 @@ def test_the_same_bits_alone_and_in_a_crowd(
             if leaves is not None and arrives + leaves == step:
                 crowd.loop.abort(request.id)
         crowd.loop.step()
-        crowd.loop.scheduler.check()
+        check_scheduler(crowd.loop.scheduler)
     found = crowd.finish()
     for request, _, leaves in coming:
         for index, expected in enumerate(alone(decoder, request, crowd.room)):

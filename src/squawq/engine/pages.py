@@ -6,7 +6,7 @@ A full page is found again by a digest of all tokens up to its end, as in vLLM's
 from __future__ import annotations
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from itertools import takewhile
@@ -105,15 +105,3 @@ class PagePool:
                     self._free.append(page)
                 else:
                     self._idle[page] = None
-
-    def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """Assert that every page is exactly one of free, idle, referenced, given all running page tables."""
-        references = Counter(page for table in tables for page in table)
-        assert all(self._references[page] == references[page] for page in range(self.num_pages))
-        free, idle, held = set(self._free), set(self._idle), set(references)
-        assert len(free) == len(self._free), "a page is free twice"
-        assert not free & idle and not free & held and not idle & held  # noqa: PT018
-        assert free | idle | held == set(range(self.num_pages)), "a page leaked"
-        assert all(self._digests[page] is not None for page in idle)
-        assert all(self._digests[page] is None for page in free)
-        assert self._found == {d: p for p, d in enumerate(self._digests) if d is not None}

@@ -138,13 +138,9 @@ class Scheduler:
         self.pool = pool
         self.running: list[Sequence] = []  # in the order of the last plan
         self.waiting: set[Sequence] = set()
-        self.preemptions = 0
-        self.prefix_queries = 0
-        self.prefix_hits = 0
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self._turns = Turns(max_tokens)
-        self._max_tokens = max_tokens
-        self._max_sequences = max_sequences
-        self._caching = prefix_caching
+        self._max_tokens, self._max_sequences, self._caching = max_tokens, max_sequences, prefix_caching
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose `limit` tokens fit into the pool."""
@@ -181,12 +177,6 @@ class Scheduler:
             self._extend_digests(sequence, full)
             for index in range(first, full):
                 self.pool.register(sequence.pages[index], sequence.digests[index])
-
-    def check(self) -> None:
-        """Assert that no page is leaked or shared wrongly."""
-        self.pool.check(sequence.pages for sequence in self.running)
-        assert not any(sequence.pages or sequence.computed for sequence in self.waiting)
-        assert all(len(s.pages) * self.pool.page_size >= s.computed for s in self.running)
 
     def _take_turns(self) -> None:
         """Admit waiting sequences in turn, preempting running ones that come later."""
