@@ -7,7 +7,7 @@ import operator
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -47,7 +47,7 @@ class LLM:
         config = config or EngineConfig(**knobs)
         self._model = loaded = LoadedModel(model, config)
         self.folder, self.config, self.device = loaded.folder, loaded.config, config.device
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self._defaults = loaded.tokenizer, loaded.sampling_defaults()
         self.engine: InferenceEngine = loaded.engine
         self.context = min(self.engine.max_positions, self.engine.cache_tokens)
         self._names = itertools.count()
@@ -72,7 +72,7 @@ class LLM:
 
     def sampling_defaults(self) -> SamplingParams:
         """What generation_config.json asks for."""
-        return self._model.sampling_defaults()
+        return self._defaults
 
     @overload
     def generate(
@@ -206,10 +206,7 @@ class LLM:
             raise ConfigError(f"params is {params!r:.100}; give SamplingParams, or settings by name: max_tokens=5")
         if params is not None and settings:
             raise ConfigError(f"params and {next(iter(settings))} are both given; put all settings into one of the two")
-        known = [entry.name for entry in fields(SamplingParams)]
-        if unknown := next((name for name in settings if name not in known), None):
-            raise ConfigError(f"there is no setting {unknown!r}; choose from {', '.join(known)}")
-        return replace(self.sampling_defaults(), **settings) if params is None else params
+        return replace(self._defaults, **settings) if params is None else params
 
     def _requests(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
         try:
