@@ -79,8 +79,8 @@ def _config_init(
 def _config_from_dict(
     cls: Any, /, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
 ) -> Any:
-    """A checkpoint's `quantization_config`. Other writers add keys: left aside here, and written back on saving. How to
-    run is the caller's choice, so a backend or do_fuse in a checkpoint means nothing."""
+    """A checkpoint's `quantization_config`. Unknown keys of other writers are ignored, and written back on saving; so
+    are a backend and do_fuse: how to run is the caller's choice."""
     known = {k: v for k, v in config_dict.items() if (k in KNOWN and k != "backend") or k in SPELLINGS}
     config = cls(**known)
     config.source, config.given = copy.deepcopy(dict(config_dict)), {}
