@@ -34,7 +34,7 @@ def dense(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, dtype: torch.d
 
 
 class AwqLinear(nn.Module):
-    """qweight int32 [in, out / 8], qzeros int32 [groups, out / 8] or None for zeros of 8, scales [groups, out], bias [out].
+    """qweight int32 [in, out / 8], qzeros int32 [groups, out / 8] or None for zeros of 8, scales [groups, out].
 
     If a tensor changes (loading, `to`, a shard of tensor parallelism), the next forward packs again.
 
