@@ -23,8 +23,8 @@ from torch import Tensor
 
 from squawq.backends.base import PAGE
 from squawq.backends.cpu import library
+from squawq.backends.sampling import Chunk
 from squawq.demo import EVALUATED_TOKENS, demo_model
-from squawq.engine.protocol import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.evaluation.metrics import Score
 from squawq.evaluation.run import text_ids

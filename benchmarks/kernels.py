@@ -25,6 +25,7 @@ import torch
 from common import print_table
 from torch import Tensor
 
+from squawq.backends import backend_for
 from squawq.backends.cpu import library
 from squawq.backends.cpu.packed import PackedInt4, PackedInt8
 from squawq.errors import ConfigError
@@ -91,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if library.load() is None:
         sys.exit("the native kernels are not built here, or SQUAWQ_ISA=torch is set")
+    cpu = backend_for("cpu", "cpu")
     best, available = library.isa(), instruction_sets()
     parser.add_argument("--threads", type=int, default=library.default_threads())
     parser.add_argument("--rounds", type=int, default=15)
@@ -117,16 +119,16 @@ def main() -> None:
         return speed(READ_BYTES, lambda: list(pool.map(np.sum, parts)))
 
     def once() -> float:
-        return speed(weight_bytes, lambda: [weight(one) for weight in weights])
+        return speed(weight_bytes, lambda: [cpu.matmul(one, weight) for weight in weights])
 
     def project() -> float:
-        return speed(head_bytes, lambda: head(head_input))
+        return speed(head_bytes, lambda: cpu.matmul(head_input, head))
 
     def torch_product() -> float:
         return speed(operations, lambda: torch.nn.functional.linear(many, dense))
 
     def product() -> float:
-        return speed(operations, lambda: weights[0](many))
+        return speed(operations, lambda: cpu.matmul(many, weights[0]))
 
     rows = []
     for isa in args.isa:

@@ -201,7 +201,7 @@ int locked(Function function) {
 
 using namespace squawq;
 
-EXPORT int squawq_abi() { return 5; }
+EXPORT int squawq_abi() { return 6; }
 EXPORT const char* squawq_isa() { return current->name; }
 
 // -1: not built in or not on this machine.
@@ -232,16 +232,9 @@ EXPORT int squawq_pack_int8(const void* source, int type, int64_t out, int64_t i
     return locked([=] { pack_int8(source, Dense(type), out, in, target, scales); });
 }
 
-EXPORT int squawq_int4_matmul(const float* x, int64_t m, const Int4* w, int exact, float* y) {
-    return locked([=] { (exact ? current->int4_matmul_exact : current->int4_matmul)(x, m, *w, y); });
-}
-
-EXPORT int squawq_int8_matmul(const float* x, int64_t m, const Int8* w, float* y) {
-    return locked([=] { current->int8_matmul(x, m, *w, y); });
-}
-
-EXPORT int squawq_dense_matmul(const float* x, int64_t m, const DenseWeight* w, float* y) {
-    return locked([=] { current->dense_matmul(x, m, *w, y); });
+// x [m][in] times a weight of a Kind -> y [m][out].
+EXPORT int squawq_matmul(const float* x, int64_t m, int64_t kind, const void* weight, float* y) {
+    return locked([=] { matmul(*current, x, m, {Kind(kind), weight}, y); });
 }
 
 EXPORT int squawq_rms_norm(float* x, const float* delta, const float* weight, float eps, int64_t m, int64_t n, float* y) {

@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads wait in a loop: two w
 import torch
 from safetensors.torch import save_file
 
-from squawq.engine.protocol import Chunk
+from squawq.backends.sampling import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.nn.loader import Options, load
 

@@ -31,6 +31,7 @@ FLOORS: dict[str, float] = {
     "compatibility": 6.5,
     "layerwise": 6.5,
     "engine": 7,
+    "engine.request": 2,
     "quantization": 7,
     "inspection": 7.5,
     "publish": 8,

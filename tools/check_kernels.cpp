@@ -20,17 +20,16 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/ops.h"
+#include "../csrc/layers.h"
 
 using Int = int64_t;
 using In = const float*;
+using squawq::Kind;
 extern "C" {
 const char* squawq_isa();
 int squawq_set_isa(const char*);
 int squawq_set_threads(int);
-int squawq_int4_matmul(In, Int, const squawq::Int4*, int, float*);
-int squawq_int8_matmul(In, Int, const squawq::Int8*, float*);
-int squawq_dense_matmul(In, Int, const squawq::DenseWeight*, float*);
+int squawq_matmul(In, Int, Kind, const void*, float*);
 int squawq_rms_norm(float*, In, In, float, Int, Int, float*);
 int squawq_activation_mul(In, Int, Int, Int, float*);
 int squawq_rotate_and_store(float*, Int, Int, Int, Int, Int, In, In, In, In, float, const Int*, uint16_t*, uint16_t*);
@@ -95,7 +94,8 @@ void check(const std::string& what, double tolerance, Int rows, Int width, const
     say(error <= tolerance && same, what, error, same ? "the same" : "NOT the same");
 }
 
-void product(const std::string& what, Int in, Int out, const std::function<void(In, Int, float*)>& multiply) {
+void product(const std::string& what, Int in, Int out, Kind kind, const void* weight) {
+    const auto multiply = [=](In x, Int m, float* y) { squawq_matmul(x, m, kind, weight, y); };
     Floats x = normal(17 * in), before(17 * out), after(17 * out);
     check(what, 1e-5, 17, out, [&](Int first, Int count, float* y) { multiply(&x[first * in], count, y); });
     multiply(x.data(), 17, before.data());
@@ -115,17 +115,16 @@ void linears() {
         const squawq::Int4 w{weight.data(), steps.data(), zeros.data(), bias.data(), out, in, group};
         for (int exact : {0, 1})
             product("int4, group " + std::to_string(group) + (exact ? ", exact" : ", int8 input"), in, out,
-                    [&](In x, Int m, float* y) { squawq_int4_matmul(x, m, &w, exact, y); });
+                    exact ? Kind::int4_exact : Kind::int4, &w);
     }
     const auto bytes = random<int8_t>(blocks * 256 * 16, Integers(-127, 127));
     const squawq::Int8 w{bytes.data(), scales.data(), nullptr, out, 256, 128};
-    product("int8", 256, out, [&](In x, Int m, float* y) { squawq_int8_matmul(x, m, &w, y); });
+    product("int8", 256, out, Kind::int8, &w);
     const auto half = halves(blocks * 256 * 16);
     const void* data[] = {full.data(), half.data(), half.data()};
     for (int type : {0, 1, 2}) {
         const squawq::DenseWeight d{data[type], nullptr, out, 256, squawq::Dense(type)};
-        product(std::vector{"dense f32", "dense f16", "dense bf16"}[type], 256, out,
-                [&](In x, Int m, float* y) { squawq_dense_matmul(x, m, &d, y); });
+        product(std::vector{"dense f32", "dense f16", "dense bf16"}[type], 256, out, Kind::dense, &d);
     }
 }
 
@@ -175,8 +174,8 @@ void attention(const std::string& name, Int query, Int kv, Int dim) {
         check(what, normed ? 1e-5 : 0, ROWS, width + 2 * stored, [&](Int first, Int count, float* y) {
             Floats rotated(&qkv[first * width], &qkv[first * width] + count * width);
             auto k = keys, v = values;
-            squawq_rotate_and_store(rotated.data(), count, query, kv, dim, half, &cos[first * half], &sin[first * half], weight, weight,
-                                    1e-5f, slots + first, k.data(), v.data());
+            squawq_rotate_and_store(rotated.data(), count, query, kv, dim, half, &cos[first * half], &sin[first * half],
+                                    weight, weight, 1e-5f, slots + first, k.data(), v.data());
             for (Int i = 0; i < count; ++i) {
                 const Int page = slots[first + i] / 16, place = slots[first + i] % 16;
                 y = std::copy_n(&rotated[i * width], width, y);

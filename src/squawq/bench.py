@@ -34,9 +34,6 @@ def bench(
     """Load `model` and measure it; streams run together, each on a random prompt of its own.
 
     Args:
-        model: A folder or Hub id.
-        prompt_tokens: Tokens of each prompt.
-        new_tokens: Tokens to generate after it.
         streams: Requests at once.
         **knobs: Fields of EngineConfig, such as threads.
 
@@ -50,11 +47,8 @@ def bench(
         ConfigError: A number is out of range.
         CheckpointError: The folder cannot be run.
     """
-    for name, value, least in (
-        ("prompt_tokens", prompt_tokens, 1),
-        ("new_tokens", new_tokens, 2),
-        ("streams", streams, 1),
-    ):
+    numbers = ("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 2), ("streams", streams, 1)
+    for name, value, least in numbers:
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
     if streams > MAX_STREAMS:

@@ -10,7 +10,7 @@ from squawq.errors import CheckpointError
 from squawq.quant_config import LAYOUTS, QuantConfig, stated_layout
 
 MAX_LAYERS = 1024
-MAX_SIZES = {  # of what sizes memory; anything else: 2**31 - 1
+MAX_SIZES = {  # of what determines memory; MAX_SIZE for anything else
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
     "num_attention_heads": 2**14,
@@ -20,6 +20,7 @@ MAX_SIZES = {  # of what sizes memory; anything else: 2**31 - 1
 }
 MAX_SIZE = 2**31 - 1
 MAX_REAL = 1e30  # within float32's range
+PARTIAL = "partial_rotary_factor"
 ROPE_TYPES = ("default", "linear", "llama3")  # their parameters are read
 CODE = (  # keys that name code that transformers would fetch or run
     *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
@@ -41,7 +42,7 @@ LEFT_OUT = {
 
 
 def without(config: Any, keys: Collection[str]) -> Any:
-    """config.json without some keys, also in the configs that it holds."""
+    """config.json without some keys, at any depth."""
     if not isinstance(config, Mapping):
         return config
     return {key: without(value, keys) for key, value in config.items() if key not in keys}
@@ -51,10 +52,7 @@ def without(config: Any, keys: Collection[str]) -> Any:
 class RopeConfig:
     """Rotary embedding with base `theta`.
 
-    Attributes:
-        type: "llama3" scales frequencies as Llama 3.1 does, "linear" by `factor`; other types are kept by name only.
-            "by layer type": layers differ, as `ModelConfig.raw` says.
-        partial: The rotated share of a head.
+    `type` is one of ROPE_TYPES, another type by name only, or "by layer type" where layers differ (`ModelConfig.raw`).
     """
 
     theta: float = 10000.0
@@ -63,7 +61,7 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-    partial: float = 1.0
+    partial: float = 1.0  # rotated share of a head
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class ModelConfig:
         return str(stated_layout(self.raw.get("quantization_config") or {}))
 
     def window(self, layer: int) -> int | None:
-        """Tokens that this layer's attention looks back over; None for all."""
+        """The layer's sliding window in tokens; None for full attention."""
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
     @classmethod
@@ -164,7 +162,7 @@ def _text_config(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def _whole(key: str, value: object, least: int, where: str) -> int:
-    """Raises CheckpointError for what is no whole number within its bounds."""
+    """The value, if it is a whole number within its bounds; else raises CheckpointError."""
     most = MAX_SIZES.get(key, MAX_SIZE)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         kind = "a positive whole number" if least else "a whole number from 0"
@@ -189,22 +187,18 @@ def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
         return RopeConfig(type="by layer type")
     values.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     kind = values.get("rope_type", values.get("type", "default"))
-    known = kind in ROPE_TYPES
-    partial = raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if not known:
+    partial = raw.get(PARTIAL, values.get(PARTIAL, 1.0))
+    if kind not in ROPE_TYPES:
         values = {"rope_theta": values["rope_theta"]}
+    original = _number(values, "original_max_position_embeddings", 8192, where)
     return RopeConfig(
         theta=_number(values, "rope_theta", 10000.0, where),
         type=str(kind),
-        partial=1.0
-        if partial is None
-        else _number({"partial_rotary_factor": partial}, "partial_rotary_factor", 1, where),
+        partial=1.0 if partial is None else _number({PARTIAL: partial}, PARTIAL, 1, where),
         factor=_number(values, "factor", 1.0, where),
         low_freq_factor=_number(values, "low_freq_factor", 1.0, where),
         high_freq_factor=_number(values, "high_freq_factor", 4.0, where),
-        original_max_position_embeddings=min(
-            MAX_SIZE, int(_number(values, "original_max_position_embeddings", 8192, where))
-        ),
+        original_max_position_embeddings=min(MAX_SIZE, int(original)),
     )
 
 

@@ -7,7 +7,7 @@ import operator
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -47,7 +47,7 @@ class LLM:
         config = config or EngineConfig(**knobs)
         self._model = loaded = LoadedModel(model, config)
         self.folder, self.config, self.device = loaded.folder, loaded.config, config.device
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self._defaults = loaded.tokenizer, loaded.sampling_defaults()
         self.engine: InferenceEngine = loaded.engine
         self.context = min(self.engine.max_positions, self.engine.cache_tokens)
         self._names = itertools.count()
@@ -72,7 +72,7 @@ class LLM:
 
     def sampling_defaults(self) -> SamplingParams:
         """What generation_config.json asks for."""
-        return self._model.sampling_defaults()
+        return self._defaults
 
     @overload
     def generate(
@@ -182,13 +182,9 @@ class LLM:
 
     def _with_texts(self, output: Output) -> Output:
         """The output, with the texts of the tokens in its log probabilities."""
-        return replace(
-            output,
-            logprobs=None if output.logprobs is None else tuple(map(self._with_text, output.logprobs)),
-            prompt_logprobs=None
-            if output.prompt_logprobs is None
-            else tuple(None if item is None else self._with_text(item) for item in output.prompt_logprobs),
-        )
+        found, prompt = output.logprobs, output.prompt_logprobs
+        scores = None if prompt is None else tuple(item and self._with_text(item) for item in prompt)
+        return replace(output, logprobs=found and tuple(map(self._with_text, found)), prompt_logprobs=scores)
 
     def _with_text(self, item: TokenLogprob) -> TokenLogprob:
         text = self.tokenizer.token_text
@@ -197,12 +193,8 @@ class LLM:
     def _texts(
         self, prompts: list[list[int]], params: SamplingParams | None, progress: bool, settings: Mapping[str, Any]
     ) -> list[str]:
-        texts = []
         one = replace(self._params(params, settings), n=1)
-        for (output,) in self.complete(prompts, one, progress=progress):
-            _check(output)
-            texts.append(output.text)
-        return texts
+        return [_checked(output).text for (output,) in self.complete(prompts, one, progress=progress)]
 
     def _pieces(self, ids: Sequence[int], params: SamplingParams) -> Generator[str]:
         outputs = self._outputs([ids], replace(params, n=1))  # best_of stays
@@ -214,10 +206,7 @@ class LLM:
             raise ConfigError(f"params is {params!r:.100}; give SamplingParams, or settings by name: max_tokens=5")
         if params is not None and settings:
             raise ConfigError(f"params and {next(iter(settings))} are both given; put all settings into one of the two")
-        known = [entry.name for entry in fields(SamplingParams)]
-        if unknown := next((name for name in settings if name not in known), None):
-            raise ConfigError(f"there is no setting {unknown!r}; choose from {', '.join(known)}")
-        return replace(self.sampling_defaults(), **settings) if params is None else params
+        return replace(self._defaults, **settings) if params is None else params
 
     def _requests(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
         try:
@@ -228,18 +217,18 @@ class LLM:
 
     def _outputs(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Output]:
         """Yield outputs as they come; raises GenerationError for a failed one."""
-        return self._checked(self.engine.generate(self._requests(prompts, params)))
+        return self._run(self.engine.generate(self._requests(prompts, params)))
 
-    def _checked(self, outputs: Iterator[Output]) -> Iterator[Output]:
+    def _run(self, outputs: Iterator[Output]) -> Iterator[Output]:
         """A method, so that an open stream keeps the model alive."""
         for output in outputs:
-            _check(output)
-            yield output
+            yield _checked(output)
 
 
-def _check(output: Output) -> None:
+def _checked(output: Output) -> Output:
     if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
         raise GenerationError(f"the text was not finished: {output.stop_reason}")
+    return output
 
 
 @contextmanager

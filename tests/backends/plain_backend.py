@@ -25,17 +25,8 @@ class PlainBackend(Backend):
     def declines(cls, device: torch.device) -> str | None:
         return None if device.type == "cpu" else "it is for tests on the CPU"
 
-    def int4_declines(self, *_: int) -> str | None:
-        return None
-
-    def int8_declines(self, *_: object) -> str | None:
-        return "it has no int8 weights"
-
     def pack_int4(self, out: int, in_: int, group: int, parts: Iterable[Gemm], bias: Tensor | None = None) -> Packed:
         return Transposed(torch.cat([from_gemm(*part).dequantize() for part in parts]), bias)
-
-    def pack_int8(self, weight: Tensor) -> Packed:
-        raise NotImplementedError
 
     def pack_dense(self, parts: Sequence[Tensor], bias: Tensor | None = None) -> Packed:
         return Transposed(torch.cat([part.float() for part in parts]), bias)
@@ -47,16 +38,10 @@ class PlainBackend(Backend):
         assert isinstance(weight, Transposed)
         return x @ weight.weight + weight.bias
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        return weight[ids].float()
-
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if delta is not None:
             hidden += delta
         return hidden / (hidden.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-    def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
-        return torch.cos(positions[:, None] * frequencies), torch.sin(positions[:, None] * frequencies)
 
     def rotate_and_store(
         self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
@@ -89,6 +74,3 @@ class PlainBackend(Backend):
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
         return gate * gate.sigmoid() * up
-
-    def round_columns(self, *_: object) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError

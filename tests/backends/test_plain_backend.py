@@ -10,7 +10,8 @@ from plain_backend import PlainBackend
 
 import squawq
 from squawq.backends import BACKENDS
-from squawq.engine.protocol import Chunk
+from squawq.backends.sampling import Chunk, Sampling, StepOutput
+from squawq.engine.request import SamplingParams
 from squawq.engine.runner import DecoderRunner
 from squawq.nn.loader import Options, load
 
@@ -29,3 +30,19 @@ def test_it_runs_the_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(torch.cat([torch.from_numpy(runner.run([chunk])[0]) for chunk in chunks]))
     assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
     assert torch.allclose(found[0], found[1], atol=1e-2)  # float32 pages beside float16 ones
+
+
+def test_sampling_is_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host by default; a backend that samples on its device replaces it."""
+    decoder = load(MODEL, Options(backend="reference"))
+    runner = DecoderRunner(decoder, kv_tokens=64)
+    sampling = Sampling(SamplingParams(), [5, 6], [], seed=0, index=0, logprobs=0)
+    runner.prepare(sampling)
+    chunk = Chunk([5, 6], 0, [0], 1, sampling)
+    (output,) = runner.step([chunk])
+    (logits,) = runner.run([chunk])
+    assert output.token == logits[-1].argmax()
+    assert output.logprob is not None
+    assert output.logprob.logprob == pytest.approx(float(torch.from_numpy(logits[-1]).log_softmax(-1).max()), abs=1e-5)
+    monkeypatch.setattr(decoder.backend, "sample", lambda _, batch: [StepOutput(7) for _ in batch])
+    assert [found.token for found in runner.step([chunk, chunk])] == [7, 7]

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squawq.engine.protocol import Chunk
+from squawq.backends.sampling import Chunk, Sampler, Sampling, StepOutput, sample, sampler, token_logprob
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
-from squawq.engine.sampler import HostSampling, Sampler, token_logprob
 from squawq.engine.sequence import join
 
 VOCAB = 48
@@ -43,7 +43,21 @@ def logits_of(tokens: Sequence[int]) -> NDArray[np.float32]:
     return _row(np.array(states, dtype=np.int64))
 
 
-class FakeRunner(HostSampling):
+class HostRunner(ABC):
+    """A runner whose logits are on the host."""
+
+    @abstractmethod
+    def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
+        """float32 logits [chunk.logits, vocab_size] of each chunk."""
+
+    def prepare(self, sampling: Sampling) -> None:
+        sampling.state = sampler(sampling)
+
+    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
+        return sample(np.concatenate(self.run(batch)), batch)
+
+
+class FakeRunner(HostRunner):
     """`fail` is called before each step and may raise; `steps` are the batches that ran."""
 
     def __init__(self, num_pages: int = 64, page_size: int = 4, max_positions: int = 100) -> None:

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from squawq.demo import demo_model
-from squawq.engine.detokenizer import StopStrings, TextStream
-from squawq.text.tokenizer import Tokenizer
+from squawq.engine.sequence import StopStrings
+from squawq.text.tokenizer import TextStream, Tokenizer
 
 TOKENIZER = Tokenizer(demo_model())
 

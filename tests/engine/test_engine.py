@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
-from fakes import EOS, VOCAB, FakeRunner, collect, expected, request
+from fakes import EOS, VOCAB, FakeRunner, HostRunner, collect, expected, request
 from numpy.typing import NDArray
 
+from squawq.backends.sampling import Chunk
 from squawq.demo import demo_model
 from squawq.engine import grammar as grammar_module
 from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Engine
-from squawq.engine.protocol import Chunk
 from squawq.engine.request import FinishReason, Grammar, Output, Request
-from squawq.engine.sampler import HostSampling
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.text.tokenizer import Tokenizer
 
@@ -338,7 +337,7 @@ def test_a_forked_child_is_told(make: MakeEngine) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-class Letters(HostSampling):
+class Letters(HostRunner):
     """A model of no sense over a real vocabulary."""
 
     vocab_size, max_positions, page_size, num_pages = 4100, 256, 16, 32

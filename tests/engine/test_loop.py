@@ -9,11 +9,12 @@ import pytest
 from fakes import EOS, VOCAB, FakeRunner, FakeTokenizer, collect, expected, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from invariants import check_scheduler
 
 from squawq.engine.config import EngineConfig
-from squawq.engine.loop import Loop
+from squawq.engine.engine import Loop
 from squawq.engine.request import FinishReason, Output, Request
-from squawq.engine.sequence import new_request_state
+from squawq.engine.sequence import RequestState
 
 BLOCKS = ([1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9])  # pages that come after one another in any order
 PREFIX = [7, 3, 9, 9, 1, 4, 30, 31, 2, 5, 6, 40]
@@ -39,14 +40,11 @@ class Bench:
         )
 
     def visit(self, asked: Request) -> Request:
-        limit = self.room
-        if asked.params.max_tokens is not None:
-            limit = min(limit, len(asked.prompt) + asked.params.max_tokens)
         self.loop.add(
-            new_request_state(
+            RequestState(
                 asked,
                 self.outputs.append,
-                limit=limit,
+                room=self.room,
                 matcher=None,
                 tokenizer=FakeTokenizer(),
                 eos_ids=frozenset([EOS]),
@@ -56,7 +54,7 @@ class Bench:
 
     def step(self) -> None:
         self.loop.step()
-        self.loop.scheduler.check()
+        check_scheduler(self.loop.scheduler)
 
     def finish(self, most: int = 10_000) -> dict[tuple[str, int], Output]:
         for _ in range(most):

@@ -14,13 +14,14 @@ from conftest import tiny_config
 from fakes import collect
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from invariants import check_scheduler
 
 from squawq.backends.cpu import library
 from squawq.engine.config import EngineConfig
-from squawq.engine.loop import Loop
+from squawq.engine.engine import Loop
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner, default_kv_tokens
-from squawq.engine.sequence import new_request_state
+from squawq.engine.sequence import RequestState
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import load
@@ -60,12 +61,11 @@ class Crowd:
         self.loop = Loop(runner, EngineConfig(max_num_batched_tokens=tokens, max_num_seqs=5, prefix_caching=caching))
 
     def add(self, asked: Request) -> None:
-        limit = min(self.room, len(asked.prompt) + (asked.params.max_tokens or self.room))
         eos = frozenset([1])
-        state = new_request_state(
+        state = RequestState(
             asked,
             self.outputs.append,
-            limit=limit,
+            room=self.room,
             matcher=None,
             tokenizer=None,
             eos_ids=eos,
@@ -77,7 +77,7 @@ class Crowd:
             if not self.loop.requests:
                 break
             self.loop.step()
-            self.loop.scheduler.check()
+            check_scheduler(self.loop.scheduler)
         assert not self.loop.requests
         assert self.loop.pool.available == self.loop.pool.num_pages, "pages are gone"
         return collect(self.outputs)
@@ -128,7 +128,7 @@ def test_the_same_bits_alone_and_in_a_crowd(
             if leaves is not None and arrives + leaves == step:
                 crowd.loop.abort(request.id)
         crowd.loop.step()
-        crowd.loop.scheduler.check()
+        check_scheduler(crowd.loop.scheduler)
     found = crowd.finish()
     for request, _, leaves in coming:
         for index, expected in enumerate(alone(decoder, request, crowd.room)):

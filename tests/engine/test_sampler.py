@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from squawq.backends.sampling import NoTokenError, Sampler, draw, token_logprob
 from squawq.engine.request import SamplingParams
-from squawq.engine.sampler import NoTokenError, Sampler, draw, token_logprob
 
 Row = NDArray[np.float32]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from invariants import check_scheduler
 
 from squawq.engine.pages import PagePool
 from squawq.engine.scheduler import MAX_SCORED, Scheduler, Sequence
@@ -28,7 +29,7 @@ def finish(planner: Scheduler, shares: list[tuple[Sequence, int]]) -> None:
             sequence.tokens.append(9)
             if len(sequence.tokens) >= sequence.limit:
                 planner.end(sequence)
-    planner.check()
+    check_scheduler(planner)
 
 
 def run(planner: Scheduler) -> list[tuple[int, int]]:

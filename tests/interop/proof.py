@@ -74,8 +74,8 @@ def our_logits(folder: Path, windows: list[list[int]]) -> torch.Tensor:
     """float32 [windows, tokens, vocab] of a folder, with float32 activations and the head as it is stored."""
     import torch
 
+    from squawq.backends.sampling import Chunk
     from squawq.engine.config import EngineConfig
-    from squawq.engine.protocol import Chunk
     from squawq.engine.runner import load_runner
 
     runner = load_runner(folder, EngineConfig(exact=True, kv_tokens=4096))

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from squawq.backends.base import Backend, Layers, Pages, RunLayers
 from squawq.backends.cpu import library
-from squawq.backends.cpu.backend import CpuBackend
-from squawq.backends.cpu.stack import LayerStack
+from squawq.backends.cpu.backend import CpuBackend, LayerStack
+from squawq.backends.sampling import Chunk
 from squawq.config import RopeConfig
-from squawq.engine.protocol import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError
 from squawq.evaluation.run import final_states

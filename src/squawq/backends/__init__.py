@@ -1,4 +1,4 @@
-"""Device backends, found by name and imported when they are asked for. `base.py` says what one is."""
+"""The registry of device backends, imported when they are needed. `base.py` says what a backend is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from squawq.backends.base import Backend
 from squawq.errors import KernelError
 
 REFERENCE = "reference"
-BACKENDS = {  # name -> module:class, the preferred first
+BACKENDS = {  # name -> module:class, in order of preference
     "cpu": "squawq.backends.cpu.backend:CpuBackend",
     REFERENCE: "squawq.backends.reference:Reference",
 }
@@ -20,12 +20,12 @@ def backend_for(device: str | torch.device, name: str | None = None, *, exact: b
     """The first backend that runs on a device, or the one named.
 
     Args:
-        device: such as "cpu" or "cuda:1".
-        name: one of BACKENDS; None chooses.
-        exact: compute 4-bit products in float32.
+        device: "cpu", "cuda:1" ...
+        name: One of BACKENDS, or None.
+        exact: Compute 4-bit products in float32.
 
     Raises:
-        KernelError: no backend runs there; it lists why each declined.
+        KernelError: No backend runs there; it lists why each one declined.
     """
     if name is not None and name not in BACKENDS:
         raise KernelError(f"backend is {name!r}; choose one of {', '.join(BACKENDS)}")

@@ -1,4 +1,4 @@
-"""Which devices can be used here."""
+"""Checks the name of a device against those of this machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from squawq.errors import ConfigError
 
 
 def check_device(device: str, *, mps: bool = False) -> None:
-    """Raises ConfigError, with the choices, for a device that is not there: cpu, cuda, cuda:1 ...
+    """Raise ConfigError, listing the choices, for a device that this machine does not have.
 
-    mps: Apple's GPU will do as well. A GPU's name is CUDA's on ROCm, too.
+    Args:
+        device: "cpu", "cuda", "cuda:1" ... (on ROCm, too).
+        mps: Accept Apple's GPU, "mps".
     """
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     choices = ["cpu", *(["cuda"] if cuda else []), *cuda]

@@ -1,7 +1,6 @@
-"""Decoder layers as data: the operations that they consist of, in order. A backend runs the list.
+"""Decoder layers as data: `nn/layers.py` builds a list of these operations from a family's row, and a backend runs it.
 
-`nn/layers.py` builds the list from a family's row. A family with norms after attention, another activation or experts
-is another list, not another loop.
+A family with norms after attention, another activation or experts is another list, not another loop.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from torch import Tensor
 
 
 class Packed:
-    """A weight [out, in] with its bias, in the layout of the backend that packed it."""
+    """A weight [out, in] and its bias, in the layout of the backend that packed it."""
 
     shape: tuple[int, int]
 
 
 class Buffer(IntEnum):
-    """What operations read and write: one row per token. csrc/layers.h has the same numbers."""
+    """What operations read and write, one row per token. csrc/layers.h has the same numbers."""
 
     HIDDEN = 0  # [rows, hidden_size]: the residual stream
     NORMED = 1  # [rows, hidden_size]: input of attention or MLP
@@ -49,7 +48,7 @@ class Matmul:
 
 @dataclass(frozen=True)
 class RotateAndStore:
-    """Norm (where given, float32 [head_dim]) and rotate WIDE's queries and keys; write keys and values to the cache."""
+    """Norm (if given, float32 [head_dim]) and rotate WIDE's queries and keys; write keys and values to the cache."""
 
     layer: int
     query_norm: Tensor | None = None

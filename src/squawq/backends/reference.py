@@ -1,6 +1,6 @@
 """Reference backend: plain torch on any device. It defines what every operation computes; tests compare others with it.
 
-Slow on purpose. INT4 weights stay 4 bits in memory and are dequantized one weight at a time, for each product.
+It is simple, not fast: INT4 weights stay 4 bits in memory, and each product dequantizes its whole weight.
 """
 
 from __future__ import annotations
@@ -132,9 +132,6 @@ class Reference(Backend):
         bias = None if weight.bias is None else weight.bias.to(dtype)
         return F.linear(x.to(dtype), weight.dense().to(dtype), bias).to(x.dtype)
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        return weight[ids.to(weight.device)].to(self.device, self.activation_dtype)
-
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if delta is not None:
             hidden += delta
@@ -145,15 +142,11 @@ class Reference(Backend):
         gate, up = gate_up.chunk(2, -1)
         return ACTIVATIONS[activation](gate) * up
 
-    def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
-        angles = positions.float()[:, None] * frequencies[None, :]
-        return angles.cos(), angles.sin()
-
     def rotate_and_store(
         self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
     ) -> None:
-        """A page is cleared when its first slot is written: nothing of its last holder stays. Infinities become the
-        largest number of the cache's dtype; NaN stays.
+        """Clears a page when its first slot is written, so that nothing of another sequence stays. Infinities become
+        the largest number of the cache's dtype; NaN stays.
         """
         keys, values = pages
         q, k, v = split_heads(qkv, heads)
@@ -182,18 +175,6 @@ class Reference(Backend):
             y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=True)
             out[first : first + rows] = y[0].transpose(0, 1).reshape(rows, -1)
         return out
-
-    def round_columns(
-        self, wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
-    ) -> tuple[Tensor, Tensor]:
-        levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
-        of = groups.tolist()
-        for own in range(len(wanted) - 1, -1, -1):
-            after, scale, zero = slice(own + 1, None), scales[of[own]], zeros[of[own]]
-            column = torch.addmv(wanted[own], errors[after].T, feedback[own, after])
-            torch.div(column, scale, out=levels[own]).round_().add_(zero).clamp_(0, top)
-            torch.sub(zero, levels[own], out=errors[own]).mul_(scale).add_(base[own])
-        return levels, errors
 
     def set_threads(self, count: int) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:

@@ -1,7 +1,4 @@
-"""The engine: takes requests from any thread, runs them in one worker thread, sends outputs to their sinks.
-
-Threads, the queue and the checks of requests are here; the step itself is in loop.py.
-"""
+"""The engine: takes requests from any thread, runs them step by step in a thread of its own, sends outputs to sinks."""
 
 from __future__ import annotations
 
@@ -11,28 +8,134 @@ import queue
 import random
 import secrets
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+import time
+from collections import abc, deque
+from collections.abc import Callable, Iterator
 
+from squawq.backends.sampling import Chunk, StepOutput
 from squawq.engine.config import EngineConfig
 from squawq.engine.grammar import GrammarCompiler, Matcher
-from squawq.engine.loop import Loop
+from squawq.engine.pages import PagePool
 from squawq.engine.protocol import InferenceEngine, Runner, Stats
 from squawq.engine.request import FinishReason, Output, Request, Sink
-from squawq.engine.sequence import RequestState, new_request_state
+from squawq.engine.scheduler import Scheduler, Sequence
+from squawq.engine.sequence import RequestState, SequenceState
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.text.tokenizer import Tokenizer
 
+MAX_MESSAGE = 500
+
+
+class Loop:
+    """The engine's step, single-threaded: plan, run the model, process the results, send outputs.
+
+    `started` and `ended` are called once for each request. An error in one request's processing ends that one alone.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        *,
+        started: Callable[[RequestState], None] = lambda _: None,
+        ended: Callable[[RequestState], None] = lambda _: None,
+    ) -> None:
+        self.pool = PagePool(runner.num_pages, runner.page_size)
+        self.scheduler = Scheduler(self.pool, config.step_tokens, config.max_num_seqs, config.prefix_caching)
+        self.requests: dict[str, RequestState] = {}
+        self.steps = self.tokens_generated = self.prompt_tokens_computed = 0
+        self.runner_seconds = self.step_seconds = 0.0
+        self._runner, self._started, self._ended = runner, started, ended
+        self._owners: dict[Sequence, tuple[RequestState, SequenceState]] = {}
+
+    def add(self, request: RequestState) -> None:
+        self.requests[request.id] = request
+        for state in request.states:
+            self._owners[state.sequence] = (request, state)
+            self.scheduler.add(state.sequence)
+
+    def abort(self, request_id: str) -> None:
+        if request := self.requests.get(request_id):
+            self._end(request, FinishReason.ABORT)
+
+    def end_all(self, reason: FinishReason, why: str | None = None) -> None:
+        for request in list(self.requests.values()):
+            self._end(request, reason, why)
+
+    def step(self) -> None:
+        """Run one step of all requests in flight and send their outputs; no-op without requests."""
+        if not self.requests:
+            return
+        began = time.perf_counter()
+        shares = self.scheduler.plan()
+        assert shares, "requests are in flight and none was scheduled"
+        batch = [self._chunk(sequence, count) for sequence, count in shares]
+        ran = time.perf_counter()
+        try:
+            results = self._runner.step(batch)
+        except BaseException as error:  # Rust's panics too: none may end the worker
+            for request in dict.fromkeys(self._owners[sequence][0] for sequence, _ in shares):
+                self._end(request, FinishReason.ERROR, _message(error))
+            return
+        self.runner_seconds += time.perf_counter() - ran
+        for (sequence, count), chunk, result in zip(shares, batch, results, strict=True):
+            if not sequence.ended:  # a sibling may have ended it in this very step
+                self.prompt_tokens_computed += max(0, min(count, sequence.prompt - chunk.start))
+                self.scheduler.advance(sequence, count)
+                self._take(sequence, chunk, result)
+        self.steps += 1
+        self.step_seconds += time.perf_counter() - began
+
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        request, state = self._owners[sequence]
+        if not request.started:
+            request.started = True
+            self._started(request)
+        return state.chunk(count)
+
+    def _take(self, sequence: Sequence, chunk: Chunk, result: StepOutput) -> None:
+        request, state = self._owners[sequence]
+        try:
+            if result.error is not None:
+                raise result.error
+            if sequence.score:
+                state.score(chunk.start, result.prompt_logprobs)
+            if result.token is None:
+                return
+            output = state.step(result.token, result.logprob)
+        except BaseException as error:
+            self._end(request, FinishReason.ERROR, _message(error))
+            return
+        self.tokens_generated += 1
+        self._deliver(request, state, output)
+
+    def _deliver(self, request: RequestState, state: SequenceState, output: Output) -> None:
+        """Send an output to its sink; a sink that raises aborts its request."""
+        if output.finish:
+            self.scheduler.end(state.sequence)
+            del self._owners[state.sequence]
+        if request.ended and self.requests.pop(request.id, None) is not None:
+            self._ended(request)  # before its last output: its receiver may reuse the id
+        try:
+            request.deliver(output)
+        except BaseException:
+            request.sink = _nothing
+            self._end(request, FinishReason.ABORT)
+
+    def _end(self, request: RequestState, reason: FinishReason, why: str | None = None) -> None:
+        for state in request.states:
+            if state.finish is None:
+                try:
+                    output = state.end(reason, why)
+                except BaseException:  # the tokenizer failed on what was held back
+                    output = Output(request.id, state.index, finish=reason, stop_reason=why)
+                self._deliver(request, state, output)
+
 
 class Engine(InferenceEngine):
-    """Runs requests on a runner, in a thread of its own. InferenceEngine documents the methods.
+    """Runs requests on a runner, in a thread of its own. `InferenceEngine` documents the methods.
 
-    Args:
-        runner: The model.
-        tokenizer: Decodes outputs; None for token ids only, without stop strings and grammars.
-        config: The knobs.
-        eos_ids: Tokens that end a text.
+    tokenizer: decodes outputs; None for token ids only, without stop strings and grammars.
     """
 
     def __init__(
@@ -41,16 +144,13 @@ class Engine(InferenceEngine):
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
         *,
-        eos_ids: Sequence[int] = (),
+        eos_ids: abc.Iterable[int] = (),
     ) -> None:
         self.config = config = config or EngineConfig()
         self.max_positions = runner.max_positions
         self.cache_tokens = runner.num_pages * runner.page_size
-        self._runner = runner
-        self._tokenizer = tokenizer
-        self._eos_ids = frozenset(eos_ids)
+        self._runner, self._tokenizer, self._eos_ids = runner, tokenizer, frozenset(eos_ids)
         self._max_waiting = math.inf if config.max_waiting is None else config.max_waiting
-        self._room = min(self.max_positions, self.cache_tokens)
         self._seeds = secrets.SystemRandom() if config.seed is None else random.Random(config.seed)
         self._compiler: GrammarCompiler | None = None
         self._loop = Loop(runner, config, started=self._on_start, ended=self._on_end)
@@ -59,53 +159,24 @@ class Engine(InferenceEngine):
         self._inbox: list[Callable[[], None]] = []
         self._live: set[str] = set()
         self._on_step: list[Callable[[], object]] = []
-        self._queued = 0
-        self._closed = False
-        self._stop = False
+        self._queued, self._closed, self._stop = 0, False, False
         self._worker = threading.Thread(target=self._work, name="squawq-engine", daemon=True)
         self._worker.start()
 
     def check(self, request: Request) -> Matcher | None:
-        """Check a request against the model and compile its grammar, which may take seconds.
-
-        Returns:
-            The compiled grammar. It stays compiled as long as the caller holds it.
-
-        Raises:
-            ConfigError: The request can never be run.
-            QueueFull: Too many different grammars are in use.
-        """
-        params, prompt, vocab = request.params, request.prompt, self._runner.vocab_size
-        if not prompt:
-            raise ConfigError("the prompt is empty; give at least one token")
-        if bad := [i for i in prompt if not isinstance(i, int) or not 0 <= i < vocab]:
-            raise ConfigError(f"the prompt has the token id {bad[0]!r}; the model has ids 0 to {vocab - 1}")
-        if len(prompt) >= self.max_positions:
-            raise ConfigError(f"the prompt has {len(prompt)} tokens; the model has {self.max_positions} positions")
-        if len(prompt) >= self._room:
-            raise ConfigError(f"the prompt has {len(prompt)} tokens; the cache holds {self._room} (kv_tokens)")
-        named: dict[str, Iterable[int]] = {
-            "stop_ids": params.stop_ids,
-            "logit_bias": params.logit_bias or (),
-            "allowed_ids": params.allowed_ids or (),
-            "bad_ids": chain.from_iterable(params.bad_ids),
-        }
-        for name, ids in named.items():
-            if (largest := max(ids, default=0)) >= vocab:
-                raise ConfigError(f"{name} has the token id {largest}; the model has ids 0 to {vocab - 1}")
+        """The compiled grammar, which may take seconds; it stays compiled as long as the caller holds it."""
+        params = request.params
+        request.check(self._runner.vocab_size, self.max_positions, self.cache_tokens)
         if self._tokenizer is None and (params.stop or params.grammar):
             raise ConfigError("stop strings and grammars need a tokenizer; the model has none")
         return None if params.grammar is None else self._grammars().compile(params.grammar, request.tenant)
 
     def submit(self, request: Request, sink: Sink, *, wait: bool = False) -> None:
         matcher = self.check(request)
-        limit = self._room
-        if request.params.max_tokens is not None:
-            limit = min(limit, len(request.prompt) + request.params.max_tokens)
-        state = new_request_state(
+        state = RequestState(
             request,
             sink,
-            limit=limit,
+            room=min(self.max_positions, self.cache_tokens),
             matcher=matcher,
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
@@ -134,7 +205,7 @@ class Engine(InferenceEngine):
     def abort(self, request_id: str) -> None:
         self._command(lambda: self._loop.abort(request_id))
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
+    def generate(self, requests: abc.Sequence[Request]) -> Iterator[Output]:
         for request in requests:
             self.check(request)
         return self._generate(deque(requests))
@@ -207,12 +278,8 @@ class Engine(InferenceEngine):
         with self._changed:
             if self._compiler is None:
                 assert self._tokenizer is not None
-                self._compiler = GrammarCompiler(
-                    self._tokenizer,
-                    self._runner.vocab_size,
-                    sorted(self._eos_ids),
-                    timeout_s=self.config.grammar_timeout,
-                )
+                vocabulary = self._tokenizer, self._runner.vocab_size, sorted(self._eos_ids)
+                self._compiler = GrammarCompiler(*vocabulary, timeout_s=self.config.grammar_timeout)
             return self._compiler
 
     def _command(self, command: Callable[[], None]) -> None:
@@ -236,19 +303,18 @@ class Engine(InferenceEngine):
         try:
             while self._listen():
                 self._loop.step()
-                self._notify_step()
+                self._stepped()
         except BaseException as error:  # a bug: no caller may be left waiting
             reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
         with self._changed:
-            self._closed = True
-            self._stop = True
+            self._closed = self._stop = True
         self._listen()
         self._loop.end_all(reason, why)
-        self._notify_step()
+        self._stepped()
         if self._compiler is not None:
             self._compiler.close()
 
-    def _notify_step(self) -> None:
+    def _stepped(self) -> None:
         for callback in self._on_step:
             callback()
 
@@ -261,3 +327,11 @@ class Engine(InferenceEngine):
         for command in commands:
             command()
         return not stop
+
+
+def _nothing(_: Output) -> None:
+    pass
+
+
+def _message(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:MAX_MESSAGE]

@@ -35,17 +35,16 @@ class GenerationConfig:
         values = self._values
         given: dict[str, Any] = {"temperature": 1.0} if values.get("do_sample", False) else {}
         for name in (*(_SAMPLED if given else ()), "repetition_penalty"):
-            value = values.get(name)
-            if isinstance(value, float) and value.is_integer() and name == "top_k":
-                value = int(value)
+            value: Any = values.get(name)
             if value is None:
                 continue
+            if isinstance(value, float) and value.is_integer() and name == "top_k":
+                value = int(value)
             try:
                 SamplingParams(**{name: value})
+                given[name] = value
             except ConfigError as error:
                 logger.warning("%s: passed over: %s", self._path, error)
-            else:
-                given[name] = value
         return SamplingParams(**given)
 
     def _read_eos_ids(self, config: ModelConfig) -> frozenset[int]:

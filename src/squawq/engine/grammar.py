@@ -53,15 +53,12 @@ class GrammarError(ValueError):
 
 @dataclass(eq=False)
 class _Start:
-    """A compiled grammar: a process at the grammar's start, and its answer there.
-
-    bad_until: refused until then (time.monotonic), because a token took too long. lost: the process is gone.
-    """
+    """A compiled grammar: a process at the grammar's start, and its answer there."""
 
     child: Child
     answer: bytes
-    bad_until: float = 0.0
-    lost: bool = False
+    bad_until: float = 0.0  # refused until then (time.monotonic), because a token took too long
+    lost: bool = False  # the process is gone
 
 
 class Matcher:
@@ -130,9 +127,6 @@ class GrammarCompiler:
     Tenants share no grammar: no request shows what another tenant has compiled, or how that failed.
 
     Args:
-        tokenizer: The tokenizer.
-        vocab_size: Size of the logits.
-        eos_ids: Tokens that end a complete text.
         timeout_s: Processor seconds for compiling a grammar.
 
     Raises:

@@ -1,5 +1,4 @@
-"""Opens a model folder: config, tokenizer, chat template, sampling defaults and a running engine. LLM, serve and bench
-all start here."""
+"""Opens a model folder for LLM, serve and bench: config, tokenizer, chat template, sampling defaults and engine."""
 
 from __future__ import annotations
 
@@ -23,8 +22,6 @@ class LoadedModel:
     """A model folder or Hub id, loaded, with its engine running until `close`.
 
     Args:
-        model: A folder or a Hub id.
-        config: The engine's knobs.
         revision: Branch, tag or commit on the Hub.
         tokenizer: A folder or Hub id whose tokenizer replaces the model's own.
         chat_template: A jinja file that replaces the model's own templates.
@@ -32,10 +29,8 @@ class LoadedModel:
         generation_config: Source of sampling defaults: "auto" (the model), "vllm" (none), or a folder.
 
     Attributes:
-        folder, config, engine: The parts; `tokenizer` too, where it was loaded.
         chat_template, tool_template: jinja sources, the second for chats with tools; None where there is none.
-        eos_ids: Tokens that end a text.
-        cache_bytes: Memory of the KV cache when it is full.
+        cache_bytes: Memory of the full KV cache.
 
     Raises:
         SquawqError: The model cannot be run.
@@ -69,7 +64,7 @@ class LoadedModel:
         self._generation_config = self._read_generation_config(generation_config)
         self._defaults = generation_config != "vllm"
         self.eos_ids = self._generation_config.eos_ids
-        self.engine = Engine(runner, self._tokenizer, config, eos_ids=sorted(self.eos_ids))
+        self.engine = Engine(runner, self._tokenizer, config, eos_ids=self.eos_ids)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Allocates pages of the KV cache, with reference counts, and finds cached prefixes. Page numbers only, no memory.
+"""Allocates page numbers of the KV cache, with reference counts, and finds cached prefixes.
 
 A full page is found again by a digest of all tokens up to its end, as in vLLM's automatic prefix caching.
 """
@@ -6,9 +6,10 @@ A full page is found again by a digest of all tokens up to its end, as in vLLM's
 from __future__ import annotations
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import takewhile
 
 ROOT = b""
 
@@ -53,7 +54,6 @@ class PagePool:
         return len(self._free) + len(self._idle)
 
     def pages_for(self, tokens: int) -> int:
-        """Pages needed for a number of tokens."""
         return -(-tokens // self.page_size)
 
     def take(self) -> int:
@@ -71,13 +71,7 @@ class PagePool:
 
     def match(self, digests: Iterable[bytes]) -> list[int]:
         """Pages of the longest run of `digests` from the first on. They are not referenced yet."""
-        pages = []
-        for digest in digests:
-            page = self._found.get(digest)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+        return [self._found[digest] for digest in takewhile(self._found.__contains__, digests)]
 
     def idle(self, pages: Iterable[int]) -> int:
         """How many of these are idle."""
@@ -111,15 +105,3 @@ class PagePool:
                     self._free.append(page)
                 else:
                     self._idle[page] = None
-
-    def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """Assert that every page is exactly one of free, idle, referenced, given all running page tables."""
-        references = Counter(page for table in tables for page in table)
-        assert all(self._references[page] == references[page] for page in range(self.num_pages))
-        free, idle, held = set(self._free), set(self._idle), set(references)
-        assert len(free) == len(self._free), "a page is free twice"
-        assert not free & idle and not free & held and not idle & held  # noqa: PT018
-        assert free | idle | held == set(range(self.num_pages)), "a page leaked"
-        assert all(self._digests[page] is not None for page in idle)
-        assert all(self._digests[page] is None for page in free)
-        assert self._found == {d: p for p, d in enumerate(self._digests) if d is not None}

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
-from squawq.engine.request import Output, Request, SamplingParams, Sink, TokenLogprob
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from squawq.backends.sampling import Chunk, Sampling, StepOutput
+from squawq.engine.request import Output, Request, Sink
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counters since the engine's start, and its state now. Times in seconds of wall time.
+    """Counters since the engine's start, and its state now."""
 
-    Attributes:
-        running, waiting: Sequences.
-        pages_used, pages: Pages of the KV cache.
-        prefix_hits, prefix_queries: Prompt tokens found in the prefix cache, and looked up.
-        preemptions: Sequences that had to give their pages back and wait again.
-        runner_seconds: The runner's part of `step_seconds`.
-    """
-
-    running: int
+    running: int  # sequences
     waiting: int
-    pages_used: int
+    pages_used: int  # of the KV cache
     pages: int
-    prefix_hits: int
-    prefix_queries: int
+    prefix_hits: int  # prompt tokens found in the prefix cache
+    prefix_queries: int  # prompt tokens looked up in it
     preemptions: int
     tokens_generated: int
     prompt_tokens_computed: int
     steps: int
-    runner_seconds: float
+    runner_seconds: float  # wall time; the runner's part of step_seconds
     step_seconds: float
 
 
@@ -43,33 +32,25 @@ class InferenceEngine(Protocol):
     """What LLM and serve need of an engine: ours (engine.py), a fake in tests, or an adapter to another engine.
 
     All methods may be called from any thread.
-
-    Attributes:
-        max_positions: Context length of the model.
-        cache_tokens: Capacity of the KV cache in tokens.
     """
 
-    max_positions: int
-    cache_tokens: int
+    max_positions: int  # context length of the model
+    cache_tokens: int  # capacity of the KV cache
 
     @property
     def alive(self) -> bool:
         """Whether it takes requests; False after `close` and after a failure."""
-        ...
 
     def check(self, request: Request) -> object:
-        """Raise ConfigError for a request that can never be run, QueueFull for one whose grammar finds no room now.
+        """Raise ConfigError for a request that can never be run, QueueFull while too many grammars are in use.
 
         The caller may hold on to the result, to keep a compiled grammar until `submit`.
         """
-        ...
 
     def submit(self, request: Request, sink: Sink, *, wait: bool = False) -> None:
         """Queue a request; `sink` receives its outputs in order, from the engine's thread. A sink that raises aborts.
 
         Args:
-            request: The request.
-            sink: Receives the outputs.
             wait: Wait for room in the queue; not from a sink, which would wait for itself.
 
         Raises:
@@ -77,115 +58,30 @@ class InferenceEngine(Protocol):
             QueueFull: There is no room in the queue.
             EngineClosed: After `close`.
         """
-        ...
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
         """Run requests and yield their outputs as they come, those of one sequence in order.
 
         All requests are checked first, and submitted as the queue has room. Closing the iterator aborts the rest.
         """
-        ...
 
     def abort(self, request_id: str) -> None:
         """End a request with the reason "abort"; no-op for an unknown one."""
-        ...
 
     def waits(self, request_id: str) -> bool:
         """Whether a request is queued and has not started."""
-        ...
 
     def on_step(self, callback: Callable[[], object]) -> None:
-        """Call `callback` in the engine's thread after each step, once its outputs are sent. It must not raise."""
-        ...
+        """Call `callback`, which must not raise, in the engine's thread after each step's outputs are sent."""
 
     def draw_seed(self) -> int:
         """A seed for a request without one."""
-        ...
 
     def stats(self) -> Stats:
         """Counters and state."""
-        ...
 
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
         """Take no more requests and stop; `drain` waits for running ones, for `timeout` seconds at most. Idempotent."""
-        ...
-
-
-class TokenMask(Protocol):
-    """The tokens that a grammar allows next. Read as late as possible: it is computed while the model runs."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing but an end token may follow."""
-        ...
-
-    def allowed(self) -> NDArray[np.bool_]:
-        """bool [vocab_size]."""
-        ...
-
-
-@dataclass(eq=False)
-class Sampling:
-    """How the tokens of one sequence are chosen: the same object in each of its steps.
-
-    Attributes:
-        params: The request's settings.
-        prompt: Token ids, for the penalties.
-        ending: Ids that `min_tokens` forbids.
-        seed, index: Name the random stream: the request's seed and which of its sequences this is.
-        logprobs: Log probabilities of the token and of so many alternatives; None for none.
-        grammar: Restricts the tokens.
-        state: The runner's own: counts for penalties, the random stream.
-    """
-
-    params: SamplingParams
-    prompt: Sequence[int]
-    ending: Iterable[int]
-    seed: int
-    index: int
-    logprobs: int | None = None
-    grammar: TokenMask | None = None
-    state: Any = None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One sequence's part of a step.
-
-    Attributes:
-        ids: Tokens to run.
-        start: Position of the first, which is also how many tokens of the sequence are in the KV cache.
-        pages: Its page table, for start + len(ids) tokens.
-        logits: Logits are needed after so many of the last `ids`.
-        sampling: Choose the token that follows the last of `ids`; None in the middle of a prompt.
-        targets: Compute the log probabilities of these prompt tokens, which follow the first len(targets) of `ids`.
-        top: With so many alternatives each.
-    """
-
-    ids: Sequence[int]
-    start: int
-    pages: Sequence[int]
-    logits: int
-    sampling: Sampling | None = None
-    targets: Sequence[int] = ()
-    top: int = 0
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step computed for a chunk.
-
-    Attributes:
-        token: The chosen token.
-        logprob: Its log probability, where `Sampling.logprobs` asks for it.
-        prompt_logprobs: One for each of `Chunk.targets`.
-        error: Why this sequence alone failed.
-    """
-
-    token: int | None = None
-    logprob: TokenLogprob | None = None
-    prompt_logprobs: Sequence[TokenLogprob] = ()
-    error: BaseException | None = None
 
 
 class Runner(Protocol):
@@ -198,8 +94,6 @@ class Runner(Protocol):
 
     def prepare(self, sampling: Sampling) -> None:
         """Set `sampling.state`, where that takes time; called in the thread that submits the request."""
-        ...
 
     def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
         """Run a step: one output for each chunk."""
-        ...

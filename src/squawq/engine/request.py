@@ -1,13 +1,14 @@
 """What goes into the engine and what comes out: sampling parameters, requests and outputs.
 
-Every value is validated on its own; whether a request fits a model (vocabulary, positions, pages) the engine checks.
+Values are validated when they are set; `Request.check` tells whether a request fits a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
@@ -36,16 +37,13 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
+def _tuple(value: object) -> object:
+    """Lists as tuples, so that parameters can be hashed."""
+    return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
+
+
 def _texts(value: object) -> object:
     return (value,) if isinstance(value, str) else _tuple(value)
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _tuples(value: object) -> object:
-    return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 @strict()
@@ -114,7 +112,7 @@ class SamplingParams:
     ] = None
     bad_ids: Annotated[
         Sequence[Annotated[Sequence[TokenId], Field(min_length=1, max_length=MAX_BAD_LENGTH)]],
-        BeforeValidator(_tuples),
+        BeforeValidator(_tuple),
         Field(max_length=MAX_BAD, description=f"at most {MAX_BAD} lists of 1 to {MAX_BAD_LENGTH} token ids"),
     ] = ()
     seed: Annotated[int | None, Field(ge=0, le=2**63 - 1, description="0 to 2^63 - 1")] = None
@@ -149,79 +147,76 @@ class SamplingParams:
 
     @property
     def sequences(self) -> int:
-        """How many sequences are run."""
         return self.n if self.best_of is None else self.best_of
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of token ids and its sampling parameters.
+    """A prompt of token ids and its sampling parameters."""
 
-    Attributes:
-        id: Unique among the requests in flight.
-        tenant: Tenants are served round robin and share no cached prefixes.
-        group: Requests of a tenant with the same group take turns as if they were one request; None: no group.
-        cache_salt: Prefixes are shared only by requests with the same salt (as in vLLM).
-    """
-
-    id: str
+    id: str  # unique among the requests in flight
     prompt: Sequence[int]
     params: SamplingParams
-    tenant: str = ""
-    group: str | None = None
-    cache_salt: str = ""
+    tenant: str = ""  # tenants are served round robin and share no cached prefixes
+    group: str | None = None  # a tenant's requests of one group take turns as if they were one request
+    cache_salt: str = ""  # prefixes are shared only by requests with the same salt (as in vLLM)
+
+    def check(self, vocab_size: int, max_positions: int, cache_tokens: int) -> None:
+        """Raise ConfigError where the request cannot be run by a model of these sizes."""
+        count, ids, params = len(self.prompt), f"the model has ids 0 to {vocab_size - 1}", self.params
+        if not count:
+            raise ConfigError("the prompt is empty; give at least one token")
+        if bad := [i for i in self.prompt if not isinstance(i, int) or not 0 <= i < vocab_size]:
+            raise ConfigError(f"the prompt has the token id {bad[0]!r}; {ids}")
+        if count >= max_positions:
+            raise ConfigError(f"the prompt has {count} tokens; the model has {max_positions} positions")
+        if count >= cache_tokens:
+            raise ConfigError(f"the prompt has {count} tokens; the cache holds {cache_tokens} (kv_tokens)")
+        named: dict[str, Iterable[int]] = {
+            "stop_ids": params.stop_ids,
+            "logit_bias": params.logit_bias or (),
+            "allowed_ids": params.allowed_ids or (),
+            "bad_ids": chain.from_iterable(params.bad_ids),
+        }
+        for name, values in named.items():
+            if (largest := max(values, default=0)) >= vocab_size:
+                raise ConfigError(f"{name} has the token id {largest}; {ids}")
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended; each has exactly one.
+    """Why a sequence ended; each has exactly one."""
 
-    stop: an end token, a stop id or a stop string. length: max_tokens, the context or the KV cache is used up. abort:
-    the client left or the engine was closed. error: its own processing or the model failed.
-    """
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
+    STOP = "stop"  # an end token, a stop id or a stop string
+    LENGTH = "length"  # max_tokens, the context or the KV cache is used up
+    ABORT = "abort"  # the client left, or the engine was closed
+    ERROR = "error"  # its own processing or the model failed
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's natural log probability from the raw logits, and the `top` alternatives with theirs, likeliest first.
-
-    text, top_texts: the texts of the token and of `top`; only `LLM.complete` fills them in.
-    """
+    """A token's natural log probability, from the raw logits."""
 
     token: int
     logprob: float
-    top: tuple[tuple[int, float], ...]
-    text: str = ""
-    top_texts: tuple[str, ...] = ()
+    top: tuple[tuple[int, float], ...]  # alternatives and theirs, likeliest first
+    text: str = ""  # of the token; only `LLM.complete` fills in texts
+    top_texts: tuple[str, ...] = ()  # of `top`
 
     __repr__ = beside_defaults
 
 
 @dataclass(frozen=True)
 class Output:
-    """New tokens of one sequence of a request.
-
-    Attributes:
-        ids: The tokens, an end token included.
-        text: What they add to the text, without end tokens and stop strings unless include_stop is set.
-        logprobs: One for each of `ids`, if requested.
-        prompt_logprobs: One for each prompt token (None for the first), in the first output of sequence 0.
-        finish: Set in a sequence's last output only.
-        stop_reason: The stop string, the end token's id, or the error message.
-    """
+    """New tokens of one sequence of a request."""
 
     request: str
     index: int
-    ids: tuple[int, ...] = ()
-    text: str = ""
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    finish: FinishReason | None = None
-    stop_reason: str | int | None = None
+    ids: tuple[int, ...] = ()  # an end token included
+    text: str = ""  # what they add to the text, without end tokens and stop strings unless include_stop is set
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one for each of `ids`, if requested
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # in sequence 0's first output; None for token 0
+    finish: FinishReason | None = None  # set in a sequence's last output only
+    stop_reason: str | int | None = None  # the stop string, the end token's id, or the error message
 
     __repr__ = beside_defaults
 

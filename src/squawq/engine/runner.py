@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from squawq.backends import backend_for
 from squawq.backends.base import PAGE, Batch
+from squawq.backends.sampling import Chunk, Sampling, StepOutput
 from squawq.config import ModelConfig
 from squawq.engine.config import EngineConfig
-from squawq.engine.protocol import Chunk
-from squawq.engine.sampler import HostSampling
 from squawq.errors import ConfigError
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
@@ -29,7 +28,7 @@ CACHE_SHARE = 0.25  # of the memory that is free, for keys and values, by defaul
 MAX_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
 
 
-class DecoderRunner(HostSampling):
+class DecoderRunner:
     """A loaded decoder and its KV cache. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
 
     def __init__(self, decoder: Decoder, kv_tokens: int | None = None, gpu_share: float | None = None) -> None:
@@ -56,8 +55,19 @@ class DecoderRunner(HostSampling):
         except (MemoryError, RuntimeError, ValueError) as error:
             raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
 
+    def prepare(self, sampling: Sampling) -> None:
+        self._decoder.backend.prepare_sampling(sampling)
+
+    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
+        return self._decoder.backend.sample(self._logits(batch), batch)
+
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
-        """Write keys and values to the chunks' pages; returns float32 logits [chunk.logits, vocab] for each chunk."""
+        """A step without sampling: float32 logits [chunk.logits, vocab] of each chunk."""
+        ends = np.cumsum([chunk.logits for chunk in batch])
+        return np.split(self._logits(batch).cpu().numpy(), ends[:-1].tolist())
+
+    def _logits(self, batch: Sequence[Chunk]) -> torch.Tensor:
+        """float32 [rows, vocab], `chunk.logits` rows of each chunk; writes keys and values to the chunks' pages."""
         if threading.get_ident() != self._thread:
             self._thread = threading.get_ident()
             if self._decoder.native(self._cache):
@@ -84,9 +94,7 @@ class DecoderRunner(HostSampling):
             pages=self._tensor(pages).int(),
             outputs=self._tensor(outputs),
         )
-        logits: NDArray[np.float32] = self._decoder(step, self._cache).cpu().numpy()
-        ends = np.cumsum([chunk.logits for chunk in batch])
-        return np.split(logits, ends[:-1].tolist())
+        return self._decoder(step, self._cache)
 
     def _tensor(self, values: Sequence[object] | NDArray[np.int64]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64, device=self._device)

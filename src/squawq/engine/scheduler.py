@@ -17,27 +17,17 @@ MAX_SCORED = 64  # rows of logits a step for prompt logprobs: 64 rows of 152k fl
 
 @dataclass(eq=False)
 class Sequence:
-    """One sequence, as the scheduler sees it.
+    """One sequence, as the scheduler sees it."""
 
-    Attributes:
-        tokens: Prompt and output.
-        limit: Tokens at most.
-        tenant, group: Tenants take turns, and a tenant's groups.
-        root: The parent of its first page's digest.
-        score: Prompt log probabilities are wanted, so the prefix cache is not read.
-        computed: Tokens whose keys and values are in `pages`.
-        digests: Of the full pages of `tokens`.
-    """
-
-    tokens: list[int]
-    limit: int
+    tokens: list[int]  # prompt and output
+    limit: int  # tokens at most
     tenant: str = ""
     group: str = ""
-    root: bytes = ROOT
-    score: bool = False
-    computed: int = 0
+    root: bytes = ROOT  # parent of its first page's digest
+    score: bool = False  # prompt log probabilities are wanted, so the prefix cache is not read
+    computed: int = 0  # tokens whose keys and values are in `pages`
     pages: list[int] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`
     ended: bool = False
     prompt: int = field(init=False)
 
@@ -52,14 +42,11 @@ class Sequence:
 
 @dataclass(eq=False)
 class _Line:
-    """A request's unfinished sequences, in order.
+    """A request's unfinished sequences, in order."""
 
-    turn: its position among its tenant's requests in prefill. ran: prompt tokens run in this turn.
-    """
-
-    turn: int
+    turn: int  # position among its tenant's requests in prefill
     sequences: list[Sequence] = field(default_factory=list)
-    ran: int = 0
+    ran: int = 0  # prompt tokens run in this turn
 
 
 class Turns:
@@ -83,7 +70,6 @@ class Turns:
         lines[sequence.group].sequences.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a finished sequence."""
         lines = self._tenants[sequence.tenant]
         line = lines[sequence.group]
         first = line.sequences[0] is sequence
@@ -152,13 +138,9 @@ class Scheduler:
         self.pool = pool
         self.running: list[Sequence] = []  # in the order of the last plan
         self.waiting: set[Sequence] = set()
-        self.preemptions = 0
-        self.prefix_queries = 0
-        self.prefix_hits = 0
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self._turns = Turns(max_tokens)
-        self._max_tokens = max_tokens
-        self._max_sequences = max_sequences
-        self._caching = prefix_caching
+        self._max_tokens, self._max_sequences, self._caching = max_tokens, max_sequences, prefix_caching
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose `limit` tokens fit into the pool."""
@@ -195,12 +177,6 @@ class Scheduler:
             self._extend_digests(sequence, full)
             for index in range(first, full):
                 self.pool.register(sequence.pages[index], sequence.digests[index])
-
-    def check(self) -> None:
-        """Assert that no page is leaked or shared wrongly."""
-        self.pool.check(sequence.pages for sequence in self.running)
-        assert not any(sequence.pages or sequence.computed for sequence in self.waiting)
-        assert all(len(s.pages) * self.pool.page_size >= s.computed for s in self.running)
 
     def _take_turns(self) -> None:
         """Admit waiting sequences in turn, preempting running ones that come later."""

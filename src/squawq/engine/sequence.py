@@ -1,6 +1,4 @@
-"""The state of a request in flight: its sequences, which turn logits into tokens, text and log probabilities and decide
-when they are finished.
-"""
+"""The state of a request in flight: its sequences turn tokens into text and decide when they are finished."""
 
 from __future__ import annotations
 
@@ -10,12 +8,73 @@ from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
-from squawq.engine.detokenizer import StopStrings, TextStream, TokenDecoder
+from squawq.backends.sampling import Chunk, Sampling
 from squawq.engine.grammar import Matcher
 from squawq.engine.pages import root
-from squawq.engine.protocol import Chunk, Sampling
 from squawq.engine.request import FinishReason, Output, Request, Sink, TokenLogprob
 from squawq.engine.scheduler import Sequence
+from squawq.text.tokenizer import TextStream, TokenDecoder
+
+
+class StopStrings:
+    """Cuts a text at the first of some strings to be complete; of several complete at one character, the longest.
+
+    Text that may begin one is held back, unless it stays in the text anyway. Where the text is split does not matter.
+    The automaton is Knuth, Morris and Pratt's (SIAM J. Comput. 6, 1977), one a string.
+    """
+
+    def __init__(self, stops: Tokens[str], include: bool = False) -> None:
+        self._stops = sorted(stops, key=len, reverse=True)
+        self._borders = [_borders(stop) for stop in self._stops]
+        self._states = [0] * len(stops)  # how many characters of each string the text ends with
+        self._include = include
+        self._held = ""
+
+    def push(self, text: str, ending: bool = True) -> tuple[str, str | None]:
+        """The text that can be output, and the stop string if one was found; nothing may be pushed after that.
+
+        ending: False passes over strings that become complete in this text.
+        """
+        if not self._stops:
+            return text, None
+        buffer = self._held + text
+        for position in range(len(self._held), len(buffer)):
+            if (stop := self._advance(buffer[position])) is not None and ending:
+                self._held = ""
+                return buffer[: position + 1 - (0 if self._include else len(stop))], stop
+        ready = len(buffer) if self._include else len(buffer) - max(self._states)
+        self._held = buffer[ready:]
+        return buffer[:ready], None
+
+    def finish(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return held
+
+    def _advance(self, character: str) -> str | None:
+        found = None
+        for index, (stop, borders) in enumerate(zip(self._stops, self._borders, strict=True)):
+            state = self._states[index]
+            while state and stop[state] != character:
+                state = borders[state - 1]
+            state += stop[state] == character
+            if state == len(stop):
+                found = found or stop
+                state = borders[-1]
+            self._states[index] = state
+        return found
+
+
+def _borders(word: str) -> list[int]:
+    """For each beginning of a word, the length of the longest shorter beginning that it also ends with."""
+    borders = [0] * len(word)
+    length = 0
+    for position in range(1, len(word)):
+        while length and word[position] != word[length]:
+            length = borders[length - 1]
+        length += word[position] == word[length]
+        borders[position] = length
+    return borders
 
 
 class SequenceState:
@@ -32,17 +91,14 @@ class SequenceState:
         eos_ids: frozenset[int],
     ) -> None:
         params = request.params
-        self.index = index
-        self.sequence = sequence
+        self.index, self.sequence = index, sequence
         self.finish: FinishReason | None = None
-        self._request = request
-        self._matcher = matcher
+        self._request, self._matcher, self._ending = request, matcher, eos_ids
         scored = params.logprobs is not None or params.sequences > params.n  # best_of ranks by log probabilities
         top = (params.logprobs or 0) if scored else None
         self.sampling = Sampling(params, request.prompt, sorted(eos_ids), seed, index, top, matcher)
         self._text = None if tokenizer is None else TextStream(tokenizer, request.prompt, params.skip_special_tokens)
         self._stops = StopStrings(params.stop, params.include_stop)
-        self._ending = eos_ids
         self._logprobs: list[float] = []
         self._prompt_logprobs: list[TokenLogprob | None] = [None]
 
@@ -132,21 +188,43 @@ class SequenceState:
 
 
 class RequestState:
-    """A request and its sequences. Sends each output to the sink as it comes; with best_of the best n at the end."""
+    """A request and its sequences. Sends each output to the sink as it comes; with best_of the best n at the end.
 
-    def __init__(self, request: Request, sink: Sink, states: list[SequenceState]) -> None:
-        self.id = request.id
-        self.request = request
-        self.states = states
-        self.started = False
-        self.sink = sink
-        self._kept: list[list[Output]] | None = None
-        if len(states) > request.params.n:
-            self._kept = [[] for _ in states]
+    Args:
+        room: Tokens that a sequence can have at most.
+        matcher: The compiled grammar.
+        tokenizer: None for token ids only.
+        draw_seed: Returns the seed of a request without one.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        sink: Sink,
+        *,
+        room: int,
+        matcher: Matcher | None,
+        tokenizer: TokenDecoder | None,
+        eos_ids: frozenset[int],
+        draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+    ) -> None:
+        self.id, self.request, self.sink, self.started = request.id, request, sink, False
+        params, count = request.params, len(request.prompt)
+        limit = room if params.max_tokens is None else min(room, count + params.max_tokens)
+        group = request.id if request.group is None else request.group
+        prefix = root(request.tenant, request.cache_salt)
+        ending = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        seed = draw_seed() if params.seed is None else params.seed
+        self.states: list[SequenceState] = []
+        for index in range(params.sequences):
+            scored = params.prompt_logprobs is not None and index == 0
+            sequence = Sequence(list(request.prompt), limit, request.tenant, group, prefix, scored)
+            own = None if matcher is None else matcher.copy()
+            self.states.append(SequenceState(request, index, sequence, seed, own, tokenizer, ending))
+        self._kept: list[list[Output]] | None = [[] for _ in self.states] if params.sequences > params.n else None
 
     @property
     def ended(self) -> bool:
-        """Whether all sequences have ended."""
         return all(state.finish for state in self.states)
 
     def deliver(self, output: Output) -> None:
@@ -174,35 +252,3 @@ def join(outputs: Tokens[Output]) -> Output:
         logprobs=tuple(item for part in logprobs for item in part) if logprobs else None,
         prompt_logprobs=scores[0] if scores else None,
     )
-
-
-def new_request_state(
-    request: Request,
-    sink: Sink,
-    *,
-    limit: int,
-    matcher: Matcher | None,
-    tokenizer: TokenDecoder | None,
-    eos_ids: frozenset[int],
-    draw_seed: Callable[[], int] | None = None,
-) -> RequestState:
-    """A request with its sequences; `draw_seed` gives the seed of a request that has none."""
-    params = request.params
-    prefix = root(request.tenant, request.cache_salt)
-    ending = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
-    seed = params.seed
-    if seed is None:
-        seed = secrets.randbits(63) if draw_seed is None else draw_seed()
-    states: list[SequenceState] = []
-    for index in range(params.sequences):
-        sequence = Sequence(
-            tokens=list(request.prompt),
-            limit=limit,
-            tenant=request.tenant,
-            group=request.id if request.group is None else request.group,
-            root=prefix,
-            score=params.prompt_logprobs is not None and index == 0,
-        )
-        own = None if matcher is None else matcher.copy()
-        states.append(SequenceState(request, index, sequence, seed, own, tokenizer, ending))
-    return RequestState(request, sink, states)

@@ -21,8 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import cached_file
 
+from squawq.backends.sampling import Chunk
 from squawq.config import ModelConfig
-from squawq.engine.protocol import Chunk
 from squawq.errors import CheckpointError, ConfigError, FusionError
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
@@ -56,12 +56,12 @@ REFUSED = {
 
 @dataclass
 class _Fused:
-    """The decoder of a fused model. `lock`: the decoder is prepared for one cache at a time, so threads take turns."""
+    """The decoder of a fused model."""
 
     decoder: Decoder
     folder: Path
     max_seq_len: int
-    lock: Any = field(default_factory=threading.Lock)
+    lock: Any = field(default_factory=threading.Lock)  # the decoder is prepared for one cache at a time
 
     def __deepcopy__(self, _: Any) -> _Fused:
         return self  # its weights are read-only
@@ -76,15 +76,11 @@ def fuse(model: Any, max_seq_len: int, folder: str | Path | None = None) -> None
     Peak memory: the loaded model, if its tensors are not memory-mapped yet, and the packed decoder.
 
     Args:
-        model: of a family that our decoder runs.
-        max_seq_len: most tokens of a sequence, prompt and new ones. On a fused model, replaces its limit.
-        folder: the checkpoint that the model came from; by default what its config names.
+        max_seq_len: Most tokens of a sequence, prompt and new ones. On a fused model, replaces its limit.
+        folder: The checkpoint that the model came from; by default what its config names.
 
     Raises:
-        FusionError: the model cannot be fused.
-        ConfigError: max_seq_len is not a positive whole number.
-        CheckpointError: the folder is missing or damaged.
-        The model is unchanged in each case.
+        FusionError, ConfigError, CheckpointError: The model cannot be fused; it is unchanged.
     """
     if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 1:
         raise ConfigError(f"fuse_max_seq_len is {max_seq_len!r}; it must be a whole number of at least 1, such as 512")
@@ -159,7 +155,7 @@ def _map(model: Any, checkpoint: Checkpoint) -> None:
     """Replace the model's tensors by memory-mapped views of the checkpoint's files where the dtypes agree.
 
     4-bit tensors are replaced on every device, others only on the CPU: transformers takes their device for the model's.
-    Raises FusionError, with nothing changed, if a tensor differs from the stored one, which the decoder runs.
+    Raises FusionError, with nothing changed, if a tensor differs from the stored one.
     """
     views = []
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -229,9 +225,8 @@ class FusedCausalLM:
         mask = new_columns(attention_mask, input_ids, past)
         with self._fused.lock:
             logits = _run(past, input_ids, mask, position_ids, logits_to_keep).to(input_ids.device)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        sizes = {"vocab_size": self.config.vocab_size}
+        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, **sizes)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **({CACHE: past} if use_cache else {}))
 
     def _prepare_cache_for_generation(
@@ -249,7 +244,6 @@ class FusedCausalLM:
             model_kwargs[CACHE] = FusedCache(self._fused.decoder, self._fused.max_seq_len)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own."""
         with one_thread():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 

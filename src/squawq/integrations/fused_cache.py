@@ -68,17 +68,13 @@ class FusedCache(Cache):  # type: ignore[misc]
         return self._runner
 
     def extend(self, counts: Sequence[int], width: int) -> list[int]:
-        """Allocate pages for the new tokens of each row.
-
-        Args:
-            counts: new tokens of each row.
-            width: new columns of the batch, pad tokens included.
+        """Allocate pages for `counts` new tokens of each row, in `width` new columns, pad tokens included.
 
         Returns:
             Each row's position of its first new token.
 
         Raises:
-            ConfigError: a row would exceed `max_seq_len`; nothing has changed.
+            ConfigError: A row would exceed `max_seq_len`; nothing has changed.
         """
         starts = self.lengths
         lengths = [start + count for start, count in zip(starts, counts, strict=True)]

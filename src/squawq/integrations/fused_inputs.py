@@ -33,9 +33,8 @@ def check_arguments(config: Any, input_ids: Any, inputs_embeds: Any, kwargs: dic
     for name in ("output_attentions", "output_hidden_states"):
         if kwargs.pop(name, None) or getattr(config, name, False):
             raise ConfigError(f"{name} is set; a fused model has none to give: load it without do_fuse for that")
-    if unknown := [
-        name for name, value in kwargs.items() if value is not None and value is not False and name not in QUIET
-    ]:
+    given = [name for name, value in kwargs.items() if value is not None and value is not False]
+    if unknown := [name for name in given if name not in QUIET]:
         raise ConfigError(f"a fused model's forward has no argument {unknown[0]!r}")
 
 
@@ -82,20 +81,14 @@ def used_tokens(ids: Tensor, mask: Mask, vocab_size: int) -> list[list[int]]:
     used = numbers if mask is None else numbers[mask]
     if used.size and not 0 <= used.min() <= used.max() < vocab_size:
         raise ConfigError(f"input_ids holds a token beyond 0 to {vocab_size - 1}, the vocabulary")
-    if mask is None:
-        whole: list[list[int]] = numbers.tolist()
-        return whole
-    return [row[kept].tolist() for row, kept in zip(numbers, mask, strict=True)]
+    shown = np.ones_like(numbers, dtype=bool) if mask is None else mask
+    return [row[kept].tolist() for row, kept in zip(numbers, shown, strict=True)]
 
 
 def kept_columns(keep: Any, width: int, mask: Mask) -> tuple[int, Tensor | None]:
-    """Decode logits_to_keep.
+    """Decode logits_to_keep: the first column whose logits are needed, and the chosen ones counted from it (None: all).
 
-    Returns:
-        The first column whose logits are needed, and the chosen columns counted from it (None for all from there).
-
-    Raises:
-        ConfigError: a column is not in input_ids, or only the last is kept and a row ends in a pad.
+    Raises ConfigError if a column is not in input_ids, or only the last is kept and a row ends in a pad.
     """
     chosen = None
     if isinstance(keep, Tensor):

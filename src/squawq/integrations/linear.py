@@ -1,7 +1,6 @@
-"""A linear layer that keeps AWQ GEMM tensors exactly as the checkpoint has them, and multiplies by them.
+"""A linear layer on AWQ GEMM tensors, which stay exactly as the checkpoint has them.
 
-The backend of the input's device multiplies, from a packed copy made at the first forward where its layout is another
-than AWQ's. Knows nothing of transformers.
+The backend of the input's device multiplies, from a copy packed at the first forward. Independent of transformers.
 """
 
 from __future__ import annotations
@@ -35,10 +34,15 @@ def dense(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, dtype: torch.d
 
 
 class AwqLinear(nn.Module):
-    """qweight int32 [in, out/8], qzeros int32 [in/group, out/8] (None: 8 is meant), scales [in/group, out], bias [out].
+    """qweight int32 [in, out / 8], qzeros int32 [groups, out / 8] or None for zeros of 8, scales [groups, out].
 
-    exact: activations stay float32. backend: a name of `squawq.backends.BACKENDS`; None chooses by the input's device.
-    Tensors change (loading, `to`, a shard of tensor parallelism): the next forward packs again.
+    If a tensor changes (loading, `to`, a shard of tensor parallelism), the next forward packs again.
+
+    Args:
+        zeros: Whether there are qzeros.
+        bias, scales: dtypes; None for no bias.
+        exact: Multiply float32 activations.
+        backend: A name in `squawq.backends.BACKENDS`; None chooses by the input's device.
     """
 
     _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism hands `forward` local shards
@@ -94,10 +98,10 @@ class AwqLinear(nn.Module):
     def multiply(
         self, x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        """The backend's product, from the packed weight, which is made anew if the tensors are others."""
+        """The backend's product; packs the weight first if the tensors have changed."""
         backend = backend_for(x.device, self.backend, exact=self.exact)
         state = tuple(map(_identity, (qweight, scales, qzeros, bias)))
-        kept = self._packed  # looked at once: another thread may be packing
+        kept = self._packed  # read once: another thread may be packing
         if kept is None or kept[0] != state:
             kept = self._packed = None  # let the old one go first
             out, in_features = scales.shape[1], qweight.shape[0]

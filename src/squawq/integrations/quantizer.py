@@ -26,9 +26,8 @@ from transformers.quantizers.base import HfQuantizer
 from squawq.backends import REFERENCE
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.shards import TensorInfo, read_header
-from squawq.integrations.experts import expert_names
 from squawq.integrations.linear import AwqLinear
-from squawq.nn.experts import Expert, Experts, is_stacked, stacked_sizes
+from squawq.nn.experts import Expert, Experts, expert_names, is_stacked, stacked_sizes
 from squawq.quant_config import QuantConfig
 
 logger = logging.getLogger("squawq")
@@ -80,8 +79,8 @@ def _config_init(
 def _config_from_dict(
     cls: Any, /, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
 ) -> Any:
-    """A checkpoint's `quantization_config`. Other writers add keys: left aside here, and written back on saving. How to
-    run is the caller's choice, so a backend or do_fuse in a checkpoint means nothing."""
+    """A checkpoint's `quantization_config`. Unknown keys of other writers are ignored, and written back on saving; so
+    are a backend and do_fuse: how to run is the caller's choice."""
     known = {k: v for k, v in config_dict.items() if (k in KNOWN and k != "backend") or k in SPELLINGS}
     config = cls(**known)
     config.source, config.given = copy.deepcopy(dict(config_dict)), {}
@@ -161,7 +160,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 if f"{path}.qweight" in stored:
-                    model.set_submodule(path, self._linear(path, stored, module))
+                    model.set_submodule(path, self._layer(path, stored, module.in_features, module.out_features))
                 elif f"{path}.weight" not in stored and re.search(r"\.\d+\.", path):
                     raise CheckpointError(f"the checkpoint has neither {path}.qweight nor {path}.weight")
             elif is_stacked(module):
@@ -183,9 +182,6 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
             linears = {n: self._layer(place, stored, *shapes[n]) for n, place in places.items()}
             experts.append(Expert(linears, module.act_fn))
         model.set_submodule(path, Experts(experts))
-
-    def _linear(self, path: str, stored: Mapping[str, TensorInfo], linear: nn.Linear) -> AwqLinear:
-        return self._layer(path, stored, linear.in_features, linear.out_features)
 
     def _layer(self, path: str, stored: Mapping[str, TensorInfo], in_features: int, out_features: int) -> AwqLinear:
         """The layer, without its tensors, whose shapes and dtypes are checked here."""

@@ -13,9 +13,9 @@ from squawq.config import ModelConfig
 
 
 class Cache:
-    """Pages of all layers, zeros at first, in the backend's layout. On a CPU a page takes memory when it is written.
+    """Pages of all layers, zero at first, in the backend's layout.
 
-    Memory: pages * backend.page_size * token_bytes(config).
+    Memory: pages * backend.page_size * token_bytes(config); on the CPU only of the pages that were written.
     """
 
     def __init__(self, config: ModelConfig, pages: int, backend: Backend) -> None:
@@ -41,5 +41,4 @@ class Cache:
 
     def take(self, pages: Sequence[int], other: Cache) -> None:
         """Copy these pages from `other`, a cache of the same shape."""
-        for page in pages:
-            self._store[:, :, page] = other._store[:, :, page]
+        self._store[:, :, list(pages)] = other._store[:, :, list(pages)]

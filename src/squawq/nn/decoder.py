@@ -16,7 +16,13 @@ from squawq.nn.rope import inverse_frequencies
 
 @dataclass
 class Decoder:
-    """A whole model on one backend. embedding: [vocab, hidden]; norm: float32 [hidden]; head: [vocab, hidden]."""
+    """A model on one backend.
+
+    Attributes:
+        embedding: [vocab, hidden].
+        norm: float32 [hidden]; the final norm.
+        head: [vocab, hidden]; the output head.
+    """
 
     config: ModelConfig
     backend: Backend
@@ -49,6 +55,5 @@ class Decoder:
         if not len(batch.outputs):
             return hidden.new_empty(0, self.config.vocab_size)
         rows = hidden if len(batch.outputs) == len(hidden) else hidden[batch.outputs]
-        return self.backend.matmul(
-            self.backend.add_rms_norm(rows, None, self.norm, self.config.norm_eps), self.head
-        ).float()
+        normed = self.backend.add_rms_norm(rows, None, self.norm, self.config.norm_eps)
+        return self.backend.matmul(normed, self.head).float()

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers whose experts are linears, one by one, as checkpoints name them.
+"""Mixture-of-experts layers whose experts are separate linears, under the names that AWQ checkpoints give them.
 
 transformers 5 stacks all experts of a layer in two three-dimensional parameters; `Experts` replaces that module and has
 the same call signature. The router stays transformers' own.
@@ -6,11 +6,16 @@ the same call signature. The router stays transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from squawq.errors import CheckpointError
+
+# gate, up and down projection, as Qwen's and Mixtral's checkpoints name them
+SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 def is_stacked(module: nn.Module) -> bool:
@@ -85,3 +90,20 @@ class Experts(nn.ModuleList):
             if len(token):
                 outputs[token] = expert(inputs[token])
         return out
+
+
+def expert_names(path: str, experts: int, stored: Collection[str]) -> tuple[str, str, str] | None:
+    """Names of the gate, up and down projections of the quantized experts under `path`; None if they are unquantized.
+
+    Raises CheckpointError, naming the first missing tensor, if some or all experts are missing.
+    """
+    for names in SPELLINGS:
+        needed = [f"{path}.{e}.{name}.qweight" for e in range(experts) for name in names]
+        missing = [name for name in needed if name not in stored]
+        if len(missing) < len(needed):
+            if missing:
+                raise CheckpointError(f"tensor {missing[0]!r} is missing, one of {len(missing)} expert tensors")
+            return names
+    if not any(name.startswith(path + ".") for name in stored):
+        raise CheckpointError(f"the experts {path!r} are missing")
+    return None

@@ -1,4 +1,4 @@
-"""A decoder layer as a list of operations, built from its family's row and the model's config."""
+"""Builds a decoder layer as a list of operations from its family's row and the model's config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu"}  # hidden_act of config.json -> 
 
 
 def norm_sizes(config: ModelConfig, family: Family) -> dict[str, int]:
-    """The norms of one layer and their lengths."""
+    """Names and sizes of a layer's norms."""
     sizes = {name: config.hidden_size for name in family.norms if name}
     return sizes | (dict.fromkeys((QUERY_NORM, KEY_NORM), config.head_dim) if family.qk_norm else {})
 
@@ -37,9 +37,8 @@ def layer_operations(
     """The operations of one layer. Every residual addition but the model's last is part of the norm that follows it.
 
     Args:
-        index: the layer's, from 0.
-        linears: QKV, OUT, GATE_UP and DOWN.
-        norms: float32 weights by the names of `norm_sizes`.
+        linears: By the names QKV, OUT, GATE_UP and DOWN.
+        norms: float32 weights, by the names of `norm_sizes`.
     """
     before_attention, after_attention, before_mlp, after_mlp = family.norms
     return [

@@ -1,7 +1,7 @@
-"""From a checkpoint to our decoder.
+"""Loads a checkpoint into our decoder: reads one linear at a time and has the backend pack it.
 
-AWQ tensors are read one linear at a time and packed by the backend. Peak memory of `load`: the packed weights, the
-embedding, and one linear as it is stored. Nothing stays mapped from the files, which may change while the model runs.
+Peak memory of `load`: the packed weights, the embedding, and one linear as stored. Nothing stays mapped from the files,
+which may change while the model runs.
 """
 
 from __future__ import annotations
@@ -30,17 +30,12 @@ HEAD_GROUP = 32  # of an int4 head: finer than the layers', since nothing was se
 
 @dataclass(frozen=True)
 class Options:
-    """How weights are held.
+    """How to load a model; the same as in `EngineConfig`, and the backend.
 
-    Args:
-        device: such as "cpu" or "cuda:1".
-        exact: activations stay float32 in products with 4-bit weights.
-        head: "int8" rounds the head's rows to 8 bits, "int4" to 4 bits in groups of 32, "16-bit" leaves it as it is
-            stored; None for what suits the backend.
-        backend: a name of `squawq.backends.BACKENDS`; None for the first that runs on the device.
-
-    Raises:
-        ConfigError: another head.
+    Attributes:
+        head: Output head: "int8" rounds to 8 bits per row, "int4" to 4 bits in groups of 32, "16-bit" keeps the stored
+            dtype; None: the backend's default.
+        backend: A name in `squawq.backends.BACKENDS`; None: the first that runs on the device.
     """
 
     device: str = "cpu"
@@ -54,7 +49,7 @@ class Options:
 
 
 def check_decoder(config: ModelConfig) -> None:
-    """Raises ConfigError for a model that our decoder does not run, saying what runs it."""
+    """Raise ConfigError, saying what runs it, for a model that our decoder does not run."""
     unlike = []
     if config.activation not in ("silu", "swish"):
         unlike.append(f"hidden_act is {config.activation!r}, and it has silu")
@@ -100,7 +95,7 @@ FUSED = {
 
 
 def load_linear(checkpoint: Checkpoint, parts: Mapping[str, int], in_features: int, backend: Backend) -> Packed:
-    """Linears that read the same input as one weight, stacked: full name -> out_features, each 4-bit or dense."""
+    """Linears with the same input, by full name -> out_features, stacked to one weight."""
     quantized = [checkpoint.is_quantized(name) for name in parts]
     bias = _bias(checkpoint, parts, backend.device)
     if all(quantized):
@@ -109,7 +104,7 @@ def load_linear(checkpoint: Checkpoint, parts: Mapping[str, int], in_features: i
         return backend.pack_int4(sum(parts.values()), in_features, group, gemms, bias)
     if not any(quantized):
         weights = [checkpoint.read(f"{name}.weight", (out, in_features)) for name, out in parts.items()]
-    else:  # a checkpoint that quantized only some of them
+    else:  # a checkpoint with some of them quantized
         weights = [_dense(checkpoint, name, out, in_features) for name, out in parts.items()]
     return backend.pack_dense(weights, bias)
 
@@ -123,10 +118,9 @@ def _dense(checkpoint: Checkpoint, name: str, out: int, in_features: int) -> Ten
 def _bias(checkpoint: Checkpoint, parts: Mapping[str, int], device: torch.device) -> Tensor | None:
     if not any(f"{name}.bias" in checkpoint.tensors for name in parts):
         return None
-    biases = [
-        checkpoint.read(f"{name}.bias", (out,)).float() if f"{name}.bias" in checkpoint.tensors else torch.zeros(out)
-        for name, out in parts.items()
-    ]
+    names = {f"{name}.bias": out for name, out in parts.items()}
+    known = checkpoint.tensors
+    biases = [checkpoint.read(n, (out,)).float() if n in known else torch.zeros(out) for n, out in names.items()]
     return torch.cat(biases).to(device)
 
 
@@ -155,12 +149,18 @@ def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:
 
 
 def head_kind(checkpoint: Checkpoint, family: Family, options: Options, backend: Backend) -> str:
-    """How the head is held, one of HEADS; reads no tensor. Raises ConfigError for one asked for that cannot be."""
+    """Format of the output head, one of HEADS. Raises ConfigError if the one asked for is not possible."""
     name = _head_name(checkpoint, family)
     kind = options.head or backend.head
     if kind == "16-bit":
         return kind
-    reason = _head_declines(checkpoint, name, kind, backend)
+    out, in_ = checkpoint.config.vocab_size, checkpoint.config.hidden_size
+    if checkpoint.is_quantized(name):
+        reason: str | None = "it is quantized"
+    elif kind == "int4":
+        reason = backend.int4_declines(out, in_, HEAD_GROUP)
+    else:
+        reason = backend.int8_declines(out, in_, checkpoint.info(f"{name}.weight").dtype)
     if reason is None:
         return kind
     if options.head is None:
@@ -171,19 +171,10 @@ def head_kind(checkpoint: Checkpoint, family: Family, options: Options, backend:
     )
 
 
-def _head_declines(checkpoint: Checkpoint, name: str, kind: str, backend: Backend) -> str | None:
-    if checkpoint.is_quantized(name):
-        return "it is quantized"
-    out, in_ = checkpoint.config.vocab_size, checkpoint.config.hidden_size
-    if kind == "int4":
-        return backend.int4_declines(out, in_, HEAD_GROUP)
-    return backend.int8_declines(out, in_, checkpoint.info(f"{name}.weight").dtype)
-
-
 def load_head(
     checkpoint: Checkpoint, family: Family, backend: Backend, embedding: Tensor, kind: str
 ) -> tuple[Tensor, Packed]:
-    """The final norm [hidden] and the head of a kind of HEADS, which is the embedding where the two are tied."""
+    """The final norm [hidden] and the output head [vocab, hidden] (the embedding, if tied) in a format of HEADS."""
     config, name = checkpoint.config, _head_name(checkpoint, family)
     norm = _norm(checkpoint, family.norm, config.hidden_size, backend.device)
     if kind == "16-bit":
@@ -198,13 +189,13 @@ def _head_name(checkpoint: Checkpoint, family: Family) -> str:
 
 
 def load(folder: str | Path, options: Options | None = None) -> Decoder:
-    """The whole model. Raises CheckpointError or ConfigError for a folder that cannot be run."""
+    """Load a model. Raises CheckpointError or ConfigError for a folder that cannot be run."""
     options = options or Options()
     checkpoint = Checkpoint(folder)
     check_decoder(checkpoint.config)
     config, family = checkpoint.config, family_of(checkpoint.config.model_type)
     backend = backend_for(options.device, options.backend, exact=options.exact)
-    kind = head_kind(checkpoint, family, options, backend)  # first: what was asked for it may be refused
+    kind = head_kind(checkpoint, family, options, backend)  # first, because it may raise
     embedding = load_embedding(checkpoint, family)
     norm, head = load_head(checkpoint, family, backend, embedding, kind)
     layers = [load_layer(checkpoint, index, backend) for index in range(config.num_layers)]

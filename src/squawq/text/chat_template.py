@@ -39,9 +39,6 @@ def render(
     """Render a chat. Messages are plain JSON values; keys whose value is None are left out.
 
     Args:
-        template: The jinja source.
-        messages: The chat.
-        tools: Tool definitions.
         generation_prompt: Append the prompt for the assistant's answer.
         continue_final: End with the text of the last message, to be continued, without a generation prompt.
         variables: Further template variables, such as bos_token.

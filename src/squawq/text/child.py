@@ -42,9 +42,7 @@ class Child:
     """A handle on a child process. Only `fork` and `kill` may be called while another thread uses it."""
 
     def __init__(self, port: socket.socket, process: subprocess.Popen[bytes] | None = None, forks: bool = True) -> None:
-        self._port = port
-        self._process = process
-        self._owner = os.getpid()
+        self._port, self._process, self._owner = port, process, os.getpid()
         self._seconds = 0.0  # what the latest message may take
         self._end = weakref.finalize(self, _end, port, process, forks, self._owner)
 
@@ -53,8 +51,7 @@ class Child:
         """Start a process that calls `load(data)` once, and answers each message with the handler that this returns.
 
         Args:
-            load: The function, as "module:function".
-            data: Its argument.
+            load: "module:function".
             memory: Bytes the process may allocate after loading.
             forks: Whether it can be forked; one that cannot is also kept from opening files.
 
@@ -127,7 +124,6 @@ class Child:
         raise ChildError(f"it answered with {size:,} bytes; {MAX_ANSWER:,} are allowed")
 
     def call(self, message: bytes, seconds: float) -> bytes:
-        """Send and receive."""
         self.send(message, seconds)
         return self.receive()
 

@@ -1,5 +1,6 @@
-"""Renders chat templates in a child process, so that a hostile template cannot hang the caller, exhaust its memory or
-read its files. LLM, serve and quantize all render chats through it; the child runs squawq.text.chat_template.
+"""Renders chat templates in a child process, so that a hostile one cannot hang the caller, use up memory or read files.
+
+LLM, serve and quantize all render chats through it; the child runs squawq.text.chat_template.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ class TemplateProcess:
     The process starts at the first chat or with `start`, and again after one that ended. It ends with this object.
 
     Args:
-        template: The chat template.
         variables: Template variables of every chat, such as bos_token.
-        tool_template: The template for chats with tools, if the model has one.
+        tool_template: The template for chats with tools; None: `template`.
         timeout_s: Processor seconds per chat, and seconds to wait for other chats.
         memory_bytes: Memory per chat (Linux).
     """

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
@@ -20,6 +21,8 @@ from squawq.format.files import has_file, read_bytes, read_json, read_text
 from squawq.text.template_process import TemplateProcess
 from squawq.text.tokenizer_trial import check_tokenizer, failure
 
+CONTEXT = 8  # tokens before a text that a tokenizer may need to see to spell its beginning
+_HELD = 16  # more tokens than this that end in half a character are not going to become one
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 Message = Mapping[str, str]
 
@@ -196,6 +199,65 @@ class Tokenizer:
             return frozenset()
         state = json.loads(self.fast.decoder.__getstate__())
         return frozenset(step["type"] for step in state.get("decoders", [state]))
+
+
+class TokenDecoder(Protocol):
+    """A tokenizer's decode method."""
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids."""
+
+
+class TextStream:
+    """Turns token ids into text as they come, never half a character.
+
+    `before` are the last ids of what the text follows: some tokenizers drop a space at a text's start. Text is held
+    back while it ends in the replacement character, which byte-level tokens give for an unfinished one.
+    """
+
+    def __init__(self, tokenizer: TokenDecoder, before: Sequence[int] = (), skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._given = list(before[-CONTEXT:])  # ids whose text has been output, the last piece of them
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; often empty."""
+        self._held.append(token)
+        text = self._text(self._held)
+        if not text.endswith("\ufffd"):
+            return self._emit(len(self._held), text)
+        if len(self._held) > _HELD:
+            return self._settle(text)
+        return ""
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._emit(len(self._held), self._text(self._held)) if self._held else ""
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip_special)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._decode([*self._given, *ids])[len(self._decode(self._given)) :]
+
+    def _emit(self, count: int, text: str) -> str:
+        piece = (
+            self._held[:count] if text else [*self._given, *self._held[:count]][-CONTEXT:]
+        )  # special tokens give none
+        self._given, self._held = piece, self._held[count:]
+        return text
+
+    def _settle(self, text: str) -> str:
+        """Output bytes that are no text, but keep the last few: they may begin a character.
+
+        A cut that parts a character shows, since its halves give other text than the whole.
+        """
+        for cut in range(len(self._held) - 4, len(self._held)):
+            head = self._text(self._held[:cut])
+            if head + self._decode(self._held[cut:]) == text:
+                return self._emit(cut, head)
+        return self._emit(len(self._held), text)
 
 
 def _byte_characters() -> dict[str, int]:

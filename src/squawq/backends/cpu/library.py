@@ -1,8 +1,8 @@
-"""The native CPU kernels' library (csrc/), loaded by ctypes: which instruction set, how many threads.
+"""Loads the CPU kernels' library (csrc/) through ctypes and sets its instruction set and threads.
 
-Optional: without it `load()` gives None and everything runs on torch, slower. SQUAWQ_ISA forces an instruction set
-(avx512, avx2, neon, scalar), or "torch" for none; SQUAWQ_THREADS sets the number of threads, by default every core that
-this process may use.
+The library is optional: without it everything runs on torch, slower. Environment variables: SQUAWQ_ISA forces an
+instruction set (avx512, avx2, neon, scalar, or torch for no library); SQUAWQ_THREADS sets the number of threads, by
+default all cores that this process may use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from squawq.errors import ConfigError, KernelError
 
 logger = logging.getLogger("squawq")
-ABI = 5
+ABI = 6
 LANES = 16  # output rows of a packed block, tokens of a page
 ISAS = ("avx512", "avx2", "neon", "scalar", "torch")
 
@@ -32,9 +32,7 @@ _SIGNATURES = {
     "squawq_pack_gemm": (POINTER,) * 3 + (SIZE,) * 5 + (POINTER,) * 3,
     "squawq_pack_dense": (POINTER, SIZE, SIZE, SIZE, SIZE, POINTER),
     "squawq_pack_int8": (POINTER, INT, SIZE, SIZE, POINTER, POINTER),
-    "squawq_int4_matmul": (POINTER, SIZE, POINTER, INT, POINTER),
-    "squawq_int8_matmul": (POINTER, SIZE, POINTER, POINTER),
-    "squawq_dense_matmul": (POINTER, SIZE, POINTER, POINTER),
+    "squawq_matmul": (POINTER, SIZE, SIZE, POINTER, POINTER),
     "squawq_rms_norm": (POINTER, POINTER, POINTER, FLOAT, SIZE, SIZE, POINTER),
     "squawq_activation_mul": (POINTER, SIZE, SIZE, SIZE, POINTER),
     "squawq_rotary": (POINTER, SIZE, POINTER, SIZE, POINTER, POINTER),
@@ -47,9 +45,10 @@ _SIGNATURES = {
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The library, ready to run, or None where it was not built or SQUAWQ_ISA=torch.
+    """The library, ready to use; None if it was not built or SQUAWQ_ISA is "torch".
 
-    Raises ConfigError for a SQUAWQ_ISA or SQUAWQ_THREADS that cannot be.
+    Raises:
+        ConfigError: SQUAWQ_ISA or SQUAWQ_THREADS is invalid.
     """
     wanted = os.environ.get("SQUAWQ_ISA", "")
     if wanted and wanted not in ISAS:
@@ -70,7 +69,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def _open(path: Path | None) -> ctypes.CDLL:
-    """The library with its functions declared. Raises KernelError for one that is not this version's, or not whole."""
+    """Open the library and declare its functions. Raises KernelError if it is of another version or damaged."""
     if path is None:
         raise KernelError("the native CPU kernels are not built: install a C++ compiler and reinstall squawq")
     try:
@@ -87,9 +86,9 @@ def _open(path: Path | None) -> ctypes.CDLL:
 
 
 def _check_whole(path: Path) -> None:
-    """Raises KernelError for an ELF file that ends before what its headers name: loading it kills the process."""
+    """Raise KernelError for a truncated ELF file: loading one kills the process."""
     data = path.read_bytes()
-    if data[:6] != b"\x7fELF\2\1":  # no ELF of 64 bits, little-endian
+    if data[:6] != b"\x7fELF\2\1":  # not a 64-bit little-endian ELF file
         return
     try:
         programs, sections = struct.unpack_from("<QQ", data, 32)
@@ -105,13 +104,13 @@ def _check_whole(path: Path) -> None:
 
 
 def _find() -> Path | None:
-    """The library beside this package; an editable install keeps it in a second folder of the same package."""
+    """The library's file in this package, which has a second folder in an editable install."""
     folders = import_module("squawq.backends.cpu").__path__
     return next((p for f in folders if (p := Path(f) / "libsquawq.so").is_file()), None)
 
 
 def default_threads() -> int:
-    """SQUAWQ_THREADS, or the cores that this process may use. Raises ConfigError for a number that cannot be."""
+    """SQUAWQ_THREADS, or the number of cores that this process may use. Raises ConfigError."""
     given = os.environ.get("SQUAWQ_THREADS")
     if not given:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -122,16 +121,16 @@ def default_threads() -> int:
 
 
 def _quota() -> int | None:
-    """Cores that a container's limit comes to (cgroup v2's cpu.max), rounded up."""
+    """The container's CPU limit in cores (cgroup v2's cpu.max), rounded up; None without a limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         return max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError):  # no limit, or none of this kind
+    except (OSError, ValueError):  # "max", or no cgroup v2
         return None
 
 
 def required() -> ctypes.CDLL:
-    """The library, for whoever holds weights that were packed for it. Raises KernelError without one."""
+    """The library. Raises KernelError without one."""
     library = load()
     if library is None:
         raise KernelError("the native kernels are not built here")
@@ -139,25 +138,25 @@ def required() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set in use: one of ISAS; "torch" without the library."""
+    """The instruction set in use, one of ISAS; "torch" without the library."""
     library = load()
     return "torch" if library is None else str(library.squawq_isa().decode())
 
 
 def set_isa(name: str) -> None:
-    """Switch to another instruction set. Raises ConfigError where it is not there."""
+    """Switch to another instruction set. Raises ConfigError if this build or machine does not have it."""
     if required().squawq_set_isa(name.encode()):
         raise ConfigError(f"instruction set {name!r} is not in this build or not on this machine")
 
 
 def threads() -> int:
-    """Threads of the kernels; torch's without the library."""
+    """Number of threads of the kernels; torch's without the library."""
     library = load()
     return torch.get_num_threads() if library is None else int(library.squawq_threads())
 
 
 def set_threads(count: int) -> None:
-    """Threads of the kernels (torch's without the library). Raises ConfigError unless it is 1 to 1024."""
+    """Set the number of threads, 1 to 1024, of the kernels (torch's without the library). Raises ConfigError."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
         raise ConfigError(f"threads is {count!r}; it must be a whole number, 1 to 1024")
     library = load()
@@ -170,11 +169,11 @@ def set_threads(count: int) -> None:
 
 
 def check(code: int) -> None:
-    """Raise MemoryError where a function of the library says so."""
+    """Raise MemoryError for a nonzero result of a library function."""
     if code:
         raise MemoryError("the native kernels could not get memory")
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's data lie; None for none, which C reads as null."""
+    """A tensor's data pointer; None (NULL in C) for None."""
     return None if tensor is None else tensor.data_ptr()

@@ -1,6 +1,6 @@
-"""Weights in the native kernels' layouts (csrc/ops.h): 4-bit, 8-bit and 16- or 32-bit, each multiplied by calling it.
+"""Weights in the layouts of the CPU kernels (csrc/ops.h): int4, int8 and floating point.
 
-What is packed, and what it is multiplied by, is checked here, since pointers leave Python.
+Pointers leave Python here, so shapes and dtypes are checked before packing.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from squawq.backends.layer_ops import Packed
 from squawq.errors import KernelError
 
 LARGE_PAGE = 2 << 20
-GROUPS = (128, 64, 32, 16)  # inputs that share an activation scale
+GROUPS = (128, 64, 32, 16)  # of the kernels: inputs that share an int8 activation scale
 DENSE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def kernel_group(group: int) -> int | None:
-    """The inputs that share an activation scale where weights have groups of `group`; None where no kernel fits."""
+    """The group size of the kernel for weights in groups of `group`; None where no kernel fits."""
     return next((g for g in GROUPS if group % g == 0), None)
 
 
 def _buffer(size: int, dtype: torch.dtype) -> Tensor:
-    """Zeros for a packed weight, on large memory pages where the system gives them: weights are read from end to end
-    for every token, and translating the addresses of small pages costs bandwidth."""
+    """Zeros [size] on huge pages (madvise) where the system has them: each token reads all weights once, and TLB misses
+    of small pages cost bandwidth."""
     nbytes = size * dtype.itemsize
     memory = mmap.mmap(-1, nbytes + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # untouched pages cost nothing
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % LARGE_PAGE
@@ -39,26 +39,20 @@ def _buffer(size: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype, count=size, offset=start)
 
 
+def _fields(pointers: str, sizes: str) -> tuple[tuple[str, type], ...]:
+    return (*((name, POINTER) for name in pointers.split()), *((name, SIZE) for name in sizes.split()))
+
+
 class _Int4(ctypes.Structure):
-    _fields_ = (
-        *((name, POINTER) for name in ("weight", "scales", "zeros", "bias")),
-        *((name, SIZE) for name in ("out", "in_", "group")),
-    )
+    _fields_ = _fields("weight scales zeros bias", "out in_ group")
 
 
 class _Int8(ctypes.Structure):
-    _fields_ = (
-        *((name, POINTER) for name in ("weight", "scales", "bias")),
-        *((name, SIZE) for name in ("out", "in_", "group")),
-    )
+    _fields_ = _fields("weight scales bias", "out in_ group")
 
 
 class _Dense(ctypes.Structure):
-    _fields_ = (
-        *((name, POINTER) for name in ("weight", "bias")),
-        *((name, SIZE) for name in ("out", "in_")),
-        ("type", INT),
-    )
+    _fields_ = (*_fields("weight bias", "out in_"), ("type", INT))
 
 
 def _bias(bias: Tensor | None, out: int) -> Tensor | None:
@@ -67,43 +61,39 @@ def _bias(bias: Tensor | None, out: int) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
-def _product(x: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Room for x times a weight of this shape. Raises KernelError for an x that the kernels would read wrongly."""
-    if x.dim() != 2 or x.shape[1] != shape[1]:
-        raise KernelError(f"activations have shape {tuple(x.shape)}; the weight {list(shape)} takes [rows, {shape[1]}]")
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous():
-        raise KernelError(f"activations are {x.dtype} on {x.device}; they must be contiguous float32 on the CPU")
-    return x.new_empty(x.shape[0], shape[0])
-
-
 def _blocks(out: int) -> int:
     return -(-out // LANES)
 
 
 class NativePacked(Packed):
-    """A weight that the library multiplies. kind: of csrc/layers.h; pointer: its structure."""
+    """A weight that the library multiplies.
+
+    Attributes:
+        kind: `Kind` of csrc/layers.h.
+        pointer: Address of the C structure.
+    """
 
     kind: int
     pointer: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x float32 [rows, in] -> float32 [rows, out]."""
-        raise NotImplementedError
-
 
 class PackedInt4(NativePacked):
-    """4-bit weights [out, in] in the kernels' layout (csrc/ops.h), filled from AWQ GEMM tensors part by part.
+    """Int4 weight [out, in], filled from AWQ GEMM tensors part by part.
 
-    exact: multiply float32 activations instead of int8 ones. Memory: out * in / 2 bytes and 3 more for every
-    kernel group of 16 to 128 inputs.
+    Memory: out * in / 2 bytes, and 3 bytes for each kernel group of 16 to 128 inputs.
+
+    Args:
+        group: Inputs that share a scale and zero in the checkpoint.
+        bias: [out].
+        exact: Multiply float32 activations instead of int8 ones.
     """
 
     def __init__(self, out: int, in_: int, group: int, *, bias: Tensor | None = None, exact: bool = False) -> None:
         kernel = kernel_group(group)
         if kernel is None or in_ % group or out % 8:
             raise KernelError(f"no native kernel for int4 weights [{out}, {in_}] in groups of {group}")
-        self.shape, self.exact, self._repeat = (out, in_), exact, group // kernel
-        self.kind = 1 if exact else 0  # of csrc/layers.h
+        self.shape, self._repeat = (out, in_), group // kernel
+        self.kind = 1 if exact else 0
         blocks, groups = _blocks(out), in_ // kernel
         self._weight = _buffer(blocks * in_ * LANES // 2, torch.uint8)
         self._scales = torch.zeros(blocks * groups * LANES, dtype=torch.float16)
@@ -114,8 +104,14 @@ class PackedInt4(NativePacked):
         self.pointer = ctypes.addressof(self._struct)
 
     def fill(self, first_row: int, qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> None:
-        """AWQ GEMM tensors of some rows: qweight int32 [in, n/8], scales 16-bit [groups, n], qzeros int32
-        [groups, n/8] or None for zeros of 8."""
+        """Pack the AWQ GEMM tensors of n rows.
+
+        Args:
+            first_row: Output row of the first; a multiple of 8.
+            qweight: int32 [in, n / 8].
+            scales: [groups, n].
+            qzeros: int32 [groups, n / 8]; None where every zero is 8.
+        """
         rows, groups = qweight.shape[1] * 8, scales.shape[0]
         fits = qweight.dtype == torch.int32 and qweight.shape[0] == self.shape[1] and scales.shape[1] == rows
         fits &= groups * self._repeat * self._struct.group == self.shape[1]
@@ -138,15 +134,9 @@ class PackedInt4(NativePacked):
             )
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x float32 [rows, in] -> float32 [rows, out]."""
-        y = _product(x, self.shape)
-        check(required().squawq_int4_matmul(x.data_ptr(), x.shape[0], self.pointer, self.exact, y.data_ptr()))
-        return y
-
 
 class PackedInt8(NativePacked):
-    """Weights [out, in] rounded to int8 with one scale a row, in the kernels' layout: out * in bytes."""
+    """Weight [out, in] rounded to int8 with one scale per row; out * in bytes."""
 
     kind = 2
 
@@ -163,15 +153,9 @@ class PackedInt8(NativePacked):
         self._struct = _Int8(address(self._weight), address(self._scales), None, out, in_, kernel)
         self.pointer = ctypes.addressof(self._struct)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x float32 [rows, in] -> float32 [rows, out]."""
-        y = _product(x, self.shape)
-        check(required().squawq_int8_matmul(x.data_ptr(), x.shape[0], self.pointer, y.data_ptr()))
-        return y
-
 
 class PackedDense(NativePacked):
-    """float16, bfloat16 or float32 weights [out, in] in the kernels' layout; multiplied in float32."""
+    """float16, bfloat16 or float32 weight [out, in], stacked from parts [out_i, in]; multiplied in float32."""
 
     kind = 3
 
@@ -192,9 +176,3 @@ class PackedDense(NativePacked):
         self._bias = _bias(bias, out)
         self._struct = _Dense(address(self._weight), address(self._bias), out, in_, DENSE_TYPES[dtype])
         self.pointer = ctypes.addressof(self._struct)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x float32 [rows, in] -> float32 [rows, out]."""
-        y = _product(x, self.shape)
-        check(required().squawq_dense_matmul(x.data_ptr(), x.shape[0], self.pointer, y.data_ptr()))
-        return y

@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
-from squawq.engine.detokenizer import TextStream
 from squawq.engine.request import Output, Request, TokenLogprob
 from squawq.serve.call import Reply, Times, dump, dump_large
 from squawq.serve.errors import ApiError
@@ -20,6 +19,7 @@ from squawq.serve.model import Served
 from squawq.serve.openai.reply import Offsets, OpenAICall, usage
 from squawq.serve.openai.sampling import SamplingFields
 from squawq.serve.tools.structured import response_grammar
+from squawq.text.tokenizer import TextStream
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's; TGI fills the context
 MAX_LOOKED_AT = 4096  # prompts that are looked at; how many are taken is a setting

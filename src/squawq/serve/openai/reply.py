@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from squawq import __version__
-from squawq.engine.detokenizer import TextStream
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
 from squawq.errors import ConfigError
 from squawq.serve.call import LazyList, dump, finite_logprob
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
 from squawq.serve.openai.sampling import SamplingFields
-from squawq.text.tokenizer import Tokenizer
+from squawq.text.tokenizer import TextStream, Tokenizer
 
 DONE = "[DONE]"
 

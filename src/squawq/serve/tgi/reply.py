@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from squawq.engine.detokenizer import TextStream
 from squawq.engine.request import FinishReason, Output, Request, TokenLogprob
 from squawq.errors import ConfigError
 from squawq.serve.call import LazyList, Reply, Times, dump, finite_logprob
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
+from squawq.text.tokenizer import TextStream
 
 FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 

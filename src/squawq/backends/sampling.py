@@ -1,20 +1,20 @@
-"""Sampling on the CPU: from a row of logits to a token and its log probability, in numpy on the calling thread.
+"""Sampling on the host: from rows of logits to tokens and log probabilities, in numpy on the calling thread.
 
-Each sequence is sampled by itself, so that its tokens cannot depend on the batch. numpy and not torch, whose OpenMP
-threads would compete with the kernels' own.
+`Backend.sample` is this unless a backend samples on its device. Each sequence is sampled by itself, so that its tokens
+cannot depend on the batch. numpy and not torch, whose OpenMP threads would compete with the kernels' own.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squawq.engine.protocol import Chunk, Sampling, StepOutput
 from squawq.engine.request import SamplingParams, TokenLogprob
 
 Row = NDArray[np.float32]
@@ -23,6 +23,54 @@ GREEDY_BELOW = 1e-6  # a temperature under this would overflow float32 where it 
 # Logits this far under the top are sorted, those further down only when they matter.
 _DEPTHS = (2.0, 4.0, 6.0, 9.0, 14.0, 24.0, math.inf)
 _SLACK = 1e-9  # of the whole mass: far above float64's rounding, so that a sum in another order decides the same
+
+
+class TokenMask(Protocol):
+    """The tokens that a grammar allows next. Read as late as possible: it is computed while the model runs."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but an end token may follow."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """bool [vocab_size]."""
+
+
+@dataclass(eq=False)
+class Sampling:
+    """How the tokens of one sequence are sampled: the same object in each of its steps."""
+
+    params: SamplingParams
+    prompt: Sequence[int]  # for the penalties
+    ending: Iterable[int]  # what `min_tokens` forbids
+    seed: int  # of the request
+    index: int  # of the sequence in its request; names the random stream together with the seed
+    logprobs: int | None = None  # number of alternatives; None: no log probabilities
+    grammar: TokenMask | None = None
+    state: Any = None  # the sampler's own: counts for penalties, the random stream
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One sequence's part of a step."""
+
+    ids: Sequence[int]  # tokens to run
+    start: int  # position of the first: the number of the sequence's tokens in the KV cache
+    pages: Sequence[int]  # page table, for start + len(ids) tokens
+    logits: int  # rows of logits: after so many of the last `ids`
+    sampling: Sampling | None = None  # sample the next token; None in the middle of a prompt
+    targets: Sequence[int] = ()  # compute log probabilities of these prompt tokens, which follow the first of `ids`
+    top: int = 0  # alternatives for each target
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step computed for a chunk."""
+
+    token: int | None = None
+    logprob: TokenLogprob | None = None  # if `Sampling.logprobs` asks for it
+    prompt_logprobs: Sequence[TokenLogprob] = ()  # one for each of `Chunk.targets`
+    error: BaseException | None = None  # why this sequence alone failed
 
 
 class NoTokenError(ValueError):
@@ -141,8 +189,7 @@ class _Counts:
 class Sampler:
     """Samples one sequence's tokens, with the state of its penalties and its random stream.
 
-    `Sampling` documents the arguments. (seed, index) select a Philox random stream (Salmon et al., SC 2011), of which
-    each token takes one number.
+    (seed, index) select a Philox stream (Salmon et al., SC 2011), of which each token takes one number.
     """
 
     def __init__(
@@ -152,8 +199,8 @@ class Sampler:
         self._greedy = params.temperature < GREEDY_BELOW
         self._random = None if self._greedy else np.random.Generator(np.random.Philox(seed=[seed, index]))
         bias = params.logit_bias or {}
-        self._bias_ids = np.fromiter(bias, dtype=np.int64, count=len(bias))
-        self._bias = np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
+        self._bias_ids = np.fromiter(bias, dtype=np.int64)
+        self._bias = np.fromiter(bias.values(), dtype=np.float32)
         self._only = None if params.allowed_ids is None else np.array(params.allowed_ids, dtype=np.int64)
         self._bad = [(tuple(ids[:-1]), ids[-1]) for ids in params.bad_ids]
         self._tail: deque[int] = deque(maxlen=max((len(before) for before, _ in self._bad), default=0))
@@ -170,12 +217,10 @@ class Sampler:
         allowed: the grammar's mask, bool [vocab]. complete: the grammar allows only an end token, which overrides what
         the parameters forbid. Raises NoTokenError.
         """
-        forbidding = not complete and (
-            self._chosen < self._params.min_tokens or self._only is not None or bool(self._bad)
-        )
-        changed = len(self._bias) or self._repeats or self._counted or forbidding or allowed is not None
+        early = self._chosen < self._params.min_tokens
+        forbidding = not complete and (early or self._only is not None or bool(self._bad))
         logits = row
-        if changed:
+        if len(self._bias) or self._repeats or self._counted or forbidding or allowed is not None:
             logits = self._adjusted(row)
             if forbidding:
                 self._forbid(logits)
@@ -225,34 +270,32 @@ class Sampler:
             self._tail.append(token)
 
 
-class HostSampling(ABC):
-    """A runner that has its logits on the host, where they are sampled."""
+def sampler(sampling: Sampling) -> Sampler:
+    """The state with which `sample` samples one sequence."""
+    return Sampler(sampling.params, sampling.prompt, sampling.ending, sampling.seed, sampling.index)
 
-    @abstractmethod
-    def run(self, batch: Sequence[Chunk]) -> list[Row]:
-        """Run a step; returns float32 logits [chunk.logits, vocab_size] for each chunk."""
 
-    def prepare(self, sampling: Sampling) -> None:
-        """Set `sampling.state`."""
-        sampling.state = Sampler(sampling.params, sampling.prompt, sampling.ending, sampling.seed, sampling.index)
+def sample(logits: Row, batch: Sequence[Chunk]) -> list[StepOutput]:
+    """Sample each chunk of a step by its rows of float32 logits [rows, vocab], `chunk.logits` of them in order."""
+    found, end = [], 0
+    for chunk in batch:
+        start, end = end, end + chunk.logits
+        found.append(_sample(chunk, logits[start:end]))
+    return found
 
-    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
-        """Run a step and sample its tokens."""
-        return [self._sample(chunk, rows) for chunk, rows in zip(batch, self.run(batch), strict=True)]
 
-    def _sample(self, chunk: Chunk, rows: Row) -> StepOutput:
-        try:
-            scores = [token_logprob(row, token, chunk.top) for row, token in zip(rows, chunk.targets, strict=False)]
-            if (sampling := chunk.sampling) is None:
-                return StepOutput(prompt_logprobs=scores)
-            if sampling.state is None:
-                self.prepare(sampling)
-            sampler: Sampler = sampling.state
-            if (grammar := sampling.grammar) is None:
-                token = sampler.choose(rows[-1])
-            else:
-                token = sampler.choose(rows[-1], grammar.allowed(), grammar.complete)
-            top = sampling.logprobs
-            return StepOutput(token, None if top is None else token_logprob(rows[-1], token, top), scores)
-        except BaseException as error:  # Rust's panics too: it is the sequence's own failure
-            return StepOutput(error=error)
+def _sample(chunk: Chunk, rows: Row) -> StepOutput:
+    try:
+        scores = [token_logprob(row, token, chunk.top) for row, token in zip(rows, chunk.targets, strict=False)]
+        if (sampling := chunk.sampling) is None:
+            return StepOutput(prompt_logprobs=scores)
+        state: Sampler = sampling.state or sampler(sampling)
+        sampling.state = state
+        if (grammar := sampling.grammar) is None:
+            token = state.choose(rows[-1])
+        else:
+            token = state.choose(rows[-1], grammar.allowed(), grammar.complete)
+        top = sampling.logprobs
+        return StepOutput(token, None if top is None else token_logprob(rows[-1], token, top), scores)
+    except BaseException as error:  # Rust's panics too: it is the sequence's own failure
+        return StepOutput(error=error)
