@@ -20,7 +20,8 @@ from squawq.errors import ConfigError
 from squawq.families import expert_of, family_of
 from squawq.format.files import has_file, read_json
 from squawq.format.layouts import LAYOUTS
-from squawq.format.reader import INDEX, Checkpoint
+from squawq.format.reader import Checkpoint
+from squawq.format.shards import INDEX
 from squawq.hub.download import hub_file
 from squawq.layerwise.meta_model import MetaModel
 from squawq.layerwise.plan import LayerPlan

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import squawq
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
-from squawq.format.locking import locked
+from squawq.format.files import locked
 from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
 

@@ -26,8 +26,7 @@ from squawq.backends.layer_ops import (
     Packed,
     RotateAndStore,
 )
-from squawq.format.groupwise import quantize
-from squawq.format.packing import to_gemm
+from squawq.format.groupwise import quantize, to_gemm
 
 Heads = tuple[int, int, int]  # query heads, key-value heads, head_dim
 Rotary = tuple[Tensor, Tensor]  # cos and sin, float32 [rows, rotated dimensions / 2]

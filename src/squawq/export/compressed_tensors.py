@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squawq.errors import CheckpointError
-from squawq.format.groupwise import SYMMETRIC_ZERO, GroupwiseTensor
-from squawq.format.packing import PER_WORD
+from squawq.format.groupwise import PER_WORD, SYMMETRIC_ZERO, GroupwiseTensor
 from squawq.quant_config import QuantConfig
 
 

@@ -18,10 +18,10 @@ from squawq.errors import CheckpointError, ConfigError
 from squawq.export.compressed_tensors import CompressedTensors
 from squawq.export.dense import Dense
 from squawq.families import Family, family_of
-from squawq.format.files import has_file, read_json
+from squawq.format.files import copy_file, has_file, read_json, write_json
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
-from squawq.format.writer import copy_file, write_index, write_json
+from squawq.format.shards import write_index
 from squawq.hub.download import resolve
 from squawq.nn.loader import linear_shapes
 from squawq.quant_config import QuantConfig

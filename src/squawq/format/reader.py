@@ -21,10 +21,9 @@ from torch import Tensor
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError
 from squawq.format.files import MAX_FILE, has_file, read_json
-from squawq.format.groupwise import GroupwiseTensor
+from squawq.format.groupwise import GroupwiseTensor, from_gemm
 from squawq.format.layouts import LAYOUTS
-from squawq.format.packing import from_gemm
-from squawq.format.shards import FolderShards, Shards, TensorInfo, read_tensor
+from squawq.format.shards import INDEX, FolderShards, Shards, TensorInfo, read_tensor
 
 COMPANIONS = re.compile(
     r"tokenizer\.(json|model)|(tokenizer|generation|preprocessor|processor)_config\.json|special_tokens_map\.json"
@@ -32,7 +31,6 @@ COMPANIONS = re.compile(
     r"|(LICEN[SC]E(-[A-Z]+)?|NOTICE|USE_POLICY)(\.(txt|md))?"
 )
 LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
-INDEX = "model.safetensors.index.json"
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from squawq.families import Family
-from squawq.format.packing import PACKED, from_gemm
+from squawq.format.groupwise import PACKED, from_gemm
 from squawq.format.reader import Checkpoint
 from squawq.layerwise.fold import Folding
 from squawq.layerwise.meta_model import MetaModel, refusing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from squawq.families import Family, expert_of
-from squawq.format.packing import PER_WORD
+from squawq.format.groupwise import PER_WORD
 from squawq.quant_config import QuantConfig
 
 GATE = "a router or gate"

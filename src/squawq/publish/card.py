@@ -15,10 +15,8 @@ from statistics import median
 from typing import Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError
-from squawq.format.files import has_file, parse_json, read_bytes, read_json
-from squawq.format.locking import locked
+from squawq.format.files import clear_temporary, has_file, locked, parse_json, read_bytes, read_json, write_text
 from squawq.format.reader import Checkpoint
-from squawq.format.writer import clear_temporary, write_text
 from squawq.hub.download import find_hub_file
 from squawq.inspection import inspect
 from squawq.publish.usage import usage

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
-from squawq.format.files import has_file, open_file, read_bytes, read_json
-from squawq.format.reader import INDEX, Checkpoint
-from squawq.format.writer import is_temporary
+from squawq.format.files import has_file, is_temporary, open_file, read_bytes, read_json
+from squawq.format.reader import Checkpoint
+from squawq.format.shards import INDEX
 from squawq.inspection import missing
 from squawq.publish.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.quantization.job import JOB, PART

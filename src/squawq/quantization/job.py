@@ -17,11 +17,18 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
-from squawq.format.files import has_file, read_bytes, read_json
-from squawq.format.locking import locked
+from squawq.format.files import (
+    clear_temporary,
+    has_file,
+    is_temporary,
+    locked,
+    read_bytes,
+    read_json,
+    refuse_link,
+    write_json,
+)
 from squawq.format.reader import Checkpoint
-from squawq.format.shards import read_header, read_shard
-from squawq.format.writer import clear_temporary, is_temporary, refuse_link, shard_name, write_json, write_shard
+from squawq.format.shards import read_header, read_shard, shard_name, write_shard
 from squawq.quant_config import QuantConfig
 from squawq.report.files import REPORT
 

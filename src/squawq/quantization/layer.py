@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from squawq.distributed import Ranks
-from squawq.format.groupwise import GroupwiseTensor, fake_quantize
-from squawq.format.packing import to_gemm
+from squawq.format.groupwise import GroupwiseTensor, fake_quantize, to_gemm
 from squawq.layerwise.blocks import Block
 from squawq.layerwise.plan import LayerPlan
 from squawq.quantization.error_propagation import ActivationRecord, ErrorStatistics, sequential_stages

@@ -21,8 +21,8 @@ from squawq.compatibility import compatible_engines, engines_line
 from squawq.config import CODE, without
 from squawq.distributed import Ranks
 from squawq.errors import ConfigError
-from squawq.format.files import read_json
-from squawq.format.writer import copy_file, write_index, write_json
+from squawq.format.files import copy_file, read_json, write_json
+from squawq.format.shards import write_index
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.tensor_names import read_finite
 from squawq.progress import LayerProgress, console

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from squawq.errors import CheckpointError
 from squawq.families import expert_of
-from squawq.format.groupwise import quantize
-from squawq.format.packing import to_gemm
+from squawq.format.groupwise import quantize, to_gemm
 from squawq.layerwise.blocks import EXACT, Block
 from squawq.layerwise.fold import Folding
 from squawq.layerwise.plan import LayerPlan

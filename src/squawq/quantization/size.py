@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from squawq.format.packing import PER_WORD
+from squawq.format.groupwise import PER_WORD
 from squawq.format.shards import TensorInfo
 from squawq.quant_config import QuantConfig
 
