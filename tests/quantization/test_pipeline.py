@@ -239,7 +239,7 @@ def test_plain_rounding_is_kept_where_the_search_made_it_worse(
         shape = weight.shape[0], weight.shape[1] // blocks.shape[1]
         return torch.full(shape, -0.01), torch.full(shape, 0.01)
 
-    monkeypatch.setattr("squawq.quantization.linear.clip_limits", bad_limits)
+    monkeypatch.setattr("squawq.quantization.rounding.clip_limits", bad_limits)
     report = quantize(folder, tmp_path / "out", rows)
     monkeypatch.undo()
     assert [layer["method"] for layer in report["layers"]] == ["rtn", "rtn"]

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from squawq.families import Family
 from squawq.format.groupwise import PACKED, from_gemm
 from squawq.format.reader import Checkpoint
-from squawq.layerwise.fold import Folding
 from squawq.layerwise.meta_model import MetaModel, refusing
+from squawq.layerwise.plan import EXACT, Folding
 from squawq.layerwise.tensor_names import TensorNames, check_floating
 
+InputHook = Callable[[Tensor], object]
 BATCH_TOKENS = 4096
 BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch runs through it
-EXACT = ("correction_bias", "expert_bias")  # of routers: rounding them would change who is chosen
 
 
 class _AllCaptured(BaseException):
@@ -207,11 +207,11 @@ class Block:
         return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs))
 
     @torch.no_grad()
-    def run_until_captured(self, states: Tensor, hooks: Mapping[str, Callable[[Tensor], object]]) -> None:
+    def run_until_captured(self, states: Tensor, hooks: Mapping[str, InputHook]) -> None:
         """Run hidden states for the hooks alone: a batch ends when each has captured its input."""
         waiting: set[str] = set()
 
-        def last(name: str, hook: Callable[[Tensor], object]) -> Callable[[Tensor], None]:
+        def last(name: str, hook: InputHook) -> Callable[[Tensor], None]:
             def look(x: Tensor) -> None:
                 hook(x)
                 waiting.discard(name)
@@ -247,10 +247,10 @@ class Block:
         return result.view(part.shape)  # type: ignore[no-any-return]
 
     @contextmanager
-    def input_hooks(self, hooks: Mapping[str, Callable[[Tensor], object]]) -> Iterator[None]:
+    def input_hooks(self, hooks: Mapping[str, InputHook]) -> Iterator[None]:
         """While open, call each hook with the input of the module of that name whenever it runs."""
 
-        def pre_hook(hook: Callable[[Tensor], object]) -> Callable[..., None]:
+        def pre_hook(hook: InputHook) -> Callable[..., None]:
             def look(_: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
                 hook(args[0] if args else kwargs["hidden_states"])
 

@@ -174,6 +174,14 @@ def read_finite(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None
     return _finite(checkpoint.read(name, shape), checkpoint, name)
 
 
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Convert to the 16-bit dtype on disk. Raises CheckpointError if a finite value overflows."""
+    result = tensor.to(dtype)
+    if not all_finite(result):
+        raise CheckpointError(f"tensor {name!r} holds values beyond {dtype}; use dtype bfloat16 (--dtype bfloat16)")
+    return result
+
+
 def check_floating(checkpoint: Checkpoint, name: str) -> None:
     """Raise CheckpointError for a tensor of integers or booleans."""
     info = checkpoint.info(name)

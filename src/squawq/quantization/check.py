@@ -14,9 +14,8 @@ from torch import Tensor
 from squawq.errors import CheckpointError, SquawqError
 from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.calibration import token_blocks
-from squawq.quantization.job import Job
+from squawq.quantization.job import Job, Work
 from squawq.quantization.statistics import token_errors
-from squawq.quantization.work import Work
 from squawq.text.tokenizer import Tokenizer
 
 ROWS, TOKENS = 4, 32

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from squawq.families import expert_of
-from squawq.layerwise.blocks import Block
+from squawq.layerwise.blocks import Block, InputHook
 from squawq.layerwise.tensor_names import all_finite
-from squawq.quantization.inputs import InputHook, capture_modules
 from squawq.quantization.states import Spool
-from squawq.quantization.statistics import InputStatistics
+from squawq.quantization.statistics import InputStatistics, capture_modules
 
 
 @dataclass(frozen=True)

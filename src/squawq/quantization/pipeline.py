@@ -24,18 +24,15 @@ from squawq.errors import ConfigError
 from squawq.format.files import copy_file, read_json, write_json
 from squawq.format.shards import write_index
 from squawq.layerwise.blocks import Blocks
-from squawq.layerwise.tensor_names import read_finite
+from squawq.layerwise.tensor_names import cast, read_finite
+from squawq.memory import measured
 from squawq.progress import LayerProgress, console
 from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import Calibration
 from squawq.quantization.check import DtypeCheck
-from squawq.quantization.job import Job
-from squawq.quantization.layer import quantize_layer, round_layer
-from squawq.quantization.records import measured
-from squawq.quantization.result import LayerResult, cast
-from squawq.quantization.states import IN_MEMORY
-from squawq.quantization.streams import Streams
-from squawq.quantization.work import Work, prepare
+from squawq.quantization.job import Job, Work, prepare
+from squawq.quantization.layer import LayerResult, quantize_layer, round_layer
+from squawq.quantization.states import IN_MEMORY, Streams
 from squawq.report.files import REPORT, public_name, write_report
 from squawq.report.schema import Report
 from squawq.showing import Record
@@ -134,7 +131,10 @@ def _quantize(
     with ranks.on_first(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
         report = ranks.broadcast(lambda: _begin(work, job))
         if report is None:
-            streams = None if share is None else Streams.embedded(work, share, states_memory)
+            streams = None
+            if work.tokens is not None and share is not None:
+                sequential, folder = work.config.sequential, work.out.parent
+                streams = Streams.embedded(work.blocks, work.tokens, share, sequential, folder, states_memory)
             check = DtypeCheck(work, job) if ranks.first else None
             _quantize_layers(work, streams, job, observer, ranks, check)
             report = ranks.broadcast(lambda: _finish(work, job, check, _public_calibration(calibration)))
