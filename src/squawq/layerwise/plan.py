@@ -29,11 +29,11 @@ class LayerPlan:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], family: Family, config: QuantConfig, prefix: str) -> None:
-        self.family, self.config, self.prefix = family, config, prefix
-        self.groups = family.layer_groups(list(shapes))
+        self.shapes, self.family, self.config, self.prefix = shapes, family, config, prefix
         self.kept: dict[str, str] = {}
+        groups = family.layer_groups(list(shapes))
         together: dict[object, list[str]] = {}
-        for place, group in enumerate(self.groups):
+        for place, group in enumerate(groups):
             for name in group.linears:
                 together.setdefault(_fused_with(place, name), []).append(name)
         for names in together.values():
@@ -41,13 +41,8 @@ class LayerPlan:
             for name in names if reasons else ():
                 first = next(iter(reasons))
                 self.kept[name] = reasons.get(name, f"shares its input with {first}, which stays in 16 bits")
-        self.converted = [name for name in self.linears if name not in self.kept]
-        self.kept |= dict.fromkeys((name for group in self.groups for name in group.unquantized_consumers), GATE)
-
-    @property
-    def linears(self) -> list[str]:
-        """Every linear of the groups, in order of use."""
-        return [name for group in self.groups for name in group.linears]
+        self.converted = [name for group in groups for name in group.linears if name not in self.kept]
+        self.kept |= dict.fromkeys((name for group in groups for name in group.unquantized_consumers), GATE)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.backends.devices import check_device
-from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
 from squawq.families import family_of
 from squawq.format.files import (
@@ -34,9 +33,8 @@ from squawq.format.files import (
     refuse_link,
     write_json,
 )
-from squawq.format.groupwise import PER_WORD
 from squawq.format.reader import Checkpoint
-from squawq.format.shards import TensorInfo, read_header, read_shard, shard_name, write_shard
+from squawq.format.shards import read_header, read_shard, shard_name, write_shard
 from squawq.hub.download import resolve
 from squawq.hub.stream import open_streamed
 from squawq.layerwise.blocks import Blocks
@@ -102,6 +100,7 @@ class Work:
 
     Attributes:
         blocks: The 16-bit model.
+        plans: Which linears of each layer are quantized.
         config: Settings without "auto".
         tokens: Calibration blocks int64 [blocks, seqlen]; None for plain rounding.
         out: Where the result goes.
@@ -111,16 +110,13 @@ class Work:
     """
 
     blocks: Blocks
+    plans: list[LayerPlan]
     config: QuantConfig
     tokens: Tensor | None
     out: Path
     identity: dict[str, Any]
     name: str
     size: int
-
-    def plan(self, index: int) -> LayerPlan:
-        """Which linears of a layer are quantized."""
-        return _plan(self.blocks, self.config, index)
 
 
 def prepare(
@@ -129,20 +125,21 @@ def prepare(
     """Plan a job. Raises SquawqError for everything that can be refused before work starts."""
     check_device(device, mps=True)
     checkpoint = open_streamed(model, scratch_folder(Path(out).resolve())) if stream else Checkpoint(resolve(model))
-    family = family_of(checkpoint.config.model_type)
+    family, positions = family_of(checkpoint.config.model_type), checkpoint.config.max_positions
     if checkpoint.config.quant is not None:
         raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
     folder = target_path(out, checkpoint.folder)
-    config = replace(config, seqlen=_calibration_length(config, checkpoint.config))
-    if config.method != "squawq":
-        plain = QuantConfig()
+    if config.seqlen is not None and config.seqlen > positions:
+        raise ConfigError(f"seqlen is {config.seqlen}; the model has {positions} positions")
+    config = replace(config, seqlen=config.seqlen or min(512, positions))
+    if config.method != "squawq":  # settings that have no effect are not part of the job
         config = replace(config, compensate=False, refine=0, sequential=False)
-        config = replace(config, act_order=plain.act_order, damping=plain.damping)
+        config = replace(config, act_order=QuantConfig.act_order, damping=QuantConfig.damping)
     checkpoint.companions()  # raises now rather than when all else is done
     blocks = Blocks(checkpoint, family, device)
     blocks.check()
     config = replace(config, dtype=_stored_dtype(config, blocks))
-    converted = _choice(blocks, config)
+    plans = _plans(blocks, config)
     tokens = None
     if config.method != "rtn":
         tokens = token_blocks(
@@ -153,36 +150,23 @@ def prepare(
             vocab_size=checkpoint.config.vocab_size,
         )
     elif calibration is not None:
-        raise ConfigError(
-            "method 'rtn' rounds without looking at text; leave the calibration out, or use another method"
-        )
-    size = result_bytes({name: checkpoint.tensors[name] for name in blocks.names.stored_names}, converted, config)
+        raise ConfigError("method 'rtn' needs no calibration text; leave it out, or use another method")
     same = identity(checkpoint, config, tokens, device)
-    return Work(blocks, config, tokens, folder, same, public_name(model), size)
+    return Work(blocks, plans, config, tokens, folder, same, public_name(model), _result_bytes(blocks, plans, config))
 
 
-def _plan(blocks: Blocks, config: QuantConfig, index: int) -> LayerPlan:
-    return LayerPlan(blocks.meta_model.shapes(index), blocks.family, config, blocks.family.layer(index))
-
-
-def _choice(blocks: Blocks, config: QuantConfig) -> dict[str, int]:
-    """The checkpoint's tensors to be quantized, and their in_features.
-
-    Raises ConfigError if a name to skip matches nothing, or if nothing would be quantized.
-    """
-    layers = [_plan(blocks, config, index) for index in range(len(blocks.layers))]
-    names = [f"{plan.prefix}.{name}" for plan in layers for name in (*plan.converted, *plan.kept)]
+def _plans(blocks: Blocks, config: QuantConfig) -> list[LayerPlan]:
+    """Raises ConfigError if a name to skip matches nothing, or if nothing would be quantized."""
+    shapes, layer = blocks.meta_model.shapes, blocks.family.layer
+    plans = [LayerPlan(shapes(i), blocks.family, config, layer(i)) for i in range(len(blocks.layers))]
+    names = [f"{plan.prefix}.{name}" for plan in plans for name in (*plan.converted, *plan.kept)]
     for skip in config.modules_to_not_convert:
         if not any(skip in name for name in names):
             raise ConfigError(f"modules_to_not_convert: {skip!r} is in no name; names are like {names[0]}, {names[-1]}")
-    if not any(plan.converted for plan in layers):
-        reason = next(iter(layers[0].kept.values()))
+    if not any(plan.converted for plan in plans):
+        reason = next(iter(plans[0].kept.values()))
         raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
-    found: dict[str, int] = {}
-    for index, plan in enumerate(layers):
-        shapes = blocks.meta_model.shapes(index)
-        found |= {blocks.names.storage_name(f"{plan.prefix}.{n}.weight"): shapes[n][1] for n in plan.converted}
-    return found
+    return plans
 
 
 def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:
@@ -193,25 +177,14 @@ def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:
     return "bfloat16" if info.dtype == torch.bfloat16 else "float16"
 
 
-def _calibration_length(config: QuantConfig, model: ModelConfig) -> int:
-    """Tokens in a calibration block. Raises ConfigError when more are asked for than the model has positions."""
-    if config.seqlen is None:
-        return min(512, model.max_positions)
-    if config.seqlen > model.max_positions:
-        raise ConfigError(f"seqlen is {config.seqlen}; the model has {model.max_positions} positions")
-    return config.seqlen
-
-
-def result_bytes(tensors: Mapping[str, TensorInfo], converted: Mapping[str, int], config: QuantConfig) -> int:
-    """Bytes of the tensors to be written. `converted`: in_features of the weights to be quantized, by name."""
-    total = 0
-    for name, info in tensors.items():
-        count = math.prod(info.shape)
-        if name in converted:
-            groups = count // config.group_of(converted[name])
-            total += 4 * count // PER_WORD + 2 * groups + 4 * groups // PER_WORD  # integers, scales, zeros
-        else:
-            total += 2 * count
+def _result_bytes(blocks: Blocks, plans: Sequence[LayerPlan], config: QuantConfig) -> int:
+    """Bytes of the tensors to be written, from names and shapes."""
+    name_of, total = blocks.names.storage_name, 0
+    in_features = {name_of(f"{p.prefix}.{n}.weight"): p.shapes[n][1] for p in plans for n in p.converted}
+    for name in blocks.names.stored_names:
+        count = math.prod(blocks.checkpoint.tensors[name].shape)
+        groups = count // config.group_of(in_features[name]) if name in in_features else 0
+        total += count // 2 + 2 * groups + groups // 2 if groups else 2 * count  # integers, scales, zeros
     return total
 
 

@@ -199,8 +199,8 @@ def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, r
             return record, stored if goes_on else {}
 
         if streams is None:
-            return ranks.broadcast(lambda: commit(round_layer(block, work.plan(index)))[0])
-        return quantize_layer(block, work.plan(index), streams, ranks, commit)
+            return ranks.broadcast(lambda: commit(round_layer(block, work.plans[index]))[0])
+        return quantize_layer(block, work.plans[index], streams, ranks, commit)
 
 
 def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | None) -> dict[str, Any]:
