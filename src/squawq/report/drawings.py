@@ -17,11 +17,11 @@ from squawq.report.charts import (
     amounts,
     heat_map,
     lines,
+    number,
     paint_ratio,
     paint_share,
     ranges,
 )
-from squawq.report.scales import number
 from squawq.report.schema import Evaluation, LayerRow, LinearRow, Report, ScaleRow
 
 Layers = Sequence[LayerRow]

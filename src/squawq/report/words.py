@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from squawq.quant_config import QuantConfig
+from squawq.report.charts import number
 from squawq.report.drawings import column, loss_ratio
-from squawq.report.scales import number
 from squawq.report.schema import Evaluation, Report
 
 METHODS = {
