@@ -115,7 +115,7 @@ class Block:
         self._widest = max(size for shape in blocks.meta_model.shapes(index).values() for size in shape)
         if stored is not None:
             self.module.float().to_empty(device=blocks.device).requires_grad_(False)
-        blocks.meta_model.fill_constants(self.module)
+        blocks.meta_model.fill_constants(self.module.modules())
         if stored is None:
             self.reload()
         else:
@@ -168,19 +168,13 @@ class Block:
         owner, _, kind = name.rpartition(".")
         owner_module = self.module.get_submodule(owner)
         old = getattr(owner_module, kind)
-        if (
-            old.device.type == torch.device(self.device).type
-            and old.dtype == torch.float32
-            and old.shape == tensor.shape
-        ):
+        kept = old.device.type == torch.device(self.device).type and old.dtype == torch.float32
+        if kept and old.shape == tensor.shape:
             old.data.copy_(tensor)  # large: never two of them
             return
         tensor = tensor.to(self.device, torch.float32, copy=True)
-        setattr(
-            owner_module,
-            kind,
-            nn.Parameter(tensor, requires_grad=False) if kind in owner_module._parameters else tensor,
-        )
+        is_parameter = kind in owner_module._parameters
+        setattr(owner_module, kind, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
     def weight(self, name: str) -> Tensor:
         """The weight (linear [out, in] or norm) of a module in this layer."""

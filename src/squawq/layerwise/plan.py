@@ -71,17 +71,11 @@ def _fused_with(group: int, linear: str) -> object:
 
 @dataclass
 class Folding:
-    """Changes that scales make to a layer's weights.
+    """Changes that scales make to a layer's weights; all tensors are float32."""
 
-    Attributes:
-        columns: Multiply the input channels of a linear, float32 [in] by linear.
-        rows: Divide the output channels and bias of a linear, float32 [out] by linear.
-        norms: Replace a norm's parameters, float32 [hidden] by parameter name.
-    """
-
-    columns: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)  # [in] by linear: multiply its input channels
+    rows: dict[str, Tensor] = field(default_factory=dict)  # [out] by linear: divide its output channels and bias
+    norms: dict[str, Tensor] = field(default_factory=dict)  # [hidden] by parameter: replace it
 
     def into_norm(
         self,

@@ -140,12 +140,8 @@ class TensorNames:
     def _slice(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One expert's weight [out, in] from the parameter that stacks all experts."""
         expert, _, linear = name.removesuffix(".weight").rpartition(".")
-        number, part, stored = (
-            int(expert.rpartition(".")[2]),
-            self.family.experts.index(linear),
-            self.storage_name(name),
-        )
-        out, inputs = shape
+        number, part = int(expert.rpartition(".")[2]), self.family.experts.index(linear)
+        stored, (out, inputs) = self.storage_name(name), shape
         rows = out * (1 if part == 2 else 2)
         info = self.checkpoint.info(stored)
         needed = [inputs, rows] if self.transposed else [rows, inputs]

@@ -96,27 +96,16 @@ def _differing(theirs: object, ours: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """A job, checked.
+    """A job, checked."""
 
-    Attributes:
-        blocks: The 16-bit model.
-        plans: Which linears of each layer are quantized.
-        config: Settings without "auto".
-        tokens: Calibration blocks int64 [blocks, seqlen]; None for plain rounding.
-        out: Where the result goes.
-        identity: What makes another run the same job.
-        name: The model's name in the report.
-        size: Bytes of the result.
-    """
-
-    blocks: Blocks
-    plans: list[LayerPlan]
-    config: QuantConfig
-    tokens: Tensor | None
+    blocks: Blocks  # the 16-bit model
+    plans: list[LayerPlan]  # by layer
+    config: QuantConfig  # without "auto"
+    tokens: Tensor | None  # calibration blocks int64 [blocks, seqlen]; None for plain rounding
     out: Path
-    identity: dict[str, Any]
-    name: str
-    size: int
+    identity: dict[str, Any]  # what another run must have to resume this one
+    name: str  # of the model, in the report
+    size: int  # bytes of the result
 
 
 def prepare(

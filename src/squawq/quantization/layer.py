@@ -127,29 +127,17 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
 
 @dataclass
 class LayerQuantization:
-    """What has been chosen for a layer so far.
-
-    Attributes:
-        block: The layer.
-        plan: Which of its linears are quantized.
-        folding: Of the scales.
-        packed: AWQ integers, by linear.
-        losses: Mean squared error of a linear's output by plain rounding and as quantized, by linear.
-        clips: Quantiles of the range that is kept, by linear.
-        scales: Report rows of the scales.
-        notes: What is out of the ordinary.
-        tokens: How many tokens each expert saw.
-    """
+    """A layer's scales, integers and report so far, each by linear."""
 
     block: Block
     plan: LayerPlan
     folding: Folding = field(default_factory=Folding)
     packed: dict[str, PackedLinear] = field(default_factory=dict)
-    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
-    clips: dict[str, list[float]] = field(default_factory=dict)
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)  # by plain rounding, as quantized
+    clips: dict[str, list[float]] = field(default_factory=dict)  # quantiles of the share of its range that is kept
     scales: list[ScaleRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    tokens: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)  # routed to each expert
 
     @torch.no_grad()
     def scale(self, inputs: LayerInputs, whole: Collection[str]) -> Folding:
@@ -192,11 +180,11 @@ class LayerQuantization:
         """Mean squared error of a linear's sampled outputs by plain rounding and as quantized.
 
         Args:
-            name: Of the linear.
-            original: Its sampled rows before folding and correction, float32 [rows, in].
-            weight: The same of the weight that was rounded.
-            integers: The same of what it was rounded to.
-            part: Which rows are sampled.
+            name: The linear.
+            original: Its sampled rows `part` before folding and correction, float32 [rows, in].
+            weight: The same rows that were rounded, float32 [rows, in].
+            integers: What they were rounded to.
+            part: See `original`.
             quantizer: Has the statistics of the input.
         """
         config, folding = self.plan.config, self.folding
@@ -243,7 +231,7 @@ class LayerQuantization:
         """The layer's row of the report.
 
         Args:
-            kept: Whether what was chosen is stored; else plain rounding is.
+            kept: Whether the quantized layer is stored; else plain rounding is.
             losses: Mean squared error of the layer's output by plain rounding and as stored.
             relative: Relative errors of the same.
         """

@@ -165,21 +165,13 @@ class Replay:
 
 @dataclass(frozen=True)
 class Streams:
-    """This rank's hidden states before a layer, float32 [blocks, tokens, hidden].
+    """This rank's hidden states before a layer, float32 [blocks, tokens, hidden]."""
 
-    Attributes:
-        reference: Of the 16-bit model.
-        quantized: The same tokens behind quantized layers; None if calibration is not sequential.
-        sample: Blocks that losses are measured on.
-        folder: Where files of states go that exceed their memory.
-        states_memory: GiB of memory for each stream, and for the record of one layer's inputs.
-    """
-
-    reference: Tensor
-    quantized: Tensor | None
-    sample: Sample
-    folder: Path
-    states_memory: float
+    reference: Tensor  # of the 16-bit model
+    quantized: Tensor | None  # the same tokens behind quantized layers; None if calibration is not sequential
+    sample: Sample  # blocks that losses are measured on
+    folder: Path  # for files of states that exceed their memory
+    states_memory: float  # GiB for each stream, and for the record of one layer's inputs
 
     @classmethod
     def embedded(

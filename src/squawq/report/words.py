@@ -73,12 +73,12 @@ def _flag(key: str) -> str:
 def sizes(report: Report) -> str:
     """Where the bytes are: what became 4-bit integers, and what stays in 16 bits."""
     weights, quantized = _quantized(report)
-    text = f"{_size(report.source_bytes)} → {_size(report.bytes)}"
+    text = f"{size(report.source_bytes)} → {size(report.bytes)}"
     if not weights:
         return text
     rest, embedding = report.bytes - quantized, report.embedding_bytes
-    inside = f", the embedding is {_size(embedding)} of them" if embedding else ""
-    return f"{text}: {_size(round(quantized))} of 4-bit linears, {_size(round(rest))} stay in 16 bits{inside}"
+    inside = f", the embedding is {size(embedding)} of them" if embedding else ""
+    return f"{text}: {size(round(quantized))} of 4-bit linears, {size(round(rest))} stay in 16 bits{inside}"
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -126,7 +126,8 @@ def _quantized(report: Report) -> tuple[int, float]:
     return weights, weights / 2 + 2.5 * groups
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes in MB or GB (10^9)."""
     return f"{count / 1e6:,.1f} MB" if count < 10**9 else f"{count / 1e9:,.2f} GB"
 
 
