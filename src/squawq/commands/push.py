@@ -36,7 +36,7 @@ def push(
         ),
     ] = False,
 ) -> None:
-    """Upload an AWQ folder to the Hub with a model card. Run it again to go on after a stop.
+    """Upload an AWQ folder to the Hub with a model card. Run it again to resume.
 
     \b
     Examples:
