@@ -74,10 +74,10 @@ def inside(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error", "reason"),
     [
-        (stray, OutputError, "no part of the model: passwords.txt"),
-        (inside, OutputError, "no part of the model: runs"),
-        (private_key, OutputError, "no part of the model: tokenizer_private.key"),
-        (environment, OutputError, "no part of the model: vocab.env"),
+        (stray, OutputError, "not part of the model: passwords.txt"),
+        (inside, OutputError, "not part of the model: runs"),
+        (private_key, OutputError, "not part of the model: tokenizer_private.key"),
+        (environment, OutputError, "not part of the model: vocab.env"),
         (linked_licence, CheckpointError, "LICENSE: is a link out of its folder"),
         (linked_shard, CheckpointError, "00002-of-00010.safetensors: is a link out of its folder"),
         (another_layout, ConfigError, "the layout 'gemv'"),

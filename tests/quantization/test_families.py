@@ -237,7 +237,7 @@ def test_layers_that_transformers_leaves_aside_are_said(tmp_path: Path) -> None:
     file = tmp_path / "model" / "model.safetensors"
     save_file({**load_file(file), "model.layers.61.eh_proj.weight": torch.zeros(64, 64)}, file, {"format": "pt"})
     report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
-    said = "1 tensors that transformers leaves aside are not written, as model.layers.61.eh_proj.weight"
+    said = "1 tensors that transformers does not load are not written, such as model.layers.61.eh_proj.weight"
     assert report["notes"][-1] == said
     assert "model.layers.61.eh_proj.weight" not in Checkpoint(tmp_path / "awq").tensors
 

@@ -186,8 +186,8 @@ def _score(finals: Sequence[Final], cut: Windows, vocab_size: int) -> tuple[Scor
     for final, loss in zip(finals, (score.loss, score.reference_loss)[: len(finals)], strict=True):
         if loss / score.tokens >= MAX_LOSS:
             raise CheckpointError(
-                f"{final.blocks.checkpoint.folder}: loses {loss / score.tokens:.4g} nats a token, a perplexity beyond "
-                "any number; its weights are broken"
+                f"{final.blocks.checkpoint.folder}: loses {loss / score.tokens:.4g} nats a token, and its perplexity "
+                "overflows; its weights are broken"
             )
     by_position = [float(s / c) for s, c in zip(sums, counts, strict=True) if c]
     return score, by_position

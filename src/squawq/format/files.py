@@ -87,7 +87,7 @@ def read_bytes(path: Path, folder: Path | None = None) -> bytes:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if len(data) > MAX_FILE:
-        raise CheckpointError(f"{path}: larger than {MAX_FILE} bytes; this is no file of this kind")
+        raise CheckpointError(f"{path}: larger than {MAX_FILE} bytes; this is not a file of this kind")
     return data
 
 

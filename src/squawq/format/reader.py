@@ -41,7 +41,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
     if not has_file(folder / "config.json"):
-        raise CheckpointError(f"{folder}: has no config.json, so it is no model folder")
+        raise CheckpointError(f"{folder}: has no config.json, so it is not a model folder")
     raw = read_json(folder / "config.json")
     if raw.get("quantization_config") is None:
         for name, method in LEGACY.items():

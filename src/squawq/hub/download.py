@@ -109,4 +109,6 @@ def find_hub_file(repo: str, name: str) -> Path | None:
         raise CheckpointError(f"{repo!r} is no folder here, and not on the Hub or in need of a login") from error
     except (HfHubHTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{repo!r} is no folder here, and its {name} could not be had: {reason}") from error
+        raise CheckpointError(
+            f"{repo!r} is no folder here, and its {name} could not be downloaded: {reason}"
+        ) from error

@@ -236,7 +236,7 @@ class Job:
                 other = _differing(begun, self.identity)
                 raise OutputError(
                     f"{self.partial} holds an unfinished run with another {other}; "
-                    "remove that folder to start anew, or choose another OUT"
+                    "remove that folder to start over, or choose another OUT"
                 )
         elif any(not is_temporary(path.name) for path in self.partial.iterdir()):
             raise OutputError(f"{self.partial} exists and squawq did not make it; move it, or choose another OUT")

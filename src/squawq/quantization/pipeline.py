@@ -205,7 +205,7 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: Calibra
     kept += [{"name": name, "reason": "no part of the text model"} for name in blocks.names.other_parts]
     notes = [f"{record['name']}: {note}" for record in records for note in record["notes"]]
     if ignored := blocks.names.ignored:
-        notes.append(f"{len(ignored)} tensors that transformers leaves aside are not written, as {ignored[0]}")
+        notes.append(f"{len(ignored)} tensors that transformers does not load are not written, such as {ignored[0]}")
     raw: dict[str, Any] = without(checkpoint.config.raw, ("dtype", "torch_dtype", *CODE))
     raw["torch_dtype"] = config.dtype
     raw["quantization_config"] = config.to_quantization_config([row["name"] for row in kept])

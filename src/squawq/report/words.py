@@ -36,7 +36,7 @@ def headline(report: Report) -> list[str]:
             f"Not compared with the 16-bit model yet{off}.",
             f"Next: squawq eval OUT --reference {model}",
         ]
-    said = [f"{verdict(scores.kl_mean)}, the same likeliest token in {scores.top1_agreement or 0:.1%}."]
+    said = [f"{verdict(scores.kl_mean)}, top-1 agreement {scores.top1_agreement or 0:.1%}."]
     if scores.kl_mean >= VERDICTS[-2][0]:
         said.append("Next: a smaller --group-size, or calibration text of the kind that the model is used for.")
     elif "squawq" in report.runs_in:
@@ -154,7 +154,7 @@ def summary(report: Report) -> list[str]:
             else "No layer fell back to plain rounding."
         )
     else:
-        said.append("Weights were rounded to nearest, without looking at text; no loss was measured.")
+        said.append("Weights were rounded to nearest without calibration; no loss was measured.")
     kept = len(report.kept_in_16_bits)
     said.append(f"{_count(kept, 'linear')} stayed in 16 bits; listed below." if kept else "Every linear is quantized.")
     return said + _evaluated(report.evaluation)
@@ -166,7 +166,7 @@ def _evaluated(scores: Evaluation | None) -> list[str]:
     return [
         f"Against the 16-bit model on {scores.tokens:,} tokens: mean KL {number(scores.kl_mean)} nats "
         f"(99th percentile {number(scores.kl_p99 or 0)}), perplexity {scores.reference_perplexity or 0:.4g} → "
-        f"{scores.perplexity or 0:.4g}, the same likeliest token in {scores.top1_agreement or 0:.1%}."
+        f"{scores.perplexity or 0:.4g}, top-1 agreement {scores.top1_agreement or 0:.1%}."
     ]
 
 
