@@ -77,11 +77,11 @@ def fake_quantize(weight: Tensor, group: int, zero_point: bool) -> Tensor:
     return quantize(weight, group, zero_point).dequantize()
 
 
-def pack(values: Tensor) -> Tensor:
-    """Integers 0..15 of any dtype [rows, out] -> int32 [rows, out / 8]."""
+def pack(values: Tensor, order: tuple[int, ...] = ORDER) -> Tensor:
+    """Integers 0..15 of any dtype [rows, out] -> int32 [rows, out / 8]; nibble i of a word holds value order[i]."""
     words = values.view(values.shape[0], -1, PER_WORD)
     packed = torch.zeros(words.shape[:2], dtype=torch.int32, device=values.device)
-    for nibble, channel in enumerate(ORDER):
+    for nibble, channel in enumerate(order):
         packed |= words[:, :, channel].to(torch.int32) << (4 * nibble)
     return packed
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,15 +46,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             if has_file(folder / name):
                 raw["quantization_config"] = {"quant_method": method, **read_json(folder / name)}
     return raw
-
-
-@contextmanager
-def _safetensors(file: Path) -> Iterator[None]:
-    """Turns the library's errors into CheckpointError."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
 
 
 class Checkpoint:
