@@ -122,7 +122,8 @@ def evaluate(
         if progress is not None:
             progress(done, total)
 
-    finals = [final_states(_blocks(c, device), cut.ids, step) for c in (checkpoint, other) if c is not None]
+    opened = [Blocks(c, family_of(c.config.model_type), device) for c in (checkpoint, other) if c is not None]
+    finals = [final_states(blocks, cut.ids, step) for blocks in opened]
     score, by_position = _score(finals, cut, checkpoint.config.vocab_size)
     found = {**score.summary(), "text": name, "window": window, "stride": cut.stride, "kl_by_position": by_position}
     return Record(found)
@@ -143,10 +144,6 @@ class Final:
 
     blocks: Blocks
     states: Tensor
-
-
-def _blocks(checkpoint: Checkpoint, device: str) -> Blocks:
-    return Blocks(checkpoint, family_of(checkpoint.config.model_type), device)
 
 
 @torch.inference_mode()

@@ -131,7 +131,9 @@ def _plan(checkpoint: Checkpoint, family: Family) -> _Plan:
     places = {owner: part for part, own in enumerate(owners) for owner in own}
     parts: list[list[str]] = [[] for _ in owners]
     for name, info in checkpoint.tensors.items():
-        owner = next((o for o in _ancestors(name) if o in places), None)
+        pieces = name.split(".")
+        ancestors = (".".join(pieces[:count]) for count in range(1, len(pieces)))
+        owner = next((o for o in ancestors if o in places), None)
         unknown = name.endswith(".qweight") and name.removesuffix(".qweight") not in shapes
         if "rotary_emb" in name or (owner == family.head and config.tied_embeddings):
             continue
@@ -140,12 +142,6 @@ def _plan(checkpoint: Checkpoint, family: Family) -> _Plan:
         parts[places[owner]].append(name)
     targets = ["Linear", *([family.head] if checkpoint.is_quantized(family.head) and family.head in shapes else [])]
     return _Plan(parts, shapes, [*kept, *([] if family.head in shapes else [family.head])], targets)
-
-
-def _ancestors(name: str) -> list[str]:
-    """a.b.c -> a, a.b"""
-    pieces = name.split(".")
-    return [".".join(pieces[:count]) for count in range(1, len(pieces))]
 
 
 def _write_parts(checkpoint: Checkpoint, plan: _Plan, writer: Writer, job: Job, progress: Progress | None) -> None:

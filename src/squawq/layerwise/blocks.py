@@ -178,17 +178,9 @@ class Block:
 
     def weight(self, name: str) -> Tensor:
         """The weight (linear [out, in] or norm) of a module in this layer."""
-        return self.parameter(name).data
-
-    def parameter(self, name: str, kind: str = "weight") -> nn.Parameter:
-        """The parameter behind `weight`; setting its `data` changes the layer."""
-        parameter = getattr(self.module.get_submodule(name), kind)
+        parameter = self.module.get_submodule(name).weight
         assert isinstance(parameter, nn.Parameter)
-        return parameter
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors of the layer by their names in it."""
-        return dict(self.module.state_dict())
+        return parameter.data
 
     @torch.no_grad()
     def run(self, states: Tensor, in_place: bool = False) -> Tensor:

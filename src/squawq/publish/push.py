@@ -34,7 +34,7 @@ IGNORED = (".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store")  # lef
 
 @dataclass(frozen=True)
 class Upload:
-    """What a push did: where it is, how many files and bytes the folder has."""
+    """What a push did: where it is, how many files and bytes it has."""
 
     url: str
     files: int

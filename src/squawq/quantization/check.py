@@ -24,8 +24,7 @@ FAR_OFF = 0.5  # relative error of the median token's output; computing in 16 bi
 
 
 class DtypeCheck:
-    """`layer` after each layer in turn, `head` at the end. All raise CheckpointError naming the part that goes wrong
-    first, and what to do."""
+    """`layer` after each layer in turn, `head` at the end; each raises CheckpointError naming what overflows."""
 
     @torch.no_grad()
     def __init__(self, work: Work, job: Job) -> None:

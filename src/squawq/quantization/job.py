@@ -46,7 +46,7 @@ from squawq.text.tokenizer import Tokenizer
 
 JOB = "squawq_job.json"
 PART = "squawq_part_"
-SCRATCH = ".squawq-scratch"
+SCRATCH = ".squawq-scratch"  # in OUT.partial, for temporary files; removed when the job ends
 
 
 def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None, device: str) -> dict[str, Any]:
@@ -62,11 +62,6 @@ def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None,
         "config": config.to_dict(),
         "device": device.partition(":")[0],
     }
-
-
-def scratch_folder(out: Path) -> Path:
-    """Folder for temporary files of a job; removed when the job ends, however it ends."""
-    return _partial(out) / SCRATCH
 
 
 def _partial(out: Path) -> Path:
@@ -113,7 +108,7 @@ def prepare(
 ) -> Work:
     """Plan a job. Raises SquawqError for everything that can be refused before work starts."""
     check_device(device, mps=True)
-    checkpoint = open_streamed(model, scratch_folder(Path(out).resolve())) if stream else Checkpoint(resolve(model))
+    checkpoint = open_streamed(model, _partial(Path(out).resolve()) / SCRATCH) if stream else Checkpoint(resolve(model))
     family, positions = family_of(checkpoint.config.model_type), checkpoint.config.max_positions
     if checkpoint.config.quant is not None:
         raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")

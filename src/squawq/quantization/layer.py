@@ -25,13 +25,7 @@ from squawq.quantization.error_propagation import ActivationRecord, ErrorStatist
 from squawq.quantization.rounding import LinearQuantizer
 from squawq.quantization.search import choose_scales, fold, round_in_place, sampled_rows
 from squawq.quantization.states import Replay, Streams
-from squawq.quantization.statistics import (
-    LayerInputs,
-    capture_modules,
-    clip_quantiles,
-    mean_square,
-    relative_error,
-)
+from squawq.quantization.statistics import LayerInputs, capture_modules, clip_quantiles, mean_square, relative_error
 from squawq.report.schema import LayerRow, LinearRow, ScaleRow
 
 PackedLinear = dict[str, Tensor]  # qweight, scales and qzeros, on the CPU
@@ -87,7 +81,7 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     # Scale: AWQ's search, before anything is rounded.
     folding = chosen.folding = ranks.broadcast(partial(chosen.scale, inputs, others.keys())).to(block.device)
     fold(block, plan, folding)
-    inputs.keep(others.keys())
+    inputs.statistics = {name: stats for name, stats in inputs.statistics.items() if name in others}
 
     # Correct, clip, round: linears behind quantized ones, in order of execution.
     replay = Replay(block, in_stages, streams.folder, streams.states_memory / 4)
@@ -106,7 +100,7 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
 
     # Clip, round: all others, on the statistics of the 16-bit model.
     for module, linears in others.items():
-        stats = inputs.take(module)
+        stats = inputs.statistics.pop(module)  # for the last time: it is large
         if (scales := folding.columns.get(linears[0])) is not None:
             stats.divide(scales)
         quantizer = LinearQuantizer(stats, config)
@@ -206,7 +200,7 @@ class LayerQuantization:
         """The tensors of the layer to store; linears without packed integers are rounded to nearest."""
         plan, tensors = self.plan, dict[str, Tensor]()
         converted = set(plan.converted)
-        for name, tensor in self.block.state().items():
+        for name, tensor in self.block.module.state_dict().items():
             module, _, kind = name.rpartition(".")
             if kind == "weight" and module in converted:
                 packed = self.packed.get(module)

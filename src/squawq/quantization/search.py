@@ -195,7 +195,7 @@ def choose_scales(
     """
     folding, rows = Folding(), []
     for group in block.groups:
-        stats, names = inputs.of_group(group), [n for n in group.linears if n in plan.converted]
+        stats, names = inputs.statistics[group.capture_module], [n for n in group.linears if n in plan.converted]
         if names and stats.has_signal and takes_scales(block, group):
             sampled = names[:: -(-len(names) // SAMPLED_LINEARS)]
             best = _best_scales(block, plan, group, sampled, stats, samples)
@@ -262,7 +262,7 @@ def fold_group(block: Block, plan: LayerPlan, group: ScalingGroup, scales: Tenso
 def fold(block: Block, plan: LayerPlan, folding: Folding) -> None:
     """Fold the scales into the layer, and round what is not quantized to its dtype on disk."""
     block.fold(folding)
-    for name, tensor in block.state().items():
+    for name, tensor in block.module.state_dict().items():
         module, _, kind = name.rpartition(".")
         if not (kind == "weight" and module in plan.converted):
             tensor.copy_(plan.stored(name, tensor))

@@ -150,7 +150,7 @@ class InputStatistics:
 
     @property
     def gram(self) -> Tensor:
-        """The whole Gram matrix float32 [features, features], of inputs that are not too wide."""
+        """The whole Gram matrix, float32 [features, features], of inputs that are not too wide."""
         (gram,) = self._grams
         return gram
 
@@ -282,18 +282,6 @@ class LayerInputs:
                 with self.block.input_hooks({name: s.update for name, s in fresh.items()}), torch.no_grad():
                     self.block.module.get_submodule(expert)(samples[block].flatten(0, -2))
                 self.statistics |= fresh
-
-    def of_group(self, group: ScalingGroup) -> InputStatistics:
-        """Statistics of the input that a group's linears share."""
-        return self.statistics[group.capture_module]
-
-    def keep(self, modules: Collection[str]) -> None:
-        """Drop the statistics of all other capture modules."""
-        self.statistics = {name: stats for name, stats in self.statistics.items() if name in modules}
-
-    def take(self, module: str) -> InputStatistics:
-        """Statistics captured at a module, which are large, for the last time."""
-        return self.statistics.pop(module)
 
     def _empty(self, module: str) -> InputStatistics:
         features = self.before.shape[-1] if module not in self._capture else self.block.weight(module).shape[1]

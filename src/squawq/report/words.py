@@ -16,8 +16,6 @@ METHODS = {
     "awq": "awq: AWQ scales and clipping, as published",
     "rtn": "rtn: round to nearest",
 }
-
-
 VERDICTS = ((0.01, "hardly any difference"), (0.05, "small"), (0.2, "noticeable"), (float("inf"), "large"))  # of KL
 
 
@@ -32,10 +30,7 @@ def headline(report: Report) -> list[str]:
     if scores is None or scores.kl_mean is None:
         errors = [record.relative_error for record in report.layers if record.relative_error is not None]
         off = f"; the last layer's output is off by {errors[-1]:.2%} on calibration text" if errors else ""
-        return [
-            f"Not compared with the 16-bit model yet{off}.",
-            f"Next: squawq eval OUT --reference {model}",
-        ]
+        return [f"Not compared with the 16-bit model yet{off}.", f"Next: squawq eval OUT --reference {model}"]
     said = [f"{verdict(scores.kl_mean)}, top-1 agreement {scores.top1_agreement or 0:.1%}."]
     if scores.kl_mean >= VERDICTS[-2][0]:
         said.append("Next: a smaller --group-size, or calibration text of the kind that the model is used for.")
@@ -90,10 +85,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         *([("date", report.date)] if report.date else []),
         ("command", command(report)),
         ("method", METHODS.get(report.method, report.method)),
-        (
-            "weights",
-            f"{config.bits} bits, groups of {group}, {'zero point' if config.zero_point else 'symmetric'}",
-        ),
+        ("weights", f"{config.bits} bits, groups of {group}, {'zero point' if config.zero_point else 'symmetric'}"),
         ("bits a weight", _bits(report)),
         ("size", sizes(report)),
         ("calibration", f"{tokens:,} tokens in blocks of {config.seqlen or 0:,}" if tokens else "none"),
