@@ -22,7 +22,7 @@ from torch import Tensor
 import squawq
 from squawq import QuantConfig
 from squawq.demo import demo_model
-from squawq.quantization import layer
+from squawq.quantization import search
 from squawq.quantization.search import ScaleCandidate, best_scales, sampled_rows, scaled_difference
 
 Found = dict[int, list[tuple[float, float, int]]]  # by number of linears: first choice, final choice, place of best
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     args = parser.parse_args()
     found: Found = {}
-    layer.best_scales = judging(found)  # type: ignore[attr-defined]
+    search.best_scales = judging(found)
     with tempfile.TemporaryDirectory() as folder:
         squawq.quantize(
             args.model, Path(folder) / "out", QuantConfig(method="awq", samples=args.rows, seqlen=args.seqlen)

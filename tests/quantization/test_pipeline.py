@@ -340,7 +340,7 @@ KILLED = """
 import json, os, signal, sys, time
 import squawq
 from squawq.quant_config import QuantConfig
-from squawq.format import writer
+from squawq.format import shards
 from squawq.quantization import pipeline
 from transformers.models.llama import modeling_llama
 
@@ -365,7 +365,7 @@ def work(out, moment, point):
                 path.with_name(".tmpXyZ12").write_bytes(bytes(10_000))  # what safetensors leaves
                 os.kill(os.getpid(), signal.SIGKILL)
             original(tensors, path, metadata=metadata)
-        original, writer.save_file = writer.save_file, save_file
+        original, shards.save_file = shards.save_file, save_file
         saved = 0
     squawq.quantize(folder, out, QuantConfig(group_size=32, seqlen=32, samples=8), calibration=rows)
 

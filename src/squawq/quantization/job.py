@@ -134,7 +134,7 @@ def prepare(
             vocab_size=checkpoint.config.vocab_size,
         )
     elif calibration is not None:
-        raise ConfigError("method 'rtn' needs no calibration text; leave it out, or use another method")
+        raise ConfigError("method 'rtn' needs no text; leave the calibration out, or use another method")
     same = identity(checkpoint, config, tokens, device)
     return Work(blocks, plans, config, tokens, folder, same, public_name(model), _result_bytes(blocks, plans, config))
 
