@@ -82,7 +82,7 @@ def inside(folder: Path) -> None:
         (linked_shard, CheckpointError, "00002-of-00010.safetensors: is a link out of its folder"),
         (another_layout, ConfigError, "the layout 'gemv'"),
         (unfinished, CheckpointError, "not finished"),
-        (tensor_lost, CheckpointError, "not whole: 9 tensors are missing, such as model.layers.0.self_attn.q_proj"),
+        (tensor_lost, CheckpointError, "is incomplete: 9 tensors are missing, such as model.layers.0.self_attn.q_proj"),
         (cut, CheckpointError, "damaged"),
         (no_tokenizer, CheckpointError, "no tokenizer"),
     ],
