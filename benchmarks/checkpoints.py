@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from squawq.config import ModelConfig
-from squawq.format.packing import PER_WORD
-from squawq.format.writer import shard_name, write_index, write_json, write_shard
+from squawq.format.files import write_json
+from squawq.format.groupwise import PER_WORD
+from squawq.format.shards import shard_name, write_index, write_shard
 from squawq.nn.loader import linear_shapes
 from squawq.quant_config import QuantConfig
 

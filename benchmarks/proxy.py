@@ -24,7 +24,7 @@ from torch import Tensor
 import squawq
 from squawq import QuantConfig
 from squawq.demo import demo_model
-from squawq.quantization import scales as chooser  # the module that calls best_scales
+from squawq.quantization import search as chooser  # the module that calls best_scales
 from squawq.quantization.search import ScaleCandidate, best_scales, sampled_rows, scaled_difference
 
 Found = dict[int, list[tuple[float, float, int]]]  # by number of linears: first choice, final choice, place of best

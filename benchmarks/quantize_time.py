@@ -33,7 +33,7 @@ import squawq
 from squawq import QuantConfig
 from squawq.demo import demo_model
 from squawq.layerwise.blocks import Block
-from squawq.quantization.replay import Replay
+from squawq.quantization.states import Replay
 
 assert modeling_llama.LlamaForCausalLM
 VOCAB = 1024  # vocabulary of the random models, and upper bound of the ids

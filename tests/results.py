@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from squawq.quantization.records import MEASURED
+from squawq.memory import MEASURED
 from squawq.report.files import REPORT
 
 

@@ -152,7 +152,7 @@ def test_a_conversation_on_a_terminal(endless: Path) -> None:
     ("arguments", "message"),
     [
         (["chat", str(demo_model())], "squawq: stopped\n"),
-        (["quantize", str(demo_model()), "OUT"], "squawq: stopped; run the same command again to go on\n"),
+        (["quantize", str(demo_model()), "OUT"], "squawq: stopped; run the same command again to resume\n"),
     ],
 )
 def test_only_what_goes_on_says_to_run_it_again(

@@ -136,7 +136,7 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     "bad device": (["quantize", DEMO, "OUT", "--device", "gpu"], "device 'gpu' is not there; choose one of cpu"),
     "no such model": (["quantize", "nowhere", "OUT"], "neither a model folder nor a Hub id"),
     "hub out of reach": (["quantize", "nobody/nothing", "OUT"], "the Hub could not be asked"),
-    "no such calibration": (["quantize", DEMO, "OUT", "--calibration", "none.txt"], "'none.txt' is no file"),
+    "no such calibration": (["quantize", DEMO, "OUT", "--calibration", "none.txt"], "'none.txt' is not a file"),
     "too many samples": (["quantize", DEMO, "OUT", "--samples", "9999"], "5,119,488 are needed"),
     "seqlen": (["quantize", DEMO, "OUT", "--seqlen", "100000"], "the model has 4096 positions"),
     "eval without text": (["eval", DEMO, "--text", "none.txt"], "none.txt"),

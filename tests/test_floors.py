@@ -66,7 +66,7 @@ DOORS = {
     "matplotlib": ("evaluation.plots",),
     "huggingface_hub": ("hub.", "publish."),
     "tokenizers": ("text.tokenizer",),
-    "jinja2": ("text.chat_template", "report.page"),
+    "jinja2": ("text.chat_template", "report.page", "publish.usage"),
     "llguidance": ("engine.grammar",),
     "gguf": ("export.gguf",),
     "prompt_toolkit": ("commands.chat",),

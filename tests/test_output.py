@@ -108,7 +108,7 @@ def test_a_report_that_cannot_be_written(
 ) -> None:
     """A model in the Hub's cache, say: the figures are what was asked for."""
     monkeypatch.setattr("squawq.report.files.render", lambda _: "")
-    monkeypatch.setattr("squawq.format.writer.TemporaryDirectory", lambda **_: FULL.joinpath("x").open())
+    monkeypatch.setattr("squawq.format.files.TemporaryDirectory", lambda **_: FULL.joinpath("x").open())
     assert main(["eval", str(out), "--reference", "model", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["perplexity"] == SCORES["perplexity"]

@@ -48,7 +48,7 @@ def run(out: Path, console: Console) -> dict[str, Any]:
     table.add_row("weights", *(f"{size / 1e6:.1f} MB" for size in sizes))
     table.add_row("perplexity", f"{scores['reference_perplexity']:.2f}", f"{scores['perplexity']:.2f}")
     table.add_row("KL to 16-bit, mean", "", f"{scores['kl_mean']:.4f} nats")
-    table.add_row("same likeliest token", "", f"{scores['top1_agreement']:.1%}")
+    table.add_row("top-1 agreement", "", f"{scores['top1_agreement']:.1%}")
     console.print(table, soft_wrap=False)
     console.print(f"3. Asking both: {QUESTION}", style="bold")
     answers = Table(show_lines=True)

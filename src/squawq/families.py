@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from squawq.errors import ConfigError
 
@@ -157,11 +158,11 @@ def _gated(norm: str = _MLP, module: str = "mlp", adds: bool = True) -> Groups:
     )
 
 
-def _fused_gated(norm: str = _MLP, module: str = "mlp", up: str = "gate_up_proj", down: str = "down_proj") -> Groups:
+def _fused_gated() -> Groups:
     """The same with gate and up in one linear."""
     return (
-        ScalingGroup(norm, (f"{module}.{up}",), module),
-        ScalingGroup(f"{module}.{up}", (f"{module}.{down}",)),
+        ScalingGroup(_MLP, ("mlp.gate_up_proj",), "mlp"),
+        ScalingGroup("mlp.gate_up_proj", ("mlp.down_proj",)),
     )
 
 
@@ -206,84 +207,70 @@ _QWEN_MOE = _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert"
 _GRANITE_MOE = _moe("router", block="block_sparse_moe", names=_W123)
 _COHERE = (_parallel(_within("mlp", "gate_proj", "up_proj")), *_MULTIPLIED[1:2], *_MULTIPLIED[3:])
 
+
+def _rows(model_types: str, groups: Groups, **settings: Any) -> dict[str, Family]:
+    """Equal rows for several model_types."""
+    return {model_type: Family(model_type, groups, **settings) for model_type in model_types.split()}
+
+
 FAMILIES = {
-    family.model_type: family
-    for family in (
-        *(
-            Family(model_type, _LLAMA, decoder=True)
-            for model_type in ("llama", "internlm3", "iquestcoder", "ministral", "mistral", "qwen2", "seed_oss")
+    **_rows("llama internlm3 iquestcoder ministral mistral qwen2 seed_oss", _LLAMA, decoder=True),
+    **_rows("qwen3", _LLAMA, decoder=True, qk_norm=True),
+    **_rows("cwm ernie4_5 exaone helium hunyuan_v1_dense ministral3 smollm3", _LLAMA),
+    **_rows("granite granite_swa hyperclovax", _MULTIPLIED),
+    **_rows("gemma", _LLAMA, norm_offset=1.0),
+    **_rows("gemma2 gemma3_text vaultgemma", _GEMMA, norm_offset=1.0),
+    **_rows("olmo olmo2 olmo3 exaone4", _UNSCALED),
+    **_rows("cohere cohere2", _COHERE),
+    **_rows("stablelm", _attention("") + _gated()),  # some have no second norm, and the MLP reads the first
+    **_rows(
+        "phi3",
+        (
+            ScalingGroup(_ATTENTION, ("self_attn.qkv_proj",), "self_attn"),
+            ScalingGroup("", ("self_attn.o_proj",)),
+            *_fused_gated(),
         ),
-        Family("qwen3", _LLAMA, decoder=True, qk_norm=True),
-        *(
-            Family(model_type, _LLAMA)
-            for model_type in ("cwm", "ernie4_5", "exaone", "helium", "hunyuan_v1_dense", "ministral3", "smollm3")
-        ),
-        *(Family(model_type, _MULTIPLIED) for model_type in ("granite", "granite_swa", "hyperclovax")),
-        Family("gemma", _LLAMA, norm_offset=1.0),
-        Family("gemma2", _GEMMA, norm_offset=1.0),
-        Family("gemma3_text", _GEMMA, norm_offset=1.0),
-        Family("vaultgemma", _GEMMA, norm_offset=1.0),
-        Family("olmo", _UNSCALED),
-        Family("olmo2", _UNSCALED),
-        Family("olmo3", _UNSCALED),
-        Family("exaone4", _UNSCALED),
-        Family("cohere", _COHERE),
-        Family("cohere2", _COHERE),
-        Family("stablelm", _attention("") + _gated()),  # some have no second norm, and the MLP reads the first
-        Family(
-            "phi3",
-            (
-                ScalingGroup(_ATTENTION, ("self_attn.qkv_proj",), "self_attn"),
-                ScalingGroup("", ("self_attn.o_proj",)),
-                *_fused_gated(),
-            ),
-        ),
-        Family("glm", _attention() + _fused_gated()),
-        Family("glm4", _attention(adds=False) + _fused_gated()),
-        Family(
-            "phi",
-            (_parallel(("mlp.fc1",)), *_attention(out="dense", adds=False)[1:], ScalingGroup("", ("mlp.fc2",))),
-            norm="model.final_layernorm",
-        ),
-        Family("starcoder2", _attention() + _plain(_MLP, "mlp.c_fc", "mlp.c_proj")),
-        Family("nemotron", _attention() + _plain(_MLP, "mlp.up_proj", "mlp.down_proj"), norm_offset=1.0),
-        Family("arcee", _attention() + _plain(_MLP, "mlp.up_proj", "mlp.down_proj")),
-        Family("jais2", _attention() + _plain(_MLP, "mlp.up_proj", "mlp.down_proj")),
-        Family(
-            "apertus",
-            _attention("attention_layernorm") + _plain("feedforward_layernorm", "mlp.up_proj", "mlp.down_proj"),
-        ),
-        Family("minicpm3", _latent_attention() + _gated(adds=False)),
-        Family("youtu", _latent_attention() + _gated()),
-        Family("deepseek_v2", _latent_attention() + _DENSE_OR_MOE),
-        Family("deepseek_v3", _latent_attention() + _DENSE_OR_MOE),
-        Family("glm4_moe_lite", _latent_attention() + _DENSE_OR_MOE),
-        *(
-            Family(model_type, _attention() + _DENSE_OR_MOE)
-            for model_type in ("dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "olmoe", "qwen3_moe", "solar_open")
-        ),
-        Family("qwen2_moe", _attention() + _QWEN_MOE),
-        Family("qwen3_next", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
-        Family("qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0),
-        Family("qwen3_5_moe_text", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
-        Family("mixtral", _attention() + _moe("gate", names=_W123), experts=_W123),
-        Family("minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
-        Family("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
-        Family("flex_olmo", _attention("") + _moe("gate", norm="")),
-        Family("hunyuan_v1_moe", _attention() + _moe("gate.wg", shared="shared_mlp")),
-        Family("granitemoe", _attention(adds=False) + _GRANITE_MOE, experts=_W123),
-        Family("granitemoe_swa", _attention(adds=False) + _GRANITE_MOE, experts=_W123),
-        Family(
-            "afmoe",
-            _attention(gates=("gate_proj",), adds=False)
-            + _gated("pre_mlp_layernorm", adds=False)
-            + _moe("router.gate", norm="pre_mlp_layernorm"),
-        ),
-        Family(
-            "llama4_text",
-            _attention() + _gated(module="feed_forward") + _moe("router", block="feed_forward", shared="shared_expert"),
-        ),
-    )
+    ),
+    **_rows("glm", _attention() + _fused_gated()),
+    **_rows("glm4", _attention(adds=False) + _fused_gated()),
+    **_rows(
+        "phi",
+        (_parallel(("mlp.fc1",)), *_attention(out="dense", adds=False)[1:], ScalingGroup("", ("mlp.fc2",))),
+        norm="model.final_layernorm",
+    ),
+    **_rows("starcoder2", _attention() + _plain(_MLP, "mlp.c_fc", "mlp.c_proj")),
+    **_rows("nemotron", _attention() + _plain(_MLP, "mlp.up_proj", "mlp.down_proj"), norm_offset=1.0),
+    **_rows("arcee jais2", _attention() + _plain(_MLP, "mlp.up_proj", "mlp.down_proj")),
+    **_rows(
+        "apertus",
+        _attention("attention_layernorm") + _plain("feedforward_layernorm", "mlp.up_proj", "mlp.down_proj"),
+    ),
+    **_rows("minicpm3", _latent_attention() + _gated(adds=False)),
+    **_rows("youtu", _latent_attention() + _gated()),
+    **_rows("deepseek_v2 deepseek_v3 glm4_moe_lite", _latent_attention() + _DENSE_OR_MOE),
+    **_rows(
+        "dots1 ernie4_5_moe exaone_moe glm4_moe olmoe qwen3_moe solar_open",
+        _attention() + _DENSE_OR_MOE,
+    ),
+    **_rows("qwen2_moe", _attention() + _QWEN_MOE),
+    **_rows("qwen3_next", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
+    **_rows("qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0),
+    **_rows("qwen3_5_moe_text", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
+    **_rows("mixtral minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
+    **_rows("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
+    **_rows("flex_olmo", _attention("") + _moe("gate", norm="")),
+    **_rows("hunyuan_v1_moe", _attention() + _moe("gate.wg", shared="shared_mlp")),
+    **_rows("granitemoe granitemoe_swa", _attention(adds=False) + _GRANITE_MOE, experts=_W123),
+    **_rows(
+        "afmoe",
+        _attention(gates=("gate_proj",), adds=False)
+        + _gated("pre_mlp_layernorm", adds=False)
+        + _moe("router.gate", norm="pre_mlp_layernorm"),
+    ),
+    **_rows(
+        "llama4_text",
+        _attention() + _gated(module="feed_forward") + _moe("router", block="feed_forward", shared="shared_expert"),
+    ),
 }
 
 

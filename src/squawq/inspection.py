@@ -20,7 +20,8 @@ from squawq.errors import ConfigError
 from squawq.families import expert_of, family_of
 from squawq.format.files import has_file, read_json
 from squawq.format.layouts import LAYOUTS
-from squawq.format.reader import INDEX, Checkpoint
+from squawq.format.reader import Checkpoint
+from squawq.format.shards import INDEX, TensorInfo
 from squawq.hub.download import hub_file
 from squawq.layerwise.meta_model import MetaModel
 from squawq.layerwise.plan import LayerPlan
@@ -173,18 +174,14 @@ def _open(model: str | Path) -> tuple[ModelConfig, MetaModel, dict[str, Stored] 
         return checkpoint.config, meta_model, None
     names = TensorNames(checkpoint, meta_model)
     stored = {**names.on_disk, **{name: name for name in names.other_tensors}}
-    infos = ((name, checkpoint.info(stored)) for name, stored in stored.items())
-    return (
-        checkpoint.config,
-        meta_model,
-        {n: _from_header(n, i.nbytes, i.dtype.itemsize, str(i.dtype)) for n, i in infos},
-    )
+    tensors = {name: _from_header(name, checkpoint.info(own)) for name, own in stored.items()}
+    return checkpoint.config, meta_model, tensors
 
 
-def _from_header(name: str, nbytes: int, itemsize: int, dtype: str) -> Stored:
-    part = name.rpartition(".")[2]
-    weights = 2 * nbytes if part == "qweight" else 0 if part in INTEGERS else nbytes // itemsize
-    return Stored(nbytes, weights, "int4" if part in ("qweight", "qzeros") else dtype.removeprefix("torch."))
+def _from_header(name: str, info: TensorInfo) -> Stored:
+    part, dtype = name.rpartition(".")[2], str(info.dtype).removeprefix("torch.")
+    weights = 2 * info.nbytes if part == "qweight" else 0 if part in INTEGERS else info.nbytes // info.dtype.itemsize
+    return Stored(info.nbytes, weights, "int4" if part in ("qweight", "qzeros") else dtype)
 
 
 def _total(tensors: Mapping[str, Stored]) -> int:

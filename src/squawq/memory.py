@@ -1,8 +1,13 @@
-"""Peak memory of this process."""
+"""Measures what work on a layer took: seconds, and peak memory of the process and of the device."""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+MEASURED = ("seconds", "peak_bytes", "device_peak_bytes")  # report keys that differ between equal runs
 
 
 def peak_memory() -> int | None:
@@ -12,3 +17,15 @@ def peak_memory() -> int | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measured(began: float, device: str) -> dict[str, Any]:
+    """MEASURED keys: seconds since `began` (time.perf_counter), bytes that the process and the device held at most."""
+    import torch
+
+    found: Mapping[str, float | None] = {
+        "seconds": round(time.perf_counter() - began, 3),
+        "peak_bytes": peak_memory(),
+        "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}

@@ -336,5 +336,5 @@ def test_a_hub_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     hub(monkeypatch, lambda name, split: Streamed([{"body": "x"}]))
     with pytest.raises(CalibrationError, match="no texts in column 'text'; it has body"):
         blocks("somebody/stories")
-    with pytest.raises(CalibrationError, match="is no file"):
+    with pytest.raises(CalibrationError, match="is not a file"):
         blocks("missing.txt")

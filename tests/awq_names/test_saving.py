@@ -17,7 +17,7 @@ from conftest import MakeModel
 from awq import AutoAWQForCausalLM
 from awq.models.saving import save
 from squawq.errors import CheckpointError, OutputError
-from squawq.format.reader import INDEX
+from squawq.format.shards import INDEX
 
 NAMES = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from squawq.backends.base import Backend, Gemm, Heads, Norms, Pages, Rotary
 from squawq.backends.layer_ops import Packed
-from squawq.format.packing import from_gemm
+from squawq.format.groupwise import from_gemm
 
 
 class Transposed(Packed):

@@ -20,8 +20,7 @@ from squawq.backends.base import Backend
 from squawq.backends.cpu import library
 from squawq.backends.cpu.packed import NativePacked, PackedDense, PackedInt4, PackedInt8
 from squawq.errors import ConfigError, KernelError
-from squawq.format.groupwise import GroupwiseTensor, quantize
-from squawq.format.packing import to_gemm
+from squawq.format.groupwise import GroupwiseTensor, quantize, to_gemm
 
 if library.load() is None:
     pytest.skip("the native kernels are not built on this machine", allow_module_level=True)

@@ -7,8 +7,7 @@ import torch
 
 from squawq.backends import BACKENDS, backend_for
 from squawq.errors import KernelError
-from squawq.format.groupwise import quantize
-from squawq.format.packing import to_gemm
+from squawq.format.groupwise import quantize, to_gemm
 
 WEIGHT = quantize(torch.randn(24, 64, generator=torch.Generator().manual_seed(0)), 32, True)
 PARTS = [tuple(to_gemm(WEIGHT)[name] for name in ("qweight", "scales", "qzeros"))]

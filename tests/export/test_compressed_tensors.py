@@ -17,11 +17,10 @@ from torch import Tensor
 from squawq.errors import CheckpointError
 from squawq.export.compressed_tensors import CompressedTensors, pack_rows
 from squawq.export.run import export
-from squawq.format.files import read_json
-from squawq.format.groupwise import GroupwiseTensor
-from squawq.format.packing import pack
+from squawq.format.files import read_json, write_json
+from squawq.format.groupwise import GroupwiseTensor, pack
 from squawq.format.reader import Checkpoint
-from squawq.format.writer import write_json, write_shard
+from squawq.format.shards import write_shard
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 

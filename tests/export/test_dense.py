@@ -17,7 +17,7 @@ from squawq.export.run import export
 from squawq.format.files import read_json
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
-from squawq.format.writer import write_index, write_shard
+from squawq.format.shards import write_index, write_shard
 from squawq.nn.loader import Options
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize

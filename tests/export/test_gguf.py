@@ -269,12 +269,12 @@ def test_rope_that_llama_cpp_lacks(make_model: MakeModel, tmp_path: Path) -> Non
     folder = with_tokenizer(make_model("qwen2"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}))
-    with pytest.raises(ConfigError, match="llama3 has no place"):
+    with pytest.raises(ConfigError, match="llama3 is not supported"):
         export_gguf(folder, tmp_path / "model.gguf")
 
 
 def test_a_bias_that_llama_cpp_lacks(make_model: MakeModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"q_proj has a bias, for which llama.cpp's qwen3 has no place"):
+    with pytest.raises(ConfigError, match=r"q_proj has a bias, which llama.cpp's qwen3 does not support"):
         export_gguf(with_tokenizer(make_model("qwen3", attention_bias=True)), tmp_path / "model.gguf")
 
 

@@ -185,7 +185,9 @@ def test_a_tokenizer_without_a_name_is_refused(tmp_path: Path, change: str) -> N
         tokenizer = byte_level((r"\w+|\s+",) if change == "cuts" else (GPT2,), skip_merges=False, size=300)
         if change == "normalizer":
             tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(ConfigError, match="cannot be said as GGUF's scores" if change == "merges" else "cut text"):
+    with pytest.raises(
+        ConfigError, match="cannot be expressed as GGUF's scores" if change == "merges" else "pre-tokenizers"
+    ):
         read_vocabulary(in_folder(tokenizer, tmp_path), config(tokenizer.get_vocab_size()))
 
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from squawq.errors import CheckpointError
 from squawq.export.run import export
 from squawq.format import reader
-from squawq.format.groupwise import quantize
+from squawq.format.groupwise import quantize, to_gemm
 from squawq.format.layouts import LAYOUTS
-from squawq.format.packing import to_gemm
 from squawq.format.reader import Checkpoint
 from squawq.inspection import inspect, missing
 

@@ -14,7 +14,7 @@ from awq.models.saving import save
 from squawq.errors import SquawqError
 from squawq.evaluation.plots import check_plot
 from squawq.export.run import export
-from squawq.format.writer import TEMPORARY, write_text
+from squawq.format.files import TEMPORARY, write_text
 from squawq.publish.card import write_card
 from squawq.quant_config import QuantConfig
 from squawq.quantization.job import JOB, SCRATCH

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from squawq.errors import CheckpointError
-from squawq.format.groupwise import quantize
-from squawq.format.packing import from_gemm, pack, to_gemm, unpack
+from squawq.format.groupwise import from_gemm, pack, quantize, to_gemm, unpack
 
 
 def test_golden_word() -> None:

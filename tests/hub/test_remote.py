@@ -46,7 +46,7 @@ def test_inspect_fetches_the_config_alone(hub: Hub, tmp_path: Path) -> None:
 def test_inspect_of_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
     done = run(hub, tmp_path, "-m", "squawq", "inspect", "me/none")
     assert done.returncode == 2
-    assert "'me/none' is no folder here, and not on the Hub or in need of a login" in done.stderr.splitlines()[-1]
+    assert "'me/none' is not on the Hub, or needs a login" in done.stderr.splitlines()[-1]
 
 
 def test_a_cards_source_by_its_id(hub: Hub, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from results import settled
 from safetensors.torch import load_file, save_file
 from standin import Hub, Repository, standin
 
-from squawq.format.writer import write_index
+from squawq.format.shards import write_index
 from squawq.report.files import REPORT
 
 ID = "me/sharded"

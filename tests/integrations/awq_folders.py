@@ -12,8 +12,7 @@ from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from squawq.format.groupwise import quantize
-from squawq.format.packing import to_gemm
+from squawq.format.groupwise import quantize, to_gemm
 
 EXPERTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

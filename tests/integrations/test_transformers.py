@@ -24,8 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, AwqConf
 import squawq.transformers  # noqa: F401 (registers)
 from squawq.backends.cpu import library
 from squawq.errors import CheckpointError, ConfigError, KernelError
-from squawq.format.groupwise import quantize
-from squawq.format.packing import to_gemm
+from squawq.format.groupwise import quantize, to_gemm
 from squawq.integrations.linear import AwqLinear
 from squawq.integrations.quantizer import _say_once
 from squawq.nn.experts import Experts

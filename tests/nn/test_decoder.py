@@ -20,9 +20,9 @@ from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError
 from squawq.evaluation.run import final_states
 from squawq.families import family_of
-from squawq.format.packing import from_gemm
+from squawq.format.groupwise import from_gemm
 from squawq.format.reader import Checkpoint
-from squawq.format.writer import write_index
+from squawq.format.shards import write_index
 from squawq.layerwise.blocks import Blocks
 from squawq.nn.loader import Options, load
 from squawq.nn.rope import inverse_frequencies

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError, OutputError
-from squawq.format.writer import write_index
+from squawq.format.shards import write_index
 from squawq.publish.card import Origin, front_matter, is_ours, model_card, outdated, write_card
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize

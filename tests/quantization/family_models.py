@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from squawq.families import FAMILIES
-from squawq.format.packing import from_gemm
+from squawq.format.groupwise import from_gemm
 
 VOCABULARY = 160
 SIZES: dict[str, Any] = {  # under every name that some config has for them

@@ -102,7 +102,7 @@ def test_bad_files(name: str, content: bytes, message: str, tmp_path: Path) -> N
 
 
 def test_missing_file_and_wrong_kind(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="is no file"):
+    with pytest.raises(CalibrationError, match="is not a file"):
         blocks(str(tmp_path / "none.txt"))
     with pytest.raises(CalibrationError, match="is a folder; give"):
         blocks(str(tmp_path))

@@ -13,16 +13,14 @@ from torch import Tensor
 import squawq
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
-from squawq.layerwise.blocks import Block, Blocks
-from squawq.layerwise.plan import LayerPlan
+from squawq.layerwise.blocks import Blocks
 from squawq.quant_config import QuantConfig
-from squawq.quantization import linear, statistics
+from squawq.quantization import rounding, statistics
 from squawq.quantization.error_propagation import ActivationRecord, ErrorStatistics, Stage, sequential_stages
-from squawq.quantization.inputs import LayerInputs
-from squawq.quantization.layer import verify
-from squawq.quantization.linear import LinearQuantizer
-from squawq.quantization.result import LayerQuantization, LayerResult
+from squawq.quantization.layer import LayerQuantization, LayerResult, verify
+from squawq.quantization.rounding import LinearQuantizer
 from squawq.quantization.states import Sample
+from squawq.quantization.statistics import LayerInputs
 
 CONFIG = QuantConfig(group_size=32, samples=8, seqlen=32)
 LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -108,7 +106,7 @@ def test_wide_inputs_make_up_part_by_part(
     """Halved inputs, whose parts know nothing of each other: every part of the weights becomes about twice itself."""
     monkeypatch.setattr(statistics, "MAX_GRAM", 32)
     monkeypatch.setattr(statistics, "BOUNDARY", 16)
-    monkeypatch.setattr(linear, "CHUNK", 32 * 7)  # several chunks of rows
+    monkeypatch.setattr(rounding, "CHUNK", 32 * 7)  # several chunks of rows
     states = torch.randn(64, 32, 64, generator=torch.Generator().manual_seed(0))
     with blocks_of(make_model()).open(0) as block:
         block.weight("self_attn.o_proj").zero_()
@@ -156,9 +154,9 @@ def test_the_next_layer_sees_the_quantized_one(
     """The states that the second layer is judged on are those that the folder on disk hands over, to the last bit."""
     seen: list[Tensor] = []
 
-    def watch(block: Block, plan: LayerPlan, chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerResult:
+    def watch(chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerResult:
         seen.append(before.clone())
-        return verify(block, plan, chosen, before, wanted)
+        return verify(chosen, before, wanted)
 
     monkeypatch.setattr("squawq.quantization.layer.verify", watch)
     folder = make_model()

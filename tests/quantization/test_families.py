@@ -16,15 +16,13 @@ import squawq
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
-from squawq.layerwise.blocks import Block, Blocks
-from squawq.layerwise.fold import Folding
-from squawq.layerwise.plan import GATE, LayerPlan
+from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.plan import GATE, Folding, LayerPlan
 from squawq.nn.loader import load
 from squawq.quant_config import QuantConfig
 from squawq.quantization.job import Job
-from squawq.quantization.layer import verify
-from squawq.quantization.result import LayerQuantization, LayerResult
-from squawq.quantization.scales import fold_group, takes_scales
+from squawq.quantization.layer import LayerQuantization, LayerResult, verify
+from squawq.quantization.search import fold_group, takes_scales
 
 SMALL = QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=3)
 ROWS = torch.randint(2, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(5))
@@ -41,12 +39,12 @@ def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypa
 
     import squawq.transformers
 
-    monkeypatch.setattr("squawq.quantization.inputs.MIN_TOKENS", 130)  # some experts see more, some fewer
+    monkeypatch.setattr("squawq.quantization.statistics.MIN_TOKENS", 130)  # some experts see more, some fewer
     seen: list[torch.Tensor] = []  # what each layer is given in the quantized run
 
-    def watch(block: Block, plan: LayerPlan, chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerResult:
+    def watch(chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerResult:
         seen.append(before.clone())
-        return verify(block, plan, chosen, before, wanted)
+        return verify(chosen, before, wanted)
 
     monkeypatch.setattr("squawq.quantization.layer.verify", watch)
     model = family_model(model_type, tmp_path / "model")
@@ -134,7 +132,7 @@ def test_experts_that_see_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for layer in range(2):
         state[f"model.layers.{layer}.mlp.gate.weight"].zero_()
     save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr("squawq.quantization.inputs.MIN_TOKENS", 100)
+    monkeypatch.setattr("squawq.quantization.statistics.MIN_TOKENS", 100)
     report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
     for layer in report["layers"]:
         rows = {row["name"]: row for row in layer["linears"] if "tokens" in row}
@@ -239,7 +237,7 @@ def test_layers_that_transformers_leaves_aside_are_said(tmp_path: Path) -> None:
     file = tmp_path / "model" / "model.safetensors"
     save_file({**load_file(file), "model.layers.61.eh_proj.weight": torch.zeros(64, 64)}, file, {"format": "pt"})
     report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
-    said = "1 tensors that transformers leaves aside are not written, as model.layers.61.eh_proj.weight"
+    said = "1 tensors that transformers does not load are not written, such as model.layers.61.eh_proj.weight"
     assert report["notes"][-1] == said
     assert "model.layers.61.eh_proj.weight" not in Checkpoint(tmp_path / "awq").tensors
 

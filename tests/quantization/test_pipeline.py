@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import squawq
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, CheckpointError, ConfigError, OutputError
-from squawq.format.locking import locked
+from squawq.format.files import locked
 from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
 
@@ -238,7 +238,7 @@ def test_plain_rounding_is_kept_where_the_search_made_it_worse(
         shape = weight.shape[0], weight.shape[1] // blocks.shape[1]
         return torch.full(shape, -0.01), torch.full(shape, 0.01)
 
-    monkeypatch.setattr("squawq.quantization.linear.clip_limits", bad_limits)
+    monkeypatch.setattr("squawq.quantization.rounding.clip_limits", bad_limits)
     report = quantize(folder, tmp_path / "out", rows)
     monkeypatch.undo()
     assert [layer["method"] for layer in report["layers"]] == ["rtn", "rtn"]
@@ -339,7 +339,7 @@ KILLED = """
 import json, os, signal, sys, time
 import squawq
 from squawq.quant_config import QuantConfig
-from squawq.format import writer
+from squawq.format import shards
 from squawq.quantization import pipeline
 from transformers.models.llama import modeling_llama
 
@@ -364,7 +364,7 @@ def work(out, moment, point):
                 path.with_name(".tmpXyZ12").write_bytes(bytes(10_000))  # what safetensors leaves
                 os.kill(os.getpid(), signal.SIGKILL)
             original(tensors, path, metadata=metadata)
-        original, writer.save_file = writer.save_file, save_file
+        original, shards.save_file = shards.save_file, save_file
         saved = 0
     squawq.quantize(folder, out, QuantConfig(group_size=32, seqlen=32, samples=8), calibration=rows)
 

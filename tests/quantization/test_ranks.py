@@ -78,7 +78,7 @@ def test_two_processes_end_alike(make_model: MakeModel, rows: list[list[int]], t
         "report of 2 layers"
     }
     assert first["stopped"] == first["stopped again"] == "KeyboardInterrupt: "
-    assert first["signalled"] == "Stopped: stopped after layer 1 of 2; run the same command again to go on"
+    assert first["signalled"] == "Stopped: stopped after layer 1 of 2; run the same command again to resume"
     assert first["few"].startswith("CalibrationError: 2 processes cannot share 1 calibration blocks")
     assert first["other text"].startswith("ConfigError: process 1 has another calibration than process 0")
     assert first["bad device"].startswith("ConfigError: device 'cuda:0' cannot be shared by 2 processes")

@@ -12,16 +12,17 @@ import torch
 from conftest import MakeModel
 
 import squawq
+from squawq.memory import MEASURED, measured
 from squawq.quant_config import QuantConfig
-from squawq.quantization import records
-from squawq.quantization.records import MEASURED, clip_quantiles, measured, quantiles
+from squawq.quantization import statistics
+from squawq.quantization.statistics import clip_quantiles, quantiles
 from squawq.report.schema import LayerRow, LinearRow, ScaleRow
 
 
 def test_quantiles_of_a_few_values_and_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantiles(torch.arange(101.0).view(1, 101)) == [0, 5, 50, 95, 100]
     assert quantiles(torch.tensor([3.0])) == [3] * 5
-    monkeypatch.setattr(records, "SAMPLED", 50)
+    monkeypatch.setattr(statistics, "SAMPLED", 50)
     values = torch.arange(10_000.0)
     values[1] = -7  # between the sampled ones: the least and the greatest are never missed
     found = quantiles(values)

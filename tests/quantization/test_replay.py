@@ -13,7 +13,7 @@ from torch import nn
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
 from squawq.layerwise.blocks import Blocks, OutputModule
-from squawq.quantization.replay import Replay
+from squawq.quantization.states import Replay
 
 ATTENTION, MLP = "self_attn.o_proj", "mlp.down_proj"
 

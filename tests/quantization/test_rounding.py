@@ -12,8 +12,7 @@ from squawq.backends.cpu import library
 from squawq.format.groupwise import GroupwiseTensor, quantize, round_to_grid
 from squawq.quant_config import QuantConfig
 from squawq.quantization import rounding
-from squawq.quantization.linear import LinearQuantizer
-from squawq.quantization.rounding import DampedGram, Grid
+from squawq.quantization.rounding import DampedGram, Grid, LinearQuantizer
 from squawq.quantization.search import whole_ranges
 from squawq.quantization.statistics import InputStatistics
 

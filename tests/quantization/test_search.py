@@ -8,16 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squawq.format.groupwise import fake_quantize, quantize
-from squawq.layerwise.fold import norm_scales
-from squawq.quantization.search import (
-    best_scales,
-    clip_limits,
-    gram_loss,
-    scale_candidates,
-    scaled_difference,
-    weight_importance,
-)
-from squawq.quantization.statistics import InputStatistics
+from squawq.layerwise.plan import norm_scales
+from squawq.quantization.search import best_scales, clip_limits, scale_candidates, scaled_difference, weight_importance
+from squawq.quantization.statistics import InputStatistics, gram_loss
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -16,9 +16,7 @@ import pytest
 
 from awq.models.saving import save
 from squawq.errors import ConfigError, OutputError
-from squawq.format.files import read_json
-from squawq.format.locking import locked
-from squawq.format.writer import clear_temporary, write_json
+from squawq.format.files import clear_temporary, locked, read_json, write_json
 from squawq.quantization import job as jobs
 from squawq.quantization.job import Job
 from squawq.report.files import REPORT, add_evaluation

@@ -15,7 +15,7 @@ from results import settled
 import squawq
 from squawq.errors import OutputError
 from squawq.quant_config import QuantConfig
-from squawq.quantization import inputs
+from squawq.quantization import statistics
 from squawq.quantization.states import Sample, Spool, hidden_states
 
 resource = pytest.importorskip("resource")
@@ -72,7 +72,7 @@ def test_a_full_disk_ends_a_run_that_may_go_on(
         return hidden_states(shape, folder, device, in_memory)
 
     folder, before = make_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr("squawq.quantization.streams.hidden_states", full)
+    monkeypatch.setattr("squawq.quantization.states.hidden_states", full)
     try:
         with pytest.raises(OutputError, match="File too large"):
             squawq.quantize(folder, tmp_path / "out", CONFIG, calibration=rows, states_memory=0)
@@ -128,7 +128,7 @@ def test_thinned_statistics_stand_for_all_places() -> None:
         def update(self, x: torch.Tensor) -> None:
             found.append(x[:, 0])
 
-    update = inputs._thinned(Seen(), 9)  # type: ignore[arg-type]
+    update = statistics._thinned(Seen(), 9)  # type: ignore[arg-type]
     for start in range(0, 4096, 256):
         update(torch.arange(start, start + 256.0).view(4, 64, 1))
     assert torch.equal(torch.cat(found), torch.arange(0, 4096.0, 9))

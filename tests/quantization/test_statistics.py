@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from squawq.quantization import statistics
-from squawq.quantization.search import gram_loss
-from squawq.quantization.statistics import InputStatistics, gram_spans, relative_error
+from squawq.quantization.statistics import InputStatistics, gram_loss, gram_spans, relative_error
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

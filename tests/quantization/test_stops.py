@@ -114,7 +114,7 @@ def test_killed_at_twenty_random_moments(command: list[str], tmp_path: Path) -> 
 def test_signals_stop_after_the_layer(command: list[str], tmp_path: Path) -> None:
     """They come in the second layer, which is then on disk."""
     ends = signalled(command, [(signal.SIGINT, -1), (0, 0), (signal.SIGTERM, -1), (0, 0)])
-    stopped = f"squawq: stopped after layer 2 of {LAYERS}; run the same command again to go on"
+    stopped = f"squawq: stopped after layer 2 of {LAYERS}; run the same command again to resume"
     assert ends[0] == (130, stopped)
     assert ends[2] == (143, stopped)
     assert ends[1][0] == ends[3][0] == 0

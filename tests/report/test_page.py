@@ -14,10 +14,9 @@ from reports import evaluation, report
 
 from squawq.errors import CheckpointError
 from squawq.quant_config import QuantConfig
-from squawq.report.charts import lines
+from squawq.report.charts import Axis, column_ticks, lines
 from squawq.report.files import PAGE, REPORT, add_evaluation, public_name, write_report
 from squawq.report.page import render
-from squawq.report.scales import Axis, column_ticks
 from squawq.report.schema import Report
 from squawq.report.words import command, headline, verdict
 

@@ -10,10 +10,9 @@ from typing import Any
 
 from awq.models._config import AwqConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError
-from squawq.format.files import has_file, read_json
-from squawq.format.locking import locked
-from squawq.format.reader import COMPANIONS, INDEX, LEGACY, read_config
-from squawq.format.writer import beside, clear_temporary, copy_file, write_json
+from squawq.format.files import beside, clear_temporary, copy_file, has_file, locked, read_json, write_json
+from squawq.format.reader import COMPANIONS, LEGACY, read_config
+from squawq.format.shards import INDEX
 from squawq.report.files import PAGE, REPORT
 
 CALLERS = (  # what a tokenizer or processor saves is the caller's, as with AutoAWQ

@@ -86,6 +86,6 @@ def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
     except Exception as error:  # the library raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CalibrationError(
-            f"calib_data {name!r} is no file here, and could not be read as a data set of the Hub: {reason}. "
+            f"calib_data {name!r} is not a file here, and could not be read as a data set of the Hub: {reason}. "
             "Leave calib_data out for the built-in set."
         ) from error

@@ -1,6 +1,6 @@
 """AWQ GEMM's words, under AutoAWQ's names; same values and dtypes as AutoAWQ's for the same tensors.
 
-Knows the nibble orders; squawq.format.packing is where new code should look.
+Knows the nibble orders; squawq.format.groupwise is where new code should look.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from squawq.errors import ConfigError
-from squawq.format.packing import ORDER, PER_WORD, from_gemm, unpack
+from squawq.format.groupwise import ORDER, PER_WORD, from_gemm, unpack
 
 AWQ_ORDER = list(ORDER)
 AWQ_REVERSE_ORDER = [ORDER.index(channel) for channel in range(PER_WORD)]

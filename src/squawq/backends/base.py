@@ -28,8 +28,7 @@ from squawq.backends.layer_ops import (
 )
 from squawq.backends.sampling import Chunk, Sampling, StepOutput, sample, sampler
 from squawq.errors import KernelError
-from squawq.format.groupwise import quantize
-from squawq.format.packing import to_gemm
+from squawq.format.groupwise import quantize, to_gemm
 
 PAGE = 16  # tokens per page, unless a backend has another size
 ROUNDED_ROWS = 4096

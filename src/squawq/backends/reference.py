@@ -15,7 +15,7 @@ from torch import Tensor
 from squawq.backends.base import Backend, Gemm, Heads, Norms, Pages, Rotary
 from squawq.backends.layer_ops import Packed
 from squawq.errors import ConfigError, KernelError
-from squawq.format.packing import PER_WORD, from_gemm
+from squawq.format.groupwise import PER_WORD, from_gemm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

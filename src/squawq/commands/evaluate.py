@@ -27,7 +27,7 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(help="A text file; default: the built-in evaluation text")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of context; default: 1024, or the model's context")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: half a window")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Read at most so many tokens", min=2)] = 32_768,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to read", min=2)] = 32_768,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of the table")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: loss per layer, KL per position")] = None,
     device: Device = "cpu",
@@ -101,7 +101,7 @@ def _print_scores(scores: dict[str, Any]) -> None:
         table.add_row("perplexity of the reference", f"{scores['reference_perplexity']:.4f}")
         table.add_row("KL to the reference, mean (nats)", f"{scores['kl_mean']:.5f}")
         table.add_row("KL to the reference, 99th percentile", f"{scores['kl_p99']:.5f}")
-        table.add_row("same likeliest token", f"{scores['top1_agreement']:.2%}")
+        table.add_row("top-1 agreement", f"{scores['top1_agreement']:.2%}")
     console.print(table, soft_wrap=False)
     if "kl_mean" in scores:
         console.print(f"{verdict(scores['kl_mean'])} (docs/evaluation.md says what the words mean)")

@@ -15,7 +15,7 @@ Formats = Literal["compressed-tensors", "gguf", "dense"]  # export.run.FORMATS, 
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="An AWQ folder, or a Hub id of one")],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The folder (GGUF: file) to make; it appears when the work is done")
+        Path, typer.Argument(metavar="OUT", help="The folder (GGUF: file) to create; it appears when the work is done")
     ],
     format: Annotated[  # noqa: A002 (the flag's name)
         Formats, typer.Option(help="compressed-tensors (vLLM), gguf (llama.cpp) or dense (16-bit weights)")

@@ -17,7 +17,7 @@ from squawq.progress import console
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to go on from")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt")],
     max_tokens: MaxTokens = 256,
     temperature: Temperature = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")] = None,

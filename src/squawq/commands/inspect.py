@@ -11,16 +11,11 @@ from squawq.commands.output import results
 
 
 def inspect(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A model folder, a config.json, or a Hub id (config.json alone is fetched)"
-        ),
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a config.json, or a Hub id")],
     context: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence; default: 8192, or the model's positions")
+        int | None, typer.Option(help="Sequence length; default: 8192, or the model's positions")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at once")] = 1,
+    batch: Annotated[int, typer.Option(help="Batch size")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of the tables")] = False,
 ) -> None:
     """See what a model is without loading it: architecture, quantization, sizes, and the memory to run it.

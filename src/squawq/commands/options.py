@@ -13,11 +13,11 @@ Model = Annotated[
 DEVICES = "cpu|cuda|cuda:N"
 Device = Annotated[str, typer.Option(metavar=DEVICES, help="Where to run")]
 Temperature = Annotated[
-    float | None, typer.Option(help="0 takes the likeliest token; default: what the model asks for")
+    float | None, typer.Option(help="Sampling temperature, 0: greedy; default: from generation_config.json")
 ]
-MaxTokens = Annotated[int, typer.Option(help="New tokens at most")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text")]
-Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels; default: the machine's", min=1)]
+MaxTokens = Annotated[int, typer.Option(help="Maximum number of new tokens")]
+Seed = Annotated[int | None, typer.Option(help="Random seed of sampling")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels; default: all available cores", min=1)]
 Heads = Literal["int8", "int4", "16-bit"]  # nn.loader.HEADS, without importing torch
 Head = Annotated[
     Heads | None,

@@ -14,7 +14,7 @@ def push(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="One that squawq quantize made, or another AWQ folder")
     ],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="The Hub id to make or to add to: owner/name")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub id (owner/name), created if it does not exist")],
     source: Annotated[
         str | None, typer.Option(help="The 16-bit model (folder or Hub id): its licence, languages and id for the card")
     ] = None,
@@ -22,8 +22,8 @@ def push(
     base_model: Annotated[str | None, typer.Option(help="For the card: the original's Hub id")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="For the card: what squawq eval --json printed")] = None,
     card_only: Annotated[bool, typer.Option("--card-only", help="Write FOLDER/README.md and send nothing")] = False,
-    private: Annotated[bool, typer.Option("--private", help="A repository that only you see")] = False,
-    revision: Annotated[str, typer.Option(help="A branch; made where it is not there")] = "main",
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository")] = False,
+    revision: Annotated[str, typer.Option(help="Branch, created if it does not exist")] = "main",
     token_file: Annotated[
         Path | None, typer.Option(help="A file that holds the token; default: HF_TOKEN or hf auth login")
     ] = None,
@@ -31,12 +31,12 @@ def push(
         bool,
         typer.Option(
             "--force",
-            help="Write over a README.md that squawq did not write or wrote of another model, here and on the Hub, "
-            "and go on in a repository with other weights",
+            help="Overwrite a README.md that squawq did not write or that is of another model, here and on the Hub, "
+            "and push to a repository with other weights",
         ),
     ] = False,
 ) -> None:
-    """Upload an AWQ folder to the Hub with a model card. Run it again to go on after a stop.
+    """Upload an AWQ folder to the Hub with a model card. Run it again to resume.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`squawq quantize`: parse, call, print."""
+"""`squawq quantize`: flags to a QuantConfig, a run, and what to do next."""
 
 from __future__ import annotations
 
@@ -16,47 +16,51 @@ from squawq.quant_config import DTYPES, METHODS, Dtype, GroupSize, Method, Quant
 
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it appears when the work is done")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create; it appears when the work is done")],
     calibration: Annotated[
         str | None, typer.Option(help="A .txt or .jsonl file, or a Hub data set id; default: the built-in set")
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration blocks; default: what there is, up to 128")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens in a block; default: 512, or the model's context")] = None,
-    group_size: Annotated[GroupSize, typer.Option(help="Weights that share a scale; -1: a whole row")] = 128,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero point")] = False,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences; default: up to 128")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Their length in tokens; default: 512, or the model's context")
+    ] = None,
+    group_size: Annotated[GroupSize, typer.Option(help="Weights per scale; -1: a whole row")] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric quantization, without zero points")] = False,
     method: Annotated[
         Method,
-        typer.Option(help="squawq: AWQ's scales and error feedback; awq: the published search; rtn: plain rounding"),
+        typer.Option(help="squawq: AWQ scales, QEP and GPTQ rounding; awq: AWQ as published; rtn: round to nearest"),
     ] = METHODS[0],
-    clip: Annotated[bool, typer.Option(help="Search a narrower range for each group")] = True,
-    compensate: Annotated[bool, typer.Option(help="GPTQ error feedback between columns (method squawq)")] = True,
-    act_order: Annotated[bool, typer.Option(help="Round columns in the order of the Hessian diagonal (squawq)")] = True,
+    clip: Annotated[bool, typer.Option(help="Search a clipping range for each group")] = True,
+    compensate: Annotated[bool, typer.Option(help="Round with error feedback, as GPTQ does (method squawq)")] = True,
+    act_order: Annotated[bool, typer.Option(help="Round columns by descending Hessian diagonal (squawq)")] = True,
     refine: Annotated[
-        int, typer.Option(help="Passes of coordinate descent over integers and scales (squawq)")
+        int, typer.Option(help="Passes of coordinate descent over integers and scales, after rounding (squawq)")
     ] = QuantConfig.refine,
     sequential: Annotated[
-        bool, typer.Option(help="Calibrate on the outputs of quantized layers, compensate their error (squawq)")
+        bool, typer.Option(help="Sequential calibration, with QEP's correction for quantized inputs (squawq)")
     ] = True,
     damping: Annotated[
-        float, typer.Option(help="Hessian damping, as a share of its diagonal; more for little text (squawq)")
+        float,
+        typer.Option(help="Hessian damping, as a share of its diagonal; raise it for little text (squawq)"),
     ] = QuantConfig.damping,
     skip: Annotated[
-        list[str] | None, typer.Option(help="Keep linears with this in their name in 16 bits; repeatable")
+        list[str] | None, typer.Option(help="Keep linears whose name contains this in 16 bits; repeatable")
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Of what stays in 16 bits; auto: the source's, and float16 for float32")
+        Dtype, typer.Option(help="Dtype of all other tensors; auto: the source's, and float16 for float32")
     ] = DTYPES[0],
     stream: Annotated[
-        bool, typer.Option("--stream", help="Fetch a Hub model's files one by one, and keep only those in use")
+        bool,
+        typer.Option("--stream", help="Download a Hub model's files one by one, and keep only those in use"),
     ] = False,
     device: Annotated[
-        str, typer.Option(metavar=f"{DEVICES}|mps", help="Where to compute; under torchrun cuda is a GPU each")
+        str, typer.Option(metavar=f"{DEVICES}|mps", help="Device; under torchrun, cuda is one GPU per process")
     ] = "cpu",
     states_memory: Annotated[
-        float, typer.Option(help="GiB of hidden states to keep in memory; larger ones go to a file beside OUT", min=0)
+        float, typer.Option(help="GiB of hidden states to keep in memory; the rest goes to a file beside OUT", min=0)
     ] = 1.0,
 ) -> None:
-    """Quantize a 16-bit model to AWQ INT4, one layer in memory at a time. Run it again to go on after a stop.
+    """Quantize a 16-bit model to AWQ INT4, one layer in memory at a time. Run it again to resume.
 
     \b
     Examples:

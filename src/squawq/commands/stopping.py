@@ -12,12 +12,12 @@ from typing import Any
 
 from squawq.progress import LayerProgress, console
 
-AGAIN = "run the same command again to go on"
+AGAIN = "run the same command again to resume"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """The user stopped the work; says how to go on. As with KeyboardInterrupt, nothing should catch it on its way."""
+    """The user stopped the work; says how to resume. As with KeyboardInterrupt, nothing should catch it on its way."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message, number)  # distributed.py rebuilds it from these on the other ranks

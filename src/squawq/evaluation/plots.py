@@ -42,9 +42,8 @@ def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mappin
         x = range(len(layers))
         left.plot(x, [row.loss_rounded for row in layers], "o--", color="tab:gray", label="rounded to nearest")
         left.plot(x, [row.loss for row in layers], "o-", color="tab:blue", label="as kept")
-        left.set(
-            yscale="log", xlabel="decoder layer", ylabel="mean squared error of its output", title="Loss per layer"
-        )
+        up = "mean squared error of its output"
+        left.set(yscale="log", xlabel="decoder layer", ylabel=up, title="Loss per layer")
         left.legend()
     else:
         left.text(0.5, 0.5, "no losses in squawq_report.json", ha="center", transform=left.transAxes)
@@ -54,12 +53,8 @@ def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mappin
         means = [sum(kl[i : i + step]) / len(kl[i : i + step]) for i in range(0, len(kl), step)]
         right.plot([i * step for i in range(len(means))], means, color="tab:orange")
         title = f"KL per position (mean {scores['kl_mean']:.4g} nats)"
-        right.set(
-            xlabel="position in the window (tokens)",
-            ylabel="KL to the 16-bit model (nats)",
-            title=title,
-            ylim=(0, None),
-        )
+        across, up = "position in the window (tokens)", "KL to the 16-bit model (nats)"
+        right.set(xlabel=across, ylabel=up, title=title, ylim=(0, None))
     else:
         right.text(0.5, 0.5, "give --reference to see the KL", ha="center", transform=right.transAxes)
     drawn = BytesIO()

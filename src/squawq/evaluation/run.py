@@ -122,7 +122,8 @@ def evaluate(
         if progress is not None:
             progress(done, total)
 
-    finals = [final_states(_blocks(c, device), cut.ids, step) for c in (checkpoint, other) if c is not None]
+    opened = [Blocks(c, family_of(c.config.model_type), device) for c in (checkpoint, other) if c is not None]
+    finals = [final_states(blocks, cut.ids, step) for blocks in opened]
     score, by_position = _score(finals, cut, checkpoint.config.vocab_size)
     found = {**score.summary(), "text": name, "window": window, "stride": cut.stride, "kl_by_position": by_position}
     return Record(found)
@@ -143,10 +144,6 @@ class Final:
 
     blocks: Blocks
     states: Tensor
-
-
-def _blocks(checkpoint: Checkpoint, device: str) -> Blocks:
-    return Blocks(checkpoint, family_of(checkpoint.config.model_type), device)
 
 
 @torch.inference_mode()
@@ -186,8 +183,8 @@ def _score(finals: Sequence[Final], cut: Windows, vocab_size: int) -> tuple[Scor
     for final, loss in zip(finals, (score.loss, score.reference_loss)[: len(finals)], strict=True):
         if loss / score.tokens >= MAX_LOSS:
             raise CheckpointError(
-                f"{final.blocks.checkpoint.folder}: loses {loss / score.tokens:.4g} nats a token, a perplexity beyond "
-                "any number; its weights are broken"
+                f"{final.blocks.checkpoint.folder}: loses {loss / score.tokens:.4g} nats a token, and its perplexity "
+                "overflows; its weights are broken"
             )
     by_position = [float(s / c) for s, c in zip(sums, counts, strict=True) if c]
     return score, by_position

@@ -15,18 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squawq.errors import CheckpointError
-from squawq.format.groupwise import SYMMETRIC_ZERO, GroupwiseTensor
-from squawq.format.packing import PER_WORD
+from squawq.format.groupwise import PER_WORD, SYMMETRIC_ZERO, GroupwiseTensor, pack
 from squawq.quant_config import QuantConfig
 
 
 def pack_rows(values: Tensor) -> Tensor:
     """Integers 0..15 [rows, n] -> int32 [rows, ceil(n / 8)]: bits 4i to 4i + 3 of word c hold value 8c + i."""
-    words = F.pad(values, (0, -values.shape[1] % PER_WORD)).view(values.shape[0], -1, PER_WORD)
-    packed = torch.zeros(words.shape[:2], dtype=torch.int32)
-    for nibble in range(PER_WORD):
-        packed |= words[:, :, nibble].to(torch.int32) << (4 * nibble)
-    return packed
+    return pack(F.pad(values, (0, -values.shape[1] % PER_WORD)), tuple(range(PER_WORD)))
 
 
 @dataclass(frozen=True)

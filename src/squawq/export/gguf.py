@@ -133,7 +133,7 @@ def _linear(checkpoint: Checkpoint, source: str, name: str, shape: tuple[int, in
         yield Entry(f"{name}.weight", "F16", shape, f"{source}.weight", heads)
     if f"{source}.bias" in checkpoint.tensors:
         if ours not in architecture.biases:
-            raise ConfigError(f"{source} has a bias, for which llama.cpp's {architecture.name} has no place")
+            raise ConfigError(f"{source} has a bias, which llama.cpp's {architecture.name} does not support")
         yield Entry(f"{name}.bias", "F32", shape[:1], f"{source}.bias", heads)
 
 
@@ -221,7 +221,7 @@ def _check(config: ModelConfig, out: Path) -> None:
     if config.model_type not in ARCHITECTURES:
         raise ConfigError(f"model_type is {config.model_type!r}; GGUF takes {', '.join(ARCHITECTURES)}")
     if config.rope.type == "llama3" and ARCHITECTURES[config.model_type].name != "llama":
-        raise ConfigError(f"rope type llama3 has no place in llama.cpp's {config.model_type}")
+        raise ConfigError(f"rope type llama3 is not supported by llama.cpp's {config.model_type}")
 
 
 def export_gguf(folder: Path, out: Path, *, progress: Progress | None = None) -> None:

@@ -76,7 +76,7 @@ def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
     if model.get("type") != "BPE":
         raise ConfigError(f"{where}: the model is {model.get('type')!r}; squawq writes BPE vocabularies to GGUF")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise ConfigError(f"{where}: GGUF has no place for a prefix or suffix of parts of words")
+        raise ConfigError(f"{where}: GGUF cannot store a subword prefix or word suffix")
     tokens, types = _tokens(state, config.vocab_size, where)
     ids = _special_ids(tokenizer, tokens, config)
     add_bos, add_eos = _added_around(tokenizer, ids, where)
@@ -136,7 +136,7 @@ def _added_around(tokenizer: Tokenizer, ids: Mapping[str, int], where: str) -> t
             before = [ids.get("bos")] if add_bos else []
             if whole == [*before, *plain, *([ids.get("eos")] if add_eos else [])]:
                 return add_bos, add_eos
-    raise ConfigError(f"{where}: puts other tokens around a text than GGUF's begin and end tokens")
+    raise ConfigError(f"{where}: adds other special tokens to a text than GGUF's BOS and EOS")
 
 
 def _steps(state: Mapping[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
@@ -163,8 +163,8 @@ def _pre_type(state: Mapping[str, Any], where: str) -> str:
     pre = PRE_TYPES.get((tuple(parts), bool(state["model"].get("ignore_merges"))))
     if pre is None or [s for s in _steps(state, "normalizer", "normalizers") if s["type"] != "NFC"]:
         raise ConfigError(
-            f"{where}: none of llama.cpp's ways to cut text that squawq knows fits this tokenizer "
-            f"({', '.join(PRE_TYPES.values())}); the file would read text as other tokens"
+            f"{where}: none of llama.cpp's pre-tokenizers that squawq knows matches this tokenizer "
+            f"({', '.join(PRE_TYPES.values())}); llama.cpp would tokenize text differently"
         )
     return pre
 
@@ -177,7 +177,7 @@ def _space_prefix(state: Mapping[str, Any], where: str) -> bool:
         return kinds == ["Prepend", "Replace"]
     if not kinds and [step["type"] for step in cuts] == ["Metaspace"] and cuts[0].get("split") is False:
         return bool(cuts[0]["prepend_scheme"] != "never")
-    raise ConfigError(f"{where}: prepares text in another way than GGUF's 'llama' tokenizer does")
+    raise ConfigError(f"{where}: normalizes text differently from GGUF's 'llama' tokenizer")
 
 
 def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[tuple[str, ...]], where: str) -> list[float]:
@@ -194,5 +194,5 @@ def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[tuple[
         splits = sum(token[:cut] in known and token[cut:] in known for cut in range(1, len(token)))
         found = ranks.get(token, [])
         if len(found) != splits or (found and found[-1] - found[0] + 1 != splits):
-            raise ConfigError(f"{where}: the merges that give {token!r} cannot be said as GGUF's scores")
+            raise ConfigError(f"{where}: the merges that give {token!r} cannot be expressed as GGUF's scores")
     return [-float(ranks[token][0]) if token in ranks else 0.0 for token in tokens]

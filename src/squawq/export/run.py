@@ -18,10 +18,10 @@ from squawq.errors import CheckpointError, ConfigError
 from squawq.export.compressed_tensors import CompressedTensors
 from squawq.export.dense import Dense
 from squawq.families import Family, family_of
-from squawq.format.files import has_file, read_json
+from squawq.format.files import copy_file, has_file, read_json, write_json
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
-from squawq.format.writer import copy_file, write_index, write_json
+from squawq.format.shards import write_index
 from squawq.hub.download import resolve
 from squawq.nn.loader import linear_shapes
 from squawq.quant_config import QuantConfig
@@ -44,17 +44,10 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class _Plan:
-    """Layout of the result.
+    """Layout of the result; `kept` and `targets` as in `Writer.config`."""
 
-    Attributes:
-        parts: Tensor names of each shard: the embedding, every layer, the final norm and head.
-        shapes: (out_features, in_features) of every linear by full name.
-        kept: See `Writer.config`.
-        targets: See `Writer.config`.
-    """
-
-    parts: list[list[str]]
-    shapes: dict[str, tuple[int, int]]
+    parts: list[list[str]]  # tensor names of each shard: the embedding, every layer, the final norm and head
+    shapes: dict[str, tuple[int, int]]  # (out_features, in_features) of every linear by full name
     kept: list[str]
     targets: list[str]
 
@@ -86,26 +79,23 @@ def export(
     checkpoint.companions()  # raises now rather than when all else is done
     target = target_path(out, checkpoint.folder)
     if format == "gguf":
-        return _gguf(checkpoint.folder, target, progress)
+        from squawq.export.gguf import export_gguf
+
+        export_gguf(checkpoint.folder, target, progress=progress)
+        return {"format": "gguf", "exported_by": __version__, "bytes": target.stat().st_size}
     quant = _quant_of(checkpoint, format)
     family = family_of(checkpoint.config.model_type)
     plan = _plan(checkpoint, family)
     stored = checkpoint.info(f"{family.embedding}.weight").dtype
     writer: Writer = CompressedTensors(quant) if format == "compressed-tensors" else Dense.like(stored)
-    report = {**_report_of(checkpoint), "format": format, "exported_by": __version__}
+    made = checkpoint.folder / REPORT  # holds for the same integers in any format
+    report = {**(read_json(made) if has_file(made) else {}), "format": format, "exported_by": __version__}
     job = Job(target, {**identity(checkpoint, quant, None, "cpu"), "format": format}, checkpoint.config.num_layers)
     if job.finished:
         return read_json(job.out / REPORT)
     with job:
         _write_parts(checkpoint, plan, writer, job, progress)
         return _finish(checkpoint, plan, writer, job, report)
-
-
-def _gguf(folder: Path, target: Path, progress: Progress | None) -> dict[str, Any]:
-    from squawq.export.gguf import export_gguf
-
-    export_gguf(folder, target, progress=progress)
-    return {"format": "gguf", "exported_by": __version__, "bytes": target.stat().st_size}
 
 
 def _quant_of(checkpoint: Checkpoint, format: str) -> QuantConfig:  # noqa: A002
@@ -117,12 +107,6 @@ def _quant_of(checkpoint: Checkpoint, format: str) -> QuantConfig:  # noqa: A002
         f"{checkpoint.folder}: is a 16-bit checkpoint, and {format} holds 4-bit integers; quantize it first "
         "(squawq quantize MODEL AWQ) and export AWQ"
     )
-
-
-def _report_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The quantization's report, which holds for the same integers in any format; empty if there is none."""
-    path = checkpoint.folder / REPORT
-    return read_json(path) if has_file(path) else {}
 
 
 def _plan(checkpoint: Checkpoint, family: Family) -> _Plan:
@@ -147,7 +131,9 @@ def _plan(checkpoint: Checkpoint, family: Family) -> _Plan:
     places = {owner: part for part, own in enumerate(owners) for owner in own}
     parts: list[list[str]] = [[] for _ in owners]
     for name, info in checkpoint.tensors.items():
-        owner = next((o for o in _ancestors(name) if o in places), None)
+        pieces = name.split(".")
+        ancestors = (".".join(pieces[:count]) for count in range(1, len(pieces)))
+        owner = next((o for o in ancestors if o in places), None)
         unknown = name.endswith(".qweight") and name.removesuffix(".qweight") not in shapes
         if "rotary_emb" in name or (owner == family.head and config.tied_embeddings):
             continue
@@ -156,12 +142,6 @@ def _plan(checkpoint: Checkpoint, family: Family) -> _Plan:
         parts[places[owner]].append(name)
     targets = ["Linear", *([family.head] if checkpoint.is_quantized(family.head) and family.head in shapes else [])]
     return _Plan(parts, shapes, [*kept, *([] if family.head in shapes else [family.head])], targets)
-
-
-def _ancestors(name: str) -> list[str]:
-    """a.b.c -> a, a.b"""
-    pieces = name.split(".")
-    return [".".join(pieces[:count]) for count in range(1, len(pieces))]
 
 
 def _write_parts(checkpoint: Checkpoint, plan: _Plan, writer: Writer, job: Job, progress: Progress | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from squawq.errors import CheckpointError
-from squawq.format.packing import PER_WORD, pack
+from squawq.format.groupwise import PER_WORD, pack
 
 Shapes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 Gemm = tuple[Tensor, Tensor, Tensor | None]

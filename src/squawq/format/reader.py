@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,9 @@ from torch import Tensor
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError
 from squawq.format.files import MAX_FILE, has_file, read_json
-from squawq.format.groupwise import GroupwiseTensor
+from squawq.format.groupwise import GroupwiseTensor, from_gemm
 from squawq.format.layouts import LAYOUTS
-from squawq.format.packing import from_gemm
-from squawq.format.shards import FolderShards, Shards, TensorInfo, read_tensor
+from squawq.format.shards import INDEX, FolderShards, Shards, TensorInfo, read_tensor
 
 COMPANIONS = re.compile(
     r"tokenizer\.(json|model)|(tokenizer|generation|preprocessor|processor)_config\.json|special_tokens_map\.json"
@@ -32,7 +29,6 @@ COMPANIONS = re.compile(
     r"|(LICEN[SC]E(-[A-Z]+)?|NOTICE|USE_POLICY)(\.(txt|md))?"
 )
 LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
-INDEX = "model.safetensors.index.json"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -43,22 +39,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
     if not has_file(folder / "config.json"):
-        raise CheckpointError(f"{folder}: has no config.json, so it is no model folder")
+        raise CheckpointError(f"{folder}: has no config.json, so it is not a model folder")
     raw = read_json(folder / "config.json")
     if raw.get("quantization_config") is None:
         for name, method in LEGACY.items():
             if has_file(folder / name):
                 raw["quantization_config"] = {"quant_method": method, **read_json(folder / name)}
     return raw
-
-
-@contextmanager
-def _safetensors(file: Path) -> Iterator[None]:
-    """Turns the library's errors into CheckpointError."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
 
 
 class Checkpoint:

@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors files: their headers, checked before anything is allocated, and their bytes.
+"""Reads and writes a checkpoint's safetensors files; headers are checked before anything is allocated.
 
 `Shards` is how a checkpoint gets at its files. `FolderShards` has them in a folder; others may bring a file when it is
 opened. Knows no model.
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from squawq.errors import CheckpointError
-from squawq.format.files import has_file, open_file, parse_json
+from squawq.format.files import has_file, open_file, parse_json, renamed_when_written, write_json
 
+INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100 * 2**20  # safetensors' own limit
 DTYPES = {
     "F64": (torch.float64, 8),
@@ -202,3 +204,27 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
             f"{path}: tensor {name!r}: shape {list(shape)!s:.100} and bytes {begin!r:.20} to {end!r:.20} disagree"
         )
     return TensorInfo(path, dtype, shape, start + begin, end - begin)
+
+
+def shard_name(index: int, count: int) -> str:
+    """The file name of shard `index` (from 1) of `count`, as transformers spells it."""
+    return f"model-{index:05d}-of-{count:05d}.safetensors"
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Atomically write one safetensors file. Peak memory: the tensors given."""
+    with renamed_when_written(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777  # the user's umask; save_file itself leaves 0600
+        contents = {name: tensor.contiguous().cpu() for name, tensor in sorted(tensors.items())}
+        save_file(contents, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
+
+
+def write_index(folder: Path) -> int:
+    """Write the index over all shards in `folder`; returns the bytes of all tensors."""
+    shards = {path.name: read_header(path) for path in sorted(folder.glob("model-*.safetensors"))}
+    total = sum(info.nbytes for header in shards.values() for info in header.values())
+    weight_map = {name: file for file, header in shards.items() for name in header}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return total

@@ -9,15 +9,7 @@ from pathlib import Path
 
 from squawq.errors import CheckpointError
 
-SMALL = [
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-]
+SMALL = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 WEIGHTS = "*.safetensors"
 OTHER_LAYOUTS = ["consolidated*", "original/*"]  # the same weights once more
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -60,6 +52,7 @@ def fetch(name: str, patterns: list[str], revision: str | None) -> Path:
 def hub_errors(name: str) -> Iterator[None]:
     """Turns what huggingface_hub raises for a model into CheckpointError."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of the httpx it uses
+        HFValidationError,
         HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -72,10 +65,12 @@ def hub_errors(name: str) -> Iterator[None]:
         raise CheckpointError(
             f"{name!r} is not on the Hub, or needs a login (hf auth login); no such folder here either"
         ) from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{name!r} is not a Hub id: {error!s:.200}") from error
     except SafetensorsParsingError as error:
         raise CheckpointError(f"{name!r} has a damaged file of weights on the Hub: {error}") from error
     except (LocalEntryNotFoundError, HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{name!r} is no folder here, and the Hub could not be asked: {reason}") from error
 
 
@@ -90,23 +85,12 @@ def hub_file(repo: str, name: str) -> Path:
 def find_hub_file(repo: str, name: str) -> Path | None:
     """The same; None where the repository is there and has no such file."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    try:
-        if repo.count("/") != 1:
-            raise HFValidationError
-        return Path(hf_hub_download(repo, name))
-    except RemoteEntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is neither a folder nor a file nor a Hub id such as 'owner/name'") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{repo!r} is no folder here, and not on the Hub or in need of a login") from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{repo!r} is no folder here, and its {name} could not be had: {reason}") from error
+    if not _ID.fullmatch(repo):
+        raise CheckpointError(f"{repo!r} is neither a folder nor a file nor a Hub id such as 'owner/name'")
+    with hub_errors(repo):
+        try:
+            return Path(hf_hub_download(repo, name))
+        except RemoteEntryNotFoundError:
+            return None

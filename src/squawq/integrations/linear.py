@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from squawq.backends import backend_for
 from squawq.backends.layer_ops import Packed
 from squawq.errors import KernelError
-from squawq.format.packing import PER_WORD, from_gemm
+from squawq.format.groupwise import PER_WORD, from_gemm
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _numbers = count()

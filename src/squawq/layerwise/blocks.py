@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from squawq.families import Family
-from squawq.format.packing import PACKED, from_gemm
+from squawq.format.groupwise import PACKED, from_gemm
 from squawq.format.reader import Checkpoint
-from squawq.layerwise.fold import Folding
 from squawq.layerwise.meta_model import MetaModel, refusing
+from squawq.layerwise.plan import EXACT, Folding
 from squawq.layerwise.tensor_names import TensorNames, check_floating
 
+InputHook = Callable[[Tensor], object]
 BATCH_TOKENS = 4096
 BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch runs through it
-EXACT = ("correction_bias", "expert_bias")  # of routers: rounding them would change who is chosen
 
 
 class _AllCaptured(BaseException):
@@ -115,7 +115,7 @@ class Block:
         self._widest = max(size for shape in blocks.meta_model.shapes(index).values() for size in shape)
         if stored is not None:
             self.module.float().to_empty(device=blocks.device).requires_grad_(False)
-        blocks.meta_model.fill_constants(self.module)
+        blocks.meta_model.fill_constants(self.module.modules())
         if stored is None:
             self.reload()
         else:
@@ -168,33 +168,19 @@ class Block:
         owner, _, kind = name.rpartition(".")
         owner_module = self.module.get_submodule(owner)
         old = getattr(owner_module, kind)
-        if (
-            old.device.type == torch.device(self.device).type
-            and old.dtype == torch.float32
-            and old.shape == tensor.shape
-        ):
+        kept = old.device.type == torch.device(self.device).type and old.dtype == torch.float32
+        if kept and old.shape == tensor.shape:
             old.data.copy_(tensor)  # large: never two of them
             return
         tensor = tensor.to(self.device, torch.float32, copy=True)
-        setattr(
-            owner_module,
-            kind,
-            nn.Parameter(tensor, requires_grad=False) if kind in owner_module._parameters else tensor,
-        )
+        is_parameter = kind in owner_module._parameters
+        setattr(owner_module, kind, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
     def weight(self, name: str) -> Tensor:
         """The weight (linear [out, in] or norm) of a module in this layer."""
-        return self.parameter(name).data
-
-    def parameter(self, name: str, kind: str = "weight") -> nn.Parameter:
-        """The parameter behind `weight`; setting its `data` changes the layer."""
-        parameter = getattr(self.module.get_submodule(name), kind)
+        parameter = self.module.get_submodule(name).weight
         assert isinstance(parameter, nn.Parameter)
-        return parameter
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors of the layer by their names in it."""
-        return dict(self.module.state_dict())
+        return parameter.data
 
     @torch.no_grad()
     def run(self, states: Tensor, in_place: bool = False) -> Tensor:
@@ -207,11 +193,11 @@ class Block:
         return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs))
 
     @torch.no_grad()
-    def run_until_captured(self, states: Tensor, hooks: Mapping[str, Callable[[Tensor], object]]) -> None:
+    def run_until_captured(self, states: Tensor, hooks: Mapping[str, InputHook]) -> None:
         """Run hidden states for the hooks alone: a batch ends when each has captured its input."""
         waiting: set[str] = set()
 
-        def last(name: str, hook: Callable[[Tensor], object]) -> Callable[[Tensor], None]:
+        def last(name: str, hook: InputHook) -> Callable[[Tensor], None]:
             def look(x: Tensor) -> None:
                 hook(x)
                 waiting.discard(name)
@@ -247,10 +233,10 @@ class Block:
         return result.view(part.shape)  # type: ignore[no-any-return]
 
     @contextmanager
-    def input_hooks(self, hooks: Mapping[str, Callable[[Tensor], object]]) -> Iterator[None]:
+    def input_hooks(self, hooks: Mapping[str, InputHook]) -> Iterator[None]:
         """While open, call each hook with the input of the module of that name whenever it runs."""
 
-        def pre_hook(hook: Callable[[Tensor], object]) -> Callable[..., None]:
+        def pre_hook(hook: InputHook) -> Callable[..., None]:
             def look(_: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
                 hook(args[0] if args else kwargs["hidden_states"])
 

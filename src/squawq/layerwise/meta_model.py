@@ -66,7 +66,7 @@ class MetaModel:
         if self.config.tie_word_embeddings:
             self.outer.pop(f"{family.head}.weight", None)
         inside = set(self.layers.modules())
-        self._fill_constants(part for part in self.model.modules() if part not in inside)
+        self.fill_constants(part for part in self.model.modules() if part not in inside)
         self._arguments: dict[tuple[int, int, torch.dtype], list[Arguments]] = {}
 
     def groups(self, index: int) -> tuple[ScalingGroup, ...]:
@@ -88,11 +88,8 @@ class MetaModel:
         weights: dict[str, Any] = {name: self.layers[index].get_submodule(name).weight for name in names}
         return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
-    def fill_constants(self, layer: nn.Module) -> None:
-        """Compute the buffers that checkpoints do not store, such as rotary frequencies."""
-        self._fill_constants(layer.modules())
-
-    def _fill_constants(self, parts: Iterable[nn.Module]) -> None:
+    def fill_constants(self, parts: Iterable[nn.Module]) -> None:
+        """Compute the buffers of modules that checkpoints do not store, such as rotary frequencies."""
         lost = {part: names for part in parts if (names := part._non_persistent_buffers_set)}
         found = [
             (part, name, buffer) for part in lost for name in lost[part] if (buffer := part._buffers[name]) is not None

@@ -1,13 +1,23 @@
-"""Decides which linears of a layer are quantized, and which stay in 16 bits and why. Knows shapes, no tensors."""
+"""Plans what happens to the linears of a layer: which are quantized, and how AWQ scales fold into the weights.
+
+Lin et al., AWQ, arXiv 2306.00978: Q(W s) (x / s), where the operation that makes x absorbs 1 / s, so that the layer's
+function stays the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from squawq.families import Family, expert_of
-from squawq.format.packing import PER_WORD
+import torch
+from torch import Tensor
+
+from squawq.families import Family, ScalingGroup, expert_of
+from squawq.format.groupwise import PER_WORD
+from squawq.layerwise.tensor_names import cast
 from squawq.quant_config import QuantConfig
 
+EXACT = ("correction_bias", "expert_bias")  # of routers: rounding them would change who is chosen
 GATE = "a router or gate"
 
 
@@ -19,11 +29,11 @@ class LayerPlan:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], family: Family, config: QuantConfig, prefix: str) -> None:
-        self.family, self.config, self.prefix = family, config, prefix
-        self.groups = family.layer_groups(list(shapes))
+        self.shapes, self.family, self.config, self.prefix = shapes, family, config, prefix
         self.kept: dict[str, str] = {}
+        groups = family.layer_groups(list(shapes))
         together: dict[object, list[str]] = {}
-        for place, group in enumerate(self.groups):
+        for place, group in enumerate(groups):
             for name in group.linears:
                 together.setdefault(_fused_with(place, name), []).append(name)
         for names in together.values():
@@ -31,13 +41,17 @@ class LayerPlan:
             for name in names if reasons else ():
                 first = next(iter(reasons))
                 self.kept[name] = reasons.get(name, f"shares its input with {first}, which stays in 16 bits")
-        self.converted = [name for name in self.linears if name not in self.kept]
-        self.kept |= dict.fromkeys((name for group in self.groups for name in group.unquantized_consumers), GATE)
+        self.converted = [name for group in groups for name in group.linears if name not in self.kept]
+        self.kept |= dict.fromkeys((name for group in groups for name in group.unquantized_consumers), GATE)
 
     @property
-    def linears(self) -> list[str]:
-        """Every linear of the groups, in order of use."""
-        return [name for group in self.groups for name in group.linears]
+    def dtype(self) -> torch.dtype:
+        """Dtype of the layer's tensors that are not quantized."""
+        return getattr(torch, self.config.dtype)  # type: ignore[no-any-return]
+
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the layer that is not quantized, in its dtype on disk."""
+        return tensor if name.endswith(EXACT) else cast(tensor, self.dtype, f"{self.prefix}.{name}")
 
     def _kept_reason(self, name: str, out_features: int, in_features: int) -> str | None:
         if self.config.skips(f"{self.prefix}.{name}"):
@@ -53,3 +67,81 @@ def _fused_with(group: int, linear: str) -> object:
     """Equal for linears that engines fuse."""
     expert = expert_of(linear)
     return expert.rpartition(".")[0] if expert else (group, linear.rpartition(".")[0])
+
+
+@dataclass
+class Folding:
+    """Changes that scales make to a layer's weights; all tensors are float32."""
+
+    columns: dict[str, Tensor] = field(default_factory=dict)  # [in] by linear: multiply its input channels
+    rows: dict[str, Tensor] = field(default_factory=dict)  # [out] by linear: divide its output channels and bias
+    norms: dict[str, Tensor] = field(default_factory=dict)  # [hidden] by parameter: replace it
+
+    def into_norm(
+        self,
+        group: ScalingGroup,
+        weight: Tensor,
+        bias: Tensor | None,
+        scales: Tensor,
+        dtype: torch.dtype,
+        offset: float,
+    ) -> None:
+        """Divide the norm before the group by `scales` [features]; multiply the columns of all that reads it."""
+        self.norms[f"{group.previous}.weight"], scales = norm_scales(weight, scales, dtype, offset)
+        if bias is not None:
+            self.norms[f"{group.previous}.bias"] = bias / scales
+        self._into_columns(group, scales)
+
+    def into_linear(self, group: ScalingGroup, out_features: int, scales: Tensor) -> None:
+        """Divide the last rows of the linear before: up is last where it makes gate and up in one."""
+        rows = torch.ones(out_features, device=scales.device)
+        rows[-len(scales) :] = scales
+        self.rows[group.previous] = rows
+        self._into_columns(group, scales)
+
+    def _into_columns(self, group: ScalingGroup, scales: Tensor) -> None:
+        for name in (*group.linears, *group.unquantized_consumers):
+            self.columns[name] = scales
+
+    def to(self, device: str) -> Folding:
+        """The same with its tensors there."""
+        kinds = ({n: t.to(device) for n, t in kind.items()} for kind in (self.columns, self.rows, self.norms))
+        return Folding(*kinds)
+
+    def apply(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the layer after folding, float32, by its name in the layer."""
+        if name in self.norms:
+            return self.norms[name].clone()
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in self.columns:
+            tensor = tensor * self.columns[module]
+        if module in self.rows:
+            tensor = tensor / (self.rows[module][:, None] if kind == "weight" else self.rows[module])
+        return tensor
+
+    def original(self, module: str, rows: Tensor, part: slice) -> Tensor:
+        """Rows `part` of a linear's weight [out, in] before folding, from the same rows after folding."""
+        if module in self.rows:
+            rows = rows * self.rows[module][part, None]
+        return rows / self.columns[module] if module in self.columns else rows
+
+
+def norm_scales(norm: Tensor, scales: Tensor, dtype: torch.dtype, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Divide a norm's weight by `scales`, rounded to `dtype`, and return the scales that the rounded weight realizes.
+
+    Multiplying the linear's columns by the realized scales cancels the rounding exactly, so folding is lossless even in
+    bfloat16.
+
+    Args:
+        norm: float32 [features]; the norm multiplies by `norm + offset`.
+        scales: float32 [features].
+        dtype: Of the norm in the result.
+        offset: 1.0 for norms such as Gemma's.
+
+    Returns:
+        The folded weight and the realized scales, each float32 [features].
+    """
+    whole = norm + offset
+    folded = (whole / scales - offset).to(dtype).float()
+    usable = (folded + offset != 0) & torch.isfinite(folded)
+    return torch.where(usable, folded, norm), torch.where(usable, whole / (folded + offset), torch.ones_like(scales))

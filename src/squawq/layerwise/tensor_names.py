@@ -140,12 +140,8 @@ class TensorNames:
     def _slice(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One expert's weight [out, in] from the parameter that stacks all experts."""
         expert, _, linear = name.removesuffix(".weight").rpartition(".")
-        number, part, stored = (
-            int(expert.rpartition(".")[2]),
-            self.family.experts.index(linear),
-            self.storage_name(name),
-        )
-        out, inputs = shape
+        number, part = int(expert.rpartition(".")[2]), self.family.experts.index(linear)
+        stored, (out, inputs) = self.storage_name(name), shape
         rows = out * (1 if part == 2 else 2)
         info = self.checkpoint.info(stored)
         needed = [inputs, rows] if self.transposed else [rows, inputs]
@@ -172,6 +168,14 @@ def all_finite(tensor: Tensor) -> bool:
 def read_finite(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
     """Read a tensor by its name in the checkpoint. Raises CheckpointError if it holds NaN or infinity."""
     return _finite(checkpoint.read(name, shape), checkpoint, name)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Convert to the 16-bit dtype on disk. Raises CheckpointError if a finite value overflows."""
+    result = tensor.to(dtype)
+    if not all_finite(result):
+        raise CheckpointError(f"tensor {name!r} holds values beyond {dtype}; use dtype bfloat16 (--dtype bfloat16)")
+    return result
 
 
 def check_floating(checkpoint: Checkpoint, name: str) -> None:

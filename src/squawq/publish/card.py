@@ -15,10 +15,8 @@ from statistics import median
 from typing import Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError
-from squawq.format.files import has_file, parse_json, read_bytes, read_json
-from squawq.format.locking import locked
+from squawq.format.files import clear_temporary, has_file, locked, parse_json, read_bytes, read_json, write_text
 from squawq.format.reader import Checkpoint
-from squawq.format.writer import clear_temporary, write_text
 from squawq.hub.download import find_hub_file
 from squawq.inspection import inspect
 from squawq.publish.usage import usage
@@ -26,6 +24,7 @@ from squawq.quant_config import METHODS, QuantConfig
 from squawq.quantization.job import identity
 from squawq.report.files import PAGE, REPORT
 from squawq.report.schema import Report
+from squawq.report.words import size
 
 README = "README.md"
 TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
@@ -40,19 +39,12 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 
 @dataclass(frozen=True)
 class Origin:
-    """What the folder itself does not say.
+    """What the folder itself does not say."""
 
-    Attributes:
-        source: The 16-bit model (folder or Hub id). Its card names licence and languages; its Hub id is the base model.
-        license: Instead of the source's.
-        base_model: Instead of the source's Hub id.
-        evaluation: A file that `squawq eval --json` printed.
-    """
-
-    source: str | None = None
-    license: str | None = None
-    base_model: str | None = None
-    evaluation: Path | None = None
+    source: str | None = None  # the 16-bit model, folder or Hub id: its licence, languages and Hub id
+    license: str | None = None  # instead of the source's
+    base_model: str | None = None  # instead of the source's Hub id
+    evaluation: Path | None = None  # a file that `squawq eval --json` printed
 
     @property
     def given(self) -> bool:
@@ -99,7 +91,7 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
         quant=found["quantization"],
         memory=found["memory"],
         kept=len(found["kept_in_16_bits"]),
-        size=_size,
+        size=size,
         report=report,
         scores=None if origin.evaluation is None else _scores(origin.evaluation, folder, repo),
         ratios=ratios,
@@ -211,10 +203,6 @@ def _is_plain(value: object) -> bool:
     """Whether a value is None, a string or a list of strings, of usual length."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return len(values) <= 200 and all(isinstance(v, str) and len(v) <= 500 for v in values)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count < 10**9 else f"{count / 1e9:,.2f} GB"
 
 
 def _report(path: Path) -> Report | None:

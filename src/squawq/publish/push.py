@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
-from squawq.format.files import has_file, open_file, read_bytes, read_json
-from squawq.format.reader import INDEX, Checkpoint
-from squawq.format.writer import is_temporary
+from squawq.format.files import has_file, is_temporary, open_file, read_bytes, read_json
+from squawq.format.reader import Checkpoint
+from squawq.format.shards import INDEX
 from squawq.inspection import missing
 from squawq.publish.card import README, Origin, check_gemm, check_id, is_ours, outdated, write_card
 from squawq.quantization.job import JOB, PART
@@ -34,7 +34,7 @@ IGNORED = (".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store")  # lef
 
 @dataclass(frozen=True)
 class Upload:
-    """What a push did: where it is, how many files and bytes the folder has."""
+    """What a push did: where it is, how many files and bytes it has."""
 
     url: str
     files: int
@@ -116,7 +116,7 @@ def check_folder(folder: Path) -> list[str]:
         raise ConfigError(f"{folder}: is not quantized; squawq pushes AWQ folders")
     check_gemm(folder, checkpoint.config.layout)
     if lost := missing(checkpoint):
-        raise CheckpointError(f"{folder}: is not whole: {len(lost)} tensors are missing, such as {lost[0]}")
+        raise CheckpointError(f"{folder}: is incomplete: {len(lost)} tensors are missing, such as {lost[0]}")
     if not any(has_file(folder / name) for name in TOKENIZERS):
         raise CheckpointError(f"{folder}: has no tokenizer ({', '.join(TOKENIZERS)}); copy the source's into it")
     known = {*OWN, *(path.name for path in checkpoint.companions())}
@@ -124,7 +124,9 @@ def check_folder(folder: Path) -> list[str]:
     found = (path.name for path in folder.iterdir())
     names = sorted(name for name in found if name not in IGNORED and not is_temporary(name))
     if stray := [name for name in names if name not in known or name.startswith(PART)]:
-        raise OutputError(f"{folder}: holds what is no part of the model: {', '.join(stray[:5])}; move it elsewhere")
+        raise OutputError(
+            f"{folder}: holds files that are not part of the model: {', '.join(stray[:5])}; move it elsewhere"
+        )
     for name in names:
         open_file(folder / name).close()  # raises
     return names
@@ -142,7 +144,7 @@ def _login(token: str | None) -> HfApi:
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             source = "that of --token-file" if token else "HF_TOKEN's, or the login's"
-            raise ConfigError(f"the Hub refuses the token ({source}); it needs one that may write") from error
+            raise ConfigError(f"the Hub refuses the token ({source}); it needs write access") from error
         raise
     return api
 

@@ -173,7 +173,7 @@ def _is_file(source: str | Path) -> bool:
     if path.is_dir():
         raise CalibrationError(f"{str(source)!r} is a folder; give a .txt or .jsonl file in it")
     if isinstance(source, Path) or path.suffix in (".txt", ".jsonl", ".md") or path.exists():
-        raise CalibrationError(f"{str(source)!r} is no file; give a .txt or .jsonl file, or a Hub data set id")
+        raise CalibrationError(f"{str(source)!r} is not a file; give a .txt or .jsonl file, or a Hub data set id")
     return False
 
 
@@ -187,7 +187,7 @@ def _lines(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if "\0" in line:
-                    raise CalibrationError(f"{str(path)!r} line {number} holds a NUL byte; this is no text file")
+                    raise CalibrationError(f"{str(path)!r} line {number} holds a NUL byte; this is not a text file")
                 yield line
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{str(path)!r} {_what_it_is(path)}") from error
@@ -247,7 +247,7 @@ def _hub_rows(name: str) -> Iterator[str | list[dict[str, str]]]:
     except Exception as error:  # the library raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CalibrationError(
-            f"{name!r} is no file here, and could not be read as a Hub data set: {reason}"
+            f"{name!r} is not a file here, and could not be read as a Hub data set: {reason}"
         ) from error
 
 

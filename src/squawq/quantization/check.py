@@ -14,9 +14,8 @@ from torch import Tensor
 from squawq.errors import CheckpointError, SquawqError
 from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.calibration import token_blocks
-from squawq.quantization.job import Job
+from squawq.quantization.job import Job, Work
 from squawq.quantization.statistics import token_errors
-from squawq.quantization.work import Work
 from squawq.text.tokenizer import Tokenizer
 
 ROWS, TOKENS = 4, 32
@@ -25,8 +24,7 @@ FAR_OFF = 0.5  # relative error of the median token's output; computing in 16 bi
 
 
 class DtypeCheck:
-    """`layer` after each layer in turn, `head` at the end. All raise CheckpointError naming the part that goes wrong
-    first, and what to do."""
+    """`layer` after each layer in turn, `head` at the end; each raises CheckpointError naming what overflows."""
 
     @torch.no_grad()
     def __init__(self, work: Work, job: Job) -> None:

@@ -1,10 +1,15 @@
-"""Corrects weights for quantization error in their input: the QEP weight correction, from a 16-bit and a quantized run.
+"""Corrects weights for quantization error in their input: the closed-form weight correction of QEP.
 
-Arai and Ichikawa, Quantization Error Propagation, arXiv 2504.09629, with propagation strength 1. With inputs x of the
-16-bit model and x^ of the quantized one, the weights that bring W^ x^ nearest to W x are W + E (H + damping)^-1, where
-H = sum x^ x^' is the Hessian and E = W sum (x - x^) x^' the error cross-covariance. Rounding W^ with error feedback
-(GPTQ) on H then minimizes ||W x - Q x^||, the mismatched problem of Qronos (arXiv 2505.11695). Where a linear's output
-is added to the residual stream, E also has the error of that stream, which the papers leave alone.
+Arai and Ichikawa, Quantization Error Propagation (QEP), arXiv 2504.09629. With inputs x of the 16-bit model and x^ of
+the quantized one, the weights W^ that minimize ||W x - W^ x^||^2 are W + W sum (x - x^) x^' H^-1, where H = sum x^ x^'
+is the Hessian: QEP's correction at propagation strength alpha = 1. It is added once, before the weights are rounded
+with error feedback (GPTQ) on H. GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695) minimize the same mismatched
+error, but correct it column by column while they round.
+
+Ours is the rest. H is damped by a share of each diagonal entry (`rounding.DampedGram`), much more than the papers do,
+in place of a smaller alpha. The error cross-covariance is E = W sum (x - x^) x^' + sum (r - r^) x^', where r is the
+residual stream that the linear's output is added to: the linear also corrects the error of that stream. Inputs too wide
+for one Hessian are corrected block by block.
 """
 
 from __future__ import annotations
@@ -18,26 +23,19 @@ import torch
 from torch import Tensor
 
 from squawq.families import expert_of
-from squawq.layerwise.blocks import Block
+from squawq.layerwise.blocks import Block, InputHook
 from squawq.layerwise.tensor_names import all_finite
-from squawq.quantization.inputs import InputHook, capture_modules
 from squawq.quantization.states import Spool
-from squawq.quantization.statistics import InputStatistics
+from squawq.quantization.statistics import InputStatistics, capture_modules
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Linears that read the same input and are quantized together.
+    """Linears that read the same input and are quantized together."""
 
-    Attributes:
-        capture_module: Module whose hook captures that input.
-        linears: Their names in the layer.
-        residual: Norm whose input the output of a single linear is added to; "" if it is not.
-    """
-
-    capture_module: str
+    capture_module: str  # whose hook captures that input
     linears: tuple[str, ...]
-    residual: str = ""
+    residual: str = ""  # norm whose input the output of a single linear is added to; "" if it is not
 
 
 def sequential_stages(block: Block, converted: Sequence[str]) -> list[Stage]:

@@ -1,33 +1,52 @@
-"""A job's folder: OUT.partial while it runs, renamed to OUT when it is done; a killed run resumes from OUT.partial.
+"""Checks a job before it starts, and keeps its folder: OUT.partial while it runs, renamed to OUT when it is done.
 
-A folder that squawq did not make is never touched.
+`prepare` reads headers and the calibration text, no weights. A killed run resumes from OUT.partial. A folder that
+squawq did not make is never touched.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from squawq import __version__
+from squawq.backends.devices import check_device
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
-from squawq.format.files import has_file, read_bytes, read_json
-from squawq.format.locking import locked
+from squawq.families import family_of
+from squawq.format.files import (
+    clear_temporary,
+    has_file,
+    is_temporary,
+    locked,
+    read_bytes,
+    read_json,
+    refuse_link,
+    write_json,
+)
 from squawq.format.reader import Checkpoint
-from squawq.format.shards import read_header, read_shard
-from squawq.format.writer import clear_temporary, is_temporary, refuse_link, shard_name, write_json, write_shard
+from squawq.format.shards import read_header, read_shard, shard_name, write_shard
+from squawq.hub.download import resolve
+from squawq.hub.stream import open_streamed
+from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
-from squawq.report.files import REPORT
+from squawq.quantization.calibration import Calibration, token_blocks
+from squawq.report.files import REPORT, public_name
+from squawq.text.tokenizer import Tokenizer
 
 JOB = "squawq_job.json"
 PART = "squawq_part_"
-SCRATCH = ".squawq-scratch"
+SCRATCH = ".squawq-scratch"  # in OUT.partial, for temporary files; removed when the job ends
 
 
 def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None, device: str) -> dict[str, Any]:
@@ -43,11 +62,6 @@ def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None,
         "config": config.to_dict(),
         "device": device.partition(":")[0],
     }
-
-
-def scratch_folder(out: Path) -> Path:
-    """Folder for temporary files of a job; removed when the job ends, however it ends."""
-    return _partial(out) / SCRATCH
 
 
 def _partial(out: Path) -> Path:
@@ -73,6 +87,89 @@ def _differing(theirs: object, ours: Mapping[str, Any]) -> str:
         settings = [f"{key} {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]
         names[names.index("config")] = f"config ({'; '.join(settings)})"
     return ", ".join(names)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job, checked."""
+
+    blocks: Blocks  # the 16-bit model
+    plans: list[LayerPlan]  # by layer
+    config: QuantConfig  # without "auto"
+    tokens: Tensor | None  # calibration blocks int64 [blocks, seqlen]; None for plain rounding
+    out: Path
+    identity: dict[str, Any]  # what another run must have to resume this one
+    name: str  # of the model, in the report
+    size: int  # bytes of the result
+
+
+def prepare(
+    model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str, stream: bool
+) -> Work:
+    """Plan a job. Raises SquawqError for everything that can be refused before work starts."""
+    check_device(device, mps=True)
+    checkpoint = open_streamed(model, _partial(Path(out).resolve()) / SCRATCH) if stream else Checkpoint(resolve(model))
+    family, positions = family_of(checkpoint.config.model_type), checkpoint.config.max_positions
+    if checkpoint.config.quant is not None:
+        raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
+    folder = target_path(out, checkpoint.folder)
+    if config.seqlen is not None and config.seqlen > positions:
+        raise ConfigError(f"seqlen is {config.seqlen}; the model has {positions} positions")
+    config = replace(config, seqlen=config.seqlen or min(512, positions))
+    if config.method != "squawq":  # settings that have no effect are not part of the job
+        config = replace(config, compensate=False, refine=0, sequential=False)
+        config = replace(config, act_order=QuantConfig.act_order, damping=QuantConfig.damping)
+    checkpoint.companions()  # raises now rather than when all else is done
+    blocks = Blocks(checkpoint, family, device)
+    blocks.check()
+    config = replace(config, dtype=_stored_dtype(config, blocks))
+    plans = _plans(blocks, config)
+    tokens = None
+    if config.method != "rtn":
+        tokens = token_blocks(
+            calibration,
+            lambda: Tokenizer(checkpoint.folder),
+            seqlen=config.seqlen or 0,
+            samples=config.samples,
+            vocab_size=checkpoint.config.vocab_size,
+        )
+    elif calibration is not None:
+        raise ConfigError("method 'rtn' needs no text; leave the calibration out, or use another method")
+    same = identity(checkpoint, config, tokens, device)
+    return Work(blocks, plans, config, tokens, folder, same, public_name(model), _result_bytes(blocks, plans, config))
+
+
+def _plans(blocks: Blocks, config: QuantConfig) -> list[LayerPlan]:
+    """Raises ConfigError if a name to skip matches nothing, or if nothing would be quantized."""
+    shapes, layer = blocks.meta_model.shapes, blocks.family.layer
+    plans = [LayerPlan(shapes(i), blocks.family, config, layer(i)) for i in range(len(blocks.layers))]
+    names = [f"{plan.prefix}.{name}" for plan in plans for name in (*plan.converted, *plan.kept)]
+    for skip in config.modules_to_not_convert:
+        if not any(skip in name for name in names):
+            raise ConfigError(f"modules_to_not_convert: {skip!r} is in no name; names are like {names[0]}, {names[-1]}")
+    if not any(plan.converted for plan in plans):
+        reason = next(iter(plans[0].kept.values()))
+        raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
+    return plans
+
+
+def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:
+    """The dtype asked for; for "auto" the source's, since bfloat16 holds values that float16 cannot."""
+    if config.dtype != "auto":
+        return config.dtype
+    info = blocks.checkpoint.info(blocks.names.stored_name(f"{blocks.family.embedding}.weight"))
+    return "bfloat16" if info.dtype == torch.bfloat16 else "float16"
+
+
+def _result_bytes(blocks: Blocks, plans: Sequence[LayerPlan], config: QuantConfig) -> int:
+    """Bytes of the tensors to be written, from names and shapes."""
+    name_of, total = blocks.names.storage_name, 0
+    in_features = {name_of(f"{p.prefix}.{n}.weight"): p.shapes[n][1] for p in plans for n in p.converted}
+    for name in blocks.names.stored_names:
+        count = math.prod(blocks.checkpoint.tensors[name].shape)
+        groups = count // config.group_of(in_features[name]) if name in in_features else 0
+        total += count // 2 + 2 * groups + groups // 2 if groups else 2 * count  # integers, scales, zeros
+    return total
 
 
 class Job:
@@ -134,7 +231,7 @@ class Job:
                 other = _differing(begun, self.identity)
                 raise OutputError(
                     f"{self.partial} holds an unfinished run with another {other}; "
-                    "remove that folder to start anew, or choose another OUT"
+                    "remove that folder to start over, or choose another OUT"
                 )
         elif any(not is_temporary(path.name) for path in self.partial.iterdir()):
             raise OutputError(f"{self.partial} exists and squawq did not make it; move it, or choose another OUT")

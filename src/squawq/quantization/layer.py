@@ -6,7 +6,8 @@ linear takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,20 +15,33 @@ import torch
 from torch import Tensor
 
 from squawq.distributed import Ranks
-from squawq.format.groupwise import GroupwiseTensor, fake_quantize
-from squawq.format.packing import to_gemm
+from squawq.errors import CheckpointError
+from squawq.families import expert_of
+from squawq.format.groupwise import GroupwiseTensor, fake_quantize, quantize, to_gemm
 from squawq.layerwise.blocks import Block
-from squawq.layerwise.plan import LayerPlan
+from squawq.layerwise.plan import Folding, LayerPlan
+from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.error_propagation import ActivationRecord, ErrorStatistics, sequential_stages
-from squawq.quantization.inputs import LayerInputs, capture_modules
-from squawq.quantization.linear import LinearQuantizer
-from squawq.quantization.records import clip_quantiles
-from squawq.quantization.replay import Replay
-from squawq.quantization.result import LayerQuantization, LayerResult, PackedLinear
-from squawq.quantization.scales import choose_scales, fold, round_in_place
-from squawq.quantization.search import sampled_rows
-from squawq.quantization.statistics import mean_square, relative_error
-from squawq.quantization.streams import Streams
+from squawq.quantization.rounding import LinearQuantizer
+from squawq.quantization.search import choose_scales, fold, round_in_place, sampled_rows
+from squawq.quantization.states import Replay, Streams
+from squawq.quantization.statistics import LayerInputs, capture_modules, clip_quantiles, mean_square, relative_error
+from squawq.report.schema import LayerRow, LinearRow, ScaleRow
+
+PackedLinear = dict[str, Tensor]  # qweight, scales and qzeros, on the CPU
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A layer's tensors to store, by name in the layer, and its row of the report.
+
+    kept: whether they are what was searched, not plain rounding that turned out better.
+    """
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+    kept: bool = True
+
 
 Commit = Callable[[LayerResult], tuple[dict[str, Any], Mapping[str, Tensor]]]
 
@@ -49,7 +63,7 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     Returns:
         The report's row.
     """
-    config, capture, chosen = plan.config, capture_modules(block.groups), LayerQuantization()
+    config, capture, chosen = plan.config, capture_modules(block.groups), LayerQuantization(block, plan)
     stages = [] if streams.quantized is None else sequential_stages(block, plan.converted)
     in_stages = {name for stage in stages for name in stage.linears}
     others: dict[str, list[str]] = {}  # the linears of experts, and all where calibration is not sequential
@@ -65,10 +79,9 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     ranks.all_reduce([*inputs.sums, before])
 
     # Scale: AWQ's search, before anything is rounded.
-    folding = ranks.broadcast(partial(choose_scales, block, plan, inputs, others.keys(), chosen)).to(block.device)
-    chosen.folding = folding
+    folding = chosen.folding = ranks.broadcast(partial(chosen.scale, inputs, others.keys())).to(block.device)
     fold(block, plan, folding)
-    inputs.keep(others.keys())
+    inputs.statistics = {name: stats for name, stats in inputs.statistics.items() if name in others}
 
     # Correct, clip, round: linears behind quantized ones, in order of execution.
     replay = Replay(block, in_stages, streams.folder, streams.states_memory / 4)
@@ -80,24 +93,24 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
         ranks.all_reduce(error.sums)
         record.keep(stages[index + 1 :])
         quantizer = LinearQuantizer(error.inputs, config, error)
-        packed = ranks.broadcast(partial(_quantize_linears, block, plan, stage.linears, quantizer, chosen))
+        packed = ranks.broadcast(partial(chosen.quantize, stage.linears, quantizer))
         del error, quantizer  # large, and so is what loading takes
-        _load(block, packed)
+        chosen.load(packed)
         replay.settle()
 
     # Clip, round: all others, on the statistics of the 16-bit model.
     for module, linears in others.items():
-        stats = inputs.take(module)
+        stats = inputs.statistics.pop(module)  # for the last time: it is large
         if (scales := folding.columns.get(linears[0])) is not None:
             stats.divide(scales)
         quantizer = LinearQuantizer(stats, config)
-        packed = ranks.broadcast(partial(_quantize_linears, block, plan, linears, quantizer, chosen))
+        packed = ranks.broadcast(partial(chosen.quantize, linears, quantizer))
         del stats, quantizer
-        _load(block, packed)
+        chosen.load(packed)
 
     # Verify and commit; the quantized stream goes through the layer as it is stored.
     def verified() -> tuple[bool, dict[str, Any], Mapping[str, Tensor]]:
-        result = verify(block, plan, chosen, before, inputs.after)
+        result = verify(chosen, before, inputs.after)
         return result.kept, *commit(result)
 
     kept, row, tensors = ranks.broadcast(verified)
@@ -106,92 +119,174 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     return row
 
 
+@dataclass
+class LayerQuantization:
+    """A layer's scales, integers and report so far, each by linear."""
+
+    block: Block
+    plan: LayerPlan
+    folding: Folding = field(default_factory=Folding)
+    packed: dict[str, PackedLinear] = field(default_factory=dict)
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)  # by plain rounding, as quantized
+    clips: dict[str, list[float]] = field(default_factory=dict)  # quantiles of the share of its range that is kept
+    scales: list[ScaleRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tokens: Mapping[str, int] = field(default_factory=dict)  # routed to each expert
+
+    @torch.no_grad()
+    def scale(self, inputs: LayerInputs, whole: Collection[str]) -> Folding:
+        """Choose the scales of all groups; see `choose_scales`."""
+        samples = inputs.sample_modules(inspected=not self.plan.config.error_feedback)
+        inputs.route_to_rare(samples)
+        self.notes, self.tokens = list(inputs.notes()), inputs.tokens
+        folding, self.scales = choose_scales(self.block, self.plan, inputs, samples, whole)
+        return folding
+
+    @torch.no_grad()
+    def quantize(self, linears: Iterable[str], quantizer: LinearQuantizer) -> dict[str, PackedLinear]:
+        """Quantize linears of the folded layer that share an input; their weights become the corrected ones."""
+        config, found = self.plan.config, {}
+        if quantizer.error is not None:
+            self.notes += quantizer.stats.notes(f"{quantizer.error.stage.capture_module}, behind quantized layers")
+        for name in linears:
+            weight = self.block.weight(name)
+            part = sampled_rows(weight)
+            original = self.folding.original(name, weight[part].clone(), part)
+            never_clip = config.method == "awq" and name.endswith(self.plan.family.never_clip)
+            integers, limits = quantizer.quantize(weight, config.clip and not never_clip)
+            if limits is not None:
+                self.clips[name] = clip_quantiles(weight, limits)
+            if quantizer.stats.rows:
+                self.losses[name] = self._losses(name, original, weight[part], integers.rows(part), part, quantizer)
+            found[name] = {kind: tensor.cpu() for kind, tensor in to_gemm(integers).items()}
+        self.packed |= found
+        return found
+
+    def _losses(
+        self,
+        name: str,
+        original: Tensor,
+        weight: Tensor,
+        integers: GroupwiseTensor,
+        part: slice,
+        quantizer: LinearQuantizer,
+    ) -> tuple[float, float]:
+        """Mean squared error of a linear's sampled outputs by plain rounding and as quantized.
+
+        Args:
+            name: The linear.
+            original: Its sampled rows `part` before folding and correction, float32 [rows, in].
+            weight: The same rows that were rounded, float32 [rows, in].
+            integers: What they were rounded to.
+            part: See `original`.
+            quantizer: Has the statistics of the input.
+        """
+        config, folding = self.plan.config, self.folding
+        rounded = fake_quantize(original, config.group_of(weight.shape[1]), config.zero_point) - original
+        found = integers.dequantize() - weight
+        if name in folding.columns:
+            rounded *= folding.columns[name]
+        if name in folding.rows:
+            found *= folding.rows[name][part, None]
+        scale = 1 / (quantizer.stats.rows * len(original))
+        return quantizer.stats.loss(rounded) * scale, quantizer.stats.loss(found) * scale
+
+    def load(self, packed: Mapping[str, PackedLinear]) -> None:
+        """Replace weights with their dequantized integers."""
+        for name, tensors in packed.items():
+            self.block.load_packed(name, **tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the layer to store; linears without packed integers are rounded to nearest."""
+        plan, tensors = self.plan, dict[str, Tensor]()
+        converted = set(plan.converted)
+        for name, tensor in self.block.module.state_dict().items():
+            module, _, kind = name.rpartition(".")
+            if kind == "weight" and module in converted:
+                packed = self.packed.get(module)
+                if packed is None:
+                    packed = to_gemm(quantize(tensor, plan.config.group_of(tensor.shape[1]), plan.config.zero_point))
+                if not all_finite(packed["scales"]):
+                    raise CheckpointError(
+                        f"tensor {f'{plan.prefix}.{name}'!r} holds values too large for float16 scales; "
+                        f"use --skip {module}"
+                    )
+                tensors |= {f"{module}.{part}": packed[part] for part in packed}
+            else:
+                tensors[name] = plan.stored(name, tensor)
+        return tensors
+
+    def record(
+        self,
+        kept: bool,
+        losses: tuple[float, float] | None = None,
+        relative: tuple[float | None, float | None] = (None, None),
+    ) -> dict[str, Any]:
+        """The layer's row of the report.
+
+        Args:
+            kept: Whether the quantized layer is stored; else plain rounding is.
+            losses: Mean squared error of the layer's output by plain rounding and as stored.
+            relative: Relative errors of the same.
+        """
+        plan, linears = self.plan, []
+        for name in (name for group in self.block.groups for name in (*group.linears, *group.unquantized_consumers)):
+            out_features, in_features = self.block.weight(name).shape
+            rounded, loss = self.losses.get(name, (None, None))
+            linears.append(
+                LinearRow(
+                    name=name,
+                    out_features=out_features,
+                    in_features=in_features,
+                    tokens=self.tokens.get(expert_of(name) or ""),
+                    kept_in_16_bits=plan.kept.get(name),
+                    loss_rounded=rounded,
+                    loss=loss if kept else rounded,
+                    clip=self.clips.get(name) if kept else None,
+                )
+            )
+        before, after = losses or (None, None)
+        return LayerRow(
+            name=plan.prefix,
+            method=plan.config.method if kept else "rtn",
+            loss_rounded=before,
+            loss=after,
+            relative_error_rounded=relative[0],
+            relative_error=relative[1],
+            scales=self.scales if kept else [],
+            linears=linears,
+            notes=self.notes,
+        ).to_dict()
+
+
 @torch.no_grad()
-def _quantize_linears(
-    block: Block, plan: LayerPlan, linears: Iterable[str], quantizer: LinearQuantizer, chosen: LayerQuantization
-) -> dict[str, PackedLinear]:
-    """Packed integers of linears of the folded layer that share an input; their weights become the corrected ones."""
-    if quantizer.error is not None:
-        chosen.notes += quantizer.stats.notes(f"{quantizer.error.stage.capture_module}, behind quantized layers")
-    for name in linears:
-        weight = block.weight(name)
-        part = sampled_rows(weight)
-        original = chosen.folding.original(name, weight[part].clone(), part)
-        never_clip = plan.config.method == "awq" and name.endswith(plan.family.never_clip)
-        integers, limits = quantizer.quantize(weight, plan.config.clip and not never_clip)
-        if limits is not None:
-            chosen.clips[name] = clip_quantiles(weight, limits)
-        if quantizer.stats.rows:
-            chosen.losses[name] = _losses(name, original, weight, part, integers, quantizer, chosen)
-        chosen.packed[name] = {kind: tensor.cpu() for kind, tensor in to_gemm(integers).items()}
-    return {name: chosen.packed[name] for name in linears}
-
-
-def _losses(
-    name: str,
-    original: Tensor,
-    weight: Tensor,
-    part: slice,
-    integers: GroupwiseTensor,
-    quantizer: LinearQuantizer,
-    chosen: LayerQuantization,
-) -> tuple[float, float]:
-    """Mean squared error of a linear's sampled outputs by plain rounding and as quantized.
-
-    Args:
-        name: Of the linear.
-        original: Its sampled rows before folding and correction, float32 [rows, in].
-        weight: The weight that was rounded, float32 [out, in].
-        part: Which rows are sampled.
-        integers: What it was rounded to.
-        quantizer: Has the statistics of the input.
-        chosen: Has the scales.
-    """
-    folding, config = chosen.folding, quantizer.config
-    rounded = fake_quantize(original, config.group_of(weight.shape[1]), config.zero_point) - original
-    found = integers.rows(part).dequantize() - weight[part]
-    if name in folding.columns:
-        rounded *= folding.columns[name]
-    if name in folding.rows:
-        found *= folding.rows[name][part, None]
-    scale = 1 / (quantizer.stats.rows * len(original))
-    return quantizer.stats.loss(rounded) * scale, quantizer.stats.loss(found) * scale
-
-
-def _load(block: Block, packed: Mapping[str, PackedLinear]) -> None:
-    for name, tensors in packed.items():
-        block.load_packed(name, **tensors)
-
-
-@torch.no_grad()
-def verify(block: Block, plan: LayerPlan, chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerResult:
+def verify(chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerResult:
     """Keep the quantized layer if its output is no further from the 16-bit model's than that of plain rounding.
 
     Args:
-        block: The quantized layer; afterwards, one rounded to nearest or the 16-bit one.
-        plan: Its plan.
-        chosen: What the layer holds.
+        chosen: The quantized layer; afterwards, its weights are rounded to nearest or the 16-bit ones.
         before: Hidden states that it is judged on, float32 [blocks, tokens, hidden].
         wanted: The 16-bit model's output for the same tokens.
     """
+    block, plan = chosen.block, chosen.plan
     found = block.run(before)
     loss, error = mean_square(found, wanted), relative_error(found, wanted)
-    tensors = chosen.tensors(block, plan)
+    tensors = chosen.tensors()
     block.reload()
     for name in plan.converted:
         round_in_place(block, plan, name)
     found = block.run(before)
     plain, plain_error = mean_square(found, wanted), relative_error(found, wanted)
     if loss <= plain:  # also false when `loss` is not a number
-        return LayerResult(tensors, chosen.record(block, plan, True, (plain, loss), (plain_error, error)))
+        return LayerResult(tensors, chosen.record(True, (plain, loss), (plain_error, error)))
     block.reload()
     chosen.notes.append("the search made this layer worse; plain rounding is kept")
-    record = chosen.record(block, plan, False, (plain, plain), (plain_error, plain_error))
-    return LayerResult(LayerQuantization().tensors(block, plan), record, kept=False)
+    record = chosen.record(False, (plain, plain), (plain_error, plain_error))
+    return LayerResult(LayerQuantization(block, plan).tensors(), record, kept=False)
 
 
 @torch.no_grad()
 def round_layer(block: Block, plan: LayerPlan) -> LayerResult:
     """Round a layer to nearest (method "rtn"); needs no calibration."""
-    nothing = LayerQuantization()
-    return LayerResult(nothing.tensors(block, plan), nothing.record(block, plan, False))
+    nothing = LayerQuantization(block, plan)
+    return LayerResult(nothing.tensors(), nothing.record(False))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,21 +23,17 @@ from squawq.compatibility import compatible_engines, engines_line
 from squawq.config import CODE, without
 from squawq.distributed import Ranks
 from squawq.errors import ConfigError
-from squawq.format.files import read_json
-from squawq.format.writer import copy_file, write_index, write_json
-from squawq.layerwise.blocks import Blocks
-from squawq.layerwise.tensor_names import read_finite
+from squawq.format.files import copy_file, read_json, write_json
+from squawq.format.shards import write_index
+from squawq.layerwise.tensor_names import cast, read_finite
+from squawq.memory import measured
 from squawq.progress import LayerProgress, console
 from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import Calibration
 from squawq.quantization.check import DtypeCheck
-from squawq.quantization.job import Job
-from squawq.quantization.layer import quantize_layer, round_layer
-from squawq.quantization.records import measured
-from squawq.quantization.result import LayerResult, cast
-from squawq.quantization.states import IN_MEMORY
-from squawq.quantization.streams import Streams
-from squawq.quantization.work import Work, prepare
+from squawq.quantization.job import Job, Work, prepare
+from squawq.quantization.layer import LayerResult, quantize_layer, round_layer
+from squawq.quantization.states import IN_MEMORY, Streams
 from squawq.report.files import REPORT, public_name, write_report
 from squawq.report.schema import Report
 from squawq.showing import Record
@@ -99,46 +97,31 @@ def quantize(
         SquawqError: Before work starts, for anything that cannot work.
     """
     ranks = ranks or Ranks()
-    if observer is not None or not progress or not ranks.first:
-        with ranks.session():
-            silent = observer or _Silent()
-            return _quantize(model, out, config, calibration, device, stream, silent, ranks, states_memory)
-    with LayerProgress() as shown, ranks.session():
-        report = _quantize(model, out, config, calibration, device, stream, shown, ranks, states_memory)
-    if not shown.started:
+    shown = LayerProgress() if observer is None and progress and ranks.first else None
+    with shown or nullcontext(), ranks.session():
+        if stream and ranks.size > 1:
+            raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
+        work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
+        share = None if work.tokens is None else ranks.share(len(work.tokens))
+        ranks.check_same(work.identity)
+        with ranks.on_first(lambda: Job(work.out, work.identity, len(work.plans))) as job:
+            report = ranks.broadcast(lambda: _begin(work, job))
+            if report is None:
+                streams = None
+                if work.tokens is not None and share is not None:
+                    sequential, folder = work.config.sequential, work.out.parent
+                    streams = Streams.embedded(work.blocks, work.tokens, share, sequential, folder, states_memory)
+                check = DtypeCheck(work, job) if ranks.first else None
+                _quantize_layers(work, streams, job, shown or observer or _Silent(), ranks, check)
+                report = ranks.broadcast(lambda: _finish(work, job, check, calibration))
+    if shown is not None and not shown.started:
         console.print(already_done(out))
-    return report
+    return Record(report)
 
 
 def already_done(out: str | Path) -> str:
     """What to say where there was nothing to do."""
     return f"already done: {out} holds the result of this model, settings and calibration; nothing was changed"
-
-
-def _quantize(
-    model: str | Path,
-    out: str | Path,
-    config: QuantConfig | None,
-    calibration: Calibration,
-    device: str,
-    stream: bool,
-    observer: Observer,
-    ranks: Ranks,
-    states_memory: float,
-) -> dict[str, Any]:
-    if stream and ranks.size > 1:
-        raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
-    work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
-    share = None if work.tokens is None else ranks.share(len(work.tokens))
-    ranks.check_same(work.identity)
-    with ranks.on_first(lambda: Job(work.out, work.identity, len(work.blocks.layers))) as job:
-        report = ranks.broadcast(lambda: _begin(work, job))
-        if report is None:
-            streams = None if share is None else Streams.embedded(work, share, states_memory)
-            check = DtypeCheck(work, job) if ranks.first else None
-            _quantize_layers(work, streams, job, observer, ranks, check)
-            report = ranks.broadcast(lambda: _finish(work, job, check, _public_calibration(calibration)))
-        return Record(report)
 
 
 def _begin(work: Work, job: Job) -> dict[str, Any] | None:
@@ -175,7 +158,7 @@ def _quantize_layers(
         if record is None:
             record = _quantize_layer(work, index, streams, job, ranks)
         elif streams is not None and not all(done[index:]):
-            stored = ranks.broadcast(_stored(job, index + 1)) if streams.quantized is not None else {}
+            stored = ranks.broadcast(partial(_stored, job, index)) if streams.quantized is not None else {}
             with work.blocks.open(index) as block:
                 streams.skip(block, stored)
         if check is not None:
@@ -183,8 +166,8 @@ def _quantize_layers(
         observer.layer(record)
 
 
-def _stored(job: Job, part: int) -> Callable[[], dict[str, Tensor]]:
-    return lambda: job.tensors(part)
+def _stored(job: Job, index: int) -> dict[str, Tensor]:
+    return job.tensors(index + 1)
 
 
 def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, ranks: Ranks) -> dict[str, Any]:
@@ -199,11 +182,11 @@ def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, r
             return record, stored if goes_on else {}
 
         if streams is None:
-            return ranks.broadcast(lambda: commit(round_layer(block, work.plan(index)))[0])
-        return quantize_layer(block, work.plan(index), streams, ranks, commit)
+            return ranks.broadcast(lambda: commit(round_layer(block, work.plans[index]))[0])
+        return quantize_layer(block, work.plans[index], streams, ranks, commit)
 
 
-def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | None) -> dict[str, Any]:
+def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: Calibration) -> dict[str, Any]:
     """Write the small files, the index, config.json and the report, and rename OUT.partial to OUT."""
     assert check is not None  # it is the first rank's
     logits_error = check.head()
@@ -220,6 +203,9 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
         if "kept_in_16_bits" in row
     ]
     kept += [{"name": name, "reason": "no part of the text model"} for name in blocks.names.other_parts]
+    notes = [f"{record['name']}: {note}" for record in records for note in record["notes"]]
+    if ignored := blocks.names.ignored:
+        notes.append(f"{len(ignored)} tensors that transformers does not load are not written, such as {ignored[0]}")
     raw: dict[str, Any] = without(checkpoint.config.raw, ("dtype", "torch_dtype", *CODE))
     raw["torch_dtype"] = config.dtype
     raw["quantization_config"] = config.to_quantization_config([row["name"] for row in kept])
@@ -234,10 +220,10 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
         "bytes": size,
         "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
         "embedding_bytes": math.prod(blocks.meta_model.outer[f"{blocks.family.embedding}.weight"]) * 2,
-        "calibration": calibration,
+        "calibration": public_name(calibration) if isinstance(calibration, str | Path) else None,
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
         "kept_in_16_bits": kept,
-        "notes": [f"{record['name']}: {note}" for record in records for note in record["notes"]] + _left_out(blocks),
+        "notes": notes,
         "stored_dtype": {"dtype": config.dtype, "logits_error": round(logits_error, 6)},
         "layers": records,
         "job": job.identity,
@@ -246,15 +232,3 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: str | N
     write_report(job.partial, report)
     job.finish()
     return report
-
-
-def _public_calibration(calibration: Calibration) -> str | None:
-    """The calibration's name in the report; None for the built-in set and for lists."""
-    return public_name(calibration) if isinstance(calibration, str | Path) else None
-
-
-def _left_out(blocks: Blocks) -> list[str]:
-    ignored = blocks.names.ignored
-    return (
-        [f"{len(ignored)} tensors that transformers leaves aside are not written, as {ignored[0]}"] if ignored else []
-    )

@@ -1,4 +1,4 @@
-"""The AWQ search on tensors: scale candidates, their loss, and the clipped range of each group.
+"""Chooses the AWQ scales of a layer and the clipped ranges of a weight: candidates, their loss, and folding.
 
 Lin et al., AWQ, arXiv 2306.00978. Grid, weight term and clipping are AutoAWQ's (awq/quantize/quantizer.py), which lacks
 identity, ratio 1.0 and the choice between both formulas, and normalizes over channels without signal.
@@ -6,19 +6,25 @@ identity, ratio 1.0 and the choice between both formulas, and normalizes over ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from squawq.families import ScalingGroup
 from squawq.format.groupwise import fake_quantize, round_to_grid, scale_and_zero
+from squawq.layerwise.blocks import Block
+from squawq.layerwise.plan import Folding, LayerPlan
+from squawq.quantization.statistics import InputStatistics, LayerInputs, mean_square, quantiles
+from squawq.report.schema import ScaleRow
 
 SAMPLED_ROWS = 64  # output rows that a candidate is judged on
 REFINED = 2  # candidates that go on to the loss on the inspected module
 CLIP_STEPS = 10
 CLIP_GRID = 20  # ranges shrink by steps of 1/20, down to 0.55
 CHUNK = 1 << 22  # weights handled at once
+SAMPLED_LINEARS = 16  # of a group, on which scales are judged: those of many experts are much alike
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,6 @@ def rows_at_once(weight: Tensor) -> int:
 def sampled_rows(weight: Tensor) -> slice:
     """Rows of a weight [out, in] that losses are measured on: at most SAMPLED_ROWS, evenly spaced."""
     return slice(None, None, -(-weight.shape[0] // SAMPLED_ROWS))
-
-
-def gram_loss(difference: Tensor, gram: Tensor) -> float:
-    """tr(D H D'): summed squared output error of a weight difference D [rows, in], for a Hessian H = X'X [in, in]."""
-    return float(((difference @ gram) * difference).sum(-1).cpu().sum(dtype=torch.float64))
 
 
 def scaled_difference(weight: Tensor, scales: Tensor, group: int, zero_point: bool) -> Tensor:
@@ -174,3 +175,105 @@ def _clip_rows(grouped: Tensor, gram: Tensor, zero_point: bool) -> tuple[Tensor,
             best = torch.where(better, error, best)
             low, high = torch.where(better, try_low, low), torch.where(better, try_high, high)
     return low, high
+
+
+@torch.no_grad()
+def choose_scales(
+    block: Block, plan: LayerPlan, inputs: LayerInputs, samples: Mapping[str, Tensor], whole: Collection[str]
+) -> tuple[Folding, list[ScaleRow]]:
+    """Choose the scales of every group, before any linear is rounded: they also change the operation before the group.
+
+    Args:
+        block: The 16-bit layer; unchanged.
+        plan: Which of its linears are quantized.
+        inputs: Statistics of all ranks. Those of capture modules that are not in `whole` are dropped once used.
+        samples: Inputs of the modules that scales are judged by (`LayerInputs.sample_modules`).
+        whole: Capture modules whose statistics are needed later.
+
+    Returns:
+        What to fold into the layer, on the CPU, and a row of the report for each group.
+    """
+    folding, rows = Folding(), []
+    for group in block.groups:
+        stats, names = inputs.statistics[group.capture_module], [n for n in group.linears if n in plan.converted]
+        if names and stats.has_signal and takes_scales(block, group):
+            sampled = names[:: -(-len(names) // SAMPLED_LINEARS)]
+            best = _best_scales(block, plan, group, sampled, stats, samples)
+            spread, linears = quantiles(best.scales), list(group.linears)
+            rows.append(ScaleRow(linears=linears, formula=best.formula, ratio=best.ratio, quantiles=spread))
+            if best.formula != "identity":
+                fold_group(block, plan, group, best.scales, folding)
+        if group.capture_module not in whole:
+            inputs.statistics.pop(group.capture_module, None)
+    return folding.to("cpu"), rows
+
+
+def _best_scales(
+    block: Block,
+    plan: LayerPlan,
+    group: ScalingGroup,
+    names: Sequence[str],
+    stats: InputStatistics,
+    samples: Mapping[str, Tensor],
+) -> ScaleCandidate:
+    config, weights = plan.config, [block.weight(name) for name in names]
+    size, zero_point = config.group_of(weights[0].shape[1]), config.zero_point
+    candidates = scale_candidates(stats.mean_absolute, weight_importance(weights, size), config.scale_steps)
+    if not config.duo_scaling:
+        candidates = [c for c in candidates if c.formula != "xw"]
+    if group.inspect is None or config.error_feedback:  # the module would judge plain rounding, which is not what comes
+        return best_scales(candidates, weights, stats.loss, size, zero_point)
+    module, given = group.inspect, samples[group.inspect]
+    wanted = block.inspect(module, given)
+
+    def inspect(candidate: ScaleCandidate) -> float:
+        for name in names:
+            round_in_place(block, plan, name, candidate.scales)
+        loss = mean_square(block.inspect(module, given), wanted)
+        for name in names:
+            block.restore(f"{name}.weight")  # a second copy of the weights would be large
+        return loss
+
+    return best_scales(candidates, weights, stats.loss, size, zero_point, inspect)
+
+
+def takes_scales(block: Block, group: ScalingGroup) -> bool:
+    """Whether the operation before a group can absorb the inverse of the group's scales."""
+    if not group.previous or getattr(block.module.get_submodule(group.previous), "weight", None) is None:
+        return False
+    previous, linear = block.weight(group.previous), block.weight(group.linears[0])
+    if group.square:
+        return previous.shape == linear.shape
+    return previous.shape[0] in (linear.shape[1], 2 * linear.shape[1])
+
+
+def fold_group(block: Block, plan: LayerPlan, group: ScalingGroup, scales: Tensor, folding: Folding) -> None:
+    """Add to `folding` what scales [in_features] of a group do to the layer's weights."""
+    weight = block.weight(group.previous)
+    if weight.dim() == 2:
+        folding.into_linear(group, len(weight), scales)
+    else:
+        bias = getattr(block.module.get_submodule(group.previous), "bias", None)
+        bias = bias.data if isinstance(bias, Tensor) else None
+        folding.into_norm(group, weight, bias, scales, plan.dtype, plan.family.norm_offset)
+
+
+@torch.no_grad()
+def fold(block: Block, plan: LayerPlan, folding: Folding) -> None:
+    """Fold the scales into the layer, and round what is not quantized to its dtype on disk."""
+    block.fold(folding)
+    for name, tensor in block.module.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        if not (kind == "weight" and module in plan.converted):
+            tensor.copy_(plan.stored(name, tensor))
+
+
+def round_in_place(block: Block, plan: LayerPlan, name: str, scales: Tensor | None = None) -> None:
+    """Replace a weight with Q(W), or Q(W s) / s, where Q rounds to nearest."""
+    weight = block.weight(name)
+    size, zero_point = plan.config.group_of(weight.shape[1]), plan.config.zero_point
+    for rows in torch.split(weight, rows_at_once(weight)):
+        if scales is None:
+            rows.copy_(fake_quantize(rows, size, zero_point))
+        else:
+            rows.copy_(fake_quantize(rows * scales, size, zero_point).div_(scales))

@@ -1,7 +1,8 @@
-"""Storage for hidden states of all calibration tokens: in memory while small, else in a temporary file.
+"""Keeps hidden states of all calibration tokens: of the 16-bit model, of the quantized one, of finished modules.
 
-Hidden states between layers are one tensor, mapped from its file; what is written once and read in the same order is a
-spool. Files are unlinked at once, so nothing of them remains however the process ends.
+States are in memory while small, else in a temporary file, which is unlinked at once: nothing of it remains however the
+process ends. Hidden states between layers (`Streams`) are one tensor, mapped from its file; what is written once and
+read in the same order is a `Spool`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from squawq.errors import OutputError
+from squawq.layerwise.blocks import Block, Blocks, InputHook
 
 IN_MEMORY = 1.0  # GiB
 SAMPLED_TOKENS = 1024  # that losses of modules and of the whole layer are measured on
@@ -120,3 +123,87 @@ class Sample:
         found = torch.zeros(len(self.blocks), *states.shape[1:], device=states.device)
         found[here] = states[self.blocks[here] - self.share.start]
         return found
+
+
+class Replay:
+    """Replays outputs of modules that are quantized completely, so that later runs of the layer do not compute them.
+
+    A layer runs once for each stage of its linears, and once more for the next layer's input. A module that ends in a
+    linear (attention in o, the MLP in down) is final once that linear is quantized: its output is computed from the
+    captured inputs of that linear, bit for bit what the module would return. Peak memory: the inputs of one such linear
+    and each module's output, in float32, `in_memory` GiB of each in memory.
+    """
+
+    def __init__(self, block: Block, linears: Iterable[str], folder: Path, in_memory: float) -> None:
+        self._block, self._folder, self._in_memory = block, folder, in_memory
+        self._endings = block.output_modules(linears)
+        self._inputs: dict[str, Spool] = {}
+        self._outputs: dict[str, Spool] = {}
+
+    def hooks(self, linears: Iterable[str]) -> Mapping[str, InputHook]:
+        """Hooks that capture the inputs of linears in the run before they are rounded."""
+        self._inputs = {name: Spool(self._folder, self._in_memory) for name in linears if name in self._endings}
+        return {name: spool.add for name, spool in self._inputs.items()}
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Compute the outputs of the linears captured last, whose weights are now final."""
+        for name, inputs in self._inputs.items():
+            linear = self._block.module.get_submodule(name)
+            outputs = self._outputs[name] = Spool(self._folder, self._in_memory)
+            for x in inputs:
+                outputs.add(linear(x))
+        self._inputs = {}
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """While open, the layer may run over all tokens once; final modules return their recorded outputs."""
+        outputs: dict[str, Iterator[Tensor]] = {name: iter(spool) for name, spool in self._outputs.items()}
+        with self._block.replaying({self._endings[name]: pieces for name, pieces in outputs.items()}):
+            yield
+
+
+@dataclass(frozen=True)
+class Streams:
+    """This rank's hidden states before a layer, float32 [blocks, tokens, hidden]."""
+
+    reference: Tensor  # of the 16-bit model
+    quantized: Tensor | None  # the same tokens behind quantized layers; None if calibration is not sequential
+    sample: Sample  # blocks that losses are measured on
+    folder: Path  # for files of states that exceed their memory
+    states_memory: float  # GiB for each stream, and for the record of one layer's inputs
+
+    @classmethod
+    def embedded(
+        cls, blocks: Blocks, tokens: Tensor, share: slice, sequential: bool, folder: Path, states_memory: float
+    ) -> Streams:
+        """Both streams before the first layer, where they are the same.
+
+        Args:
+            blocks: The 16-bit model.
+            tokens: All calibration blocks, int64 [blocks, seqlen]; those of `share` are this rank's.
+            sequential: Whether there is a quantized stream.
+        """
+        count, length = tokens.shape
+        own = tokens[share]
+        shape = len(own), length, blocks.checkpoint.config.hidden_size
+        states = hidden_states(shape, folder, blocks.device, states_memory)
+        blocks.embed(own, states)
+        quantized = hidden_states(shape, folder, blocks.device, states_memory).copy_(states) if sequential else None
+        return cls(states, quantized, Sample.spread(count, length, share), folder, states_memory)
+
+    def sampled(self) -> Tensor:
+        """The states that a quantized layer is judged on, float32 [sampled blocks, tokens, hidden]."""
+        return self.sample.of(self.reference if self.quantized is None else self.quantized)
+
+    def skip(self, block: Block, stored: Mapping[str, Tensor]) -> None:
+        """Run both streams through a layer that an earlier run has quantized."""
+        block.run(self.reference, in_place=True)
+        self.advance(block, stored)
+
+    def advance(self, block: Block, stored: Mapping[str, Tensor], replay: Replay | None = None) -> None:
+        """Run the quantized stream through the layer as stored; `replay` saves computing module outputs again."""
+        if self.quantized is not None:
+            with nullcontext() if replay is None else replay.playing():
+                block.load_stored(stored)
+                block.run(self.quantized, in_place=True)

@@ -10,18 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from squawq.report.charts import (
-    Chart,
-    Map,
-    Values,
-    amounts,
-    heat_map,
-    lines,
-    paint_ratio,
-    paint_share,
-    ranges,
-)
-from squawq.report.scales import number
+from squawq.report.charts import Chart, Map, Values, amounts, heat_map, lines, number, paint_ratio, paint_share, ranges
 from squawq.report.schema import Evaluation, LayerRow, LinearRow, Report, ScaleRow
 
 Layers = Sequence[LayerRow]
@@ -41,17 +30,20 @@ class Section:
     charts: list[Chart | Map]
 
 
+Drawn = tuple[str, list[Chart | Map]]  # a section's text and charts
+
+
 def sections(report: Report) -> list[Section]:
     """Every section, in order; those without data say so."""
     layers = report.layers
     columns = [column(record) for record in layers]
     return [
-        _layer_loss(layers, columns),
-        _linear_loss(layers, columns),
-        _scales(layers, columns),
-        _clipping(layers, columns),
-        _divergence(report.evaluation),
-        _cost(layers, columns),
+        Section("layers", "Loss of each layer", *_layer_loss(layers, columns)),
+        Section("linears", "Loss of each linear", *_linear_loss(layers, columns)),
+        Section("scales", "Chosen scales", *_scales(layers, columns)),
+        Section("clipping", "Clip ratios", *_clipping(layers, columns)),
+        Section("divergence", "KL along the window", *_divergence(report.evaluation)),
+        Section("cost", "Time and memory", *_cost(layers, columns)),
     ]
 
 
@@ -60,36 +52,31 @@ def column(record: LayerRow) -> str:
     return record.name.rpartition(".")[2]
 
 
-def _layer_loss(layers: Layers, columns: list[str]) -> Section:
+def _layer_loss(layers: Layers, columns: list[str]) -> Drawn:
     rounded, kept = [record.loss_rounded for record in layers], [record.loss for record in layers]
     if all(value is None for value in (*rounded, *kept)):
-        return Section("layers", "Loss of each layer", "Plain rounding runs nothing, so no loss was measured.", [])
+        return "Plain rounding runs nothing, so no loss was measured.", []
     series: dict[tuple[str, str], Values] = {("rounded to nearest", "before"): rounded, ("as kept", "after"): kept}
     text = "Mean squared error of the layer's output on calibration text, on a logarithmic axis; lower is better."
-    return Section("layers", "Loss of each layer", text, [lines("Output error", "layer", columns, series, log=True)])
+    return text, [lines("Output error", "layer", columns, series, log=True)]
 
 
-def _linear_loss(layers: Layers, columns: list[str]) -> Section:
+def _linear_loss(layers: Layers, columns: list[str]) -> Drawn:
     rows = by_linear(layers, loss_ratio)
     if not rows:
-        return Section("linears", "Loss of each linear", "No linear's own loss was measured.", [])
+        return "No linear's own loss was measured.", []
     text = (
         "Error of each linear's own output, as a share of plain rounding's. A linear may lose a little where the layer "
         "as a whole gains."
     )
-    drawing = heat_map(
-        "Error against plain rounding",
-        "layer",
-        columns,
-        rows,
-        paint_ratio,
-        RATIOS,
-        lambda ratio: f"{number(ratio)} of plain rounding's error",
-    )
-    return Section("linears", "Loss of each linear", text, [drawing])
+
+    def words(ratio: float) -> str:
+        return f"{number(ratio)} of plain rounding's error"
+
+    return text, [heat_map("Error against plain rounding", "layer", columns, rows, paint_ratio, RATIOS, words)]
 
 
-def _scales(layers: Layers, columns: list[str]) -> Section:
+def _scales(layers: Layers, columns: list[str]) -> Drawn:
     groups = dict.fromkeys(_kind(row.linears) for record in layers for row in record.scales)
     charts: list[Chart | Map] = []
     for kind in groups:
@@ -97,12 +84,12 @@ def _scales(layers: Layers, columns: list[str]) -> Section:
         if any(bars):
             charts.append(ranges(kind, "layer", columns, bars))
     if not charts:
-        return Section("scales", "Chosen scales", "No scales were chosen, or this report has no record of them.", [])
+        return "No scales were chosen, or this report has no record of them.", []
     text = (
         "What the input channels of linears that share an input were multiplied by before rounding. Thin bars go from "
         "the least to the greatest channel, thick ones hold 90% of them, the mark is the median. 1 changes nothing."
     )
-    return Section("scales", "Chosen scales", text, charts)
+    return text, charts
 
 
 def formula(row: ScaleRow) -> str:
@@ -127,18 +114,16 @@ def _joined(groups: Sequence[ScaleRow]) -> tuple[list[float], str] | None:
     return [min(least), mean(low), mean(middle), mean(high), max(most)], words
 
 
-def _clipping(layers: Layers, columns: list[str]) -> Section:
+def _clipping(layers: Layers, columns: list[str]) -> Drawn:
     rows = by_linear(layers, _kept_range)
     if not rows:
-        return Section("clipping", "Clip ratios", "No range was narrowed, or this report has no record of it.", [])
+        return "No range was narrowed, or this report has no record of it.", []
     text = (
         "How much of a group's range of weights is kept, in the median group: what lies outside is clamped, and what "
         "lies inside gets finer steps. Linears without a row are never clipped."
     )
-    drawing = heat_map(
-        "Range kept", "layer", columns, rows, paint_share, SHARES, lambda share: f"{share:.0%} of the range kept"
-    )
-    return Section("clipping", "Clip ratios", text, [drawing])
+    words = "{:.0%} of the range kept".format
+    return text, [heat_map("Range kept", "layer", columns, rows, paint_share, SHARES, words)]
 
 
 def _kept_range(rows: Sequence[LinearRow]) -> float | None:
@@ -147,12 +132,10 @@ def _kept_range(rows: Sequence[LinearRow]) -> float | None:
     return mean(clip[2] for clip in clips) if len(clips) == len(rows) else None
 
 
-def _divergence(evaluation: Evaluation | None) -> Section:
+def _divergence(evaluation: Evaluation | None) -> Drawn:
     kl = [] if evaluation is None else evaluation.kl_by_position
-    heading = "KL along the window"
     if not kl:
-        text = "Not measured yet. Run squawq eval OUT --reference MODEL: it measures it and adds it here."
-        return Section("divergence", heading, text, [])
+        return "Not measured yet. Run squawq eval OUT --reference MODEL: it measures it and adds it here.", []
     step = -(-len(kl) // POSITIONS)
     means = [mean(kl[start : start + step]) for start in range(0, len(kl), step)]
     chart = lines(
@@ -166,14 +149,13 @@ def _divergence(evaluation: Evaluation | None) -> Section:
         "A line that climbs says that errors add up along the context. Where windows overlap, the places before their "
         "new part come from the first window alone and vary more."
     )
-    return Section("divergence", heading, text, [chart])
+    return text, [chart]
 
 
-def _cost(layers: Layers, columns: list[str]) -> Section:
-    heading = "Time and memory"
+def _cost(layers: Layers, columns: list[str]) -> Drawn:
     seconds, peaks = [record.seconds for record in layers], [record.peak_bytes for record in layers]
     if all(value is None for value in seconds):
-        return Section("cost", heading, "This report has no record of them.", [])
+        return "This report has no record of them.", []
     charts: list[Chart | Map] = [amounts("Seconds", "layer", columns, seconds, " s")]
     series = {("process", "after"): _gibibytes(peaks)}
     device = [record.device_peak_bytes for record in layers]
@@ -185,7 +167,7 @@ def _cost(layers: Layers, columns: list[str]) -> Section:
         "Seconds for each layer, and the most memory that the process had held by then, libraries and all. A flat line "
         "says that memory does not grow with the number of layers."
     )
-    return Section("cost", heading, text, charts)
+    return text, charts
 
 
 def _gibibytes(values: Values) -> list[float | None]:

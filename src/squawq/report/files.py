@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from squawq.format.files import read_json
-from squawq.format.locking import locked
-from squawq.format.writer import clear_temporary, write_json, write_text
+from squawq.format.files import clear_temporary, locked, read_json, write_json, write_text
 from squawq.report.page import render
 
 REPORT = "squawq_report.json"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from squawq.quant_config import QuantConfig
+from squawq.report.charts import number
 from squawq.report.drawings import column, loss_ratio
-from squawq.report.scales import number
 from squawq.report.schema import Evaluation, Report
 
 METHODS = {
@@ -16,8 +16,6 @@ METHODS = {
     "awq": "awq: AWQ scales and clipping, as published",
     "rtn": "rtn: round to nearest",
 }
-
-
 VERDICTS = ((0.01, "hardly any difference"), (0.05, "small"), (0.2, "noticeable"), (float("inf"), "large"))  # of KL
 
 
@@ -32,11 +30,8 @@ def headline(report: Report) -> list[str]:
     if scores is None or scores.kl_mean is None:
         errors = [record.relative_error for record in report.layers if record.relative_error is not None]
         off = f"; the last layer's output is off by {errors[-1]:.2%} on calibration text" if errors else ""
-        return [
-            f"Not compared with the 16-bit model yet{off}.",
-            f"Next: squawq eval OUT --reference {model}",
-        ]
-    said = [f"{verdict(scores.kl_mean)}, the same likeliest token in {scores.top1_agreement or 0:.1%}."]
+        return [f"Not compared with the 16-bit model yet{off}.", f"Next: squawq eval OUT --reference {model}"]
+    said = [f"{verdict(scores.kl_mean)}, top-1 agreement {scores.top1_agreement or 0:.1%}."]
     if scores.kl_mean >= VERDICTS[-2][0]:
         said.append("Next: a smaller --group-size, or calibration text of the kind that the model is used for.")
     elif "squawq" in report.runs_in:
@@ -73,12 +68,12 @@ def _flag(key: str) -> str:
 def sizes(report: Report) -> str:
     """Where the bytes are: what became 4-bit integers, and what stays in 16 bits."""
     weights, quantized = _quantized(report)
-    text = f"{_size(report.source_bytes)} → {_size(report.bytes)}"
+    text = f"{size(report.source_bytes)} → {size(report.bytes)}"
     if not weights:
         return text
     rest, embedding = report.bytes - quantized, report.embedding_bytes
-    inside = f", the embedding is {_size(embedding)} of them" if embedding else ""
-    return f"{text}: {_size(round(quantized))} of 4-bit linears, {_size(round(rest))} stay in 16 bits{inside}"
+    inside = f", the embedding is {size(embedding)} of them" if embedding else ""
+    return f"{text}: {size(round(quantized))} of 4-bit linears, {size(round(rest))} stay in 16 bits{inside}"
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -90,10 +85,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         *([("date", report.date)] if report.date else []),
         ("command", command(report)),
         ("method", METHODS.get(report.method, report.method)),
-        (
-            "weights",
-            f"{config.bits} bits, groups of {group}, {'zero point' if config.zero_point else 'symmetric'}",
-        ),
+        ("weights", f"{config.bits} bits, groups of {group}, {'zero point' if config.zero_point else 'symmetric'}"),
         ("bits a weight", _bits(report)),
         ("size", sizes(report)),
         ("calibration", f"{tokens:,} tokens in blocks of {config.seqlen or 0:,}" if tokens else "none"),
@@ -126,7 +118,8 @@ def _quantized(report: Report) -> tuple[int, float]:
     return weights, weights / 2 + 2.5 * groups
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes in MB or GB (10^9)."""
     return f"{count / 1e6:,.1f} MB" if count < 10**9 else f"{count / 1e9:,.2f} GB"
 
 
@@ -153,7 +146,7 @@ def summary(report: Report) -> list[str]:
             else "No layer fell back to plain rounding."
         )
     else:
-        said.append("Weights were rounded to nearest, without looking at text; no loss was measured.")
+        said.append("Weights were rounded to nearest without calibration; no loss was measured.")
     kept = len(report.kept_in_16_bits)
     said.append(f"{_count(kept, 'linear')} stayed in 16 bits; listed below." if kept else "Every linear is quantized.")
     return said + _evaluated(report.evaluation)
@@ -165,7 +158,7 @@ def _evaluated(scores: Evaluation | None) -> list[str]:
     return [
         f"Against the 16-bit model on {scores.tokens:,} tokens: mean KL {number(scores.kl_mean)} nats "
         f"(99th percentile {number(scores.kl_p99 or 0)}), perplexity {scores.reference_perplexity or 0:.4g} → "
-        f"{scores.perplexity or 0:.4g}, the same likeliest token in {scores.top1_agreement or 0:.1%}."
+        f"{scores.perplexity or 0:.4g}, top-1 agreement {scores.top1_agreement or 0:.1%}."
     ]
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from awq.utils.packing_utils import dequantize_gemm
 from squawq.errors import ConfigError
-from squawq.format.groupwise import LEVELS, SYMMETRIC_ZERO
-from squawq.format.packing import PER_WORD, pack
+from squawq.format.groupwise import LEVELS, PER_WORD, SYMMETRIC_ZERO, pack
 
 
 class WQLinear_GEMM(nn.Module):  # noqa: N801 (AutoAWQ's name)
