@@ -23,8 +23,8 @@ from squawq.demo import demo_model
 from squawq.engine.runner import shared_kv_tokens
 from squawq.errors import ConfigError
 from squawq.nn.cache import Cache
-from squawq.serve.connections import bind, is_open, url
 from squawq.serve.model import Served
+from squawq.serve.server import bind, is_open, url
 from squawq.serve.settings import Settings
 
 DEMO = str(demo_model())

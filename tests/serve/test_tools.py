@@ -19,18 +19,18 @@ from squawq.demo import demo_model
 from squawq.engine.grammar import GrammarCompiler, Matcher
 from squawq.engine.request import Grammar
 from squawq.errors import ConfigError
+from squawq.serve.openai.chat import template_messages
 from squawq.serve.tools.grammar import (
     CLOSE,
     OPEN,
     TOOL_FORMATS,
     added_tokens,
     call_id,
+    structural_tag,
     tool_format,
     tool_grammar,
 )
-from squawq.serve.tools.messages import PLAIN_PROMPTS, plain_messages, template_messages
-from squawq.serve.tools.parser import Delta, ToolParser, parse
-from squawq.serve.tools.structured import structural_tag
+from squawq.serve.tools.parser import PLAIN_PROMPTS, Delta, ToolParser, parse, plain_messages
 from squawq.text.tokenizer import Tokenizer
 
 LLAMA_TEMPLATE = Path(__file__).parents[3] / "shared/data/llama3-chat-template/meta-llama-Llama-3.1-8B-Instruct.jinja"

@@ -23,17 +23,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from squawq import __version__
 from squawq.engine.protocol import Stats
-from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
-from squawq.serve.exchange import Disconnected
 from squawq.serve.http import Guard, JsonReply, error_reply
 from squawq.serve.metrics import Metrics
 from squawq.serve.model import Served
 from squawq.serve.openai.chat import ChatBody, chat, read, render
-from squawq.serve.openai.completions import completion
-from squawq.serve.openai.tokenize import detokenize, tokenize, tokenizer_info
+from squawq.serve.openai.completions import completion, detokenize, tokenize, tokenizer_info
 from squawq.serve.openapi import document
-from squawq.serve.runtime import Parse, Runtime
+from squawq.serve.runtime import Call, Disconnected, Parse, Runtime
 from squawq.serve.tgi import generate as tgi
 
 logger = logging.getLogger("squawq.serve")

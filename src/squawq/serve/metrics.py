@@ -67,24 +67,25 @@ _OPENMETRICS = "application/openmetrics-text; version=1.0.0; escaping=allow-utf-
 _UNTYPED = re.compile(rb"^(# TYPE tgi_\w+) untyped$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
-    """A finished generation request. Times in seconds of time.perf_counter; None: unknown, or never reached.
+    """A generation request's times, in seconds of time.perf_counter, and counts. None: unknown, or never reached.
 
     Attributes:
         validated: When it was submitted to the engine.
-        started: When it left the queue.
+        ended: When it ended, or when this record of a running request was made.
         generated_tokens: Of all its sequences.
-        max_tokens: Limit of each sequence.
         finish: A FinishReason; any other value counts as "error".
+        started: When it left the queue.
+        max_tokens: Limit of each sequence.
     """
 
     arrived: float
-    validated: float
-    ended: float
-    prompt_tokens: int
-    generated_tokens: int
-    finish: str
+    validated: float | None = None
+    ended: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finish: str = FinishReason.ERROR
     started: float | None = None
     first_token: float | None = None
     n: int = 1

@@ -15,8 +15,7 @@ from pydantic.json_schema import models_json_schema
 from squawq import __version__
 from squawq.serve.fields import Body
 from squawq.serve.openai.chat import ChatBody
-from squawq.serve.openai.completions import CompletionBody
-from squawq.serve.openai.tokenize import DetokenizeBody, TokenizeBody, TokenizeChatBody
+from squawq.serve.openai.completions import CompletionBody, DetokenizeBody, TokenizeBody, TokenizeChatBody
 from squawq.serve.tgi.generate import GenerateBody
 
 Schema = dict[str, Any]

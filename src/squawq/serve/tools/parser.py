@@ -1,20 +1,28 @@
-"""Parses tool calls in a model's text while it is generated, in pieces split anywhere; the rest is content.
+"""Tool calls as text: messages for templates that know no tools, and the parser of what the model answers.
 
-Knows two formats and the functions' names, no schemas. Each character is read once, and arguments are streamed as the
-model wrote them: a JSON parser with partial input (pydantic_core.from_json) would parse all again for each piece, and
-return values in place of the text.
+The parser reads an answer while it is generated, in pieces split anywhere; what is no call is content. It knows two
+formats and the functions' names, no schemas. Each character is read once, and arguments are streamed as the model wrote
+them: a JSON parser with partial input (pydantic_core.from_json) would parse all again for each piece, and return values
+in place of the text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
-from squawq.serve.tools.grammar import CLOSE, OPEN, check_format
+from squawq.serve.tools.grammar import ARGUMENT_KEYS, CLOSE, OPEN, check_format
 
+_SHAPE = '{"name": the function, "%s": an object with its arguments}'
+_SAY = "To call one of these functions, answer with nothing but %s. Give values, no variables."
+PLAIN_PROMPTS = {
+    "llama3_json": _SAY % ("JSON of the form " + _SHAPE % "parameters"),
+    "hermes": _SAY % f"{OPEN}{_SHAPE % 'arguments'}{CLOSE}",
+}
 _SPACE = re.compile(r"[ \t\r\n]+")
 _BETWEEN = re.compile(r"[ \t\r\n;]+")  # Llama's calls
 _TO_MARKER = re.compile(r"[^<]+")
@@ -22,6 +30,39 @@ _IN_STRING = re.compile(r'[^"\\]+')
 _SCALAR = re.compile(r"[\w.+-]+", re.ASCII)
 _IN_VALUE = re.compile(r"[\w.+,: \t\r\n-]+", re.ASCII)  # what JSON has outside of strings and brackets
 _ARGUMENTS = ("parameters", "arguments")
+
+
+def plain_messages(
+    form: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompt: str | None
+) -> list[dict[str, Any]]:
+    """Messages for a template without tools: the last user message ends with the tools, as in TGI, calls are the
+    assistant's text, and their results a user's.
+
+    Args:
+        form: Of the calls, one of TOOL_FORMATS.
+        messages: As `template_messages` makes them.
+        tools: OpenAI's.
+        prompt: How to call them; None for the format's of PLAIN_PROMPTS.
+    """
+    made = [dict(message) for message in messages]
+    for message in made:
+        if calls := message.pop("tool_calls", None):
+            texts = [
+                json.dumps({"name": call["function"]["name"], ARGUMENT_KEYS[form]: call["function"]["arguments"]})
+                for call in calls
+            ]
+            texts = [f"{OPEN}\n{text}\n{CLOSE}" for text in texts] if form == "hermes" else texts
+            message["content"] = "\n".join([message["content"], *texts] if message["content"] else texts)
+        if message["role"] == "tool":
+            message["role"] = "user"
+    if tools:
+        told = f"{json.dumps(tools, ensure_ascii=False)}\n{PLAIN_PROMPTS[form] if prompt is None else prompt}"
+        last = next((message for message in reversed(made) if message["role"] == "user"), None)
+        if last is None:
+            made.insert(0, {"role": "system", "content": told})
+        else:
+            last["content"] += f"\n---\n{told}"
+    return made
 
 
 @dataclass(frozen=True)
