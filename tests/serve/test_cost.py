@@ -15,7 +15,7 @@ from wire import CHAT, COMPLETION, MEGABYTE, Attacked, Wire, attacked
 
 from squawq.engine.request import Request, SamplingParams
 from squawq.serve.limits import cost
-from squawq.serve.openapi import ROWS
+from squawq.serve.app import ROUTES
 from squawq.serve.settings import Settings
 
 
@@ -140,7 +140,7 @@ LARGE: list[tuple[str, dict[str, Any]]] = [  # bodies of about a megabyte
 
 
 def test_memory_is_bounded_by_the_body_on_every_route(target: Attacked) -> None:
-    assert {row.split()[1] for row in ROWS if row.startswith("POST")} <= {path for path, _ in LARGE}
+    assert {row.split()[1] for row in ROUTES if row.startswith("POST")} <= {path for path, _ in LARGE}
     assert target.lives()
     for path, body in LARGE:
         raw = json.dumps(body).encode()
