@@ -22,11 +22,11 @@ from typer.exceptions import TyperException
 
 from squawq.errors import ConfigError, SquawqError, printable
 from squawq.progress import discard_stdout
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 Reader = Callable[[str], Any]  # raises ConfigError with what the text should have been
-SETTINGS = {entry.name: entry for entry in fields(Settings)}
-TYPES = {name: getattr(kind, "__name__", str(kind)) for name, kind in get_type_hints(Settings).items()}
+SETTINGS = {entry.name: entry for entry in fields(ServerSettings)}
+TYPES = {name: getattr(kind, "__name__", str(kind)) for name, kind in get_type_hints(ServerSettings).items()}
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -251,11 +251,11 @@ def notes(flags: Flags, given: Mapping[str, Any], environ: Mapping[str, str]) ->
     return found
 
 
-def to_settings(flags: Flags, found: Mapping[str, Any], **others: Any) -> Settings:
+def to_settings(flags: Flags, found: Mapping[str, Any], **others: Any) -> ServerSettings:
     """Settings from the values of `read_flags`."""
     known = {flag.setting: found[flag.key] for rows in flags.values() for flag in rows if flag.key in found}
     known.pop("", None)
-    return Settings(**{**known, **others})
+    return ServerSettings(**{**known, **others})
 
 
 HELP = {"help_option_names": ["-h", "--help"]}

@@ -25,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from squawq.serve.errors import ApiError
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 logger = logging.getLogger("squawq.serve")
 Item = TypeVar("Item")
@@ -170,7 +170,7 @@ class Guard:
 
     Every route but PUBLIC needs a key. Paths are compared as they came, whatever the Host header says."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, tgi_paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, tgi_paths: Collection[str]) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
@@ -244,7 +244,7 @@ MAX_SURPLUS = 64  # connections beyond the limit that are still answered
 SURPLUS_S = 1.0  # seconds for those to ask
 
 
-def http_protocol(settings: Settings) -> type[H11Protocol]:
+def http_protocol(settings: ServerSettings) -> type[H11Protocol]:
     """uvicorn's protocol class with these limits.
 
     Above the limit of connections, the one that has been idle longest is closed."""

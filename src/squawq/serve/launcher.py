@@ -35,7 +35,7 @@ from squawq.serve.flags import (
     tokens,
     whole,
 )
-from squawq.serve.settings import DIALECTS, LOG_FORMATS, LOG_LEVELS, TOOL_PARSERS, Settings
+from squawq.serve.settings import DIALECTS, LOG_FORMATS, LOG_LEVELS, TOOL_PARSERS, ServerSettings
 
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16"}
 LEVELS = {level: level for level in LOG_LEVELS} | {"critical": "error", "trace": "debug"}  # uvicorn's further ones
@@ -245,7 +245,7 @@ serve.__signature__ = signature(  # type: ignore[attr-defined]
 )
 
 
-def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> ServerSettings:
     """The settings of `squawq serve` with these arguments and this environment."""
     given = parse(serve, arguments)
     path = given.pop("path")
@@ -288,7 +288,7 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _settings(path: str | None, found: Mapping[str, Any]) -> Settings:
+def _settings(path: str | None, found: Mapping[str, Any]) -> ServerSettings:
     model = found.get("model", path)
     if model is None:
         raise ConfigError("no model: squawq serve MODEL (words after --api-key or --served-model-name belong to those)")

@@ -19,7 +19,7 @@ from starlette.requests import Request as HttpRequest
 
 from squawq.engine.request import Request
 from squawq.serve.errors import ApiError
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 SMALL = 64 * 1024  # bytes: bodies up to this size only have a timeout
 MAX_LARGE = 64  # memory for arriving large bodies, in bodies of the largest size
@@ -71,7 +71,7 @@ class Admission:
     twice the limits (`Settings.most_under_way`).
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.load = Usage()
         self.tenants: defaultdict[str, Usage] = defaultdict(Usage)
         self._settings = settings
@@ -190,7 +190,7 @@ class Bodies:
 
     Small bodies are never refused because of others. Where large bodies fill their memory, the slowest is ended."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._large: set[_Upload] = set()
         self._held = 0  # bytes of large bodies that are still arriving
@@ -235,7 +235,7 @@ class Bodies:
 class _Upload:
     """A body while it arrives. `timeout` expires if the body, or a window of a large one, is late."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.body = bytearray()
         self.late = f"the body did not arrive within {settings.body_timeout:g} s"
         self.timeout = asyncio.timeout(settings.body_timeout)

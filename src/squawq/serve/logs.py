@@ -25,7 +25,7 @@ LIMITED = 20  # limited lines per period
 PERIOD = 1.0  # seconds
 
 
-class Writer:
+class LogWriter:
     """A bounded queue of lines and the thread that writes them to sys.stderr. Thread-safe.
 
     Args:
@@ -143,7 +143,7 @@ _ROOTS = ("squawq", "uvicorn", "asyncio")
 _Value = str | int | float | bool | None
 
 
-def setup(form: str, level: str) -> Writer:
+def setup(form: str, level: str) -> LogWriter:
     """Log squawq, uvicorn and asyncio to stderr only. May be called again. Start uvicorn with log_config=None.
 
     Args:
@@ -161,7 +161,7 @@ def setup(form: str, level: str) -> Writer:
     if level.lower() not in LEVELS:
         raise ConfigError(f"log level is {level!r}; choose one of {', '.join(LEVELS)}")
     formatter = Formatter(form)
-    writer = Writer(lambda name, **fields: formatter.format(_record(name, fields)))
+    writer = LogWriter(lambda name, **fields: formatter.format(_record(name, fields)))
     handler = Handler(writer)
     handler.setFormatter(formatter)
     for name in _ROOTS:
@@ -191,7 +191,7 @@ def _record(name: str, fields: dict[str, object]) -> logging.LogRecord:
 class Handler(logging.Handler):
     """Formats records in the calling thread, so that their arguments are not kept, and queues the lines."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: LogWriter) -> None:
         super().__init__()
         self._writer = writer
 

@@ -16,7 +16,7 @@ from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import Grammar
 from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 from squawq.serve.tools.grammar import PLAIN_FORMAT, added_tokens, template_supports_tools, tool_format
 from squawq.text.template_process import TemplateProcess
 from squawq.text.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class Served:
         SquawqError: The model cannot be run, or the settings do not fit it.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.model = model = LoadedModel(
             settings.model,

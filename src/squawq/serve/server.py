@@ -33,7 +33,7 @@ from squawq.serve import logs
 from squawq.serve.app import Api
 from squawq.serve.http import http_protocol
 from squawq.serve.model import Served
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 logger = logging.getLogger("squawq.serve")
 TICK = 0.05
@@ -149,7 +149,7 @@ class Server(uvicorn.Server):
             await self.on_tick(count := count + 2)
 
 
-def run(settings: Settings, notes: Mapping[str, Any] | None = None, environment: bool = False) -> int:
+def run(settings: ServerSettings, notes: Mapping[str, Any] | None = None, environment: bool = False) -> int:
     """Serve until a signal.
 
     Args:
@@ -221,7 +221,7 @@ def _allow_files(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def bind(settings: Settings) -> list[socket.socket] | None:
+def bind(settings: ServerSettings) -> list[socket.socket] | None:
     """Bind sockets to the server's port and the metrics port, before the model is loaded. None for a Unix socket.
 
     Raises ConfigError."""
@@ -276,7 +276,7 @@ def _refusal(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"cannot listen on {_place(host, port)}: {reason}")
 
 
-def url(settings: Settings, port: int) -> str:
+def url(settings: ServerSettings, port: int) -> str:
     """The server's URL."""
     if settings.uds is not None:
         return str(settings.uds)
@@ -287,7 +287,7 @@ def _place(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def is_open(settings: Settings) -> bool:
+def is_open(settings: ServerSettings) -> bool:
     """Whether other machines can reach the server, and need no API key."""
     if settings.api_keys or settings.uds is not None:
         return False

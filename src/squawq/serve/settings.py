@@ -27,7 +27,7 @@ Choices = Annotated[int, Field(ge=1, le=MAX_SEQUENCES, description=f"1 to {MAX_S
 
 
 @strict(kw_only=True)
-class Settings(EngineConfig):
+class ServerSettings(EngineConfig):
     """Settings of `squawq serve`, beside the engine's. Sizes in bytes, times in seconds; None: as the model or machine
     suggests.
 

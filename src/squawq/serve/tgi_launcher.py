@@ -36,9 +36,9 @@ from squawq.serve.flags import (
     whole,
 )
 from squawq.serve.launcher import NO_CODE
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
-BATCH = Settings.max_num_seqs
+BATCH = ServerSettings.max_num_seqs
 LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warning", "warning": "warning", "error": "error"}
 IGNORED = {
     "waiting_served_ratio": "the batch takes new requests at every step",
@@ -183,7 +183,7 @@ launch.__signature__ = signature(  # type: ignore[attr-defined]
 )
 
 
-def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> ServerSettings:
     """The settings of text-generation-launcher with these arguments and this environment."""
     return _settings(_found(parse(launch, arguments), environ))
 
@@ -192,7 +192,7 @@ def _found(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, An
     return read_flags(FLAGS, given, named_address("HOSTNAME", environ))  # TGI binds to it all the same
 
 
-def _settings(found: Mapping[str, Any]) -> Settings:
+def _settings(found: Mapping[str, Any]) -> ServerSettings:
     if "model_id" not in found:
         raise ConfigError("no model: set MODEL_ID or --model-id to a model folder or a Hub id")
     tokens, length, total = (found.get(f"max_{key}") for key in ("input_tokens", "input_length", "total_tokens"))

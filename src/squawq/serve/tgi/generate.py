@@ -29,7 +29,7 @@ from squawq.serve.http import LazyList, finite_logprob
 from squawq.serve.metrics import Timing
 from squawq.serve.model import Served
 from squawq.serve.runtime import Reply
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 from squawq.serve.tools.grammar import tgi_grammar
 
 FAILED = (FinishReason.ABORT, FinishReason.ERROR)
@@ -176,7 +176,7 @@ def _inside(value: float | None) -> bool:
     return value is None or 0 < value < 1
 
 
-def _check_parameters(given: Parameters, settings: Settings, stream: bool) -> None:
+def _check_parameters(given: Parameters, settings: ServerSettings, stream: bool) -> None:
     """Raise ApiError for the first of TGI's rules that is broken, except those on lengths."""
     best_of = 1 if given.best_of is None else given.best_of
     top_n, stops = given.top_n_tokens or 0, len(given.stop)
