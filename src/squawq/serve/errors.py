@@ -49,14 +49,7 @@ KINDS = {
 
 
 class ApiError(Exception):
-    """A request is answered with an error. The message is cut at MAX_MESSAGE characters.
-
-    Args:
-        kind: One of KINDS.
-        message: For the client.
-        param: The wrong field.
-        headers: Further headers of the reply.
-    """
+    """A request is answered with an error of one of KINDS. `param` names the wrong field; long messages are cut."""
 
     def __init__(self, kind: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None):
         message = " ".join(message.split())

@@ -169,12 +169,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, strict: bool) -> Model:
-    """Validate a body.
-
-    Args:
-        model: The body's class.
-        values: The JSON object.
-        strict: Refuse unknown fields.
+    """Validate a body's JSON object. strict: refuse unknown fields.
 
     Raises:
         ApiError: Names the first wrong fields and why, never their contents.

@@ -253,15 +253,9 @@ def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Serve
 
 
 def with_config(path: str | None, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """The command line's values, completed from the file of --config.
+    """typer's values by flag, completed by the MODEL argument and the file of --config.
 
-    Args:
-        path: The MODEL argument.
-        given: typer's values by flag.
-        environ: The environment.
-
-    Raises:
-        ConfigError: The file cannot be read, or a key is not a flag.
+    Raises ConfigError if the file cannot be read, or a key of it is not a flag.
     """
     found = {**given, "model": path if given["model"] is None else given["model"]}
     flags = {name: flag for rows in FLAGS.values() for flag in rows for name in (flag.name, *flag.names)}

@@ -65,7 +65,7 @@ class Reservation:
 
 
 class Admission:
-    """Admission control, for the event loop only. Each API key is a tenant; without keys there is one.
+    """Admission control, for the event loop only.
 
     A tenant below an equal share is always admitted, so that no other can lock it out. All together then hold at most
     twice the limits (`Settings.most_under_way`).
@@ -124,13 +124,7 @@ class Admission:
 
 
 class FairPool:
-    """A thread pool that serves tenants round robin: one tenant's queue delays another by one piece of work at most.
-
-    Args:
-        workers: Threads.
-        name: Their prefix.
-        initializer: Called first in each thread.
-    """
+    """A thread pool that serves tenants round robin: one tenant's queue delays another by one piece of work at most."""
 
     def __init__(self, workers: int, name: str, initializer: Callable[[], object] | None = None) -> None:
         self._pool = ThreadPoolExecutor(workers, name, initializer)

@@ -28,8 +28,7 @@ PERIOD = 1.0  # seconds
 class LogWriter:
     """A bounded queue of lines and the thread that writes them to sys.stderr. Thread-safe.
 
-    Args:
-        note: Makes the line that says how many lines were dropped or suppressed.
+    note: makes the line that says how many lines were dropped or suppressed.
     """
 
     def __init__(self, note: Callable[..., str]) -> None:
@@ -146,15 +145,7 @@ _Value = str | int | float | bool | None
 def setup(form: str, level: str) -> LogWriter:
     """Log squawq, uvicorn and asyncio to stderr only. May be called again. Start uvicorn with log_config=None.
 
-    Args:
-        form: One of FORMS.
-        level: One of LEVELS.
-
-    Returns:
-        The writer; close it at the end.
-
-    Raises:
-        ConfigError: The form or level is unknown.
+    Returns the writer, to be closed at the end. Raises ConfigError for an unknown form or level.
     """
     if form not in FORMS:
         raise ConfigError(f"log format is {form!r}; choose one of {', '.join(FORMS)}")

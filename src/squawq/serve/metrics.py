@@ -93,13 +93,7 @@ class Timing:
 
 
 class Metrics:
-    """The metrics of one server. Thread-safe.
-
-    Args:
-        model_name: The label of vLLM's metrics.
-        stats: Returns the engine's figures; called at each scrape.
-        routes: Route templates that are counted by name.
-    """
+    """The metrics of one server. Thread-safe. `stats` is called at each scrape; `routes` are counted by name."""
 
     def __init__(self, model_name: str, stats: Callable[[], Stats], routes: Iterable[str] = ()) -> None:
         self._model = model_name.encode("utf-8", "replace").decode("utf-8")  # a path may hold what UTF-8 does not
@@ -218,11 +212,7 @@ class Metrics:
         for name, value, text in (
             ("prefix_cache_queries", stats.prefix_queries, "Tokens looked for in the prefix cache."),
             ("prefix_cache_hits", stats.prefix_hits, "Tokens found in the prefix cache."),
-            (
-                "num_preemptions",
-                stats.preemptions,
-                "Sequences that gave way to others: for their turn, or for pages.",
-            ),
+            ("num_preemptions", stats.preemptions, "Sequences that gave way to others: for their turn, or for pages."),
             ("prompt_tokens", prompt, "Prompt tokens run or found in the cache; again for a preempted sequence."),
             ("generation_tokens", stats.tokens_generated, "Tokens generated."),
         ):

@@ -27,11 +27,7 @@ _BYTES = 256
 
 
 class Served:
-    """A loaded model.
-
-    Raises:
-        SquawqError: The model cannot be run, or the settings do not fit it.
-    """
+    """A loaded model. Raises SquawqError if it cannot be run, or the settings do not fit it."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
@@ -125,14 +121,9 @@ class Served:
             raise ApiError("invalid", f"the text has {tokens} tokens; at most {MAX_LISTED} are listed: send parts")
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """Render a chat with the model's template.
+        """Render a chat with the model's template; `options` are TemplateProcess.render's.
 
-        Args:
-            messages: As `template_messages` makes them.
-            **options: Of TemplateProcess.render: tools, generation_prompt, continue_final, variables.
-
-        Raises:
-            ApiError: The template refuses the chat, or the model has none.
+        Raises ApiError if the template refuses the chat, or the model has none.
         """
         templates: list[TemplateProcess] = getattr(self._thread, "templates", self._templates)
         if not templates:

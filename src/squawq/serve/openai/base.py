@@ -213,15 +213,7 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
 
 
 class OpenAICall:
-    """What chats and completions share (runtime.Call).
-
-    Args:
-        body: The request's fields.
-        served: The model.
-        requests: For the engine.
-        name: Id of the reply.
-        chunk: `object` of a stream's chunks.
-    """
+    """What chats and completions share (runtime.Call). name: id of the reply; chunk: `object` of a stream's chunks."""
 
     def __init__(
         self, body: SamplingFields, served: Served, requests: Sequence[Request], name: str, chunk: str

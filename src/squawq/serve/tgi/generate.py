@@ -83,7 +83,7 @@ class GenerateBody(Body):
 
 
 def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream: bool, compat: bool) -> GenerateCall:
-    """Parse a generate request.
+    """Parse a generate request. Raises ApiError.
 
     Args:
         raw: The body.
@@ -92,9 +92,6 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
         stream: Whether the route streams.
         compat: For /: the body says whether to stream, a reply is a list of one, and the text begins with the inputs
             unless return_full_text is false.
-
-    Raises:
-        ApiError: The request breaks a rule.
     """
     body = validate(GenerateBody, raw, strict=served.settings.strict_fields)
     parameters = body.parameters
@@ -243,15 +240,7 @@ def _seeds(given: Parameters, draw: Callable[[], int]) -> list[int | None]:
 
 
 def _sampling(given: Parameters, max_tokens: int, seed: int | None, *, shown: bool, scored: bool) -> SamplingParams:
-    """Sampling parameters of one sequence.
-
-    Args:
-        given: TGI's.
-        max_tokens: New tokens at most.
-        seed: Of this sequence.
-        shown: The reply lists tokens with log probabilities.
-        scored: It lists the prompt's as well.
-    """
+    """Sampling parameters of one sequence. shown: the reply lists tokens; scored: it lists the prompt's as well."""
     best_of = given.best_of or 1
     top_n = (given.top_n_tokens or 0) if shown else 0
     try:

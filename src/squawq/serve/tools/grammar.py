@@ -200,14 +200,9 @@ def _arguments_schema(name: str, function: Mapping[str, Any]) -> str:
 
 
 def embedded(schema: Any, space: str = SPACE) -> str:
-    """A JSON schema, or its text, for %json in a Lark grammar.
+    """A JSON schema, or its text, for %json in a Lark grammar. space: regex of the white space between JSON tokens.
 
-    Args:
-        schema: The schema.
-        space: Regex of the white space between JSON tokens.
-
-    Raises:
-        ConfigError: It is not JSON, too deeply nested, or cannot be closed to additional properties.
+    Raises ConfigError if it is not JSON, too deeply nested, or cannot be closed to additional properties.
     """
     try:
         closed = close_objects(json.loads(schema) if isinstance(schema, str) else schema)

@@ -67,11 +67,7 @@ def plain_messages(
 
 @dataclass(frozen=True)
 class Delta:
-    """More content, or more of call number `call`, whose first delta has the function's name.
-
-    Attributes:
-        arguments: A piece of the arguments' JSON, as the model wrote it.
-    """
+    """More content, or more arguments, as the model wrote them, of call number `call`; its first delta has the name."""
 
     content: str = ""
     call: int | None = None
