@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from squawq import __version__
-from squawq.engine.detokenizer import TextStream
 from squawq.engine.request import FinishReason, Grammar, Output, Request, SamplingParams, TokenLogprob
 from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
@@ -324,22 +323,3 @@ class LogprobFormatter:
         for token, logprob in (*item.top, (item.token, item.logprob)):
             top.setdefault(self.text(token), finite_logprob(logprob))
         return top
-
-
-class Offsets:
-    """Character offsets of tokens in the text.
-
-    A token without text, such as a begin token, has the next one's offset; all tokens of a character have its offset.
-    """
-
-    def __init__(self, stream: TextStream) -> None:
-        self._stream = stream
-        self._at = 0
-
-    def take(self, ids: Sequence[int]) -> list[int]:
-        """The offsets of the next tokens."""
-        places = []
-        for token in ids:
-            places.append(self._at)
-            self._at += len(self._stream.push(token))
-        return places

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
@@ -18,7 +19,7 @@ from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, TokenId, validate
 from squawq.serve.metrics import Timing
 from squawq.serve.model import Served
-from squawq.serve.openai.base import Offsets, OpenAICall, SamplingFields, usage
+from squawq.serve.openai.base import OpenAICall, SamplingFields, usage
 from squawq.serve.openai.chat import ChatBody, read, render
 from squawq.serve.runtime import Reply
 
@@ -116,15 +117,25 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
     return CompletionCall(body, served, name, requests)
 
 
+@dataclass
 class _TextChoice:
-    """The state of one text."""
+    """The state of one text. `stream` decodes its tokens to find their character offsets."""
 
-    def __init__(self, prompt: Sequence[int], index: int, offsets: Offsets) -> None:
-        self.prompt = prompt
-        self.index = index
-        self.offsets = offsets
-        self.tokens = 0
-        self.begun = False
+    prompt: Sequence[int]
+    index: int
+    stream: TextStream
+    tokens: int = 0
+    length: int = 0
+    begun: bool = False
+
+    def offsets(self, ids: Sequence[int]) -> list[int]:
+        """The next tokens' offsets. A token without text, such as a begin token, has the next one's; all tokens of a
+        character have its offset."""
+        places = []
+        for token in ids:
+            places.append(self.length)
+            self.length += len(self.stream.push(token))
+        return places
 
 
 class CompletionCall(OpenAICall):
@@ -135,7 +146,7 @@ class CompletionCall(OpenAICall):
         self._body = body
         self._scores: dict[str, Sequence[TokenLogprob | None]] = {}
         self._choices = {
-            (request.id, index): _TextChoice(request.prompt, number * body.n + index, self._offsets(request))
+            (request.id, index): _TextChoice(request.prompt, number * body.n + index, self._stream(request))
             for number, request in enumerate(requests)
             for index in range(body.n)
         }
@@ -179,7 +190,7 @@ class CompletionCall(OpenAICall):
         self._tokens += len(ids)
         logprobs = None
         if body.logprobs is not None and spelled:
-            logprobs = self._formatter.completion(items, spelled, choice.offsets.take(spelled))
+            logprobs = self._formatter.completion(items, spelled, choice.offsets(spelled))
         found = {
             "index": choice.index,
             "text": text,
@@ -194,9 +205,9 @@ class CompletionCall(OpenAICall):
             found["prompt_token_ids"] = list(choice.prompt) if first else None
         return found
 
-    def _offsets(self, request: Request) -> Offsets:
+    def _stream(self, request: Request) -> TextStream:
         before = () if self._body.echo else request.prompt
-        return Offsets(TextStream(self._served.tokenizer, before, self._body.skip_special_tokens))
+        return TextStream(self._served.tokenizer, before, self._body.skip_special_tokens)
 
 
 class TokenizeBody(Body):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
@@ -70,6 +69,11 @@ class Parameters(Body):
         narrowed = any(value is not None for value in (self.top_k, self.top_p, self.typical_p))
         return self.do_sample or self.temperature not in (None, 1.0) or narrowed
 
+    @property
+    def detailed(self) -> bool:
+        """Whether the reply has details."""
+        return self.details or self.decoder_input_details
+
 
 class GenerateBody(Body):
     """The body of /, /generate, /generate_stream and /tokenize. Without parameters, tokens are sampled.
@@ -102,9 +106,8 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
     if not body.inputs:
         raise refused("`inputs` cannot be empty")
     ids = _prompt(body, served)
-    details = parameters.details or parameters.decoder_input_details
     seeds = _seeds(parameters, served.engine.draw_seed)
-    shown = stream or details
+    shown = stream or parameters.detailed
     room = served.limit_by_logprobs(
         len(ids) * len(seeds) if parameters.decoder_input_details else 0,
         len(seeds) * ((parameters.top_n_tokens or 0) + 1) if shown else 0,
@@ -118,15 +121,7 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
         requests.append(Request(f"{name}-{number}", ids, params, tenant))
     if params.grammar is not None and not served.settings.grammar_support:
         raise refused("grammar is not supported")
-    options = ReplyOptions(
-        inputs=body.inputs,
-        stream=stream,
-        listed=compat,
-        full_text=compat if parameters.return_full_text is None else parameters.return_full_text,
-        details=details,
-        seeds=seeds,
-    )
-    return GenerateCall(served, requests, options)
+    return GenerateCall(body, served, requests, seeds, stream=stream, compat=compat)
 
 
 def tokens(raw: Mapping[str, Any], served: Served) -> list[dict[str, Any]]:
@@ -280,38 +275,33 @@ def _places(text: str, served: Served, special: bool) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(frozen=True)
-class ReplyOptions:
-    """What the client asked for.
+class GenerateCall:
+    """A request on TGI's routes (runtime.Call).
 
-    Attributes:
-        listed: The reply is a list of one.
-        full_text: The text begins with the inputs.
-        seeds: Of each sequence; None for greedy decoding.
+    Each of best_of sequences is a request of its own, with its seed; None for greedy decoding. compat: see `generate`.
     """
 
-    inputs: str
-    stream: bool
-    listed: bool
-    full_text: bool
-    details: bool
-    seeds: Sequence[int | None]
-
-
-class GenerateCall:
-    """A request on TGI's routes (runtime.Call)."""
-
-    def __init__(self, served: Served, requests: Sequence[Request], options: ReplyOptions) -> None:
-        self.requests = requests  # one for each of best_of sequences
-        self.stream = options.stream
+    def __init__(
+        self,
+        body: GenerateBody,
+        served: Served,
+        requests: Sequence[Request],
+        seeds: Sequence[int | None],
+        *,
+        stream: bool,
+        compat: bool,
+    ) -> None:
+        self.requests = requests
+        self.stream = stream
         self.headers: Mapping[str, str] = {
             "x-compute-type": served.settings.device,
-            "x-compute-characters": str(len(options.inputs)),
+            "x-compute-characters": str(len(body.inputs)),
         }
         self._request = request = requests[0]
-        self._served = served
-        self._options = options
-        self._before = options.inputs if options.full_text else ""
+        self._served, self._seeds, self._listed = served, seeds, compat
+        full = body.parameters.return_full_text
+        self._before = body.inputs if (compat if full is None else full) else ""
+        self._detailed = body.parameters.detailed
         self._top = bool(request.params.logprobs)
         self._texts: list[str] = []
         self._count = 0
@@ -329,11 +319,11 @@ class GenerateCall:
         events = [self._event(*token) for token in zip(output.ids, texts, output.logprobs or (), strict=True)]
         if output.finish:
             events[-1]["generated_text"] = self._before + "".join(self._texts)
-            if self._options.details:
+            if self._detailed:
                 events[-1]["details"] = {
                     "finish_reason": _reason(output),
                     "generated_tokens": self._count,
-                    "seed": self._options.seeds[0],
+                    "seed": self._seeds[0],
                     "input_length": len(self._request.prompt),
                 }
         return events
@@ -353,9 +343,9 @@ class GenerateCall:
             raise _incomplete()
         best = max(sequences, key=_mean_logprob) if len(sequences) > 1 else sequences[0]
         body: dict[str, Any] = {"generated_text": self._before + best.text}
-        if self._options.details:
+        if self._detailed:
             body["details"] = self._details(best, sequences)
-        return Reply([body] if self._options.listed else body, self._headers(len(best.ids), timing))
+        return Reply([body] if self._listed else body, self._headers(len(best.ids), timing))
 
     def _event(self, token: int, text: str, scored: TokenLogprob) -> dict[str, Any]:
         self._count += 1
@@ -372,18 +362,12 @@ class GenerateCall:
     def _top_tokens(self, scored: TokenLogprob) -> list[dict[str, Any]]:
         tokenizer = self._served.tokenizer
         return [
-            {
-                "id": token,
-                "text": tokenizer.token_text(token),
-                "logprob": finite_logprob(logprob),
-                "special": token in tokenizer.special_ids,
-            }
-            for token, logprob in scored.top
+            self._token(token, "", logprob) | {"text": tokenizer.token_text(token)} for token, logprob in scored.top
         ]
 
     def _details(self, best: Output, sequences: Sequence[Output]) -> dict[str, Any]:
         prefill = self._prefill(sequences[0].prompt_logprobs or ())
-        pairs = [*zip(sequences, self._options.seeds, strict=True)]
+        pairs = [*zip(sequences, self._seeds, strict=True)]
         details, *_ = (self._account(output, seed, prefill) for output, seed in pairs if output is best)
         if len(sequences) > 1:
             details["best_of_sequences"] = [
