@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,10 +282,6 @@ TGI_REFUSED = {
 TGI_SWITCHES = {"ngrok": "no tunnel"}
 
 
-def flags(table: serve_flags.Flags) -> Iterable[serve_flags.Flag]:
-    return (flag for rows in table.values() for flag in rows)
-
-
 def vllm(line: str, **environ: str) -> ServerSettings:
     return launcher.settings_from(["m", *line.split()], environ)
 
@@ -331,9 +327,9 @@ def test_a_flag_reaches_its_setting(line: str) -> None:
 def test_every_setting_has_a_flag_and_every_flag_a_case() -> None:
     lines = [*FLAGS, *NOTED, *ACCEPTED, *REFUSED]
     settings = {entry.name for entry in fields(ServerSettings) if entry.init}
-    assert {flag.setting for flag in flags(launcher.FLAGS)} - {""} == settings
+    assert {flag.setting for flag in launcher.FLAGS} - {""} == settings
     assert {setting for setting, _ in FLAGS.values()} | {"model"} == settings
-    for flag in flags(launcher.FLAGS):
+    for flag in launcher.FLAGS:
         for name in (flag.name, *flag.names):
             assert any(name in re.split("[ =]", line) for line in lines), name
 
@@ -508,7 +504,7 @@ def test_tgi_switches_are_true_or_false(key: str) -> None:
 def test_every_flag_of_tgi_has_a_case() -> None:
     names = {line.partition("=")[0] for line in (*TGI, *TGI_ACCEPTED, *TGI_REFUSED)}
     assert names - {"HF_TOKEN"} | {key.upper() for key in TGI_SWITCHES} == {
-        flag.variables[0] for flag in flags(tgi_launcher.FLAGS)
+        flag.variables[0] for flag in tgi_launcher.FLAGS
     }
 
 
@@ -616,10 +612,10 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     check_help(capsys.readouterr().out, tgi_launcher.FLAGS, "text-generation-launcher")
 
 
-def check_help(text: str, table: serve_flags.Flags, program: str) -> None:
-    for section in table:
+def check_help(text: str, table: serve_flags.FlagTable, program: str) -> None:
+    for section in table.sections:
         assert f"\n{section}:\n" in text
-    for flag in flags(table):
+    for flag in table:
         for name in (flag.name, *flag.names, *([f"--no-{flag.name[2:]}"] if flag.switch == "no" else [])):
             assert re.search(rf"(?<=[ ,]){name}\b", text), name
     assert re.search(rf"Examples:\n    {program} .*\n(.*\n)+?    curl localhost:", text)

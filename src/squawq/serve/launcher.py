@@ -17,24 +17,7 @@ import typer
 import yaml
 
 from squawq.errors import ConfigError
-from squawq.serve.flags import (
-    Choice,
-    Flag,
-    Flags,
-    FromFile,
-    Only,
-    among,
-    listed,
-    named_address,
-    notes,
-    parse,
-    read_flags,
-    share,
-    signature,
-    to_settings,
-    tokens,
-    whole,
-)
+from squawq.serve.flags import Choice, Flag, FlagTable, FromFile, Only, among, listed, parse, share, tokens, whole
 from squawq.serve.settings import DIALECTS, LOG_FORMATS, LOG_LEVELS, TOOL_PARSERS, ServerSettings
 
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16"}
@@ -108,7 +91,7 @@ ACCEPTED = [
     Flag("decode_context_parallel_size", "there is one process", read=ONE, names=("-dcp",)),
     Flag("nnodes", "there is one process", read=ONE),
 ]
-TABLE: Flags = {
+TABLE: dict[str, list[Flag]] = {
     "Model": [
         Flag("model", "The same as MODEL"),
         Flag("config", "A YAML file with these flags by their names; flags and variables win", metavar="FILE"),
@@ -207,10 +190,13 @@ TABLE: Flags = {
     ],
     "vLLM's flags that change nothing here": ACCEPTED,
 }
-FLAGS: Flags = {
-    panel: [replace(flag, variables=(f"SQUAWQ_{flag.key.upper()}", *flag.variables)) for flag in rows]
-    for panel, rows in TABLE.items()
-}
+FLAGS = FlagTable(
+    {
+        section: [replace(flag, variables=(f"SQUAWQ_{flag.key.upper()}", *flag.variables)) for flag in rows]
+        for section, rows in TABLE.items()
+    },
+    host="HOST",
+)
 MODEL = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A model folder or a Hub id", rich_help_panel="Model")
 ]
@@ -230,18 +216,18 @@ def serve(path: str | None, **given: Any) -> None:
         -d '{"messages": [{"role": "user", "content": "Tell me a story."}]}'
     """
     given = with_config(path, given, os.environ)
-    found = read_flags(FLAGS, given, named_address("HOST", os.environ))
+    found = FLAGS.read(given, os.environ)
     settings = _settings(path, found)
     for key, variable in (("download_dir", "HF_HUB_CACHE"), ("hf_token", "HF_TOKEN")):
         if key in found:
             os.environ[variable] = found[key]  # before huggingface_hub, which reads it when it is imported
     from squawq.serve.server import run
 
-    raise typer.Exit(run(settings, notes(FLAGS, given, os.environ)))
+    raise typer.Exit(run(settings, FLAGS.notes(given, os.environ)))
 
 
-serve.__signature__ = signature(  # type: ignore[attr-defined]
-    FLAGS, inspect.Parameter("path", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=MODEL)
+serve.__signature__ = FLAGS.signature(  # type: ignore[attr-defined]
+    inspect.Parameter("path", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=MODEL)
 )
 
 
@@ -249,7 +235,7 @@ def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Serve
     """The settings of `squawq serve` with these arguments and this environment."""
     given = parse(serve, arguments)
     path = given.pop("path")
-    return _settings(path, read_flags(FLAGS, with_config(path, given, environ), named_address("HOST", environ)))
+    return _settings(path, FLAGS.read(with_config(path, given, environ), environ))
 
 
 def with_config(path: str | None, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -258,7 +244,7 @@ def with_config(path: str | None, given: Mapping[str, Any], environ: Mapping[str
     Raises ConfigError if the file cannot be read, or a key of it is not a flag.
     """
     found = {**given, "model": path if given["model"] is None else given["model"]}
-    flags = {name: flag for rows in FLAGS.values() for flag in rows for name in (flag.name, *flag.names)}
+    flags = {name: flag for flag in FLAGS for name in (flag.name, *flag.names)}
     file = flags["--config"].value(given["config"], environ)
     if file is None:
         return found
@@ -288,4 +274,4 @@ def _settings(path: str | None, found: Mapping[str, Any]) -> ServerSettings:
         raise ConfigError("no model: squawq serve MODEL (words after --api-key or --served-model-name belong to those)")
     if path not in (None, model):
         raise ConfigError(f"MODEL is {path!r} and --model {model!r}; give one of them")
-    return to_settings(FLAGS, found, model=model)
+    return FLAGS.settings(found, model=model)

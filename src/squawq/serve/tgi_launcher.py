@@ -16,25 +16,7 @@ import typer
 
 from squawq import __version__
 from squawq.errors import ConfigError
-from squawq.serve.flags import (
-    HELP,
-    Choice,
-    Command,
-    Flag,
-    Flags,
-    Only,
-    among,
-    finish,
-    named_address,
-    notes,
-    parse,
-    read_flags,
-    share,
-    signature,
-    to_settings,
-    truth,
-    whole,
-)
+from squawq.serve.flags import HELP, Choice, Command, Flag, FlagTable, Only, among, finish, parse, share, truth, whole
 from squawq.serve.launcher import NO_CODE
 from squawq.serve.settings import ServerSettings
 
@@ -85,7 +67,7 @@ def log_level(text: str) -> str:
     return router or level or "info"
 
 
-TABLE: Flags = {
+TABLE: dict[str, list[Flag]] = {
     "Model": [
         Flag("model_id", "A model folder or a Hub id; it must be given", "model"),
         Flag("revision", "A branch, tag or commit of the Hub"),
@@ -142,7 +124,10 @@ TABLE: Flags = {
         *(Flag(key, why, read=Only(None, str, f"{why}; leave it out")) for key, why in ABSENT.items()),
     ],
 }
-FLAGS: Flags = {panel: [replace(flag, variables=(flag.key.upper(),)) for flag in rows] for panel, rows in TABLE.items()}
+FLAGS = FlagTable(
+    {section: [replace(flag, variables=(flag.key.upper(),)) for flag in rows] for section, rows in TABLE.items()},
+    host="HOSTNAME",  # TGI binds to it all the same
+)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
 
 
@@ -163,19 +148,18 @@ def launch(env: bool, version: bool, **given: Any) -> None:
     if version:
         print(f"text-generation-launcher {__version__} (squawq)")
         raise typer.Exit
-    found = _found(given, os.environ)
+    found = FLAGS.read(given, os.environ)
     settings = _settings(found)
     if "huggingface_hub_cache" in found:  # before huggingface_hub, which reads it when it is imported
         os.environ.setdefault("HF_HUB_CACHE", found["huggingface_hub_cache"])
     from squawq.serve.server import run
 
-    raise typer.Exit(run(settings, notes(FLAGS, given, os.environ), environment=env))
+    raise typer.Exit(run(settings, FLAGS.notes(given, os.environ), environment=env))
 
 
 ENV = Annotated[bool, typer.Option("--env", "-e", help="Log what runs here, then serve", rich_help_panel="Logs")]
 VERSION = Annotated[bool, typer.Option("--version", "-V", help="Print the version and end", rich_help_panel="Logs")]
-launch.__signature__ = signature(  # type: ignore[attr-defined]
-    FLAGS,
+launch.__signature__ = FLAGS.signature(  # type: ignore[attr-defined]
     *(
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
         for name, kind in (("env", ENV), ("version", VERSION))
@@ -185,11 +169,7 @@ launch.__signature__ = signature(  # type: ignore[attr-defined]
 
 def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> ServerSettings:
     """The settings of text-generation-launcher with these arguments and this environment."""
-    return _settings(_found(parse(launch, arguments), environ))
-
-
-def _found(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    return read_flags(FLAGS, given, named_address("HOSTNAME", environ))  # TGI binds to it all the same
+    return _settings(FLAGS.read(parse(launch, arguments), environ))
 
 
 def _settings(found: Mapping[str, Any]) -> ServerSettings:
@@ -202,8 +182,7 @@ def _settings(found: Mapping[str, Any]) -> ServerSettings:
     if prompt and total and prompt >= total:
         raise ConfigError(f"MAX_TOTAL_TOKENS is {total}; it must be more than MAX_INPUT_TOKENS, which is {prompt}")
     running = min(found["max_batch_size"], found["max_concurrent_requests"])
-    return to_settings(
-        FLAGS,
+    return FLAGS.settings(
         found,
         dialect="tgi",
         max_num_seqs=running,
