@@ -33,7 +33,7 @@ class LogWriter:
 
     def __init__(self, note: Callable[..., str]) -> None:
         self._note = note
-        self._write = _descriptor_writer() or _stream_writer()
+        self._write = _stderr_writer()
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_LINES)
         self._lock = threading.Lock()  # guards what follows
         self._dropped = 0
@@ -106,28 +106,19 @@ class LogWriter:
             self._write(line + "\n")
 
 
-def _descriptor_writer() -> Callable[[str], object] | None:
-    """A writer to stderr's descriptor, past sys.stderr's lock, for which the interpreter's exit would wait; None if
-    stderr is not a file."""
+def _stderr_writer() -> Callable[[str], object]:
+    """Writes to stderr's descriptor, past sys.stderr's lock, for which the interpreter's exit would wait; to sys.stderr
+    if that is not a file."""
+    stream = sys.stderr
     try:
-        descriptor = sys.stderr.fileno()
+        descriptor = stream.fileno()
     except (AttributeError, OSError, ValueError):
-        return None
+        return lambda text: (stream.write(text), stream.flush())
 
     def write(text: str) -> None:
         rest = text.encode()
         while rest:
             rest = rest[os.write(descriptor, rest) :]
-
-    return write
-
-
-def _stream_writer() -> Callable[[str], object]:
-    stream = sys.stderr
-
-    def write(text: str) -> None:
-        stream.write(text)
-        stream.flush()
 
     return write
 

@@ -196,29 +196,28 @@ class Metrics:
         yield from self._tgi()
 
     def _engine(self, stats: Stats) -> Iterator[Metric]:
-        for name, value, text in (
-            ("num_requests_running", stats.running, "Sequences under way."),
-            ("num_requests_waiting", stats.waiting, _WAITING),
+        pages, prompt = stats.pages_used / max(1, stats.pages), stats.prompt_tokens_computed + stats.prefix_hits
+        prompt_text = "Prompt tokens run or found in the cache; again for a preempted sequence."
+        preempted = "Sequences that gave way to others: for their turn, or for pages."
+        kind: type[GaugeMetricFamily | CounterMetricFamily]
+        for kind, name, value, text in (
+            (GaugeMetricFamily, "num_requests_running", stats.running, "Sequences under way."),
+            (GaugeMetricFamily, "num_requests_waiting", stats.waiting, _WAITING),
+            (GaugeMetricFamily, "kv_cache_usage_perc", pages, "Share of the pages that is in use, 0 to 1."),
             (
-                "kv_cache_usage_perc",
-                stats.pages_used / max(1, stats.pages),
-                "Share of the pages that is in use, 0 to 1.",
+                CounterMetricFamily,
+                "prefix_cache_queries",
+                stats.prefix_queries,
+                "Tokens looked for in the prefix cache.",
             ),
+            (CounterMetricFamily, "prefix_cache_hits", stats.prefix_hits, "Tokens found in the prefix cache."),
+            (CounterMetricFamily, "num_preemptions", stats.preemptions, preempted),
+            (CounterMetricFamily, "prompt_tokens", prompt, prompt_text),
+            (CounterMetricFamily, "generation_tokens", stats.tokens_generated, "Tokens generated."),
         ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            gauge.add_metric([self._model], value)
-            yield gauge
-        prompt = stats.prompt_tokens_computed + stats.prefix_hits
-        for name, value, text in (
-            ("prefix_cache_queries", stats.prefix_queries, "Tokens looked for in the prefix cache."),
-            ("prefix_cache_hits", stats.prefix_hits, "Tokens found in the prefix cache."),
-            ("num_preemptions", stats.preemptions, "Sequences that gave way to others: for their turn, or for pages."),
-            ("prompt_tokens", prompt, "Prompt tokens run or found in the cache; again for a preempted sequence."),
-            ("generation_tokens", stats.tokens_generated, "Tokens generated."),
-        ):
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            counter.add_metric([self._model], value)
-            yield counter
+            family = kind(f"vllm:{name}", text, labels=["model_name"])
+            family.add_metric([self._model], value)
+            yield family
         yield GaugeMetricFamily("tgi_queue_size", _WAITING, stats.waiting)
         yield GaugeMetricFamily("tgi_batch_current_size", "Sequences under way.", stats.running)
         text = "Steps of the engine; one holds prefill and decode alike."

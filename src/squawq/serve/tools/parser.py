@@ -311,20 +311,6 @@ class ToolParser:
         return deltas
 
 
-def parse(form: str, names: Collection[str], text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Parse a complete answer: its content, and each call's function and arguments."""
-    parser = ToolParser(form, names)
-    content: list[str] = []
-    found: list[tuple[str, list[str]]] = []
-    for delta in parser.push(text) + parser.finish():
-        content.append(delta.content)
-        if delta.name is not None:
-            found.append((delta.name, []))
-        if delta.call is not None:
-            found[delta.call][1].append(delta.arguments)
-    return "".join(content), [(name, "".join(pieces)) for name, pieces in found]
-
-
 def _decode(raw: str) -> object:
     try:
         return json.loads(raw)
