@@ -71,7 +71,6 @@ class Api:
         return replace(stats, waiting=stats.waiting + self.runtime.unchecked)
 
     def app(self) -> ASGIApp:
-        """The ASGI application."""
         inner = Starlette(
             routes=[self._route(path, methods) for path, methods in self._paths.items()],
             middleware=[Middleware(ExceptionMiddleware, handlers={Exception: self._failed})],
@@ -102,7 +101,6 @@ class Api:
         self.runtime.close()
 
     def models(self) -> dict[str, Any]:
-        """The reply of /v1/models."""
         served = self.served
         created, owner = (0, served.name) if self.settings.tgi else (served.started, "squawq")
         common = {"object": "model", "created": created, "owned_by": owner, "root": served.name}
@@ -130,7 +128,6 @@ class Api:
         return await self.health(request)
 
     async def scrape(self, request: Request) -> Response:
-        """The metrics."""
         body, kind = self.metrics.render(request.headers.get("accept", ""))
         return Response(body, headers={"content-type": kind})
 
@@ -194,7 +191,6 @@ def _compute(work: Callable[[Mapping[str, Any], Served], Any]) -> Handler:
 
 
 def _show(value: Callable[[Api], Any]) -> Handler:
-    """A handler for a value that depends on no request."""
 
     async def handle(api: Api, _: Request) -> Response:
         return JsonReply(value(api))
@@ -339,7 +335,6 @@ ROUTES = {
 
 
 def document() -> Schema:
-    """The OpenAPI 3.1 document of the routes."""
     names, shared = models_json_schema(
         [(model, "validation") for model in EXAMPLES], ref_template="#/components/schemas/{model}"
     )

@@ -61,7 +61,6 @@ class ApiError(Exception):
         super().__init__(self.message)
 
     def status(self, tgi: bool) -> int:
-        """The HTTP status in a dialect."""
         return self.kind.tgi_status if tgi else self.kind.openai_status
 
     def body(self, tgi: bool, tgi_route: bool = False) -> dict[str, object]:

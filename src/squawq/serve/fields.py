@@ -106,7 +106,6 @@ def known(given: Mapping[str, Any], fields: Container[str]) -> dict[str, Any]:
 
 
 def why_refused(name: str) -> str:
-    """The reason for refusing a field."""
     return REFUSED.get(name, "this server does not know the field")
 
 
@@ -115,7 +114,6 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
 
 
 def _log(name: str) -> None:
-    """Log once that a field is ignored."""
     name = name[:60]
     with _lock:
         if name in _logged or len(_logged) >= MAX_LOGGED:

@@ -32,7 +32,6 @@ SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G"
 
 
 def whole(least: int) -> Reader:
-    """Reads a whole number."""
 
     def read(text: str) -> int:
         if not re.fullmatch(r"-?[0-9]{1,18}", text) or int(text) < least:
@@ -97,7 +96,6 @@ class Choice:
 
 
 def among(names: Iterable[str]) -> Choice:
-    """Reads one of these names."""
     return Choice({name: name for name in names})
 
 
@@ -207,7 +205,6 @@ class Flag:
         return (self.name, ()) if file is None else (f"{file.path}: {self.key}", file.texts)
 
     def value(self, given: Any, environ: Mapping[str, str]) -> Any:
-        """The value, or the default."""
         source, texts = self.texts(given, environ)
         read, found = self.read or (truth if self.switch else KINDS[self.kind][0]), []
         if len(texts) > 1 and not self.kind.startswith("tuple"):
@@ -257,7 +254,6 @@ class FlagTable:
         return found
 
     def settings(self, found: Mapping[str, Any], **others: Any) -> ServerSettings:
-        """Settings from the values of `read`."""
         known = {flag.setting: found[flag.key] for flag in self if flag.key in found}
         known.pop("", None)
         return ServerSettings(**{**known, **others})
@@ -301,7 +297,6 @@ def parse(function: Callable[..., None], arguments: Sequence[str]) -> dict[str, 
 
 
 def _misuse(error: TyperException, program: str) -> str:
-    """The error message for a wrong command line."""
     context = getattr(error, "ctx", None)
     message = error.format_message().replace(": Value error, ", ": ").removesuffix(".")
     return f"{message} (see {program if context is None else context.command_path} --help)"

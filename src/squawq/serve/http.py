@@ -129,7 +129,6 @@ def error_reply(error: ApiError, tgi: bool, *, tgi_route: bool) -> Response:
 
 
 def json_reply(body: list[bytes], headers: Mapping[str, str] | None = None) -> HeldReply:
-    """A JSON response from the `blocks` of its body."""
     length = str(sum(map(len, body)))
     return HeldReply(drain(body), {"content-type": "application/json", "content-length": length, **(headers or {})})
 
@@ -178,7 +177,6 @@ class Guard:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -190,7 +190,6 @@ class Bodies:
         self._held = 0  # bytes of large bodies that are still arriving
 
     async def read(self, request: HttpRequest) -> bytes:
-        """A request's body. Raises ApiError."""
         _check_headers(request.headers, self._settings.max_body_bytes)
         upload = _Upload(self._settings)
         try:
@@ -251,12 +250,10 @@ class _Upload:
             self._end_at(self._began + WINDOW, f"less than {self._least:g} bytes of the body came within {WINDOW:g} s")
 
     def rate(self) -> float:
-        """Recent bytes per second."""
         began, count = self._before
         return (count + self._count) / max(self._clock() - began, 0.1)
 
     def end(self, why: str) -> None:
-        """End the upload now, for this reason."""
         self._end_at(self._clock(), why)
 
     def _end_at(self, when: float, why: str) -> None:

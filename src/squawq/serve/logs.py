@@ -214,7 +214,6 @@ class Formatter(logging.Formatter):
 
 
 def _plain(value: object) -> _Value:
-    """A JSON value of bounded size."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) < 2**63:

@@ -166,7 +166,6 @@ class Metrics:
         self._rejected.labels(KINDS[reason].tgi_type if reason in KINDS else OTHER).inc()
 
     def inter_token(self, seconds: float) -> None:
-        """Record the seconds between two tokens of a sequence."""
         _add(self._values["inter_token_latency_seconds"], seconds)
 
     def http(self, route: str, method: str, status: int) -> None:

@@ -74,11 +74,9 @@ class Served:
 
     @property
     def name(self) -> str:
-        """The model's name in replies."""
         return self.names[0]
 
     def device_info(self) -> dict[str, Any]:
-        """The device and the cache, for the log."""
         facts = {"device": self.settings.device, **backend_for(self.settings.device).describe()}
         cache = round(self.model.cache_bytes / 2**20, 1)
         return {**facts, "cache_tokens": self.engine.cache_tokens, "cache_mib": cache}
@@ -269,7 +267,6 @@ class PromptLimits:
 
 
 def _texts(messages: Sequence[Any]) -> Iterator[str]:
-    """The texts in messages' contents."""
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else [content]:

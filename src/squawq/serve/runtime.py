@@ -19,7 +19,7 @@ from starlette.types import Receive
 from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import FinishReason, Output, Request
 from squawq.engine.sequence import join
-from squawq.errors import ConfigError, EngineClosed, QueueFull
+from squawq.errors import ConfigError, EngineClosed, QueueFull, SquawqError
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import parse_json
 from squawq.serve.http import EVENT_HEADERS, KEEP_ALIVE, HeldReply, blocks, drain, events, json_reply
@@ -203,10 +203,8 @@ class Runtime:
 
         def turn() -> None:
             if exchange.waits():
-                message = (
-                    f"The request waited {queued:g} s for its turn, as long as it may (--queue-timeout); try later"
-                )
-                exchange.end(ApiError("overloaded", message))
+                why = f"The request waited {queued:g} s for its turn, as long as it may (--queue-timeout); try later"
+                exchange.end(ApiError("overloaded", why))
 
         late = ApiError("incomplete", f"the answer was not ready after {limit:g} s")
         loop = asyncio.get_running_loop()
@@ -395,22 +393,19 @@ class Exchange:
                 self._open[request.id] = request.params.n
                 owned = replace(request, group=call.requests[0].id)
                 self._engine.submit(owned, self._sink)
-        except ConfigError as error:
+        except SquawqError as error:
             self._abort()
-            raise call.invalid(error) from error
-        except QueueFull as error:
-            self._abort()
-            raise ApiError("overloaded", str(error)) from error
-        except EngineClosed as error:
-            self._abort()
-            raise ApiError("unavailable", "The server is shutting down or its engine has failed") from error
+            if isinstance(error, ConfigError):
+                raise call.invalid(error) from error
+            if isinstance(error, EngineClosed):
+                raise ApiError("unavailable", "The server is shutting down or its engine has failed") from error
+            raise  # QueueFull: see Runtime._in_pool
         if self.left():  # or just now
             self._abort()
         timing.validated = time.perf_counter()
         self.submitted = True
 
     def left(self) -> bool:
-        """Whether the context was left."""
         return self._left
 
     def waits(self) -> bool:

@@ -75,7 +75,6 @@ class Server(uvicorn.Server):
 
     @property
     def bound_port(self) -> int:
-        """The port, once started."""
         port: int = self.servers[0].sockets[0].getsockname()[1]
         return port
 
@@ -84,7 +83,6 @@ class Server(uvicorn.Server):
         self.stops += 1
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """A signal."""
         self.stop()
 
     @contextlib.contextmanager
@@ -265,13 +263,11 @@ def _socket(family: int, kind: int, protocol: int, address: Sequence[object]) ->
 
 
 def _refusal(host: str, port: int, error: OSError) -> ConfigError:
-    """The error for an address that cannot be bound."""
     reason = REASONS.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
     return ConfigError(f"cannot listen on {_place(host, port)}: {reason}")
 
 
 def url(settings: ServerSettings, port: int) -> str:
-    """The server's URL."""
     if settings.uds is not None:
         return str(settings.uds)
     return f"{'https' if settings.ssl_certfile else 'http'}://{_place(settings.host, port)}"

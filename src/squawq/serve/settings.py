@@ -147,5 +147,4 @@ class ServerSettings(EngineConfig):
 
     @property
     def connections(self) -> int:
-        """Connections that may be open at once."""
         return self.most_under_way + RESERVED if self.max_connections is None else self.max_connections

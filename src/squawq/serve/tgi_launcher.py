@@ -197,7 +197,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """The console script."""
     faulthandler.enable()  # whatever may kill the process, it does not end without a line
     sys.exit(main())
 

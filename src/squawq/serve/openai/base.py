@@ -207,7 +207,6 @@ def _bad_ids(words: list[str], served: Served) -> list[list[int]]:
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:
-    """OpenAI's `usage` object."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
@@ -232,7 +231,6 @@ class OpenAICall:
         self._tokens = 0
 
     def invalid(self, error: ConfigError) -> ApiError:
-        """The engine's message."""
         return ApiError("invalid", str(error))
 
     def end(self) -> list[object]:
@@ -246,7 +244,6 @@ class OpenAICall:
         return [error.event(self._tgi), DONE]
 
     def _head(self, kind: str) -> dict[str, Any]:
-        """The first fields of a reply or chunk."""
         head = {"id": self._name, "object": kind, "created": self._created, "model": self._model}
         return {**head, "system_fingerprint": f"squawq-{__version__}"}
 

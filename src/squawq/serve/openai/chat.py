@@ -302,7 +302,6 @@ class ChatCall(OpenAICall):
         self._begun: set[int] = set()
 
     def push(self, output: Output) -> list[dict[str, Any]]:
-        """Chunks for an output."""
         parser = self._parsers[output.index]
         self._tokens += len(output.ids)
         if parser is None:
@@ -337,7 +336,6 @@ class ChatCall(OpenAICall):
         return chunks
 
     def reply(self, outputs: Sequence[Sequence[Output]], _: Timing, /) -> Reply:
-        """OpenAI's chat.completion."""
         choices = [self._whole(output) for output in outputs[0]]
         body = {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
         scores = outputs[0][0].prompt_logprobs
@@ -392,12 +390,10 @@ class ChatCall(OpenAICall):
 
 
 def _parse(parser: ToolParser, output: Output) -> list[Delta]:
-    """The text and pieces of tool calls that an output adds."""
     return parser.push(output.text) + (parser.finish() if output.finish else [])
 
 
 def _joined(deltas: Sequence[Delta]) -> tuple[str, list[dict[str, Any]]]:
-    """The content and tool calls of a whole answer."""
     content, calls = "", []
     for delta in deltas:
         content += delta.content

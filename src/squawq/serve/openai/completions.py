@@ -73,7 +73,6 @@ class CompletionBody(SamplingFields):
         )
 
     def check(self, served: Served) -> None:
-        """Raise ApiError for rules that concern several fields."""
         super().check(served)
         if self.suffix is not None:
             raise ApiError(
@@ -167,7 +166,6 @@ class CompletionCall(OpenAICall):
         return [chunk]
 
     def reply(self, outputs: Sequence[Sequence[Output]], _: Timing, /) -> Reply:
-        """OpenAI's text_completion."""
         choices = [self._choice(output) for sequences in outputs for output in sequences]
         return Reply({**self._head("text_completion"), "choices": choices, "usage": self._usage()})
 

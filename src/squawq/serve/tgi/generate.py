@@ -65,13 +65,11 @@ class Parameters(Body):
 
     @property
     def sampled(self) -> bool:
-        """Whether tokens are sampled."""
         narrowed = any(value is not None for value in (self.top_k, self.top_p, self.typical_p))
         return self.do_sample or self.temperature not in (None, 1.0) or narrowed
 
     @property
     def detailed(self) -> bool:
-        """Whether the reply has details."""
         return self.details or self.decoder_input_details
 
 
@@ -140,7 +138,6 @@ def chat_tokens(text: str, served: Served) -> list[dict[str, Any]]:
 
 
 def info(served: Served) -> dict[str, Any]:
-    """The reply of /info."""
     settings = served.settings
     return {
         "model_id": served.name,
@@ -333,7 +330,6 @@ class GenerateCall:
         return []
 
     def fail(self, error: ApiError) -> Sequence[object]:
-        """The error as an event."""
         return [error.body(tgi=True)]
 
     def reply(self, outputs: Sequence[Sequence[Output]], timing: Timing, /) -> Reply:
@@ -430,7 +426,6 @@ class GenerateCall:
 
 
 def refused(rule: str) -> ApiError:
-    """The error reply for a request that breaks a rule."""
     return ApiError("invalid", f"Input validation error: {rule}")
 
 

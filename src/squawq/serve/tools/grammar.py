@@ -66,7 +66,6 @@ def added_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def call_id() -> str:
-    """A new id of a tool call."""
     return f"call_{secrets.token_hex(12)}"
 
 
@@ -166,7 +165,6 @@ def _either(*rules: str) -> str:
 
 
 def _functions(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The functions by name, validated."""
     functions: dict[str, Mapping[str, Any]] = {}
     for tool in tools:
         function = tool["function"]
@@ -301,7 +299,6 @@ def _schema(value: Any, where: str) -> Grammar:
 
 
 def _object(value: Any, where: str, what: str) -> Mapping[str, Any]:
-    """A JSON object, or its text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -105,7 +105,6 @@ class ToolParser:
         next(self._steps)
 
     def push(self, text: str) -> list[Delta]:
-        """Deltas for a piece of text."""
         self._text, self._begin, self._at = text, 0, 0
         next(self._steps, None)
         return self._news()
