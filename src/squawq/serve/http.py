@@ -313,8 +313,7 @@ def http_protocol(settings: ServerSettings) -> type[H11Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            if self._stall is None:
-                self._stall = self.loop.call_later(settings.write_timeout, self.transport.abort)
+            self._abort_later()
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -330,7 +329,7 @@ def http_protocol(settings: ServerSettings) -> type[H11Protocol]:
                 self._abort_later()
 
         def _abort_later(self) -> None:
-            """Abort a closing connection whose client does not read its answer."""
+            """Abort a connection whose client does not read its answer."""
             if self._stall is None:
                 self._stall = self.loop.call_later(settings.write_timeout, self.transport.abort)
 

@@ -23,28 +23,21 @@ from squawq.serve.settings import ServerSettings
 BATCH = ServerSettings.max_num_seqs
 LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warning", "warning": "warning", "error": "error"}
 IGNORED = {
-    "waiting_served_ratio": "the batch takes new requests at every step",
-    "max_waiting_tokens": "the batch takes new requests at every step",
-    "cuda_graphs": "no graphs are made",
-    "shard_uds_path": "there are no shards",
-    "master_addr": "there are no shards",
-    "master_port": "there are no shards",
-    "otlp_endpoint": "there are no traces",
-    "otlp_service_name": "there are no traces",
-    "usage_stats": "none are sent",
-    "watermark_gamma": "requests for a watermark are refused",
-    "watermark_delta": "requests for a watermark are refused",
+    "the batch takes new requests at every step": ("waiting_served_ratio", "max_waiting_tokens"),
+    "no graphs are made": ("cuda_graphs",),
+    "there are no shards": ("shard_uds_path", "master_addr", "master_port"),
+    "there are no traces": ("otlp_endpoint", "otlp_service_name"),
+    "none are sent": ("usage_stats",),
+    "requests for a watermark are refused": ("watermark_gamma", "watermark_delta"),
 }
 NO_TUNNEL = "there is no tunnel"
 ABSENT = {
-    "kv_cache_dtype": "the cache is float16",
-    "rope_scaling": "positions are scaled as the model's config.json says",
-    "rope_factor": "positions are scaled as the model's config.json says",
-    "tokenizer_config_path": "the chat template is the model's (squawq serve --chat-template takes another)",
-    "weights_cache_override": "MODEL_ID takes a folder",
-    "lora_adapters": "there are no adapters",
-    "ngrok_authtoken": NO_TUNNEL,
-    "ngrok_edge": NO_TUNNEL,
+    "the cache is float16": ("kv_cache_dtype",),
+    "positions are scaled as the model's config.json says": ("rope_scaling", "rope_factor"),
+    "the chat template is the model's (squawq serve --chat-template takes another)": ("tokenizer_config_path",),
+    "MODEL_ID takes a folder": ("weights_cache_override",),
+    "there are no adapters": ("lora_adapters",),
+    NO_TUNNEL: ("ngrok_authtoken", "ngrok_edge"),
 }
 OFF = Choice({"true": False, "1": False, "false": True, "0": True})  # of a switch that turns something off
 LATER = "tensor parallelism comes later"
@@ -111,7 +104,7 @@ TABLE: dict[str, list[Flag]] = {
         Flag("log_level", "A level, or directives such as info,text_generation_router=debug", read=log_level),
     ],
     "Accepted: they change nothing here": [
-        *(Flag(key, why, noted=True) for key, why in IGNORED.items()),
+        *(Flag(key, why, noted=True) for why, keys in IGNORED.items() for key in keys),
         Flag("trust_remote_code", NO_CODE, read=truth, switch=True, noted=True),
         Flag("enable_prefill_logprobs", "they can always be had", read=truth, switch=True, noted=True),
         Flag("disable_custom_kernels", "none come from elsewhere", read=truth, switch=True, noted=True),
@@ -121,7 +114,7 @@ TABLE: dict[str, list[Flag]] = {
         Flag("sharded", f"must be false: {LATER}", read=Only(False, truth, f"it must be false: {LATER}")),
         Flag("speculate", "must be 0", read=Only(0, whole(0), "it must be 0: there is no speculative decoding")),
         Flag("ngrok", NO_TUNNEL, read=Only(False, truth, f"{NO_TUNNEL}; leave it out"), switch=True),
-        *(Flag(key, why, read=Only(None, str, f"{why}; leave it out")) for key, why in ABSENT.items()),
+        *(Flag(key, why, read=Only(None, str, f"{why}; leave it out")) for why, keys in ABSENT.items() for key in keys),
     ],
 }
 FLAGS = FlagTable(
