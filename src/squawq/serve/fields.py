@@ -98,19 +98,12 @@ def known(given: Mapping[str, Any], fields: Container[str]) -> dict[str, Any]:
     """The entries of an object in a body that are validated: known `fields`, and fields to refuse."""
     kept = {}
     for name, value in given.items():
-        if name in fields or (name in REFUSED and not _asks_for_nothing(name, value)):
+        nothing = value in NO_OPS[name] if name in NO_OPS else not value
+        if name in fields or (name in REFUSED and not nothing):
             kept[name] = value
         elif name not in REFUSED and name not in BOOKKEEPING:
             _log(name)
     return kept
-
-
-def why_refused(name: str) -> str:
-    return REFUSED.get(name, "this server does not know the field")
-
-
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    return value in NO_OPS[name] if name in NO_OPS else not value
 
 
 def _log(name: str) -> None:
@@ -172,5 +165,6 @@ def _where(item: Mapping[str, Any]) -> str:
 
 def _sentence(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
-        return f"{_where(item)}: not supported: {why_refused(str(item['loc'][-1]))}"
+        why = REFUSED.get(str(item["loc"][-1]), "this server does not know the field")
+        return f"{_where(item)}: not supported: {why}"
     return f"{_where(item)}: {item['msg'][:200]}"

@@ -179,16 +179,12 @@ class Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            limited = getattr(record, "limited", False) or _unasked(record)
+            invalid = record.name.startswith("uvicorn") and record.levelno == logging.WARNING  # a request, it says
+            limited = getattr(record, "limited", False) or invalid
             if not limited or self._writer.allows():
                 self._writer.put(self.format(record))
         except Exception:
             self.handleError(record)
-
-
-def _unasked(record: logging.LogRecord) -> bool:
-    """Whether it is uvicorn's warning of an invalid request."""
-    return record.name.startswith("uvicorn") and record.levelno == logging.WARNING
 
 
 class Formatter(logging.Formatter):

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder
@@ -105,18 +106,10 @@ class Metrics:
             for name, _, buckets, text in _HISTOGRAMS
         }
         self._values = {name: histogram.labels(self._model) for name, histogram in self._histograms.items()}
-        self._validation = Histogram(
-            "tgi_request_validation_duration",
-            "From a request's arrival to its submission.",
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self._per_token = Histogram(
-            "tgi_request_mean_time_per_token_duration",
-            "Inference time of a request over its tokens.",
-            registry=registry,
-            buckets=_SECONDS,
-        )
+        seconds = partial(Histogram, registry=registry, buckets=_SECONDS)
+        self._validation = seconds("tgi_request_validation_duration", "From a request's arrival to its submission.")
+        text = "Inference time of a request over its tokens."
+        self._per_token = seconds("tgi_request_mean_time_per_token_duration", text)
         self._finished = Counter(
             "vllm:request_success",
             "Requests that ended, by reason.",

@@ -43,7 +43,8 @@ class Served:
         self.tokenizer = model.tokenizer
         self.engine: InferenceEngine = model.engine
         self.template, self.eos_ids = model.chat_template, model.eos_ids
-        self.names = settings.served_names or (_name(settings.model),)
+        path = Path(settings.model)  # of a Hub id, all is the name
+        self.names = settings.served_names or (path.resolve().name if path.is_dir() else settings.model,)
         self.started = int(time.time())
         self._templates: list[TemplateProcess] = []
         self._thread = threading.local()
@@ -209,11 +210,6 @@ class Served:
         quantized = self.config.quant is not None  # there vLLM and TGI mean the activations, which are float32 here
         if self.settings.dtype not in ("auto", stored) and not quantized:
             raise ConfigError(f"dtype is {self.settings.dtype!r}; the weights are run as stored: auto or {stored}")
-
-
-def _name(model: str) -> str:
-    """The name of a model: its Hub id, or its folder's name without the path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 class PromptLimits:

@@ -55,32 +55,25 @@ class Call(Protocol):
     @property
     def requests(self) -> Sequence[Request]:
         """For the engine, in the order of the prompts."""
-        ...
 
     @property
     def headers(self) -> Mapping[str, str]:
         """Further headers of a stream."""
-        ...
 
     def invalid(self, error: ConfigError) -> ApiError:
         """The reply to a request that the engine refuses."""
-        ...
 
     def push(self, output: Output) -> Sequence[object]:
         """Payloads for one output, maybe none. Outputs of a sequence come in order."""
-        ...
 
     def end(self) -> Sequence[object]:
         """Payloads after the last output."""
-        ...
 
     def fail(self, error: ApiError) -> Sequence[object]:
         """Payloads that end a started stream with an error."""
-        ...
 
     def reply(self, outputs: Sequence[Sequence[Output]], timing: Timing, /) -> Reply:
         """The complete reply, from each request's joined sequences. Raises ApiError for failed sequences."""
-        ...
 
 
 Parse = Callable[[Mapping[str, Any], Served, str], Call]  # from body and tenant

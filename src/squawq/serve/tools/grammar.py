@@ -94,7 +94,9 @@ def tool_grammar(
     check_format(form)
     functions = _functions(tools)
     if choice not in _MODES and choice not in functions:
-        raise ConfigError(f"tool_choice is {choice!r:.80}; choose auto, required or one of {_listed(functions)}")
+        raise ConfigError(
+            f"tool_choice is {choice!r:.80}; choose auto, required or one of {', '.join(functions)[:300]}"
+        )
     chosen = list(functions) if choice in _MODES else [choice]
     many = parallel and choice in _MODES
     added = added or {}
@@ -208,10 +210,6 @@ def embedded(schema: Any, space: str = SPACE) -> str:
         return json.dumps({**closed, "x-guidance": {"whitespace_pattern": space}}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the schema is refused: {error}") from error
-
-
-def _listed(names: Mapping[str, Any]) -> str:
-    return ", ".join(names)[:300]
 
 
 def response_grammar(
