@@ -147,8 +147,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 def validate(model: type[Model], values: Mapping[str, Any], *, strict: bool) -> Model:
     """Validate a body's JSON object. strict: refuse unknown fields.
 
-    Raises:
-        ApiError: Names the first wrong fields and why, never their contents.
+    Raises ApiError, which names the first wrong fields and why, never their contents.
     """
     try:
         return model.model_validate(values, context=STRICT if strict else None)

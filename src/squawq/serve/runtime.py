@@ -45,12 +45,9 @@ class Call(Protocol):
     """A request in a dialect: engine requests, and functions from their outputs to a reply or a stream.
 
     A Call is pure: no HTTP, no threads. A payload is the JSON value of a stream's event, or its text.
-
-    Attributes:
-        stream: Whether the client asked for a stream.
     """
 
-    stream: bool
+    stream: bool  # whether the client asked for one
 
     @property
     def requests(self) -> Sequence[Request]:
@@ -338,10 +335,7 @@ def _deliver(items: list[tuple[asyncio.Queue[Output | Exception], Output]]) -> N
 class Exchange:
     """One call between the engine's thread and the event loop. Leaving the context aborts its unfinished requests.
 
-    Args:
-        mailbox: Delivers the engine's outputs.
-        arrived: When the request arrived, by time.perf_counter.
-        inter_token: Called with the seconds between two tokens of a sequence.
+    arrived: by time.perf_counter. inter_token: called with the seconds between two tokens of a sequence.
     """
 
     def __init__(self, mailbox: Mailbox, arrived: float, inter_token: Callable[[float], object]) -> None:
@@ -427,9 +421,7 @@ class Exchange:
     async def batches(self, pause: float) -> AsyncIterator[list[Output]]:
         """Lists of the outputs that are ready; an empty list after `pause` seconds without one.
 
-        Raises:
-            ApiError: A sequence failed, or `end` was called with this error.
-            Disconnected: The client has disconnected.
+        Raises ApiError if a sequence failed, and what `end` was called with.
         """
         while self._open:
             items = []

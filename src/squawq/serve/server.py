@@ -150,10 +150,7 @@ class Server(uvicorn.Server):
 def run(settings: ServerSettings, notes: Mapping[str, Any] | None = None, environment: bool = False) -> int:
     """Serve until a signal; returns the exit code. Raises SquawqError if the model cannot be served.
 
-    Args:
-        settings: The server's.
-        notes: Flags without effect, and why, for the log.
-        environment: Log versions and the machine.
+    notes: flags without effect, and why, for the log. environment: log versions and the machine.
     """
     writer = logs.setup(settings.log_format, settings.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -149,7 +149,9 @@ def render(body: ChatBody, served: Served) -> str:
         messages = template_messages(messages)
     except ConfigError as error:
         raise ApiError("invalid", str(error), "messages") from error
-    if not served.template_supports_tools and (tools or any(map(_uses_tools, messages))):
+    if not served.template_supports_tools and (
+        tools or any("tool_calls" in one or one["role"] == "tool" for one in messages)
+    ):
         messages = plain_messages(served.tool_format or PLAIN_FORMAT, messages, tools, body.tool_prompt)
         tools = None
     continued = body.continue_final_message
@@ -164,10 +166,6 @@ def render(body: ChatBody, served: Served) -> str:
         continue_final=continued,
         variables=body.variables(),
     )
-
-
-def _uses_tools(message: Mapping[str, Any]) -> bool:
-    return "tool_calls" in message or message["role"] == "tool"
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -87,13 +87,8 @@ class GenerateBody(Body):
 def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream: bool, compat: bool) -> GenerateCall:
     """Parse a generate request. Raises ApiError.
 
-    Args:
-        raw: The body.
-        served: The model.
-        tenant: The API key's digest.
-        stream: Whether the route streams.
-        compat: For /: the body says whether to stream, a reply is a list of one, and the text begins with the inputs
-            unless return_full_text is false.
+    stream: whether the route streams. compat: for /: the body says whether to stream, a reply is a list of one, and the
+    text begins with the inputs unless return_full_text is false.
     """
     body = validate(GenerateBody, raw, strict=served.settings.strict_fields)
     parameters = body.parameters

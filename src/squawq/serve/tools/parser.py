@@ -38,11 +38,7 @@ def plain_messages(
     """Messages for a template without tools: the last user message ends with the tools, as in TGI, calls are the
     assistant's text, and their results a user's.
 
-    Args:
-        form: Of the calls, one of TOOL_FORMATS.
-        messages: As `template_messages` makes them.
-        tools: OpenAI's.
-        prompt: How to call them; None for the format's of PLAIN_PROMPTS.
+    form: of the calls, one of TOOL_FORMATS. prompt: how to call them; None for the format's of PLAIN_PROMPTS.
     """
     made = [dict(message) for message in messages]
     for message in made:
