@@ -1,8 +1,4 @@
-"""Errors that are sent to clients: one exception, a table of kinds, and the JSON bodies of either dialect.
-
-OpenAI's body has its `error` object and TGI's `error_type`. TGI's body, which TGI's own routes have in either dialect,
-has two strings.
-"""
+"""Errors that are sent to clients: one exception, a table of kinds, and the JSON bodies of either dialect."""
 
 from __future__ import annotations
 
@@ -64,7 +60,7 @@ class ApiError(Exception):
         return self.kind.tgi_status if tgi else self.kind.openai_status
 
     def body(self, tgi: bool, tgi_route: bool = False) -> dict[str, object]:
-        """The JSON body in a dialect. tgi_route: on one of TGI's own routes."""
+        """OpenAI's `error` object with TGI's `error_type`; TGI's two strings in its dialect and on its own routes."""
         if tgi or tgi_route:
             return {"error": self.message, "error_type": self.kind.tgi_type}
         return {"error": self._error(self.kind.openai_status), "error_type": self.kind.tgi_type}

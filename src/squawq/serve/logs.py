@@ -23,6 +23,13 @@ from squawq.errors import ConfigError
 MAX_LINES = 4096  # in the queue
 LIMITED = 20  # limited lines per period
 PERIOD = 1.0  # seconds
+FORMS = ("text", "json")
+LEVELS = ("debug", "info", "warning", "error", "critical")
+MAX_VALUE = 500
+MAX_TRACEBACK = 8000
+_BARE = re.compile(r"[\w.:/@+-]+", re.ASCII)
+_ROOTS = ("squawq", "uvicorn", "asyncio")
+_Value = str | int | float | bool | None
 
 
 class LogWriter:
@@ -123,16 +130,6 @@ def _stderr_writer() -> Callable[[str], object]:
     return write
 
 
-FORMS = ("text", "json")
-LEVELS = ("debug", "info", "warning", "error", "critical")
-MAX_VALUE = 500
-MAX_TRACEBACK = 8000
-
-_BARE = re.compile(r"[\w.:/@+-]+", re.ASCII)
-_ROOTS = ("squawq", "uvicorn", "asyncio")
-_Value = str | int | float | bool | None
-
-
 def setup(form: str, level: str) -> LogWriter:
     """Log squawq, uvicorn and asyncio to stderr only. May be called again. Start uvicorn with log_config=None.
 
@@ -143,7 +140,13 @@ def setup(form: str, level: str) -> LogWriter:
     if level.lower() not in LEVELS:
         raise ConfigError(f"log level is {level!r}; choose one of {', '.join(LEVELS)}")
     formatter = Formatter(form)
-    writer = LogWriter(lambda name, **fields: formatter.format(_record(name, fields)))
+
+    def note(name: str, **fields: object) -> str:
+        record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, "%s", (name,), None)
+        record.fields = fields
+        return formatter.format(record)
+
+    writer = LogWriter(note)
     handler = Handler(writer)
     handler.setFormatter(formatter)
     for name in _ROOTS:
@@ -162,12 +165,6 @@ def setup(form: str, level: str) -> LogWriter:
 def event(logger: logging.Logger, level: int, name: str, /, *, limited: bool = False, **fields: object) -> None:
     """Log an event with its fields. limited: anybody can cause it, so only LIMITED lines per second are written."""
     logger.log(level, "%s", name, extra={"fields": fields, "limited": limited})
-
-
-def _record(name: str, fields: dict[str, object]) -> logging.LogRecord:
-    made = logging.LogRecord(__name__, logging.WARNING, __file__, 0, "%s", (name,), None)
-    made.fields = fields
-    return made
 
 
 class Handler(logging.Handler):

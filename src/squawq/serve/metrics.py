@@ -29,7 +29,6 @@ from squawq.engine.request import FinishReason
 from squawq.serve.errors import KINDS
 
 logger = logging.getLogger("squawq.serve")
-
 OTHER = "other"
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 ADMISSION = ("overloaded", "unavailable")  # errors that say nothing about the request itself
@@ -41,6 +40,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 _WAITING = "Sequences that wait for their turn, and requests that are still being checked."
 _STARTED = "from the end of its wait, or from its submission where that end is unknown,"
+_RUNNING = f"Running a request, {_STARTED} to its last token."
 
 # vLLM's name, TGI's name for the same quantity, buckets, help
 _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...], str], ...] = (
@@ -52,12 +52,7 @@ _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...], str], ...] = (
     ("request_generation_tokens", "tgi_request_generated_tokens", _TOKENS, "Tokens that a request generated."),
     ("e2e_request_latency_seconds", "tgi_request_duration", _SECONDS, "From a request's arrival to its end."),
     ("request_queue_time_seconds", "tgi_request_queue_duration", _SECONDS, "From a request's submission to its start."),
-    (
-        "request_inference_time_seconds",
-        "tgi_request_inference_duration",
-        _SECONDS,
-        f"Running a request, {_STARTED} to its last token.",
-    ),
+    ("request_inference_time_seconds", "tgi_request_inference_duration", _SECONDS, _RUNNING),
     ("request_prefill_time_seconds", "", _SECONDS, f"A request's prompt, {_STARTED} to its first token."),
     ("request_decode_time_seconds", "", _SECONDS, "From a request's first token to its last."),
     ("request_time_per_output_token_seconds", "", _SECONDS, "Mean time of a request's tokens after the first."),

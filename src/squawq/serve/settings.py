@@ -127,7 +127,6 @@ class ServerSettings(EngineConfig):
 
     @property
     def tgi(self) -> bool:
-        """Whether the shared routes follow TGI's rules."""
         return self.dialect == "tgi"
 
     @property

@@ -153,10 +153,8 @@ def launch(env: bool, version: bool, **given: Any) -> None:
 ENV = Annotated[bool, typer.Option("--env", "-e", help="Log what runs here, then serve", rich_help_panel="Logs")]
 VERSION = Annotated[bool, typer.Option("--version", "-V", help="Print the version and end", rich_help_panel="Logs")]
 launch.__signature__ = FLAGS.signature(  # type: ignore[attr-defined]
-    *(
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in (("env", ENV), ("version", VERSION))
-    ),
+    inspect.Parameter("env", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=ENV),
+    inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=VERSION),
 )
 
 

@@ -132,11 +132,8 @@ class SamplingFields(Body):
         if self.top_p is not None and self.top_p >= 1:
             raise ApiError("invalid", "Input validation error: `top_p` must be > 0.0 and < 1.0", "top_p")
         if stops > max_stop:
-            raise ApiError(
-                "invalid",
-                f"Input validation error: `stop` supports up to {max_stop} stop sequences. Given: {stops}",
-                "stop",
-            )
+            why = f"Input validation error: `stop` supports up to {max_stop} stop sequences. Given: {stops}"
+            raise ApiError("invalid", why, "stop")
 
     def params(
         self,

@@ -97,11 +97,10 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
     scored = body.logprobs if body.echo else None
     if body.prompt_logprobs is not None:
         scored = max(body.prompt_logprobs, scored or 0)
-    default = None if served.settings.tgi else DEFAULT_MAX_TOKENS
     name, requests, prompts = f"cmpl-{uuid.uuid4().hex}", [], body.prompts(served)
     rooms = [served.max_new_tokens(len(ids), body.max_tokens) for ids in prompts]
-    if body.max_tokens is None and default is not None:
-        rooms = [min(room, default) for room in rooms]
+    if body.max_tokens is None and not served.settings.tgi:
+        rooms = [min(room, DEFAULT_MAX_TOKENS) for room in rooms]
     most = body.limit_by_logprobs(served, prompts, max(rooms))
     for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
         params = body.params(
