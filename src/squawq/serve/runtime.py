@@ -276,9 +276,10 @@ class Runtime:
     def _observe(self, request: HttpRequest, timing: Timing) -> None:
         self.metrics.observe(timing)
         first = None if timing.first_token is None else round(timing.first_token - timing.arrived, 4)
-        counts = {"prompt_tokens": timing.prompt_tokens, "tokens": timing.generated_tokens, "finish": timing.finish}
-        times = {"first_token_s": first, "seconds": round(timing.ended - timing.arrived, 4)}
-        event(logger, logging.INFO, "generated", id=request.scope["request_id"], **counts, **times)
+        seconds = round(timing.ended - timing.arrived, 4)
+        fields: dict[str, Any] = {"prompt_tokens": timing.prompt_tokens, "tokens": timing.generated_tokens}
+        fields |= {"finish": timing.finish, "first_token_s": first, "seconds": seconds}
+        event(logger, logging.INFO, "generated", id=request.scope["request_id"], **fields)
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:
