@@ -90,7 +90,7 @@ class LogWriter:
             if line is None:
                 open_ = False
             else:
-                self._put_out(line)
+                self._write_line(line)
             self._say_counts(last=not open_)
             self._lines.task_done()
 
@@ -104,11 +104,11 @@ class LogWriter:
             if suppressed:
                 self._suppressed, self._said = 0, now
         if dropped:
-            self._put_out(self._note("log lines dropped: their reader was too slow", lines=dropped))
+            self._write_line(self._note("log lines dropped: their reader was too slow", lines=dropped))
         if suppressed:
-            self._put_out(self._note("log lines suppressed: refused requests", lines=suppressed))
+            self._write_line(self._note("log lines suppressed: refused requests", lines=suppressed))
 
-    def _put_out(self, line: str) -> None:
+    def _write_line(self, line: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the server goes on
             self._write(line + "\n")
 

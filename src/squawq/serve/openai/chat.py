@@ -251,10 +251,10 @@ def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     scored = 0 if body.prompt_logprobs is None else len(ids) * (body.prompt_logprobs + 1)
     each = body.n * ((body.top_logprobs or 0) + 1) if body.logprobs else 0
-    room = served.max_new_tokens(len(ids), asked)
+    limit = served.max_new_tokens(len(ids), asked)
     params = body.params(
         served,
-        max_tokens=served.limit_by_logprobs(scored, each, room, asked=asked is not None),
+        max_tokens=served.limit_by_logprobs(scored, each, limit, asked=asked is not None),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,

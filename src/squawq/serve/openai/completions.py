@@ -98,14 +98,14 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
     if body.prompt_logprobs is not None:
         scored = max(body.prompt_logprobs, scored or 0)
     name, requests, prompts = f"cmpl-{uuid.uuid4().hex}", [], body.prompts(served)
-    rooms = [served.max_new_tokens(len(ids), body.max_tokens) for ids in prompts]
+    limits = [served.max_new_tokens(len(ids), body.max_tokens) for ids in prompts]
     if body.max_tokens is None and not served.settings.tgi:
-        rooms = [min(room, DEFAULT_MAX_TOKENS) for room in rooms]
-    most = body.limit_by_logprobs(served, prompts, max(rooms))
-    for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
+        limits = [min(limit, DEFAULT_MAX_TOKENS) for limit in limits]
+    most = body.limit_by_logprobs(served, prompts, max(limits))
+    for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
         params = body.params(
             served,
-            max_tokens=max(1, min(room, most)),  # with 0 the engine's one token is left out of the reply
+            max_tokens=max(1, min(limit, most)),  # with 0 the engine's one token is left out of the reply
             logprobs=body.logprobs,
             prompt_logprobs=scored,
             best_of=body.best_of,

@@ -101,16 +101,16 @@ def generate(raw: Mapping[str, Any], served: Served, tenant: str = "", *, stream
     ids = _prompt(body, served)
     seeds = _seeds(parameters, served.engine.draw_seed)
     shown = stream or parameters.detailed
-    room = served.limit_by_logprobs(
+    limit = served.limit_by_logprobs(
         len(ids) * len(seeds) if parameters.decoder_input_details else 0,
         len(seeds) * ((parameters.top_n_tokens or 0) + 1) if shown else 0,
-        _room(len(ids), parameters.max_new_tokens, served),
+        _max_new_tokens(len(ids), parameters.max_new_tokens, served),
         asked=parameters.max_new_tokens is not None,
     )
     name, requests = f"tgi-{uuid.uuid4().hex}", []
     for number, seed in enumerate(seeds):
         scored = parameters.decoder_input_details and number == 0
-        params = _sampling(parameters, room, seed, shown=shown, scored=scored)
+        params = _sampling(parameters, limit, seed, shown=shown, scored=scored)
         requests.append(Request(f"{name}-{number}", ids, params, tenant))
     if params.grammar is not None and not served.settings.grammar_support:
         raise refused("grammar is not supported")
@@ -207,7 +207,7 @@ def _prompt(body: GenerateBody, served: Served) -> list[int]:
     return served.encode(body.inputs)[-keep if keep else 0 :]
 
 
-def _room(count: int, wanted: int | None, served: Served) -> int:
+def _max_new_tokens(count: int, wanted: int | None, served: Served) -> int:
     """The largest number of new tokens after `count` tokens of inputs."""
     if wanted is not None and count + wanted > served.max_len:
         raise refused(
@@ -359,16 +359,16 @@ class GenerateCall:
     def _details(self, best: Output, sequences: Sequence[Output]) -> dict[str, Any]:
         prefill = self._prefill(sequences[0].prompt_logprobs or ())
         pairs = [*zip(sequences, self._seeds, strict=True)]
-        details, *_ = (self._account(output, seed, prefill) for output, seed in pairs if output is best)
+        details, *_ = (self._sequence_details(output, seed, prefill) for output, seed in pairs if output is best)
         if len(sequences) > 1:
             details["best_of_sequences"] = [
-                {"generated_text": self._before + other.text, **self._account(other, seed, prefill)}
+                {"generated_text": self._before + other.text, **self._sequence_details(other, seed, prefill)}
                 for other, seed in pairs
                 if other is not best
             ]
         return details
 
-    def _account(self, output: Output, seed: int | None, prefill: LazyList[Any]) -> dict[str, Any]:
+    def _sequence_details(self, output: Output, seed: int | None, prefill: LazyList[Any]) -> dict[str, Any]:
         scores = output.logprobs or ()
         top = {"top_tokens": LazyList(self._top_tokens, scores)} if self._top else {}
         pieces = [*zip(output.ids, self._pieces(output), scores, strict=True)]

@@ -103,7 +103,7 @@ class ToolParser:
     def push(self, text: str) -> list[Delta]:
         self._text, self._begin, self._at = text, 0, 0
         next(self._steps, None)
-        return self._news()
+        return self._take_deltas()
 
     def finish(self) -> list[Delta]:
         """Deltas for what was held back. Nothing may be pushed after it."""
@@ -117,7 +117,7 @@ class ToolParser:
             yield from self._skip(_BETWEEN)
         if not self.calls or (yield from self._peek()) or _BETWEEN.sub("", "".join(self._held)):
             self._release()
-        self._to(self._content.append)
+        self._set_sink(self._content.append)
         while (yield from self._peek()):
             self._at = len(self._text)
 
@@ -136,9 +136,9 @@ class ToolParser:
                 self._drop()
             else:
                 self._release()
-                self._to(self._content.append)
+                self._set_sink(self._content.append)
                 yield from self._skip(_TO_MARKER)
-                self._to(self._held.append)
+                self._set_sink(self._held.append)
                 bare = False
 
     def _only_closes(self) -> bool:
@@ -159,7 +159,7 @@ class ToolParser:
         before = self.calls
         with suppress(_NoCall):
             yield from self._object()
-        self._to(self._held.append)
+        self._set_sink(self._held.append)
         if self.calls == before:
             return False
         self._held.clear()
@@ -170,7 +170,7 @@ class ToolParser:
         name = arguments = None
         given = False
         yield from self._skip(_SPACE)
-        yield from self._pass("{")
+        yield from self._expect("{")
         while True:
             key = yield from self._key()
             if given or key not in ("name", *_ARGUMENTS):
@@ -183,25 +183,25 @@ class ToolParser:
                 arguments = yield from self._read(self._value())
             else:
                 given = True
-                self._to(self._give(name))
+                self._set_sink(self._begin_call(name))
                 yield from self._value()
-                self._to(self._held.append)
+                self._set_sink(self._held.append)
             if not given and name is not None and arguments is not None:
                 given = True
                 _decode(arguments)
-                self._give(name)(arguments)
+                self._begin_call(name)(arguments)
             yield from self._skip(_SPACE)
             if (yield from self._peek()) != ",":
                 break
-            yield from self._pass(",")
-        yield from self._pass("}")
+            yield from self._expect(",")
+        yield from self._expect("}")
 
     def _key(self) -> Generator[None, None, object]:
         """A member's key, up to its value."""
         yield from self._skip(_SPACE)
         key = yield from self._read(self._string())
         yield from self._skip(_SPACE)
-        yield from self._pass(":")
+        yield from self._expect(":")
         yield from self._skip(_SPACE)
         return _decode(key)
 
@@ -230,14 +230,14 @@ class ToolParser:
                 return
 
     def _string(self) -> Generator[None]:
-        yield from self._pass('"')
+        yield from self._expect('"')
         while True:
             yield from self._skip(_IN_STRING)
             if (yield from self._peek()) != "\\":
                 break
             self._at += 1
-            yield from self._pass((yield from self._peek()))
-        yield from self._pass('"')
+            yield from self._expect((yield from self._peek()))
+        yield from self._expect('"')
 
     def _read(self, steps: Generator[None]) -> Generator[None, None, str]:
         """The text that some steps skip, which is held back."""
@@ -264,12 +264,12 @@ class ToolParser:
             found = True
         return found
 
-    def _pass(self, character: str) -> Generator[None]:
+    def _expect(self, character: str) -> Generator[None]:
         if not character or (yield from self._peek()) != character:
             raise _NoCall
         self._at += 1
 
-    def _to(self, sink: Callable[[str], object]) -> None:
+    def _set_sink(self, sink: Callable[[str], object]) -> None:
         self._flush()
         self._sink = sink
 
@@ -287,7 +287,7 @@ class ToolParser:
         self._flush()
         self._held.clear()
 
-    def _give(self, name: str) -> Callable[[str], object]:
+    def _begin_call(self, name: str) -> Callable[[str], object]:
         """Return a call's name in a delta; the result is the sink of its arguments."""
         call = self.calls
         self.calls += 1
@@ -300,7 +300,7 @@ class ToolParser:
             self._deltas.append(Delta(content="".join(self._content)))
             self._content.clear()
 
-    def _news(self) -> list[Delta]:
+    def _take_deltas(self) -> list[Delta]:
         self._end_content()
         deltas, self._deltas = self._deltas, []
         return deltas
