@@ -131,11 +131,13 @@ class FairPool:
         self._lock = threading.Lock()  # guards what follows
         self._queues: dict[str, dict[Future[Any], Callable[[], Any]]] = {}  # in the order of the turns
 
-    async def run(self, tenant: str, work: Callable[[], Any]) -> Any:
-        """Run `work` in a thread. If cancelled before its turn, it is dropped with all that it holds."""
+    async def run(self, tenant: str, work: Callable[[], Any], *, first: bool = False) -> Any:
+        """Run `work` in a thread. If cancelled before its turn, it is dropped with all that it holds.
+
+        first: before the tenant's other work.
+        """
         future: Future[Any] = Future()
-        with self._lock:
-            self._queues.setdefault(tenant, {})[future] = work
+        self._add(tenant, future, work, first)
         try:
             self._pool.submit(self._take)
             return await asyncio.wrap_future(future)
@@ -170,6 +172,14 @@ class FairPool:
             future.set_exception(error)
         finally:
             del future, work
+
+    def _add(self, tenant: str, future: Future[Any], work: Callable[[], Any], first: bool) -> None:
+        with self._lock:
+            queue = self._queues.setdefault(tenant, {})
+            if first:
+                self._queues[tenant] = {future: work, **queue}
+            else:
+                queue[future] = work
 
     def _drop(self, tenant: str, future: Future[Any]) -> None:
         with self._lock:

@@ -207,16 +207,17 @@ class Runtime:
         size = len(raw[0])
         call: Call = await self._in_pool(lambda: parse(parse_json(raw.pop()), self.served, tenant), size, tenant)
         self.admission.hold(reservation, size + cost(call.requests))
-        await self._in_pool(lambda: exchange.submit(call), size, tenant)
+        await self._in_pool(lambda: exchange.submit(call), size, tenant, first=True)
         return call
 
-    async def _in_pool(self, work: Callable[[], Any], size: int, tenant: str) -> Any:
+    async def _in_pool(self, work: Callable[[], Any], size: int, tenant: str, *, first: bool = False) -> Any:
         """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError.
 
         size: bytes of the body; large ones have a thread of their own, so that small ones never wait for them.
+        first: before the tenant's requests that were not looked at yet.
         """
         try:
-            return await (self._large if size > SMALL else self._small).run(tenant, work)
+            return await (self._large if size > SMALL else self._small).run(tenant, work, first=first)
         except QueueFull as error:
             raise ApiError("overloaded", str(error)) from error
         except EngineClosed as error:
