@@ -213,8 +213,7 @@ class Runtime:
     async def _in_pool(self, work: Callable[[], Any], size: int, tenant: str, *, first: bool = False) -> Any:
         """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError.
 
-        size: bytes of the body; large ones have a thread of their own, so that small ones never wait for them.
-        first: before the tenant's requests that were not looked at yet.
+        size: bytes of the body; large ones have a thread of their own. first: before the tenant's unchecked requests.
         """
         try:
             return await (self._large if size > SMALL else self._small).run(tenant, work, first=first)

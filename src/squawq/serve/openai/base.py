@@ -101,10 +101,7 @@ class SamplingFields(Body):
         return ids[-keep:] if self.truncation_side == "left" else ids[:keep]
 
     def output_grammar(self, served: Served) -> Grammar | None:
-        """The grammar that response_format or structured_outputs asks for; None for free text. Raises ApiError.
-
-        vLLM's older guided_* fields are structured_outputs under other names.
-        """
+        """The grammar of response_format, structured_outputs or vLLM's older guided_*; None for free text."""
         guided = {name: getattr(self, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
         guided = {name: value for name, value in guided.items() if value is not None}
         if guided and self.structured_outputs is not None:
