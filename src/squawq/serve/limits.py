@@ -132,7 +132,7 @@ class FairPool:
         self._queues: dict[str, dict[Future[Any], Callable[[], Any]]] = {}  # in the order of the turns
 
     async def run(self, tenant: str, work: Callable[[], Any], *, first: bool = False) -> Any:
-        """Run `work` in a thread, `first`: before the tenant's other work. If cancelled before its turn, it is dropped."""
+        """Run `work` in a thread; first: before the tenant's other work. It is dropped if cancelled before its turn."""
         future: Future[Any] = Future()
         self._add(tenant, future, work, first)
         try:
