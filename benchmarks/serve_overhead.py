@@ -35,7 +35,7 @@ from squawq.engine.request import Output
 from squawq.serve.app import Api
 from squawq.serve.model import Served
 from squawq.serve.server import Server
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 SHAPE = "llama-3.2-1b"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -145,7 +145,7 @@ def main() -> None:
         if not args.model and not (model / "tokenizer.json").exists():
             write_tokenizer(model, 128256)
         room = 2 * args.streams * (args.prompt_tokens + args.new_tokens + 16)
-        settings = Settings(model=str(model), port=0, threads=args.threads, kv_tokens=room, prefix_caching=False)
+        settings = ServerSettings(model=str(model), port=0, threads=args.threads, kv_tokens=room, prefix_caching=False)
         served = Served(settings)
         server = Server(Api(served))
         thread = threading.Thread(target=server.run)

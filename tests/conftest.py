@@ -123,9 +123,9 @@ def served() -> Iterator[Served]:
     from running import DEFAULTS
 
     from squawq.serve.model import Served
-    from squawq.serve.settings import Settings
+    from squawq.serve.settings import ServerSettings
 
-    model = Served(Settings(**{**DEFAULTS, "kv_tokens": 4096}))
+    model = Served(ServerSettings(**{**DEFAULTS, "kv_tokens": 4096}))
     yield model
     model.close()
 

@@ -47,7 +47,6 @@ FLOORS: dict[str, float] = {
     "serve.tools": 8,
     "serve.openai": 9.3,
     "serve.tgi": 9.3,
-    "serve.openapi": 9.4,
     "serve.app": 9.5,
     "serve.server": 9.6,
     "serve.launcher": 9.7,

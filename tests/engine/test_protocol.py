@@ -15,7 +15,7 @@ from squawq.engine.request import FinishReason, Output, Request, Sink
 from squawq.serve.app import Api
 from squawq.serve.model import Served
 from squawq.serve.server import Server
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 from squawq.text.tokenizer import Tokenizer
 
 
@@ -71,7 +71,7 @@ def test_llm_on_another_engine() -> None:
 
 
 def test_the_server_on_another_engine() -> None:
-    served = Served(Settings(**DEFAULTS))
+    served = Served(ServerSettings(**DEFAULTS))
     own, served.engine = served.engine, Parrot(served.tokenizer)
     server = Server(Api(served))
     thread = threading.Thread(target=server.run)

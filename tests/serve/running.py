@@ -18,7 +18,7 @@ from squawq.demo import demo_model
 from squawq.serve.app import Api
 from squawq.serve.model import Served
 from squawq.serve.server import Server
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
 DEFAULTS: dict[str, Any] = {"model": str(demo_model()), "port": 0, "threads": 1, "kv_tokens": 8192}
@@ -57,7 +57,7 @@ class Running:
 @contextmanager
 def running(**changes: Any) -> Iterator[Running]:
     """A server in a thread; settings as keywords."""
-    served = Served(Settings(**{**DEFAULTS, **changes}))
+    served = Served(ServerSettings(**{**DEFAULTS, **changes}))
     server = Server(Api(served))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -14,11 +14,11 @@ from squawq.engine.request import Request, SamplingParams
 from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
 from squawq.serve.limits import Admission, cost
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 
-def settings(keys: int, most: int) -> Settings:
-    return Settings(model="m", api_keys=tuple(map(str, range(keys))), max_num_seqs=1, max_queued=most - 1)
+def settings(keys: int, most: int) -> ServerSettings:
+    return ServerSettings(model="m", api_keys=tuple(map(str, range(keys))), max_num_seqs=1, max_queued=most - 1)
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.lists(st.integers(0, 3), max_size=40))
@@ -51,15 +51,15 @@ def test_connections_that_contradict_are_refused(keys: int, most: int, needed: i
         "max_num_seqs": 1,
         "max_queued": most - 1,
     }
-    assert Settings(**given, max_connections=needed + 1).connections == needed + 1
+    assert ServerSettings(**given, max_connections=needed + 1).connections == needed + 1
     with pytest.raises(ConfigError, match=f"max_connections is {needed}, but up to {needed} requests"):
-        Settings(**given, max_connections=needed)
-    assert Settings(**given).connections > needed
+        ServerSettings(**given, max_connections=needed)
+    assert ServerSettings(**given).connections > needed
 
 
 def test_a_unix_socket_has_no_port_for_metrics() -> None:
     with pytest.raises(ConfigError, match="prometheus_port is 9000 beside the Unix socket"):
-        Settings(model="m", uds=Path("s"), prometheus_port=9000)
+        ServerSettings(model="m", uds=Path("s"), prometheus_port=9000)
 
 
 def test_log_probabilities_cost_what_they_hold() -> None:

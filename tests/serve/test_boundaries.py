@@ -13,7 +13,7 @@ import pytest
 from running import MESSAGES, Running
 from wire import CHAT, COMPLETION, GENERATE, NUMBERS, Attacked, Case, Wire, attack, attacked, share
 
-from squawq.serve.openapi import ROWS
+from squawq.serve.app import ROUTES
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def placed(body: Any, path: Sequence[str | int], value: object) -> Any:
 
 def boundary_cases() -> Iterator[Case]:
     seen = set()
-    for route, row in ROWS.items():
+    for route, row in ROUTES.items():
         for model in row.bodies:
             if model in seen:
                 continue

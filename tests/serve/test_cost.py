@@ -14,9 +14,9 @@ from running import MESSAGES, Running
 from wire import CHAT, COMPLETION, MEGABYTE, Attacked, Wire, attacked
 
 from squawq.engine.request import Request, SamplingParams
+from squawq.serve.app import ROUTES
 from squawq.serve.limits import cost
-from squawq.serve.openapi import ROWS
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ LARGE: list[tuple[str, dict[str, Any]]] = [  # bodies of about a megabyte
 
 
 def test_memory_is_bounded_by_the_body_on_every_route(target: Attacked) -> None:
-    assert {row.split()[1] for row in ROWS if row.startswith("POST")} <= {path for path, _ in LARGE}
+    assert {row.split()[1] for row in ROUTES if row.startswith("POST")} <= {path for path, _ in LARGE}
     assert target.lives()
     for path, body in LARGE:
         raw = json.dumps(body).encode()
@@ -154,7 +154,7 @@ def test_memory_is_bounded_by_the_body_on_every_route(target: Attacked) -> None:
 def test_log_probabilities_take_no_more_memory_than_they_count_for(target: Attacked) -> None:
     """As many as a reply may list, from a body of some kilobytes."""
     assert target.lives()
-    most = Settings.max_logprob_entries
+    most = ServerSettings.max_logprob_entries
     prompts = [IDS] * (most // 21 // len(IDS))
     params = SamplingParams(max_tokens=1, prompt_logprobs=20)
     counted = cost(Request("r", ids, params) for ids in prompts)

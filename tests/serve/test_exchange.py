@@ -11,7 +11,7 @@ from running import Running
 
 from squawq.engine.request import Output, Request, SamplingParams
 from squawq.serve.errors import ApiError
-from squawq.serve.exchange import Exchange, Mailbox
+from squawq.serve.runtime import Exchange, Mailbox
 
 
 class Idle:

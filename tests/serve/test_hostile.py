@@ -16,7 +16,7 @@ import hostile
 import pytest
 from wire import CHAT, COMPLETION, NUMBERS, Attacked, Case, attack, attacked, share
 
-from squawq.serve.openapi import ROWS
+from squawq.serve.app import ROUTES
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ RICH: list[tuple[str, dict[str, Any]]] = [
     ("/chat_tokenize", CHAT),
     ("/v1/embeddings", {"input": "a"}),
 ]
-FIELDS = sorted({name for row in ROWS.values() for model in row.bodies for name in model.model_fields})
+FIELDS = sorted({name for row in ROUTES.values() for model in row.bodies for name in model.model_fields})
 WORDS = ["", "a", "auto", "json", "\u0000", "<tool_call>", "{{ 7 * 7 }}", "é" * 300, "../../etc/passwd", "a" * 1000]
 JUNK = [*NUMBERS[:28], "null", "false", "[]", "{}", "[[]]", '[{"":[]}]', "[" * 99 + "]" * 99, r'"\ud800"', r'"\udc00a"']
 JUNK += [

@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import MESSAGES, Running
 
-from squawq.serve.http import SMALL
-from squawq.serve.limits import FairPool
+from squawq.serve.limits import SMALL, FairPool
 
 
 def done_in_order(tenants: str, cancelled: set[int]) -> list[int]:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +22,9 @@ from squawq import cli
 from squawq.errors import ConfigError
 from squawq.serve import flags as serve_flags
 from squawq.serve import launcher, tgi_launcher
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
-Runs = list[Settings]
+Runs = list[ServerSettings]
 noted: list[tuple[dict[str, str], bool]] = []  # what the servers of `runs` were to say
 FLAGS = {
     "--served-model-name a": ("served_names", ("a",)),
@@ -282,15 +282,11 @@ TGI_REFUSED = {
 TGI_SWITCHES = {"ngrok": "no tunnel"}
 
 
-def flags(table: serve_flags.Flags) -> Iterable[serve_flags.Flag]:
-    return (flag for rows in table.values() for flag in rows)
-
-
-def vllm(line: str, **environ: str) -> Settings:
+def vllm(line: str, **environ: str) -> ServerSettings:
     return launcher.settings_from(["m", *line.split()], environ)
 
 
-def tgi(line: str = "", *more: str, **environ: str) -> Settings:
+def tgi(line: str = "", *more: str, **environ: str) -> ServerSettings:
     return tgi_launcher.settings_from([*line.split(), *more], {"MODEL_ID": "m", **environ})
 
 
@@ -311,7 +307,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """A server that takes its settings down and ends with code 7, and an environment that ends with the test."""
     taken: Runs = []
 
-    def run(settings: Settings, notes: dict[str, str], environment: bool = False) -> int:
+    def run(settings: ServerSettings, notes: dict[str, str], environment: bool = False) -> int:
         taken.append(settings)
         noted.append((notes, environment))
         return 7
@@ -330,10 +326,10 @@ def test_a_flag_reaches_its_setting(line: str) -> None:
 
 def test_every_setting_has_a_flag_and_every_flag_a_case() -> None:
     lines = [*FLAGS, *NOTED, *ACCEPTED, *REFUSED]
-    settings = {entry.name for entry in fields(Settings) if entry.init}
-    assert {flag.setting for flag in flags(launcher.FLAGS)} - {""} == settings
+    settings = {entry.name for entry in fields(ServerSettings) if entry.init}
+    assert {flag.setting for flag in launcher.FLAGS} - {""} == settings
     assert {setting for setting, _ in FLAGS.values()} | {"model"} == settings
-    for flag in flags(launcher.FLAGS):
+    for flag in launcher.FLAGS:
         for name in (flag.name, *flag.names):
             assert any(name in re.split("[ =]", line) for line in lines), name
 
@@ -341,7 +337,7 @@ def test_every_setting_has_a_flag_and_every_flag_a_case() -> None:
 @pytest.mark.parametrize("line", NOTED)
 def test_what_changes_nothing_is_accepted_and_said(line: str, runs: Runs) -> None:
     assert cli.main(["serve", "m", *line.split()]) == 7
-    assert runs == [Settings(model="m")]
+    assert runs == [ServerSettings(model="m")]
     ((notes, _),) = noted
     assert list(notes) == [line.split()[0]]
     assert all(notes.values())
@@ -376,7 +372,7 @@ def test_the_hubs_folder_is_set_before_the_server_is_imported(runs: Runs, monkey
 
 @pytest.mark.parametrize("line", ACCEPTED)
 def test_what_is_always_so_is_accepted(line: str) -> None:
-    assert vllm(line) == Settings(model="m")
+    assert vllm(line) == ServerSettings(model="m")
 
 
 @pytest.mark.parametrize("line", REFUSED)
@@ -415,7 +411,7 @@ def test_every_flag_is_a_variable_and_a_line_of_a_file(line: str, tmp_path: Path
         assert getattr(vllm("", **{f"SQUAWQ_{name.replace('-', '_').upper()}": value}), setting) == expected
 
 
-def settings_of(folder: Path, values: object, *arguments: str, **environ: str) -> Settings:
+def settings_of(folder: Path, values: object, *arguments: str, **environ: str) -> ServerSettings:
     file = folder / "config.yaml"
     file.write_text(json.dumps(values), encoding="utf-8")  # which is YAML
     return launcher.settings_from(["m", "--config", str(file), *arguments], environ)
@@ -508,13 +504,13 @@ def test_tgi_switches_are_true_or_false(key: str) -> None:
 def test_every_flag_of_tgi_has_a_case() -> None:
     names = {line.partition("=")[0] for line in (*TGI, *TGI_ACCEPTED, *TGI_REFUSED)}
     assert names - {"HF_TOKEN"} | {key.upper() for key in TGI_SWITCHES} == {
-        flag.variables[0] for flag in flags(tgi_launcher.FLAGS)
+        flag.variables[0] for flag in tgi_launcher.FLAGS
     }
 
 
 def test_tgi_defaults() -> None:
     found = tgi()
-    assert found == Settings(
+    assert found == ServerSettings(
         model="m", dialect="tgi", host="0.0.0.0", port=3000, max_num_seqs=64, max_queued=64, shutdown_timeout=90
     )
     assert found.max_concurrent == 128
@@ -595,7 +591,7 @@ def test_the_cache_of_the_hub(runs: Runs) -> None:
 def test_serve_runs_and_ends_with_its_code(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     os.environ["VLLM_API_KEY"] = "k"
     assert cli.main(["serve", "m", "--served-model-name", "a", "b", "--port", "1"]) == 7
-    assert runs == [Settings(model="m", served_names=("a", "b"), port=1, api_keys=("k",))]
+    assert runs == [ServerSettings(model="m", served_names=("a", "b"), port=1, api_keys=("k",))]
 
 
 def test_stopped_by_hand_is_code_130(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -616,10 +612,10 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     check_help(capsys.readouterr().out, tgi_launcher.FLAGS, "text-generation-launcher")
 
 
-def check_help(text: str, table: serve_flags.Flags, program: str) -> None:
-    for section in table:
+def check_help(text: str, table: serve_flags.FlagTable, program: str) -> None:
+    for section in table.sections:
         assert f"\n{section}:\n" in text
-    for flag in flags(table):
+    for flag in table:
         for name in (flag.name, *flag.names, *([f"--no-{flag.name[2:]}"] if flag.switch == "no" else [])):
             assert re.search(rf"(?<=[ ,]){name}\b", text), name
     assert re.search(rf"Examples:\n    {program} .*\n(.*\n)+?    curl localhost:", text)

@@ -17,7 +17,7 @@ from running import Running
 from squawq.demo import demo_model
 from squawq.engine.request import SamplingParams
 from squawq.llm import LLM
-from squawq.serve.openai.reply import LogprobFormatter
+from squawq.serve.openai.base import LogprobFormatter
 from squawq.text.tokenizer import Tokenizer
 
 PAIRS = [

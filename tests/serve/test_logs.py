@@ -21,7 +21,7 @@ from test_operations import until
 from squawq.errors import ConfigError
 from squawq.serve import server
 from squawq.serve.logs import LIMITED, MAX_LINES, MAX_VALUE, Formatter, event, setup
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 NAMES = ("squawq", "uvicorn", "asyncio", "uvicorn.access", "uvicorn.error")
 logger = logging.getLogger("squawq.serve.test")
@@ -264,5 +264,5 @@ def test_the_log_is_closed_last(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(server, name, found)
     monkeypatch.setattr("squawq.serve.logs.setup", Fake)
     monkeypatch.setattr("gc.freeze", lambda: None)
-    assert server.run(Settings(model="m")) == 0
+    assert server.run(ServerSettings(model="m")) == 0
     assert order == ["run", "engine", "log"]

@@ -323,7 +323,7 @@ ANYTHING = st.text(st.characters(exclude_categories=())) | st.sampled_from(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(ANYTHING, ANYTHING, ANYTHING, st.integers(), TIMES, NUMBERS), max_size=20), ANYTHING)
 def test_whatever_comes_in_the_labels_are_ours_and_a_scrape_can_be_parsed(
     calls: list[tuple[str, str, str, int, float | None, float]], accept: str

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from running import MESSAGES, Running, running
 
-from squawq.serve import http
+from squawq.serve import limits
 from squawq.serve.tgi import generate as tgi
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True}
@@ -276,7 +276,7 @@ def test_a_slow_body_is_cut_off() -> None:
 def test_stalled_large_bodies_lock_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many large bodies as may be arriving lack their last byte: small ones go on, and of the large ones the
     stalled make room."""
-    monkeypatch.setattr(http, "MAX_LARGE", 3)
+    monkeypatch.setattr(limits, "MAX_LARGE", 3)
     with running(max_body_bytes=200_000) as server:
         large = request("/v1/completions", {"prompt": "a", "max_tokens": 1, "user": "x" * 150_000})
         stalled = [socket.create_connection(address(server), timeout=20) for _ in range(4)]
@@ -303,7 +303,7 @@ def test_stalled_large_bodies_lock_nobody_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_large_body_must_come_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "WINDOW", 0.3)
+    monkeypatch.setattr(limits, "WINDOW", 0.3)
     large = request("/v1/completions", {"prompt": "a", "max_tokens": 1, "user": "x" * 100_000})
     with running(min_body_rate=10_000) as server:
         answer = raw(server, large[:-1])

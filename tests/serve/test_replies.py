@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squawq.serve import call
-from squawq.serve.call import LazyList, dump, pieces
-from squawq.serve.http import BLOCK, blocks, events
+from squawq.serve import http
+from squawq.serve.http import BLOCK, LazyList, blocks, dump, events, pieces
 
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
@@ -21,14 +20,14 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 
 @given(VALUES, st.integers(1, 3), st.integers(1, 3))
 def test_pieces_are_the_same_json(value: Any, rows: int, items: int) -> None:
-    before = call._ROWS, call._ITEMS
-    call._ROWS, call._ITEMS = rows, items
+    before = http._ROWS, http._ITEMS
+    http._ROWS, http._ITEMS = rows, items
     try:
         assert "".join(pieces(value)) == dump(value)
         lazy = {"a": [LazyList(lambda item: {"b": item}, [value] * 3), 1], "c": LazyList(str, [])}
         assert json.loads("".join(pieces(lazy))) == json.loads(dump(lazy)) == {"a": [[{"b": value}] * 3, 1], "c": []}
     finally:
-        call._ROWS, call._ITEMS = before
+        http._ROWS, http._ITEMS = before
 
 
 def test_no_piece_is_large_and_rows_are_not_held() -> None:
@@ -43,6 +42,9 @@ def test_no_piece_is_large_and_rows_are_not_held() -> None:
     assert len(json.loads(text)["rows"]) == 100_000
     assert max(map(len, blocks({"rows": rows}))) < 2 * BLOCK
     assert b"".join(events(["a" * 3 * BLOCK, "b"])) == b"data: " + b"a" * 3 * BLOCK + b"\n\ndata: b\n\n"
+    value = {"rows": LazyList(str, [1, 2]), "text": "é"}
+    assert events([value, "[DONE]"]) == events([value, "[DONE]"], large=True)
+    assert events([value]) == ['data: {"rows":["1","2"],"text":"é"}\n\n'.encode()]
 
 
 def test_lines_do_not_end_within_json() -> None:

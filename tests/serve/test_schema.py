@@ -14,7 +14,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error, positive_data_acceptance
 from schemathesis.core.result import Ok
 
-from squawq.serve.openapi import ROWS
+from squawq.serve.app import ROUTES
 
 
 @pytest.fixture(scope="module", params=["openai", "tgi"])
@@ -36,15 +36,15 @@ def operations(server: Running) -> Iterator[Any]:
 def validate(case: Any) -> int:
     """Send a request and check its reply; returns the status. That an allowed body is accepted is not checked: no
     schema says what holds between two fields."""
-    excluded = [positive_data_acceptance, *([] if ROWS[case.operation.label].content else [not_a_server_error])]
+    excluded = [positive_data_acceptance, *([] if ROUTES[case.operation.label].content else [not_a_server_error])]
     response = case.call_and_validate(timeout=60, excluded_checks=excluded)
     return int(response.status_code)
 
 
 def test_every_route_is_documented(small: Running) -> None:
     found = {operation.label: operation.definition.raw["operationId"] for operation in operations(small)}
-    assert set(found) == set(ROWS)
-    assert len(set(found.values())) == len(ROWS)
+    assert set(found) == set(ROUTES)
+    assert len(set(found.values())) == len(ROUTES)
 
 
 def test_examples_work(small: Running) -> None:
@@ -54,7 +54,7 @@ def test_examples_work(small: Running) -> None:
         examples = operation.definition.raw.get("requestBody", {}).get("content", {}).get("application/json", {})
         for example in examples.get("examples", {}).values():
             bodies = [example["value"]]
-            if "text/event-stream" in ROWS[operation.label].content:
+            if "text/event-stream" in ROUTES[operation.label].content:
                 bodies.append({**bodies[0], "stream": True})
             for body in bodies:
                 assert validate(operation.Case(body=body, media_type="application/json")) == 200

@@ -11,8 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from squawq.demo import demo_model
 from squawq.serve.errors import ApiError
-from squawq.serve.limits import MARGIN, PromptLimits, longest_token
-from squawq.serve.model import Served
+from squawq.serve.model import MARGIN, PromptLimits, Served, longest_token
 from squawq.serve.openai.chat import ChatBody, chat, read
 from squawq.text.tokenizer import Tokenizer as Ours
 

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 from running import Running
 
-from squawq.serve.exchange import Exchange
 from squawq.serve.model import Served
+from squawq.serve.runtime import Exchange
 
 COUNT = 300
 

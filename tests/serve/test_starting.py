@@ -23,16 +23,16 @@ from squawq.demo import demo_model
 from squawq.engine.runner import shared_kv_tokens
 from squawq.errors import ConfigError
 from squawq.nn.cache import Cache
-from squawq.serve.connections import bind, is_open, url
 from squawq.serve.model import Served
-from squawq.serve.settings import Settings
+from squawq.serve.server import bind, is_open, url
+from squawq.serve.settings import ServerSettings
 
 DEMO = str(demo_model())
 PROMPT = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
 
 
-def settings(**changes: object) -> Settings:
-    return Settings(**{**DEFAULTS, **changes})
+def settings(**changes: object) -> ServerSettings:
+    return ServerSettings(**{**DEFAULTS, **changes})
 
 
 def free_port() -> int:
@@ -215,7 +215,7 @@ def test_a_gpu_without_cuda_says_just_that(device: str, monkeypatch: pytest.Monk
 def test_a_share_means_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from squawq.serve import logs, server
 
-    def stop(_: Settings) -> None:
+    def stop(_: ServerSettings) -> None:
         raise ConfigError("enough")
 
     monkeypatch.setattr(server, "bind", stop)

@@ -19,12 +19,14 @@ from squawq import __version__
 from squawq.engine.request import FinishReason, Output, TokenLogprob
 from squawq.engine.sequence import join
 from squawq.errors import ConfigError
-from squawq.serve.call import Call, Reply, Times, dump
 from squawq.serve.errors import ApiError
+from squawq.serve.http import dump
+from squawq.serve.metrics import Timing
 from squawq.serve.model import Served
+from squawq.serve.runtime import Call, Reply
 from squawq.serve.tgi.generate import chat_tokens, generate, info, tokens
 
-TIMES = Times(arrived=1.0, checked=1.25, first=1.5, ended=3.25)
+TIMES = Timing(arrived=1.0, validated=1.25, first_token=1.5, ended=3.25)
 PROMPT = "Once upon a time, there was a little girl"
 
 
@@ -58,7 +60,7 @@ def body_of(served: Served, parameters: dict[str, Any] | None = None, **options:
 def events_of(served: Served, parameters: dict[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
     call = call_of(served, parameters, **{"stream": True, **options})
     payloads = [*(p for output in outputs_of(served, call) for p in call.push(output)), *call.end()]
-    return [json.loads(payload) for payload in payloads]
+    return [json.loads(dump(payload)) for payload in payloads]
 
 
 def joined(shown: Sequence[dict[str, Any]]) -> str:
@@ -361,8 +363,8 @@ def test_the_root_route(served: Served) -> None:
 def test_stream_events(served: Served) -> None:
     call = call_of(served, {"max_new_tokens": 3}, stream=True)
     payloads = [p for output in outputs_of(served, call) for p in call.push(output)]
-    events = [json.loads(payload) for payload in payloads]
-    assert payloads[0].startswith('{"index":1,"token":{"id":')
+    events = [json.loads(dump(payload)) for payload in payloads]
+    assert dump(payloads[0]).startswith('{"index":1,"token":{"id":')
     assert [event["index"] for event in events] == [1, 2, 3]
     assert all(list(event) == ["index", "token", "generated_text", "details"] for event in events)
     assert [event["generated_text"] for event in events] == [None, None, joined([e["token"] for e in events])]
@@ -445,7 +447,7 @@ def test_an_end_token_that_lets_text_out(served: Served) -> None:
         return Output(name, 0, (token,), text, (TokenLogprob(token, -1.0, ()),), None, finish, finish and token)
 
     payloads = [*call.push(output(70, "")), *call.push(output(eos, "a ", FinishReason.STOP))]
-    events = [json.loads(payload) for payload in payloads]
+    events = [json.loads(dump(payload)) for payload in payloads]
     assert joined([event["token"] for event in events]) == events[-1]["generated_text"] == "a "
 
 
@@ -453,7 +455,7 @@ def test_an_output_of_several_tokens(served: Served) -> None:
     call = call_of(served, {"details": True}, stream=True)
     scores = tuple(TokenLogprob(token, float("-inf"), ()) for token in (70, 71))
     output = Output(call.requests[0].id, 0, (70, 71), "ab", scores, finish=FinishReason.LENGTH)
-    events = [json.loads(payload) for payload in call.push(output)]
+    events = [json.loads(dump(payload)) for payload in call.push(output)]
     assert [event["token"]["text"] for event in events] == ["", "ab"]
     assert [event["index"] for event in events] == [1, 2]
     assert [event["generated_text"] for event in events] == [None, "ab"]
@@ -495,7 +497,7 @@ def test_sequences_that_do_not_finish(served: Served, reason: FinishReason) -> N
     call = call_of(served, stream=True)
     output = Output(call.requests[0].id, 0, text="held", finish=reason)
     failure = {"error": "Incomplete generation", "error_type": "incomplete_generation"}
-    assert [json.loads(payload) for payload in call.push(output)] == [failure]
+    assert [json.loads(dump(payload)) for payload in call.push(output)] == [failure]
     with pytest.raises(ApiError) as failed:
         call.reply([[output]], TIMES)
     assert failed.value.body(tgi=True, tgi_route=True) == failure
@@ -504,7 +506,7 @@ def test_sequences_that_do_not_finish(served: Served, reason: FinishReason) -> N
 
 def test_a_failed_stream(served: Served) -> None:
     (payload,) = call_of(served, stream=True).fail(ApiError("generation", "Request failed during generation: x"))
-    assert payload == '{"error":"Request failed during generation: x","error_type":"generation"}'
+    assert dump(payload) == '{"error":"Request failed during generation: x","error_type":"generation"}'
 
 
 def test_ids_are_unique(served: Served) -> None:

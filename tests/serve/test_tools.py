@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,18 @@ from squawq.demo import demo_model
 from squawq.engine.grammar import GrammarCompiler, Matcher
 from squawq.engine.request import Grammar
 from squawq.errors import ConfigError
+from squawq.serve.openai.chat import template_messages
 from squawq.serve.tools.grammar import (
     CLOSE,
     OPEN,
     TOOL_FORMATS,
     added_tokens,
     call_id,
+    structural_tag,
     tool_format,
     tool_grammar,
 )
-from squawq.serve.tools.messages import PLAIN_PROMPTS, plain_messages, template_messages
-from squawq.serve.tools.parser import Delta, ToolParser, parse
-from squawq.serve.tools.structured import structural_tag
+from squawq.serve.tools.parser import PLAIN_PROMPTS, Delta, ToolParser, plain_messages
 from squawq.text.tokenizer import Tokenizer
 
 LLAMA_TEMPLATE = Path(__file__).parents[3] / "shared/data/llama3-chat-template/meta-llama-Llama-3.1-8B-Instruct.jinja"
@@ -45,6 +46,20 @@ WEATHER = {
     "additionalProperties": False,
     "$defs": {"unit": {"enum": ["C", "F"]}},
 }
+
+
+def parse(form: str, names: Collection[str], text: str) -> tuple[str, list[tuple[str, str]]]:
+    """Parse a complete answer: its content, and each call's function and arguments."""
+    parser = ToolParser(form, names)
+    content: list[str] = []
+    found: list[tuple[str, list[str]]] = []
+    for delta in parser.push(text) + parser.finish():
+        content.append(delta.content)
+        if delta.name is not None:
+            found.append((delta.name, []))
+        if delta.call is not None:
+            found[delta.call][1].append(delta.arguments)
+    return "".join(content), [(name, "".join(pieces)) for name, pieces in found]
 
 
 def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 from squawq.serve.errors import ApiError
 from squawq.serve.model import Served
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 from squawq.text.child import Child
 from squawq.text.template_process import TemplateProcess
 from squawq.text.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def by_llm_in_lists(folder: Path) -> None:
 
 
 def by_serve(folder: Path) -> None:
-    served = Served(Settings(model=str(folder), kv_tokens=256, template_timeout=0.5))
+    served = Served(ServerSettings(model=str(folder), kv_tokens=256, template_timeout=0.5))
     try:
         served.render_chat(SAY)
     except ApiError as error:

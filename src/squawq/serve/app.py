@@ -1,16 +1,20 @@
-"""The routes: which path does what, and how errors are answered.
+"""The routes: one table with what each path does and how the OpenAPI document describes it, and the application.
 
-The dialects (openai/, tgi/) read bodies and write replies; runtime.py runs requests.
+The dialects (openai/, tgi/) read bodies and write replies; runtime.py runs requests. A reply's schema has the fields
+that are always present.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from http import HTTPStatus
 from typing import Any
 
+from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -23,61 +27,43 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from squawq import __version__
 from squawq.engine.protocol import Stats
-from squawq.serve.call import Call
 from squawq.serve.errors import ApiError
-from squawq.serve.exchange import Disconnected
+from squawq.serve.fields import Body
 from squawq.serve.http import Guard, JsonReply, error_reply
 from squawq.serve.metrics import Metrics
 from squawq.serve.model import Served
 from squawq.serve.openai.chat import ChatBody, chat, read, render
-from squawq.serve.openai.completions import completion
-from squawq.serve.openai.tokenize import detokenize, tokenize, tokenizer_info
-from squawq.serve.openapi import document
-from squawq.serve.runtime import Parse, Runtime
+from squawq.serve.openai.completions import (
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    TokenizeChatBody,
+    completion,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
+from squawq.serve.runtime import Call, Disconnected, Parse, Runtime
 from squawq.serve.tgi import generate as tgi
 
 logger = logging.getLogger("squawq.serve")
-Handler = Callable[[Request], Awaitable[Response]]
+Schema = dict[str, Any]
 # TGI's own routes, whose errors are TGI's in either dialect.
 TGI_PATHS = frozenset(("/", "/v1", "/generate", "/generate_stream", "/info", "/chat_tokenize"))
 EMBEDDINGS = "/v1/embeddings is not supported: this server generates text; embed with an encoder model's server"
 
 
 class Api:
-    """The routes of one model."""
+    """The application for one model."""
 
     def __init__(self, served: Served) -> None:
         self.served = served
         self.settings = served.settings
-        self._routes: dict[str, dict[str, Handler]] = {
-            "/v1/chat/completions": {"POST": self._generate(chat)},
-            "/v1/completions": {"POST": self._generate(completion)},
-            "/v1/embeddings": {"POST": _embeddings},
-            "/v1/models": {"GET": _show(self._models)},
-            "/v1/models/{model:path}": {"GET": self._model},
-            "/tokenize": {"POST": self._compute(_tokenize)},
-            "/detokenize": {"POST": self._compute(detokenize)},
-            "/tokenizer_info": {"GET": _show(lambda: tokenizer_info(served))},
-            "/": {"POST": self._generate(_tgi(compat=True)), "GET": self._health},
-            "/v1": {"POST": self._generate(_tgi(compat=True))},  # a client's base_url may end so
-            "/generate": {"POST": self._generate(_tgi())},
-            "/generate_stream": {"POST": self._generate(_tgi(stream=True))},
-            "/chat_tokenize": {"POST": self._compute(_chat_tokenize)},
-            "/invocations": {"POST": self._generate(_invocation)},
-            "/info": {"GET": _show(lambda: tgi.info(served))},
-            "/health": {"GET": self._health},
-            "/ping": {"GET": self._health, "POST": self._health},
-            "/livez": {"GET": self._health},
-            "/readyz": {"GET": self._ready},
-            "/metrics": {"GET": self._metrics},
-            "/version": {"GET": _show(lambda: {"version": __version__})},
-            "/openapi.json": {"GET": _show(lambda: document(self._table()))},
-        }
-        self.metrics = Metrics(served.name, self._stats, set(self._routes))
+        self._paths: dict[str, list[str]] = {}  # a path's methods
+        for method, path in map(str.split, ROUTES):
+            self._paths.setdefault(path, []).append(method)
+        self.metrics = Metrics(served.name, self._stats, map(_template, self._paths))
         self.runtime = Runtime(served, self.metrics)
-
-    def _table(self) -> list[tuple[str, str]]:
-        return [(method, path) for path, handlers in self._routes.items() for method in handlers]
 
     def _stats(self) -> Stats:
         """The engine's figures. Requests that are not yet submitted to it count as waiting."""
@@ -85,9 +71,8 @@ class Api:
         return replace(stats, waiting=stats.waiting + self.runtime.unchecked)
 
     def app(self) -> ASGIApp:
-        """The ASGI application."""
         inner = Starlette(
-            routes=[_route(path, handlers) for path, handlers in self._routes.items()],
+            routes=[self._route(path, methods) for path, methods in self._paths.items()],
             middleware=[Middleware(ExceptionMiddleware, handlers={Exception: self._failed})],
             exception_handlers={ApiError: self._refused, HTTPException: self._no_route, Disconnected: _nothing},
             lifespan=self._lifespan,
@@ -102,53 +87,47 @@ class Api:
             guarded, allow_origins=self.settings.allowed_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
 
+    def _route(self, path: str, methods: list[str]) -> Route:
+        async def endpoint(request: Request) -> Response:
+            request.scope["route_template"] = _template(path)  # the label of its metrics
+            method = "GET" if request.method == "HEAD" else request.method
+            return await ROUTES[f"{method} {path}"].handle(self, request)
+
+        return Route(_template(path), endpoint, methods=methods)
+
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
         self.runtime.close()
 
-    def _generate(self, parse: Parse) -> Handler:
-        async def handle(request: Request) -> Response:
-            return await self.runtime.generate(request, parse)
-
-        return handle
-
-    def _compute(self, work: Callable[[Mapping[str, Any], Served], Any]) -> Handler:
-        """A handler whose reply needs a body, but not the engine."""
-
-        async def handle(request: Request) -> Response:
-            return await self.runtime.compute(request, lambda raw: work(raw, self.served))
-
-        return handle
-
-    def _models(self) -> dict[str, Any]:
+    def models(self) -> dict[str, Any]:
         served = self.served
         created, owner = (0, served.name) if self.settings.tgi else (served.started, "squawq")
         common = {"object": "model", "created": created, "owned_by": owner, "root": served.name}
         data = [{"id": name, **common, "parent": None, "max_model_len": served.max_len} for name in served.names]
         return {"object": "list", "data": data}
 
-    async def _model(self, request: Request) -> Response:
+    async def model(self, request: Request) -> Response:
         """One of the models, whose name may have slashes."""
         name = request.path_params["model"]
-        found = next((model for model in self._models()["data"] if model["id"] == name), None)
+        found = next((model for model in self.models()["data"] if model["id"] == name), None)
         if found is None:
             raise ApiError("not_found", f"The model `{name:.100}` does not exist.", "model")
         return JsonReply(found)
 
-    async def _health(self, _: Request) -> Response:
+    async def health(self, _: Request) -> Response:
         """Liveness: 200 while the engine is alive, however full its queue is. After a 503, restart the server."""
         if not self.served.engine.alive:
             raise ApiError("unhealthy", "unhealthy")
         return Response(headers={"content-type": "text/plain"})
 
-    async def _ready(self, request: Request) -> Response:
+    async def ready(self, request: Request) -> Response:
         """Readiness: after a 503, send no new requests for now."""
         if self.runtime.draining or self.runtime.admission.full:
             raise ApiError("unavailable", "shutting down" if self.runtime.draining else "the queue is full")
-        return await self._health(request)
+        return await self.health(request)
 
-    async def _metrics(self, request: Request) -> Response:
+    async def scrape(self, request: Request) -> Response:
         body, kind = self.metrics.render(request.headers.get("accept", ""))
         return Response(body, headers={"content-type": kind})
 
@@ -170,25 +149,9 @@ class Api:
         return await self._refused(request, ApiError("internal", "internal error"))
 
 
-def _route(path: str, handlers: Mapping[str, Handler]) -> Route:
-    async def endpoint(request: Request) -> Response:
-        request.scope["route_template"] = path  # the label of its metrics
-        return await handlers["GET" if request.method == "HEAD" else request.method](request)
-
-    return Route(path, endpoint, methods=list(handlers))
-
-
-def _show(value: Callable[[], Any]) -> Handler:
-    """A handler for a value that depends on no request."""
-
-    async def handle(_: Request) -> Response:
-        return JsonReply(value())
-
-    return handle
-
-
-async def _embeddings(_: Request) -> Response:
-    raise ApiError("unsupported", EMBEDDINGS)
+def _template(path: str) -> str:
+    """A path as Starlette has it: a model's name may hold slashes."""
+    return path.replace("{model}", "{model:path}")
 
 
 async def _nothing(*_: object) -> Any:
@@ -208,8 +171,39 @@ def _metrics_alone(app: ASGIApp, port: int) -> ASGIApp:
     return route
 
 
-def _tgi(*, stream: bool = False, compat: bool = False) -> Parse:
-    return lambda raw, served, tenant: tgi.generate(raw, served, tenant, stream=stream, compat=compat)
+Handler = Callable[[Api, Request], Awaitable[Response]]
+
+
+def _generate(parse: Parse) -> Handler:
+    async def handle(api: Api, request: Request) -> Response:
+        return await api.runtime.generate(request, parse)
+
+    return handle
+
+
+def _compute(work: Callable[[Mapping[str, Any], Served], Any]) -> Handler:
+    """A handler whose reply needs a body, but not the engine."""
+
+    async def handle(api: Api, request: Request) -> Response:
+        return await api.runtime.compute(request, lambda raw: work(raw, api.served))
+
+    return handle
+
+
+def _show(value: Callable[[Api], Any]) -> Handler:
+
+    async def handle(api: Api, _: Request) -> Response:
+        return JsonReply(value(api))
+
+    return handle
+
+
+async def _embeddings(*_: object) -> Response:
+    raise ApiError("unsupported", EMBEDDINGS)
+
+
+def _tgi(*, stream: bool = False, compat: bool = False) -> Handler:
+    return _generate(lambda raw, served, tenant: tgi.generate(raw, served, tenant, stream=stream, compat=compat))
 
 
 def _invocation(raw: Mapping[str, Any], served: Served, tenant: str) -> Call:
@@ -232,3 +226,154 @@ def _chat_tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
     served.check_model_name(body.model)
     text = render(body, served)
     return {"tokenize_response": tgi.chat_tokens(text, served), "templated_text": text}
+
+
+def _object(**properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _choices(kind: str, **content: Schema) -> Schema:
+    choice = _object(index=WHOLE, finish_reason=TEXT, logprobs={"type": ["object", "null"]}, **content)
+    return _object(id=TEXT, object={"const": kind}, created=WHOLE, model=TEXT, choices=_list(choice), usage=USAGE)
+
+
+def _json(schema: Schema) -> Schema:
+    return {"application/json": {"schema": schema}}
+
+
+TEXT, WHOLE, ANY = {"type": "string"}, {"type": "integer"}, {"type": "object"}
+USAGE = _object(prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE)
+MODEL = _object(id=TEXT, object={"const": "model"}, created=WHOLE, owned_by=TEXT)
+MESSAGE = _object(role={"const": "assistant"}, content={"type": ["string", "null"]})
+GENERATED = _object(generated_text=TEXT)
+TOKEN = _object(id=WHOLE, text=TEXT, start=WHOLE, stop=WHOLE)
+TOKENS = _object(count=WHOLE, max_model_len=WHOLE, tokens=_list(WHOLE))
+CHAT_TOKENS = _object(tokenize_response=_list(TOKEN), templated_text=TEXT)
+INFO = _object(model_id=TEXT, max_input_tokens=WHOLE, max_total_tokens=WHOLE, router=TEXT, version=TEXT)
+ERROR = _object(error={"anyOf": [TEXT, _object(message=TEXT, type=TEXT, code=WHOLE)]}, error_type=TEXT)
+CHAT, COMPLETION = _choices("chat.completion", message=MESSAGE), _choices("text_completion", text=TEXT)
+PLAIN: Schema = {"text/plain": {}}
+EVENTS: Schema = {"text/event-stream": {}}
+ANY_REFUSES = (400, 401, 431, 503)  # the head, the key, a server that is full or closing
+BODY_REFUSES = (404, 408, 413, 415, 422, 424, 429)
+PROMPT = "Once upon a time"
+EXAMPLES: dict[type[Body], Schema] = {
+    ChatBody: {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 20},
+    CompletionBody: {"prompt": PROMPT, "max_tokens": 20},
+    tgi.GenerateBody: {"inputs": PROMPT, "parameters": {"max_new_tokens": 20}},
+    TokenizeBody: {"prompt": PROMPT},
+    TokenizeChatBody: {"messages": [{"role": "user", "content": "Tell me a story."}]},
+    DetokenizeBody: {"tokens": [1, 2, 3]},
+}
+
+
+@dataclass(frozen=True)
+class RouteRow:
+    """A route. content: its reply by media type; empty if the route is not supported."""
+
+    handle: Handler
+    summary: str
+    content: Schema
+    bodies: tuple[type[Body], ...] = ()
+
+
+LIVES = RouteRow(Api.health, "Whether the engine lives", PLAIN)
+GOES_ON, TGI_BODY = "TGI: go on with a text", (tgi.GenerateBody,)
+COMPAT = RouteRow(_tgi(compat=True), GOES_ON, {**_json(_list(GENERATED)), **EVENTS}, TGI_BODY)
+ROUTES = {
+    "POST /v1/chat/completions": RouteRow(_generate(chat), "Answer a chat", {**_json(CHAT), **EVENTS}, (ChatBody,)),
+    "POST /v1/completions": RouteRow(
+        _generate(completion), "Go on with a text", {**_json(COMPLETION), **EVENTS}, (CompletionBody,)
+    ),
+    "POST /v1/embeddings": RouteRow(_embeddings, "Not supported", {}),
+    "GET /v1/models": RouteRow(
+        _show(Api.models), "The model's names", _json(_object(object={"const": "list"}, data=_list(MODEL)))
+    ),
+    "GET /v1/models/{model}": RouteRow(Api.model, "The model, by one of its names", _json(MODEL)),
+    "POST /tokenize": RouteRow(
+        _compute(_tokenize),
+        "Tokens of a text or chat",
+        _json({"anyOf": [TOKENS, _list(TOKEN)]}),
+        (TokenizeBody, TokenizeChatBody, *TGI_BODY),
+    ),
+    "POST /detokenize": RouteRow(
+        _compute(detokenize), "Text of tokens", _json(_object(prompt=TEXT)), (DetokenizeBody,)
+    ),
+    "GET /tokenizer_info": RouteRow(
+        _show(lambda api: tokenizer_info(api.served)), "The tokenizer's settings and chat template", _json(ANY)
+    ),
+    "POST /": COMPAT,
+    "POST /v1": COMPAT,  # a client's base_url may end so
+    "POST /generate": RouteRow(_tgi(), GOES_ON, _json(GENERATED), TGI_BODY),
+    "POST /generate_stream": RouteRow(_tgi(stream=True), f"{GOES_ON}, in events", EVENTS, TGI_BODY),
+    "POST /chat_tokenize": RouteRow(
+        _compute(_chat_tokenize), "TGI: a chat as text and tokens", _json(CHAT_TOKENS), (ChatBody,)
+    ),
+    "POST /invocations": RouteRow(
+        _generate(_invocation),
+        "SageMaker: what to do shows in the body",
+        {**_json({"anyOf": [_list(GENERATED), CHAT, COMPLETION]}), **EVENTS},
+        (*TGI_BODY, ChatBody, CompletionBody),
+    ),
+    "GET /info": RouteRow(_show(lambda api: tgi.info(api.served)), "TGI: the model and the limits", _json(INFO)),
+    "GET /": LIVES,
+    "GET /health": LIVES,
+    "GET /ping": LIVES,
+    "POST /ping": LIVES,
+    "GET /livez": LIVES,
+    "GET /readyz": RouteRow(Api.ready, "Whether requests are taken", PLAIN),
+    "GET /metrics": RouteRow(Api.scrape, "Metrics for Prometheus", {**PLAIN, "application/openmetrics-text": {}}),
+    "GET /version": RouteRow(
+        _show(lambda _: {"version": __version__}), "The server's version", _json(_object(version=TEXT))
+    ),
+    "GET /openapi.json": RouteRow(_show(lambda _: document()), "This document", _json(ANY)),
+}
+
+
+def document() -> Schema:
+    names, shared = models_json_schema(
+        [(model, "validation") for model in EXAMPLES], ref_template="#/components/schemas/{model}"
+    )
+    bodies = {model: names[model, "validation"] for model in EXAMPLES}
+    paths: Schema = {}
+    for key, row in ROUTES.items():
+        method, path = key.split()
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, row, bodies)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "squawq", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": {**shared.get("$defs", {}), "Error": ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],  # a server without keys asks for none
+    }
+
+
+def _operation(method: str, path: str, row: RouteRow, bodies: dict[type[Body], Any]) -> Schema:
+    operation: Schema = {
+        "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").rstrip("_"),
+        "summary": row.summary,
+        "responses": _responses(path, row),
+    }
+    if row.bodies:
+        schemas = [bodies[model] for model in row.bodies]
+        examples = {model.__name__: {"value": EXAMPLES[model]} for model in row.bodies}
+        content = {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}, "examples": examples}
+        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
+    if given := re.findall(r"{(\w+)}", path):
+        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in given]
+    return operation
+
+
+def _responses(path: str, row: RouteRow) -> Schema:
+    codes = {*ANY_REFUSES, *(BODY_REFUSES if row.bodies else ()), *((404,) if "{" in path else ())}
+    codes |= set() if row.content else {501}
+    error = _json({"$ref": "#/components/schemas/Error"})
+    refusals = {str(code): {"description": HTTPStatus(code).phrase, "content": error} for code in sorted(codes)}
+    return {**({"200": {"description": "OK", "content": row.content}} if row.content else {}), **refusals}

@@ -1,8 +1,4 @@
-"""Errors that are sent to clients: one exception, a table of kinds, and the JSON bodies of either dialect.
-
-OpenAI's body has its `error` object and TGI's `error_type`. TGI's body, which TGI's own routes have in either dialect,
-has two strings.
-"""
+"""Errors that are sent to clients: one exception, a table of kinds, and the JSON bodies of either dialect."""
 
 from __future__ import annotations
 
@@ -49,14 +45,7 @@ KINDS = {
 
 
 class ApiError(Exception):
-    """A request is answered with an error. The message is cut at MAX_MESSAGE characters.
-
-    Args:
-        kind: One of KINDS.
-        message: For the client.
-        param: The wrong field.
-        headers: Further headers of the reply.
-    """
+    """A request is answered with an error of one of KINDS. `param` names the wrong field; long messages are cut."""
 
     def __init__(self, kind: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None):
         message = " ".join(message.split())
@@ -68,11 +57,10 @@ class ApiError(Exception):
         super().__init__(self.message)
 
     def status(self, tgi: bool) -> int:
-        """The HTTP status in a dialect."""
         return self.kind.tgi_status if tgi else self.kind.openai_status
 
     def body(self, tgi: bool, tgi_route: bool = False) -> dict[str, object]:
-        """The JSON body in a dialect. tgi_route: on one of TGI's own routes."""
+        """OpenAI's `error` object with TGI's `error_type`; TGI's two strings in its dialect and on its own routes."""
         if tgi or tgi_route:
             return {"error": self.message, "error_type": self.kind.tgi_type}
         return {"error": self._error(self.kind.openai_status), "error_type": self.kind.tgi_type}

@@ -29,62 +29,47 @@ MAX_ERRORS = 5
 MAX_KEYS = 1024  # of an object in a body; each unknown key is an error
 STRICT = {"strict_fields": True}
 
-_LORA = "adapters (LoRA) are not supported"
-_OUTPUTS = "use structured_outputs or response_format"
-_TEXT = "this server reads and writes text only"
-_SAMPLER = "this sampler is not supported"
-_CODE = "no code of a request is run"
-_LENGTH = "use max_tokens"
-REFUSED = {
-    "adapter_id": _LORA,
-    "audio": _TEXT,
-    "best_of": "use n",
-    "chat_template": "a template in a request is not rendered; the server's model has its own",
-    "custom_logit_processor": _CODE,
-    "documents": "put documents into the messages",
-    "dry_multiplier": _SAMPLER,
-    "dynatemp_range": _SAMPLER,
-    "ebnf": _OUTPUTS,
-    "extra_body": "put its fields into the body itself",
-    "format": "use response_format",
-    "function_call": "use tools and tool_choice",
-    "functions": "use tools",
-    "grammar": _OUTPUTS,
-    "guided_whitespace_pattern": "white space in JSON is fixed",
-    "json_schema": _OUTPUTS,
-    "kv_transfer_params": "there is one engine, with nothing to transfer",
-    "logits_processors": _CODE,
-    "logprob_token_ids": "use logprobs",
-    "lora_path": _LORA,
-    "max_length": "use max_tokens, or TGI's max_new_tokens",
-    "max_new_tokens": _LENGTH,
-    "media_io_kwargs": _TEXT,
-    "min_new_tokens": "use min_tokens",
-    "mirostat": _SAMPLER,
-    "mm_processor_kwargs": "this server reads text only",
-    "modalities": _TEXT,
-    "n_predict": _LENGTH,
-    "n_probs": "use logprobs",
-    "no_stop_trim": "use include_stop_str_in_output",
-    "num_beams": "beam search is not supported",
-    "num_predict": _LENGTH,
-    "options": "put sampling fields into the body itself, under OpenAI's names",
-    "prefix": "use continue_final_message",
-    "prompt_embeds": "give text or token ids",
-    "regex": _OUTPUTS,
-    "repeat_penalty": "use repetition_penalty",
-    "repetition_detection": "use stop or max_tokens",
-    "return_hidden_states": "hidden states are not returned",
-    "stop_regex": "use stop",
-    "structural_tag": "use response_format",
-    "thinking_budget": "thinking has no budget of its own here; use max_tokens",
-    "thinking_token_budget": "thinking has no budget of its own here; use max_tokens",
-    "top_a": _SAMPLER,
-    "top_n_sigma": _SAMPLER,
-    "vllm_xargs": "this server has no extra arguments",
-    "web_search_options": "this server does not search the web",
-    "xtc_probability": _SAMPLER,
+_REFUSED = {  # why, and the fields
+    "adapters (LoRA) are not supported": ("adapter_id", "lora_path"),
+    "this server reads and writes text only": ("audio", "media_io_kwargs", "modalities"),
+    "use n": ("best_of",),
+    "a template in a request is not rendered; the server's model has its own": ("chat_template",),
+    "no code of a request is run": ("custom_logit_processor", "logits_processors"),
+    "put documents into the messages": ("documents",),
+    "this sampler is not supported": (
+        "dry_multiplier",
+        "dynatemp_range",
+        "mirostat",
+        "top_a",
+        "top_n_sigma",
+        "xtc_probability",
+    ),
+    "use structured_outputs or response_format": ("ebnf", "grammar", "json_schema", "regex"),
+    "put its fields into the body itself": ("extra_body",),
+    "use response_format": ("format", "structural_tag"),
+    "use tools and tool_choice": ("function_call",),
+    "use tools": ("functions",),
+    "white space in JSON is fixed": ("guided_whitespace_pattern",),
+    "there is one engine, with nothing to transfer": ("kv_transfer_params",),
+    "use logprobs": ("logprob_token_ids", "n_probs"),
+    "use max_tokens, or TGI's max_new_tokens": ("max_length",),
+    "use max_tokens": ("max_new_tokens", "n_predict", "num_predict"),
+    "use min_tokens": ("min_new_tokens",),
+    "this server reads text only": ("mm_processor_kwargs",),
+    "use include_stop_str_in_output": ("no_stop_trim",),
+    "beam search is not supported": ("num_beams",),
+    "put sampling fields into the body itself, under OpenAI's names": ("options",),
+    "use continue_final_message": ("prefix",),
+    "give text or token ids": ("prompt_embeds",),
+    "use repetition_penalty": ("repeat_penalty",),
+    "use stop or max_tokens": ("repetition_detection",),
+    "hidden states are not returned": ("return_hidden_states",),
+    "use stop": ("stop_regex",),
+    "thinking has no budget of its own here; use max_tokens": ("thinking_budget", "thinking_token_budget"),
+    "this server has no extra arguments": ("vllm_xargs",),
+    "this server does not search the web": ("web_search_options",),
 }
+REFUSED = {name: why for why, names in _REFUSED.items() for name in names}
 NO_OPS: dict[str, tuple[Any, ...]] = {  # of other fields: values that are empty, false or zero
     "best_of": (1,),
     "function_call": ("none", "auto", ""),
@@ -113,24 +98,15 @@ def known(given: Mapping[str, Any], fields: Container[str]) -> dict[str, Any]:
     """The entries of an object in a body that are validated: known `fields`, and fields to refuse."""
     kept = {}
     for name, value in given.items():
-        if name in fields or (name in REFUSED and not _asks_for_nothing(name, value)):
+        nothing = value in NO_OPS[name] if name in NO_OPS else not value
+        if name in fields or (name in REFUSED and not nothing):
             kept[name] = value
         elif name not in REFUSED and name not in BOOKKEEPING:
             _log(name)
     return kept
 
 
-def why_refused(name: str) -> str:
-    """The reason for refusing a field."""
-    return REFUSED.get(name, "this server does not know the field")
-
-
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    return value in NO_OPS[name] if name in NO_OPS else not value
-
-
 def _log(name: str) -> None:
-    """Log once that a field is ignored."""
     name = name[:60]
     with _lock:
         if name in _logged or len(_logged) >= MAX_LOGGED:
@@ -169,15 +145,9 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, strict: bool) -> Model:
-    """Validate a body.
+    """Validate a body's JSON object. strict: refuse unknown fields.
 
-    Args:
-        model: The body's class.
-        values: The JSON object.
-        strict: Refuse unknown fields.
-
-    Raises:
-        ApiError: Names the first wrong fields and why, never their contents.
+    Raises ApiError, which names the first wrong fields and why, never their contents.
     """
     try:
         return model.model_validate(values, context=STRICT if strict else None)
@@ -194,5 +164,6 @@ def _where(item: Mapping[str, Any]) -> str:
 
 def _sentence(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
-        return f"{_where(item)}: not supported: {why_refused(str(item['loc'][-1]))}"
+        why = REFUSED.get(str(item["loc"][-1]), "this server does not know the field")
+        return f"{_where(item)}: not supported: {why}"
     return f"{_where(item)}: {item['msg'][:200]}"

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from pathlib import Path
@@ -22,16 +23,15 @@ from typer.exceptions import TyperException
 
 from squawq.errors import ConfigError, SquawqError, printable
 from squawq.progress import discard_stdout
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 Reader = Callable[[str], Any]  # raises ConfigError with what the text should have been
-SETTINGS = {entry.name: entry for entry in fields(Settings)}
-TYPES = {name: getattr(kind, "__name__", str(kind)) for name, kind in get_type_hints(Settings).items()}
+SETTINGS = {entry.name: entry for entry in fields(ServerSettings)}
+TYPES = {name: getattr(kind, "__name__", str(kind)) for name, kind in get_type_hints(ServerSettings).items()}
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def whole(least: int) -> Reader:
-    """Reads a whole number."""
 
     def read(text: str) -> int:
         if not re.fullmatch(r"-?[0-9]{1,18}", text) or int(text) < least:
@@ -96,7 +96,6 @@ class Choice:
 
 
 def among(names: Iterable[str]) -> Choice:
-    """Reads one of these names."""
     return Choice({name: name for name in names})
 
 
@@ -206,7 +205,6 @@ class Flag:
         return (self.name, ()) if file is None else (f"{file.path}: {self.key}", file.texts)
 
     def value(self, given: Any, environ: Mapping[str, str]) -> Any:
-        """The value, or the default."""
         source, texts = self.texts(given, environ)
         read, found = self.read or (truth if self.switch else KINDS[self.kind][0]), []
         if len(texts) > 1 and not self.kind.startswith("tuple"):
@@ -221,41 +219,44 @@ class Flag:
         return sum(found, ()) if self.kind.startswith("tuple") else found[0]
 
 
-Flags = Mapping[str, Sequence[Flag]]  # by their section of the help
+@dataclass(frozen=True)
+class FlagTable:
+    """A launcher's flags by their section of the help. host: the variable that names the address to listen on."""
 
+    sections: Mapping[str, Sequence[Flag]]
+    host: str
 
-def signature(flags: Flags, *first: inspect.Parameter) -> inspect.Signature:
-    """The signature for a function that typer calls with these flags."""
-    return inspect.Signature([*first, *(flag.parameter(panel) for panel, rows in flags.items() for flag in rows)])
+    def __iter__(self) -> Iterator[Flag]:
+        return itertools.chain(*self.sections.values())
 
+    def signature(self, *first: inspect.Parameter) -> inspect.Signature:
+        """The signature for a function that typer calls with these flags."""
+        rows = (flag.parameter(section) for section, flags in self.sections.items() for flag in flags)
+        return inspect.Signature([*first, *rows])
 
-def read_flags(flags: Flags, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Values by flag. Raises ConfigError with the source (flag, variable or file), the value and the choices."""
-    found = {flag.key: flag.value(given[flag.key], environ) for rows in flags.values() for flag in rows}
-    return {key: value for key, value in found.items() if value is not None}
+    def read(self, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+        """Values by flag. Raises ConfigError with the source (flag, variable or file), the value and the choices.
 
+        `host` is ignored if it is the machine's name: containers and some shells set HOST and HOSTNAME so, which is no
+        choice of an address to listen on.
+        """
+        environ = {**environ, self.host: ""} if environ.get(self.host) == socket.gethostname() else environ
+        found = {flag.key: flag.value(given[flag.key], environ) for flag in self}
+        return {key: value for key, value in found.items() if value is not None}
 
-def named_address(variable: str, environ: Mapping[str, str]) -> Mapping[str, str]:
-    """The environment, without `variable` if it is the machine's name: containers and some shells set HOST and
-    HOSTNAME so, which is no choice of an address to listen on."""
-    return {**environ, variable: ""} if environ.get(variable) == socket.gethostname() else environ
+    def notes(self, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+        """For each given flag or variable without effect, the reason."""
+        found = {}
+        for flag in (flag for flag in self if flag.noted):
+            source, texts = flag.texts(given[flag.key], environ)
+            if texts and (flag.switch == "no" or flag.value(given[flag.key], environ) not in (False, None)):
+                found[source] = flag.help
+        return found
 
-
-def notes(flags: Flags, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
-    """For each given flag or variable without effect, the reason."""
-    found = {}
-    for flag in (flag for rows in flags.values() for flag in rows if flag.noted):
-        source, texts = flag.texts(given[flag.key], environ)
-        if texts and (flag.switch == "no" or flag.value(given[flag.key], environ) not in (False, None)):
-            found[source] = flag.help
-    return found
-
-
-def to_settings(flags: Flags, found: Mapping[str, Any], **others: Any) -> Settings:
-    """Settings from the values of `read_flags`."""
-    known = {flag.setting: found[flag.key] for rows in flags.values() for flag in rows if flag.key in found}
-    known.pop("", None)
-    return Settings(**{**known, **others})
+    def settings(self, found: Mapping[str, Any], **others: Any) -> ServerSettings:
+        known = {flag.setting: found[flag.key] for flag in self if flag.key in found}
+        known.pop("", None)
+        return ServerSettings(**{**known, **others})
 
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -296,7 +297,6 @@ def parse(function: Callable[..., None], arguments: Sequence[str]) -> dict[str, 
 
 
 def _misuse(error: TyperException, program: str) -> str:
-    """The error message for a wrong command line."""
     context = getattr(error, "ctx", None)
     message = error.format_message().replace(": Value error, ", ": ").removesuffix(".")
     return f"{message} (see {program if context is None else context.command_path} --help)"

@@ -1,5 +1,5 @@
-"""HTTP: the checks before every route (API key, headers, framing), request bodies within their limits, replies, errors
-and server-sent events on the wire.
+"""HTTP on the wire: connections and their limits, the checks before every route (API key, headers, framing), replies,
+errors and server-sent events as JSON.
 """
 
 from __future__ import annotations
@@ -7,128 +7,92 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import json
 import logging
 import re
+import sys
 import time
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from typing import Any, Generic, TypeVar
 
-from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect, Request
+import h11
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from squawq.serve.call import dump, pieces
 from squawq.serve.errors import ApiError
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 logger = logging.getLogger("squawq.serve")
-SMALL = 64 * 1024  # bytes: bodies up to this size only have a timeout
-MAX_LARGE = 64  # memory for arriving large bodies, in bodies of the largest size
-WINDOW = 5.0  # seconds over which a large body's rate is measured
+Item = TypeVar("Item")
+MIN_LOGPROB = -9999.0  # JSON has no minus infinity
+# Clients that split a stream into lines as str.splitlines does would end one at these.
+_LINE_ENDS = {mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
+_ROWS = 64  # of LazyList that are encoded at once: json holds the interpreter's lock, and others wait for it
+_ITEMS = 4096  # of a plain list
 
 
-class Bodies:
-    """Reads request bodies within limits of size, time, rate and memory; for the event loop only.
+class LazyList(Generic[Item]):
+    """A JSON array that makes its rows while they are written, so that a long one is never in memory."""
 
-    Small bodies are never refused because of others. Where large bodies fill their memory, the slowest is ended."""
+    def __init__(self, make: Callable[[Item], object], items: Sequence[Item]) -> None:
+        self._make, self._items = make, items
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._large: set[_Upload] = set()
-        self._held = 0  # bytes of large bodies that are still arriving
+    def __len__(self) -> int:
+        return len(self._items)
 
-    async def read(self, request: Request) -> bytes:
-        """A request's body. Raises ApiError."""
-        _check(request.headers, self._settings.max_body_bytes)
-        upload = _Upload(self._settings)
-        try:
-            async with upload.timeout:
-                async for piece in request.stream():
-                    self._add(upload, piece)
-        except ClientDisconnect as error:
-            raise ApiError("slow", "the client hung up") from error
-        except TimeoutError as error:
-            raise ApiError("slow", upload.late) from error
-        finally:
-            self._forget(upload)
-        return bytes(upload.body)
-
-    def _add(self, upload: _Upload, piece: bytes) -> None:
-        """Add a piece. If large bodies exceed their memory, end the slowest."""
-        upload.take(piece)
-        if len(upload.body) > self._settings.max_body_bytes:
-            raise _too_large(self._settings.max_body_bytes)
-        if upload in self._large:
-            self._held += len(piece)
-        elif len(upload.body) > SMALL:
-            self._large.add(upload)
-            self._held += len(upload.body)
-        while self._held > MAX_LARGE * self._settings.max_body_bytes:
-            slowest = min(self._large, key=_Upload.rate)
-            self._forget(slowest)
-            slowest.end("too many large bodies are arriving, and this one came most slowly")
-
-    def _forget(self, upload: _Upload) -> None:
-        if upload in self._large:
-            self._large.discard(upload)
-            self._held -= len(upload.body)
+    def __getitem__(self, part: slice) -> list[object]:
+        return [self._make(item) for item in self._items[part]]
 
 
-class _Upload:
-    """A body while it arrives. `timeout` expires if the body, or a window of a large one, is late."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.body = bytearray()
-        self.late = f"the body did not arrive within {settings.body_timeout:g} s"
-        self.timeout = asyncio.timeout(settings.body_timeout)
-        self._clock = asyncio.get_running_loop().time
-        self._last = self._clock() + settings.body_timeout
-        self._least = settings.min_body_rate * WINDOW  # bytes in a window
-        self._began, self._count = self._clock(), 0  # the window, and its bytes
-        self._before = self._began, 0  # the window before
-
-    def take(self, piece: bytes) -> None:
-        """Add a piece. Start the next window if this one has enough bytes."""
-        self.body += piece
-        self._count += len(piece)
-        if len(self.body) <= SMALL or self._count < self._least:
-            return
-        self._before = self._began, self._count
-        self._began, self._count = self._clock(), 0
-        if self._began + WINDOW < self._last:
-            self._end_at(self._began + WINDOW, f"less than {self._least:g} bytes of the body came within {WINDOW:g} s")
-
-    def rate(self) -> float:
-        """Recent bytes per second."""
-        began, count = self._before
-        return (count + self._count) / max(self._clock() - began, 0.1)
-
-    def end(self, why: str) -> None:
-        """End the upload now, for this reason."""
-        self._end_at(self._clock(), why)
-
-    def _end_at(self, when: float, why: str) -> None:
-        if not self.timeout.expired():
-            self.late = why
-            self.timeout.reschedule(when)
+def dump(value: object) -> str:
+    """Compact JSON on one line, without ASCII escapes. Raises ValueError for NaN and infinity."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_rows)
+    if not text.isascii():
+        for mark, escape in _LINE_ENDS.items():
+            text = text.replace(mark, escape)
+    return text
 
 
-def _check(headers: Headers, limit: int) -> None:
-    """Raise ApiError if the headers say that the body is not JSON or too large."""
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError("media_type", "send JSON, with the header Content-Type: application/json")
-    length = headers.get("content-length", "0")
-    if len(length) > 18 or int(length) > limit:
-        raise _too_large(limit)
+def pieces(value: object) -> Iterator[str]:
+    """`dump` in small pieces, so that other threads can take the interpreter's lock in between."""
+    if isinstance(value, dict) and any(isinstance(item, dict | list | LazyList) for item in value.values()):
+        begin = "{"
+        for key, item in value.items():
+            yield f"{begin}{dump(key)}:"
+            yield from pieces(item)
+            begin = ","
+        yield "}"
+    elif isinstance(value, list) and len(value) <= _ITEMS and any(isinstance(item, dict | LazyList) for item in value):
+        begin = "["
+        for item in value:
+            yield begin
+            yield from pieces(item)
+            begin = ","
+        yield "]"
+    elif isinstance(value, list | LazyList) and len(value):
+        begin, step = "[", _ROWS if isinstance(value, LazyList) else _ITEMS
+        for first in range(0, len(value), step):
+            yield begin + dump(value[first : first + step])[1:-1]
+            begin = ","
+        yield "]"
+    else:
+        yield dump(value)
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError("too_large", f"the body has more than {limit} bytes")
+def _rows(value: object) -> list[object]:
+    if isinstance(value, LazyList):
+        return value[:]
+    raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
+def finite_logprob(logprob: float) -> float:
+    """A log probability as JSON can write it."""
+    return max(logprob, MIN_LOGPROB)
 
 
 EVENT_HEADERS = {
@@ -141,7 +105,7 @@ BLOCK = 64 * 1024  # characters that are written at once
 
 
 class JsonReply(JSONResponse):
-    """A JSON response, as `call.dump` writes it."""
+    """A JSON response, as `dump` writes it."""
 
     def render(self, content: object) -> bytes:
         return dump(content).encode("utf-8", "replace")
@@ -165,7 +129,6 @@ def error_reply(error: ApiError, tgi: bool, *, tgi_route: bool) -> Response:
 
 
 def json_reply(body: list[bytes], headers: Mapping[str, str] | None = None) -> HeldReply:
-    """A JSON response from the `blocks` of its body."""
     length = str(sum(map(len, body)))
     return HeldReply(drain(body), {"content-type": "application/json", "content-length": length, **(headers or {})})
 
@@ -188,9 +151,10 @@ def blocks(value: object) -> list[bytes]:
     return [*found, text.encode("utf-8", "replace")]
 
 
-def events(payloads: Iterable[str]) -> list[bytes]:
-    """Server-sent events as bytes, in blocks."""
-    body = "".join(f"data: {payload}\n\n" for payload in payloads).encode("utf-8", "replace")
+def events(payloads: Iterable[object], *, large: bool = False) -> list[bytes]:
+    """Server-sent events in blocks: JSON values, and texts as they are. large: call it in a worker thread."""
+    texts = (item if isinstance(item, str) else "".join(pieces(item)) if large else dump(item) for item in payloads)
+    body = "".join(f"data: {text}\n\n" for text in texts).encode("utf-8", "replace")
     return [body[first : first + BLOCK] for first in range(0, len(body), BLOCK)]
 
 
@@ -205,7 +169,7 @@ class Guard:
 
     Every route but PUBLIC needs a key. Paths are compared as they came, whatever the Host header says."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, tgi_paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, tgi_paths: Collection[str]) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
@@ -213,7 +177,6 @@ class Guard:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -273,3 +236,120 @@ def _ambiguous(scope: Scope) -> bool:
     version, names = scope["http_version"], [name for name, _ in scope["headers"]]
     old_or_both = version != "1.1" or b"content-length" in names
     return version not in ("1.0", "1.1") or (b"transfer-encoding" in names and old_or_both)
+
+
+MAX_SURPLUS = 64  # connections beyond the limit that are still answered
+SURPLUS_S = 1.0  # seconds for those to ask
+
+
+def http_protocol(settings: ServerSettings) -> type[H11Protocol]:
+    """uvicorn's protocol class with these limits.
+
+    Above the limit of connections, the one that has been idle longest is closed."""
+    idle: dict[H11Protocol, None] = {}  # connections with no request under way, the longest idle first
+
+    class Connection(H11Protocol):
+        """One connection. `_clock` runs while the client owes us bytes, `_stall` while it does not read ours."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._clock: asyncio.TimerHandle | None = None
+            self._stall: asyncio.TimerHandle | None = None
+            self._surplus = False
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > settings.connections:
+                oldest = next((one for one in idle if not one.transport.get_write_buffer_size()), None)
+                if oldest is not None:  # an answer that is still being written is not cut off
+                    self.connections.discard(oldest)  # its place is free at once, though its loss shows later
+                    del idle[oldest]
+                    oldest.transport.abort()
+            self._surplus = len(self.connections) > settings.connections
+            if not self._surplus:
+                idle[self] = None
+            self._clock = self.loop.call_later(SURPLUS_S if self._surplus else settings.header_timeout, transport.abort)
+            if len(self.connections) > settings.connections + MAX_SURPLUS:
+                transport.abort()  # not even told why: each is an open file
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            idle.pop(self, None)
+            self._clock = _cancel(self._clock)
+            self._stall = _cancel(self._stall)
+
+        def data_received(self, data: bytes) -> None:
+            if self._surplus:
+                self._refuse(ApiError("unavailable", f"{settings.connections} connections are open; try later"))
+                return
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                idle.pop(self, None)
+            owed = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
+            answered = self.cycle is None or self.cycle.response_complete
+            if not answered and (early := self.conn.trailing_data[0]):
+                # The next request came before this one's answer. A connection that is not read shows no hang-up.
+                if len(early) > settings.max_header_bytes:
+                    self.transport.abort()
+                else:
+                    self.flow.resume_reading()
+            if not (owed and answered):  # a body that is being read is the application's to time
+                self._clock = _cancel(self._clock)
+            elif self._clock is None and (self.conn.trailing_data[0] or self.conn.their_state is h11.SEND_BODY):
+                self._clock = self.loop.call_later(settings.header_timeout, self.transport.abort)
+
+        def on_response_complete(self) -> None:
+            if not self.transport.is_closing():
+                idle[self] = None
+            super().on_response_complete()  # which begins the next request, where that has come
+            if not self.cycle.response_complete:
+                idle.pop(self, None)
+
+        def send_400_response(self, msg: str) -> None:
+            error = sys.exc_info()[1]
+            status = getattr(error, "error_status_hint", 400)
+            kind = "headers" if status == 431 else "framing"
+            self._refuse(ApiError(kind, "the header is too large" if kind == "headers" else msg))
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._abort_later()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stall = _cancel(self._stall)
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self._abort_later()
+
+        def shutdown(self) -> None:
+            super().shutdown()
+            if self.transport.is_closing():
+                self._abort_later()
+
+        def _abort_later(self) -> None:
+            """Abort a connection whose client does not read its answer."""
+            if self._stall is None:
+                self._stall = self.loop.call_later(settings.write_timeout, self.transport.abort)
+
+        def _refuse(self, error: ApiError) -> None:
+            """Send an error without calling the application, and close."""
+            if self.transport.is_closing():
+                return
+            status = error.status(settings.tgi)
+            body = dump(error.body(settings.tgi, tgi_route=False)).encode()
+            head = [f"HTTP/1.1 {status} {error.name}", "content-type: application/json", f"content-length: {len(body)}"]
+            head += ["connection: close", *(f"{k}: {v}" for k, v in error.headers.items() if k != "Connection")]
+            self.transport.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)
+            self.transport.close()
+            self._abort_later()
+
+    return Connection
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer. Returns None, its new value."""
+    if timer is not None:
+        timer.cancel()
+    return None

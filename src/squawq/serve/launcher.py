@@ -17,25 +17,8 @@ import typer
 import yaml
 
 from squawq.errors import ConfigError
-from squawq.serve.flags import (
-    Choice,
-    Flag,
-    Flags,
-    FromFile,
-    Only,
-    among,
-    listed,
-    named_address,
-    notes,
-    parse,
-    read_flags,
-    share,
-    signature,
-    to_settings,
-    tokens,
-    whole,
-)
-from squawq.serve.settings import DIALECTS, LOG_FORMATS, LOG_LEVELS, TOOL_PARSERS, Settings
+from squawq.serve.flags import Choice, Flag, FlagTable, FromFile, Only, among, listed, parse, share, tokens, whole
+from squawq.serve.settings import DIALECTS, LOG_FORMATS, LOG_LEVELS, TOOL_PARSERS, ServerSettings
 
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16"}
 LEVELS = {level: level for level in LOG_LEVELS} | {"critical": "error", "trace": "debug"}  # uvicorn's further ones
@@ -44,44 +27,42 @@ ONE = Only(1, whole(1), "it must be 1: one process serves a model here for now")
 NO_CODE = "no code of a model is ever run"
 STEPS = "every step takes prompts in chunks and running answers together"
 SWITCHES = {
-    "trust_remote_code": NO_CODE,
-    "enforce_eager": "nothing is compiled",
-    "disable_log_stats": "no statistics are logged; /metrics has them",
-    "disable_uvicorn_access_log": "--log-level warning leaves out the lines of requests",
-    "enable_request_id_headers": "replies always carry X-Request-Id",
-    "enable_tokenizer_info_endpoint": "/tokenizer_info is always there",
-    "enable_server_load_tracking": "/metrics has the load",
-    "disable_custom_all_reduce": "there is one process",
-    "disable_frontend_multiprocessing": "there is one process",
-    "enable_expert_parallel": "there is one process",
-    "disable_cascade_attn": "there is no cascade attention",
-    "disable_hybrid_kv_cache_manager": "there is one kind of cache",
-    "use_v2_block_manager": "there is one block manager",
+    NO_CODE: ("trust_remote_code",),
+    "nothing is compiled": ("enforce_eager",),
+    "no statistics are logged; /metrics has them": ("disable_log_stats",),
+    "--log-level warning leaves out the lines of requests": ("disable_uvicorn_access_log",),
+    "replies always carry X-Request-Id": ("enable_request_id_headers",),
+    "/tokenizer_info is always there": ("enable_tokenizer_info_endpoint",),
+    "/metrics has the load": ("enable_server_load_tracking",),
+    "there is one process": ("disable_custom_all_reduce", "disable_frontend_multiprocessing", "enable_expert_parallel"),
+    "there is no cascade attention": ("disable_cascade_attn",),
+    "there is one kind of cache": ("disable_hybrid_kv_cache_manager",),
+    "there is one block manager": ("use_v2_block_manager",),
 }
 PAIRS = {  # --x and --no-x
-    "enable_chunked_prefill": STEPS,
-    "async_scheduling": STEPS,
-    "use_tqdm_on_load": "there is no bar",
+    STEPS: ("enable_chunked_prefill", "async_scheduling"),
+    "there is no bar": ("use_tqdm_on_load",),
 }
 VALUES = {
-    "swap_space": "nothing is swapped",
-    "cpu_offload_gb": "weights are not offloaded",
-    "block_size": "a page of the cache holds 16 tokens",
-    "prefix_caching_hash_algo": "the prefix cache has one hash",
-    "max_seq_len_to_capture": "nothing is captured",
-    "compilation_config": "nothing is compiled",
-    "attention_backend": "there is one",
-    "max_num_partial_prefills": STEPS,
-    "max_long_partial_prefills": STEPS,
-    "long_prefill_token_threshold": STEPS,
-    "num_scheduler_steps": STEPS,
-    "max_parallel_loading_workers": "layers are loaded one by one",
-    "safetensors_load_strategy": "weights are read one by one",
-    "code_revision": NO_CODE,
-    "max_log_len": "the first 500 characters of a body are logged",
-    "limit_mm_per_prompt": "text alone is taken",
-    "otlp_traces_endpoint": "there are no traces",
-    "collect_detailed_traces": "there are no traces",
+    "nothing is swapped": ("swap_space",),
+    "weights are not offloaded": ("cpu_offload_gb",),
+    "a page of the cache holds 16 tokens": ("block_size",),
+    "the prefix cache has one hash": ("prefix_caching_hash_algo",),
+    "nothing is captured": ("max_seq_len_to_capture",),
+    "nothing is compiled": ("compilation_config",),
+    "there is one": ("attention_backend",),
+    STEPS: (
+        "max_num_partial_prefills",
+        "max_long_partial_prefills",
+        "long_prefill_token_threshold",
+        "num_scheduler_steps",
+    ),
+    "layers are loaded one by one": ("max_parallel_loading_workers",),
+    "weights are read one by one": ("safetensors_load_strategy",),
+    NO_CODE: ("code_revision",),
+    "the first 500 characters of a body are logged": ("max_log_len",),
+    "text alone is taken": ("limit_mm_per_prompt",),
+    "there are no traces": ("otlp_traces_endpoint", "collect_detailed_traces"),
 }
 BACKENDS = ("auto", "guidance", "xgrammar", "outlines", "lm-format-enforcer")
 NAMES = {"compilation_config": ("-O", "-cc")}
@@ -98,9 +79,9 @@ ALWAYS = {  # the values that hold here; any other would change what users get
     "scheduling_policy": (("fcfs",), "there are no priorities"),
 }
 ACCEPTED = [
-    *(Flag(key, why, switch=True, noted=True) for key, why in SWITCHES.items()),
-    *(Flag(key, why, switch="no", noted=True) for key, why in PAIRS.items()),
-    *(Flag(key, why, noted=True, names=NAMES.get(key, ())) for key, why in VALUES.items()),
+    *(Flag(key, why, switch=True, noted=True) for why, keys in SWITCHES.items() for key in keys),
+    *(Flag(key, why, switch="no", noted=True) for why, keys in PAIRS.items() for key in keys),
+    *(Flag(key, why, noted=True, names=NAMES.get(key, ())) for why, keys in VALUES.items() for key in keys),
     Flag("guided_decoding_backend", "llguidance keeps to grammars", read=among(BACKENDS), noted=True),
     Flag("distributed_executor_backend", "there is one process", read=among(("mp", "uni")), noted=True),
     *(Flag(key, why, read=among(values)) for key, (values, why) in ALWAYS.items()),
@@ -108,7 +89,7 @@ ACCEPTED = [
     Flag("decode_context_parallel_size", "there is one process", read=ONE, names=("-dcp",)),
     Flag("nnodes", "there is one process", read=ONE),
 ]
-TABLE: Flags = {
+TABLE: dict[str, list[Flag]] = {
     "Model": [
         Flag("model", "The same as MODEL"),
         Flag("config", "A YAML file with these flags by their names; flags and variables win", metavar="FILE"),
@@ -207,10 +188,13 @@ TABLE: Flags = {
     ],
     "vLLM's flags that change nothing here": ACCEPTED,
 }
-FLAGS: Flags = {
-    panel: [replace(flag, variables=(f"SQUAWQ_{flag.key.upper()}", *flag.variables)) for flag in rows]
-    for panel, rows in TABLE.items()
-}
+FLAGS = FlagTable(
+    {
+        section: [replace(flag, variables=(f"SQUAWQ_{flag.key.upper()}", *flag.variables)) for flag in rows]
+        for section, rows in TABLE.items()
+    },
+    host="HOST",
+)
 MODEL = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A model folder or a Hub id", rich_help_panel="Model")
 ]
@@ -230,41 +214,35 @@ def serve(path: str | None, **given: Any) -> None:
         -d '{"messages": [{"role": "user", "content": "Tell me a story."}]}'
     """
     given = with_config(path, given, os.environ)
-    found = read_flags(FLAGS, given, named_address("HOST", os.environ))
+    found = FLAGS.read(given, os.environ)
     settings = _settings(path, found)
     for key, variable in (("download_dir", "HF_HUB_CACHE"), ("hf_token", "HF_TOKEN")):
         if key in found:
             os.environ[variable] = found[key]  # before huggingface_hub, which reads it when it is imported
     from squawq.serve.server import run
 
-    raise typer.Exit(run(settings, notes(FLAGS, given, os.environ)))
+    raise typer.Exit(run(settings, FLAGS.notes(given, os.environ)))
 
 
-serve.__signature__ = signature(  # type: ignore[attr-defined]
-    FLAGS, inspect.Parameter("path", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=MODEL)
+serve.__signature__ = FLAGS.signature(  # type: ignore[attr-defined]
+    inspect.Parameter("path", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=MODEL)
 )
 
 
-def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> ServerSettings:
     """The settings of `squawq serve` with these arguments and this environment."""
     given = parse(serve, arguments)
     path = given.pop("path")
-    return _settings(path, read_flags(FLAGS, with_config(path, given, environ), named_address("HOST", environ)))
+    return _settings(path, FLAGS.read(with_config(path, given, environ), environ))
 
 
 def with_config(path: str | None, given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """The command line's values, completed from the file of --config.
+    """typer's values by flag, completed by the MODEL argument and the file of --config.
 
-    Args:
-        path: The MODEL argument.
-        given: typer's values by flag.
-        environ: The environment.
-
-    Raises:
-        ConfigError: The file cannot be read, or a key is not a flag.
+    Raises ConfigError if the file cannot be read, or a key of it is not a flag.
     """
     found = {**given, "model": path if given["model"] is None else given["model"]}
-    flags = {name: flag for rows in FLAGS.values() for flag in rows for name in (flag.name, *flag.names)}
+    flags = {name: flag for flag in FLAGS for name in (flag.name, *flag.names)}
     file = flags["--config"].value(given["config"], environ)
     if file is None:
         return found
@@ -288,10 +266,10 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _settings(path: str | None, found: Mapping[str, Any]) -> Settings:
+def _settings(path: str | None, found: Mapping[str, Any]) -> ServerSettings:
     model = found.get("model", path)
     if model is None:
         raise ConfigError("no model: squawq serve MODEL (words after --api-key or --served-model-name belong to those)")
     if path not in (None, model):
         raise ConfigError(f"MODEL is {path!r} and --model {model!r}; give one of them")
-    return to_settings(FLAGS, found, model=model)
+    return FLAGS.settings(found, model=model)

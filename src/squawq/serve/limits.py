@@ -1,26 +1,29 @@
-"""Limits on requests: how many are admitted, how much memory they hold, the order in which API keys are served, and
-which prompts and replies are too large.
-
-Each API key is a tenant with a share that no other key can take.
+"""Limits on requests: how many are admitted, how much memory they hold, how fast bodies must arrive, and the order in
+which API keys are served. Each API key is a tenant with a share that no other key can take.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+
 from squawq.engine.request import Request
 from squawq.serve.errors import ApiError
-from squawq.serve.settings import Settings
-from squawq.text.tokenizer import Tokenizer
+from squawq.serve.settings import ServerSettings
 
+SMALL = 64 * 1024  # bytes: bodies up to this size only have a timeout
+MAX_LARGE = 64  # memory for arriving large bodies, in bodies of the largest size
+WINDOW = 5.0  # seconds over which a large body's rate is measured
 _TOKEN = 48  # bytes: an integer, and its slot in two lists
 _SEQUENCE = 16 * 1024  # bytes: a sequence's sampler, text and place in the queue
 _SEEN = 120  # bytes that a repetition penalty takes for a token of the prompt
@@ -62,13 +65,13 @@ class Reservation:
 
 
 class Admission:
-    """Admission control, for the event loop only. Each API key is a tenant; without keys there is one.
+    """Admission control, for the event loop only.
 
     A tenant below an equal share is always admitted, so that no other can lock it out. All together then hold at most
     twice the limits (`Settings.most_under_way`).
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.load = Usage()
         self.tenants: defaultdict[str, Usage] = defaultdict(Usage)
         self._settings = settings
@@ -121,24 +124,17 @@ class Admission:
 
 
 class FairPool:
-    """A thread pool that serves tenants round robin: one tenant's queue delays another by one piece of work at most.
-
-    Args:
-        workers: Threads.
-        name: Their prefix.
-        initializer: Called first in each thread.
-    """
+    """A thread pool that serves tenants round robin: one tenant's queue delays another by one piece of work at most."""
 
     def __init__(self, workers: int, name: str, initializer: Callable[[], object] | None = None) -> None:
         self._pool = ThreadPoolExecutor(workers, name, initializer)
         self._lock = threading.Lock()  # guards what follows
         self._queues: dict[str, dict[Future[Any], Callable[[], Any]]] = {}  # in the order of the turns
 
-    async def run(self, tenant: str, work: Callable[[], Any]) -> Any:
-        """Run `work` in a thread. If cancelled before its turn, it is dropped with all that it holds."""
+    async def run(self, tenant: str, work: Callable[[], Any], *, first: bool = False) -> Any:
+        """Run `work` in a thread; first: before the tenant's other work. It is dropped if cancelled before its turn."""
         future: Future[Any] = Future()
-        with self._lock:
-            self._queues.setdefault(tenant, {})[future] = work
+        self._add(tenant, future, work, first)
         try:
             self._pool.submit(self._take)
             return await asyncio.wrap_future(future)
@@ -174,6 +170,14 @@ class FairPool:
         finally:
             del future, work
 
+    def _add(self, tenant: str, future: Future[Any], work: Callable[[], Any], first: bool) -> None:
+        with self._lock:
+            queue = self._queues.setdefault(tenant, {})
+            if first:
+                self._queues[tenant] = {future: work, **queue}
+            else:
+                queue[future] = work
+
     def _drop(self, tenant: str, future: Future[Any]) -> None:
         with self._lock:
             queue = self._queues.get(tenant, {})
@@ -182,122 +186,98 @@ class FairPool:
                 self._queues.pop(tenant, None)
 
 
-MARGIN = 4  # NFC composes four characters into one at most
-_BYTES = 256
+class Bodies:
+    """Reads request bodies within limits of size, time, rate and memory; for the event loop only.
+
+    Small bodies are never refused because of others. Where large bodies fill their memory, the slowest is ended."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._large: set[_Upload] = set()
+        self._held = 0  # bytes of large bodies that are still arriving
+
+    async def read(self, request: HttpRequest) -> bytes:
+        _check_headers(request.headers, self._settings.max_body_bytes)
+        upload = _Upload(self._settings)
+        try:
+            async with upload.timeout:
+                async for piece in request.stream():
+                    self._add(upload, piece)
+        except ClientDisconnect as error:
+            raise ApiError("slow", "the client hung up") from error
+        except TimeoutError as error:
+            raise ApiError("slow", upload.late) from error
+        finally:
+            self._forget(upload)
+        return bytes(upload.body)
+
+    def _add(self, upload: _Upload, piece: bytes) -> None:
+        """Add a piece. If large bodies exceed their memory, end the slowest."""
+        upload.take(piece)
+        if len(upload.body) > self._settings.max_body_bytes:
+            raise _too_large(self._settings.max_body_bytes)
+        if upload in self._large:
+            self._held += len(piece)
+        elif len(upload.body) > SMALL:
+            self._large.add(upload)
+            self._held += len(upload.body)
+        while self._held > MAX_LARGE * self._settings.max_body_bytes:
+            slowest = min(self._large, key=_Upload.rate)
+            self._forget(slowest)
+            slowest.end("too many large bodies are arriving, and this one came most slowly")
+
+    def _forget(self, upload: _Upload) -> None:
+        if upload in self._large:
+            self._large.discard(upload)
+            self._held -= len(upload.body)
 
 
-class PromptLimits:
-    """Refuses prompts that cannot fit by their size, before they are rendered or tokenized.
+class _Upload:
+    """A body while it arrives. `timeout` expires if the body, or a window of a large one, is late."""
 
-    A text with more bytes than `max_input` tokens can stand for never fits. This is exact for byte-level tokenizers.
-    One that normalizes, strips or drops characters may read more, so its bound is MARGIN times larger. The bound of a
-    chat has the same margin, since its template may leave out some of it.
-    """
+    def __init__(self, settings: ServerSettings) -> None:
+        self.body = bytearray()
+        self.late = f"the body did not arrive within {settings.body_timeout:g} s"
+        self.timeout = asyncio.timeout(settings.body_timeout)
+        self._clock = asyncio.get_running_loop().time
+        self._last = self._clock() + settings.body_timeout
+        self._least = settings.min_body_rate * WINDOW  # bytes in a window
+        self._began, self._count = self._clock(), 0  # the window, and its bytes
+        self._before = self._began, 0  # the window before
 
-    def __init__(self, tokenizer: Tokenizer, max_len: int, max_input: int) -> None:
-        self._max_len, self._max_input = max_len, max_input
-        self.max_bytes = max_input * longest_token(tokenizer)
-        self._max_contents = max_input * MARGIN * _longest_piece(tokenizer)
-
-    def check_text(self, text: str, param: str) -> None:
-        """Raise ApiError for a text that cannot fit."""
-        self._check_bytes([text], self.max_bytes, param)
-
-    def check_messages(self, messages: object, *, truncated: bool = False) -> None:
-        """Raise ApiError for unvalidated messages that cannot fit, by their number and their texts.
-
-        truncated: The prompt will be truncated, so only the number counts.
-        """
-        if not isinstance(messages, list):
+    def take(self, piece: bytes) -> None:
+        """Add a piece. Start the next window if this one has enough bytes."""
+        self.body += piece
+        self._count += len(piece)
+        if len(self.body) <= SMALL or self._count < self._least:
             return
-        if len(messages) > self._max_input:
-            raise ApiError(
-                "invalid", f"{self._context()}; this one has {len(messages)} messages. Shorten it.", "messages"
-            )
-        if not truncated:
-            self._check_bytes([*_texts(messages)], self._max_contents, "messages")
+        self._before = self._began, self._count
+        self._began, self._count = self._clock(), 0
+        if self._began + WINDOW < self._last:
+            self._end_at(self._began + WINDOW, f"less than {self._least:g} bytes of the body came within {WINDOW:g} s")
 
-    def _check_bytes(self, texts: Sequence[str], most: int, param: str) -> None:
-        if sum(map(len, texts)) * 4 <= most:
-            return
-        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-        if size > most:
-            raise ApiError(
-                "invalid",
-                f"{self._context()}; this one has {size} bytes of text, and {self._max_input} tokens stand for "
-                f"{most} at most. Shorten it.",
-                param,
-            )
+    def rate(self) -> float:
+        began, count = self._before
+        return (count + self._count) / max(self._clock() - began, 0.1)
 
-    def _context(self) -> str:
-        return (
-            f"This model's maximum context length is {self._max_len} tokens, of which a prompt may have "
-            f"{self._max_input}"
-        )
+    def end(self, why: str) -> None:
+        self._end_at(self._clock(), why)
+
+    def _end_at(self, when: float, why: str) -> None:
+        if not self.timeout.expired():
+            self.late = why
+            self.timeout.reschedule(when)
 
 
-def _texts(messages: Sequence[Any]) -> Iterator[str]:
-    """The texts in messages' contents."""
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else [content]:
-            text = part.get("text") if isinstance(part, dict) else part
-            if isinstance(text, str):
-                yield text
+def _check_headers(headers: Headers, limit: int) -> None:
+    """Raise ApiError if the headers say that the body is not JSON or too large."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError("media_type", "send JSON, with the header Content-Type: application/json")
+    length = headers.get("content-length", "0")
+    if len(length) > 18 or int(length) > limit:
+        raise _too_large(limit)
 
 
-def longest_token(tokenizer: Tokenizer) -> int:
-    """The most bytes of a text that one token can stand for."""
-    fast = tokenizer.fast
-    steps = list(_steps(fast.pre_tokenizer))
-    added = fast.get_added_tokens_decoder().values()
-    exact = (
-        any(step["type"] == "ByteLevel" for step in steps)
-        and sum(len(piece) == 1 for piece in fast.get_vocab(with_added_tokens=False)) >= _BYTES  # no byte is dropped
-        and fast.normalizer is None
-        and not any(step.get("behavior") == "Removed" for step in steps)
-        and not any(token.lstrip or token.rstrip for token in added)  # which take in any number of spaces
-    )
-    return _longest_piece(tokenizer) * (1 if exact else MARGIN)
-
-
-def _longest_piece(tokenizer: Tokenizer) -> int:
-    """Bytes of the vocabulary's longest token."""
-    fast = tokenizer.fast
-    byte_level = any(step["type"] == "ByteLevel" for step in _steps(fast.pre_tokenizer))
-    lengths = [len(piece) if byte_level else len(piece.encode()) for piece in fast.get_vocab(with_added_tokens=False)]
-    added = (len(token.content.encode()) for token in fast.get_added_tokens_decoder().values())
-    return max([*lengths, *added], default=1)
-
-
-def _steps(pre_tokenizer: Any) -> Iterator[dict[str, Any]]:
-    if pre_tokenizer is not None:
-        state = json.loads(pre_tokenizer.__getstate__())
-        yield from state.get("pretokenizers", [state])
-
-
-def limit_by_logprobs(settings: Settings, prompt: int, each: int, tokens: int, *, asked: bool) -> int:
-    """Limit new tokens so that the reply's log probabilities stay within `max_logprob_entries`.
-
-    Args:
-        settings: The server's.
-        prompt: Log probabilities of the prompts in the reply.
-        each: Log probabilities for one more token of all sequences.
-        tokens: New tokens without this limit.
-        asked: The request asked for `tokens`, so that fewer are an error.
-
-    Raises:
-        ApiError: The reply would be too large.
-    """
-    most = settings.max_logprob_entries
-    if each and not asked:
-        tokens = min(tokens, max(1, (most - prompt) // each))
-    size = prompt + each * tokens
-    if size > most:
-        raise ApiError(
-            "invalid",
-            f"The reply would list {size} log probabilities (prompts x tokens x (logprobs + 1) x n); at most {most} "
-            "are listed (--max-logprob-entries). Ask for fewer prompts, tokens, logprobs or choices.",
-            "logprobs",
-        )
-    return tokens
+def _too_large(limit: int) -> ApiError:
+    return ApiError("too_large", f"the body has more than {limit} bytes")

@@ -23,18 +23,24 @@ from squawq.errors import ConfigError
 MAX_LINES = 4096  # in the queue
 LIMITED = 20  # limited lines per period
 PERIOD = 1.0  # seconds
+FORMS = ("text", "json")
+LEVELS = ("debug", "info", "warning", "error", "critical")
+MAX_VALUE = 500
+MAX_TRACEBACK = 8000
+_BARE = re.compile(r"[\w.:/@+-]+", re.ASCII)
+_ROOTS = ("squawq", "uvicorn", "asyncio")
+_Value = str | int | float | bool | None
 
 
-class Writer:
+class LogWriter:
     """A bounded queue of lines and the thread that writes them to sys.stderr. Thread-safe.
 
-    Args:
-        note: Makes the line that says how many lines were dropped or suppressed.
+    note: makes the line that says how many lines were dropped or suppressed.
     """
 
     def __init__(self, note: Callable[..., str]) -> None:
         self._note = note
-        self._write = _descriptor_writer() or _stream_writer()
+        self._write = _stderr_writer()
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_LINES)
         self._lock = threading.Lock()  # guards what follows
         self._dropped = 0
@@ -84,7 +90,7 @@ class Writer:
             if line is None:
                 open_ = False
             else:
-                self._put_out(line)
+                self._write_line(line)
             self._say_counts(last=not open_)
             self._lines.task_done()
 
@@ -98,22 +104,23 @@ class Writer:
             if suppressed:
                 self._suppressed, self._said = 0, now
         if dropped:
-            self._put_out(self._note("log lines dropped: their reader was too slow", lines=dropped))
+            self._write_line(self._note("log lines dropped: their reader was too slow", lines=dropped))
         if suppressed:
-            self._put_out(self._note("log lines suppressed: refused requests", lines=suppressed))
+            self._write_line(self._note("log lines suppressed: refused requests", lines=suppressed))
 
-    def _put_out(self, line: str) -> None:
+    def _write_line(self, line: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the server goes on
             self._write(line + "\n")
 
 
-def _descriptor_writer() -> Callable[[str], object] | None:
-    """A writer to stderr's descriptor, past sys.stderr's lock, for which the interpreter's exit would wait; None if
-    stderr is not a file."""
+def _stderr_writer() -> Callable[[str], object]:
+    """Writes to stderr's descriptor, past sys.stderr's lock, for which the interpreter's exit would wait; to sys.stderr
+    if that is not a file."""
+    stream = sys.stderr
     try:
-        descriptor = sys.stderr.fileno()
+        descriptor = stream.fileno()
     except (AttributeError, OSError, ValueError):
-        return None
+        return lambda text: (stream.write(text), stream.flush())
 
     def write(text: str) -> None:
         rest = text.encode()
@@ -123,45 +130,23 @@ def _descriptor_writer() -> Callable[[str], object] | None:
     return write
 
 
-def _stream_writer() -> Callable[[str], object]:
-    stream = sys.stderr
-
-    def write(text: str) -> None:
-        stream.write(text)
-        stream.flush()
-
-    return write
-
-
-FORMS = ("text", "json")
-LEVELS = ("debug", "info", "warning", "error", "critical")
-MAX_VALUE = 500
-MAX_TRACEBACK = 8000
-
-_BARE = re.compile(r"[\w.:/@+-]+", re.ASCII)
-_ROOTS = ("squawq", "uvicorn", "asyncio")
-_Value = str | int | float | bool | None
-
-
-def setup(form: str, level: str) -> Writer:
+def setup(form: str, level: str) -> LogWriter:
     """Log squawq, uvicorn and asyncio to stderr only. May be called again. Start uvicorn with log_config=None.
 
-    Args:
-        form: One of FORMS.
-        level: One of LEVELS.
-
-    Returns:
-        The writer; close it at the end.
-
-    Raises:
-        ConfigError: The form or level is unknown.
+    Returns the writer, to be closed at the end. Raises ConfigError for an unknown form or level.
     """
     if form not in FORMS:
         raise ConfigError(f"log format is {form!r}; choose one of {', '.join(FORMS)}")
     if level.lower() not in LEVELS:
         raise ConfigError(f"log level is {level!r}; choose one of {', '.join(LEVELS)}")
     formatter = Formatter(form)
-    writer = Writer(lambda name, **fields: formatter.format(_record(name, fields)))
+
+    def note(name: str, **fields: object) -> str:
+        record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, "%s", (name,), None)
+        record.fields = fields
+        return formatter.format(record)
+
+    writer = LogWriter(note)
     handler = Handler(writer)
     handler.setFormatter(formatter)
     for name in _ROOTS:
@@ -182,31 +167,21 @@ def event(logger: logging.Logger, level: int, name: str, /, *, limited: bool = F
     logger.log(level, "%s", name, extra={"fields": fields, "limited": limited})
 
 
-def _record(name: str, fields: dict[str, object]) -> logging.LogRecord:
-    made = logging.LogRecord(__name__, logging.WARNING, __file__, 0, "%s", (name,), None)
-    made.fields = fields
-    return made
-
-
 class Handler(logging.Handler):
     """Formats records in the calling thread, so that their arguments are not kept, and queues the lines."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: LogWriter) -> None:
         super().__init__()
         self._writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            limited = getattr(record, "limited", False) or _unasked(record)
+            invalid = record.name.startswith("uvicorn") and record.levelno == logging.WARNING  # a request, it says
+            limited = getattr(record, "limited", False) or invalid
             if not limited or self._writer.allows():
                 self._writer.put(self.format(record))
         except Exception:
             self.handleError(record)
-
-
-def _unasked(record: logging.LogRecord) -> bool:
-    """Whether it is uvicorn's warning of an invalid request."""
-    return record.name.startswith("uvicorn") and record.levelno == logging.WARNING
 
 
 class Formatter(logging.Formatter):
@@ -232,7 +207,6 @@ class Formatter(logging.Formatter):
 
 
 def _plain(value: object) -> _Value:
-    """A JSON value of bounded size."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) < 2**63:

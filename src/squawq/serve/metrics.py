@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder
@@ -28,7 +29,6 @@ from squawq.engine.request import FinishReason
 from squawq.serve.errors import KINDS
 
 logger = logging.getLogger("squawq.serve")
-
 OTHER = "other"
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 ADMISSION = ("overloaded", "unavailable")  # errors that say nothing about the request itself
@@ -40,6 +40,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 _WAITING = "Sequences that wait for their turn, and requests that are still being checked."
 _STARTED = "from the end of its wait, or from its submission where that end is unknown,"
+_RUNNING = f"Running a request, {_STARTED} to its last token."
 
 # vLLM's name, TGI's name for the same quantity, buckets, help
 _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...], str], ...] = (
@@ -51,12 +52,7 @@ _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...], str], ...] = (
     ("request_generation_tokens", "tgi_request_generated_tokens", _TOKENS, "Tokens that a request generated."),
     ("e2e_request_latency_seconds", "tgi_request_duration", _SECONDS, "From a request's arrival to its end."),
     ("request_queue_time_seconds", "tgi_request_queue_duration", _SECONDS, "From a request's submission to its start."),
-    (
-        "request_inference_time_seconds",
-        "tgi_request_inference_duration",
-        _SECONDS,
-        f"Running a request, {_STARTED} to its last token.",
-    ),
+    ("request_inference_time_seconds", "tgi_request_inference_duration", _SECONDS, _RUNNING),
     ("request_prefill_time_seconds", "", _SECONDS, f"A request's prompt, {_STARTED} to its first token."),
     ("request_decode_time_seconds", "", _SECONDS, "From a request's first token to its last."),
     ("request_time_per_output_token_seconds", "", _SECONDS, "Mean time of a request's tokens after the first."),
@@ -67,24 +63,25 @@ _OPENMETRICS = "application/openmetrics-text; version=1.0.0; escaping=allow-utf-
 _UNTYPED = re.compile(rb"^(# TYPE tgi_\w+) untyped$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
-    """A finished generation request. Times in seconds of time.perf_counter; None: unknown, or never reached.
+    """A generation request's times, in seconds of time.perf_counter, and counts. None: unknown, or never reached.
 
     Attributes:
         validated: When it was submitted to the engine.
-        started: When it left the queue.
+        ended: When it ended, or when this record of a running request was made.
         generated_tokens: Of all its sequences.
-        max_tokens: Limit of each sequence.
         finish: A FinishReason; any other value counts as "error".
+        started: When it left the queue.
+        max_tokens: Limit of each sequence.
     """
 
     arrived: float
-    validated: float
-    ended: float
-    prompt_tokens: int
-    generated_tokens: int
-    finish: str
+    validated: float | None = None
+    ended: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finish: str = FinishReason.ERROR
     started: float | None = None
     first_token: float | None = None
     n: int = 1
@@ -92,13 +89,7 @@ class Timing:
 
 
 class Metrics:
-    """The metrics of one server. Thread-safe.
-
-    Args:
-        model_name: The label of vLLM's metrics.
-        stats: Returns the engine's figures; called at each scrape.
-        routes: Route templates that are counted by name.
-    """
+    """The metrics of one server. Thread-safe. `stats` is called at each scrape; `routes` are counted by name."""
 
     def __init__(self, model_name: str, stats: Callable[[], Stats], routes: Iterable[str] = ()) -> None:
         self._model = model_name.encode("utf-8", "replace").decode("utf-8")  # a path may hold what UTF-8 does not
@@ -110,18 +101,10 @@ class Metrics:
             for name, _, buckets, text in _HISTOGRAMS
         }
         self._values = {name: histogram.labels(self._model) for name, histogram in self._histograms.items()}
-        self._validation = Histogram(
-            "tgi_request_validation_duration",
-            "From a request's arrival to its submission.",
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self._per_token = Histogram(
-            "tgi_request_mean_time_per_token_duration",
-            "Inference time of a request over its tokens.",
-            registry=registry,
-            buckets=_SECONDS,
-        )
+        seconds = partial(Histogram, registry=registry, buckets=_SECONDS)
+        self._validation = seconds("tgi_request_validation_duration", "From a request's arrival to its submission.")
+        text = "Inference time of a request over its tokens."
+        self._per_token = seconds("tgi_request_mean_time_per_token_duration", text)
         self._finished = Counter(
             "vllm:request_success",
             "Requests that ended, by reason.",
@@ -171,7 +154,6 @@ class Metrics:
         self._rejected.labels(KINDS[reason].tgi_type if reason in KINDS else OTHER).inc()
 
     def inter_token(self, seconds: float) -> None:
-        """Record the seconds between two tokens of a sequence."""
         _add(self._values["inter_token_latency_seconds"], seconds)
 
     def http(self, route: str, method: str, status: int) -> None:
@@ -201,33 +183,28 @@ class Metrics:
         yield from self._tgi()
 
     def _engine(self, stats: Stats) -> Iterator[Metric]:
-        for name, value, text in (
-            ("num_requests_running", stats.running, "Sequences under way."),
-            ("num_requests_waiting", stats.waiting, _WAITING),
+        pages, prompt = stats.pages_used / max(1, stats.pages), stats.prompt_tokens_computed + stats.prefix_hits
+        prompt_text = "Prompt tokens run or found in the cache; again for a preempted sequence."
+        preempted = "Sequences that gave way to others: for their turn, or for pages."
+        kind: type[GaugeMetricFamily | CounterMetricFamily]
+        for kind, name, value, text in (
+            (GaugeMetricFamily, "num_requests_running", stats.running, "Sequences under way."),
+            (GaugeMetricFamily, "num_requests_waiting", stats.waiting, _WAITING),
+            (GaugeMetricFamily, "kv_cache_usage_perc", pages, "Share of the pages that is in use, 0 to 1."),
             (
-                "kv_cache_usage_perc",
-                stats.pages_used / max(1, stats.pages),
-                "Share of the pages that is in use, 0 to 1.",
+                CounterMetricFamily,
+                "prefix_cache_queries",
+                stats.prefix_queries,
+                "Tokens looked for in the prefix cache.",
             ),
+            (CounterMetricFamily, "prefix_cache_hits", stats.prefix_hits, "Tokens found in the prefix cache."),
+            (CounterMetricFamily, "num_preemptions", stats.preemptions, preempted),
+            (CounterMetricFamily, "prompt_tokens", prompt, prompt_text),
+            (CounterMetricFamily, "generation_tokens", stats.tokens_generated, "Tokens generated."),
         ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            gauge.add_metric([self._model], value)
-            yield gauge
-        prompt = stats.prompt_tokens_computed + stats.prefix_hits
-        for name, value, text in (
-            ("prefix_cache_queries", stats.prefix_queries, "Tokens looked for in the prefix cache."),
-            ("prefix_cache_hits", stats.prefix_hits, "Tokens found in the prefix cache."),
-            (
-                "num_preemptions",
-                stats.preemptions,
-                "Sequences that gave way to others: for their turn, or for pages.",
-            ),
-            ("prompt_tokens", prompt, "Prompt tokens run or found in the cache; again for a preempted sequence."),
-            ("generation_tokens", stats.tokens_generated, "Tokens generated."),
-        ):
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            counter.add_metric([self._model], value)
-            yield counter
+            family = kind(f"vllm:{name}", text, labels=["model_name"])
+            family.add_metric([self._model], value)
+            yield family
         yield GaugeMetricFamily("tgi_queue_size", _WAITING, stats.waiting)
         yield GaugeMetricFamily("tgi_batch_current_size", "Sequences under way.", stats.running)
         text = "Steps of the engine; one holds prefill and decode alike."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,20 @@ from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import Grammar
 from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
-from squawq.serve.limits import PromptLimits
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 from squawq.serve.tools.grammar import PLAIN_FORMAT, added_tokens, template_supports_tools, tool_format
 from squawq.text.template_process import TemplateProcess
+from squawq.text.tokenizer import Tokenizer
 
 MAX_LISTED = 2**17  # tokens in a reply's list, up to a hundred bytes each
+MARGIN = 4  # NFC composes four characters into one at most
+_BYTES = 256
 
 
 class Served:
-    """A loaded model.
+    """A loaded model. Raises SquawqError if it cannot be run, or the settings do not fit it."""
 
-    Raises:
-        SquawqError: The model cannot be run, or the settings do not fit it.
-    """
-
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.model = model = LoadedModel(
             settings.model,
@@ -44,7 +43,8 @@ class Served:
         self.tokenizer = model.tokenizer
         self.engine: InferenceEngine = model.engine
         self.template, self.eos_ids = model.chat_template, model.eos_ids
-        self.names = settings.served_names or (_name(settings.model),)
+        path = Path(settings.model)  # of a Hub id, all is the name
+        self.names = settings.served_names or (path.resolve().name if path.is_dir() else settings.model,)
         self.started = int(time.time())
         self._templates: list[TemplateProcess] = []
         self._thread = threading.local()
@@ -75,11 +75,9 @@ class Served:
 
     @property
     def name(self) -> str:
-        """The model's name in replies."""
         return self.names[0]
 
     def device_info(self) -> dict[str, Any]:
-        """The device and the cache, for the log."""
         facts = {"device": self.settings.device, **backend_for(self.settings.device).describe()}
         cache = round(self.model.cache_bytes / 2**20, 1)
         return {**facts, "cache_tokens": self.engine.cache_tokens, "cache_mib": cache}
@@ -122,14 +120,9 @@ class Served:
             raise ApiError("invalid", f"the text has {tokens} tokens; at most {MAX_LISTED} are listed: send parts")
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """Render a chat with the model's template.
+        """Render a chat with the model's template; `options` are TemplateProcess.render's.
 
-        Args:
-            messages: As `template_messages` makes them.
-            **options: Of TemplateProcess.render: tools, generation_prompt, continue_final, variables.
-
-        Raises:
-            ApiError: The template refuses the chat, or the model has none.
+        Raises ApiError if the template refuses the chat, or the model has none.
         """
         templates: list[TemplateProcess] = getattr(self._thread, "templates", self._templates)
         if not templates:
@@ -160,6 +153,31 @@ class Served:
                 "max_tokens",
             )
         return left if max_tokens is None else max_tokens
+
+    def limit_by_logprobs(self, prompt: int, each: int, tokens: int, *, asked: bool) -> int:
+        """Limit new tokens so that the reply's log probabilities stay within `max_logprob_entries`.
+
+        Args:
+            prompt: Log probabilities of the prompts in the reply.
+            each: Log probabilities for one more token of all sequences.
+            tokens: New tokens without this limit.
+            asked: The request asked for `tokens`, so that fewer are an error.
+
+        Raises:
+            ApiError: The reply would be too large.
+        """
+        most = self.settings.max_logprob_entries
+        if each and not asked:
+            tokens = min(tokens, max(1, (most - prompt) // each))
+        size = prompt + each * tokens
+        if size > most:
+            raise ApiError(
+                "invalid",
+                f"The reply would list {size} log probabilities (prompts x tokens x (logprobs + 1) x n); at most "
+                f"{most} are listed (--max-logprob-entries). Ask for fewer prompts, tokens, logprobs or choices.",
+                "logprobs",
+            )
+        return tokens
 
     def _tool_format(self, template: str | None) -> str | None:
         """The format of the model's tool calls; None if they are off, or the format is unknown."""
@@ -194,6 +212,90 @@ class Served:
             raise ConfigError(f"dtype is {self.settings.dtype!r}; the weights are run as stored: auto or {stored}")
 
 
-def _name(model: str) -> str:
-    """The name of a model: its Hub id, or its folder's name without the path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+class PromptLimits:
+    """Refuses prompts that cannot fit by their size, before they are rendered or tokenized.
+
+    A text with more bytes than `max_input` tokens can stand for never fits. This is exact for byte-level tokenizers.
+    One that normalizes, strips or drops characters may read more, so its bound is MARGIN times larger. The bound of a
+    chat has the same margin, since its template may leave out some of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_len: int, max_input: int) -> None:
+        self._max_len, self._max_input = max_len, max_input
+        self.max_bytes = max_input * longest_token(tokenizer)
+        self._max_contents = max_input * MARGIN * _longest_piece(tokenizer)
+
+    def check_text(self, text: str, param: str) -> None:
+        """Raise ApiError for a text that cannot fit."""
+        self._check_bytes([text], self.max_bytes, param)
+
+    def check_messages(self, messages: object, *, truncated: bool = False) -> None:
+        """Raise ApiError for unvalidated messages that cannot fit, by their number and their texts.
+
+        truncated: The prompt will be truncated, so only the number counts.
+        """
+        if not isinstance(messages, list):
+            return
+        if len(messages) > self._max_input:
+            raise ApiError(
+                "invalid", f"{self._context()}; this one has {len(messages)} messages. Shorten it.", "messages"
+            )
+        if not truncated:
+            self._check_bytes([*_texts(messages)], self._max_contents, "messages")
+
+    def _check_bytes(self, texts: Sequence[str], most: int, param: str) -> None:
+        if sum(map(len, texts)) * 4 <= most:
+            return
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        if size > most:
+            raise ApiError(
+                "invalid",
+                f"{self._context()}; this one has {size} bytes of text, and {self._max_input} tokens stand for "
+                f"{most} at most. Shorten it.",
+                param,
+            )
+
+    def _context(self) -> str:
+        return (
+            f"This model's maximum context length is {self._max_len} tokens, of which a prompt may have "
+            f"{self._max_input}"
+        )
+
+
+def _texts(messages: Sequence[Any]) -> Iterator[str]:
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                yield text
+
+
+def longest_token(tokenizer: Tokenizer) -> int:
+    """The most bytes of a text that one token can stand for."""
+    fast = tokenizer.fast
+    steps = list(_steps(fast.pre_tokenizer))
+    added = fast.get_added_tokens_decoder().values()
+    exact = (
+        any(step["type"] == "ByteLevel" for step in steps)
+        and sum(len(piece) == 1 for piece in fast.get_vocab(with_added_tokens=False)) >= _BYTES  # no byte is dropped
+        and fast.normalizer is None
+        and not any(step.get("behavior") == "Removed" for step in steps)
+        and not any(token.lstrip or token.rstrip for token in added)  # which take in any number of spaces
+    )
+    return _longest_piece(tokenizer) * (1 if exact else MARGIN)
+
+
+def _longest_piece(tokenizer: Tokenizer) -> int:
+    """Bytes of the vocabulary's longest token."""
+    fast = tokenizer.fast
+    byte_level = any(step["type"] == "ByteLevel" for step in _steps(fast.pre_tokenizer))
+    lengths = [len(piece) if byte_level else len(piece.encode()) for piece in fast.get_vocab(with_added_tokens=False)]
+    added = (len(token.content.encode()) for token in fast.get_added_tokens_decoder().values())
+    return max([*lengths, *added], default=1)
+
+
+def _steps(pre_tokenizer: Any) -> Iterator[dict[str, Any]]:
+    if pre_tokenizer is not None:
+        state = json.loads(pre_tokenizer.__getstate__())
+        yield from state.get("pretokenizers", [state])

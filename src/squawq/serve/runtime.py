@@ -1,32 +1,78 @@
-"""Runs requests: read the body, admit, parse in the dialect, submit to the engine, stream or send the reply."""
+"""Runs requests: read the body, admit, parse in a dialect, submit to the engine, stream or send the reply."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive
 
-from squawq.engine.request import Output
-from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.serve.call import Call
+from squawq.engine.protocol import InferenceEngine
+from squawq.engine.request import FinishReason, Output, Request
+from squawq.engine.sequence import join
+from squawq.errors import ConfigError, EngineClosed, QueueFull, SquawqError
 from squawq.serve.errors import ApiError
-from squawq.serve.exchange import Disconnected, Exchange, Mailbox
 from squawq.serve.fields import parse_json
-from squawq.serve.http import EVENT_HEADERS, KEEP_ALIVE, SMALL, Bodies, HeldReply, blocks, drain, events, json_reply
-from squawq.serve.limits import Admission, FairPool, Reservation, cost
+from squawq.serve.http import EVENT_HEADERS, KEEP_ALIVE, HeldReply, blocks, drain, events, json_reply
+from squawq.serve.limits import SMALL, Admission, Bodies, FairPool, Reservation, cost
 from squawq.serve.logs import event
 from squawq.serve.metrics import Metrics, Timing
 from squawq.serve.model import Served
 
 logger = logging.getLogger("squawq.serve")
 MAX_SHOWN = 2000  # bytes of a body that are kept for the log
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A complete reply: a JSON value and further headers."""
+
+    body: object
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Call(Protocol):
+    """A request in a dialect: engine requests, and functions from their outputs to a reply or a stream.
+
+    A Call is pure: no HTTP, no threads. A payload is the JSON value of a stream's event, or its text.
+    """
+
+    stream: bool  # whether the client asked for one
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        """For the engine, in the order of the prompts."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Further headers of a stream."""
+
+    def invalid(self, error: ConfigError) -> ApiError:
+        """The reply to a request that the engine refuses."""
+
+    def push(self, output: Output) -> Sequence[object]:
+        """Payloads for one output, maybe none. Outputs of a sequence come in order."""
+
+    def end(self) -> Sequence[object]:
+        """Payloads after the last output."""
+
+    def fail(self, error: ApiError) -> Sequence[object]:
+        """Payloads that end a started stream with an error."""
+
+    def reply(self, outputs: Sequence[Sequence[Output]], timing: Timing, /) -> Reply:
+        """The complete reply, from each request's joined sequences. Raises ApiError for failed sequences."""
+
+
 Parse = Callable[[Mapping[str, Any], Served, str], Call]  # from body and tenant
 
 
@@ -43,9 +89,9 @@ class Runtime:
         self._exchanges: set[Exchange] = set()
         self._mailbox = Mailbox(served.engine)
         self._small = FairPool(self.settings.validation_workers, "squawq-validation")
-        self._large = FairPool(
+        self._large = FairPool(  # so that small bodies never wait for large ones
             1, "squawq-validation-large", served.use_second_template_process
-        )  # so that small ones never wait for it
+        )
         self._replies = FairPool(2, "squawq-replies")
 
     @property
@@ -56,19 +102,19 @@ class Runtime:
     @property
     def unchecked(self) -> int:
         """Requests that are being checked, or wait for that."""
-        return sum(exchange.checked is None for exchange in self._exchanges)
+        return sum(not exchange.submitted for exchange in self._exchanges)
 
     def close(self) -> None:
         """End the threads; what waits for one is dropped."""
-        for lane in (self._small, self._large, self._replies):
-            lane.close()
+        for pool in (self._small, self._large, self._replies):
+            pool.close()
 
     def end_all(self) -> None:
         """Answer what is being checked or waits for the engine with an error; from the event loop."""
         for exchange in self._exchanges:
             exchange.end(ApiError("unavailable", "The server is shutting down"))
 
-    async def generate(self, request: Request, parse: Parse) -> Response:
+    async def generate(self, request: HttpRequest, parse: Parse) -> Response:
         """Read, check and run a request. The response streams, or has the whole reply.
 
         What fails before the first output raises ApiError, and so has a status of its own.
@@ -78,7 +124,7 @@ class Runtime:
 
         def observe() -> None:
             if call is not None:
-                self._observe(request, exchange)
+                self._observe(request, exchange.timing)
 
         try:
             async with AsyncExitStack() as stack:
@@ -95,11 +141,11 @@ class Runtime:
                 reply.resources = stack.pop_all()
                 return reply
         except ApiError as error:
-            if exchange.checked is None:  # otherwise it is counted by how it ended
+            if not exchange.submitted:  # otherwise it is counted by how it ended
                 self.metrics.rejected(error.name)
             raise
 
-    async def compute(self, request: Request, work: Callable[[Mapping[str, Any]], Any]) -> Response:
+    async def compute(self, request: HttpRequest, work: Callable[[Mapping[str, Any]], Any]) -> Response:
         """A response with the JSON that `work` makes of the body, without the engine."""
         tenant = request.scope.get("tenant", "")
         raw = [await self.bodies.read(request)]
@@ -114,6 +160,14 @@ class Runtime:
             reply = json_reply(await exchange.checking(self._in_pool(encoded, size, tenant)))
             reply.resources = stack.pop_all()
             return reply
+
+    @contextmanager
+    def admitted(self, tenant: str, size: int) -> Iterator[Reservation]:
+        """A reservation for a tenant's request. Raises ApiError while there is none, or none are taken."""
+        if self.draining:
+            raise ApiError("unavailable", "The server is shutting down")
+        with self.admission.admitted(tenant, size) as reservation:
+            yield reservation
 
     def _exchange(self) -> Exchange:
         return Exchange(self._mailbox, time.perf_counter(), self.metrics.inter_token)
@@ -133,6 +187,19 @@ class Runtime:
                 alarm.cancel()
             watch.cancel()
 
+    def _alarms(self, exchange: Exchange) -> list[asyncio.TimerHandle]:
+        """End a request that waits too long for its turn, or that takes too long altogether."""
+        queued, limit = self.settings.queue_timeout, self.settings.generation_timeout
+
+        def turn() -> None:
+            if exchange.waits():
+                why = f"The request waited {queued:g} s for its turn, as long as it may (--queue-timeout); try later"
+                exchange.end(ApiError("overloaded", why))
+
+        late = ApiError("incomplete", f"the answer was not ready after {limit:g} s")
+        loop = asyncio.get_running_loop()
+        return [loop.call_later(queued, turn), loop.call_later(limit, exchange.end, late)]
+
     async def _prepare(
         self, parse: Parse, raw: list[bytes], exchange: Exchange, reservation: Reservation, tenant: str
     ) -> Call:
@@ -140,30 +207,29 @@ class Runtime:
         size = len(raw[0])
         call: Call = await self._in_pool(lambda: parse(parse_json(raw.pop()), self.served, tenant), size, tenant)
         self.admission.hold(reservation, size + cost(call.requests))
-        await self._in_pool(lambda: exchange.submit(call), size, tenant)
+        await self._in_pool(lambda: exchange.submit(call), size, tenant, first=True)
         return call
 
-    def _alarms(self, exchange: Exchange) -> list[asyncio.TimerHandle]:
-        """End a request that waits too long for its turn, or that takes too long altogether."""
-        queued, limit = self.settings.queue_timeout, self.settings.generation_timeout
+    async def _in_pool(self, work: Callable[[], Any], size: int, tenant: str, *, first: bool = False) -> Any:
+        """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError.
 
-        def turn() -> None:
-            if exchange.waits():
-                message = (
-                    f"The request waited {queued:g} s for its turn, as long as it may (--queue-timeout); try later"
-                )
-                exchange.end(ApiError("overloaded", message))
-
-        late = ApiError("incomplete", f"the answer was not ready after {limit:g} s")
-        loop = asyncio.get_running_loop()
-        return [loop.call_later(queued, turn), loop.call_later(limit, exchange.end, late)]
+        size: bytes of the body; large ones have a thread of their own. first: before the tenant's unchecked requests.
+        """
+        try:
+            return await (self._large if size > SMALL else self._small).run(tenant, work, first=first)
+        except QueueFull as error:
+            raise ApiError("overloaded", str(error)) from error
+        except EngineClosed as error:
+            raise ApiError("unavailable", str(error)) from error
+        except ConfigError as error:
+            raise ApiError("invalid", str(error)) from error
 
     async def _whole(self, call: Call, exchange: Exchange, tenant: str) -> HeldReply:
         """The whole reply. Encoding a long one takes seconds: in a worker thread."""
         outputs = await exchange.all(call)
 
         def make() -> tuple[list[bytes], Mapping[str, str]]:
-            reply = call.reply(outputs, exchange.times)
+            reply = call.reply(outputs, exchange.timing)
             return blocks(reply.body), reply.headers
 
         return json_reply(*await self._replies.run(tenant, make))
@@ -197,63 +263,23 @@ class Runtime:
 
     async def _events(self, call: Call, batch: list[Output], tenant: str) -> list[bytes]:
         """What a batch adds to a stream; a prompt's log probabilities take seconds to write: beside the event loop."""
+        large = any(output.prompt_logprobs is not None for output in batch)
 
         def make() -> list[bytes]:
-            return events(payload for output in batch for payload in call.push(output))
+            return events((payload for output in batch for payload in call.push(output)), large=large)
 
-        if all(output.prompt_logprobs is None for output in batch):
+        if not large:
             return make()
         found: list[bytes] = await self._replies.run(tenant, make)
         return found
 
-    def _observe(self, request: Request, exchange: Exchange) -> None:
-        times = exchange.times
-        timing = Timing(
-            arrived=exchange.arrived,
-            validated=times.checked,
-            ended=times.ended,
-            prompt_tokens=exchange.prompt_tokens,
-            generated_tokens=exchange.tokens,
-            finish=exchange.finish,
-            first_token=exchange.first,
-            n=exchange.choices,
-            max_tokens=exchange.max_tokens,
-        )
+    def _observe(self, request: HttpRequest, timing: Timing) -> None:
         self.metrics.observe(timing)
         first = None if timing.first_token is None else round(timing.first_token - timing.arrived, 4)
-        event(
-            logger,
-            logging.INFO,
-            "generated",
-            id=request.scope["request_id"],
-            prompt_tokens=timing.prompt_tokens,
-            tokens=timing.generated_tokens,
-            finish=timing.finish,
-            first_token_s=first,
-            seconds=round(timing.ended - timing.arrived, 4),
-        )
-
-    async def _in_pool(self, work: Callable[[], Any], size: int, tenant: str) -> Any:
-        """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError.
-
-        size: bytes of the body; large ones have a thread of their own, so that small ones never wait for them.
-        """
-        try:
-            return await (self._large if size > SMALL else self._small).run(tenant, work)
-        except QueueFull as error:
-            raise ApiError("overloaded", str(error)) from error
-        except EngineClosed as error:
-            raise ApiError("unavailable", str(error)) from error
-        except ConfigError as error:
-            raise ApiError("invalid", str(error)) from error
-
-    @contextmanager
-    def admitted(self, tenant: str, size: int) -> Iterator[Reservation]:
-        """A reservation for a tenant's request. Raises ApiError while there is none, or none are taken."""
-        if self.draining:
-            raise ApiError("unavailable", "The server is shutting down")
-        with self.admission.admitted(tenant, size) as reservation:
-            yield reservation
+        seconds = round(timing.ended - timing.arrived, 4)
+        fields: dict[str, Any] = {"prompt_tokens": timing.prompt_tokens, "tokens": timing.generated_tokens}
+        fields |= {"finish": timing.finish, "first_token_s": first, "seconds": seconds}
+        event(logger, logging.INFO, "generated", id=request.scope["request_id"], **fields)
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:
@@ -261,3 +287,192 @@ async def _watch(receive: Receive, exchange: Exchange) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     exchange.end(Disconnected())
+
+
+class Disconnected(Exception):  # noqa: N818
+    """The client has disconnected."""
+
+
+class Mailbox:
+    """Carries outputs from the engine's thread to the event loop, which is woken once per step.
+
+    Waking it in the middle of a step would take the interpreter's lock from the engine.
+    """
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self.engine = engine
+        self._items: list[tuple[asyncio.Queue[Output | Exception], Output]] = []  # the engine's thread's alone
+        self._loop: asyncio.AbstractEventLoop | None = None
+        engine.on_step(self._send)
+
+    def open(self) -> None:
+        """Deliver to the running event loop from now on."""
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, queue: asyncio.Queue[Output | Exception], output: Output) -> None:
+        """Deliver an output when the step ends; call it in the engine's thread."""
+        self._items.append((queue, output))
+
+    def _send(self) -> None:
+        items, self._items = self._items, []
+        if items and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                self._loop.call_soon_threadsafe(_deliver, items)
+
+
+def _deliver(items: list[tuple[asyncio.Queue[Output | Exception], Output]]) -> None:
+    for queue, output in items:
+        queue.put_nowait(output)
+
+
+class Exchange:
+    """One call between the engine's thread and the event loop. Leaving the context aborts its unfinished requests.
+
+    arrived: by time.perf_counter. inter_token: called with the seconds between two tokens of a sequence.
+    """
+
+    def __init__(self, mailbox: Mailbox, arrived: float, inter_token: Callable[[float], object]) -> None:
+        mailbox.open()
+        self._mailbox = mailbox
+        self._engine = mailbox.engine
+        self._queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self._open: dict[str, int] = {}  # unfinished sequences of each request
+        self._left = False
+        self.ending = asyncio.get_running_loop().create_future()  # done when `end` was called
+        self._seen: dict[tuple[str, int], float] = {}
+        self._inter_token = inter_token
+        self._timing = Timing(arrived)
+        self.submitted = False
+
+    async def __aenter__(self) -> Exchange:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._open and self.ending.done():  # the client disconnected while its answer was written
+            self._timing.finish = FinishReason.ABORT
+        self._left = True
+        self._abort()
+
+    @property
+    def timing(self) -> Timing:
+        """Times and counts of this call so far."""
+        return replace(self._timing, ended=time.perf_counter())
+
+    def submit(self, call: Call) -> None:
+        """Submit the call's requests to the engine, which checks them and compiles grammars; for a worker thread.
+
+        Raises ApiError.
+        """
+        if self.left():  # the client hung up while its request was checked
+            raise Disconnected
+        timing, params = self._timing, call.requests[0].params
+        timing.prompt_tokens = sum(len(request.prompt) for request in call.requests)
+        timing.n, timing.max_tokens = len(call.requests) * params.n, params.max_tokens
+        try:
+            for request in call.requests:
+                self._open[request.id] = request.params.n
+                owned = replace(request, group=call.requests[0].id)
+                self._engine.submit(owned, self._sink)
+        except SquawqError as error:
+            self._abort()
+            if isinstance(error, ConfigError):
+                raise call.invalid(error) from error
+            if isinstance(error, EngineClosed):
+                raise ApiError("unavailable", "The server is shutting down or its engine has failed") from error
+            raise  # QueueFull: see Runtime._in_pool
+        if self.left():  # or just now
+            self._abort()
+        timing.validated = time.perf_counter()
+        self.submitted = True
+
+    def left(self) -> bool:
+        return self._left
+
+    def waits(self) -> bool:
+        """Whether it is being checked, or queued in the engine."""
+        return not self.submitted or (bool(self._open) and all(map(self._engine.waits, self._open)))
+
+    def end(self, reason: Exception) -> None:
+        """Raise an exception in whoever waits for this call; call it in the event loop."""
+        self._queue.put_nowait(reason)
+        if not self.ending.done():
+            self.ending.set_result(None)
+
+    async def checking(self, work: Awaitable[Result]) -> Result:
+        """The result of `work`. If `end` comes first, its exception is raised and `work` is cancelled."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((task, self.ending), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+            del task, work  # an exception's traceback holds this frame, and the task holds the exception
+        while True:  # outputs of its first requests may stand before the reason
+            self._check(self._queue.get_nowait())
+
+    async def batches(self, pause: float) -> AsyncIterator[list[Output]]:
+        """Lists of the outputs that are ready; an empty list after `pause` seconds without one.
+
+        Raises ApiError if a sequence failed, and what `end` was called with.
+        """
+        while self._open:
+            items = []
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause or None):
+                    items.append(await self._queue.get())
+            while not self._queue.empty():
+                items.append(self._queue.get_nowait())
+            good = [item for item in itertools.takewhile(_is_good, items) if isinstance(item, Output)]
+            if good or not items:
+                yield [self._check(item) for item in good]
+            if len(good) < len(items):
+                self._check(items.pop(len(good)))  # not held here: its traceback will hold this frame
+
+    async def all(self, call: Call) -> list[list[Output]]:
+        """Each request's sequences, joined, once all have finished."""
+        parts: dict[tuple[str, int], list[Output]] = {}
+        async for batch in self.batches(0):
+            for output in batch:
+                parts.setdefault((output.request, output.index), []).append(output)
+        return [[join(parts[request.id, index]) for index in range(request.params.n)] for request in call.requests]
+
+    def _sink(self, output: Output) -> None:
+        self._mailbox.put(self._queue, output)
+
+    def _check(self, item: Output | Exception) -> Output:
+        """Record an output; raise an exception."""
+        timing = self._timing
+        if isinstance(item, Exception):
+            timing.finish = FinishReason.ABORT
+            try:
+                raise item
+            finally:
+                del item  # its traceback holds this frame, and with that the request's body
+        now, key = time.perf_counter(), (item.request, item.index)
+        if item.ids:
+            timing.generated_tokens += len(item.ids)
+            if timing.first_token is None:
+                timing.first_token = now
+            if key in self._seen:
+                self._inter_token((now - self._seen[key]) / len(item.ids))
+            self._seen[key] = now
+        if item.finish:
+            self._open[item.request] -= 1
+            if not self._open[item.request]:
+                del self._open[item.request]
+            timing.finish = item.finish
+            if item.finish is FinishReason.ERROR:
+                self._abort()
+                kind = "generation" if self._engine.alive else "unavailable"  # the request's own failure, or everyone's
+                raise ApiError(kind, f"Request failed during generation: {item.stop_reason}")
+        return item
+
+    def _abort(self) -> None:
+        for request in list(self._open):  # a worker thread may call this as well
+            self._engine.abort(request)
+        self._open.clear()
+
+
+def _is_good(item: Output | Exception) -> bool:
+    return isinstance(item, Output) and item.finish is not FinishReason.ERROR

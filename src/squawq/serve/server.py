@@ -1,4 +1,4 @@
-"""Runs the server: load the model, listen, shut down. The first signal drains, the second aborts.
+"""Runs the server: listen, load the model, shut down. The first signal drains, the second aborts.
 
 Every request in flight then gets a finish reason, and the exit code is 0.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
+import ipaddress
 import logging
 import os
 import platform
@@ -16,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -25,16 +27,22 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from squawq import __version__
+from squawq.errors import ConfigError
 from squawq.progress import console
 from squawq.serve import logs
 from squawq.serve.app import Api
-from squawq.serve.connections import bind, is_open, protocol, refusal, uds_refusal, url
+from squawq.serve.http import http_protocol
 from squawq.serve.model import Served
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
 logger = logging.getLogger("squawq.serve")
 TICK = 0.05
 LAST_WORDS = 1.0  # seconds for answers to be written after their requests were aborted
+REASONS = {
+    errno.EADDRINUSE: "another program listens there; choose another port (0 takes a free one), or end that program",
+    errno.EACCES: "this user may not listen there; choose a port above 1023",
+    errno.EADDRNOTAVAIL: "this machine has no such address; use one of its own, or 0.0.0.0 for all",
+}
 
 
 class Server(uvicorn.Server):
@@ -48,7 +56,7 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 uds=None if settings.uds is None else str(settings.uds),
-                http=protocol(settings),
+                http=http_protocol(settings),
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -67,7 +75,6 @@ class Server(uvicorn.Server):
 
     @property
     def bound_port(self) -> int:
-        """The port, once started."""
         port: int = self.servers[0].sockets[0].getsockname()[1]
         return port
 
@@ -76,7 +83,6 @@ class Server(uvicorn.Server):
         self.stops += 1
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """A signal."""
         self.stop()
 
     @contextlib.contextmanager
@@ -99,8 +105,10 @@ class Server(uvicorn.Server):
             await super().startup(sockets)
         except OSError as error:  # somebody else was quicker
             if settings.uds is not None:
-                raise uds_refusal(settings.uds, error) from error
-            raise refusal(settings.host, settings.port, error) from error
+                raise ConfigError(
+                    f"cannot listen on the Unix socket {settings.uds}: {error.strerror or error}"
+                ) from error
+            raise _refusal(settings.host, settings.port, error) from error
         if not self.started:
             return
         if is_open(settings):
@@ -139,19 +147,10 @@ class Server(uvicorn.Server):
             await self.on_tick(count := count + 2)
 
 
-def run(settings: Settings, notes: Mapping[str, Any] | None = None, environment: bool = False) -> int:
-    """Serve until a signal.
+def run(settings: ServerSettings, notes: Mapping[str, Any] | None = None, environment: bool = False) -> int:
+    """Serve until a signal; returns the exit code. Raises SquawqError if the model cannot be served.
 
-    Args:
-        settings: The server's.
-        notes: Flags without effect, and why, for the log.
-        environment: Log versions and the machine.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        SquawqError: The model cannot be served.
+    notes: flags without effect, and why, for the log. environment: log versions and the machine.
     """
     writer = logs.setup(settings.log_format, settings.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -209,3 +208,77 @@ def _allow_files(wanted: int) -> None:
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def bind(settings: ServerSettings) -> list[socket.socket] | None:
+    """Bind sockets to the server's port and the metrics port, before the model is loaded. None for a Unix socket.
+
+    Raises ConfigError."""
+    if settings.uds is not None:
+        return None
+    sockets: list[socket.socket] = []
+    try:
+        sockets += _bind(settings.host, settings.port)
+        if settings.prometheus_port is not None:
+            sockets += _bind(settings.host, settings.prometheus_port)
+    except BaseException:
+        for one in sockets:
+            one.close()
+        raise
+    return sockets
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """Bind a socket to each address of a host. Only the first must succeed."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"host is {host!r}, which is no address of this machine: {error}") from error
+    sockets: list[socket.socket] = []
+    for family, kind, number, _, address in dict.fromkeys(found):
+        if sockets:  # the same port, where any free one was asked for
+            address = (address[0], sockets[0].getsockname()[1], *address[2:])
+        try:
+            sockets.append(_socket(family, kind, number, address))
+        except OSError as error:
+            if not sockets:
+                raise _refusal(host, port, error) from error
+    return sockets
+
+
+def _socket(family: int, kind: int, protocol: int, address: Sequence[object]) -> socket.socket:
+    one = socket.socket(family, kind, protocol)
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(tuple(address))
+    except BaseException:
+        one.close()
+        raise
+    return one
+
+
+def _refusal(host: str, port: int, error: OSError) -> ConfigError:
+    reason = REASONS.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
+    return ConfigError(f"cannot listen on {_place(host, port)}: {reason}")
+
+
+def url(settings: ServerSettings, port: int) -> str:
+    if settings.uds is not None:
+        return str(settings.uds)
+    return f"{'https' if settings.ssl_certfile else 'http'}://{_place(settings.host, port)}"
+
+
+def _place(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_open(settings: ServerSettings) -> bool:
+    """Whether other machines can reach the server, and need no API key."""
+    if settings.api_keys or settings.uds is not None:
+        return False
+    try:
+        return not ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        return settings.host != "localhost"

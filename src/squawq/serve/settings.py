@@ -27,26 +27,11 @@ Choices = Annotated[int, Field(ge=1, le=MAX_SEQUENCES, description=f"1 to {MAX_S
 
 
 @strict(kw_only=True)
-class Settings(EngineConfig):
-    """Settings of `squawq serve`, beside the engine's. Sizes in bytes, times in seconds; None: as the model or machine
-    suggests.
+class ServerSettings(EngineConfig):
+    """Settings of `squawq serve`, beside the engine's; the help texts of the flags (launcher.TABLE) say what they mean.
 
-    Attributes:
-        dialect: "openai" (as vLLM answers) or "tgi": whose rules hold on the shared routes, where they differ.
-        served_names: The model's name in replies, then aliases.
-        tokenizer: A folder or Hub id; None for the model's own.
-        generation_config: Source of sampling defaults: "auto", the model; "vllm", none; or a folder.
-        grammar_support: Accept schemas, regexes, grammars and tools.
-        prometheus_port: Serve /metrics on this port as well.
-        max_model_len: Tokens of a prompt and its answer together.
-        max_input_tokens: Tokens of a prompt.
-        max_queued: Waiting requests; the next is refused.
-        max_queue_bytes: Memory of waiting and running requests; the next is refused.
-        max_connections: More than there may be requests, so that others can still ask for health; None: RESERVED more.
-        tensor_parallel_size: GPUs that share a model; 1 for now.
-
-    Raises:
-        ConfigError: Values that cannot work.
+    Sizes in bytes, times in seconds; None: as the model or machine suggests. Raises ConfigError for values that cannot
+    work.
     """
 
     model: str
@@ -142,7 +127,6 @@ class Settings(EngineConfig):
 
     @property
     def tgi(self) -> bool:
-        """Whether the shared routes follow TGI's rules."""
         return self.dialect == "tgi"
 
     @property
@@ -162,5 +146,4 @@ class Settings(EngineConfig):
 
     @property
     def connections(self) -> int:
-        """Connections that may be open at once."""
         return self.most_under_way + RESERVED if self.max_connections is None else self.max_connections

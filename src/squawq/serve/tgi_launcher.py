@@ -16,53 +16,28 @@ import typer
 
 from squawq import __version__
 from squawq.errors import ConfigError
-from squawq.serve.flags import (
-    HELP,
-    Choice,
-    Command,
-    Flag,
-    Flags,
-    Only,
-    among,
-    finish,
-    named_address,
-    notes,
-    parse,
-    read_flags,
-    share,
-    signature,
-    to_settings,
-    truth,
-    whole,
-)
+from squawq.serve.flags import HELP, Choice, Command, Flag, FlagTable, Only, among, finish, parse, share, truth, whole
 from squawq.serve.launcher import NO_CODE
-from squawq.serve.settings import Settings
+from squawq.serve.settings import ServerSettings
 
-BATCH = Settings.max_num_seqs
+BATCH = ServerSettings.max_num_seqs
 LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warning", "warning": "warning", "error": "error"}
 IGNORED = {
-    "waiting_served_ratio": "the batch takes new requests at every step",
-    "max_waiting_tokens": "the batch takes new requests at every step",
-    "cuda_graphs": "no graphs are made",
-    "shard_uds_path": "there are no shards",
-    "master_addr": "there are no shards",
-    "master_port": "there are no shards",
-    "otlp_endpoint": "there are no traces",
-    "otlp_service_name": "there are no traces",
-    "usage_stats": "none are sent",
-    "watermark_gamma": "requests for a watermark are refused",
-    "watermark_delta": "requests for a watermark are refused",
+    "the batch takes new requests at every step": ("waiting_served_ratio", "max_waiting_tokens"),
+    "no graphs are made": ("cuda_graphs",),
+    "there are no shards": ("shard_uds_path", "master_addr", "master_port"),
+    "there are no traces": ("otlp_endpoint", "otlp_service_name"),
+    "none are sent": ("usage_stats",),
+    "requests for a watermark are refused": ("watermark_gamma", "watermark_delta"),
 }
 NO_TUNNEL = "there is no tunnel"
 ABSENT = {
-    "kv_cache_dtype": "the cache is float16",
-    "rope_scaling": "positions are scaled as the model's config.json says",
-    "rope_factor": "positions are scaled as the model's config.json says",
-    "tokenizer_config_path": "the chat template is the model's (squawq serve --chat-template takes another)",
-    "weights_cache_override": "MODEL_ID takes a folder",
-    "lora_adapters": "there are no adapters",
-    "ngrok_authtoken": NO_TUNNEL,
-    "ngrok_edge": NO_TUNNEL,
+    "the cache is float16": ("kv_cache_dtype",),
+    "positions are scaled as the model's config.json says": ("rope_scaling", "rope_factor"),
+    "the chat template is the model's (squawq serve --chat-template takes another)": ("tokenizer_config_path",),
+    "MODEL_ID takes a folder": ("weights_cache_override",),
+    "there are no adapters": ("lora_adapters",),
+    NO_TUNNEL: ("ngrok_authtoken", "ngrok_edge"),
 }
 OFF = Choice({"true": False, "1": False, "false": True, "0": True})  # of a switch that turns something off
 LATER = "tensor parallelism comes later"
@@ -85,7 +60,7 @@ def log_level(text: str) -> str:
     return router or level or "info"
 
 
-TABLE: Flags = {
+TABLE: dict[str, list[Flag]] = {
     "Model": [
         Flag("model_id", "A model folder or a Hub id; it must be given", "model"),
         Flag("revision", "A branch, tag or commit of the Hub"),
@@ -129,7 +104,7 @@ TABLE: Flags = {
         Flag("log_level", "A level, or directives such as info,text_generation_router=debug", read=log_level),
     ],
     "Accepted: they change nothing here": [
-        *(Flag(key, why, noted=True) for key, why in IGNORED.items()),
+        *(Flag(key, why, noted=True) for why, keys in IGNORED.items() for key in keys),
         Flag("trust_remote_code", NO_CODE, read=truth, switch=True, noted=True),
         Flag("enable_prefill_logprobs", "they can always be had", read=truth, switch=True, noted=True),
         Flag("disable_custom_kernels", "none come from elsewhere", read=truth, switch=True, noted=True),
@@ -139,10 +114,13 @@ TABLE: Flags = {
         Flag("sharded", f"must be false: {LATER}", read=Only(False, truth, f"it must be false: {LATER}")),
         Flag("speculate", "must be 0", read=Only(0, whole(0), "it must be 0: there is no speculative decoding")),
         Flag("ngrok", NO_TUNNEL, read=Only(False, truth, f"{NO_TUNNEL}; leave it out"), switch=True),
-        *(Flag(key, why, read=Only(None, str, f"{why}; leave it out")) for key, why in ABSENT.items()),
+        *(Flag(key, why, read=Only(None, str, f"{why}; leave it out")) for why, keys in ABSENT.items() for key in keys),
     ],
 }
-FLAGS: Flags = {panel: [replace(flag, variables=(flag.key.upper(),)) for flag in rows] for panel, rows in TABLE.items()}
+FLAGS = FlagTable(
+    {section: [replace(flag, variables=(flag.key.upper(),)) for flag in rows] for section, rows in TABLE.items()},
+    host="HOSTNAME",  # TGI binds to it all the same
+)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
 
 
@@ -163,36 +141,29 @@ def launch(env: bool, version: bool, **given: Any) -> None:
     if version:
         print(f"text-generation-launcher {__version__} (squawq)")
         raise typer.Exit
-    found = _found(given, os.environ)
+    found = FLAGS.read(given, os.environ)
     settings = _settings(found)
     if "huggingface_hub_cache" in found:  # before huggingface_hub, which reads it when it is imported
         os.environ.setdefault("HF_HUB_CACHE", found["huggingface_hub_cache"])
     from squawq.serve.server import run
 
-    raise typer.Exit(run(settings, notes(FLAGS, given, os.environ), environment=env))
+    raise typer.Exit(run(settings, FLAGS.notes(given, os.environ), environment=env))
 
 
 ENV = Annotated[bool, typer.Option("--env", "-e", help="Log what runs here, then serve", rich_help_panel="Logs")]
 VERSION = Annotated[bool, typer.Option("--version", "-V", help="Print the version and end", rich_help_panel="Logs")]
-launch.__signature__ = signature(  # type: ignore[attr-defined]
-    FLAGS,
-    *(
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in (("env", ENV), ("version", VERSION))
-    ),
+launch.__signature__ = FLAGS.signature(  # type: ignore[attr-defined]
+    inspect.Parameter("env", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=ENV),
+    inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=VERSION),
 )
 
 
-def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def settings_from(arguments: Sequence[str], environ: Mapping[str, str]) -> ServerSettings:
     """The settings of text-generation-launcher with these arguments and this environment."""
-    return _settings(_found(parse(launch, arguments), environ))
+    return _settings(FLAGS.read(parse(launch, arguments), environ))
 
 
-def _found(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    return read_flags(FLAGS, given, named_address("HOSTNAME", environ))  # TGI binds to it all the same
-
-
-def _settings(found: Mapping[str, Any]) -> Settings:
+def _settings(found: Mapping[str, Any]) -> ServerSettings:
     if "model_id" not in found:
         raise ConfigError("no model: set MODEL_ID or --model-id to a model folder or a Hub id")
     tokens, length, total = (found.get(f"max_{key}") for key in ("input_tokens", "input_length", "total_tokens"))
@@ -202,8 +173,7 @@ def _settings(found: Mapping[str, Any]) -> Settings:
     if prompt and total and prompt >= total:
         raise ConfigError(f"MAX_TOTAL_TOKENS is {total}; it must be more than MAX_INPUT_TOKENS, which is {prompt}")
     running = min(found["max_batch_size"], found["max_concurrent_requests"])
-    return to_settings(
-        FLAGS,
+    return FLAGS.settings(
         found,
         dialect="tgi",
         max_num_seqs=running,
@@ -218,7 +188,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """The console script."""
     faulthandler.enable()  # whatever may kill the process, it does not end without a line
     sys.exit(main())
 

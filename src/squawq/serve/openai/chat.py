@@ -5,6 +5,7 @@ Streams and complete replies are made by the same steps, so they agree.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -13,21 +14,21 @@ from pydantic import Field
 
 from squawq.engine.request import FinishReason, Grammar, Output, Request
 from squawq.errors import ConfigError
-from squawq.serve.call import Reply, Times, dump, dump_large
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Many, validate
-from squawq.serve.limits import limit_by_logprobs
+from squawq.serve.metrics import Timing
 from squawq.serve.model import Served
-from squawq.serve.openai.reply import OpenAICall
-from squawq.serve.openai.sampling import SamplingFields
+from squawq.serve.openai.base import OpenAICall, SamplingFields
+from squawq.serve.runtime import Reply
 from squawq.serve.tools.grammar import PLAIN_FORMAT, call_id, tool_grammar
-from squawq.serve.tools.messages import plain_messages, template_messages
-from squawq.serve.tools.parser import Delta, ToolParser
-from squawq.serve.tools.structured import response_grammar
+from squawq.serve.tools.parser import Delta, ToolParser, plain_messages
 from squawq.text import chat_template
 
 Chat = TypeVar("Chat", bound="ChatBody")
 NO_TOOLS = "the server knows no format of tool calls for this model; --tool-call-parser names one"
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
+_TEXTS = ("text", "input_text", "output_text", "refusal")  # OpenAI's names of parts that are text
 RESERVED = (*chat_template.RESERVED, "tokenize", "chat_template")
 
 
@@ -148,7 +149,9 @@ def render(body: ChatBody, served: Served) -> str:
         messages = template_messages(messages)
     except ConfigError as error:
         raise ApiError("invalid", str(error), "messages") from error
-    if not served.template_supports_tools:
+    if not served.template_supports_tools and (
+        tools or any("tool_calls" in one or one["role"] == "tool" for one in messages)
+    ):
         messages = plain_messages(served.tool_format or PLAIN_FORMAT, messages, tools, body.tool_prompt)
         tools = None
     continued = body.continue_final_message
@@ -165,6 +168,77 @@ def render(body: ChatBody, served: Served) -> str:
     )
 
 
+def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Convert OpenAI's messages for chat templates. Raises ConfigError for parts that are not text, and invalid calls.
+
+    Arguments of calls become objects, "developer" becomes "system", "function" becomes "tool", text parts are joined by
+    line breaks as in vLLM (transformers joins them by spaces, TGI by nothing). An assistant's missing content becomes
+    "": Llama's templates would print None, and Qwen's would add it to text. `tool_calls` is there only where there are
+    calls, since Llama's templates look for the key alone. An assistant's reasoning is kept
+    under both of its names. Other fields are dropped.
+    """
+    return [_message(message) for message in messages]
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    role = message.get("role")
+    if role not in ROLES:
+        raise ConfigError(f"a message has the role {role!r:.80}; choose one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if content is None and role in ("assistant", "tool", "function"):
+        refusal = message.get("refusal")
+        content = refusal if isinstance(refusal, str) else ""
+    made = {"role": _TEMPLATE_ROLES.get(role, role), "content": _text(role, content)}
+    for name in ("name", "tool_call_id"):
+        if isinstance(message.get(name), str):
+            made[name] = message[name]
+    if role == "assistant":
+        calls = message.get("tool_calls") or []
+        if not calls and message.get("function_call"):
+            calls = [{"function": message["function_call"]}]
+        if calls:
+            made["tool_calls"] = [_call(call) for call in calls]
+        for thought in (message.get("reasoning_content"), message.get("reasoning")):
+            if isinstance(thought, str) and thought:
+                made |= {"reasoning_content": thought, "reasoning": thought}
+                break
+    return made
+
+
+def _text(role: str, content: object) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ConfigError(f"the content of a message of role {role} must be text or a list of text parts")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, Mapping) else None
+        if kind not in _TEXTS or not isinstance(text, str):
+            raise ConfigError(f"a content part has the type {kind!r:.80}; this server reads text parts only")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _call(call: object) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str):
+        raise ConfigError("each of tool_calls must have a function with a name and arguments")
+    arguments = function.get("arguments")
+    if arguments in (None, ""):  # of a function without arguments
+        arguments = {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"the arguments of the call to {name!r:.80} are no JSON: {error}") from error
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"the arguments of the call to {name!r:.80} must be a JSON object")
+    found = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+    return {"id": call["id"], **found} if isinstance(call.get("id"), str) else found
+
+
 def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
     """Parse a chat request. Raises ApiError."""
     body = read(ChatBody, raw, served)
@@ -177,10 +251,10 @@ def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     scored = 0 if body.prompt_logprobs is None else len(ids) * (body.prompt_logprobs + 1)
     each = body.n * ((body.top_logprobs or 0) + 1) if body.logprobs else 0
-    room = served.max_new_tokens(len(ids), asked)
+    limit = served.max_new_tokens(len(ids), asked)
     params = body.params(
         served,
-        max_tokens=limit_by_logprobs(served.settings, scored, each, room, asked=asked is not None),
+        max_tokens=served.limit_by_logprobs(scored, each, limit, asked=asked is not None),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
@@ -191,7 +265,7 @@ def chat(raw: Mapping[str, Any], served: Served, tenant: str = "") -> ChatCall:
 
 def _grammar(body: ChatBody, served: Served) -> Grammar | None:
     """The grammar of the answer: a response format, tool calls, or ("auto") either."""
-    asked = response_grammar(body.response_format, body.outputs(), served.added_tokens)
+    asked = body.output_grammar(served)
     tgi = served.settings.tgi
     if asked is not None and tgi and body.tools is not None:
         raise ApiError("tool", "Tool error: Grammar and tools are mutually exclusive", "response_format")
@@ -214,39 +288,26 @@ def _grammar(body: ChatBody, served: Served) -> Grammar | None:
         raise ApiError("tool", f"Tool error: {error}", "tools") from error
 
 
-class _ChatChoice:
-    """The state of one of n answers."""
-
-    def __init__(self, parser: ToolParser | None) -> None:
-        self.parser = parser
-        self.calls = 0
-        self.begun = False
-
-    def read(self, output: Output) -> list[Delta]:
-        """The text or pieces of tool calls that an output adds."""
-        if self.parser is None:
-            return [Delta(content=output.text)] if output.text else []
-        deltas = self.parser.push(output.text) + (self.parser.finish() if output.finish else [])
-        self.calls += sum(delta.name is not None for delta in deltas)
-        return deltas
-
-
 class ChatCall(OpenAICall):
-    """A chat request (call.Call)."""
+    """A chat request (runtime.Call)."""
 
     def __init__(self, body: ChatBody, served: Served, request: Request) -> None:
         super().__init__(body, served, (request,), request.id, "chat.completion.chunk")
         self._body = body
         names = body.tool_names()
         form = served.tool_format if names else None
-        self._choices = [_ChatChoice(ToolParser(form, names) if form else None) for _ in range(body.n)]
+        self._parsers = [ToolParser(form, names) if form else None for _ in range(body.n)]  # one for each choice
+        self._begun: set[int] = set()
 
-    def push(self, output: Output) -> list[str]:
-        """Chunks for an output."""
-        choice = self._choices[output.index]
-        deltas = [self._delta(delta) for delta in self._read(output)]
-        first = not choice.begun
-        choice.begun = True
+    def push(self, output: Output) -> list[dict[str, Any]]:
+        parser = self._parsers[output.index]
+        self._tokens += len(output.ids)
+        if parser is None:
+            deltas = [self._content(output.text)] if output.text else []
+        else:
+            deltas = [self._tool_delta(delta) for delta in _parse(parser, output)]
+        first = output.index not in self._begun
+        self._begun.add(output.index)
         if first and not self._tgi:
             deltas.insert(0, {"role": "assistant", "content": ""})
         scored = output.logprobs is not None or output.prompt_logprobs is not None
@@ -267,13 +328,12 @@ class ChatCall(OpenAICall):
                 chunks.append(self._chunk(output.index, {}))
                 last = chunks[-1]["choices"][0]
             elif not last["delta"]:
-                last["delta"] = self._last_delta(choice)
-            last["finish_reason"] = self._finish(output, choice)
+                last["delta"] = self._last_delta(parser)
+            last["finish_reason"] = self._finish(output, parser)
             last["stop_reason"] = self._stop_reason(output)
-        return [dump(chunk) if output.prompt_logprobs is None else dump_large(chunk) for chunk in chunks]
+        return chunks
 
-    def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
-        """OpenAI's chat.completion."""
+    def reply(self, outputs: Sequence[Sequence[Output]], _: Timing, /) -> Reply:
         choices = [self._whole(output) for output in outputs[0]]
         body = {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
         scores = outputs[0][0].prompt_logprobs
@@ -283,40 +343,37 @@ class ChatCall(OpenAICall):
         return Reply(body)
 
     def _whole(self, output: Output) -> dict[str, Any]:
-        choice = self._choices[output.index]
-        content, calls = "", []
-        for delta in self._read(output):
-            content += delta.content
-            if delta.name is not None:
-                calls.append({"id": call_id(), "type": "function", "function": {"name": delta.name, "arguments": ""}})
-            if delta.arguments:
-                calls[delta.call]["function"]["arguments"] += delta.arguments  # type: ignore[index]
+        parser = self._parsers[output.index]
+        self._tokens += len(output.ids)
+        content, calls = (output.text, []) if parser is None else _joined(_parse(parser, output))
         message: dict[str, Any] = {"role": "assistant", "content": content or None if calls else content}
         message |= {"refusal": None, **({"tool_calls": calls} if calls else {})}
         found = {
             "index": output.index,
             "message": message,
             "logprobs": None if output.logprobs is None else self._formatter.chat(output.logprobs),
-            "finish_reason": self._finish(output, choice),
+            "finish_reason": self._finish(output, parser),
             "stop_reason": self._stop_reason(output),
         }
         return {**found, "token_ids": list(output.ids)} if self._body.return_token_ids else found
 
-    def _delta(self, delta: Delta) -> dict[str, Any]:
-        role = {"role": "assistant"} if self._tgi else {}  # TGI repeats it
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"role": "assistant", "content": text} if self._tgi else {"content": text}  # TGI repeats the role
+
+    def _tool_delta(self, delta: Delta) -> dict[str, Any]:
         if delta.call is None:
-            return {**role, "content": delta.content}
+            return self._content(delta.content)
         call: dict[str, Any] = {"index": delta.call, "function": {"arguments": delta.arguments}}
         if delta.name is not None:
             call |= {"id": call_id(), "type": "function"}
             call["function"] = {"name": delta.name, "arguments": delta.arguments}
-        return {**role, "tool_calls": [call]}
+        return {"role": "assistant", "tool_calls": [call]} if self._tgi else {"tool_calls": [call]}
 
-    def _last_delta(self, choice: _ChatChoice) -> dict[str, Any]:
+    def _last_delta(self, parser: ToolParser | None) -> dict[str, Any]:
         """An empty delta; in TGI's dialect with the keys of the earlier ones, since its clients concatenate them."""
         if not self._tgi:
             return {}
-        return self._delta(Delta(call=choice.calls - 1) if choice.calls else Delta())
+        return self._tool_delta(Delta(call=parser.calls - 1)) if parser and parser.calls else self._content("")
 
     def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -325,10 +382,21 @@ class ChatCall(OpenAICall):
             chunk["usage"] = self._usage()
         return chunk
 
-    def _finish(self, output: Output, choice: _ChatChoice) -> str | None:
-        calls = output.finish is FinishReason.STOP and choice.calls
+    def _finish(self, output: Output, parser: ToolParser | None) -> str | None:
+        calls = output.finish is FinishReason.STOP and parser and parser.calls
         return "tool_calls" if calls else self._finish_reason(output)
 
-    def _read(self, output: Output) -> list[Delta]:
-        self._tokens += len(output.ids)
-        return self._choices[output.index].read(output)
+
+def _parse(parser: ToolParser, output: Output) -> list[Delta]:
+    return parser.push(output.text) + (parser.finish() if output.finish else [])
+
+
+def _joined(deltas: Sequence[Delta]) -> tuple[str, list[dict[str, Any]]]:
+    content, calls = "", []
+    for delta in deltas:
+        content += delta.content
+        if delta.name is not None:
+            calls.append({"id": call_id(), "type": "function", "function": {"name": delta.name, "arguments": ""}})
+        if delta.arguments:
+            calls[delta.call]["function"]["arguments"] += delta.arguments  # type: ignore[index]
+    return content, calls

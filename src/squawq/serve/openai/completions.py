@@ -1,25 +1,26 @@
-"""/v1/completions: prompts as text, lists of texts, token ids or lists of those. echo and logprobs are as
-lm-evaluation-harness reads them: one entry per token, the first null, and no token added to ids.
+"""/v1/completions, /tokenize, /detokenize and /tokenizer_info, as vLLM has them.
+
+Prompts are texts, lists of texts, token ids or lists of those. echo and logprobs are as lm-evaluation-harness reads
+them: one entry per token, the first null, and no token added to ids. TGI's /tokenize (key `inputs`) is in tgi/.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
 from squawq.engine.request import Output, Request, TokenLogprob
-from squawq.serve.call import Reply, Times, dump, dump_large
 from squawq.serve.errors import ApiError
-from squawq.serve.fields import Many, TokenId, validate
-from squawq.serve.limits import limit_by_logprobs
+from squawq.serve.fields import Body, Many, TokenId, validate
+from squawq.serve.metrics import Timing
 from squawq.serve.model import Served
-from squawq.serve.openai.reply import Offsets, OpenAICall, usage
-from squawq.serve.openai.sampling import SamplingFields
-from squawq.serve.tools.structured import response_grammar
-from squawq.text.tokenizer import TextStream
+from squawq.serve.openai.base import OpenAICall, SamplingFields, usage
+from squawq.serve.openai.chat import ChatBody, read, render
+from squawq.serve.runtime import Reply
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's; TGI fills the context
 MAX_LOOKED_AT = 4096  # prompts that are looked at; how many are taken is a setting
@@ -63,8 +64,7 @@ class CompletionBody(SamplingFields):
         listed = (self.n * shown if self.echo else 0) + (
             0 if self.prompt_logprobs is None else self.prompt_logprobs + 1
         )
-        return limit_by_logprobs(
-            served.settings,
+        return served.limit_by_logprobs(
             sum(map(len, prompts)) * listed,
             len(prompts) * max(self.n, self.best_of or 1) * shown,
             tokens,
@@ -72,7 +72,6 @@ class CompletionBody(SamplingFields):
         )
 
     def check(self, served: Served) -> None:
-        """Raise ApiError for rules that concern several fields."""
         super().check(served)
         if self.suffix is not None:
             raise ApiError(
@@ -92,21 +91,20 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
     """Parse a completion request. Raises ApiError."""
     body = validate(CompletionBody, raw, strict=served.settings.strict_fields)
     body.check(served)
-    grammar = response_grammar(body.response_format, body.outputs(), served.added_tokens)
+    grammar = body.output_grammar(served)
     served.check_grammar(grammar)
     scored = body.logprobs if body.echo else None
     if body.prompt_logprobs is not None:
         scored = max(body.prompt_logprobs, scored or 0)
-    default = None if served.settings.tgi else DEFAULT_MAX_TOKENS
     name, requests, prompts = f"cmpl-{uuid.uuid4().hex}", [], body.prompts(served)
-    rooms = [served.max_new_tokens(len(ids), body.max_tokens) for ids in prompts]
-    if body.max_tokens is None and default is not None:
-        rooms = [min(room, default) for room in rooms]
-    most = body.limit_by_logprobs(served, prompts, max(rooms))
-    for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
+    limits = [served.max_new_tokens(len(ids), body.max_tokens) for ids in prompts]
+    if body.max_tokens is None and not served.settings.tgi:
+        limits = [min(limit, DEFAULT_MAX_TOKENS) for limit in limits]
+    most = body.limit_by_logprobs(served, prompts, max(limits))
+    for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
         params = body.params(
             served,
-            max_tokens=max(1, min(room, most)),  # with 0 the engine's one token is left out of the reply
+            max_tokens=max(1, min(limit, most)),  # with 0 the engine's one token is left out of the reply
             logprobs=body.logprobs,
             prompt_logprobs=scored,
             best_of=body.best_of,
@@ -116,31 +114,41 @@ def completion(raw: Mapping[str, Any], served: Served, tenant: str = "") -> Comp
     return CompletionCall(body, served, name, requests)
 
 
+@dataclass
 class _TextChoice:
-    """The state of one text."""
+    """The state of one text. `stream` decodes its tokens to find their character offsets."""
 
-    def __init__(self, prompt: Sequence[int], index: int, offsets: Offsets) -> None:
-        self.prompt = prompt
-        self.index = index
-        self.offsets = offsets
-        self.tokens = 0
-        self.begun = False
+    prompt: Sequence[int]
+    index: int
+    stream: TextStream
+    tokens: int = 0
+    length: int = 0
+    begun: bool = False
+
+    def offsets(self, ids: Sequence[int]) -> list[int]:
+        """The next tokens' offsets. A token without text, such as a begin token, has the next one's; all tokens of a
+        character have its offset."""
+        places = []
+        for token in ids:
+            places.append(self.length)
+            self.length += len(self.stream.push(token))
+        return places
 
 
 class CompletionCall(OpenAICall):
-    """A completion request (call.Call)."""
+    """A completion request (runtime.Call)."""
 
     def __init__(self, body: CompletionBody, served: Served, name: str, requests: list[Request]) -> None:
         super().__init__(body, served, requests, name, "text_completion")
         self._body = body
         self._scores: dict[str, Sequence[TokenLogprob | None]] = {}
         self._choices = {
-            (request.id, index): _TextChoice(request.prompt, number * body.n + index, self._offsets(request))
+            (request.id, index): _TextChoice(request.prompt, number * body.n + index, self._stream(request))
             for number, request in enumerate(requests)
             for index in range(body.n)
         }
 
-    def push(self, output: Output) -> list[str]:
+    def push(self, output: Output) -> list[dict[str, Any]]:
         """A chunk for an output. The first begins with the prompt if echo is set."""
         found = self._choice(output)
         if not (found["text"] or found["logprobs"] or found["finish_reason"] or self._body.return_token_ids):
@@ -153,10 +161,9 @@ class CompletionCall(OpenAICall):
             chunk["usage"] = usage(len(choice.prompt), choice.tokens)
         if self._usage_in_chunks:
             chunk["usage"] = self._usage()
-        return [dump(chunk) if output.prompt_logprobs is None else dump_large(chunk)]
+        return [chunk]
 
-    def reply(self, outputs: Sequence[Sequence[Output]], _: Times, /) -> Reply:
-        """OpenAI's text_completion."""
+    def reply(self, outputs: Sequence[Sequence[Output]], _: Timing, /) -> Reply:
         choices = [self._choice(output) for sequences in outputs for output in sequences]
         return Reply({**self._head("text_completion"), "choices": choices, "usage": self._usage()})
 
@@ -179,7 +186,7 @@ class CompletionCall(OpenAICall):
         self._tokens += len(ids)
         logprobs = None
         if body.logprobs is not None and spelled:
-            logprobs = self._formatter.completion(items, spelled, choice.offsets.take(spelled))
+            logprobs = self._formatter.completion(items, spelled, choice.offsets(spelled))
         found = {
             "index": choice.index,
             "text": text,
@@ -194,6 +201,59 @@ class CompletionCall(OpenAICall):
             found["prompt_token_ids"] = list(choice.prompt) if first else None
         return found
 
-    def _offsets(self, request: Request) -> Offsets:
+    def _stream(self, request: Request) -> TextStream:
         before = () if self._body.echo else request.prompt
-        return Offsets(TextStream(self._served.tokenizer, before, self._body.skip_special_tokens))
+        return TextStream(self._served.tokenizer, before, self._body.skip_special_tokens)
+
+
+class TokenizeBody(Body):
+    """A text to tokenize."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChatBody(ChatBody):
+    """A chat to tokenize."""
+
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    """Tokens to spell."""
+
+    model: str | None = None
+    tokens: Many[TokenId]
+
+
+def tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
+    """{"count", "max_model_len", "tokens", "token_strs"} of a prompt or of messages. Raises ApiError."""
+    body: TokenizeBody | TokenizeChatBody
+    if "messages" in raw:
+        body = read(TokenizeChatBody, raw, served)
+        ids = body.truncated(served.encode(render(body, served), body.add_special_tokens), served)
+    else:
+        body = validate(TokenizeBody, raw, strict=served.settings.strict_fields)
+        ids = served.encode(body.prompt, body.add_special_tokens)
+    served.check_model_name(body.model)
+    if body.return_token_strs:
+        served.check_listed(len(ids))
+    strings = [served.tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": served.max_len, "tokens": ids, "token_strs": strings}
+
+
+def detokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
+    """{"prompt"} of token ids. Raises ApiError for ids that the vocabulary has not."""
+    body = validate(DetokenizeBody, raw, strict=served.settings.strict_fields)
+    served.check_model_name(body.model)
+    if bad := [token for token in body.tokens if token >= served.config.vocab_size]:
+        raise ApiError("invalid", f"token {bad[0]}: the model has ids 0 to {served.config.vocab_size - 1}", "tokens")
+    return {"prompt": served.tokenizer.decode(body.tokens, skip_special=False)}
+
+
+def tokenizer_info(served: Served) -> dict[str, Any]:
+    """What tokenizer_config.json says, its special tokens as texts, and the chat template in use."""
+    tokenizer = served.tokenizer
+    return {**tokenizer.settings, **tokenizer.template_variables(), "chat_template": served.template}

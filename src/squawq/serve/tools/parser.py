@@ -1,20 +1,28 @@
-"""Parses tool calls in a model's text while it is generated, in pieces split anywhere; the rest is content.
+"""Tool calls as text: messages for templates that know no tools, and the parser of what the model answers.
 
-Knows two formats and the functions' names, no schemas. Each character is read once, and arguments are streamed as the
-model wrote them: a JSON parser with partial input (pydantic_core.from_json) would parse all again for each piece, and
-return values in place of the text.
+The parser reads an answer while it is generated, in pieces split anywhere; what is no call is content. It knows two
+formats and the functions' names, no schemas. Each character is read once, and arguments are streamed as the model wrote
+them: a JSON parser with partial input (pydantic_core.from_json) would parse all again for each piece, and return values
+in place of the text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
-from squawq.serve.tools.grammar import CLOSE, OPEN, check_format
+from squawq.serve.tools.grammar import ARGUMENT_KEYS, CLOSE, OPEN, check_format
 
+_SHAPE = '{"name": the function, "%s": an object with its arguments}'
+_SAY = "To call one of these functions, answer with nothing but %s. Give values, no variables."
+PLAIN_PROMPTS = {
+    "llama3_json": _SAY % ("JSON of the form " + _SHAPE % "parameters"),
+    "hermes": _SAY % f"{OPEN}{_SHAPE % 'arguments'}{CLOSE}",
+}
 _SPACE = re.compile(r"[ \t\r\n]+")
 _BETWEEN = re.compile(r"[ \t\r\n;]+")  # Llama's calls
 _TO_MARKER = re.compile(r"[^<]+")
@@ -24,13 +32,38 @@ _IN_VALUE = re.compile(r"[\w.+,: \t\r\n-]+", re.ASCII)  # what JSON has outside 
 _ARGUMENTS = ("parameters", "arguments")
 
 
+def plain_messages(
+    form: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, prompt: str | None
+) -> list[dict[str, Any]]:
+    """Messages for a template without tools: the last user message ends with the tools, as in TGI, calls are the
+    assistant's text, and their results a user's.
+
+    form: of the calls, one of TOOL_FORMATS. prompt: how to call them; None for the format's of PLAIN_PROMPTS.
+    """
+    made = [dict(message) for message in messages]
+    for message in made:
+        if calls := message.pop("tool_calls", None):
+            texts = [
+                json.dumps({"name": call["function"]["name"], ARGUMENT_KEYS[form]: call["function"]["arguments"]})
+                for call in calls
+            ]
+            texts = [f"{OPEN}\n{text}\n{CLOSE}" for text in texts] if form == "hermes" else texts
+            message["content"] = "\n".join([message["content"], *texts] if message["content"] else texts)
+        if message["role"] == "tool":
+            message["role"] = "user"
+    if tools:
+        told = f"{json.dumps(tools, ensure_ascii=False)}\n{PLAIN_PROMPTS[form] if prompt is None else prompt}"
+        last = next((message for message in reversed(made) if message["role"] == "user"), None)
+        if last is None:
+            made.insert(0, {"role": "system", "content": told})
+        else:
+            last["content"] += f"\n---\n{told}"
+    return made
+
+
 @dataclass(frozen=True)
 class Delta:
-    """More content, or more of call number `call`, whose first delta has the function's name.
-
-    Attributes:
-        arguments: A piece of the arguments' JSON, as the model wrote it.
-    """
+    """More content, or more arguments, as the model wrote them, of call number `call`; its first delta has the name."""
 
     content: str = ""
     call: int | None = None
@@ -68,10 +101,9 @@ class ToolParser:
         next(self._steps)
 
     def push(self, text: str) -> list[Delta]:
-        """Deltas for a piece of text."""
         self._text, self._begin, self._at = text, 0, 0
         next(self._steps, None)
-        return self._news()
+        return self._take_deltas()
 
     def finish(self) -> list[Delta]:
         """Deltas for what was held back. Nothing may be pushed after it."""
@@ -85,7 +117,7 @@ class ToolParser:
             yield from self._skip(_BETWEEN)
         if not self.calls or (yield from self._peek()) or _BETWEEN.sub("", "".join(self._held)):
             self._release()
-        self._to(self._content.append)
+        self._set_sink(self._content.append)
         while (yield from self._peek()):
             self._at = len(self._text)
 
@@ -104,9 +136,9 @@ class ToolParser:
                 self._drop()
             else:
                 self._release()
-                self._to(self._content.append)
+                self._set_sink(self._content.append)
                 yield from self._skip(_TO_MARKER)
-                self._to(self._held.append)
+                self._set_sink(self._held.append)
                 bare = False
 
     def _only_closes(self) -> bool:
@@ -127,7 +159,7 @@ class ToolParser:
         before = self.calls
         with suppress(_NoCall):
             yield from self._object()
-        self._to(self._held.append)
+        self._set_sink(self._held.append)
         if self.calls == before:
             return False
         self._held.clear()
@@ -138,7 +170,7 @@ class ToolParser:
         name = arguments = None
         given = False
         yield from self._skip(_SPACE)
-        yield from self._pass("{")
+        yield from self._expect("{")
         while True:
             key = yield from self._key()
             if given or key not in ("name", *_ARGUMENTS):
@@ -151,25 +183,25 @@ class ToolParser:
                 arguments = yield from self._read(self._value())
             else:
                 given = True
-                self._to(self._give(name))
+                self._set_sink(self._begin_call(name))
                 yield from self._value()
-                self._to(self._held.append)
+                self._set_sink(self._held.append)
             if not given and name is not None and arguments is not None:
                 given = True
                 _decode(arguments)
-                self._give(name)(arguments)
+                self._begin_call(name)(arguments)
             yield from self._skip(_SPACE)
             if (yield from self._peek()) != ",":
                 break
-            yield from self._pass(",")
-        yield from self._pass("}")
+            yield from self._expect(",")
+        yield from self._expect("}")
 
     def _key(self) -> Generator[None, None, object]:
         """A member's key, up to its value."""
         yield from self._skip(_SPACE)
         key = yield from self._read(self._string())
         yield from self._skip(_SPACE)
-        yield from self._pass(":")
+        yield from self._expect(":")
         yield from self._skip(_SPACE)
         return _decode(key)
 
@@ -198,14 +230,14 @@ class ToolParser:
                 return
 
     def _string(self) -> Generator[None]:
-        yield from self._pass('"')
+        yield from self._expect('"')
         while True:
             yield from self._skip(_IN_STRING)
             if (yield from self._peek()) != "\\":
                 break
             self._at += 1
-            yield from self._pass((yield from self._peek()))
-        yield from self._pass('"')
+            yield from self._expect((yield from self._peek()))
+        yield from self._expect('"')
 
     def _read(self, steps: Generator[None]) -> Generator[None, None, str]:
         """The text that some steps skip, which is held back."""
@@ -232,12 +264,12 @@ class ToolParser:
             found = True
         return found
 
-    def _pass(self, character: str) -> Generator[None]:
+    def _expect(self, character: str) -> Generator[None]:
         if not character or (yield from self._peek()) != character:
             raise _NoCall
         self._at += 1
 
-    def _to(self, sink: Callable[[str], object]) -> None:
+    def _set_sink(self, sink: Callable[[str], object]) -> None:
         self._flush()
         self._sink = sink
 
@@ -255,7 +287,7 @@ class ToolParser:
         self._flush()
         self._held.clear()
 
-    def _give(self, name: str) -> Callable[[str], object]:
+    def _begin_call(self, name: str) -> Callable[[str], object]:
         """Return a call's name in a delta; the result is the sink of its arguments."""
         call = self.calls
         self.calls += 1
@@ -268,24 +300,10 @@ class ToolParser:
             self._deltas.append(Delta(content="".join(self._content)))
             self._content.clear()
 
-    def _news(self) -> list[Delta]:
+    def _take_deltas(self) -> list[Delta]:
         self._end_content()
         deltas, self._deltas = self._deltas, []
         return deltas
-
-
-def parse(form: str, names: Collection[str], text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Parse a complete answer: its content, and each call's function and arguments."""
-    parser = ToolParser(form, names)
-    content: list[str] = []
-    found: list[tuple[str, list[str]]] = []
-    for delta in parser.push(text) + parser.finish():
-        content.append(delta.content)
-        if delta.name is not None:
-            found.append((delta.name, []))
-        if delta.call is not None:
-            found[delta.call][1].append(delta.arguments)
-    return "".join(content), [(name, "".join(pieces)) for name, pieces in found]
 
 
 def _decode(raw: str) -> object:

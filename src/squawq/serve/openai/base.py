@@ -1,17 +1,29 @@
-"""The sampling fields of OpenAI's chat and completion bodies, with vLLM's, and their meaning in either dialect."""
+"""What chats and completions share: sampling fields, OpenAI's and vLLM's, with their meaning in either dialect, and
+parts of the replies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from squawq.engine.request import Grammar, SamplingParams
+from squawq import __version__
+from squawq.engine.request import FinishReason, Grammar, Output, Request, SamplingParams, TokenLogprob
 from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Count, Many, TokenId
+from squawq.serve.http import LazyList, finite_logprob
 from squawq.serve.model import Served
+from squawq.serve.tools.grammar import response_grammar
+from squawq.text.tokenizer import Tokenizer
+
+DONE = "[DONE]"
+_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+_SAME = (*_DEFAULTED, "frequency_penalty", "presence_penalty")
 
 
 class StreamOptions(Body):
@@ -88,14 +100,17 @@ class SamplingFields(Body):
         keep = served.max_input if keep == -1 else keep
         return ids[-keep:] if self.truncation_side == "left" else ids[:keep]
 
-    def outputs(self) -> dict[str, Any] | None:
-        """structured_outputs, or vLLM's older guided_* fields. Raises ApiError if both are given."""
+    def output_grammar(self, served: Served) -> Grammar | None:
+        """The grammar of response_format, structured_outputs or vLLM's older guided_*; None for free text."""
         guided = {name: getattr(self, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
         guided = {name: value for name, value in guided.items() if value is not None}
         if guided and self.structured_outputs is not None:
             name = f"guided_{next(iter(guided))}"
             raise ApiError("invalid", f"{name} and structured_outputs are both given; choose one", name)
-        return guided or self.structured_outputs
+        outputs = guided or self.structured_outputs
+        if self.response_format is None and outputs is None:
+            return None
+        return response_grammar(self.response_format, outputs, served.added_tokens)
 
     def check(self, served: Served) -> None:
         """Raise ApiError for rules that concern several fields or settings."""
@@ -114,11 +129,8 @@ class SamplingFields(Body):
         if self.top_p is not None and self.top_p >= 1:
             raise ApiError("invalid", "Input validation error: `top_p` must be > 0.0 and < 1.0", "top_p")
         if stops > max_stop:
-            raise ApiError(
-                "invalid",
-                f"Input validation error: `stop` supports up to {max_stop} stop sequences. Given: {stops}",
-                "stop",
-            )
+            why = f"Input validation error: `stop` supports up to {max_stop} stop sequences. Given: {stops}"
+            raise ApiError("invalid", why, "stop")
 
     def params(
         self,
@@ -167,10 +179,6 @@ class SamplingFields(Body):
             raise ApiError("invalid", str(error)) from error
 
 
-_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
-_SAME = (*_DEFAULTED, "frequency_penalty", "presence_penalty")
-
-
 def _bias(values: Mapping[str, float] | None) -> dict[int, float] | None:
     if values is None:
         return None
@@ -190,3 +198,119 @@ def _bad_ids(words: list[str], served: Served) -> list[list[int]]:
         spaced = served.encode(" " + word.lstrip(), special=False)
         sequences += [plain] if plain == spaced else [plain, spaced]
     return [ids for ids in sequences if ids]
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+class OpenAICall:
+    """What chats and completions share (runtime.Call). name: id of the reply; chunk: `object` of a stream's chunks."""
+
+    def __init__(
+        self, body: SamplingFields, served: Served, requests: Sequence[Request], name: str, chunk: str
+    ) -> None:
+        self.requests = requests
+        self.stream = body.stream
+        self.headers: Mapping[str, str] = {}
+        self._served = served
+        self._tgi = served.settings.tgi
+        self._formatter = LogprobFormatter(served.tokenizer, body.return_tokens_as_token_ids)
+        self._model = served.reply_model_name(body.model)
+        self._created = int(time.time())
+        self._name, self._chunk_kind = name, chunk
+        options = body.stream_options
+        self._usage_at_end = options is not None and options.include_usage
+        self._usage_in_chunks = options is not None and options.continuous_usage_stats
+        self._tokens = 0
+
+    def invalid(self, error: ConfigError) -> ApiError:
+        return ApiError("invalid", str(error))
+
+    def end(self) -> list[object]:
+        """The usage, if the client asked for it, and the end mark."""
+        if not self._usage_at_end:
+            return [DONE]
+        return [{**self._head(self._chunk_kind), "choices": [], "usage": self._usage()}, DONE]
+
+    def fail(self, error: ApiError) -> list[object]:
+        """The error as a chunk, and the end mark."""
+        return [error.event(self._tgi), DONE]
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        head = {"id": self._name, "object": kind, "created": self._created, "model": self._model}
+        return {**head, "system_fingerprint": f"squawq-{__version__}"}
+
+    def _usage(self) -> dict[str, int]:
+        return usage(sum(len(request.prompt) for request in self.requests), self._tokens)
+
+    def _finish_reason(self, output: Output) -> str | None:
+        """OpenAI's finish_reason, or TGI's."""
+        if self._tgi and output.finish is FinishReason.STOP and output.stop_reason not in self._served.eos_ids:
+            return "stop_sequence"
+        return output.finish and output.finish.value
+
+    def _stop_reason(self, output: Output) -> str | int | None:
+        """The stop string or id; None for the model's end token."""
+        return None if output.stop_reason in self._served.eos_ids else output.stop_reason
+
+
+@dataclass(frozen=True)
+class LogprobFormatter:
+    """Writes tokens and their log probabilities. as_ids: as "token_id:7", which is unique, instead of their text."""
+
+    tokenizer: Tokenizer
+    as_ids: bool = False
+    _names: dict[int, str] = field(default_factory=dict, init=False, repr=False)
+
+    def text(self, token: int) -> str:
+        """A token's text, with its leading space, which decoding it alone may drop."""
+        if token not in self._names:
+            text = self.tokenizer.token_bytes(token).decode("utf-8", "replace")
+            self._names[token] = f"token_id:{token}" if self.as_ids else text
+        return self._names[token]
+
+    def chat(self, items: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """OpenAI's chat format."""
+        return {"content": LazyList(self._scored, items)}
+
+    def completion(
+        self, items: Sequence[TokenLogprob | None], ids: Sequence[int], offsets: Sequence[int]
+    ) -> dict[str, Any]:
+        """OpenAI's completion format for tokens at `offsets` in the text. None: no log probability."""
+        return {
+            "text_offset": list(offsets),
+            "token_logprobs": [None if item is None else finite_logprob(item.logprob) for item in items],
+            "tokens": [self.text(token) for token in ids],
+            "top_logprobs": LazyList(self._top, items),
+        }
+
+    def prompt(self, items: Sequence[TokenLogprob | None]) -> LazyList[TokenLogprob | None]:
+        """vLLM's prompt_logprobs: for each prompt token, its own log probability and the top ones, by id."""
+        return LazyList(self._ranked, items)
+
+    def _ranked(self, item: TokenLogprob | None) -> dict[str, Any] | None:
+        if item is None:
+            return None
+        pairs: dict[int, tuple[float, int | None]] = {item.token: (item.logprob, None)}
+        pairs |= {token: (logprob, rank) for rank, (token, logprob) in enumerate(item.top, 1)}
+        return {
+            str(token): {"logprob": finite_logprob(logprob), "rank": rank, "decoded_token": self.text(token)}
+            for token, (logprob, rank) in pairs.items()
+        }
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        spelled = self.tokenizer.token_bytes(token)
+        return {"token": self.text(token), "logprob": finite_logprob(logprob), "bytes": list(spelled)}
+
+    def _scored(self, item: TokenLogprob) -> dict[str, Any]:
+        return {**self._entry(item.token, item.logprob), "top_logprobs": [self._entry(*pair) for pair in item.top]}
+
+    def _top(self, item: TokenLogprob | None) -> dict[str, float] | None:
+        """The top tokens, best first, and always the token itself, as in OpenAI's replies."""
+        if item is None:
+            return None
+        top: dict[str, float] = {}
+        for token, logprob in (*item.top, (item.token, item.logprob)):
+            top.setdefault(self.text(token), finite_logprob(logprob))
+        return top
