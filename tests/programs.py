@@ -153,7 +153,8 @@ def _main(arguments: list[str], environment: dict[str, str], folder: str, stream
         os.close(stream)
     sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, f"__{name}__", getattr(sys, name))
     changed = {name for name in {*os.environ, *environment} if os.environ.get(name) != environment.get(name)}
     os.environ.clear()
     os.environ.update(environment)

@@ -21,6 +21,7 @@ from squawq.serve.model import Served
 from squawq.serve.openai.base import OpenAICall, SamplingFields, usage
 from squawq.serve.openai.chat import ChatBody, read, render
 from squawq.serve.runtime import Reply
+from squawq.text.tokenizer import TextStream
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's; TGI fills the context
 MAX_LOOKED_AT = 4096  # prompts that are looked at; how many are taken is a setting
