@@ -1,7 +1,7 @@
-"""The ranks that share one calibration: torchrun's processes, or one process alone. The one door to torch.distributed.
+"""The ranks that share one calibration: torchrun's processes, or one process. No other module uses torch.distributed.
 
-All ranks run the same program and meet at `all_reduce`, `broadcast` and `check_same`. An exception on one rank is
-raised on all others at their next meeting, so that none waits for a rank that has gone.
+All ranks run the same program and wait for each other in `all_reduce`, `broadcast` and `check_same`. An exception on
+one rank is raised on all others in their next such call, so that none waits for a rank that has ended.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, distributed
 
 from squawq.errors import CalibrationError, ConfigError, RankError, SquawqError
 
-TIMEOUT = timedelta(hours=2)  # for a host that vanished without a word; the first rank's search may take long
+TIMEOUT = timedelta(hours=2)  # for a host that failed silently; long, because the others wait while rank 0 searches
 T = TypeVar("T")
 
 
 class Ranks:
-    """The no-op communicator: one process alone."""
+    """A single process: the collectives do nothing."""
 
     rank, size = 0, 1
 
@@ -31,7 +31,7 @@ class Ranks:
         return self.rank == 0
 
     def device(self, device: str) -> str:
-        """This rank's device where `device` is the one asked for."""
+        """This rank's device if the user chose `device`. Raises ConfigError if ranks cannot share it."""
         return device
 
     def share(self, blocks: int) -> slice:
@@ -47,10 +47,10 @@ class Ranks:
         return nullcontext()
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Raise ConfigError, on all ranks, if another rank has other values."""
+        """Raise ConfigError, on all ranks, if the values differ between ranks."""
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors with their sums over all ranks, in place."""
+        """Replace tensors, of the same shapes on all ranks, with their sums over all ranks, in place."""
 
     def broadcast(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 and return its result on all ranks; tensors in it must be on the CPU."""
@@ -101,7 +101,7 @@ class TorchRanks(Ranks):
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         self._meet()
-        with self._answered():
+        with self._raising_rank_error():
             for tensor in tensors:
                 distributed.all_reduce(tensor)
 
@@ -109,7 +109,7 @@ class TorchRanks(Ranks):
         self._meet()
         found: list[Any] = [work() if self.first else None]
         self._meet()
-        with self._answered():
+        with self._raising_rank_error():
             distributed.broadcast_object_list(found, src=0)
         return cast(T, found[0])
 
@@ -122,15 +122,15 @@ class TorchRanks(Ranks):
 
     def _gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
-        with self._answered():
+        with self._raising_rank_error():
             distributed.all_gather_object(found, value)
         return found
 
     @contextmanager
-    def _answered(self) -> Iterator[None]:
+    def _raising_rank_error(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # torch.distributed's kinds are all of this one
+        except RuntimeError as error:  # the base class of all errors of torch.distributed
             self._over = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise RankError(
@@ -139,7 +139,7 @@ class TorchRanks(Ranks):
 
 
 def _portable(rank: int, error: BaseException) -> tuple[Any, ...]:
-    """What the other ranks raise: a class and its arguments."""
+    """What the other ranks raise: a class and its arguments, which pickle can send."""
     if isinstance(error, SquawqError) or not isinstance(error, Exception):
         return type(error), *error.args
     return RankError, f"process {rank} failed: {type(error).__name__}: {error}"
@@ -147,7 +147,7 @@ def _portable(rank: int, error: BaseException) -> tuple[Any, ...]:
 
 @contextmanager
 def torchrun_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun started this process among, while the context is open; else this process alone."""
+    """The ranks that torchrun started, while the context is open; without torchrun, this process alone."""
     if not distributed.is_available() or not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield Ranks()
         return

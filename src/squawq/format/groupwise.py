@@ -14,17 +14,17 @@ from torch import Tensor
 
 from squawq.errors import CheckpointError
 
-LEVELS = 15
+LEVELS = 15  # the largest integer
 SYMMETRIC_ZERO = 8
-MIN_SCALE = 1e-5  # AutoAWQ's floor; far above float16's smallest, so a group of zeros stays a group of zeros
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-PER_WORD = 8
-PACKED = ("qweight", "scales", "qzeros")  # what a linear's weight becomes
+MIN_SCALE = 1e-5  # not 0 in float16, so a group of zeros stays zeros (AutoAWQ clamps high - low to this instead)
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AWQ GEMM's nibble order
+PER_WORD = 8  # integers in an int32
+PACKED = ("qweight", "scales", "qzeros")  # tensors that replace a linear's weight
 
 
 @dataclass(frozen=True)
 class GroupwiseTensor:
-    """q uint8 [out, in] of 0..15; scales float16 [out, groups]; zeros uint8 [out, groups] of 0..15."""
+    """q uint8 [out, in] and zeros uint8 [out, groups], 0..15; scales [out, groups], float16 unless loaded otherwise."""
 
     q: Tensor
     scales: Tensor
@@ -35,7 +35,7 @@ class GroupwiseTensor:
         return GroupwiseTensor(self.q[part], self.scales[part], self.zeros[part])
 
     def dequantize(self) -> Tensor:
-        """float32 [out, in]."""
+        """The weight, float32 [out, in]."""
         out, groups = self.scales.shape
         weight = self.q.reshape(out, groups, -1).float()
         weight.sub_(self.zeros[..., None].float()).mul_(self.scales[..., None].float())  # in place: these are large
@@ -43,9 +43,9 @@ class GroupwiseTensor:
 
 
 def scale_and_zero(low: Tensor, high: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:
-    """Scale (float32 holding float16 values) and zero (float32, whole) for ranges `low`..`high` of any equal shape.
+    """Scale and zero for ranges `low`..`high` of one shape, all float32; scales are float16 values, zeros integers.
 
-    The range is widened to contain 0, so that a group of one sign keeps its values.
+    A range is widened to contain 0, so that a group of one sign keeps its values.
     """
     if zero_point:
         low, high = low.clamp(max=0), high.clamp(min=0)
@@ -57,14 +57,14 @@ def scale_and_zero(low: Tensor, high: Tensor, zero_point: bool) -> tuple[Tensor,
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Integers 0..15 (as float32) for `weight` [..., group] with scale and zero [..., 1]."""
+    """Nearest integers 0..15, as float32, for `weight` [..., group] with scale and zero [..., 1]."""
     return (weight / scale).round_().add_(zero).clamp_(0, LEVELS)
 
 
 def quantize(
     weight: Tensor, group: int, zero_point: bool, limits: tuple[Tensor, Tensor] | None = None
 ) -> GroupwiseTensor:
-    """Round a weight [out, in] to nearest in groups of `group`; `limits` (low, high) [out, groups] narrow ranges."""
+    """Round a weight [out, in] to nearest in groups of `group`; `limits` (low, high) [out, groups] clip it."""
     grouped = weight.float().view(weight.shape[0], -1, group)
     low, high = (grouped.amin(-1), grouped.amax(-1)) if limits is None else limits
     scale, zero = scale_and_zero(low, high, zero_point)
@@ -73,7 +73,7 @@ def quantize(
 
 
 def fake_quantize(weight: Tensor, group: int, zero_point: bool) -> Tensor:
-    """quantize and dequantize in one: float32 [out, in]."""
+    """A weight [out, in] quantized and dequantized, float32 [out, in]."""
     return quantize(weight, group, zero_point).dequantize()
 
 
@@ -87,7 +87,7 @@ def pack(values: Tensor, order: tuple[int, ...] = ORDER) -> Tensor:
 
 
 def unpack(words: Tensor) -> Tensor:
-    """int32 [rows, out / 8] -> uint8 [rows, out]."""
+    """The inverse of `pack` in ORDER: int32 [rows, out / 8] -> uint8 [rows, out]."""
     values = torch.empty((*words.shape, PER_WORD), dtype=torch.uint8, device=words.device)
     for nibble, channel in enumerate(ORDER):
         values[:, :, channel] = ((words >> (4 * nibble)) & 15).to(torch.uint8)
@@ -95,7 +95,7 @@ def unpack(words: Tensor) -> Tensor:
 
 
 def to_gemm(tensor: GroupwiseTensor) -> dict[str, Tensor]:
-    """qweight int32 [in, out/8], qzeros int32 [groups, out/8], scales float16 [groups, out]."""
+    """Pack for AWQ GEMM: qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales [groups, out]."""
     return {
         "qweight": pack(tensor.q.T.contiguous()),
         "qzeros": pack(tensor.zeros.T.contiguous()),
@@ -104,7 +104,7 @@ def to_gemm(tensor: GroupwiseTensor) -> dict[str, Tensor]:
 
 
 def check_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> None:
-    """Raises CheckpointError when dtypes or shapes do not belong together."""
+    """Raises CheckpointError if dtypes or shapes do not fit together."""
     rows, out = qweight.shape[0], qweight.shape[-1] * PER_WORD
     groups = scales.shape[0]
     if qweight.dtype != torch.int32 or qweight.dim() != 2:
@@ -120,9 +120,9 @@ def check_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> None:
 
 
 def from_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> GroupwiseTensor:
-    """The inverse of to_gemm. `qzeros` may be missing in symmetric checkpoints: 8 is meant.
+    """The inverse of `to_gemm`. Symmetric checkpoints may lack `qzeros`: each zero is 8.
 
-    Raises CheckpointError when dtypes or shapes do not belong together.
+    Raises CheckpointError if dtypes or shapes do not fit together.
     """
     check_gemm(qweight, scales, qzeros)
     shape = tuple(scales.shape)

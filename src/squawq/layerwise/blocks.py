@@ -1,6 +1,6 @@
-"""Loads one decoder layer of a checkpoint at a time, runs it with hooks, and drops it: transformers' own modules.
+"""Loads decoder layers of a checkpoint (transformers' own modules) one at a time, and runs them with hooks.
 
-A layer is computed in float32, from a 16-bit checkpoint or a quantized one. Peak memory: one layer.
+A layer, 16-bit or quantized, is computed in float32. Peak memory: one layer. In shapes, blocks are calibration blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from squawq.layerwise.tensor_names import TensorNames, check_floating
 
 InputHook = Callable[[Tensor], object]
 BATCH_TOKENS = 4096
-BATCH_VALUES = 1 << 25  # of the widest tensor within a layer, while a batch runs through it
+BATCH_VALUES = 1 << 25  # most values that a batch may have in the layer's widest activation
 
 
 class _AllCaptured(BaseException):
@@ -34,13 +34,13 @@ class _AllCaptured(BaseException):
 
 @dataclass(frozen=True)
 class OutputModule:
-    """A module whose output is that of its last linear: alone, or first in a tuple of Nones."""
+    """A module that returns the output of its last linear: alone, or in a tuple before `nones`."""
 
     module: str
     nones: tuple[None, ...] | None = None
 
     def output(self, tensor: Tensor) -> Any:
-        """The module's return value where its last linear returns `tensor`."""
+        """The module's return value if its last linear returns `tensor`."""
         return tensor if self.nones is None else (tensor, *self.nones)
 
 
@@ -132,11 +132,11 @@ class Block:
         self._set(name, self._blocks.names.read(self._prefix + name, self._shapes[name]))
 
     def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the layer by their names in the checkpoint instead of those in the layer."""
+        """The same tensors, renamed from names in the layer to names in the checkpoint."""
         return {self._blocks.names.stored_name(self._prefix + name): tensor for name, tensor in tensors.items()}
 
     def load_stored(self, stored: Mapping[str, Tensor]) -> None:
-        """Load a quantized layer, dequantized, from its tensors by name in the checkpoint."""
+        """Load and dequantize a quantized layer. `stored`: its tensors by name in the checkpoint."""
         for name in self._shapes:
             owner, _, kind = name.rpartition(".")
             packed = self.stored(dict.fromkeys((f"{owner}.{k}" for k in PACKED), torch.empty(0)))
@@ -147,13 +147,13 @@ class Block:
                 self._set(name, stored[key])
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Convert the layer to another computation dtype."""
+        """Convert the layer, except router biases (EXACT), to another computation dtype."""
         for name, parameter in self.module.named_parameters():
             if not name.endswith(EXACT):
                 parameter.data = parameter.data.to(dtype)
 
     def load_packed(self, linear: str, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
-        """Replace a linear's weight with dequantized AWQ integers."""
+        """Replace a linear's weight with dequantized AWQ integers, of the shapes that `to_gemm` returns."""
         integers, weight = from_gemm(qweight, scales, qzeros), self.weight(linear)
         for start in range(0, len(weight), step := max(1, BATCH_VALUES // weight.shape[1])):
             part = slice(start, start + step)
@@ -170,31 +170,31 @@ class Block:
         old = getattr(owner_module, kind)
         kept = old.device.type == torch.device(self.device).type and old.dtype == torch.float32
         if kept and old.shape == tensor.shape:
-            old.data.copy_(tensor)  # large: never two of them
+            old.data.copy_(tensor)  # in place: a second copy would be large
             return
         tensor = tensor.to(self.device, torch.float32, copy=True)
         is_parameter = kind in owner_module._parameters
         setattr(owner_module, kind, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
     def weight(self, name: str) -> Tensor:
-        """The weight (linear [out, in] or norm) of a module in this layer."""
+        """The weight, float32, of a linear [out, in] or a norm [hidden] in this layer; not a copy."""
         parameter = self.module.get_submodule(name).weight
         assert isinstance(parameter, nn.Parameter)
         return parameter.data
 
     @torch.no_grad()
     def run(self, states: Tensor, in_place: bool = False) -> Tensor:
-        """Output of the layer, float32, for hidden states [blocks, tokens, hidden], a few blocks at a time."""
+        """Output of the layer for hidden states [blocks, tokens, hidden], both in its dtype; a few blocks at a time."""
         return self._run(self.module, states, states if in_place else torch.empty_like(states))
 
     @torch.no_grad()
     def inspect(self, name: str, inputs: Tensor) -> Tensor:
-        """Output of a module (attention, MLP; "": the layer) for its inputs float32 [blocks, tokens, hidden]."""
+        """Output of a module (attention, MLP; "": the layer) for inputs float32 [blocks, tokens, hidden]."""
         return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs))
 
     @torch.no_grad()
     def run_until_captured(self, states: Tensor, hooks: Mapping[str, InputHook]) -> None:
-        """Run hidden states for the hooks alone: a batch ends when each has captured its input."""
+        """Run hidden states only for the hooks: each batch stops once every hook has been called."""
         waiting: set[str] = set()
 
         def last(name: str, hook: InputHook) -> Callable[[Tensor], None]:
@@ -254,7 +254,7 @@ class Block:
 
     @torch.no_grad()
     def output_modules(self, linears: Iterable[str]) -> dict[str, OutputModule]:
-        """Modules whose output is that of one of these linears, by linear; found by running a single token."""
+        """By linear, the module that returns its output, if one does; found by running a single token."""
         seen: dict[str, list[Any]] = {}
 
         def keep(name: str) -> Callable[..., None]:

@@ -1,7 +1,7 @@
 """Plans what happens to the linears of a layer: which are quantized, and how AWQ scales fold into the weights.
 
-Lin et al., AWQ, arXiv 2306.00978: Q(W s) (x / s), where the operation that makes x absorbs 1 / s, so that the layer's
-function stays the same.
+Lin et al., AWQ, arXiv 2306.00978: Q(W s) (x / s), where 1 / s is folded into the operation that computes x. Without Q
+the layer's function stays the same.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from squawq.format.groupwise import PER_WORD
 from squawq.layerwise.tensor_names import cast
 from squawq.quant_config import QuantConfig
 
-EXACT = ("correction_bias", "expert_bias")  # of routers: rounding them would change who is chosen
+EXACT = ("correction_bias", "expert_bias")  # of routers: rounding could change the choice of experts
 GATE = "a router or gate"
 
 
 class LayerPlan:
     """Which linears of a layer are quantized (`converted`), and why the others are `kept` in 16 bits.
 
-    Linears of a module that share an input are kept together, and so are all experts of a layer: engines fuse them and
-    refuse a mixture. `shapes` has (out_features, in_features) by linear, `prefix` is the layer's full name.
+    Linears of a module that share an input stay in 16 bits together, and so do all experts of a layer: engines fuse
+    them and refuse a mixture. `shapes` has (out_features, in_features) by linear, `prefix` is the layer's full name.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], family: Family, config: QuantConfig, prefix: str) -> None:
@@ -50,7 +50,7 @@ class LayerPlan:
         return getattr(torch, self.config.dtype)  # type: ignore[no-any-return]
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the layer that is not quantized, in its dtype on disk."""
+        """A tensor of the layer that is not quantized, converted to its dtype on disk."""
         return tensor if name.endswith(EXACT) else cast(tensor, self.dtype, f"{self.prefix}.{name}")
 
     def _kept_reason(self, name: str, out_features: int, in_features: int) -> str | None:
@@ -64,14 +64,14 @@ class LayerPlan:
 
 
 def _fused_with(group: int, linear: str) -> object:
-    """Equal for linears that engines fuse."""
+    """A key, equal for linears that engines fuse, such as q_proj, k_proj and v_proj."""
     expert = expert_of(linear)
     return expert.rpartition(".")[0] if expert else (group, linear.rpartition(".")[0])
 
 
 @dataclass
 class Folding:
-    """Changes that scales make to a layer's weights; all tensors are float32."""
+    """How AWQ scales change a layer's weights; all tensors are float32."""
 
     columns: dict[str, Tensor] = field(default_factory=dict)  # [in] by linear: multiply its input channels
     rows: dict[str, Tensor] = field(default_factory=dict)  # [out] by linear: divide its output channels and bias
@@ -86,14 +86,14 @@ class Folding:
         dtype: torch.dtype,
         offset: float,
     ) -> None:
-        """Divide the norm before the group by `scales` [features]; multiply the columns of all that reads it."""
+        """Divide the norm before the group by `scales` [hidden]; multiply the columns of all modules that read it."""
         self.norms[f"{group.previous}.weight"], scales = norm_scales(weight, scales, dtype, offset)
         if bias is not None:
             self.norms[f"{group.previous}.bias"] = bias / scales
         self._into_columns(group, scales)
 
     def into_linear(self, group: ScalingGroup, out_features: int, scales: Tensor) -> None:
-        """Divide the last rows of the linear before: up is last where it makes gate and up in one."""
+        """Divide the last rows of the linear before the group by `scales` [in]: in a gate_up_proj, up is last."""
         rows = torch.ones(out_features, device=scales.device)
         rows[-len(scales) :] = scales
         self.rows[group.previous] = rows
@@ -104,12 +104,12 @@ class Folding:
             self.columns[name] = scales
 
     def to(self, device: str) -> Folding:
-        """The same with its tensors there."""
+        """A copy with its tensors on `device`."""
         kinds = ({n: t.to(device) for n, t in kind.items()} for kind in (self.columns, self.rows, self.norms))
         return Folding(*kinds)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the layer after folding, float32, by its name in the layer."""
+        """Fold the scales into a float32 tensor of the layer, by its name in the layer; returns the result."""
         if name in self.norms:
             return self.norms[name].clone()
         module, _, kind = name.rpartition(".")
@@ -120,7 +120,7 @@ class Folding:
         return tensor
 
     def original(self, module: str, rows: Tensor, part: slice) -> Tensor:
-        """Rows `part` of a linear's weight [out, in] before folding, from the same rows after folding."""
+        """Undo the folding: rows `part` of a linear's weight, float32 [rows, in], from these rows after folding."""
         if module in self.rows:
             rows = rows * self.rows[module][part, None]
         return rows / self.columns[module] if module in self.columns else rows
@@ -135,13 +135,13 @@ def norm_scales(norm: Tensor, scales: Tensor, dtype: torch.dtype, offset: float 
     Args:
         norm: float32 [features]; the norm multiplies by `norm + offset`.
         scales: float32 [features].
-        dtype: Of the norm in the result.
+        dtype: In which the norm is stored.
         offset: 1.0 for norms such as Gemma's.
 
     Returns:
-        The folded weight and the realized scales, each float32 [features].
+        Folded weight and realized scales, float32 [features]: `norm` and 1 where folding gives 0 or no finite value.
     """
-    whole = norm + offset
-    folded = (whole / scales - offset).to(dtype).float()
+    factor = norm + offset
+    folded = (factor / scales - offset).to(dtype).float()
     usable = (folded + offset != 0) & torch.isfinite(folded)
-    return torch.where(usable, folded, norm), torch.where(usable, whole / (folded + offset), torch.ones_like(scales))
+    return torch.where(usable, folded, norm), torch.where(usable, factor / (folded + offset), torch.ones_like(scales))

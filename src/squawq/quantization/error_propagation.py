@@ -1,15 +1,15 @@
 """Corrects weights for quantization error in their input: the closed-form weight correction of QEP.
 
-Arai and Ichikawa, Quantization Error Propagation (QEP), arXiv 2504.09629. With inputs x of the 16-bit model and x^ of
-the quantized one, the weights W^ that minimize ||W x - W^ x^||^2 are W + W sum (x - x^) x^' H^-1, where H = sum x^ x^'
-is the Hessian: QEP's correction at propagation strength alpha = 1. It is added once, before the weights are rounded
-with error feedback (GPTQ) on H. GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695) minimize the same mismatched
-error, but correct it column by column while they round.
+Arai and Ichikawa, Quantization Error Propagation (QEP), arXiv 2504.09629. The 16-bit model has inputs x, the quantized
+one x^ (x hat); ' transposes; sums run over tokens. Weights W^ = W + W sum (x - x^) x^' H^-1 minimize the output error
+sum ||W x - W^ x^||^2, where H = sum x^ x^' is the Hessian: QEP's correction at propagation strength alpha = 1. It is
+added once, before the weights are rounded with error feedback (GPTQ) on H. GPTAQ (arXiv 2504.02692) and Qronos (arXiv
+2505.11695) minimize the same error, but correct it column by column while they round.
 
-Ours is the rest. H is damped by a share of each diagonal entry (`rounding.DampedGram`), much more than the papers do,
-in place of a smaller alpha. The error cross-covariance is E = W sum (x - x^) x^' + sum (r - r^) x^', where r is the
-residual stream that the linear's output is added to: the linear also corrects the error of that stream. Inputs too wide
-for one Hessian are corrected block by block.
+Three things are not in these papers. H is damped by a share of each diagonal entry (`rounding.DampedGram`), much more
+than theirs, in place of a smaller alpha. The error cross-covariance is E = W sum (x - x^) x^' + sum (r - r^) x^', where
+the linear's output is added to the residual stream r: the linear also corrects that stream's error. Inputs of more than
+`statistics.MAX_GRAM` features are corrected one diagonal block of H at a time.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Stage:
 
     capture_module: str  # whose hook captures that input
     linears: tuple[str, ...]
-    residual: str = ""  # norm whose input the output of a single linear is added to; "" if it is not
+    residual: str = ""  # norm whose input is the residual stream that a single linear's output is added to; "": none
 
 
 def sequential_stages(block: Block, converted: Sequence[str]) -> list[Stage]:
-    """The stages of a layer in order of execution, without experts: both runs may route a token to different ones."""
+    """A layer's stages in order of execution. Without experts: the quantized model may route a token to other ones."""
     capture = capture_modules(block.groups)
     found: dict[str, Stage] = {}
     for group in block.groups:
@@ -51,9 +51,9 @@ def sequential_stages(block: Block, converted: Sequence[str]) -> list[Stage]:
 
 
 class ActivationRecord:
-    """Inputs of modules in the 16-bit run over all tokens, bfloat16, in a file once they exceed their memory.
+    """Records inputs of modules in the 16-bit run, for all tokens, in bfloat16.
 
-    Modules share `in_memory` GiB in proportion to their `features`.
+    Modules share `in_memory` GiB in proportion to their `features`; the rest goes to files in `folder`.
     """
 
     def __init__(self, features: Mapping[str, int], folder: Path, in_memory: float) -> None:
@@ -86,12 +86,12 @@ class ErrorStatistics:
     """Hessian and error cross-covariance of a stage, summed over all tokens of the quantized run.
 
     Attributes:
-        inputs: Statistics of x^, float32 [in, in] on the diagonal blocks `inputs.spans`.
-        cross: One tensor a span. For a single linear E, float32 [out, span]. For several linears, which share the input
-            error, sum (x - x^) x^', float32 [span, span]; each E is then W times it.
-        single: Which of both.
+        inputs: Statistics of x^. Its Hessian has one diagonal block for each slice of features in `inputs.spans`.
+        cross: One tensor per span. Of a single linear: E, float32 [out, span]. Of several linears, which share an input
+            error: sum (x - x^) x^', float32 [span, span]; W times this is a linear's E.
+        single: Whether the stage has a single linear.
 
-    Inputs too wide for a whole Hessian are corrected block by block; a residual error is spread evenly over the blocks.
+    Each span corrects an equal part of the residual stream's error.
     """
 
     def __init__(self, block: Block, stage: Stage, scales: Tensor | None) -> None:
@@ -113,11 +113,11 @@ class ErrorStatistics:
     def collect(
         self, states: Tensor, record: ActivationRecord, hooks: Mapping[str, InputHook] = MappingProxyType({})
     ) -> None:
-        """Run the quantized model's hidden states [blocks, tokens, hidden] as far as the stage's input.
+        """Run the quantized model's hidden states up to the stage's input, and add to `inputs` and `cross`.
 
         Args:
-            states: float32, in the batches in which the 16-bit run was recorded.
-            record: Of that run.
+            states: float32 [calibration blocks, tokens, hidden], the same tokens as in `record`.
+            record: Inputs of the 16-bit run.
             hooks: Further input hooks.
         """
         wanted, residual = record.replay(self.stage.capture_module), self.stage.residual
@@ -147,6 +147,6 @@ class ErrorStatistics:
 
 
 def _pair(x: Tensor, recorded: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """A batch of the quantized run and the same batch of the record, each float32 [tokens, features]."""
+    """A batch of the quantized run, and the same batch of the 16-bit run, each float32 [tokens, features]."""
     rows = x.reshape(-1, x.shape[-1]).float()
     return rows, next(recorded).reshape(rows.shape).float()

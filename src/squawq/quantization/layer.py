@@ -1,7 +1,7 @@
-"""Quantizes one decoder layer: AWQ scales, QEP correction, clipping, GPTQ rounding, a check against plain rounding.
+"""Quantizes a decoder layer: AWQ scales, QEP correction, clipping, GPTQ rounding, check against plain rounding (RTN).
 
-Peak memory above the layer itself (float32): the Hessians of its inputs, the packed integers, and what rounding one
-linear takes.
+Peak memory beside the layer itself (float32): the Hessians of its inputs, the packed integers, and working memory for
+rounding one linear.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PackedLinear = dict[str, Tensor]  # qweight, scales and qzeros, on the CPU
 class LayerResult:
     """A layer's tensors to store, by name in the layer, and its row of the report.
 
-    kept: whether they are what was searched, not plain rounding that turned out better.
+    kept: False if `verify` stores plain rounding in place of the quantized layer, because its loss is lower.
     """
 
     tensors: dict[str, Tensor]
@@ -55,10 +55,10 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     Args:
         block: The 16-bit layer in float32; holds the quantized one afterwards.
         plan: Which of its linears are quantized, and how.
-        streams: This rank's hidden states before the layer; afterwards, those behind it.
+        streams: This rank's hidden states before the layer; afterwards, those after it.
         ranks: Who shares the calibration.
-        commit: Stores the result, on rank 0. Returns the report's row, and the stored tensors by their names on disk,
-            empty if the quantized stream ends here.
+        commit: Stores the result, on rank 0. Returns the report's row, and the stored tensors by their names on disk;
+            no tensors after the last layer, or if calibration is not sequential.
 
     Returns:
         The report's row.
@@ -66,7 +66,7 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     config, capture, chosen = plan.config, capture_modules(block.groups), LayerQuantization(block, plan)
     stages = [] if streams.quantized is None else sequential_stages(block, plan.converted)
     in_stages = {name for stage in stages for name in stage.linears}
-    others: dict[str, list[str]] = {}  # the linears of experts, and all where calibration is not sequential
+    others: dict[str, list[str]] = {}  # experts' linears; all linears if calibration is not sequential
     for name in plan.converted:
         if name not in in_stages:
             others.setdefault(capture[name], []).append(name)
@@ -83,7 +83,7 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     fold(block, plan, folding)
     inputs.statistics = {name: stats for name, stats in inputs.statistics.items() if name in others}
 
-    # Correct, clip, round: linears behind quantized ones, in order of execution.
+    # Correct, clip, round: linears calibrated on the quantized model's hidden states, in order of execution.
     replay = Replay(block, in_stages, streams.folder, streams.states_memory / 4)
     for index, stage in enumerate(stages):
         assert streams.quantized is not None
@@ -94,13 +94,13 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
         record.keep(stages[index + 1 :])
         quantizer = LinearQuantizer(error.inputs, config, error)
         packed = ranks.broadcast(partial(chosen.quantize, stage.linears, quantizer))
-        del error, quantizer  # large, and so is what loading takes
+        del error, quantizer  # free them first: loading takes much memory, too
         chosen.load(packed)
         replay.settle()
 
     # Clip, round: all others, on the statistics of the 16-bit model.
     for module, linears in others.items():
-        stats = inputs.statistics.pop(module)  # for the last time: it is large
+        stats = inputs.statistics.pop(module)  # large: freed after this use
         if (scales := folding.columns.get(linears[0])) is not None:
             stats.divide(scales)
         quantizer = LinearQuantizer(stats, config)
@@ -108,7 +108,7 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
         del stats, quantizer
         chosen.load(packed)
 
-    # Verify and commit; the quantized stream goes through the layer as it is stored.
+    # Verify and commit; run the quantized model's hidden states through the layer as stored.
     def verified() -> tuple[bool, dict[str, Any], Mapping[str, Tensor]]:
         result = verify(chosen, before, inputs.after)
         return result.kept, *commit(result)
@@ -127,8 +127,8 @@ class LayerQuantization:
     plan: LayerPlan
     folding: Folding = field(default_factory=Folding)
     packed: dict[str, PackedLinear] = field(default_factory=dict)
-    losses: dict[str, tuple[float, float]] = field(default_factory=dict)  # by plain rounding, as quantized
-    clips: dict[str, list[float]] = field(default_factory=dict)  # quantiles of the share of its range that is kept
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)  # (by plain rounding, as quantized)
+    clips: dict[str, list[float]] = field(default_factory=dict)  # see `clip_quantiles`
     scales: list[ScaleRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tokens: Mapping[str, int] = field(default_factory=dict)  # routed to each expert
@@ -144,7 +144,7 @@ class LayerQuantization:
 
     @torch.no_grad()
     def quantize(self, linears: Iterable[str], quantizer: LinearQuantizer) -> dict[str, PackedLinear]:
-        """Quantize linears of the folded layer that share an input; their weights become the corrected ones."""
+        """Quantize linears of the folded layer that share an input; corrects their weights in place."""
         config, found = self.plan.config, {}
         if quantizer.error is not None:
             self.notes += quantizer.stats.notes(f"{quantizer.error.stage.capture_module}, behind quantized layers")
@@ -178,8 +178,8 @@ class LayerQuantization:
             original: Its sampled rows `part` before folding and correction, float32 [rows, in].
             weight: The same rows that were rounded, float32 [rows, in].
             integers: What they were rounded to.
-            part: See `original`.
-            quantizer: Has the statistics of the input.
+            part: The sampled rows.
+            quantizer: Its `stats` are those of the input.
         """
         config, folding = self.plan.config, self.folding
         rounded = fake_quantize(original, config.group_of(weight.shape[1]), config.zero_point) - original
@@ -226,8 +226,8 @@ class LayerQuantization:
 
         Args:
             kept: Whether the quantized layer is stored; else plain rounding is.
-            losses: Mean squared error of the layer's output by plain rounding and as stored.
-            relative: Relative errors of the same.
+            losses: Mean squared error of the layer's output by plain rounding, and as stored.
+            relative: `relative_error` of the same two outputs.
         """
         plan, linears = self.plan, []
         for name in (name for group in self.block.groups for name in (*group.linears, *group.unquantized_consumers)):
@@ -261,22 +261,22 @@ class LayerQuantization:
 
 @torch.no_grad()
 def verify(chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerResult:
-    """Keep the quantized layer if its output is no further from the 16-bit model's than that of plain rounding.
+    """Keep the quantized layer if the mean squared error of its output is at most that of plain rounding.
 
     Args:
-        chosen: The quantized layer; afterwards, its weights are rounded to nearest or the 16-bit ones.
-        before: Hidden states that it is judged on, float32 [blocks, tokens, hidden].
-        wanted: The 16-bit model's output for the same tokens.
+        chosen: The quantized layer. Overwrites its block's weights.
+        before: Hidden states before the layer (`Streams.sampled`), float32 [sampled blocks, tokens, hidden].
+        wanted: The layer's output in the 16-bit model for the same tokens, of the same shape.
     """
     block, plan = chosen.block, chosen.plan
-    found = block.run(before)
-    loss, error = mean_square(found, wanted), relative_error(found, wanted)
+    output = block.run(before)
+    loss, error = mean_square(output, wanted), relative_error(output, wanted)
     tensors = chosen.tensors()
     block.reload()
     for name in plan.converted:
         round_in_place(block, plan, name)
-    found = block.run(before)
-    plain, plain_error = mean_square(found, wanted), relative_error(found, wanted)
+    output = block.run(before)
+    plain, plain_error = mean_square(output, wanted), relative_error(output, wanted)
     if loss <= plain:  # also false when `loss` is not a number
         return LayerResult(tensors, chosen.record(True, (plain, loss), (plain_error, error)))
     block.reload()
@@ -288,5 +288,5 @@ def verify(chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerRe
 @torch.no_grad()
 def round_layer(block: Block, plan: LayerPlan) -> LayerResult:
     """Round a layer to nearest (method "rtn"); needs no calibration."""
-    nothing = LayerQuantization(block, plan)
-    return LayerResult(nothing.tensors(), nothing.record(False))
+    plain = LayerQuantization(block, plan)
+    return LayerResult(plain.tensors(), plain.record(False))

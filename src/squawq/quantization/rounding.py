@@ -1,8 +1,8 @@
-"""Quantizes a linear: corrects its weight, clips its ranges, rounds it with error feedback (GPTQ), refines integers.
+"""Quantizes a linear: QEP correction, clipping, rounding with error feedback (GPTQ), coordinate descent.
 
 Frantar et al., GPTQ, arXiv 2210.17323, in LDLQ's form (Chee et al., QuIP, arXiv 2307.13304), which needs one Cholesky
-factorization and no inverse. Columns are rounded in descending order of the Hessian's diagonal (act_order); groups keep
-their place. Coordinate descent minimizes the same loss, (W - Q) H (W - Q)', over integers and scales; zero points stay.
+factorization and no inverse. Columns are rounded in descending order of the Hessian's diagonal (act_order), in static
+groups. Coordinate descent minimizes the same loss, tr((W - Q) H (W - Q)'), over integers and scales; zero points stay.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from squawq.quantization.error_propagation import ErrorStatistics
 from squawq.quantization.search import clip_limits, whole_ranges
 from squawq.quantization.statistics import InputStatistics
 
-Limits = tuple[Tensor, Tensor]
+Limits = tuple[Tensor, Tensor]  # ranges (low, high), each float32 [out, groups]
 BLOCK = 128  # columns rounded between two matrix products (lazy batch updates)
 CHUNK = 1 << 24  # weights rounded at once: rows are independent
-GPU_CHUNK = 1 << 26  # where launching a column's operations costs more than running them
-FLOOR = 1e-4  # of the mean diagonal, for channels without signal
-TRIES = 8
+GPU_CHUNK = 1 << 26  # larger, because launching a column's kernels costs more than running them
+FLOOR = 1e-4  # share of the mean diagonal that is added as well, for channels without signal
+TRIES = 8  # Cholesky factorizations, each with more damping than the one before
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Grid:
 
         Args:
             wanted: Target weights float32 [columns, out].
-            base: What errors are measured from, float32 [columns, out].
-            feedback: Weight of the errors of later columns in a column's target, float32 [columns, columns].
+            base: Weights that errors are measured from, float32 [columns, out].
+            feedback: float32 [columns, columns]; entry [i, j] times column j's error, j > i, is added to target i.
             groups: Group of each column, int64 [columns], on the CPU.
 
         Returns:
@@ -78,7 +78,7 @@ class Grid:
             pull: H (W - Q) of its columns, divided by `energy`, float32 [columns, out].
             gram: H of its columns, divided by `energy`, float32 [columns, columns].
             energy: The diagonal of H, float32 [columns, 1].
-            group: int64 scalar.
+            group: Index of the group, int64 scalar.
 
         Returns:
             The change of the rounded weights, float32 [columns, out].
@@ -107,7 +107,7 @@ class DampedGram:
 
     Args:
         gram: float32 [in, in].
-        damping: Share of the diagonal that is added to it; correlations seen in the calibration text count for less.
+        damping: Share of the diagonal that is added to it; larger values count correlations between inputs less.
         act_order: Round columns in descending order of the diagonal, else from first to last.
     """
 
@@ -126,7 +126,7 @@ class DampedGram:
 
     def solve(self, cross: Tensor) -> Tensor:
         """cross (H + damping)^-1, float32 [out, in], for an error cross-covariance float32 [out, in]."""
-        half = torch.linalg.solve_triangular(self.factor, cross[:, self.columns].T, upper=False)  # copies no factor
+        half = torch.linalg.solve_triangular(self.factor, cross[:, self.columns].T, upper=False)  # factor not copied
         found = torch.empty_like(cross)
         found[:, self.columns] = torch.linalg.solve_triangular(self.factor.T, half, upper=True).T
         return found
@@ -157,7 +157,7 @@ class DampedGram:
         return q, scale
 
     def _compensate(self, target: Tensor, grid: Grid) -> Tensor:
-        """Integers as float32 [in, out] for a weight float32 [in, out], each column's error fed to those after it."""
+        """GPTQ: integers for a weight, both float32 [in, out]; columns not yet rounded compensate the errors."""
         groups, target = (self.columns // grid.group).cpu(), target[self.columns]
         errors, levels = torch.empty_like(target), torch.empty_like(target)
         for part in _blocks(len(target)):
@@ -170,9 +170,9 @@ class DampedGram:
         return found
 
     def _descend(self, levels: Tensor, target: Tensor, grid: Grid) -> None:
-        """One pass of coordinate descent: each scale and each integer in turn moves to the least loss, in place.
+        """One pass of coordinate descent: sets each scale and each integer in turn to the least loss, in place.
 
-        `levels` (integers) and `target` are float32 [in, out]. Groups larger than a block keep their scales.
+        `levels` (integers) and `target` are float32 [in, out]. Scales stay unless the group size divides BLOCK.
         """
         groups = torch.arange(len(target)) // grid.group
         energy = self.gram.diagonal() + self.ridge
@@ -180,7 +180,7 @@ class DampedGram:
         for part in _blocks(len(target)):
             feedback = self.gram[part] / energy[part, None]
             within = feedback[:, part].fill_diagonal_(1)
-            pull = feedback @ errors  # how far each weight is from the least loss
+            pull = feedback @ errors  # how far each weight is from its optimum, all others fixed
             for start in range(0, len(pull), grid.group) if BLOCK % grid.group == 0 else ():
                 own = slice(start, start + grid.group)
                 change = grid.fit(
@@ -199,7 +199,7 @@ def _blocks(columns: int) -> Iterator[slice]:
 
 
 def _cholesky(gram: Tensor, ridge: Tensor) -> tuple[Tensor, bool]:
-    """Cholesky factor (lower) of `gram` plus a diagonal `ridge`, in place of `gram`, and whether it failed."""
+    """Lower Cholesky factor of `gram` plus a diagonal `ridge`, and whether it failed. Overwrites `gram`."""
     gram.diagonal().add_(ridge)
     factor, failed = gram.T, torch.zeros((), dtype=torch.int32, device=gram.device)  # the layout that LAPACK works in
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
@@ -207,7 +207,7 @@ def _cholesky(gram: Tensor, ridge: Tensor) -> tuple[Tensor, bool]:
 
 
 class LinearQuantizer:
-    """For linears whose input has these statistics; `error`: of that input in the quantized run, if it is corrected."""
+    """Quantizes linears that share an input with statistics `stats`; `error` is for the QEP correction, None: none."""
 
     def __init__(self, stats: InputStatistics, config: QuantConfig, error: ErrorStatistics | None = None) -> None:
         self.stats, self.config, self.error = stats, config, error
@@ -215,11 +215,11 @@ class LinearQuantizer:
         self._correction_span: tuple[slice, Tensor] | None = None
 
     def quantize(self, weight: Tensor, clip: bool) -> tuple[GroupwiseTensor, Limits | None]:
-        """Quantize a weight.
+        """Quantize a weight; to nearest, uncorrected and unclipped, if the input had no signal.
 
         Args:
-            weight: float32 [out, in]; becomes the corrected weight.
-            clip: Whether to search narrower ranges.
+            weight: float32 [out, in]; corrected in place.
+            clip: Whether to search narrower ranges (clipping).
 
         Returns:
             The integers, and the ranges (low, high), each float32 [out, groups], if they were searched.
@@ -262,13 +262,13 @@ class LinearQuantizer:
         return grid.tensor(q)
 
     def _shared_correction(self, span: slice, cross: Tensor) -> Tensor:
-        """C [span, span] of all linears that share the input: W becomes W + W C. Cached for the last span."""
+        """C [span, span], the same for all linears of the input: W becomes W + W C. Cached for the last span."""
         if self._correction_span is None or self._correction_span[0] != span:
             self._correction_span = span, self._damped(span).solve(cross)
         return self._correction_span[1]
 
     def _damped(self, span: slice) -> DampedGram:
-        """Cached for the last span: most inputs have only one."""
+        """The damped Hessian of a span. Cached for the last span: most inputs have only one."""
         if self._damped_span is None or self._damped_span[0] != span:
             self._damped_span = None
             self._damped_span = span, DampedGram(self.stats.gram_of(span), self.config.damping, self.config.act_order)

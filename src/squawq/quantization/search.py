@@ -1,7 +1,7 @@
-"""Chooses the AWQ scales of a layer and the clipped ranges of a weight: candidates, their loss, and folding.
+"""Chooses the AWQ scales of a layer, folds them into it, and chooses the clipping ranges of a weight.
 
-Lin et al., AWQ, arXiv 2306.00978. Grid, weight term and clipping are AutoAWQ's (awq/quantize/quantizer.py), which lacks
-identity, ratio 1.0 and the choice between both formulas, and normalizes over channels without signal.
+Lin et al., AWQ, arXiv 2306.00978. Grid, weight term and clamp are AutoAWQ's (awq/quantize/quantizer.py). Added here:
+identity, ratio 1.0, both formulas, ranges shrunk at both ends; channels without signal do not enter the normalization.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from squawq.quantization.statistics import InputStatistics, LayerInputs, mean_sq
 from squawq.report.schema import ScaleRow
 
 SAMPLED_ROWS = 64  # output rows that a candidate is judged on
-REFINED = 2  # candidates that go on to the loss on the inspected module
+REFINED = 2  # best candidates, which are compared on the output of the module in `inspect`
 CLIP_STEPS = 10
 CLIP_GRID = 20  # ranges shrink by steps of 1/20, down to 0.55
-CHUNK = 1 << 22  # weights handled at once
-SAMPLED_LINEARS = 16  # of a group, on which scales are judged: those of many experts are much alike
+CHUNK = 1 << 22  # weights in one copy
+SAMPLED_LINEARS = 16  # linears of a group that its scales are judged on: the linears of many experts are much alike
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def scale_candidates(x_mean: Tensor, w_mean: Tensor, n_grid: int) -> list[ScaleC
 
 
 def rows_at_once(weight: Tensor) -> int:
-    """Rows of a weight [out, in] that are processed at once, where a copy of all would be large."""
+    """How many rows of a weight [out, in] to process at once: a copy of all would be large."""
     return max(1, CHUNK // weight.shape[1])
 
 
@@ -83,7 +83,7 @@ def sampled_rows(weight: Tensor) -> slice:
 
 
 def scaled_difference(weight: Tensor, scales: Tensor, group: int, zero_point: bool) -> Tensor:
-    """Q(W s) / s - W, float32 [rows, in], for scales s float32 [in]."""
+    """Q(W s) / s - W, for W float32 [rows, in] and scales s float32 [in]; Q rounds to nearest."""
     return fake_quantize(weight * scales, group, zero_point) / scales - weight
 
 
@@ -100,10 +100,10 @@ def best_scales(
     Args:
         candidates: Identity first.
         weights: float32 [out, in] of linears that share an input.
-        loss: Of a weight difference float32 [rows, in] (`InputStatistics.loss`); ranks all candidates.
+        loss: Output error of a weight difference float32 [rows, in] (`InputStatistics.loss`); ranks all candidates.
         group: Group size.
         zero_point: Whether ranges are asymmetric.
-        inspect: Loss on the output of the module around the linears; decides between the best few and identity.
+        inspect: Loss on the output of the module around the linears; decides between the REFINED best and identity.
     """
     sampled = [w[sampled_rows(w)] for w in weights]
     rows = torch.cat(sampled)
@@ -128,14 +128,14 @@ def whole_ranges(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def clip_limits(weight: Tensor, gram: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:
-    """The range with the least error of each row and group, on its own.
+    """For each row and group, the range with the least error.
 
-    Tries the full range, the range shrunk at both ends, and AutoAWQ's symmetric clamp.
+    Tries the full range, the range with both ends shrunk by a factor, and AutoAWQ's symmetric clamp.
 
     Args:
         weight: float32 [out, in].
-        gram: The Hessian's diagonal blocks [groups, group, group]; a group's error is d' H d for its weight difference
-            d. Their diagonals alone [groups, group] where integers are rounded with error feedback.
+        gram: The Hessian's diagonal blocks, float32 [groups, group, group]; a group's error is d' H d for its weight
+            difference d. Before rounding with error feedback: their diagonals alone, float32 [groups, group].
         zero_point: Whether ranges are asymmetric.
 
     Returns:
@@ -186,7 +186,7 @@ def choose_scales(
     Args:
         block: The 16-bit layer; unchanged.
         plan: Which of its linears are quantized.
-        inputs: Statistics of all ranks. Those of capture modules that are not in `whole` are dropped once used.
+        inputs: Statistics, summed over ranks. Those of capture modules not in `whole` are deleted once used.
         samples: Inputs of the modules that scales are judged by (`LayerInputs.sample_modules`).
         whole: Capture modules whose statistics are needed later.
 
@@ -221,7 +221,7 @@ def _best_scales(
     candidates = scale_candidates(stats.mean_absolute, weight_importance(weights, size), config.scale_steps)
     if not config.duo_scaling:
         candidates = [c for c in candidates if c.formula != "xw"]
-    if group.inspect is None or config.error_feedback:  # the module would judge plain rounding, which is not what comes
+    if group.inspect is None or config.error_feedback:  # inspecting would judge rounding to nearest
         return best_scales(candidates, weights, stats.loss, size, zero_point)
     module, given = group.inspect, samples[group.inspect]
     wanted = block.inspect(module, given)
@@ -231,7 +231,7 @@ def _best_scales(
             round_in_place(block, plan, name, candidate.scales)
         loss = mean_square(block.inspect(module, given), wanted)
         for name in names:
-            block.restore(f"{name}.weight")  # a second copy of the weights would be large
+            block.restore(f"{name}.weight")  # from disk: a second copy of the weights would be large
         return loss
 
     return best_scales(candidates, weights, stats.loss, size, zero_point, inspect)
@@ -248,7 +248,7 @@ def takes_scales(block: Block, group: ScalingGroup) -> bool:
 
 
 def fold_group(block: Block, plan: LayerPlan, group: ScalingGroup, scales: Tensor, folding: Folding) -> None:
-    """Add to `folding` what scales [in_features] of a group do to the layer's weights."""
+    """Add the scales of a group, float32 [in], to `folding`."""
     weight = block.weight(group.previous)
     if weight.dim() == 2:
         folding.into_linear(group, len(weight), scales)

@@ -1,8 +1,8 @@
-"""Keeps hidden states of all calibration tokens: of the 16-bit model, of the quantized one, of finished modules.
+"""Keeps hidden states of all calibration tokens, of the 16-bit and the quantized model, and outputs of modules.
 
-States are in memory while small, else in a temporary file, which is unlinked at once: nothing of it remains however the
-process ends. Hidden states between layers (`Streams`) are one tensor, mapped from its file; what is written once and
-read in the same order is a `Spool`.
+States are in memory while small, else in a temporary file, which is unlinked at once: no file remains, even if the
+process is killed. Hidden states between layers (`Streams`) are one tensor, memory-mapped from its file. Tensors that
+are read in the order in which they were written are a `Spool`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from squawq.errors import OutputError
 from squawq.layerwise.blocks import Block, Blocks, InputHook
 
 IN_MEMORY = 1.0  # GiB
-SAMPLED_TOKENS = 1024  # that losses of modules and of the whole layer are measured on
+SAMPLED_TOKENS = 1024  # tokens that losses of modules and of the whole layer are measured on
 ZEROS = bytes(1 << 24)
 
 
 def hidden_states(shape: tuple[int, int, int], folder: Path, device: str, in_memory: float = IN_MEMORY) -> Tensor:
-    """Allocate float32 [blocks, tokens, hidden]: on `device` up to `in_memory` GiB, else as a file in `folder`.
+    """Allocate float32 [calibration blocks, tokens, hidden]: on `device` up to `in_memory` GiB, else in a file.
 
-    The file takes its disk space at once: a mapping that finds no room later would kill the process.
+    The file's disk space is taken at once: a mapped file that finds none later kills the process (SIGBUS).
 
     Raises:
         OutputError: The disk is full.
@@ -59,9 +59,9 @@ def _no_room(folder: Path, size: int, error: OSError) -> OutputError:
 
 
 class Spool:
-    """A list of tensors, read in the order in which they were added, as often as wanted.
+    """Tensors that are read in the order in which they were added, any number of times.
 
-    Up to `in_memory` GiB stay as they are, the rest goes to a file in `folder`. A tensor must not change once added.
+    Up to `in_memory` GiB stay in memory, the rest goes to a file in `folder`. A tensor must not change once added.
     """
 
     def __init__(self, folder: Path, in_memory: float) -> None:
@@ -71,7 +71,7 @@ class Spool:
         self._filed: list[tuple[torch.Size, torch.dtype, torch.device]] = []
 
     def add(self, piece: Tensor) -> None:
-        """Raises OutputError where the disk is full."""
+        """Append a tensor. Raises OutputError if the disk is full."""
         self._room -= piece.nbytes
         if self._file is None and self._room >= 0:
             self._pieces.append(piece)
@@ -105,15 +105,15 @@ class Spool:
 
 @dataclass(frozen=True)
 class Sample:
-    """The blocks that losses are measured on, spread over all `tokens`; this rank holds the blocks of `share`."""
+    """The calibration blocks that losses are measured on."""
 
-    blocks: Tensor
-    share: slice
-    tokens: int
+    blocks: Tensor  # indices among those of all ranks, int64
+    share: slice  # the blocks that this rank holds
+    tokens: int  # calibration tokens of all ranks
 
     @classmethod
     def spread(cls, blocks: int, tokens: int, share: slice) -> Sample:
-        """About SAMPLED_TOKENS of `blocks` blocks of `tokens` tokens each, at least one block."""
+        """Choose evenly spaced blocks of `tokens` tokens each: at most SAMPLED_TOKENS in all, at least one block."""
         count = max(1, min(blocks, SAMPLED_TOKENS // tokens))
         return cls(torch.linspace(0, blocks - 1, count).round().long(), share, blocks * tokens)
 
@@ -126,12 +126,12 @@ class Sample:
 
 
 class Replay:
-    """Replays outputs of modules that are quantized completely, so that later runs of the layer do not compute them.
+    """Replays outputs of completely quantized modules, so that later runs of the layer do not compute them again.
 
     A layer runs once for each stage of its linears, and once more for the next layer's input. A module that ends in a
-    linear (attention in o, the MLP in down) is final once that linear is quantized: its output is computed from the
-    captured inputs of that linear, bit for bit what the module would return. Peak memory: the inputs of one such linear
-    and each module's output, in float32, `in_memory` GiB of each in memory.
+    linear (attention in o_proj, the MLP in down_proj) is final once that linear is quantized: its output is computed
+    from that linear's captured inputs, bit-identical to what the module returns. Peak memory: the inputs of one such
+    linear and each module's output, in float32; at most `in_memory` GiB of each, the rest is in files.
     """
 
     def __init__(self, block: Block, linears: Iterable[str], folder: Path, in_memory: float) -> None:
@@ -141,7 +141,7 @@ class Replay:
         self._outputs: dict[str, Spool] = {}
 
     def hooks(self, linears: Iterable[str]) -> Mapping[str, InputHook]:
-        """Hooks that capture the inputs of linears in the run before they are rounded."""
+        """Hooks for the run before these linears are rounded: they capture the inputs that `settle` needs."""
         self._inputs = {name: Spool(self._folder, self._in_memory) for name in linears if name in self._endings}
         return {name: spool.add for name, spool in self._inputs.items()}
 
@@ -157,7 +157,7 @@ class Replay:
 
     @contextmanager
     def playing(self) -> Iterator[None]:
-        """While open, the layer may run over all tokens once; final modules return their recorded outputs."""
+        """While open, final modules return their recorded outputs; for a single run over all tokens."""
         outputs: dict[str, Iterator[Tensor]] = {name: iter(spool) for name, spool in self._outputs.items()}
         with self._block.replaying({self._endings[name]: pieces for name, pieces in outputs.items()}):
             yield
@@ -165,12 +165,12 @@ class Replay:
 
 @dataclass(frozen=True)
 class Streams:
-    """This rank's hidden states before a layer, float32 [blocks, tokens, hidden]."""
+    """This rank's hidden states before a layer, float32 [calibration blocks, tokens, hidden]."""
 
     reference: Tensor  # of the 16-bit model
-    quantized: Tensor | None  # the same tokens behind quantized layers; None if calibration is not sequential
-    sample: Sample  # blocks that losses are measured on
-    folder: Path  # for files of states that exceed their memory
+    quantized: Tensor | None  # of the quantized model, the same tokens; None if calibration is not sequential
+    sample: Sample  # calibration blocks that losses are measured on
+    folder: Path  # for what exceeds `states_memory`
     states_memory: float  # GiB for each stream, and for the record of one layer's inputs
 
     @classmethod
@@ -197,12 +197,12 @@ class Streams:
         return self.sample.of(self.reference if self.quantized is None else self.quantized)
 
     def skip(self, block: Block, stored: Mapping[str, Tensor]) -> None:
-        """Run both streams through a layer that an earlier run has quantized."""
+        """Run both streams through a layer that an earlier process quantized: `block` in 16 bits, then `stored`."""
         block.run(self.reference, in_place=True)
         self.advance(block, stored)
 
     def advance(self, block: Block, stored: Mapping[str, Tensor], replay: Replay | None = None) -> None:
-        """Run the quantized stream through the layer as stored; `replay` saves computing module outputs again."""
+        """Run the quantized stream through the layer as stored; `replay` has outputs that need no computing."""
         if self.quantized is not None:
             with nullcontext() if replay is None else replay.playing():
                 block.load_stored(stored)

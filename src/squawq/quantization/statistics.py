@@ -1,8 +1,8 @@
 """Collects calibration statistics of the inputs of a layer's linears: mean |x| and the Hessian X'X (Gram matrix).
 
-Sums over all tokens of one input are an `InputStatistics`; `LayerInputs` has those of a layer. Linears that share an
-input share its statistics; each expert has its own, of the tokens routed to it. Of wide inputs only the diagonal blocks
-of the Gram matrix are kept. Peak memory: the Hessians of the layer's inputs.
+`InputStatistics` has the sums over all tokens of one input, `LayerInputs` those of a layer's inputs. Linears that share
+an input share its statistics; each expert has its own, of the tokens routed to it. Of inputs wider than MAX_GRAM only
+diagonal blocks of the Gram matrix are kept. Peak memory: the Hessians of the layer's inputs.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from squawq.layerwise.blocks import Block, InputHook
 from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.states import Sample
 
-MAX_GRAM = 16_384  # inputs up to which the Gram matrix is whole: 1 GiB
-BOUNDARY = 256  # wider ones are cut at multiples of the largest group size, so that a group lies in one block
-ROWS = 4096  # inputs summed at once: a long sum of short ones loses less in float32, and copies stay small
-PANEL = 256  # rows computed up to the same column: the upper triangle is not computed twice
-SCALING_TOKENS = 4096  # are enough to choose scales by
+MAX_GRAM = 16_384  # features up to which the Gram matrix is whole: 1 GiB
+BOUNDARY = 256  # wider ones are cut at multiples of this, the largest group size: a group lies in one block
+ROWS = 4096  # tokens per matrix product: a sum of partial sums is more exact in float32, and copies stay small
+PANEL = 256  # Gram rows per matrix product: only the lower triangle is computed, then mirrored
+SCALING_TOKENS = 4096  # enough to choose scales
 MIN_TOKENS = 256  # an expert that saw fewer is calibrated on all sampled tokens instead
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
-SAMPLED = 1 << 20  # values that the inner quantiles are taken from
+SAMPLED = 1 << 20  # values that are enough for the inner quantiles
 
 
 def token_errors(found: Tensor, wanted: Tensor) -> Tensor:
-    """Relative error of each token, float32 [..., tokens], for `found` and `wanted` [..., tokens, features].
+    """Relative error ||found - wanted|| / ||wanted|| of each token: float32 [..., tokens] for [..., tokens, features].
 
-    Each token counts the same: the first of a text often has activations a thousand times as large as the others'.
+    Relative, because the first token of a text often has activations a thousand times as large as the others'.
     """
-    unit = wanted.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # float32's squares end at 1e19
+    unit = wanted.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # float32 overflows on squares of 1e19 and more
     size, lost = ((values / unit).square().sum(-1) for values in (wanted, found.float() - wanted))
     return (lost / size.clamp(min=1e-30)).sqrt()
 
@@ -45,12 +45,12 @@ def mean_square(a: Tensor, b: Tensor) -> float:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of `token_errors`."""
+    """Root mean square over tokens of `token_errors`."""
     return float(token_errors(found, wanted).square().mean().sqrt())
 
 
 def gram_spans(features: int) -> list[slice]:
-    """Inputs that share a block of the Gram matrix: all, or parts of at most MAX_GRAM, as equal as BOUNDARY allows."""
+    """Slices of features, one a diagonal block of the Gram matrix: at most MAX_GRAM, as equal as BOUNDARY allows."""
     blocks, pieces = -(-features // MAX_GRAM), -(-features // BOUNDARY)
     cuts = [min(features, pieces * index // blocks * BOUNDARY) for index in range(blocks + 1)]
     return [slice(start, stop) for start, stop in pairwise(cuts)]
@@ -66,14 +66,14 @@ def gram_loss(difference: Tensor, gram: Tensor) -> float:
 
 
 def quantiles(values: Tensor) -> list[float]:
-    """QUANTILES of all values; the inner ones on at most 2 * SAMPLED of them, evenly spread."""
+    """QUANTILES of values of any shape; the inner ones of at most 2 * SAMPLED of them, evenly spaced."""
     flat = values.flatten().float()
     inner = torch.quantile(flat[:: max(1, len(flat) // SAMPLED)], torch.tensor(QUANTILES[1:-1], device=flat.device))
     return [round(float(value), 6) for value in (flat.min(), *inner, flat.max())]
 
 
 def clip_quantiles(weight: Tensor, limits: tuple[Tensor, Tensor]) -> list[float]:
-    """QUANTILES of the share of its range that each group keeps. weight [out, in]; limits (low, high) [out, groups]."""
+    """QUANTILES over groups of clipped range / full range. weight [out, in]; limits (low, high) [out, groups]."""
     low, high = limits
     least, most = weight.view(*low.shape, -1).aminmax(dim=-1)
     full = most - least
@@ -83,16 +83,16 @@ def clip_quantiles(weight: Tensor, limits: tuple[Tensor, Tensor]) -> list[float]
 class InputStatistics:
     """Sums over all calibration tokens of one input [tokens, features], in float32 and float64.
 
-    Memory: features^2 float32, for wide inputs a half, a third ... of that. Tokens with a non-finite value are left out
-    and counted in `dropped`.
+    Memory: features^2 float32, divided by the number of `spans`. Tokens with a non-finite value are left out and
+    counted in `dropped`.
     """
 
     def __init__(self, features: int, device: str) -> None:
-        exact = torch.float32 if device.startswith("mps") else torch.float64  # which Apple's GPUs do not have
+        exact = torch.float32 if device.startswith("mps") else torch.float64  # MPS has no float64
         self.spans = gram_spans(features)
         self.absolute = torch.zeros(features, dtype=exact, device=device)
         self._sums = [torch.zeros(s.stop - s.start, s.stop - s.start, device=device) for s in self.spans]
-        self._mirrored = True  # else the Gram matrices are right up to their diagonals
+        self._mirrored = True  # False: the Gram matrices are valid in their lower triangles alone
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     @property
@@ -145,12 +145,12 @@ class InputStatistics:
 
     @property
     def has_signal(self) -> bool:
-        """Whether any input was ever finite and not zero."""
+        """Whether some input was not zero, and all Gram matrices are finite."""
         return self.rows > 0 and bool((self.absolute > 0).any()) and all(map(all_finite, self._grams))
 
     @property
     def gram(self) -> Tensor:
-        """The whole Gram matrix, float32 [features, features], of inputs that are not too wide."""
+        """The whole Gram matrix, float32 [features, features], of inputs with a single span."""
         (gram,) = self._grams
         return gram
 
@@ -164,7 +164,7 @@ class InputStatistics:
         return torch.cat([gram.diagonal() for gram in self._sums])
 
     def notes(self, name: str) -> list[str]:
-        """What is out of the ordinary, for the report."""
+        """Warnings for the report."""
         found = [f"{name}: {self.dropped} inputs were not finite and are left out"] if self.dropped else []
         return found if self.has_signal else [*found, f"{name}: no calibration signal; rounded to nearest"]
 
@@ -173,19 +173,19 @@ class InputStatistics:
         return sum(gram_loss(difference[:, span], gram) for span, gram in zip(self.spans, self._grams, strict=True))
 
     def gram_blocks(self, group: int) -> Tensor:
-        """The Gram matrix's diagonal blocks, float32 [groups, group, group]."""
+        """The Gram matrix's diagonal blocks of `group` features, float32 [groups, group, group]."""
         grams = self._grams if group <= BOUNDARY else [self._whole()]
         return torch.stack([g[i : i + group, i : i + group] for g in grams for i in range(0, len(g), group)])
 
     def divide(self, scales: Tensor) -> None:
-        """Become the statistics of the inputs divided by `scales` float32 [features]."""
+        """Change to the statistics of inputs divided by `scales` float32 [features], in place."""
         self.absolute /= scales
         for span, gram in zip(self.spans, self._grams, strict=True):
             gram /= scales[span]
             gram /= scales[span, None]
 
     def _whole(self) -> Tensor:
-        """For groups of a whole row: the Gram matrix, with zeros between the spans."""
+        """For group_size -1: the whole Gram matrix, with zeros outside its diagonal blocks."""
         if len(self.spans) == 1:
             return self.gram
         whole = self.absolute.new_zeros(len(self.absolute), len(self.absolute), dtype=torch.float32)
@@ -195,7 +195,7 @@ class InputStatistics:
 
 
 def capture_modules(groups: Sequence[ScalingGroup]) -> dict[str, str]:
-    """Module whose hook captures a linear's input, by linear; an expert's linears have one of their own."""
+    """Module whose hook captures a linear's input, by linear; an expert's linears have their own."""
     found: dict[str, str] = {}
     first: dict[object, str] = {}
     for number, group in enumerate(groups):
@@ -211,7 +211,7 @@ class LayerInputs:
     Attributes:
         statistics: By the module whose hook captures the input.
         before: Hidden states before the layer, float32 [sampled blocks, tokens, hidden].
-        after: The same behind it.
+        after: The same after the layer.
         tokens: How many tokens were routed to each expert, by its name.
     """
 
@@ -235,15 +235,15 @@ class LayerInputs:
             states: float32 [blocks, tokens, hidden], replaced with the layer's output.
             sample: Blocks that losses are measured on.
             hooks: Further input hooks.
-            whole: Capture modules whose statistics cover all tokens, None for all; of others a part is enough, by which
-                scales are chosen.
+            whole: Capture modules whose statistics cover all tokens, None: all modules. Those of others are for scales
+                alone and cover about SCALING_TOKENS.
         """
         self.before = sample.of(states)
         modules = dict.fromkeys(
             module for g in self.groups for module in (g.capture_module, *(self._capture[n] for n in g.linears))
         )
         self.statistics = {name: self._empty(name) for name in modules}
-        step = max(1, sample.tokens // SCALING_TOKENS) | 1  # odd: else it would meet the same positions of every block
+        step = max(1, sample.tokens // SCALING_TOKENS) | 1  # odd: else it takes the same positions of every block
         full = self.statistics if whole is None else whole
         own = {n: s.update if n in full else _thinned(s, step) for n, s in self.statistics.items()}
         with self.block.input_hooks(own), self.block.input_hooks(hooks):
@@ -252,7 +252,7 @@ class LayerInputs:
 
     @property
     def sums(self) -> list[Tensor]:
-        """All that was collected; an all-reduce of these gives what one rank collects of all tokens."""
+        """All that was collected; an all-reduce of these gives the statistics of all ranks' tokens."""
         return [self.before, self.after, *(t for s in self.statistics.values() for t in s.sums)]
 
     def sample_modules(self, inspected: bool) -> dict[str, Tensor]:
@@ -269,9 +269,9 @@ class LayerInputs:
         return {"": self.before} | {name: torch.cat(pieces) for name, pieces in seen.items()}
 
     def route_to_rare(self, samples: Mapping[str, Tensor]) -> None:
-        """Collect anew for experts that saw too few tokens, from all tokens of `sample_modules`."""
-        block_of = {expert_of(name): group.input for group in self.groups if group.input for name in group.linears}
-        for expert, block in block_of.items():
+        """Collect again for experts that saw fewer than MIN_TOKENS: from all `samples`, see `sample_modules`."""
+        moe_of = {expert_of(name): group.input for group in self.groups if group.input for name in group.linears}
+        for expert, moe in moe_of.items():
             if expert is None:
                 continue
             modules = {module for name, module in self._capture.items() if expert_of(name) == expert}
@@ -280,7 +280,7 @@ class LayerInputs:
                 self.rare.append(expert)
                 fresh = {name: self._empty(name) for name in modules}
                 with self.block.input_hooks({name: s.update for name, s in fresh.items()}), torch.no_grad():
-                    self.block.module.get_submodule(expert)(samples[block].flatten(0, -2))
+                    self.block.module.get_submodule(expert)(samples[moe].flatten(0, -2))
                 self.statistics |= fresh
 
     def _empty(self, module: str) -> InputStatistics:
@@ -288,7 +288,7 @@ class LayerInputs:
         return InputStatistics(features, self.block.device)
 
     def notes(self) -> Iterable[str]:
-        """What is out of the ordinary, for the report."""
+        """Warnings for the report."""
         for name, stats in self.statistics.items():
             yield from stats.notes(name)
             if stats.has_signal and (dead := int((stats.absolute == 0).sum())):
@@ -299,7 +299,7 @@ class LayerInputs:
 
 
 def _thinned(statistics: InputStatistics, step: int) -> InputHook:
-    """Every `step`-th token, counted on from batch to batch."""
+    """A hook that adds every `step`-th token, counted across batches."""
     ahead = 0
 
     def update(x: Tensor) -> None:
