@@ -1,4 +1,4 @@
-"""LLM, the Python API for inference: texts and chats become requests of the engine, its outputs become text."""
+"""LLM, the Python API for inference: turns texts and chats into engine requests, and outputs into text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from squawq.progress import console, counting
 from squawq.text.tokenizer import Message
 
 Chat = Sequence[Message]
-Texts = list[str] | tuple[str, ...]  # a text is a sequence of texts too
+Texts = list[str] | tuple[str, ...]  # not Sequence[str], which a str is too
 
 
 class LLM:
@@ -34,8 +34,8 @@ class LLM:
 
     Args:
         model: A folder or a Hub id.
-        config: The engine's knobs (squawq.engine.config.EngineConfig).
-        **knobs: The same by name, as in threads=2.
+        config: Settings of the engine (squawq.engine.config.EngineConfig).
+        **knobs: Fields of EngineConfig instead of `config`, as in threads=2.
 
     Raises:
         SquawqError: The model cannot be run.
@@ -43,14 +43,14 @@ class LLM:
 
     def __init__(self, model: str | Path, config: EngineConfig | None = None, **knobs: Any) -> None:
         if config is not None and knobs:
-            raise ConfigError(f"config and {next(iter(knobs))} are both given; put all knobs into one of the two")
+            raise ConfigError(f"config and {next(iter(knobs))} are both given; put all fields into one of the two")
         config = config or EngineConfig(**knobs)
         self._model = loaded = LoadedModel(model, config)
         self.folder, self.config, self.device = loaded.folder, loaded.config, config.device
         self.tokenizer, self._defaults = loaded.tokenizer, loaded.sampling_defaults()
         self.engine: InferenceEngine = loaded.engine
-        self.context = min(self.engine.max_positions, self.engine.cache_tokens)
-        self._names = itertools.count()
+        self.context = min(self.engine.max_positions, self.engine.cache_tokens)  # tokens
+        self._request_numbers = itertools.count()
         self._close = weakref.finalize(self, self.engine.close)  # at the interpreter's end too
 
     def __repr__(self) -> str:
@@ -71,7 +71,7 @@ class LLM:
         self._model.close()
 
     def sampling_defaults(self) -> SamplingParams:
-        """What generation_config.json asks for."""
+        """The model's own, from its generation_config.json."""
         return self._defaults
 
     @overload
@@ -117,7 +117,7 @@ class LLM:
         progress: bool = True,
         **settings: Any,
     ) -> str | list[str]:
-        """The assistant's answer to a user's text, messages of {"role", "content"}, or each of a list of such chats.
+        """Answer a user's text, a chat (messages of {"role", "content"}), or each of a list of chats.
 
         Otherwise like `generate`.
         """
@@ -153,10 +153,10 @@ class LLM:
         progress: bool = True,
         **settings: Any,
     ) -> list[list[Output]]:
-        """For each prompt, a text or token ids, its n sequences: ids, text, log probabilities and finish reason.
+        """Return n sequences for each prompt (text or token ids): ids, text, log probabilities and finish reason.
 
-        Log probabilities have the texts of their tokens. A failed sequence has the finish reason "error".
-        Raises ConfigError for what cannot be run.
+        Log probabilities include the texts of their tokens. A failed sequence has the finish reason "error".
+        Raises ConfigError for a prompt that cannot be run.
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts is one text; give a list of texts or of lists of token ids")
@@ -197,7 +197,7 @@ class LLM:
         return [_checked(output).text for (output,) in self.complete(prompts, one, progress=progress)]
 
     def _pieces(self, ids: Sequence[int], params: SamplingParams) -> Generator[str]:
-        outputs = self._outputs([ids], replace(params, n=1))  # best_of stays
+        outputs = self._outputs([ids], replace(params, n=1))  # best_of is kept
         return (output.text for output in outputs if output.text)
 
     def _params(self, params: SamplingParams | None, settings: Mapping[str, Any]) -> SamplingParams:
@@ -213,14 +213,14 @@ class LLM:
             whole = [[operator.index(i) for i in ids] for ids in prompts]
         except TypeError as error:
             raise ConfigError(f"a prompt must be a text or whole numbers, token ids: {error}") from error
-        return [Request(f"llm-{next(self._names)}", ids, params) for ids in whole]
+        return [Request(f"llm-{next(self._request_numbers)}", ids, params) for ids in whole]
 
     def _outputs(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Output]:
         """Yield outputs as they come; raises GenerationError for a failed one."""
         return self._run(self.engine.generate(self._requests(prompts, params)))
 
     def _run(self, outputs: Iterator[Output]) -> Iterator[Output]:
-        """A method, so that an open stream keeps the model alive."""
+        """`_checked` outputs. Not a function: `self` keeps the model alive while a stream is open."""
         for output in outputs:
             yield _checked(output)
 

@@ -1,6 +1,6 @@
 """The interface of a device backend: what it can run, how it holds weights and KV cache, and its operations.
 
-A new backend is a class of this kind (or of `Reference`, replacing one operation after another) and a row in `BACKENDS`
+A new backend is a subclass of `Backend` (or of `Reference`, to override single operations) and a row in `BACKENDS`
 (`backends/__init__.py`). `reference.py` defines in plain torch what each operation computes; tests compare with it.
 """
 
@@ -30,27 +30,27 @@ from squawq.backends.sampling import Chunk, Sampling, StepOutput, sample, sample
 from squawq.errors import KernelError
 from squawq.format.groupwise import quantize, to_gemm
 
-PAGE = 16  # tokens per page, unless a backend has another size
-ROUNDED_ROWS = 4096
+PAGE = 16  # default page size of the KV cache, in tokens
+ROUNDED_ROWS = 4096  # that round_int4 quantizes at a time
 
 Heads = tuple[int, int, int]  # query heads, key-value heads, head_dim
-Rotary = tuple[Tensor, Tensor]  # cos and sin, float32 [rows, rotated dimensions / 2]
-Norms = tuple[Tensor | None, Tensor | None]  # of queries and keys, float32 [head_dim]
-Pages = tuple[Tensor, Tensor]  # keys and values of one layer: [pages, *Backend.page_shapes()]
-# AWQ GEMM tensors: qweight int32 [in, n / 8], scales [groups, n], qzeros int32 [groups, n / 8] or None for zeros of 8
+Rotary = tuple[Tensor, Tensor]  # cos and sin, float32 [rows, rotary_dim / 2]
+Norms = tuple[Tensor | None, Tensor | None]  # weights of q_norm and k_norm, float32 [head_dim]
+Pages = tuple[Tensor, Tensor]  # keys and values of one layer: [num_pages, *shape], shapes by Backend.page_shapes
+# AWQ tensors of n outputs: qweight int32 [in, n / 8], scales [groups, n], qzeros int32 [groups, n / 8] or None (all 8)
 Gemm = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one step, one row each, sequence after sequence. int64, but for `pages`."""
+    """The tokens of one step, one row each, sequence after sequence. int64 except `pages`."""
 
     ids: Tensor  # [rows]
-    positions: Tensor  # [rows]; start, start + 1 ... in a sequence
-    slots: Tensor  # [rows]; page * page_size + place in the page
-    sequences: Tensor  # [sequences, 4]: first row, rows, start, offset of the page table in `pages`
-    pages: Tensor  # int32; all page tables
-    outputs: Tensor  # rows whose logits are needed
+    positions: Tensor  # [rows]; each token's position in its sequence
+    slots: Tensor  # [rows]; slot mapping: page * page_size + offset in the page
+    sequences: Tensor  # [sequences, 4]: first row, rows, position of the first row, offset of its page table in `pages`
+    pages: Tensor  # int32 [entries]; all page tables (vLLM's block tables), one after another
+    outputs: Tensor  # [outputs]; rows whose logits are needed
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Layers:
     eps: float
 
 
-RunLayers = Callable[[Tensor, Rotary, Batch], None]  # hidden [rows, hidden_size] goes through all layers in place
+RunLayers = Callable[[Tensor, Rotary, Batch], None]  # updates hidden [rows, hidden_size] in place
 
 
 class Backend(ABC):
     """Operations on one device. Rows are tokens.
 
-    exact: compute 4-bit products in float32, where the backend would round or narrow activations otherwise.
+    exact: multiply INT4 weights by float32 activations; otherwise a backend may round them to int8 or 16 bits.
     """
 
     name: ClassVar[str]
@@ -81,35 +81,35 @@ class Backend(ABC):
     def __init__(self, device: torch.device, *, exact: bool = False) -> None:
         self.device, self.exact = device, exact
 
-    # Does it fit? Each answer is the reason why not, or None.
+    # Support checks. Each returns the reason why not, or None if it is supported.
     @classmethod
     @abstractmethod
     def declines(cls, device: torch.device) -> str | None:
-        """Why it cannot run on this device."""
+        """Why this backend cannot run on `device`."""
 
     def int4_declines(self, out: int, in_: int, group: int) -> str | None:  # noqa: ARG002
-        """Why `pack_int4` does not take such a weight."""
+        """Why `pack_int4` does not take a weight [out, in_] in groups of `group` inputs."""
         return None
 
     def int8_declines(self, out: int, in_: int, dtype: torch.dtype) -> str | None:  # noqa: ARG002
-        """Why `pack_int8` does not take such a weight."""
+        """Why `pack_int8` does not take a weight [out, in_] of this dtype."""
         return f"the {self.name} backend has no int8 weights"
 
     # Weights [out, in], in the backend's own layout.
     @abstractmethod
     def pack_int4(self, out: int, in_: int, group: int, parts: Iterable[Gemm], bias: Tensor | None = None) -> Packed:
-        """Linears with the same input, stacked along `out`; 4 bits per weight. `parts` are read one at a time."""
+        """Pack INT4 linears with the same input, stacked along `out`. `parts` are read one at a time; bias is [out]."""
 
     @abstractmethod
     def pack_dense(self, parts: Sequence[Tensor], bias: Tensor | None = None) -> Packed:
-        """Floating-point weights [out_i, in], stacked along `out`."""
+        """Pack floating-point weights [out_i, in], stacked along `out`; bias is [out]."""
 
     def pack_int8(self, weight: Tensor) -> Packed:  # noqa: ARG002
-        """Round [out, in] to int8 with one scale per row."""
+        """Round a weight [out, in] to int8 with one scale per output row."""
         raise KernelError(f"the {self.name} backend has no int8 weights")
 
     def round_int4(self, weight: Tensor, group: int) -> Packed:
-        """Round a dense [out, in] to nearest. Memory beside the result: some thousand rows."""
+        """Quantize a weight [out, in] to INT4 by round-to-nearest, ROUNDED_ROWS rows at a time to save memory."""
         parts = (to_gemm(quantize(rows, group, zero_point=True)) for rows in torch.split(weight, ROUNDED_ROWS))
         gemms = ((part["qweight"], part["scales"], part["qzeros"]) for part in parts)
         return self.pack_int4(weight.shape[0], weight.shape[1], group, gemms)
@@ -130,10 +130,10 @@ class Backend(ABC):
 
     @abstractmethod
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """hidden += delta in place, where given; the RMS norm of the sum [rows, n]."""
+        """Add delta to hidden [rows, n] in place, if given; return the RMS norm of the sum, times weight [n]."""
 
     def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
-        """cos and sin of positions int64 [rows] times frequencies float32 [rotated dimensions / 2]."""
+        """cos and sin of positions (int64 [rows]) times frequencies (float32 [rotary_dim / 2])."""
         angles = positions.float()[:, None] * frequencies[None, :]
         return angles.cos(), angles.sin()
 
@@ -152,53 +152,53 @@ class Backend(ABC):
 
         Args:
             sequences, tables: `Batch.sequences` and `Batch.pages`.
-            window: Tokens that a query sees; None for all.
+            window: Sliding window in tokens; None for full attention.
         """
 
     @abstractmethod
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
-        """gate_up [rows, 2n] -> activation(gate) * up [rows, n]."""
+        """gate_up [rows, 2n], gate first -> activation(gate) * up [rows, n]. See `reference.ACTIVATIONS`."""
 
     def experts(self, x: Tensor, layer: MixtureOfExperts) -> Tensor:
         """A mixture-of-experts MLP, [rows, hidden] -> [rows, hidden]; sums in float32, in the order of the experts."""
-        shares, chosen = self.matmul(x, layer.router).float().softmax(-1).topk(layer.top_k)
+        topk_weights, topk_ids = self.matmul(x, layer.router).float().softmax(-1).topk(layer.top_k)
         if layer.renormalize:
-            shares = shares / shares.sum(-1, keepdim=True)
+            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
         total = torch.zeros_like(x, dtype=torch.float32)
-        for index in sorted(set(chosen.flatten().tolist())):
-            row, place = torch.where(chosen == index)
+        for index in sorted(set(topk_ids.flatten().tolist())):
+            row, rank = torch.where(topk_ids == index)
             inner = self.activation_mul(self.matmul(x[row], layer.gate_up[index]), layer.activation)
             y = self.matmul(inner, layer.down[index])
-            total.index_add_(0, row, y.float() * shares[row, place, None])
+            total.index_add_(0, row, y.float() * topk_weights[row, rank, None])
         return total.to(x.dtype)
 
     def round_columns(
         self, wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
     ) -> tuple[Tensor, Tensor]:
-        """For quantization: round a block of columns with error feedback (GPTQ), the last one first.
+        """For quantization: round a block of columns with error feedback (GPTQ), the last column first.
 
         Args:
-            wanted, base: float32 [columns, out]: the targets before feedback, and what errors are measured against.
-            feedback: float32 [columns, columns]: the weights of later columns' errors in a column's target.
+            wanted, base: float32 [columns, out]: targets before feedback, and the values that errors are relative to.
+            feedback: float32 [columns, columns]; [i, j > i] is the factor of column j's error in column i's target.
             scales, zeros: float32 [groups, out].
-            groups: int64 [columns], on the CPU.
-            top: Integers are 0 to top.
+            groups: int64 [columns], on the CPU: the group of each column.
+            top: The largest integer, 15 for 4 bits; the smallest is 0.
 
         Returns:
-            Integers as float32, and errors (base minus rounded), each [columns, out].
+            Integers as float32, and errors (base minus dequantized) in float32, each [columns, out].
         """
         levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
-        of = groups.tolist()
-        for own in range(len(wanted) - 1, -1, -1):
-            after, scale, zero = slice(own + 1, None), scales[of[own]], zeros[of[own]]
-            column = torch.addmv(wanted[own], errors[after].T, feedback[own, after])
-            torch.div(column, scale, out=levels[own]).round_().add_(zero).clamp_(0, top)
-            torch.sub(zero, levels[own], out=errors[own]).mul_(scale).add_(base[own])
+        group_of = groups.tolist()
+        for i in range(len(wanted) - 1, -1, -1):
+            after, scale, zero = slice(i + 1, None), scales[group_of[i]], zeros[group_of[i]]
+            target = torch.addmv(wanted[i], errors[after].T, feedback[i, after])
+            torch.div(target, scale, out=levels[i]).round_().add_(zero).clamp_(0, top)
+            torch.sub(zero, levels[i], out=errors[i]).mul_(scale).add_(base[i])
         return levels, errors
 
-    # Sampling: here on the host, one sequence after another.
+    # Sampling: by default on the host, one sequence after another.
     def prepare_sampling(self, sampling: Sampling) -> None:
-        """Set `sampling.state`, which `sample` keeps for a sequence; called in the thread that submits the request."""
+        """Set `sampling.state`, which `sample` updates in each step; called in the thread that submits the request."""
         sampling.state = sampler(sampling)
 
     def sample(self, logits: Tensor, batch: Sequence[Chunk]) -> list[StepOutput]:
@@ -208,7 +208,7 @@ class Backend(ABC):
         """
         return sample(logits.cpu().numpy(), batch)
 
-    # The host.
+    # Host threads, and facts for logs.
     def set_threads(self, count: int) -> None:  # noqa: B027 (most devices have none)
         """Set the number of host threads. Raises ConfigError unless it is 1 to 1024."""
 
@@ -218,7 +218,7 @@ class Backend(ABC):
 
     # A whole step: one native call, a captured graph, or by default one operation after another.
     def prepare(self, layers: Layers, cache: Sequence[Pages]) -> RunLayers:
-        """All layers over this cache (one Pages per layer) as one call."""
+        """Return a function that runs all layers on this KV cache (one Pages per layer)."""
 
         def run(hidden: Tensor, rotary: Rotary, batch: Batch) -> None:
             buffers = {Buffer.HIDDEN: hidden}
@@ -228,7 +228,7 @@ class Backend(ABC):
         return run
 
     def runs_whole(self, run: RunLayers) -> bool:  # noqa: ARG002
-        """Whether what `prepare` returned runs without torch's own threads."""
+        """Whether `run`, which `prepare` returned, is one native call: it uses none of torch's threads."""
         return False
 
     def _apply(

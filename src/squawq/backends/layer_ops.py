@@ -1,6 +1,6 @@
-"""Decoder layers as data: `nn/layers.py` builds a list of these operations from a family's row, and a backend runs it.
+"""Decoder layers as data: `nn/layers.py` builds a list of operations from a row of families.py, and a backend runs it.
 
-A family with norms after attention, another activation or experts is another list, not another loop.
+A family with norms after attention, another activation or experts needs another list, but no other code.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class Packed:
 
 
 class Buffer(IntEnum):
-    """What operations read and write, one row per token. csrc/layers.h has the same numbers."""
+    """The tensors that operations read and write, one row per token. csrc/layers.h has the same numbers."""
 
     HIDDEN = 0  # [rows, hidden_size]: the residual stream
     NORMED = 1  # [rows, hidden_size]: input of attention or MLP
     DELTA = 2  # [rows, hidden_size]: output of attention or MLP, to be added to HIDDEN
-    WIDE = 3  # queries, keys and values; then gate and up
-    NARROW = 4  # attention output; then the MLP's inner activations
+    WIDE = 3  # qkv [rows, (query + 2 kv heads) * head_dim]; then gate and up [rows, 2 * intermediate_size]
+    NARROW = 4  # attention output [rows, query heads * head_dim]; then activation(gate) * up
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Matmul:
 
 @dataclass(frozen=True)
 class RotateAndStore:
-    """Norm (if given, float32 [head_dim]) and rotate WIDE's queries and keys; write keys and values to the cache."""
+    """Apply q_norm and k_norm (float32 [head_dim], or None) and RoPE in WIDE; write keys and values to the KV cache."""
 
     layer: int
     query_norm: Tensor | None = None
@@ -57,7 +57,7 @@ class RotateAndStore:
 
 @dataclass(frozen=True)
 class Attention:
-    """NARROW = causal attention of WIDE's queries over the cache. window: tokens that a query sees; None for all."""
+    """NARROW = causal attention of WIDE's queries over the cache. window: sliding window in tokens, or None."""
 
     layer: int
     window: int | None = None
@@ -72,10 +72,10 @@ class ActivationMul:
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """DELTA = sum over the top_k experts of each row of NORMED of share * down(activation(gate) * up).
+    """DELTA = for each row of NORMED, the sum over its top_k experts of topk_weight * down(activation(gate) * up).
 
-    Shares are the softmax of the router's logits [rows, experts] in float32; renormalize: the top_k shares sum to 1.
-    gate_up, down: one weight per expert.
+    topk_weight: softmax of the router's logits [rows, experts] in float32; renormalize: the top_k then sum to 1.
+    gate_up, down: one packed weight per expert.
     """
 
     router: Packed

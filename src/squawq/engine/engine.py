@@ -1,4 +1,4 @@
-"""The engine: takes requests from any thread, runs them step by step in a thread of its own, sends outputs to sinks."""
+"""The engine: takes requests from any thread, runs them step by step in its own thread, passes outputs to callbacks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from squawq.engine.sequence import RequestState, SequenceState
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.text.tokenizer import Tokenizer
 
-MAX_MESSAGE = 500
+MAX_MESSAGE = 500  # characters of an error message
 
 
 class Loop:
-    """The engine's step, single-threaded: plan, run the model, process the results, send outputs.
+    """The engine's step, for one thread: schedule, run the model, process the results, send outputs to the sinks.
 
-    `started` and `ended` are called once for each request. An error in one request's processing ends that one alone.
+    `started` and `ended` are called once for each request. An error in processing one request ends only that one.
     """
 
     def __init__(
@@ -67,22 +67,22 @@ class Loop:
         if not self.requests:
             return
         began = time.perf_counter()
-        shares = self.scheduler.plan()
-        assert shares, "requests are in flight and none was scheduled"
-        batch = [self._chunk(sequence, count) for sequence, count in shares]
+        planned = self.scheduler.plan()
+        assert planned, "requests are in flight and none was scheduled"
+        batch = [self._chunk(sequence, count) for sequence, count in planned]
         ran = time.perf_counter()
         try:
             results = self._runner.step(batch)
-        except BaseException as error:  # Rust's panics too: none may end the worker
-            for request in dict.fromkeys(self._owners[sequence][0] for sequence, _ in shares):
+        except BaseException as error:  # panics of Rust libraries too: none may end the thread
+            for request in dict.fromkeys(self._owners[sequence][0] for sequence, _ in planned):
                 self._end(request, FinishReason.ERROR, _message(error))
             return
         self.runner_seconds += time.perf_counter() - ran
-        for (sequence, count), chunk, result in zip(shares, batch, results, strict=True):
-            if not sequence.ended:  # a sibling may have ended it in this very step
+        for (sequence, count), chunk, result in zip(planned, batch, results, strict=True):
+            if not sequence.ended:  # its request may have failed earlier in this loop
                 self.prompt_tokens_computed += max(0, min(count, sequence.prompt - chunk.start))
                 self.scheduler.advance(sequence, count)
-                self._take(sequence, chunk, result)
+                self._process_result(sequence, chunk, result)
         self.steps += 1
         self.step_seconds += time.perf_counter() - began
 
@@ -93,7 +93,7 @@ class Loop:
             self._started(request)
         return state.chunk(count)
 
-    def _take(self, sequence: Sequence, chunk: Chunk, result: StepOutput) -> None:
+    def _process_result(self, sequence: Sequence, chunk: Chunk, result: StepOutput) -> None:
         request, state = self._owners[sequence]
         try:
             if result.error is not None:
@@ -110,16 +110,16 @@ class Loop:
         self._deliver(request, state, output)
 
     def _deliver(self, request: RequestState, state: SequenceState, output: Output) -> None:
-        """Send an output to its sink; a sink that raises aborts its request."""
+        """Send an output to its request's sink; if the sink raises, abort the request."""
         if output.finish:
             self.scheduler.end(state.sequence)
             del self._owners[state.sequence]
         if request.ended and self.requests.pop(request.id, None) is not None:
-            self._ended(request)  # before its last output: its receiver may reuse the id
+            self._ended(request)  # before the last output is sent: its receiver may reuse the id
         try:
             request.deliver(output)
         except BaseException:
-            request.sink = _nothing
+            request.sink = _discard
             self._end(request, FinishReason.ABORT)
 
     def _end(self, request: RequestState, reason: FinishReason, why: str | None = None) -> None:
@@ -127,7 +127,7 @@ class Loop:
             if state.finish is None:
                 try:
                     output = state.end(reason, why)
-                except BaseException:  # the tokenizer failed on what was held back
+                except BaseException:  # the tokenizer cannot decode the text held back
                     output = Output(request.id, state.index, finish=reason, stop_reason=why)
                 self._deliver(request, state, output)
 
@@ -135,7 +135,7 @@ class Loop:
 class Engine(InferenceEngine):
     """Runs requests on a runner, in a thread of its own. `InferenceEngine` documents the methods.
 
-    tokenizer: decodes outputs; None for token ids only, without stop strings and grammars.
+    tokenizer: decodes outputs; None: token ids only, no stop strings or grammars. eos_ids: the model's end tokens.
     """
 
     def __init__(
@@ -154,17 +154,17 @@ class Engine(InferenceEngine):
         self._seeds = secrets.SystemRandom() if config.seed is None else random.Random(config.seed)
         self._compiler: GrammarCompiler | None = None
         self._loop = Loop(runner, config, started=self._on_start, ended=self._on_end)
-        self._process = os.getpid()
-        self._changed = threading.Condition()  # guards what follows
-        self._inbox: list[Callable[[], None]] = []
-        self._live: set[str] = set()
+        self._pid = os.getpid()
+        self._changed = threading.Condition()  # guards the attributes below
+        self._inbox: list[Callable[[], None]] = []  # commands for the engine's thread
+        self._live: set[str] = set()  # ids of unfinished requests
         self._on_step: list[Callable[[], object]] = []
-        self._queued, self._closed, self._stop = 0, False, False
+        self._queued, self._closed, self._stop = 0, False, False  # _queued: requests that have not started
         self._worker = threading.Thread(target=self._work, name="squawq-engine", daemon=True)
         self._worker.start()
 
     def check(self, request: Request) -> Matcher | None:
-        """The compiled grammar, which may take seconds; it stays compiled as long as the caller holds it."""
+        """Return the compiled grammar. Compiling may take seconds; the result is cached while the caller holds it."""
         params = request.params
         request.check(self._runner.vocab_size, self.max_positions, self.cache_tokens)
         if self._tokenizer is None and (params.stop or params.grammar):
@@ -184,7 +184,7 @@ class Engine(InferenceEngine):
         )
         for sequence in state.states:
             self._runner.prepare(sequence.sampling)
-        if os.getpid() != self._process:
+        if os.getpid() != self._pid:
             raise EngineClosed("the engine's thread did not survive a fork; load the model in the child process")
         with self._changed:
             while wait and self._queued >= self._max_waiting and not self._closed:
@@ -192,9 +192,9 @@ class Engine(InferenceEngine):
             if self._closed:
                 raise EngineClosed("the engine is closed")
             if request.id in self._live:
-                raise ConfigError(f"request id {request.id!r} is under way; give each request its own")
+                raise ConfigError(f"request id {request.id!r} is in use; give each request its own")
             if self._queued >= self._max_waiting:
-                raise QueueFull(f"{self._queued} requests are waiting, as many as may; try again later")
+                raise QueueFull(f"{self._queued} requests are waiting, which is the limit; try again later")
             self._live.add(request.id)
             self._queued += 1
             self._command(lambda: self._loop.add(state))
@@ -252,14 +252,14 @@ class Engine(InferenceEngine):
 
     def _generate(self, pending: deque[Request]) -> Iterator[Output]:
         outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
-        open_sequences: dict[str, int] = {}
+        open_sequences: dict[str, int] = {}  # unfinished ones of each request id
         try:
             while pending or open_sequences:
                 while pending:
                     try:
                         self.submit(pending[0], outputs.put, wait=not open_sequences)
                     except QueueFull:
-                        if not open_sequences:  # other callers hold the grammars: waiting would not make room
+                        if not open_sequences:  # other callers hold all grammars: no output of ours frees one
                             raise
                         break
                     request = pending.popleft()
@@ -301,25 +301,25 @@ class Engine(InferenceEngine):
     def _work(self) -> None:
         reason, why = FinishReason.ABORT, "the engine was closed"
         try:
-            while self._listen():
+            while self._run_commands():
                 self._loop.step()
-                self._stepped()
-        except BaseException as error:  # a bug: no caller may be left waiting
+                self._call_on_step()
+        except BaseException as error:  # a bug: end all requests, so that no caller waits forever
             reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
         with self._changed:
             self._closed = self._stop = True
-        self._listen()
+        self._run_commands()
         self._loop.end_all(reason, why)
-        self._stepped()
+        self._call_on_step()
         if self._compiler is not None:
             self._compiler.close()
 
-    def _stepped(self) -> None:
+    def _call_on_step(self) -> None:
         for callback in self._on_step:
             callback()
 
-    def _listen(self) -> bool:
-        """Run the commands of other threads, after waiting for work; False when the engine should stop."""
+    def _run_commands(self) -> bool:
+        """Wait for work, then run the commands of other threads. Returns False when the engine should stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._inbox or self._loop.requests or self._stop)
             commands, self._inbox = self._inbox, []
@@ -329,7 +329,7 @@ class Engine(InferenceEngine):
         return not stop
 
 
-def _nothing(_: Output) -> None:
+def _discard(_: Output) -> None:
     pass
 
 

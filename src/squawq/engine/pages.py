@@ -1,6 +1,6 @@
 """Allocates page numbers of the KV cache, with reference counts, and finds cached prefixes.
 
-A full page is found again by a digest of all tokens up to its end, as in vLLM's automatic prefix caching.
+A page is vLLM's block. A full one is found by a digest of all tokens up to its end, as in vLLM's prefix caching.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from itertools import takewhile
 
-ROOT = b""
+ROOT = b""  # parent digest of a prompt's first page
 
 
 def chain(parent: bytes, ids: Sequence[int]) -> bytes:
-    """The digest of a page that holds `ids` after pages of digest `parent` (ROOT for the first); 32 bytes.
+    """The digest of a page that holds `ids`, 32 bytes. parent: digest of the page before it, ROOT for the first.
 
-    A cryptographic hash: a prompt made to collide would read another user's keys and values.
+    The hash is cryptographic: a prompt made to collide would read another user's keys and values.
     """
     return blake2b(parent + array("q", ids).tobytes(), digest_size=32).digest()
 
 
 def root(tenant: str, salt: str) -> bytes:
-    """The parent of a tenant's first digest, so that no prefix is shared with another tenant or salt.
+    """The parent digest of first pages, by which no prefix is shared with another tenant or salt.
 
     Otherwise the time to first token would reveal what others have asked (CVE-2025-46570). ROOT if both are empty.
     """
     if not tenant and not salt:
         return ROOT
     named = f"{len(tenant)} {tenant}{salt}".encode("utf-8", "surrogatepass")
-    return blake2b(named, digest_size=32, person=b"squawq root").digest()  # never a page's digest
+    return blake2b(named, digest_size=32, person=b"squawq root").digest()  # differs from all page digests
 
 
 class PagePool:
@@ -45,8 +45,8 @@ class PagePool:
         self._free = list(range(num_pages - 1, -1, -1))
         self._references = [0] * num_pages
         self._digests: list[bytes | None] = [None] * num_pages
-        self._found: dict[bytes, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._found: dict[bytes, int] = {}  # the prefix cache: digest -> page
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently released first
 
     @property
     def available(self) -> int:
@@ -70,11 +70,11 @@ class PagePool:
         return page
 
     def match(self, digests: Iterable[bytes]) -> list[int]:
-        """Pages of the longest run of `digests` from the first on. They are not referenced yet."""
+        """Cached pages of the longest prefix of `digests`. `share` must reference them."""
         return [self._found[digest] for digest in takewhile(self._found.__contains__, digests)]
 
     def idle(self, pages: Iterable[int]) -> int:
-        """How many of these are idle."""
+        """How many of these cached pages are idle."""
         return sum(not self._references[page] for page in pages)
 
     def is_shared(self, page: int) -> bool:

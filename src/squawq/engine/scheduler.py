@@ -1,7 +1,7 @@
 """The scheduler: which tokens of which sequences run in the next step, and on which pages. Plain Python, no tensors.
 
-Continuous batching (Yu et al., Orca, OSDI 2022) with prompts in chunks (Agrawal et al., arXiv 2308.16369) over paged
-keys and values (Kwon et al., arXiv 2309.06180). Tenants are served round robin, as fair queueing does (Nagle, RFC 970).
+Continuous batching (Yu et al., Orca, OSDI 2022) and chunked prefill (Agrawal et al., arXiv 2308.16369) over a paged KV
+cache (Kwon et al., arXiv 2309.06180). Tenants are served round robin, as fair queueing does (Nagle, RFC 970).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from squawq.engine.pages import ROOT, PagePool, chain
 
-MAX_SCORED = 64  # rows of logits a step for prompt logprobs: 64 rows of 152k float32 are 39 MB
+MAX_SCORED = 64  # rows of logits per step for prompt logprobs: 39 MB with a vocabulary of 152k (float32)
 
 
 @dataclass(eq=False)
@@ -20,16 +20,16 @@ class Sequence:
     """One sequence, as the scheduler sees it."""
 
     tokens: list[int]  # prompt and output
-    limit: int  # tokens at most
+    limit: int  # most tokens, prompt included
     tenant: str = ""
-    group: str = ""
-    root: bytes = ROOT  # parent of its first page's digest
-    score: bool = False  # prompt log probabilities are wanted, so the prefix cache is not read
+    group: str = ""  # the request; or `Request.group`
+    root: bytes = ROOT  # parent digest of its first page (pages.root)
+    score: bool = False  # compute prompt logprobs, so do not read the prefix cache
     computed: int = 0  # tokens whose keys and values are in `pages`
     pages: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`
     ended: bool = False
-    prompt: int = field(init=False)
+    prompt: int = field(init=False)  # tokens of the prompt
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
@@ -41,87 +41,87 @@ class Sequence:
 
 
 @dataclass(eq=False)
-class _Line:
+class _Group:
     """A request's unfinished sequences, in order."""
 
-    turn: int  # position among its tenant's requests in prefill
+    turn: int  # prefill order among its tenant's requests, lowest first
     sequences: list[Sequence] = field(default_factory=list)
-    ran: int = 0  # prompt tokens run in this turn
+    ran: int = 0  # prompt tokens scheduled in this turn
 
 
 class Turns:
     """Round-robin order of sequences: the first of each tenant, then the second of each, and so on; in a tenant, the
     first of each request, then the second of each.
 
-    Tenants and requests are in order of arrival; one whose first sequence ends moves to the back. So the first sequence
-    of all stays first until it ends, and every other one becomes first eventually.
+    Tenants and requests are in order of arrival; one whose first sequence ends moves to the back. So the very first
+    sequence stays first until it ends, and every other one becomes first eventually.
     """
 
     def __init__(self, quantum: int) -> None:
-        self._tenants: dict[str, dict[str, _Line]] = {}
-        self._quantum = quantum
+        self._tenants: dict[str, dict[str, _Group]] = {}
+        self._quantum = quantum  # prompt tokens per prefill turn
         self._count = 0
 
     def add(self, sequence: Sequence) -> None:
         """Add a sequence after the others of its request."""
-        lines = self._tenants.setdefault(sequence.tenant, {})
-        if sequence.group not in lines:
-            lines[sequence.group] = _Line(self._next())
-        lines[sequence.group].sequences.append(sequence)
+        groups = self._tenants.setdefault(sequence.tenant, {})
+        if sequence.group not in groups:
+            groups[sequence.group] = _Group(self._next_turn())
+        groups[sequence.group].sequences.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        lines = self._tenants[sequence.tenant]
-        line = lines[sequence.group]
-        first = line.sequences[0] is sequence
-        foremost = first and next(iter(lines.values())) is line
-        line.sequences.remove(sequence)
+        groups = self._tenants[sequence.tenant]
+        group = groups[sequence.group]
+        first = group.sequences[0] is sequence
+        foremost = first and next(iter(groups.values())) is group
+        group.sequences.remove(sequence)
         if first:
-            del lines[sequence.group]
+            del groups[sequence.group]
         if foremost:
             del self._tenants[sequence.tenant]
-        if line.sequences:
-            lines[sequence.group] = line
-        if lines:
-            self._tenants[sequence.tenant] = lines
+        if group.sequences:
+            groups[sequence.group] = group
+        if groups:
+            self._tenants[sequence.tenant] = groups
 
     def by_tenant(self, ready: Callable[[Sequence], bool]) -> list[Iterator[Sequence]]:
-        """For each tenant in order, its sequences in order, without those that are not ready."""
-        return [_in_turn(filter(ready, line.sequences) for line in lines.values()) for lines in self._tenants.values()]
+        """For each tenant in order, an iterator over its sequences that are ready, in order."""
+        return [_round_robin(filter(ready, g.sequences) for g in groups.values()) for groups in self._tenants.values()]
 
     def prompt_turn(self, sequence: Sequence) -> int:
-        """The position of a sequence's request among its tenant's requests in prefill."""
+        """The prefill turn of a sequence's request: of a tenant's requests, the lowest goes first."""
         return self._tenants[sequence.tenant][sequence.group].turn
 
     def ran(self, sequence: Sequence, count: int) -> None:
-        """Count prompt tokens that are run; after a quantum of them the request moves behind the others."""
-        line = self._tenants[sequence.tenant][sequence.group]
-        line.ran += count
-        if line.ran >= self._quantum:
-            line.turn, line.ran = self._next(), 0
+        """Count prompt tokens that are scheduled; after `quantum` of them the request's next turn comes last."""
+        group = self._tenants[sequence.tenant][sequence.group]
+        group.ran += count
+        if group.ran >= self._quantum:
+            group.turn, group.ran = self._next_turn(), 0
 
-    def _next(self) -> int:
+    def _next_turn(self) -> int:
         self._count += 1
         return self._count
 
 
-def _in_turn(lines: Iterable[Iterator[Sequence]]) -> Iterator[Sequence]:
+def _round_robin(iterators: Iterable[Iterator[Sequence]]) -> Iterator[Sequence]:
     """The first of each, then the second of each, and so on."""
-    left = deque(lines)
+    left = deque(iterators)
     while left:
-        line = left.popleft()
-        if sequence := next(line, None):
+        iterator = left.popleft()
+        if sequence := next(iterator, None):
             yield sequence
-            left.append(line)
+            left.append(iterator)
 
 
 class Scheduler:
     """Plans steps of at most `max_tokens` tokens of at most `max_sequences` sequences.
 
-    Fairness: `Turns` alone decides who runs. A waiting sequence preempts running ones that come later in that order,
-    the last first; they wait again, and find their pages in the prefix cache. So tenants share the slots evenly,
-    and so do a tenant's requests. A tenant's first sequence starts with the next step, unless there are more tenants
-    than slots or earlier tenants' first sequences hold the pages. Only other tenants may overtake a sequence that does
-    not fit.
+    Fairness: the order of `Turns` alone decides which sequences run. A waiting sequence preempts running ones
+    that come later, the last first; they wait again, and find their pages in the prefix cache. So tenants share the
+    `max_sequences` evenly, and so do a tenant's requests. A tenant's first sequence starts with the next step, unless
+    there are more tenants than `max_sequences` or earlier tenants' first sequences hold the pages. Only other tenants
+    may overtake a sequence that does not fit.
 
     Prefix caching: a sequence waits while an earlier one computes the next page of the same prompt, and then uses it.
 
@@ -129,8 +129,8 @@ class Scheduler:
     decodes nor prompts starve. Tenants in prefill share the rest evenly; a tenant's requests take turns of max_tokens
     tokens each.
 
-    Progress: the first in order is never preempted, each step runs some of its tenant's tokens, and every sequence
-    becomes the first; so all finish.
+    Progress: the first sequence is never preempted, each step runs some of its tenant's tokens, and every sequence
+    becomes first; so all finish.
     """
 
     def __init__(self, pool: PagePool, max_tokens: int, max_sequences: int, prefix_caching: bool) -> None:
@@ -179,27 +179,27 @@ class Scheduler:
                 self.pool.register(sequence.pages[index], sequence.digests[index])
 
     def _take_turns(self) -> None:
-        """Admit waiting sequences in turn, preempting running ones that come later."""
+        """Admit waiting sequences in the order of `Turns`, preempting running ones that come later."""
         kept: list[Sequence] = []
-        coming: set[bytes] = set()  # digests of the pages that those kept are computing
-        later = dict.fromkeys(self.running)
+        coming: set[bytes] = set()  # digests of the pages that sequences in `kept` will compute
+        later = dict.fromkeys(self.running)  # running ones not reached yet; the last is preempted first
 
         def ready(sequence: Sequence) -> bool:
             return bool(sequence.pages) or not coming or self._cached(sequence)[1] not in coming
 
-        lines = deque(self._turns.by_tenant(ready))
-        while lines and len(kept) < self._max_sequences:
-            line = lines.popleft()
-            sequence = next(line, None)
+        tenants = deque(self._turns.by_tenant(ready))
+        while tenants and len(kept) < self._max_sequences:
+            sequences = tenants.popleft()
+            sequence = next(sequences, None)
             if sequence is None:
                 continue
             if sequence.pages:
                 del later[sequence]
             elif not self._admit(sequence, kept, later):
-                continue  # nor may anything of its own tenant overtake it
+                continue  # drops its tenant, whose other sequences may not overtake it
             kept.append(sequence)
             coming.update(sequence.digests[sequence.computed // self.pool.page_size :])
-            lines.append(line)
+            tenants.append(sequences)
         self.running = [*kept, *later]
 
     def _cached(self, sequence: Sequence) -> tuple[list[int], bytes | None]:
@@ -216,7 +216,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, kept: list[Sequence], later: dict[Sequence, None]) -> bool:
         """Allocate pages for all tokens of a waiting sequence, keeping one page free for each running one.
 
-        kept: running sequences that stay. later: those to preempt if that makes enough room.
+        kept: running sequences that stay. later: those to preempt if that makes enough room. False if it does not fit.
         """
         shared, _ = self._cached(sequence)
         fresh = self.pool.pages_for(len(sequence.tokens)) - len(shared)
@@ -227,7 +227,7 @@ class Scheduler:
             return room and running < self._max_sequences
 
         if not fits():
-            held = set(shared).union(*(other.pages for other in kept))
+            held = set(shared).union(*(other.pages for other in kept))  # preemption does not free these
             if not later or len(held) + fresh + len(kept) > self.pool.num_pages:
                 return False
             while not fits():
@@ -242,9 +242,9 @@ class Scheduler:
         return True
 
     def _split(self, wanted: Mapping[Sequence, int], budget: int) -> Counter[Sequence]:
-        """Divide `budget` tokens: evenly among tenants, a tenant's requests in turn.
+        """Divide `budget` tokens: evenly among tenants, and among a tenant's requests in the order of their turns.
 
-        A tenant's unused share goes to those that want more.
+        What a tenant does not want goes to those that want more.
         """
         tenants: dict[str, list[Sequence]] = {}
         for sequence in sorted(wanted, key=self._turns.prompt_turn):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections import abc
 from collections.abc import Callable
-from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
 from squawq.backends.sampling import Chunk, Sampling
@@ -17,13 +17,13 @@ from squawq.text.tokenizer import TextStream, TokenDecoder
 
 
 class StopStrings:
-    """Cuts a text at the first of some strings to be complete; of several complete at one character, the longest.
+    """Cuts a text at the stop string that is complete first; of several complete at one character, the longest.
 
-    Text that may begin one is held back, unless it stays in the text anyway. Where the text is split does not matter.
-    The automaton is Knuth, Morris and Pratt's (SIAM J. Comput. 6, 1977), one a string.
+    Text that may begin a stop string is held back, unless `include` keeps it anyway. How `push` calls split the text
+    does not matter. Each string has an automaton of Knuth, Morris and Pratt (SIAM J. Comput. 6, 1977).
     """
 
-    def __init__(self, stops: Tokens[str], include: bool = False) -> None:
+    def __init__(self, stops: abc.Sequence[str], include: bool = False) -> None:
         self._stops = sorted(stops, key=len, reverse=True)
         self._borders = [_borders(stop) for stop in self._stops]
         self._states = [0] * len(stops)  # how many characters of each string the text ends with
@@ -31,9 +31,9 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str, ending: bool = True) -> tuple[str, str | None]:
-        """The text that can be output, and the stop string if one was found; nothing may be pushed after that.
+        """Add text. Returns what can be output, and the stop string if one was found. After that, push nothing.
 
-        ending: False passes over strings that become complete in this text.
+        ending: False ignores stop strings that become complete in this text.
         """
         if not self._stops:
             return text, None
@@ -47,7 +47,7 @@ class StopStrings:
         return buffer[:ready], None
 
     def finish(self) -> str:
-        """What was held back."""
+        """The text that is still held back."""
         held, self._held = self._held, ""
         return held
 
@@ -66,7 +66,7 @@ class StopStrings:
 
 
 def _borders(word: str) -> list[int]:
-    """For each beginning of a word, the length of the longest shorter beginning that it also ends with."""
+    """KMP's failure function: for each prefix of a word, the longest proper prefix that is also its suffix (length)."""
     borders = [0] * len(word)
     length = 0
     for position in range(1, len(word)):
@@ -78,7 +78,7 @@ def _borders(word: str) -> list[int]:
 
 
 class SequenceState:
-    """Samples, detokenizes and stops one sequence; `sequence` is its tokens and pages, as the scheduler sees it."""
+    """Detokenizes and stops one sequence. `sequence` has its tokens and pages, `sampling` its sampling parameters."""
 
     def __init__(
         self,
@@ -88,15 +88,15 @@ class SequenceState:
         seed: int,
         matcher: Matcher | None,
         tokenizer: TokenDecoder | None,
-        eos_ids: frozenset[int],
+        end_ids: frozenset[int],
     ) -> None:
         params = request.params
         self.index, self.sequence = index, sequence
         self.finish: FinishReason | None = None
-        self._request, self._matcher, self._ending = request, matcher, eos_ids
-        scored = params.logprobs is not None or params.sequences > params.n  # best_of ranks by log probabilities
-        top = (params.logprobs or 0) if scored else None
-        self.sampling = Sampling(params, request.prompt, sorted(eos_ids), seed, index, top, matcher)
+        self._request, self._matcher, self._end_ids = request, matcher, end_ids
+        ranked = params.logprobs is not None or params.sequences > params.n  # best_of ranks by log probabilities
+        top = (params.logprobs or 0) if ranked else None
+        self.sampling = Sampling(params, request.prompt, sorted(end_ids), seed, index, top, matcher)
         self._text = None if tokenizer is None else TextStream(tokenizer, request.prompt, params.skip_special_tokens)
         self._stops = StopStrings(params.stop, params.include_stop)
         self._logprobs: list[float] = []
@@ -104,12 +104,12 @@ class SequenceState:
 
     @property
     def mean_logprob(self) -> float:
-        """What best_of ranks by; minus infinity for a sequence without tokens or one that failed."""
+        """Over the new tokens; best_of ranks by this. Minus infinity without tokens or after a failure."""
         failed = self.finish in (FinishReason.ABORT, FinishReason.ERROR)
         return -math.inf if failed or not self._logprobs else sum(self._logprobs) / len(self._logprobs)
 
     def chunk(self, count: int) -> Chunk:
-        """This sequence's part of a step of `count` tokens."""
+        """This sequence's part of the next step: its next `count` tokens."""
         sequence, params = self.sequence, self._request.params
         start, end = sequence.computed, sequence.computed + count
         last = count == sequence.left
@@ -123,30 +123,30 @@ class SequenceState:
             top=params.prompt_logprobs or 0,
         )
 
-    def score(self, start: int, found: Tokens[TokenLogprob]) -> None:
-        """Take the log probabilities of the prompt's tokens after `start`; known ones come again after a preemption."""
+    def score(self, start: int, found: abc.Sequence[TokenLogprob]) -> None:
+        """Add log probabilities of the prompt tokens after position `start`. A preemption repeats some: skip those."""
         self._prompt_logprobs += found[len(self._prompt_logprobs) - start - 1 :]
         self.sequence.score = len(self._prompt_logprobs) < len(self._request.prompt)
 
     def step(self, token: int, logprob: TokenLogprob | None) -> Output:
-        """Append the token that was chosen."""
+        """Append a sampled token; return what it adds to the output."""
         matcher, params = self._matcher, self._request.params
         if logprob is not None:
             self._logprobs.append(logprob.logprob)
         first = len(self.sequence.tokens) == len(self._request.prompt)
         self.sequence.tokens.append(token)
-        ends = token in self._ending
+        ends = token in self._end_ids
         if matcher is not None and not ends:
             matcher.consume(token)
-        text, stop = self._say(token, ends)
+        text, stop = self._detokenize(token, ends)
         finish = FinishReason.STOP if ends or stop is not None else None
         if finish is None and len(self.sequence.tokens) >= self.sequence.limit:
             finish = FinishReason.LENGTH
         if finish and stop is None:
-            text += self._rest()
+            text += self._flush()
         if finish:
-            self._drop_grammar()  # its process ends, though others of the request go on
-        self.finish = finish  # last, so that a sequence that failed on the way is still to be ended
+            self._drop_grammar()  # frees its process before the request ends
+        self.finish = finish  # set last: if a line above raises, `end` must still end the sequence
         return Output(
             request=self._request.id,
             index=self.index,
@@ -159,15 +159,15 @@ class SequenceState:
         )
 
     def end(self, reason: FinishReason, why: str | None = None) -> Output:
-        """End before its time; outputs the text that was held back."""
+        """End the sequence early; return an output with the text that was held back."""
         self.finish = reason
         self._drop_grammar()
-        return Output(self._request.id, self.index, text=self._rest(), finish=reason, stop_reason=why)
+        return Output(self._request.id, self.index, text=self._flush(), finish=reason, stop_reason=why)
 
     def _drop_grammar(self) -> None:
         self._matcher = self.sampling.grammar = None
 
-    def _say(self, token: int, ends: bool) -> tuple[str, str | None]:
+    def _detokenize(self, token: int, ends: bool) -> tuple[str, str | None]:
         """What a token adds to the text, and the stop string that it completed."""
         params = self._request.params
         if self._text is None or (ends and not params.include_stop):
@@ -176,7 +176,7 @@ class SequenceState:
         generated = len(self.sequence.tokens) - len(self._request.prompt)
         return self._stops.push(text, ending=generated >= params.min_tokens)
 
-    def _rest(self) -> str:
+    def _flush(self) -> str:
         if self._text is None:
             return ""
         text, stop = self._stops.push(self._text.finish())
@@ -191,10 +191,10 @@ class RequestState:
     """A request and its sequences. Sends each output to the sink as it comes; with best_of the best n at the end.
 
     Args:
-        room: Tokens that a sequence can have at most.
-        matcher: The compiled grammar.
+        room: Most tokens of a sequence, prompt included.
+        matcher: The compiled grammar, if there is one.
         tokenizer: None for token ids only.
-        draw_seed: Returns the seed of a request without one.
+        draw_seed: Returns a seed, for a request without one.
     """
 
     def __init__(
@@ -213,14 +213,14 @@ class RequestState:
         limit = room if params.max_tokens is None else min(room, count + params.max_tokens)
         group = request.id if request.group is None else request.group
         prefix = root(request.tenant, request.cache_salt)
-        ending = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        end_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
         seed = draw_seed() if params.seed is None else params.seed
         self.states: list[SequenceState] = []
         for index in range(params.sequences):
             scored = params.prompt_logprobs is not None and index == 0
             sequence = Sequence(list(request.prompt), limit, request.tenant, group, prefix, scored)
             own = None if matcher is None else matcher.copy()
-            self.states.append(SequenceState(request, index, sequence, seed, own, tokenizer, ending))
+            self.states.append(SequenceState(request, index, sequence, seed, own, tokenizer, end_ids))
         self._kept: list[list[Output]] | None = [[] for _ in self.states] if params.sequences > params.n else None
 
     @property
@@ -241,8 +241,8 @@ class RequestState:
                 self.sink(replace(whole, index=index, prompt_logprobs=scores if index == 0 else None))
 
 
-def join(outputs: Tokens[Output]) -> Output:
-    """A sequence's outputs as one."""
+def join(outputs: abc.Sequence[Output]) -> Output:
+    """Join a sequence's outputs, given in order, into one."""
     logprobs = [output.logprobs for output in outputs if output.logprobs is not None]
     scores = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
     return replace(

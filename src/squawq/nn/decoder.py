@@ -16,22 +16,22 @@ from squawq.nn.rope import inverse_frequencies
 
 @dataclass
 class Decoder:
-    """A model on one backend.
+    """A model's weights and layers on one backend.
 
     Attributes:
-        embedding: [vocab, hidden].
-        norm: float32 [hidden]; the final norm.
-        head: [vocab, hidden]; the output head.
+        embedding: [vocab, hidden], floating point.
+        norm: float32 [hidden]; weight of the final norm.
+        head: [vocab, hidden]; the output head (lm_head).
     """
 
     config: ModelConfig
     backend: Backend
     embedding: Tensor
-    operations: tuple[Operation, ...]
+    operations: tuple[Operation, ...]  # of all layers
     norm: Tensor
     head: Packed
-    frequencies: Tensor = field(init=False)
-    _prepared: tuple[Cache, RunLayers] | None = field(init=False, default=None)
+    frequencies: Tensor = field(init=False)  # RoPE's, float32 [rotary_dim / 2]
+    _prepared: tuple[Cache, RunLayers] | None = field(init=False, default=None)  # for the latest cache
 
     def __post_init__(self) -> None:
         self.frequencies = inverse_frequencies(self.config.rope, self.config.head_dim).to(self.backend.device)
@@ -43,12 +43,12 @@ class Decoder:
         return self._prepared[1]
 
     def native(self, cache: Cache) -> bool:
-        """Whether all layers over this cache run without torch's own threads."""
+        """Whether all layers run in one native call on this cache, without torch's threads."""
         return self.backend.runs_whole(self._layers(cache))
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, cache: Cache) -> Tensor:
-        """Run the batch's tokens, write their keys and values to `cache`; logits float32 [outputs, vocab]."""
+        """Run the batch's tokens, write their keys and values to `cache`; return logits, float32 [outputs, vocab]."""
         hidden = self.backend.embedding(batch.ids, self.embedding)
         rotary = self.backend.rotary(batch.positions, self.frequencies)
         self._layers(cache)(hidden, rotary, batch)

@@ -1,4 +1,4 @@
-"""Builds a decoder layer as a list of operations from its family's row and the model's config."""
+"""Builds a decoder layer as a list of operations from its `Family` and the model's config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu"}  # hidden_act of config.json -> 
 
 
 def norm_sizes(config: ModelConfig, family: Family) -> dict[str, int]:
-    """Names and sizes of a layer's norms."""
+    """Names of a layer's norms, and the number of weights of each."""
     sizes = {name: config.hidden_size for name in family.norms if name}
     return sizes | (dict.fromkeys((QUERY_NORM, KEY_NORM), config.head_dim) if family.qk_norm else {})
 
@@ -37,7 +37,7 @@ def layer_operations(
     """The operations of one layer. Every residual addition but the model's last is part of the norm that follows it.
 
     Args:
-        linears: By the names QKV, OUT, GATE_UP and DOWN.
+        linears: Packed weights, by the names QKV, OUT, GATE_UP and DOWN.
         norms: float32 weights, by the names of `norm_sizes`.
     """
     before_attention, after_attention, before_mlp, after_mlp = family.norms
@@ -58,5 +58,5 @@ def layer_operations(
 
 
 def _after(name: str, norms: Mapping[str, Tensor]) -> list[Operation]:
-    """The norm of an output before it is added, in families that have one."""
+    """The norm of attention's or the MLP's output before the residual addition, in families that have one."""
     return [Norm(norms[name], Buffer.DELTA, Buffer.DELTA, add=False)] if name else []

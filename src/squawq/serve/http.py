@@ -1,6 +1,4 @@
-"""HTTP on the wire: connections and their limits, the checks before every route (API key, headers, framing), replies,
-errors and server-sent events as JSON.
-"""
+"""HTTP: limits on connections, checks before every route (API key, headers, framing), replies, errors and events."""
 
 from __future__ import annotations
 
@@ -30,14 +28,14 @@ from squawq.serve.settings import ServerSettings
 logger = logging.getLogger("squawq.serve")
 Item = TypeVar("Item")
 MIN_LOGPROB = -9999.0  # JSON has no minus infinity
-# Clients that split a stream into lines as str.splitlines does would end one at these.
+# Line ends of str.splitlines but not of server-sent events: some clients would break a line at them.
 _LINE_ENDS = {mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
-_ROWS = 64  # of LazyList that are encoded at once: json holds the interpreter's lock, and others wait for it
+_ROWS = 64  # of a LazyList, encoded at a time: json holds the GIL meanwhile
 _ITEMS = 4096  # of a plain list
 
 
 class LazyList(Generic[Item]):
-    """A JSON array that makes its rows while they are written, so that a long one is never in memory."""
+    """A JSON array whose rows are made while they are encoded, so that a long one is never in memory."""
 
     def __init__(self, make: Callable[[Item], object], items: Sequence[Item]) -> None:
         self._make, self._items = make, items
@@ -59,7 +57,7 @@ def dump(value: object) -> str:
 
 
 def pieces(value: object) -> Iterator[str]:
-    """`dump` in small pieces, so that other threads can take the interpreter's lock in between."""
+    """`dump` in small pieces, so that other threads can take the GIL in between."""
     if isinstance(value, dict) and any(isinstance(item, dict | list | LazyList) for item in value.values()):
         begin = "{"
         for key, item in value.items():
@@ -91,7 +89,7 @@ def _rows(value: object) -> list[object]:
 
 
 def finite_logprob(logprob: float) -> float:
-    """A log probability as JSON can write it."""
+    """A log probability that JSON can represent: at least MIN_LOGPROB."""
     return max(logprob, MIN_LOGPROB)
 
 
@@ -101,7 +99,7 @@ EVENT_HEADERS = {
     "x-accel-buffering": "no",  # a proxy must not buffer a stream
 }
 KEEP_ALIVE = b":\n\n"
-BLOCK = 64 * 1024  # characters that are written at once
+BLOCK = 64 * 1024  # bytes or characters that are written at once
 
 
 class JsonReply(JSONResponse):
@@ -124,17 +122,18 @@ class HeldReply(StreamingResponse):
 
 
 def error_reply(error: ApiError, tgi: bool, *, tgi_route: bool) -> Response:
-    """An error in the form that the clients of its route read."""
+    """An error in TGI's form if the server's API is TGI's (`tgi`) or only TGI has the route, else in OpenAI's."""
     return JsonReply(error.body(tgi or tgi_route, tgi_route), error.status(tgi or tgi_route), error.headers)
 
 
 def json_reply(body: list[bytes], headers: Mapping[str, str] | None = None) -> HeldReply:
+    """A JSON response of encoded blocks (see `blocks`)."""
     length = str(sum(map(len, body)))
     return HeldReply(drain(body), {"content-type": "application/json", "content-length": length, **(headers or {})})
 
 
 async def drain(body: list[bytes]) -> AsyncIterator[bytes]:
-    """Blocks as fast as the client reads them. Each is released once it is written."""
+    """Yield the blocks, which starlette writes as fast as the client reads. Frees each one then: `body` is emptied."""
     body.reverse()
     while body:
         yield body.pop()
@@ -152,22 +151,22 @@ def blocks(value: object) -> list[bytes]:
 
 
 def events(payloads: Iterable[object], *, large: bool = False) -> list[bytes]:
-    """Server-sent events in blocks: JSON values, and texts as they are. large: call it in a worker thread."""
+    """Server-sent events in blocks: JSON values, and texts as they are. large: call this in a worker thread."""
     texts = (item if isinstance(item, str) else "".join(pieces(item)) if large else dump(item) for item in payloads)
     body = "".join(f"data: {text}\n\n" for text in texts).encode("utf-8", "replace")
     return [body[first : first + BLOCK] for first in range(0, len(body), BLOCK)]
 
 
-PUBLIC = frozenset(
+PUBLIC = frozenset(  # routes without an API key
     (method, path) for method in ("GET", "HEAD") for path in ("/", "/health", "/livez", "/readyz", "/ping")
 )
 _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Guard:
-    """ASGI middleware before every route: API key, limits and form of the head, request id, log line, metrics.
+    """ASGI middleware before every route: API key, limits and framing of the headers, request id, log line, metrics.
 
-    Every route but PUBLIC needs a key. Paths are compared as they came, whatever the Host header says."""
+    Every route but PUBLIC needs a key. Paths are compared as received; the Host header has no effect."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, tgi_paths: Collection[str]) -> None:
         self._app = app
@@ -181,15 +180,15 @@ class Guard:
             await self._app(scope, receive, send)
             return
         began, status = time.perf_counter(), 0
-        name = next((v for k, v in scope["headers"] if k == b"x-request-id" and _ID.fullmatch(v)), None)
-        name = name or uuid.uuid4().hex.encode()
-        scope["request_id"] = name.decode()
+        request_id = next((v for k, v in scope["headers"] if k == b"x-request-id" and _ID.fullmatch(v)), None)
+        request_id = request_id or uuid.uuid4().hex.encode()
+        scope["request_id"] = request_id.decode()
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", name)]}
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
             await send(message)
 
         path, method = scope["path"], scope["method"]
@@ -229,27 +228,27 @@ class Guard:
 
 
 def _ambiguous(scope: Scope) -> bool:
-    """Whether a proxy may see another end of the request than h11 (request smuggling; RFC 9112, 6.1 and 11.2).
+    """Whether a proxy may see the request end elsewhere than h11 does (request smuggling; RFC 9112, 6.1 and 11.2).
 
-    h11 reads every version alike, and prefers Transfer-Encoding to Content-Length.
+    h11 reads all HTTP versions alike, and prefers Transfer-Encoding to Content-Length.
     """
     version, names = scope["http_version"], [name for name, _ in scope["headers"]]
     old_or_both = version != "1.1" or b"content-length" in names
     return version not in ("1.0", "1.1") or (b"transfer-encoding" in names and old_or_both)
 
 
-MAX_SURPLUS = 64  # connections beyond the limit that are still answered
-SURPLUS_S = 1.0  # seconds for those to ask
+MAX_SURPLUS = 64  # connections above the limit that get an error instead of an abort
+SURPLUS_S = 1.0  # seconds for those to send a request
 
 
 def http_protocol(settings: ServerSettings) -> type[H11Protocol]:
     """uvicorn's protocol class with these limits.
 
     Above the limit of connections, the one that has been idle longest is closed."""
-    idle: dict[H11Protocol, None] = {}  # connections with no request under way, the longest idle first
+    idle: dict[H11Protocol, None] = {}  # connections without a running request, the longest idle first
 
     class Connection(H11Protocol):
-        """One connection. `_clock` runs while the client owes us bytes, `_stall` while it does not read ours."""
+        """One connection. Timers abort it: `_clock` if the client sends no request, `_stall` if it does not read."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -262,7 +261,7 @@ def http_protocol(settings: ServerSettings) -> type[H11Protocol]:
             if len(self.connections) > settings.connections:
                 oldest = next((one for one in idle if not one.transport.get_write_buffer_size()), None)
                 if oldest is not None:  # an answer that is still being written is not cut off
-                    self.connections.discard(oldest)  # its place is free at once, though its loss shows later
+                    self.connections.discard(oldest)  # frees its place now; connection_lost comes later
                     del idle[oldest]
                     oldest.transport.abort()
             self._surplus = len(self.connections) > settings.connections
@@ -270,7 +269,7 @@ def http_protocol(settings: ServerSettings) -> type[H11Protocol]:
                 idle[self] = None
             self._clock = self.loop.call_later(SURPLUS_S if self._surplus else settings.header_timeout, transport.abort)
             if len(self.connections) > settings.connections + MAX_SURPLUS:
-                transport.abort()  # not even told why: each is an open file
+                transport.abort()  # without an error: each connection is an open file
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
@@ -288,12 +287,12 @@ def http_protocol(settings: ServerSettings) -> type[H11Protocol]:
             owed = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing()
             answered = self.cycle is None or self.cycle.response_complete
             if not answered and (early := self.conn.trailing_data[0]):
-                # The next request came before this one's answer. A connection that is not read shows no hang-up.
+                # The next request came before this one's answer. Read on: a paused one does not report a disconnect.
                 if len(early) > settings.max_header_bytes:
                     self.transport.abort()
                 else:
                     self.flow.resume_reading()
-            if not (owed and answered):  # a body that is being read is the application's to time
+            if not (owed and answered):  # the application times a body that it reads
                 self._clock = _cancel(self._clock)
             elif self._clock is None and (self.conn.trailing_data[0] or self.conn.their_state is h11.SEND_BODY):
                 self._clock = self.loop.call_later(settings.header_timeout, self.transport.abort)
@@ -301,7 +300,7 @@ def http_protocol(settings: ServerSettings) -> type[H11Protocol]:
         def on_response_complete(self) -> None:
             if not self.transport.is_closing():
                 idle[self] = None
-            super().on_response_complete()  # which begins the next request, where that has come
+            super().on_response_complete()  # this starts the next request if it is here already
             if not self.cycle.response_complete:
                 idle.pop(self, None)
 

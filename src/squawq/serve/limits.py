@@ -21,8 +21,8 @@ from squawq.engine.request import Request
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import ServerSettings
 
-SMALL = 64 * 1024  # bytes: bodies up to this size only have a timeout
-MAX_LARGE = 64  # memory for arriving large bodies, in bodies of the largest size
+SMALL = 64 * 1024  # bytes; bodies up to this size are limited in time, not in rate and memory
+MAX_LARGE = 64  # large bodies of max_body_bytes that may arrive at once; they may use that much memory
 WINDOW = 5.0  # seconds over which a large body's rate is measured
 _TOKEN = 48  # bytes: an integer, and its slot in two lists
 _SEQUENCE = 16 * 1024  # bytes: a sequence's sampler, text and place in the queue
@@ -53,22 +53,22 @@ class Usage:
     """Requests that are running or waiting, and the bytes that they hold."""
 
     requests: int = 0
-    size: int = 0
+    size: int = 0  # bytes
 
 
 @dataclass
 class Reservation:
-    """One request's share of its tenant's usage, and the bytes that it holds."""
+    """One admitted request: its tenant's usage, and the bytes that the request holds."""
 
     tenant: Usage
-    size: int = 0
+    size: int = 0  # bytes
 
 
 class Admission:
     """Admission control, for the event loop only.
 
-    A tenant below an equal share is always admitted, so that no other can lock it out. All together then hold at most
-    twice the limits (`Settings.most_under_way`).
+    A tenant below its equal share (limit / tenants) is always admitted, so that no other can lock it out. All together
+    then hold at most twice the limits (`ServerSettings.most_under_way`).
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -124,12 +124,12 @@ class Admission:
 
 
 class FairPool:
-    """A thread pool that serves tenants round robin: one tenant's queue delays another by one piece of work at most."""
+    """A thread pool that serves tenants round robin: one tenant's queue delays another by at most one piece of work."""
 
     def __init__(self, workers: int, name: str, initializer: Callable[[], object] | None = None) -> None:
         self._pool = ThreadPoolExecutor(workers, name, initializer)
-        self._lock = threading.Lock()  # guards what follows
-        self._queues: dict[str, dict[Future[Any], Callable[[], Any]]] = {}  # in the order of the turns
+        self._lock = threading.Lock()  # guards _queues
+        self._queues: dict[str, dict[Future[Any], Callable[[], Any]]] = {}  # the next tenant first
 
     async def run(self, tenant: str, work: Callable[[], Any], *, first: bool = False) -> Any:
         """Run `work` in a thread; first: before the tenant's other work. It is dropped if cancelled before its turn."""
@@ -189,7 +189,7 @@ class FairPool:
 class Bodies:
     """Reads request bodies within limits of size, time, rate and memory; for the event loop only.
 
-    Small bodies are never refused because of others. Where large bodies fill their memory, the slowest is ended."""
+    Small bodies are never refused because of others. If large bodies exceed their memory, the slowest is ended."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
@@ -197,6 +197,7 @@ class Bodies:
         self._held = 0  # bytes of large bodies that are still arriving
 
     async def read(self, request: HttpRequest) -> bytes:
+        """Read a request's body. Raises ApiError."""
         _check_headers(request.headers, self._settings.max_body_bytes)
         upload = _Upload(self._settings)
         try:
@@ -204,7 +205,7 @@ class Bodies:
                 async for piece in request.stream():
                     self._add(upload, piece)
         except ClientDisconnect as error:
-            raise ApiError("slow", "the client hung up") from error
+            raise ApiError("slow", "the client disconnected") from error
         except TimeoutError as error:
             raise ApiError("slow", upload.late) from error
         finally:
@@ -240,23 +241,23 @@ class _Upload:
         self.late = f"the body did not arrive within {settings.body_timeout:g} s"
         self.timeout = asyncio.timeout(settings.body_timeout)
         self._clock = asyncio.get_running_loop().time
-        self._last = self._clock() + settings.body_timeout
-        self._least = settings.min_body_rate * WINDOW  # bytes in a window
-        self._began, self._count = self._clock(), 0  # the window, and its bytes
-        self._before = self._began, 0  # the window before
+        self._deadline = self._clock() + settings.body_timeout
+        self._needed = settings.min_body_rate * WINDOW  # bytes in a window, at least
+        self._began, self._count = self._clock(), 0  # the window's start, and the bytes received in it
+        self._before = self._began, 0  # those of the window before
 
     def take(self, piece: bytes) -> None:
         """Add a piece. Start the next window if this one has enough bytes."""
         self.body += piece
         self._count += len(piece)
-        if len(self.body) <= SMALL or self._count < self._least:
+        if len(self.body) <= SMALL or self._count < self._needed:
             return
         self._before = self._began, self._count
         self._began, self._count = self._clock(), 0
-        if self._began + WINDOW < self._last:
-            self._end_at(self._began + WINDOW, f"less than {self._least:g} bytes of the body came within {WINDOW:g} s")
+        if self._began + WINDOW < self._deadline:
+            self._end_at(self._began + WINDOW, f"less than {self._needed:g} bytes of the body came within {WINDOW:g} s")
 
-    def rate(self) -> float:
+    def rate(self) -> float:  # bytes per second, over this window and the one before
         began, count = self._before
         return (count + self._count) / max(self._clock() - began, 0.1)
 

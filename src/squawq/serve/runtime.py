@@ -1,4 +1,4 @@
-"""Runs requests: read the body, admit, parse in a dialect, submit to the engine, stream or send the reply."""
+"""Runs requests: read, admit and parse the body (OpenAI's or TGI's API), submit to the engine, send or stream."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ class Reply:
 
 
 class Call(Protocol):
-    """A request in a dialect: engine requests, and functions from their outputs to a reply or a stream.
+    """A request in OpenAI's or TGI's API: its engine requests, and methods that turn outputs into a reply or stream.
 
-    A Call is pure: no HTTP, no threads. A payload is the JSON value of a stream's event, or its text.
+    It does no HTTP and has no threads. A payload is the data of one server-sent event: a JSON value, or a text.
     """
 
-    stream: bool  # whether the client asked for one
+    stream: bool  # whether the client asked for a stream
 
     @property
     def requests(self) -> Sequence[Request]:
-        """For the engine, in the order of the prompts."""
+        """Engine requests, in the order of the prompts."""
 
     @property
     def headers(self) -> Mapping[str, str]:
         """Further headers of a stream."""
 
     def invalid(self, error: ConfigError) -> ApiError:
-        """The reply to a request that the engine refuses."""
+        """The error to reply with when the engine refuses a request."""
 
     def push(self, output: Output) -> Sequence[object]:
         """Payloads for one output, maybe none. Outputs of a sequence come in order."""
@@ -73,11 +73,11 @@ class Call(Protocol):
         """The complete reply, from each request's joined sequences. Raises ApiError for failed sequences."""
 
 
-Parse = Callable[[Mapping[str, Any], Served, str], Call]  # from body and tenant
+Parse = Callable[[Mapping[str, Any], Served, str], Call]  # (JSON body, model, tenant) -> Call
 
 
 class Runtime:
-    """Runs requests on one model. `draining` stops new ones."""
+    """Runs requests on one model. Refuses new ones while `draining` is set."""
 
     def __init__(self, served: Served, metrics: Metrics) -> None:
         self.served = served
@@ -96,28 +96,28 @@ class Runtime:
 
     @property
     def in_flight(self) -> int:
-        """Requests that are checked, run or answered."""
+        """Requests that are being checked, run or answered."""
         return self.admission.load.requests
 
     @property
     def unchecked(self) -> int:
-        """Requests that are being checked, or wait for that."""
+        """Requests that are being checked, or wait to be."""
         return sum(not exchange.submitted for exchange in self._exchanges)
 
     def close(self) -> None:
-        """End the threads; what waits for one is dropped."""
+        """Stop the worker threads; drop work that waits for one."""
         for pool in (self._small, self._large, self._replies):
             pool.close()
 
     def end_all(self) -> None:
-        """Answer what is being checked or waits for the engine with an error; from the event loop."""
+        """End all requests that have no complete answer yet with an error. Call it in the event loop."""
         for exchange in self._exchanges:
             exchange.end(ApiError("unavailable", "The server is shutting down"))
 
     async def generate(self, request: HttpRequest, parse: Parse) -> Response:
-        """Read, check and run a request. The response streams, or has the whole reply.
+        """Read, check and run a request. The response is a stream or the whole reply.
 
-        What fails before the first output raises ApiError, and so has a status of its own.
+        Errors before the first output raise ApiError, so that the response has their HTTP status.
         """
         tenant, exchange = request.scope.get("tenant", ""), self._exchange()
         call: Call | None = None
@@ -129,7 +129,7 @@ class Runtime:
         try:
             async with AsyncExitStack() as stack:
                 stack.callback(observe)
-                raw = [await self.bodies.read(request)]
+                raw = [await self.bodies.read(request)]  # a list, so that `_prepare` can free the body
                 shown = raw[0][:MAX_SHOWN] if self.settings.log_requests else None
                 reservation = stack.enter_context(self.admitted(tenant, len(raw[0])))
                 await stack.enter_async_context(self._watched(exchange, request.receive))
@@ -146,7 +146,7 @@ class Runtime:
             raise
 
     async def compute(self, request: HttpRequest, work: Callable[[Mapping[str, Any]], Any]) -> Response:
-        """A response with the JSON that `work` makes of the body, without the engine."""
+        """A response with the JSON that `work` returns for the JSON body, without the engine."""
         tenant = request.scope.get("tenant", "")
         raw = [await self.bodies.read(request)]
         size, exchange = len(raw[0]), self._exchange()
@@ -163,7 +163,7 @@ class Runtime:
 
     @contextmanager
     def admitted(self, tenant: str, size: int) -> Iterator[Reservation]:
-        """A reservation for a tenant's request. Raises ApiError while there is none, or none are taken."""
+        """Reserve room for a tenant's body of `size` bytes. Raises ApiError if there is none, or while draining."""
         if self.draining:
             raise ApiError("unavailable", "The server is shutting down")
         with self.admission.admitted(tenant, size) as reservation:
@@ -174,36 +174,36 @@ class Runtime:
 
     @asynccontextmanager
     async def _watched(self, exchange: Exchange, receive: Receive) -> AsyncIterator[None]:
-        """End an exchange when its client hangs up, when its time is over, and with `end_all`."""
+        """End an exchange when its client disconnects, its time is up, or `end_all` is called."""
         watch = asyncio.create_task(_watch(receive, exchange))
-        alarms = self._alarms(exchange)
+        timers = self._timers(exchange)
         self._exchanges.add(exchange)
         try:
             async with exchange:
                 yield
         finally:
             self._exchanges.discard(exchange)
-            for alarm in alarms:
-                alarm.cancel()
+            for timer in timers:
+                timer.cancel()
             watch.cancel()
 
-    def _alarms(self, exchange: Exchange) -> list[asyncio.TimerHandle]:
-        """End a request that waits too long for its turn, or that takes too long altogether."""
+    def _timers(self, exchange: Exchange) -> list[asyncio.TimerHandle]:
+        """Start timers that end a request: one for its time in the queue, one for its total time."""
         queued, limit = self.settings.queue_timeout, self.settings.generation_timeout
 
-        def turn() -> None:
+        def end_if_queued() -> None:
             if exchange.waits():
-                why = f"The request waited {queued:g} s for its turn, as long as it may (--queue-timeout); try later"
+                why = f"The request waited {queued:g} s for its turn, which is the limit (--queue-timeout); try later"
                 exchange.end(ApiError("overloaded", why))
 
         late = ApiError("incomplete", f"the answer was not ready after {limit:g} s")
         loop = asyncio.get_running_loop()
-        return [loop.call_later(queued, turn), loop.call_later(limit, exchange.end, late)]
+        return [loop.call_later(queued, end_if_queued), loop.call_later(limit, exchange.end, late)]
 
     async def _prepare(
         self, parse: Parse, raw: list[bytes], exchange: Exchange, reservation: Reservation, tenant: str
     ) -> Call:
-        """Check a body and hand its requests to the engine. The body is let go as soon as it was parsed."""
+        """Check a body and submit its requests to the engine. The body is freed as soon as it is parsed."""
         size = len(raw[0])
         call: Call = await self._in_pool(lambda: parse(parse_json(raw.pop()), self.served, tenant), size, tenant)
         self.admission.hold(reservation, size + cost(call.requests))
@@ -211,9 +211,9 @@ class Runtime:
         return call
 
     async def _in_pool(self, work: Callable[[], Any], size: int, tenant: str, *, first: bool = False) -> Any:
-        """Run what takes time (templates, tokenizing, grammars) beside the event loop. Raises ApiError.
+        """Run slow work (templates, tokenizing, grammars) in a worker thread. Raises ApiError.
 
-        size: bytes of the body; large ones have a thread of their own. first: before the tenant's unchecked requests.
+        size: bytes of the body; large ones have their own thread. first: run it before the tenant's other work.
         """
         try:
             return await (self._large if size > SMALL else self._small).run(tenant, work, first=first)
@@ -225,7 +225,7 @@ class Runtime:
             raise ApiError("invalid", str(error)) from error
 
     async def _whole(self, call: Call, exchange: Exchange, tenant: str) -> HeldReply:
-        """The whole reply. Encoding a long one takes seconds: in a worker thread."""
+        """The whole reply, encoded in a worker thread: a long one takes seconds."""
         outputs = await exchange.all(call)
 
         def make() -> tuple[list[bytes], Mapping[str, str]]:
@@ -235,7 +235,7 @@ class Runtime:
         return json_reply(*await self._replies.run(tenant, make))
 
     async def _stream(self, call: Call, exchange: Exchange, tenant: str) -> HeldReply:
-        """A stream of events. Its head waits for the first output, so that what fails before has a status of its own,
+        """A stream of events. Its headers wait for the first output, so that earlier errors have their HTTP status,
         but no longer than `keep_alive_interval`: proxies close a connection that is idle for about a minute."""
         batches = exchange.batches(self.settings.keep_alive_interval)
         first = await anext(batches)
@@ -244,7 +244,7 @@ class Runtime:
     async def _chunks(
         self, call: Call, batch: list[Output] | None, batches: AsyncIterator[list[Output]], tenant: str
     ) -> AsyncIterator[bytes]:
-        """The events of all batches, a comment for an empty one, and what ends the stream."""
+        """The events of all batches, a keep-alive comment for an empty one, and the events that end the stream."""
         try:
             while batch is not None:
                 async for block in drain(await self._events(call, batch, tenant) if batch else [KEEP_ALIVE]):
@@ -262,7 +262,7 @@ class Runtime:
             yield block
 
     async def _events(self, call: Call, batch: list[Output], tenant: str) -> list[bytes]:
-        """What a batch adds to a stream; a prompt's log probabilities take seconds to write: beside the event loop."""
+        """A batch's events. Prompt log probabilities take seconds to encode: that runs in a worker thread."""
         large = any(output.prompt_logprobs is not None for output in batch)
 
         def make() -> list[bytes]:
@@ -283,7 +283,7 @@ class Runtime:
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:
-    """Tell an exchange when its client hangs up; the body has been read."""
+    """End an exchange when its client disconnects. The body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
     exchange.end(Disconnected())
@@ -296,12 +296,12 @@ class Disconnected(Exception):  # noqa: N818
 class Mailbox:
     """Carries outputs from the engine's thread to the event loop, which is woken once per step.
 
-    Waking it in the middle of a step would take the interpreter's lock from the engine.
+    Waking it in the middle of a step would take the GIL from the engine.
     """
 
     def __init__(self, engine: InferenceEngine) -> None:
         self.engine = engine
-        self._items: list[tuple[asyncio.Queue[Output | Exception], Output]] = []  # the engine's thread's alone
+        self._items: list[tuple[asyncio.Queue[Output | Exception], Output]] = []  # used by the engine's thread only
         self._loop: asyncio.AbstractEventLoop | None = None
         engine.on_step(self._send)
 
@@ -326,9 +326,9 @@ def _deliver(items: list[tuple[asyncio.Queue[Output | Exception], Output]]) -> N
 
 
 class Exchange:
-    """One call between the engine's thread and the event loop. Leaving the context aborts its unfinished requests.
+    """Carries one Call's outputs from the engine to the event loop. Leaving the context aborts unfinished requests.
 
-    arrived: by time.perf_counter. inter_token: called with the seconds between two tokens of a sequence.
+    arrived: the arrival, by time.perf_counter. inter_token: called with the seconds between two tokens of a sequence.
     """
 
     def __init__(self, mailbox: Mailbox, arrived: float, inter_token: Callable[[float], object]) -> None:
@@ -337,9 +337,9 @@ class Exchange:
         self._engine = mailbox.engine
         self._queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
         self._open: dict[str, int] = {}  # unfinished sequences of each request
-        self._left = False
+        self._left = False  # the context was left
         self.ending = asyncio.get_running_loop().create_future()  # done when `end` was called
-        self._seen: dict[tuple[str, int], float] = {}
+        self._seen: dict[tuple[str, int], float] = {}  # time of each sequence's latest tokens
         self._inter_token = inter_token
         self._timing = Timing(arrived)
         self.submitted = False
@@ -359,11 +359,11 @@ class Exchange:
         return replace(self._timing, ended=time.perf_counter())
 
     def submit(self, call: Call) -> None:
-        """Submit the call's requests to the engine, which checks them and compiles grammars; for a worker thread.
+        """Submit the call's requests; the engine checks them and compiles grammars. Call it in a worker thread.
 
         Raises ApiError.
         """
-        if self.left():  # the client hung up while its request was checked
+        if self.left():  # the client disconnected while its request was checked
             raise Disconnected
         timing, params = self._timing, call.requests[0].params
         timing.prompt_tokens = sum(len(request.prompt) for request in call.requests)
@@ -389,11 +389,11 @@ class Exchange:
         return self._left
 
     def waits(self) -> bool:
-        """Whether it is being checked, or queued in the engine."""
+        """Whether the call is being checked, or all its requests are queued in the engine."""
         return not self.submitted or (bool(self._open) and all(map(self._engine.waits, self._open)))
 
     def end(self, reason: Exception) -> None:
-        """Raise an exception in whoever waits for this call; call it in the event loop."""
+        """Raise `reason` in the coroutine that waits for outputs. Call this in the event loop."""
         self._queue.put_nowait(reason)
         if not self.ending.done():
             self.ending.set_result(None)
@@ -408,7 +408,7 @@ class Exchange:
         finally:
             task.cancel()
             del task, work  # an exception's traceback holds this frame, and the task holds the exception
-        while True:  # outputs of its first requests may stand before the reason
+        while True:  # outputs of its first requests may come before the exception
             self._check(self._queue.get_nowait())
 
     async def batches(self, pause: float) -> AsyncIterator[list[Output]]:
@@ -427,7 +427,7 @@ class Exchange:
             if good or not items:
                 yield [self._check(item) for item in good]
             if len(good) < len(items):
-                self._check(items.pop(len(good)))  # not held here: its traceback will hold this frame
+                self._check(items.pop(len(good)))  # popped: its traceback will refer to this frame's `items`
 
     async def all(self, call: Call) -> list[list[Output]]:
         """Each request's sequences, joined, once all have finished."""
@@ -441,7 +441,7 @@ class Exchange:
         self._mailbox.put(self._queue, output)
 
     def _check(self, item: Output | Exception) -> Output:
-        """Record an output; raise an exception."""
+        """Record and return an output; raise an exception, or ApiError for a failed sequence."""
         timing = self._timing
         if isinstance(item, Exception):
             timing.finish = FinishReason.ABORT
@@ -464,7 +464,7 @@ class Exchange:
             timing.finish = item.finish
             if item.finish is FinishReason.ERROR:
                 self._abort()
-                kind = "generation" if self._engine.alive else "unavailable"  # the request's own failure, or everyone's
+                kind = "generation" if self._engine.alive else "unavailable"  # one request failed, or the engine
                 raise ApiError(kind, f"Request failed during generation: {item.stop_reason}")
         return item
 

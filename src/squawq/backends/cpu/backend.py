@@ -1,6 +1,6 @@
-"""CPU backend: calls the C++ kernels of csrc/; what they do not take (a dtype, an odd width) runs on `reference`.
+"""CPU backend: calls the C++ kernels of csrc/; inputs of other dtypes or widths run on `reference`.
 
-Pointers leave Python here, so shapes and dtypes are checked before a call.
+The kernels take raw pointers, so shapes and dtypes are checked before a call.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from squawq.backends.layer_ops import (
 from squawq.backends.reference import Reference
 from squawq.errors import KernelError
 
-MAX_COLUMNS = 128  # rounded in one call
-MAX_SHARED_HEADS = 16  # query heads for each key-value head
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # of csrc/ops.h
-NORM, MATMUL, ROTATE_AND_STORE, ATTENTION, ACTIVATION_MUL, EXPERTS, ADD_RESIDUAL = range(7)  # Code of csrc/layers.h
+MAX_COLUMNS = 128  # that round_columns rounds in one native call
+MAX_SHARED_HEADS = 16  # query heads per key-value head
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # `Activation` in csrc/ops.h
+NORM, MATMUL, ROTATE_AND_STORE, ATTENTION, ACTIVATION_MUL, EXPERTS, ADD_RESIDUAL = range(7)  # `Code` in csrc/layers.h
 
 
 class CpuBackend(Reference):
-    """See `Backend` for shapes and dtypes. Not `exact`: int4 and int8 products round activations to int8."""
+    """See `Backend` for shapes and dtypes. Rounds activations to int8 for int8 weights, and for int4 unless `exact`."""
 
     name = "cpu"
     traceable = False
@@ -54,7 +54,7 @@ class CpuBackend(Reference):
 
     def int8_declines(self, out: int, in_: int, dtype: torch.dtype) -> str | None:  # noqa: ARG002
         if kernel_group(in_) is None:
-            return f"hidden_size is {in_}, no multiple of 16"
+            return f"hidden_size is {in_}, not a multiple of 16"
         return None if dtype in DENSE_TYPES else f"the weight is {dtype}"
 
     def pack_int4(self, out: int, in_: int, group: int, parts: Iterable[Gemm], bias: Tensor | None = None) -> Packed:
@@ -158,16 +158,16 @@ class CpuBackend(Reference):
 
 
 def _native(x: Tensor, width: int) -> bool:
-    """Whether the kernels take rows x whose inner width is `width`."""
+    """Whether the kernels take x, whose rows are vectors of `width` values: contiguous float32 [rows, n]."""
     return x.dtype == torch.float32 and x.dim() == 2 and width % LANES == 0 and x.is_contiguous()
 
 
 def _native_attention(qkv: Tensor, heads: Heads, pages: Pages) -> bool:
-    few = heads[0] // heads[1] <= MAX_SHARED_HEADS
-    return few and pages[0].dtype == torch.float16 and _native(qkv, heads[2])
+    grouped = heads[0] // heads[1] <= MAX_SHARED_HEADS
+    return grouped and pages[0].dtype == torch.float16 and _native(qkv, heads[2])
 
 
-class _Matrix(ctypes.Structure):
+class _Matrix(ctypes.Structure):  # these three are structs of csrc/layers.h
     _fields_ = (("kind", SIZE), ("weight", POINTER))
 
 
@@ -187,7 +187,7 @@ class _Operation(ctypes.Structure):
 
 
 class LayerStack:
-    """All decoder layers over a cache as one call of the library; shapes are checked here, once.
+    """Runs all decoder layers on a KV cache in one call of the library. The constructor checks all shapes, once.
 
     Raises:
         KernelError: The library does not run one of the operations.
@@ -198,12 +198,12 @@ class LayerStack:
         if dim % LANES or query > kv * MAX_SHARED_HEADS or any(keys.dtype != torch.float16 for keys, _ in cache):
             raise KernelError(f"no native attention for heads {layers.heads}")
         self._heads, self._eps, self._cache = layers.heads, layers.eps, cache
-        self._kept: list[object] = [layers]  # the structures point into them
-        self._now = {Buffer.HIDDEN: 0}  # floats of a row of each buffer
-        self._most = dict.fromkeys(Buffer, 0)
+        self._kept: list[object] = [layers]  # keeps alive what the C structures point to
+        self._width = {Buffer.HIDDEN: 0}  # current floats per row of each buffer
+        self._max_width = dict.fromkeys(Buffer, 0)
         structs = [self._struct(operation) for operation in layers.operations]
         self._structs = (_Operation * len(structs))(*structs)
-        self._widths = (ctypes.c_int64 * len(Buffer))(*(-(-self._most[b] // LANES) * LANES for b in Buffer))
+        self._widths = (ctypes.c_int64 * len(Buffer))(*(-(-self._max_width[b] // LANES) * LANES for b in Buffer))
 
     def __call__(self, hidden: Tensor, rotary: Rotary, batch: Batch) -> None:
         layers = (ctypes.addressof(self._structs), len(self._structs))
@@ -212,45 +212,45 @@ class LayerStack:
         sequences = (batch.sequences.shape[0], batch.pages.data_ptr())
         check(required().squawq_layers(*layers, hidden.data_ptr(), *sizes, self._eps, *addresses, *sequences))
 
-    def _put(self, buffer: Buffer, width: int) -> None:
-        self._now[buffer], self._most[buffer] = width, max(width, self._most[buffer])
+    def _set_width(self, buffer: Buffer, width: int) -> None:
+        self._width[buffer], self._max_width[buffer] = width, max(width, self._max_width[buffer])
 
-    def _expect(self, buffer: Buffer, width: int, multiple: int = 1) -> None:
-        if self._now.get(buffer) != width or width % multiple:
-            raise KernelError(f"{buffer.name} has {self._now.get(buffer)} columns, and {width} are needed")
+    def _check_width(self, buffer: Buffer, width: int, multiple: int = 1) -> None:
+        if self._width.get(buffer) != width or width % multiple:
+            raise KernelError(f"{buffer.name} has {self._width.get(buffer)} columns, and {width} are needed")
 
     def _struct(self, operation: Operation) -> _Operation:
         query, kv, dim = self._heads
         match operation:
             case Norm(weight, source, target, add):
-                if source == Buffer.HIDDEN and not self._now[source]:
-                    self._put(source, len(weight))
+                if source == Buffer.HIDDEN and not self._width[source]:
+                    self._set_width(source, len(weight))
                 for buffer in (source, *([Buffer.DELTA] if add else [])):
-                    self._expect(buffer, len(weight), LANES)
-                self._put(target, len(weight))
+                    self._check_width(buffer, len(weight), LANES)
+                self._set_width(target, len(weight))
                 return _Operation(NORM, source, target, add, len(weight), address(weight))
             case Matmul(weight, source, target):
                 matrix = self._matrix(weight)
-                self._expect(source, weight.shape[1])
-                self._put(target, weight.shape[0])
+                self._check_width(source, weight.shape[1])
+                self._set_width(target, weight.shape[0])
                 return _Operation(MATMUL, source, target, matrix.kind, 0, matrix.weight)
             case RotateAndStore(layer, query_norm, key_norm):
-                self._expect(Buffer.WIDE, (query + 2 * kv) * dim)
+                self._check_width(Buffer.WIDE, (query + 2 * kv) * dim)
                 norms = map(address, (query_norm, key_norm))
                 return _Operation(ROTATE_AND_STORE, 0, 0, 0, 0, *norms, *map(address, self._cache[layer]))
             case Attention(layer, window):
-                self._expect(Buffer.WIDE, (query + 2 * kv) * dim)
-                self._put(Buffer.NARROW, query * dim)
+                self._check_width(Buffer.WIDE, (query + 2 * kv) * dim)
+                self._set_width(Buffer.NARROW, query * dim)
                 return _Operation(ATTENTION, 0, 0, window or 0, 0, None, None, *map(address, self._cache[layer]))
             case ActivationMul(activation):
-                inner = self._now[Buffer.WIDE] // 2
-                self._expect(Buffer.WIDE, 2 * inner, 2 * LANES)
-                self._put(Buffer.NARROW, inner)
+                inner = self._width[Buffer.WIDE] // 2
+                self._check_width(Buffer.WIDE, 2 * inner, 2 * LANES)
+                self._set_width(Buffer.NARROW, inner)
                 return _Operation(ACTIVATION_MUL, 0, 0, _activation(activation), inner)
             case MixtureOfExperts():
                 return _Operation(EXPERTS, 0, 0, 0, 0, self._experts(operation))
             case AddResidual():
-                self._expect(Buffer.DELTA, self._now[Buffer.HIDDEN])
+                self._check_width(Buffer.DELTA, self._width[Buffer.HIDDEN])
                 return _Operation(ADD_RESIDUAL)
 
     def _experts(self, layer: MixtureOfExperts) -> int:
@@ -258,9 +258,9 @@ class LayerStack:
         shapes = {*(w.shape for w in layer.gate_up), *(w.shape for w in layer.down), layer.router.shape}
         if shapes != {(2 * inner, hidden), (hidden, inner), (count, hidden)} or inner % LANES:
             raise KernelError(f"no native experts of {inner} columns")
-        self._expect(Buffer.NORMED, hidden, LANES)
+        self._check_width(Buffer.NORMED, hidden, LANES)
         for buffer, width in ((Buffer.WIDE, 2 * inner), (Buffer.NARROW, inner), (Buffer.DELTA, hidden)):
-            self._put(buffer, width)
+            self._set_width(buffer, width)
         lists = [(_Matrix * count)(*map(self._matrix, weights)) for weights in (layer.gate_up, layer.down)]
         sizes = (count, layer.top_k, layer.renormalize, inner, _activation(layer.activation))
         struct = _Experts(*sizes, self._matrix(layer.router), *map(ctypes.addressof, lists))

@@ -21,8 +21,8 @@ from torch import Tensor
 from squawq.errors import ConfigError, KernelError
 
 logger = logging.getLogger("squawq")
-ABI = 6
-LANES = 16  # output rows of a packed block, tokens of a page
+ABI = 6  # that squawq_abi() of a matching library returns
+LANES = 16  # values of a vector, output rows of a packed block, tokens of a page
 ISAS = ("avx512", "avx2", "neon", "scalar", "torch")
 
 POINTER, SIZE, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -69,7 +69,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def _open(path: Path | None) -> ctypes.CDLL:
-    """Open the library and declare its functions. Raises KernelError if it is of another version or damaged."""
+    """Open the library and declare its functions. Raises KernelError if that is impossible."""
     if path is None:
         raise KernelError("the native CPU kernels are not built: install a C++ compiler and reinstall squawq")
     try:
@@ -104,7 +104,7 @@ def _check_whole(path: Path) -> None:
 
 
 def _find() -> Path | None:
-    """The library's file in this package, which has a second folder in an editable install."""
+    """The library's file in this package (an editable install has two folders); None if it is not built."""
     folders = import_module("squawq.backends.cpu").__path__
     return next((p for f in folders if (p := Path(f) / "libsquawq.so").is_file()), None)
 
@@ -130,7 +130,7 @@ def _quota() -> int | None:
 
 
 def required() -> ctypes.CDLL:
-    """The library. Raises KernelError without one."""
+    """The library, as `load` returns it. Raises KernelError where that is None."""
     library = load()
     if library is None:
         raise KernelError("the native kernels are not built here")
