@@ -374,14 +374,14 @@ class Exchange:
                 owned = replace(request, group=call.requests[0].id)
                 self._engine.submit(owned, self._sink)
         except SquawqError as error:
-            self._abort()
+            self._abort(call)
             if isinstance(error, ConfigError):
                 raise call.invalid(error) from error
             if isinstance(error, EngineClosed):
                 raise ApiError("unavailable", "The server is shutting down or its engine has failed") from error
             raise  # QueueFull: see Runtime._in_pool
-        if self.left():  # or just now
-            self._abort()
+        if self.left():  # or just now; `_abort` may have come between the lines above
+            self._abort(call)
         timing.validated = time.perf_counter()
         self.submitted = True
 
@@ -458,9 +458,9 @@ class Exchange:
                 self._inter_token((now - self._seen[key]) / len(item.ids))
             self._seen[key] = now
         if item.finish:
-            self._open[item.request] -= 1
-            if not self._open[item.request]:
-                del self._open[item.request]
+            left = self._open.pop(item.request, 1) - 1  # `_abort` may have forgotten it
+            if left:
+                self._open[item.request] = left
             timing.finish = item.finish
             if item.finish is FinishReason.ERROR:
                 self._abort()
@@ -468,8 +468,9 @@ class Exchange:
                 raise ApiError(kind, f"Request failed during generation: {item.stop_reason}")
         return item
 
-    def _abort(self) -> None:
-        for request in list(self._open):  # a worker thread may call this as well
+    def _abort(self, call: Call | None = None) -> None:
+        """Abort what is unfinished, or all of a call: a worker thread may submit one that the event loop has aborted."""
+        for request in [*self._open] if call is None else [request.id for request in call.requests]:
             self._engine.abort(request)
         self._open.clear()
 
