@@ -469,7 +469,7 @@ class Exchange:
         return item
 
     def _abort(self, call: Call | None = None) -> None:
-        """Abort what is unfinished, or all of a call: a worker thread may submit one that the event loop has aborted."""
+        """Abort what is unfinished, or all of a call: a worker thread may submit it after the event loop aborted."""
         for request in [*self._open] if call is None else [request.id for request in call.requests]:
             self._engine.abort(request)
         self._open.clear()
