@@ -324,6 +324,13 @@ def test_a_flag_reaches_its_setting(line: str) -> None:
     assert getattr(vllm(line), setting) == expected
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_files_are_read_as_paths_in_every_python(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "__module__", module)
+    assert serve_flags.type_name(Path | None) == "Path | None"
+    assert serve_flags.KINDS[serve_flags.type_name(Path | None)][0] is Path
+
+
 def test_every_setting_has_a_flag_and_every_flag_a_case() -> None:
     lines = [*FLAGS, *NOTED, *ACCEPTED, *REFUSED]
     settings = {entry.name for entry in fields(ServerSettings) if entry.init}

@@ -12,12 +12,15 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from running import MESSAGES, Running, running
 
+from squawq.engine.request import Output
 from squawq.serve import limits
+from squawq.serve.openai.completions import CompletionCall
 from squawq.serve.tgi import generate as tgi
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True}
@@ -484,3 +487,23 @@ def test_metrics_count_what_was_done() -> None:
         assert f"vllm:generation_tokens_total{{{name}}} 5.0" in text
         assert f"vllm:inter_token_latency_seconds_count{{{name}}} 4.0" in text
         assert 'tgi_request_failure{err="validation"} 1.0' in text
+
+
+def test_a_stream_that_the_server_breaks_off_counts_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs: list[object] = []
+    push = CompletionCall.push
+
+    def fail(call: CompletionCall, output: Output) -> list[dict[str, Any]]:
+        outputs.append(output)
+        if len(outputs) == 3:
+            raise ValueError("a mistake of ours")
+        return push(call, output)
+
+    monkeypatch.setattr(CompletionCall, "push", fail)
+    with running() as server:
+        text = server.post("/v1/completions", {**LONG, "stream": True}).text
+        assert "internal error" in text
+        assert "a mistake" not in text
+        assert server.idle()
+        counted = 'vllm:request_success_total{finished_reason="error",model_name="demo_model"} 1.0'
+        assert until(lambda: counted in server.get("/metrics").text)

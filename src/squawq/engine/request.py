@@ -37,13 +37,18 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-def _tuple(value: object) -> object:
-    """Lists as tuples, so that parameters can be hashed."""
-    return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
+def _tuple(most: int) -> BeforeValidator:
+    """Lists as tuples, so that parameters can be hashed.
 
+    Too long a list is refused before its items are looked at: an error for each would hold the interpreter for seconds.
+    """
 
-def _texts(value: object) -> object:
-    return (value,) if isinstance(value, str) else _tuple(value)
+    def convert(value: object) -> object:
+        if isinstance(value, list | tuple) and len(value) > most:
+            raise ValueError("too long")
+        return tuple(value) if isinstance(value, list) else value
+
+    return BeforeValidator(convert)
 
 
 @strict()
@@ -106,28 +111,29 @@ class SamplingParams:
         Field(description=f"a mapping of at most {MAX_BIASES} token ids to numbers, -100 to 100"),
     ] = None
     allowed_ids: Annotated[
-        Annotated[Sequence[TokenId], Field(min_length=1, max_length=MAX_ALLOWED)] | None,
-        BeforeValidator(_tuple),
+        Annotated[Sequence[TokenId], Field(min_length=1)] | None,
+        _tuple(MAX_ALLOWED),
         Field(description=f"a list of 1 to {MAX_ALLOWED} token ids"),
     ] = None
     bad_ids: Annotated[
-        Sequence[Annotated[Sequence[TokenId], Field(min_length=1, max_length=MAX_BAD_LENGTH)]],
-        BeforeValidator(_tuple),
-        Field(max_length=MAX_BAD, description=f"at most {MAX_BAD} lists of 1 to {MAX_BAD_LENGTH} token ids"),
+        Sequence[Annotated[Sequence[TokenId], _tuple(MAX_BAD_LENGTH), Field(min_length=1)]],
+        _tuple(MAX_BAD),
+        Field(description=f"at most {MAX_BAD} lists of 1 to {MAX_BAD_LENGTH} token ids"),
     ] = ()
     seed: Annotated[int | None, Field(ge=0, le=2**63 - 1, description="0 to 2^63 - 1")] = None
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES, description=f"a whole number, 1 to {MAX_SEQUENCES}")] = 1
     best_of: Annotated[int | None, Field(ge=1, le=MAX_SEQUENCES, description=f"n to {MAX_SEQUENCES}")] = None
     stop: Annotated[
         Sequence[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-        BeforeValidator(_texts),
-        Field(max_length=MAX_STOPS, description=f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters"),
+        _tuple(MAX_STOPS),
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+        Field(description=f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters"),
     ] = ()
     include_stop: Annotated[bool, Field(description="true or false")] = False
     stop_ids: Annotated[
         Sequence[TokenId],
-        BeforeValidator(_tuple),
-        Field(max_length=MAX_BIASES, description=f"a list of 0 to {MAX_BIASES} token ids"),
+        _tuple(MAX_BIASES),
+        Field(description=f"a list of 0 to {MAX_BIASES} token ids"),
     ] = ()
     ignore_eos: Annotated[bool, Field(description="true or false")] = False
     logprobs: Logprobs = None

@@ -27,8 +27,15 @@ from squawq.serve.settings import ServerSettings
 
 Reader = Callable[[str], Any]  # raises ConfigError with what the text should have been
 SETTINGS = {entry.name: entry for entry in fields(ServerSettings)}
-TYPES = {name: getattr(kind, "__name__", str(kind)) for name, kind in get_type_hints(ServerSettings).items()}
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def type_name(kind: Any) -> str:
+    """A setting's type as KINDS has it. Python 3.13 calls Path pathlib._local.Path."""
+    return getattr(kind, "__name__", None) or re.sub(r"\bpathlib[\w.]*\.", "", str(kind))
+
+
+TYPES = {name: type_name(kind) for name, kind in get_type_hints(ServerSettings).items()}
 
 
 def whole(least: int) -> Reader:
@@ -125,7 +132,7 @@ KINDS: dict[str, tuple[Reader, str]] = {  # by a setting's type: how its text is
     "int | None": (whole(1), "N"),
     "float | None": (number, "NUMBER"),
     "float": (number, "SECONDS"),
-    "pathlib.Path | None": (Path, "FILE"),
+    "Path | None": (Path, "FILE"),
     "tuple": (lambda text: (text,), "TEXT"),
 }
 

@@ -239,10 +239,15 @@ class Runtime:
         but no longer than `keep_alive_interval`: proxies close a connection that is idle for about a minute."""
         batches = exchange.batches(self.settings.keep_alive_interval)
         first = await anext(batches)
-        return HeldReply(self._chunks(call, first, batches, tenant), {**EVENT_HEADERS, **call.headers})
+        return HeldReply(self._chunks(call, exchange, first, batches, tenant), {**EVENT_HEADERS, **call.headers})
 
     async def _chunks(
-        self, call: Call, batch: list[Output] | None, batches: AsyncIterator[list[Output]], tenant: str
+        self,
+        call: Call,
+        exchange: Exchange,
+        batch: list[Output] | None,
+        batches: AsyncIterator[list[Output]],
+        tenant: str,
     ) -> AsyncIterator[bytes]:
         """The events of all batches, a keep-alive comment for an empty one, and the events that end the stream."""
         try:
@@ -257,6 +262,7 @@ class Runtime:
             last = call.fail(error)
         except Exception:
             logger.exception("an answer failed")
+            exchange.abort()  # here: the end of the response would look like a client that left
             last = call.fail(ApiError("internal", "internal error"))
         async for block in drain(events(last)):
             yield block
@@ -351,7 +357,7 @@ class Exchange:
         if self._open and self.ending.done():  # the client disconnected while its answer was written
             self._timing.finish = FinishReason.ABORT
         self._left = True
-        self._abort()
+        self.abort()
 
     @property
     def timing(self) -> Timing:
@@ -374,14 +380,14 @@ class Exchange:
                 owned = replace(request, group=call.requests[0].id)
                 self._engine.submit(owned, self._sink)
         except SquawqError as error:
-            self._abort()
+            self.abort(call)
             if isinstance(error, ConfigError):
                 raise call.invalid(error) from error
             if isinstance(error, EngineClosed):
                 raise ApiError("unavailable", "The server is shutting down or its engine has failed") from error
             raise  # QueueFull: see Runtime._in_pool
-        if self.left():  # or just now
-            self._abort()
+        if self.left():  # or just now; `abort` may have come between the lines above
+            self.abort(call)
         timing.validated = time.perf_counter()
         self.submitted = True
 
@@ -458,18 +464,19 @@ class Exchange:
                 self._inter_token((now - self._seen[key]) / len(item.ids))
             self._seen[key] = now
         if item.finish:
-            self._open[item.request] -= 1
-            if not self._open[item.request]:
-                del self._open[item.request]
+            left = self._open.pop(item.request, 1) - 1  # `abort` may have forgotten it
+            if left:
+                self._open[item.request] = left
             timing.finish = item.finish
             if item.finish is FinishReason.ERROR:
-                self._abort()
+                self.abort()
                 kind = "generation" if self._engine.alive else "unavailable"  # one request failed, or the engine
                 raise ApiError(kind, f"Request failed during generation: {item.stop_reason}")
         return item
 
-    def _abort(self) -> None:
-        for request in list(self._open):  # a worker thread may call this as well
+    def abort(self, call: Call | None = None) -> None:
+        """Abort what is unfinished, or all of a call: a worker thread may submit it after the event loop aborted."""
+        for request in [*self._open] if call is None else [request.id for request in call.requests]:
             self._engine.abort(request)
         self._open.clear()
 
