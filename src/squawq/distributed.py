@@ -136,6 +136,9 @@ class TorchRanks(Ranks):
             raise RankError(
                 f"another process of this run has ended or does not answer; its own message says why ({reason})"
             ) from error
+        except BaseException:  # such as KeyboardInterrupt: others are in this exchange, and would mistake a second one
+            self._over = True
+            raise
 
 
 def _portable(rank: int, error: BaseException) -> tuple[Any, ...]:

@@ -140,6 +140,9 @@ def test_plot(make_model: MakeModel, rows: list[list[int]], tmp_path: Path) -> N
     assert full.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert full.stat().st_size > empty.stat().st_size > 1000
     assert json.loads((tmp_path / "out" / "squawq_report.json").read_text()) == report
+    save_plot(tmp_path / "exported.png", {"format": "dense"}, scores)  # of a folder that had no report
+    with pytest.raises(CheckpointError, match="not as squawq quantize writes it: layers"):
+        save_plot(tmp_path / "bad.png", {**report, "layers": [{"name": "a"}]}, scores)
 
 
 @pytest.mark.parametrize(("factor", "message"), [(1e38, "logits are not finite"), (1e6, "nats a token")])

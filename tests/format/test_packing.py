@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from squawq.errors import CheckpointError
-from squawq.format.groupwise import from_gemm, pack, quantize, to_gemm, unpack
+from squawq.format.groupwise import dequantize_gemm, from_gemm, pack, quantize, to_gemm, unpack
 
 
 def test_golden_word() -> None:
@@ -55,6 +55,17 @@ def test_gemm_round_trip(group: int, zero_point: bool) -> None:
     assert torch.equal(again.scales, tensor.scales)
     if not zero_point:
         assert torch.equal(from_gemm(stored["qweight"], stored["scales"], None).zeros, tensor.zeros)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_dequantized_is_rounded_once(dtype: torch.dtype, zero_point: bool) -> None:
+    stored = to_gemm(quantize(torch.randn(24, 128, generator=torch.Generator().manual_seed(2)), 32, zero_point))
+    qweight, scales, zeros = stored["qweight"], stored["scales"], stored["qzeros"]
+    for qzeros in (zeros,) if zero_point else (zeros, None):
+        found = dequantize_gemm(qweight, scales, qzeros, dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found, from_gemm(qweight, scales, qzeros).dequantize().T.to(dtype))
 
 
 def test_shapes_that_do_not_belong_together() -> None:

@@ -17,7 +17,7 @@ from results import settled
 import squawq
 from squawq.config import ModelConfig
 from squawq.demo import demo_model
-from squawq.distributed import Ranks, torchrun_ranks
+from squawq.distributed import Ranks, TorchRanks, torchrun_ranks
 from squawq.errors import CalibrationError, ConfigError
 from squawq.format.files import read_json
 from squawq.format.reader import Checkpoint
@@ -123,3 +123,23 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
         assert ranks.device("cuda:1") == "cuda:1"
         with pytest.raises(ConfigError, match="as it is"), ranks.session():
             raise ConfigError("as it is")
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, TypeError])  # the second for what cannot be pickled
+def test_what_breaks_an_exchange_is_not_told_by_another(
+    raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are still in that exchange: they would take the message for a part of it, or wait for ever."""
+    exchanges = []
+
+    def all_gather_object(found: list[object], value: object) -> None:
+        exchanges.append(value)
+        raise raised
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    ranks = TorchRanks()
+    with pytest.raises(raised), ranks.session():
+        ranks.broadcast(lambda: None)
+    assert exchanges == [None]

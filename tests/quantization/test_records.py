@@ -62,6 +62,17 @@ def test_rows_have_only_what_is_known_and_json_takes() -> None:
     ]
 
 
+def test_a_loss_that_rounds_to_below_zero_is_none() -> None:
+    """It was written as it was; a row that refuses it would end a run of hours."""
+    assert LinearRow(name="a", out_features=8, in_features=16, loss_rounded=-1e-12, loss=-0.0).to_dict() == {
+        "name": "a",
+        "out_features": 8,
+        "in_features": 16,
+        "loss_rounded": 0.0,
+        "loss": 0.0,
+    }
+
+
 def test_measured_keys() -> None:
     found = measured(time.perf_counter() - 2, "cpu")
     assert set(found) <= set(MEASURED)

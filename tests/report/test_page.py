@@ -174,6 +174,14 @@ def test_an_evaluation_is_added_to_both_files(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {PAGE, REPORT}
 
 
+def test_an_evaluation_that_does_not_fit_changes_no_file(tmp_path: Path) -> None:
+    write_report(tmp_path, report())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="kl_mean"):
+        add_evaluation(tmp_path, "model", {**evaluation(), "kl_mean": -1.0})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_names_say_nothing_of_folders(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     assert public_name(tmp_path / "model" / ".") == "model"

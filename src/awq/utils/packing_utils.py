@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from squawq.errors import ConfigError
-from squawq.format.groupwise import ORDER, PER_WORD, from_gemm, unpack
+from squawq.format import groupwise
+from squawq.format.groupwise import ORDER, PER_WORD, unpack
 
 AWQ_ORDER = list(ORDER)
 AWQ_REVERSE_ORDER = [ORDER.index(channel) for channel in range(PER_WORD)]
@@ -67,4 +68,4 @@ def dequantize_gemm(
 ) -> Tensor:
     """Weights [in, out] in the dtype of `scales`."""
     _check(bits)
-    return from_gemm(qweight, scales, qzeros).dequantize().T.to(scales.dtype).contiguous()
+    return groupwise.dequantize_gemm(qweight, scales, qzeros, scales.dtype)

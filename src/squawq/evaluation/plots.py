@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from squawq.errors import ConfigError, DependencyError, OutputError
-from squawq.report.schema import LayerRow
+from squawq.report.schema import Report
 
 
 def check_plot(path: str | Path) -> None:
@@ -27,7 +27,8 @@ def check_plot(path: str | Path) -> None:
 def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mapping[str, Any]) -> None:
     """Write a PNG. `report` is squawq_report.json if the folder has one, `scores` the result of `evaluate`.
 
-    Raises OutputError where it cannot be written, ConfigError and DependencyError as `check_plot`.
+    Raises OutputError where it cannot be written, CheckpointError for a report that is none, ConfigError and
+    DependencyError as `check_plot`.
     """
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,7 +37,7 @@ def save_plot(path: str | Path, report: Mapping[str, Any] | None, scores: Mappin
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    rows = [LayerRow.model_validate(row) for row in (report or {}).get("layers", [])]
+    rows = Report.read(report).layers if report and "layers" in report else []  # none in others' folders, exported
     layers = [row for row in rows if row.loss_rounded is not None]
     if layers:
         x = range(len(layers))

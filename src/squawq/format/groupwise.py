@@ -130,3 +130,16 @@ def from_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> Groupwi
         torch.full(shape, SYMMETRIC_ZERO, dtype=torch.uint8, device=scales.device) if qzeros is None else unpack(qzeros)
     )
     return GroupwiseTensor(unpack(qweight).T.contiguous(), scales.T.contiguous(), zeros.T.contiguous())
+
+
+def dequantize_gemm(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight [in, out] in `dtype`, rounded once: no transposed copies, and 16-bit where that is exact enough.
+
+    Raises CheckpointError when dtypes or shapes do not belong together.
+    """
+    check_gemm(qweight, scales, qzeros)
+    wide = torch.promote_types(scales.dtype, dtype)
+    groups, out = scales.shape
+    weight = unpack(qweight).view(groups, -1, out).to(wide)
+    weight.sub_(SYMMETRIC_ZERO if qzeros is None else unpack(qzeros).view(groups, 1, out).to(wide))
+    return weight.mul_(scales.view(groups, 1, out).to(wide)).view(-1, out).to(dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from squawq.backends import backend_for
 from squawq.backends.layer_ops import Packed
 from squawq.errors import KernelError
-from squawq.format.groupwise import PER_WORD, from_gemm
+from squawq.format.groupwise import PER_WORD, dequantize_gemm
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _numbers = count()
@@ -25,12 +25,8 @@ _owners: WeakValueDictionary[int, AwqLinear] = WeakValueDictionary()
 
 def plain(x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bias: Tensor | None) -> Tensor:
     """x [..., in] times the dequantized weight plus bias, in x's dtype: torch alone, seen by autograd and compile."""
-    return F.linear(x, dense(qweight, scales, qzeros, x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def dense(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] in `dtype`."""
-    return from_gemm(qweight, scales, qzeros).dequantize().to(dtype)
+    weight = dequantize_gemm(qweight, scales, qzeros, x.dtype)
+    return F.linear(x, weight.T, None if bias is None else bias.to(x.dtype))
 
 
 class AwqLinear(nn.Module):
@@ -147,7 +143,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The weight is frozen: only the input has a gradient."""
     qweight, scales, qzeros = ctx.saved_tensors
-    return gradient @ dense(qweight, scales, qzeros, gradient.dtype), None, None, None, None, None
+    return F.linear(gradient, dequantize_gemm(qweight, scales, qzeros, gradient.dtype)), None, None, None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_save)

@@ -40,5 +40,6 @@ class Cache:
         self._store[:, :, target] = self._store[:, :, source]
 
     def take(self, pages: Sequence[int], other: Cache) -> None:
-        """Copy these pages from `other`, a cache of the same shape."""
-        self._store[:, :, list(pages)] = other._store[:, :, list(pages)]
+        """Copy these pages from `other`, a cache of the same shape, one at a time: together they may be gigabytes."""
+        for page in pages:
+            self._store[:, :, page] = other._store[:, :, page]

@@ -14,9 +14,10 @@ PAGE = "report.html"
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write both files."""
+    """Write both files. Raises CheckpointError, with nothing written, for a report that is none."""
+    page = render(report)
     write_json(folder / REPORT, report)
-    write_text(folder / PAGE, render(report))
+    write_text(folder / PAGE, page)
 
 
 def add_evaluation(folder: Path, reference: str | Path, scores: Mapping[str, Any]) -> None:

@@ -24,12 +24,14 @@ Number = Annotated[float, Field(ge=0, lt=1e300)]
 Quantiles = Annotated[list[float], Field(min_length=5, max_length=5)]  # 0, 5, 50, 95 and 100 %
 
 
-def _finite(value: object) -> object:
-    """JSON has neither NaN nor infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _measured(value: object) -> object:
+    """JSON has neither NaN nor infinity; a loss near 0, the sum of a product with a Hessian, may round to below it."""
+    if not isinstance(value, float):
+        return value
+    return max(0.0, value) if math.isfinite(value) else None
 
 
-Loss = Annotated[Number | None, BeforeValidator(_finite)]
+Loss = Annotated[Number | None, BeforeValidator(_measured)]
 
 
 class Row(BaseModel):
