@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads wait in a loop: two workers on two cores would stand still
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait in a loop: two workers on two cores would stand still
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("SQUAWQ_THREADS", "1")
 
 import torch
 from safetensors.torch import save_file

@@ -8,14 +8,18 @@ of what an import does, or of the interpreter's own flags, starts `sys.executabl
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver, get_context, reduction
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
+STARTING = Lock()
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["imported"])
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "XDG_")  # variables; with others of these, the packages are imported anew
@@ -44,6 +48,23 @@ def run(
             stream.seek(0)
             texts.append(stream.read().decode())
     return subprocess.CompletedProcess(program.args, program.returncode or 0, *texts)
+
+
+def run_ranks(
+    size: int, arguments: Sequence[str | Path], *, env: Mapping[str, str], timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """As torchrun starts a program `size` times on this machine, but that a rank that ends does not end the others."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    common = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+
+    def run_rank(rank: int) -> subprocess.CompletedProcess[str]:
+        return run(arguments, env={**common, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}, timeout=timeout)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run_rank, range(size)))
 
 
 class Program:
@@ -118,14 +139,15 @@ class Program:
 
 def _start_server() -> None:
     """Start the process to fork from, if it does not run yet. It finds `imported` by PYTHONPATH alone."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+    with STARTING:
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+        try:
+            forkserver.ensure_running()
+        finally:
+            del os.environ["PYTHONPATH"]
+            if before is not None:
+                os.environ["PYTHONPATH"] = before
 
 
 class _Passed:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from awq_folders import quantized, stored
@@ -34,10 +33,9 @@ def cut_in_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         found[model_type] = tmp_path_factory.mktemp(model_type)
         assert quantized(found[model_type], model_type, **inner)[0].name == "awq"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SQUAWQ_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, found.values())], env=environment, capture_output=True, timeout=280)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    for done in programs.run_ranks(2, [WORKER, *found.values()], env=environment, timeout=280):
+        assert done.returncode == 0, done.stderr[-3000:]
     return found
 
 
