@@ -8,14 +8,16 @@ script.
 
 from __future__ import annotations
 
-import json
 import sys
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from squawq.format.files import read_json
 from squawq.report.charts import Chart, Map
 from squawq.report.drawings import sections
+from squawq.report.files import REPORT
+from squawq.report.schema import Report
 from squawq.report.words import headline, sizes
 
 WIDTH, MARGIN, GAP = 960, 24, 36
@@ -66,7 +68,8 @@ def draw(chart: Chart | Map, x: float, y: float, width: float) -> str:
 
 def picture(folder: Path) -> str:
     """The SVG of a folder's squawq_report.json."""
-    report = json.loads((folder / "squawq_report.json").read_text(encoding="utf-8"))
+    path = folder / REPORT
+    report = Report.read(read_json(path), str(path))
     found = {section.name: section.charts[0] for section in sections(report) if section.charts}
     layers, linears, divergence = (found[name] for name in SHOWN)
     half = (WIDTH - 2 * MARGIN - GAP) / 2
@@ -80,7 +83,7 @@ def picture(folder: Path) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="{box}">',
             f"<title>Report of {escape(str(report['model']))}</title><style>{style}</style>",
             f'<rect width="{WIDTH}" height="{height}" style="fill: var(--page)"/>',
-            text(MARGIN, 36, str(report["model"]), "fill: var(--text); font-size: 20px; font-weight: 600"),
+            text(MARGIN, 36, str(report.model), "fill: var(--text); font-size: 20px; font-weight: 600"),
             text(MARGIN, 58, headline(report)[0], "fill: var(--text); font-size: 13px"),
             text(MARGIN, 76, sizes(report), "font-size: 13px"),
             draw(layers, MARGIN, head, half),
