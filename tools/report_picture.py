@@ -81,7 +81,7 @@ def picture(folder: Path) -> str:
     return "".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="{box}">',
-            f"<title>Report of {escape(str(report['model']))}</title><style>{style}</style>",
+            f"<title>Report of {escape(str(report.model))}</title><style>{style}</style>",
             f'<rect width="{WIDTH}" height="{height}" style="fill: var(--page)"/>',
             text(MARGIN, 36, str(report.model), "fill: var(--text); font-size: 20px; font-weight: 600"),
             text(MARGIN, 58, headline(report)[0], "fill: var(--text); font-size: 13px"),
