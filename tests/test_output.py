@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reports import report
 
 from squawq.cli import main
 from squawq.demo import demo_model
@@ -50,7 +51,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def out(tmp_path: Path) -> Path:
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / REPORT).write_text(json.dumps({"layers": []}))
+    (folder / REPORT).write_text(json.dumps(report(layers=0)))
     return folder
 
 

@@ -209,7 +209,7 @@ def test_an_id_is_under_way_once(make: MakeEngine) -> None:
     gate = Gate(runner)
     engine, asked, sink = make(runner), request([1], max_tokens=2), Sink()
     engine.submit(asked, sink)
-    with pytest.raises(ConfigError, match="under way"):
+    with pytest.raises(ConfigError, match="is in use"):
         engine.submit(asked, Sink())
     gate.open()
     sink.result()
