@@ -24,12 +24,7 @@ MAX_STREAMS = 256
 
 
 def bench(
-    model: str | Path,
-    *,
-    prompt_tokens: int = 512,
-    new_tokens: int = 128,
-    streams: int = 1,
-    **knobs: Any,
+    model: str | Path, *, prompt_tokens: int = 512, new_tokens: int = 128, streams: int = 1, **knobs: Any
 ) -> dict[str, Any]:
     """Load `model` and measure it; streams run together, each on a random prompt of its own.
 

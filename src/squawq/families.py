@@ -160,10 +160,7 @@ def _gated(norm: str = _MLP, module: str = "mlp", adds: bool = True) -> Groups:
 
 def _fused_gated() -> Groups:
     """The same with gate and up in one linear."""
-    return (
-        ScalingGroup(_MLP, ("mlp.gate_up_proj",), "mlp"),
-        ScalingGroup("mlp.gate_up_proj", ("mlp.down_proj",)),
-    )
+    return (ScalingGroup(_MLP, ("mlp.gate_up_proj",), "mlp"), ScalingGroup("mlp.gate_up_proj", ("mlp.down_proj",)))
 
 
 def _plain(norm: str, up: str, down: str) -> Groups:
@@ -242,16 +239,12 @@ FAMILIES = {
     **_rows("nemotron", _attention() + _plain(_MLP, "mlp.up_proj", "mlp.down_proj"), norm_offset=1.0),
     **_rows("arcee jais2", _attention() + _plain(_MLP, "mlp.up_proj", "mlp.down_proj")),
     **_rows(
-        "apertus",
-        _attention("attention_layernorm") + _plain("feedforward_layernorm", "mlp.up_proj", "mlp.down_proj"),
+        "apertus", _attention("attention_layernorm") + _plain("feedforward_layernorm", "mlp.up_proj", "mlp.down_proj")
     ),
     **_rows("minicpm3", _latent_attention() + _gated(adds=False)),
     **_rows("youtu", _latent_attention() + _gated()),
     **_rows("deepseek_v2 deepseek_v3 glm4_moe_lite", _latent_attention() + _DENSE_OR_MOE),
-    **_rows(
-        "dots1 ernie4_5_moe exaone_moe glm4_moe olmoe qwen3_moe solar_open",
-        _attention() + _DENSE_OR_MOE,
-    ),
+    **_rows("dots1 ernie4_5_moe exaone_moe glm4_moe olmoe qwen3_moe solar_open", _attention() + _DENSE_OR_MOE),
     **_rows("qwen2_moe", _attention() + _QWEN_MOE),
     **_rows("qwen3_next", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
     **_rows("qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0),

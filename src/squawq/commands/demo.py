@@ -10,9 +10,7 @@ from typing import Annotated
 import typer
 
 
-def demo(
-    out: Annotated[Path, typer.Option(help="Where the quantized demo model goes")] = Path("squawq-demo"),
-) -> None:
+def demo(out: Annotated[Path, typer.Option(help="Where the quantized demo model goes")] = Path("squawq-demo")) -> None:
     """Quantize the bundled demo model, measure it, and let both versions answer the same question.
 
     \b

@@ -131,9 +131,7 @@ class SamplingParams:
     ] = ()
     include_stop: Annotated[bool, Field(description="true or false")] = False
     stop_ids: Annotated[
-        Sequence[TokenId],
-        _tuple(MAX_BIASES),
-        Field(description=f"a list of 0 to {MAX_BIASES} token ids"),
+        Sequence[TokenId], _tuple(MAX_BIASES), Field(description=f"a list of 0 to {MAX_BIASES} token ids")
     ] = ()
     ignore_eos: Annotated[bool, Field(description="true or false")] = False
     logprobs: Logprobs = None
