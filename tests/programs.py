@@ -1,8 +1,9 @@
 """Runs Python programs in processes of their own that fork from one with the large packages imported.
 
 Importing torch and transformers takes seconds of processor time, which most tests of the command line need not spend. A
-program sees its own arguments, environment, folder and streams; signals and exit codes are those of any process. A test
-of what an import does, or of the interpreter's own flags, starts `sys.executable` instead.
+program sees its own arguments, environment, folder and streams. Signals and exit codes are those of any process, but
+that a KeyboardInterrupt which nobody catches ends it with 1. A test of what an import does, or of the interpreter's own
+flags, starts `sys.executable` instead.
 """
 
 from __future__ import annotations

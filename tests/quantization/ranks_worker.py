@@ -86,7 +86,6 @@ def main(model: str, folder: str) -> None:
         report.write_text(json.dumps(ends))
         if not ranks.first:
             os.kill(os.getpid(), signal.SIGKILL)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others, too
         ends["gone"] = end_of(lambda: quantize(model, Path(folder) / "gone", calibration=rows, ranks=ranks))
         report.write_text(json.dumps(ends))
 

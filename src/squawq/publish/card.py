@@ -242,6 +242,6 @@ def _method(report: Report) -> str:
         ("activation-aware scales", searched),
         ("clipping", searched and config.clip),
         ("error-compensated rounding", config.compensate),
-        ("each layer calibrated behind quantized ones", config.sequential),
+        ("each layer calibrated after quantized layers", config.sequential),
     ]
     return ", ".join(name for name, used in parts if used) or "plain rounding"

@@ -6,8 +6,8 @@ sum ||W x - W^ x^||^2, where H = sum x^ x^' is the Hessian: QEP's correction at 
 added once, before the weights are rounded with error feedback (GPTQ) on H. GPTAQ (arXiv 2504.02692) and Qronos (arXiv
 2505.11695) minimize the same error, but correct it column by column while they round.
 
-Three things are not in these papers. H is damped by a share of each diagonal entry (`rounding.DampedGram`), much more
-than theirs, in place of a smaller alpha. The error cross-covariance is E = W sum (x - x^) x^' + sum (r - r^) x^', where
+Three things are not in these papers. H is damped by a share of each diagonal entry (`QuantConfig.damping`, by default
+0.5), in place of a smaller alpha. The error cross-covariance is E = W sum (x - x^) x^' + sum (r - r^) x^', where
 the linear's output is added to the residual stream r: the linear also corrects that stream's error. Inputs of more than
 `statistics.MAX_GRAM` features are corrected one diagonal block of H at a time.
 """

@@ -147,7 +147,7 @@ class LayerQuantization:
         """Quantize linears of the folded layer that share an input; corrects their weights in place."""
         config, found = self.plan.config, {}
         if quantizer.error is not None:
-            self.notes += quantizer.stats.notes(f"{quantizer.error.stage.capture_module}, behind quantized layers")
+            self.notes += quantizer.stats.notes(f"{quantizer.error.stage.capture_module}, after quantized layers")
         for name in linears:
             weight = self.block.weight(name)
             part = sampled_rows(weight)
