@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+unexport PYTHONDONTWRITEBYTECODE  # else each of the tests' many processes compiles the sources anew
 
 .PHONY: demo test check sanitize fuzz format clean
 demo: $(READY)

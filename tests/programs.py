@@ -8,6 +8,7 @@ flags, starts `sys.executable` instead.
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
@@ -23,8 +24,7 @@ from typing import IO, Any
 STARTING = Lock()
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["imported"])
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "XDG_")  # variables; with others of these, the packages are imported anew
-READERS = ("huggingface_hub", "transformers", "datasets", "squawq", "awq")
+READ_AT_IMPORT = ("HF_", "XDG_", "HOME")  # variables that huggingface_hub reads when it is imported
 
 
 def run(
@@ -185,8 +185,7 @@ def _main(arguments: list[str], environment: dict[str, str], folder: str, stream
     sys.path[1:] = [*filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]
     sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).parent)]
     if any(name.startswith(READ_AT_IMPORT) for name in changed):
-        for name in [name for name in sys.modules if name.partition(".")[0] in READERS]:
-            del sys.modules[name]
+        _read_again()
     code = 1
     try:
         _run(arguments)
@@ -200,6 +199,14 @@ def _main(arguments: list[str], environment: dict[str, str], folder: str, stream
     for output in (sys.stdout, sys.stderr):
         output.flush()
     os._exit(code)
+
+
+def _read_again() -> None:
+    """Give huggingface_hub the new variables. Importing transformers anew with it would take seconds."""
+    from huggingface_hub import constants, hf_api
+
+    importlib.reload(constants)
+    hf_api.api.endpoint = constants.ENDPOINT
 
 
 def _run(arguments: list[str]) -> None:

@@ -224,7 +224,12 @@ def test_choices_stand_in_the_help_and_are_the_librarys() -> None:
 
 def test_demo(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    done = run("demo", "--out", out)
+    code = """
+from squawq import cli, demo
+demo.CALIBRATION_BLOCKS, demo.EVALUATED_TOKENS = 2, 2048  # the work of a minute in seconds
+cli.main()
+"""
+    done = programs.run(["-c", code, "demo", "--out", out])
     assert done.returncode == 0, done.stderr
     for words in (
         "weights",

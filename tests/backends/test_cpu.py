@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 
+import programs
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -360,9 +360,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def _isa_of_a_new_process(**environment: str) -> subprocess.CompletedProcess[str]:
     code = "from squawq.backends.cpu import library; print(library.isa(), library.threads())"
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    return programs.run(["-c", code], env={**os.environ, **environment})
 
 
 def test_environment_forces_an_isa(isa: str) -> None:
@@ -381,7 +379,7 @@ library._find = lambda: None
 library.load(), library.load()
 print(library.isa(), backend_for("cpu").activation_mul(torch.ones(1, 32), "silu").shape[1])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = programs.run(["-c", code])
     assert done.stdout.split() == ["torch", "16"]
     assert done.stderr.count("native CPU kernels are not built") == 1
 

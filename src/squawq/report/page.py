@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -25,11 +26,8 @@ def render(report: Mapping[str, Any]) -> str:
     """The page of a report as squawq_report.json has it. Raises CheckpointError for one that is none."""
     found = Report.read(report)
     style, script = _read("page.css"), _read("page.js")
-    template = jinja2.Environment(
-        autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(_read("page.html"))
     try:
-        return template.render(
+        return _template().render(
             model=found.model or "A quantized model",
             headline=headline(found),
             facts=facts(found),
@@ -46,6 +44,14 @@ def render(report: Mapping[str, Any]) -> str:
         )
     except (ValueError, ArithmeticError) as error:  # numbers of the right kind and beyond any sense
         raise CheckpointError(f"the report is not as squawq quantize writes it: {error!r:.200}") from error
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_read("page.html"))
 
 
 def _shown(value: Any) -> Any:
