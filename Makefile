@@ -10,13 +10,13 @@ demo: $(READY)
 	$(BIN)/squawq demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --durations 20
+	$(BIN)/python -m pytest -n auto --durations 20
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --durations 20
+	$(BIN)/python -m pytest -n auto --durations 20
 
 # The kernels under sanitizers; needs cmake and g++, and some minutes.
 sanitize: $(READY)

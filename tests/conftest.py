@@ -32,6 +32,11 @@ EXACT = Options(exact=True)
 MakeModel = Callable[..., Path]
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than there are cores, as some wait for servers; each takes a gigabyte, so four at most."""
+    return min((os.cpu_count() or 1) + 1, 4)
+
+
 def pytest_collection_finish() -> None:
     """Keep the collector from looking again and again at what the imports made: a tenth of the processor's time."""
     gc.collect()

@@ -1,5 +1,7 @@
 """What the process has imported from which `programs` forks; nothing here may start a thread or read the network."""
 
+import gc
+
 import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
@@ -15,3 +17,6 @@ import squawq.quantization.pipeline
 import squawq.serve.launcher
 import squawq.serve.server
 import squawq.transformers  # noqa: F401
+
+gc.collect()
+gc.freeze()  # a collection would write to every page that the programs share
