@@ -16,6 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait in a loop: two work
     os.environ.setdefault("SQUAWQ_THREADS", "1")
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
 from safetensors.torch import save_file
 
 from squawq.backends.sampling import Chunk
@@ -32,6 +36,7 @@ EXACT = Options(exact=True)
 MakeModel = Callable[..., Path]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than there are cores, as some wait for servers; each takes a gigabyte, so four at most."""
     return min((os.cpu_count() or 1) + 1, 4)

@@ -64,6 +64,7 @@ class FakeRunner(HostRunner):
         self.vocab_size = VOCAB
         self.max_positions = max_positions
         self.page_size = page_size
+        self.cache_outputs = True
         self.num_pages = num_pages
         self.steps: list[list[Chunk]] = []
         self.fail: Callable[[Sequence[Chunk]], None] = lambda batch: None

@@ -12,6 +12,7 @@ from squawq.errors import KernelError
 REFERENCE = "reference"
 BACKENDS = {  # name -> module:class, in order of preference
     "cpu": "squawq.backends.cpu.backend:CpuBackend",
+    "cuda": "squawq.backends.cuda.backend:CudaBackend",
     REFERENCE: "squawq.backends.reference:Reference",
 }
 
@@ -34,6 +35,8 @@ def backend_for(device: str | torch.device, name: str | None = None, *, exact: b
         module, _, kind = BACKENDS[candidate].partition(":")
         found: type[Backend] = getattr(import_module(module), kind)
         reason = found.declines(device)
+        if reason is None and exact and not found.computes_exactly:
+            reason = "it has no float32 activations"
         if reason is None:
             return found(device, exact=exact)
         refusals.append(f"{candidate}: {reason}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class Batch:
     ids: Tensor  # [rows]
     positions: Tensor  # [rows]; each token's position in its sequence
     slots: Tensor  # [rows]; slot mapping: page * page_size + offset in the page
-    sequences: Tensor  # [sequences, 4]: first row, rows, position of the first row, offset of its page table in `pages`
+    # [sequences, 4], on the CPU: first row, rows, position of the first row, offset of its page table in `pages`
+    sequences: Tensor
     pages: Tensor  # int32 [entries]; all page tables (vLLM's block tables), one after another
     outputs: Tensor  # [outputs]; rows whose logits are needed
 
@@ -60,6 +61,29 @@ class Layers:
     operations: tuple[Operation, ...]
     heads: Heads
     eps: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole model: the attributes are `Decoder`'s."""
+
+    layers: Layers
+    embedding: Tensor
+    frequencies: Tensor
+    norm: Tensor
+    head: Packed
+
+
+class DecodeStep(Protocol):
+    """Runs and samples the next token of many sequences at once."""
+
+    rows: int  # sequences in a step
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether a chunk is the one next token of a sequence."""
+
+    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
+        """An output for each of up to `rows` chunks that it takes."""
 
 
 RunLayers = Callable[[Tensor, Rotary, Batch], None]  # updates hidden [rows, hidden_size] in place
@@ -76,6 +100,7 @@ class Backend(ABC):
     cache_dtype: ClassVar[torch.dtype] = torch.float16
     activation_dtype: ClassVar[torch.dtype] = torch.float32  # of hidden states
     traceable: ClassVar[bool] = False  # the operations are torch's own, which autograd and torch.compile can trace
+    computes_exactly: ClassVar[bool] = True  # if asked: float32 activations in products of INT4 weights
     head: str = "16-bit"  # default format of the output head: "16-bit" or "int8"
 
     def __init__(self, device: torch.device, *, exact: bool = False) -> None:
@@ -123,6 +148,10 @@ class Backend(ABC):
     @abstractmethod
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:
         """x [..., in] -> x @ weight.T + bias [..., out], in x's dtype."""
+
+    def logits(self, x: Tensor, head: Packed) -> Tensor:
+        """The output head: x [rows, hidden] -> float32 [rows, vocab]."""
+        return self.matmul(x, head).float()
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows `ids` (int64 [rows]) of weight [vocab, hidden], in activation_dtype."""
@@ -226,6 +255,19 @@ class Backend(ABC):
                 self._apply(operation, layers, buffers, rotary, batch, cache)
 
         return run
+
+    def prepare_decode(
+        self,
+        model: Model,  # noqa: ARG002
+        cache: Sequence[Pages],  # noqa: ARG002
+        rows: int,  # noqa: ARG002
+        pages: int,  # noqa: ARG002
+    ) -> DecodeStep | None:
+        """A faster way for the steps that run one token of each sequence, for so many sequences of so many pages.
+
+        None where there is no other: then such steps run as prompts do.
+        """
+        return None
 
     def runs_whole(self, run: RunLayers) -> bool:  # noqa: ARG002
         """Whether `run`, which `prepare` returned, is one native call: it uses none of torch's threads."""

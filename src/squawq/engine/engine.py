@@ -41,7 +41,13 @@ class Loop:
         ended: Callable[[RequestState], None] = lambda _: None,
     ) -> None:
         self.pool = PagePool(runner.num_pages, runner.page_size)
-        self.scheduler = Scheduler(self.pool, config.step_tokens, config.max_num_seqs, config.prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            config.step_tokens,
+            config.max_num_seqs,
+            config.prefix_caching,
+            cache_outputs=runner.cache_outputs,
+        )
         self.requests: dict[str, RequestState] = {}
         self.steps = self.tokens_generated = self.prompt_tokens_computed = 0
         self.runner_seconds = self.step_seconds = 0.0

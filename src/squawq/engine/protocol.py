@@ -91,6 +91,7 @@ class Runner(Protocol):
     max_positions: int
     page_size: int
     num_pages: int
+    cache_outputs: bool  # whether keys and values of generated tokens are the bits that a prompt's would be
 
     def prepare(self, sampling: Sampling) -> None:
         """Set `sampling.state`, where that takes time; called in the thread that submits the request."""

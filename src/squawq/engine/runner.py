@@ -31,7 +31,9 @@ MAX_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
 class DecoderRunner:
     """A loaded decoder and its KV cache. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
 
-    def __init__(self, decoder: Decoder, kv_tokens: int | None = None, gpu_share: float | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, kv_tokens: int | None = None, gpu_share: float | None = None, rows: int = 64
+    ) -> None:
         self.config: ModelConfig = decoder.config
         self.vocab_size = self.config.vocab_size
         self.max_positions = self.config.max_positions
@@ -54,12 +56,24 @@ class DecoderRunner:
             self._cache = Cache(self.config, self.num_pages, decoder.backend)
         except (MemoryError, RuntimeError, ValueError) as error:
             raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
+        pages = min(-(-self.max_positions // self.page_size), self.num_pages)
+        self._decode = decoder.decode_step(self._cache, rows, pages)
+        self.cache_outputs = self._decode is None
 
     def prepare(self, sampling: Sampling) -> None:
         self._decoder.backend.prepare_sampling(sampling)
 
     def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
-        return self._decoder.backend.sample(self._logits(batch), batch)
+        found: dict[int, StepOutput] = {}
+        if (decode := self._decode) is not None and (taken := [i for i, c in enumerate(batch) if decode.takes(c)]):
+            for first in range(0, len(taken), decode.rows):
+                part = taken[first : first + decode.rows]
+                found.update(zip(part, decode.step([batch[i] for i in part]), strict=True))
+        left = [i for i in range(len(batch)) if i not in found]
+        if left:
+            chunks = [batch[i] for i in left]
+            found.update(zip(left, self._decoder.backend.sample(self._logits(chunks), chunks), strict=True))
+        return [found[i] for i in range(len(batch))]
 
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         """A step without sampling: float32 logits [chunk.logits, vocab] of each chunk."""
@@ -90,7 +104,7 @@ class DecoderRunner:
             ids=self._tensor(ids),
             positions=self._tensor(np.concatenate(positions)),
             slots=self._tensor(np.concatenate(slots)),
-            sequences=self._tensor(sequences),
+            sequences=torch.as_tensor(sequences, dtype=torch.int64),
             pages=self._tensor(pages).int(),
             outputs=self._tensor(outputs),
         )
@@ -161,4 +175,5 @@ def load_runner(folder: Path, config: EngineConfig) -> DecoderRunner:
     options = Options(config.device, config.exact, config.head)
     if config.threads is not None:
         backend_for(config.device).set_threads(config.threads)
-    return DecoderRunner(load(folder, options), config.kv_tokens, config.gpu_memory_utilization)
+    decoder = load(folder, options)
+    return DecoderRunner(decoder, config.kv_tokens, config.gpu_memory_utilization, config.max_num_seqs)

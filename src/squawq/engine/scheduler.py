@@ -123,6 +123,8 @@ class Scheduler:
     there are more tenants than `max_sequences` or earlier tenants' first sequences hold the pages. Only other tenants
     may overtake a sequence that does not fit.
 
+    cache_outputs: whether pages with generated tokens enter the prefix cache, too.
+
     Prefix caching: a sequence waits while an earlier one computes the next page of the same prompt, and then uses it.
 
     Budget: decodes are planned first and take at most half of a step, since max_tokens >= 2 * max_sequences, so neither
@@ -133,7 +135,15 @@ class Scheduler:
     becomes first; so all finish.
     """
 
-    def __init__(self, pool: PagePool, max_tokens: int, max_sequences: int, prefix_caching: bool) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        max_tokens: int,
+        max_sequences: int,
+        prefix_caching: bool,
+        *,
+        cache_outputs: bool = True,
+    ) -> None:
         assert max_tokens >= 2 * max_sequences
         self.pool = pool
         self.running: list[Sequence] = []  # in the order of the last plan
@@ -141,6 +151,7 @@ class Scheduler:
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self._turns = Turns(max_tokens)
         self._max_tokens, self._max_sequences, self._caching = max_tokens, max_sequences, prefix_caching
+        self._cache_outputs = cache_outputs
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose `limit` tokens fit into the pool."""
@@ -172,7 +183,8 @@ class Scheduler:
         """Count `count` more tokens as computed; pages that became full enter the prefix cache."""
         sequence.computed += count
         if self._caching:
-            full = sequence.computed // self.pool.page_size
+            known = sequence.computed if self._cache_outputs else min(sequence.computed, sequence.prompt)
+            full = known // self.pool.page_size
             first = (sequence.computed - count) // self.pool.page_size
             self._extend_digests(sequence, full)
             for index in range(first, full):

@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: Triton kernels, and a CUDA graph for each decode step."""

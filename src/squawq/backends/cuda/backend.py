@@ -1,0 +1,218 @@
+"""Backend for NVIDIA GPUs: activations in 16 bits beside a float32 residual stream, INT4 weights in 4 bits.
+
+Prompts dequantize each weight once a step and multiply by cuBLAS, always with so many rows that it adds in one order; a
+sequence's next tokens take the kernels for few rows. So a token's bits depend on its sequence alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from squawq.backends.base import Batch, DecodeStep, Gemm, Heads, Layers, Model, Norms, Pages, Rotary
+from squawq.backends.layer_ops import Buffer, Matmul, Operation, Packed
+from squawq.backends.reference import Reference
+from squawq.errors import KernelError
+from squawq.format.groupwise import from_gemm
+
+if TYPE_CHECKING:
+    from squawq.backends.cuda.launch import Weight
+
+FEW_ROWS = 64
+MIN_ROWS = 512  # of a product by cuBLAS: with fewer it may split the inputs, and add in another order
+QUERIES = 64  # of a program of prefill attention
+
+
+class CudaBackend(Reference):
+    """See `Backend` for shapes and dtypes."""
+
+    name = "cuda"
+    traceable = False
+    activation_dtype = torch.float16
+    cache_dtype = torch.float16
+    computes_exactly = False
+
+    def __init__(self, device: torch.device, *, exact: bool = False) -> None:
+        super().__init__(device, exact=exact)
+        self._scratch = torch.empty(0)
+        self._blocks: tuple[Tensor, Tensor] | None = None  # for the latest `sequences`
+
+    @classmethod
+    def declines(cls, device: torch.device) -> str | None:
+        if device.type != "cuda" or torch.version.cuda is None:
+            return "it is for NVIDIA GPUs"
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)"
+        return None
+
+    def int4_declines(self, out: int, in_: int, group: int) -> str | None:
+        if in_ % group or out % 8:
+            return f"[{out}, {in_}] has no groups of {group} or is no multiple of 8"
+        return None if self._group(in_, group) is not None else f"groups of {group} are not 32, 64 or multiples of 128"
+
+    @staticmethod
+    def _group(in_: int, group: int) -> int | None:
+        """The kernels' GROUP: inputs of a group, 0 for all."""
+        return 0 if group == in_ else group if group in (32, 64) or group % 128 == 0 else None
+
+    def pack_int4(self, out: int, in_: int, group: int, parts: Iterable[Gemm], bias: Tensor | None = None) -> Packed:
+        from squawq.backends.cuda import int4
+
+        kernel_group = self._group(in_, group)
+        if kernel_group is None:
+            return super().pack_int4(out, in_, group, parts, bias)
+        packed = []
+        for part in parts:
+            qweight, scales, qzeros = part
+            zeros = None if qzeros is None else qzeros.to(self.device)
+            found = from_gemm(qweight.to(self.device), scales.to(self.device), zeros)
+            packed.append(int4.pack(found.q, found.scales.T, found.zeros.T, kernel_group, self.activation_dtype))
+        words = torch.cat([part.words for part in packed], 1)
+        grids = torch.cat([part.grids for part in packed], 1)
+        if (words.shape[1], packed[0].shape[1]) != (out, in_):
+            raise KernelError(f"int4 tensors are {[words.shape[1], packed[0].shape[1]]}; {[out, in_]} is needed")
+        return int4.Int4Weight(words, grids, self.activation_dtype, kernel_group, (out, in_), self._bias(bias))
+
+    def pack_dense(self, parts: Sequence[Tensor], bias: Tensor | None = None) -> Packed:
+        from squawq.backends.cuda.launch import DenseWeight
+
+        weights = [part.to(self.device, self.activation_dtype) for part in parts]
+        return DenseWeight(weights[0] if len(weights) == 1 else torch.cat(weights), self._bias(bias))
+
+    def pack_int8(self, weight: Tensor) -> Packed:
+        from squawq.backends.cuda.launch import DenseWeight
+
+        found = super().pack_int8(weight)
+        return DenseWeight(found.weight, None, found.scales)  # type: ignore[attr-defined]
+
+    def _bias(self, bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else bias.to(self.device, torch.float32)
+
+    def page_shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Keys and values, [kv_heads, 16, head_dim]."""
+        return (kv_heads, self.page_size, head_dim), (kv_heads, self.page_size, head_dim)
+
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """In float32, as the residual stream is."""
+        return weight[ids.to(weight.device)].to(self.device, torch.float32)
+
+    def matmul(self, x: Tensor, weight: Packed) -> Tensor:
+        """Few rows by the kernels of decode steps, more by cuBLAS."""
+        from squawq.backends.cuda import int4, launch
+
+        if not isinstance(weight, int4.Int4Weight | launch.DenseWeight):
+            return super().matmul(x, weight)
+        rows = x.reshape(-1, x.shape[-1]).to(self.activation_dtype).contiguous()
+        if len(rows) > FEW_ROWS:
+            return self._matmul_many(x, weight)
+        parts = torch.empty(launch.splits(weight), len(rows), weight.shape[0], device=self.device)
+        y = launch.matmul(rows, weight, parts).parts.sum(0)
+        y = y if weight.bias is None else y + weight.bias
+        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+    def _matmul_many(self, x: Tensor, weight: Weight) -> Tensor:
+        """By cuBLAS, whose sums run in one order from MIN_ROWS rows on."""
+        rows = x.reshape(-1, x.shape[-1]).to(self.activation_dtype)
+        count = len(rows)
+        if count < MIN_ROWS:
+            rows = F.pad(rows, (0, 0, 0, MIN_ROWS - count))
+        y = F.linear(rows, self._dense(weight))[:count]
+        if weight.bias is not None:
+            y = (y.float() + weight.bias).to(y.dtype)
+        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+    def _apply(
+        self,
+        operation: Operation,
+        layers: Layers,
+        buffers: dict[Buffer, Tensor],
+        rotary: Rotary,
+        batch: Batch,
+        cache: Sequence[Pages],
+    ) -> None:
+        """A prompt's products are by cuBLAS in any chunk, so that its bits do not depend on where the prompt is cut."""
+        from squawq.backends.cuda import int4, launch
+
+        if isinstance(operation, Matmul) and isinstance(operation.weight, int4.Int4Weight | launch.DenseWeight):
+            buffers[operation.target] = self._matmul_many(buffers[operation.source], operation.weight)
+        else:
+            super()._apply(operation, layers, buffers, rotary, batch, cache)
+
+    def _dense(self, weight: Weight) -> Tensor:
+        from squawq.backends.cuda import launch
+
+        if isinstance(weight, launch.DenseWeight):
+            if weight.scales is None:
+                return weight.weight
+            return (weight.weight.float() * weight.scales[:, None]).to(self.activation_dtype)
+        out, in_ = weight.shape
+        if self._scratch.numel() < out * in_:
+            self._scratch = torch.empty(out * in_, dtype=self.activation_dtype, device=self.device)
+        found = self._scratch[: out * in_].view(out, in_)
+        launch.dequantize(weight, found)
+        return found
+
+    def logits(self, x: Tensor, head: Packed) -> Tensor:
+        from squawq.backends.cuda import int4, launch
+
+        if not isinstance(head, int4.Int4Weight | launch.DenseWeight):
+            return super().logits(x, head)
+        out = torch.empty(1, len(x), head.shape[0], dtype=torch.float32, device=self.device)
+        return launch.matmul(x.contiguous(), head, out).parts[0]
+
+    def prepare_decode(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> DecodeStep | None:
+        from squawq.backends.cuda import decode
+
+        if decode.declines(model) is not None:
+            return None
+        return decode.DecodeStep(model, cache, self.activation_dtype, rows, pages)
+
+    def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        from squawq.backends.cuda import launch
+
+        hidden_rows = hidden.view(-1, hidden.shape[-1])
+        out = torch.empty_like(hidden_rows, dtype=self.activation_dtype)
+        sums = None if delta is None else launch.Sums(delta.reshape(1, *hidden_rows.shape))
+        launch.add_norm(sums, hidden_rows, weight, eps, out)
+        return out.view(hidden.shape)
+
+    def rotate_and_store(
+        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
+    ) -> None:
+        from squawq.backends.cuda import launch
+
+        launch.rotate_and_store(launch.Sums(qkv[None]), heads, rotary, norms, eps, slots, qkv, pages)
+
+    def attention(
+        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
+    ) -> Tensor:
+        from squawq.backends.cuda import launch
+
+        if self._blocks is None or self._blocks[0] is not sequences:
+            blocks = [
+                (first + at, min(QUERIES, rows - at), start + at, place)
+                for first, rows, start, place in sequences.tolist()
+                for at in range(0, rows, QUERIES)
+            ]
+            self._blocks = sequences, torch.tensor(blocks, dtype=torch.int32).to(self.device)
+        out = qkv.new_empty(qkv.shape[0], heads[0] * heads[2])
+        launch.prefill_attention(qkv, heads, pages, self._blocks[1], tables, window, out, QUERIES)
+        return out
+
+    def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
+        from squawq.backends.cuda import launch
+
+        rows = gate_up.reshape(-1, gate_up.shape[-1])
+        out = rows.new_empty(len(rows), rows.shape[1] // 2)
+        launch.activation_mul(launch.Sums(rows[None]), activation, out)
+        return out.view(*gate_up.shape[:-1], out.shape[1])
+
+    def describe(self) -> dict[str, object]:
+        return {"gpu": torch.cuda.get_device_name(self.device)}

@@ -1,0 +1,246 @@
+"""INT4 weights on a GPU: their layout, and Triton kernels that multiply with them and dequantize them.
+
+Layout: a block is 128 inputs of one output, as 32 words of 16 bits; nibble j of word i is input 32 * j + i of it. So
+a 32-bit register holds four pairs of neighbouring inputs, which one instruction each turns into two 16-bit floats (the
+number is put into the mantissa of 1024 or 128, as in Kim et al., arXiv 2211.10017), already where the tensor cores want
+them. Blocks of neighbouring outputs are contiguous: words int16 [blocks, out, 32].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from squawq.backends.layer_ops import Packed
+
+BLOCK = 128  # inputs
+WORDS = 32  # of a block
+INTERPRETED = triton.knobs.runtime.interpret  # no inline assembly there
+TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass
+class Int4Weight(Packed):
+    """words int16 [blocks, out, 32]; grids int32 [groups, out]: scale in the low half, offset in the high one.
+
+    A weight is scale * (magic + number + offset): scales are float16, offsets -(magic + zero) in activations' dtype,
+    whose magic number is 1024 in float16, 128 in bfloat16.
+    """
+
+    words: Tensor
+    grids: Tensor
+    dtype: torch.dtype
+    group: int  # inputs; 0: all
+    shape: tuple[int, int]
+    bias: Tensor | None = None
+
+
+def magic(dtype: torch.dtype) -> int:
+    return {torch.float16: 1024, torch.bfloat16: 128}[dtype]
+
+
+def pack(numbers: Tensor, scales: Tensor, zeros: Tensor, group: int, dtype: torch.dtype) -> Int4Weight:
+    """Pack integers 0 to 15 [out, in]; scales and zeros [groups, out]; inputs are padded to whole blocks."""
+    out, in_ = numbers.shape
+    blocks = -(-in_ // BLOCK)
+    padded = torch.zeros(out, blocks * BLOCK, dtype=torch.int32, device=numbers.device)
+    padded[:, :in_] = numbers
+    nibbles = padded.view(out, blocks, 4, WORDS)
+    words = (nibbles << torch.arange(0, 16, 4, device=numbers.device)[:, None]).sum(2).to(torch.int16)
+    offsets = (-(zeros.float() + magic(dtype))).to(dtype)
+    halves = torch.stack([scales.to(torch.float16).view(torch.int16), offsets.view(torch.int16)], -1)
+    grids = halves.contiguous().view(torch.int32).squeeze(-1)
+    return Int4Weight(words.transpose(0, 1).contiguous(), grids, dtype, group, (out, in_))
+
+
+@triton.jit
+def _floats(words, z0, z1, z2, z3, INTERPRETED: tl.constexpr):
+    """The four numbers of each word less their zeros, in the dtype of z0 to z3, which are offsets of words' shape."""
+    if INTERPRETED:
+        base = 1024.0 if z0.dtype == tl.float16 else 128.0
+        bits = words.to(tl.int32)
+        w0 = ((bits & 15).to(tl.float32) + base + z0.to(tl.float32)).to(z0.dtype)
+        w1 = (((bits >> 4) & 15).to(tl.float32) + base + z1.to(tl.float32)).to(z1.dtype)
+        w2 = (((bits >> 8) & 15).to(tl.float32) + base + z2.to(tl.float32)).to(z2.dtype)
+        w3 = (((bits >> 12) & 15).to(tl.float32) + base + z3.to(tl.float32)).to(z3.dtype)
+    elif z0.dtype == tl.float16:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c;
+            shr.b32 a, $4, 4;
+            shr.b32 b, $4, 8;
+            shr.b32 c, $4, 12;
+            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+            lop3.b32 $1, a, 0x000F000F, 0x64006400, 0xEA;
+            lop3.b32 $2, b, 0x000F000F, 0x64006400, 0xEA;
+            lop3.b32 $3, c, 0x000F000F, 0x64006400, 0xEA;
+            add.f16x2 $0, $0, $5;
+            add.f16x2 $1, $1, $6;
+            add.f16x2 $2, $2, $7;
+            add.f16x2 $3, $3, $8;
+            }""",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [words, z0, z1, z2, z3],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, one;
+            shr.b32 a, $4, 4;
+            shr.b32 b, $4, 8;
+            shr.b32 c, $4, 12;
+            mov.b32 one, 0x3F803F80;
+            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $1, a, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $2, b, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $3, c, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $0, $0, one, $5;
+            fma.rn.bf16x2 $1, $1, one, $6;
+            fma.rn.bf16x2 $2, $2, one, $7;
+            fma.rn.bf16x2 $3, $3, one, $8;
+            }""",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [words, z0, z1, z2, z3],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _scale(grid):
+    return (grid & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _offset(grid, dtype: tl.constexpr):
+    return (grid >> 16).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _dot(w, x, acc, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # the interpreter does not multiply bfloat16
+        return acc + tl.dot(w.to(tl.float32), x.to(tl.float32))
+    return tl.dot(w, x, acc)
+
+
+@triton.jit
+def matmul_kernel(
+    x,  # [M, K]
+    words,  # int16 [blocks, N, 32]
+    grids,  # int32 [groups, N]
+    out,  # float32 [splits, M, N]
+    M,
+    N,
+    K,
+    blocks,
+    split,  # blocks of a split
+    GROUP: tl.constexpr,  # inputs of a group: 32, 64, a multiple of 128, or 0 for all
+    PADDED: tl.constexpr,  # K is no multiple of 128
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,  # 128-byte lines of a split's words, rounded up to a power of two; 0 for none
+    DEPENDENT: tl.constexpr,  # start before the kernel that makes x has ended
+    INTERPRETED: tl.constexpr,
+):
+    """Partial sums of x @ weight.T over each split of the inputs, always in the same order."""
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    first = tl.program_id(1) * split
+    last = tl.minimum(first + split, blocks)
+    i = tl.arange(0, 32)
+    here = n < N
+    if DEPENDENT:
+        if PREFETCH:
+            line = tl.arange(0, PREFETCH)
+            per_block: tl.constexpr = OUTPUTS // 2
+            address = words + ((first + line // per_block) * N + tl.program_id(0) * OUTPUTS) * 32
+            address += (line % per_block) * 64
+            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], tl.int32, False, 1)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    zero = tl.zeros([OUTPUTS, TOKENS], tl.float32)
+    acc = zero
+    tokens = x + m[None, :] * K
+    for block in tl.range(first, last, num_stages=STAGES):
+        packed = tl.load(words + (block * N + n)[:, None] * 32 + i[None, :], mask=here[:, None], other=0)
+        k = block * 128 + i
+        if PADDED:
+            x0 = tl.load(tokens + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+            x1 = tl.load(tokens + k[:, None] + 32, mask=(m < M)[None, :] & (k + 32 < K)[:, None], other=0.0)
+            x2 = tl.load(tokens + k[:, None] + 64, mask=(m < M)[None, :] & (k + 64 < K)[:, None], other=0.0)
+            x3 = tl.load(tokens + k[:, None] + 96, mask=(m < M)[None, :] & (k + 96 < K)[:, None], other=0.0)
+        else:
+            x0 = tl.load(tokens + k[:, None], mask=(m < M)[None, :], other=0.0)
+            x1 = tl.load(tokens + k[:, None] + 32, mask=(m < M)[None, :], other=0.0)
+            x2 = tl.load(tokens + k[:, None] + 64, mask=(m < M)[None, :], other=0.0)
+            x3 = tl.load(tokens + k[:, None] + 96, mask=(m < M)[None, :], other=0.0)
+        if GROUP == 32 or GROUP == 64:
+            top = (K - 1) // GROUP  # padding has no groups of its own
+            g = grids + n
+            per: tl.constexpr = 128 // GROUP
+            grid0 = tl.load(g + tl.minimum(block * per, top) * N, mask=here, other=0)
+            grid1 = tl.load(g + tl.minimum(block * per + 32 // GROUP, top) * N, mask=here, other=0)
+            grid2 = tl.load(g + tl.minimum(block * per + 64 // GROUP, top) * N, mask=here, other=0)
+            grid3 = tl.load(g + tl.minimum(block * per + 96 // GROUP, top) * N, mask=here, other=0)
+            z0 = tl.broadcast_to(_offset(grid0, x0.dtype)[:, None], [OUTPUTS, 32])
+            z1 = tl.broadcast_to(_offset(grid1, x0.dtype)[:, None], [OUTPUTS, 32])
+            z2 = tl.broadcast_to(_offset(grid2, x0.dtype)[:, None], [OUTPUTS, 32])
+            z3 = tl.broadcast_to(_offset(grid3, x0.dtype)[:, None], [OUTPUTS, 32])
+            w0, w1, w2, w3 = _floats(packed, z0, z1, z2, z3, INTERPRETED)
+            if GROUP == 64:
+                part = _dot(w1, x1, _dot(w0, x0, zero, INTERPRETED), INTERPRETED)
+                acc += part * _scale(grid0)[:, None]
+                part = _dot(w3, x3, _dot(w2, x2, zero, INTERPRETED), INTERPRETED)
+                acc += part * _scale(grid2)[:, None]
+            else:
+                acc += _dot(w0, x0, zero, INTERPRETED) * _scale(grid0)[:, None]
+                acc += _dot(w1, x1, zero, INTERPRETED) * _scale(grid1)[:, None]
+                acc += _dot(w2, x2, zero, INTERPRETED) * _scale(grid2)[:, None]
+                acc += _dot(w3, x3, zero, INTERPRETED) * _scale(grid3)[:, None]
+        else:
+            g = n
+            if GROUP:
+                g += block // (GROUP // 128) * N
+            grid = tl.load(grids + g, mask=here, other=0)
+            z = tl.broadcast_to(_offset(grid, x0.dtype)[:, None], [OUTPUTS, 32])
+            w0, w1, w2, w3 = _floats(packed, z, z, z, z, INTERPRETED)
+            part = _dot(w0, x0, zero, INTERPRETED)
+            part = _dot(w1, x1, part, INTERPRETED)
+            part = _dot(w2, x2, part, INTERPRETED)
+            part = _dot(w3, x3, part, INTERPRETED)
+            acc += part * _scale(grid)[:, None]
+    to = out + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
+    tl.store(to, acc, mask=here[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def dequantize_kernel(words, grids, out, N, K, GROUP: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr):
+    """The weight [N, K] in the dtype of `out`: each number less its zero, times its scale, rounded once."""
+    block = tl.program_id(1)
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    i = tl.arange(0, 32)
+    here = n < N
+    packed = tl.load(words + (block * N + n)[:, None] * 32 + i[None, :], mask=here[:, None], other=0)
+    to = out + n.to(tl.int64)[:, None] * K + block * 128 + i[None, :]
+    bits = packed.to(tl.int32)
+    base = -1024.0 if tl.float16 == DTYPE else -128.0
+    for j in tl.static_range(4):
+        k = block * 128 + 32 * j
+        g = n
+        if GROUP:
+            g += tl.minimum(k, K - 1) // GROUP * N
+        grid = tl.load(grids + g, mask=here, other=0)
+        zero = base - _offset(grid, DTYPE).to(tl.float32)
+        value = (((bits >> 4 * j) & 15).to(tl.float32) - zero[:, None]) * _scale(grid)[:, None]
+        kept = here[:, None] & (k + i < K)[None, :]
+        tl.store(to + 32 * j, value.to(out.dtype.element_ty), mask=kept)

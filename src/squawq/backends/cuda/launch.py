@@ -1,0 +1,215 @@
+"""Launches the Triton kernels on torch tensors: checks nothing, chooses tiles.
+
+Tiles depend on the number of rows, the split of the inputs on the weight alone: so a row's bits are the same beside any
+others (measured on an H200: tiles of 8 to 128 rows give equal bits, with mma and wgmma instructions).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from squawq.backends.cuda import attention, dense, elementwise, int4, sampling
+from squawq.backends.layer_ops import Packed
+
+ENOUGH = 512  # programs that keep a large card busy
+MIN_BLOCKS = 2  # of a split
+
+
+@dataclass
+class DenseWeight(Packed):
+    """weight [out, in] in 16 bits, or int8 with scales float32 [out]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scales: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.shape = self.weight.shape[0], self.weight.shape[1]
+
+
+Weight = int4.Int4Weight | DenseWeight
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A product as partial sums, float32 [splits, rows, out], to be added in order, and then the bias float32 [out]."""
+
+    parts: Tensor
+    bias: Tensor | None = None
+
+
+def splits(weight: Weight) -> int:
+    """Into how many parts the inputs are cut, so that there are enough programs: by the weight's shape alone."""
+    out, _ = weight.shape
+    blocks = _blocks(weight)
+    wanted = 1
+    while wanted < 16 and triton.cdiv(out, 64) * wanted < ENOUGH and blocks // (2 * wanted) >= MIN_BLOCKS:
+        wanted *= 2
+    return int(triton.cdiv(blocks, triton.cdiv(blocks, wanted)))
+
+
+def _blocks(weight: Weight) -> int:
+    return weight.words.shape[0] if isinstance(weight, int4.Int4Weight) else -(-weight.shape[1] // 64)
+
+
+def pdl(dependent: bool) -> dict[str, Any]:
+    """Programmatic dependent launch: a kernel starts while the one before it ends."""
+    return {"launch_pdl": True} if dependent else {}
+
+
+def matmul(x: Tensor, weight: Weight, out: Tensor, dependent: bool = False) -> Sums:
+    """x [rows, in] @ weight.T into out, float32 [splits(weight), rows, out]; for up to some hundred rows."""
+    rows, (n, k) = x.shape[0], weight.shape
+    blocks, count = _blocks(weight), out.shape[0]
+    split = triton.cdiv(blocks, count)
+    tokens = min(64, max(8, triton.next_power_of_2(rows)))
+    outputs, warps = (64, 2) if tokens == 8 else (128, 4)
+    if isinstance(weight, int4.Int4Weight):
+        stages = 5 if tokens == 8 and split > 8 else 3
+        grid = (triton.cdiv(n, outputs), count, triton.cdiv(rows, tokens))
+        int4.matmul_kernel[grid](
+            x, weight.words, weight.grids, out, rows, n, k, blocks, split, weight.group, k % int4.BLOCK != 0,
+            tokens, outputs, stages, 0, dependent, int4.INTERPRETED,
+            num_warps=warps, num_stages=stages, **pdl(dependent),
+        )  # fmt: skip
+    else:
+        scales = weight.scales
+        grid = (triton.cdiv(n, 64), count, triton.cdiv(rows, tokens))
+        dense.matmul_kernel[grid](
+            x, weight.weight, weight.weight if scales is None else scales, out, rows, n, k, split, scales is not None,
+            tokens, 64, 64, 4, dependent, int4.INTERPRETED, num_warps=4, num_stages=4, **pdl(dependent),
+        )  # fmt: skip
+    return Sums(out, weight.bias)
+
+
+def dequantize(weight: int4.Int4Weight, out: Tensor) -> None:
+    """The weight into out [out, in], in the dtype of activations."""
+    n, k = weight.shape
+    int4.dequantize_kernel[(triton.cdiv(n, 32), weight.words.shape[0])](
+        weight.words, weight.grids, out, n, k, weight.group, 32, int4.TRITON[weight.dtype]
+    )
+
+
+def add_norm(
+    sums: Sums | None, hidden: Tensor, weight: Tensor, eps: float, out: Tensor, residual: bool = True,
+    dependent: bool = False,
+) -> None:  # fmt: skip
+    """hidden [rows, n] += sums; out [rows, n] = its RMS norm times weight. residual False: the norm of sums alone."""
+    rows, n = out.shape
+    parts, bias = (hidden, None) if sums is None else (sums.parts, sums.bias)
+    width = triton.next_power_of_2(n)
+    elementwise.add_norm_kernel[(rows,)](
+        parts, weight if bias is None else bias, hidden, weight, out, rows, n, eps,
+        0 if sums is None else parts.shape[0], bias is not None, residual, width, dependent,
+        num_warps=min(16, max(1, width // 512)), **pdl(dependent),
+    )  # fmt: skip
+
+
+def rotate_and_store(
+    sums: Sums, heads: tuple[int, int, int], rotary: tuple[Tensor, Tensor], norms: tuple[Tensor | None, Tensor | None],
+    eps: float, slots: Tensor, queries: Tensor, pages: tuple[Tensor, Tensor], dependent: bool = False,
+) -> None:  # fmt: skip
+    """Queries, rotated, into `queries` [rows, heads * dim] of any stride; keys and values to their slots."""
+    (query, kv, dim), (keys, values) = heads, pages
+    rows, none = sums.parts.shape[1], rotary[0]
+    query_norm, key_norm = norms
+    elementwise.rotate_and_store_kernel[(rows, query + 2 * kv)](
+        sums.parts, none if sums.bias is None else sums.bias, none if query_norm is None else query_norm,
+        none if key_norm is None else key_norm, *rotary, slots, queries, queries.stride(0), keys, values, rows, eps,
+        sums.parts.shape[0], sums.bias is not None, query_norm is not None, query, kv, dim,
+        triton.next_power_of_2(dim // 2), keys.shape[2], torch.finfo(keys.dtype).max, dependent,
+        num_warps=1, **pdl(dependent),
+    )  # fmt: skip
+
+
+def activation_mul(sums: Sums, activation: str, out: Tensor, dependent: bool = False) -> None:
+    """activation(gate) * up, for gate and up side by side, into out [rows, n]."""
+    rows, n = out.shape
+    width = min(1024, triton.next_power_of_2(n))
+    elementwise.activation_mul_kernel[(rows, triton.cdiv(n, width))](
+        sums.parts, sums.parts if sums.bias is None else sums.bias, out, rows, n, sums.parts.shape[0],
+        sums.bias is not None, activation, torch.finfo(out.dtype).max, width, dependent, num_warps=4, **pdl(dependent),
+    )  # fmt: skip
+
+
+@dataclass
+class DecodeSpace:
+    """Where decode attention keeps the parts of each sequence: float32 [rows, heads, CHUNKS, head_dim], [..., 2]."""
+
+    sums: Tensor
+    stats: Tensor
+
+
+def decode_space(rows: int, heads: tuple[int, int, int], device: torch.device) -> DecodeSpace:
+    shape = (rows, heads[0], attention.CHUNKS)
+    return DecodeSpace(
+        torch.empty(*shape, heads[2], device=device, dtype=torch.float32),
+        torch.empty(*shape, 2, device=device, dtype=torch.float32),
+    )
+
+
+def decode_attention(
+    queries: Tensor, heads: tuple[int, int, int], pages: tuple[Tensor, Tensor], tables: Tensor, positions: Tensor,
+    window: int | None, out: Tensor, space: DecodeSpace, dependent: bool = False,
+) -> None:  # fmt: skip
+    """One query of each sequence. tables int32 [rows, pages]; positions int64 [rows], -1 for a row of padding."""
+    (query, kv, dim), (keys, values), rows = heads, pages, queries.shape[0]
+    lanes = max(1, min(attention.CHUNKS, 1024 // (rows * kv)))
+    block = 64 if dim <= 128 else 32
+    width = triton.next_power_of_2(dim)
+    attention.decode_kernel[(rows, kv, lanes)](
+        queries, keys, values, tables, positions, space.sums, space.stats, math.log2(math.e) / math.sqrt(dim),
+        tables.stride(0), window or 0, query, kv, dim, width, keys.shape[2], block, attention.CHUNKS,
+        window is not None, dependent, num_warps=4, num_stages=2, **pdl(dependent),
+    )  # fmt: skip
+    attention.combine_kernel[(rows, query)](
+        space.sums, space.stats, positions, out, window or 0, query, dim, width, block, attention.CHUNKS,
+        window is not None, dependent, num_warps=1, **pdl(dependent),
+    )  # fmt: skip
+
+
+def prefill_attention(
+    queries: Tensor, heads: tuple[int, int, int], pages: tuple[Tensor, Tensor], blocks: Tensor, tables: Tensor,
+    window: int | None, out: Tensor, size: int,
+) -> None:  # fmt: skip
+    """Queries [rows, heads * dim] of any stride, in blocks of `size` at most: int32 [blocks, 4], see prefill_kernel."""
+    (query, kv, dim), (keys, values) = heads, pages
+    attention.prefill_kernel[(blocks.shape[0], query)](
+        queries, keys, values, blocks, tables, out, queries.stride(0), math.log2(math.e) / math.sqrt(dim), window or 0,
+        query, kv, dim, triton.next_power_of_2(dim), keys.shape[2], size, 64 if dim <= 128 else 32,
+        window is not None, num_warps=4 if size <= 64 else 8, num_stages=2,
+    )  # fmt: skip
+
+
+def embed(
+    ids: Tensor, positions: Tensor, slots: Tensor, embedding: Tensor, frequencies: Tensor, hidden: Tensor,
+    rotary: tuple[Tensor, Tensor], tables: Tensor, page: int,
+) -> None:  # fmt: skip
+    """hidden float32 [rows, n], cos and sin of the positions, and the page of each slot into its row's table."""
+    n, half = hidden.shape[1], len(frequencies)
+    elementwise.embed_kernel[(len(ids),)](
+        ids, positions, slots, embedding, frequencies, hidden, *rotary, tables, tables.stride(0), n, half, page,
+        triton.next_power_of_2(half), triton.next_power_of_2(n), num_warps=8,
+    )  # fmt: skip
+
+
+def likeliest(logits: Tensor, tokens: Tensor, logprobs: Tensor, dependent: bool = False) -> None:
+    """The first largest of each row of float32 logits [rows, vocab]: tokens int64, logprobs float32 [rows]."""
+    rows, vocab = logits.shape
+    parts = triton.cdiv(vocab, sampling.PART)
+    found = [
+        torch.empty(rows, parts, device=logits.device, dtype=kind)
+        for kind in (torch.float32, torch.int32, torch.float32)
+    ]
+    sampling.part_kernel[(rows, parts)](
+        logits, *found, vocab, parts, sampling.PART, dependent, num_warps=8, **pdl(dependent)
+    )
+    sampling.whole_kernel[(rows,)](
+        *found, tokens, logprobs, vocab, parts, triton.next_power_of_2(parts), dependent, num_warps=1, **pdl(dependent)
+    )

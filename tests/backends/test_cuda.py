@@ -1,0 +1,282 @@
+"""The CUDA backend's Triton kernels in Triton's interpreter, on the CPU, against the reference backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeModel
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from squawq.backends import backend_for
+from squawq.backends.base import Heads
+from squawq.backends.cuda.backend import CudaBackend
+from squawq.backends.sampling import Chunk, Sampling
+from squawq.engine.request import SamplingParams
+from squawq.engine.runner import DecoderRunner
+from squawq.errors import KernelError
+from squawq.format.groupwise import GroupwiseTensor, quantize, to_gemm
+from squawq.nn.loader import Options, load
+from squawq.quant_config import QuantConfig
+from squawq.quantization.pipeline import quantize as quantize_model
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("kernels are compiled where there is a card", allow_module_level=True)
+
+from squawq.backends.cuda import int4, launch
+from squawq.backends.cuda.decode import DecodeStep
+
+CPU = torch.device("cpu")
+GPU, REFERENCE = CudaBackend(CPU), backend_for("cpu", "reference")
+DTYPES = [torch.float16, torch.bfloat16]
+pytestmark = [  # in the interpreter itself
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),
+]
+
+
+def random(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def random_int4(out: int, in_: int, group: int, seed: int = 0, spread: float = 0.05) -> GroupwiseTensor:
+    return quantize(random(out, in_, seed=seed, spread=spread), group, zero_point=True)
+
+
+def packed(tensor: GroupwiseTensor, group: int, dtype: torch.dtype) -> int4.Int4Weight:
+    found = int4.pack(tensor.q, tensor.scales.T, tensor.zeros.T, group, dtype)
+    found.shape = tensor.q.shape[0], tensor.q.shape[1]
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "kernel"), [(32, 32), (64, 64), (128, 128), (256, 256), (512, 0), (96, 0)])
+def test_dequantize(group: int, kernel: int, dtype: torch.dtype) -> None:
+    tensor = random_int4(40, 96 if group == 96 else 512, group)
+    out = torch.empty(tensor.q.shape)
+    launch.dequantize(packed(tensor, kernel, dtype), out)
+    assert torch.equal(out, tensor.dequantize())
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.sampled_from([1, 2, 7, 8, 9, 17]),
+    out=st.sampled_from([8, 64, 72, 136]),
+    blocks=st.integers(1, 5),
+    group=st.sampled_from([32, 64, 128]),
+    dtype=st.sampled_from(DTYPES),
+    spread=st.sampled_from([1e-4, 0.05, 30.0]),
+)
+def test_int4_matmul(rows: int, out: int, blocks: int, group: int, dtype: torch.dtype, spread: float) -> None:
+    """Sizes around the tiles' edges; a last block of which only some is there."""
+    in_ = max(group, 128 * blocks - (32 if group == 32 else 0))
+    tensor = random_int4(out, in_, group, spread=spread)
+    weight = packed(tensor, group, dtype)
+    x = random(rows, in_, seed=1).to(dtype)
+    parts = torch.full((launch.splits(weight), rows, out), float("nan"))
+    found = launch.matmul(x, weight, parts).parts.sum(0)
+    expected = x.float() @ tensor.dequantize().T
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["int8", "16-bit"])
+def test_dense_matmul(kind: str) -> None:
+    weight = random(100, 160).half().float()
+    head = GPU.pack_int8(weight) if kind == "int8" else GPU.pack_dense([weight])
+    plain = REFERENCE.pack_int8(weight) if kind == "int8" else REFERENCE.pack_dense([weight])
+    x = random(3, 160, seed=2).half()
+    expected = REFERENCE.logits(x.float(), plain)
+    assert (GPU.logits(x, head) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_products_of_prompts() -> None:
+    tensor, bias = random_int4(72, 256, 64), random(72, seed=3)
+    gemm = to_gemm(tensor)
+    parts = [(gemm["qweight"], gemm["scales"], gemm["qzeros"])] * 2
+    weight = GPU.pack_int4(144, 256, 64, parts, torch.cat([bias, bias]))
+    x = random(2, 3, 256, seed=4).half()
+    expected = (x.float() @ tensor.dequantize().T + bias).repeat(1, 1, 2)
+    assert (GPU.matmul(x, weight).float() - expected).abs().max() < 2e-3 * expected.abs().max()
+    with pytest.raises(KernelError, match=r"\[144, 256\] is needed|\[144, 256\]; \[72, 256\] is needed"):
+        GPU.pack_int4(72, 256, 64, parts)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_norm_and_activation(rows: int) -> None:
+    hidden, delta, weight = random(rows, 100), random(rows, 100, seed=1).half(), random(100, seed=2)
+    first, second = hidden.clone(), hidden.clone()
+    found = GPU.add_rms_norm(first, delta, weight, 1e-5)
+    expected = REFERENCE.add_rms_norm(second, delta.float(), weight, 1e-5)
+    assert torch.equal(first, second)
+    assert (found.float() - expected).abs().max() < 4e-3
+    alone, bias = torch.empty(rows, 100, dtype=torch.float16), random(100, seed=3)
+    parts = random(3, rows, 100, seed=4)
+    launch.add_norm(launch.Sums(parts, bias), first, weight, 1e-5, alone, residual=False)
+    expected = REFERENCE.add_rms_norm(parts.sum(0) + bias, None, weight, 1e-5)
+    assert torch.equal(first, second)
+    assert (alone.float() - expected).abs().max() < 4e-3
+    gate_up = random(rows, 80, seed=5, spread=3).half()
+    for name in ("silu", "gelu", "gelu_tanh"):
+        expected = REFERENCE.activation_mul(gate_up.float(), name)
+        assert (GPU.activation_mul(gate_up, name).float() - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 1, 24)])
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention(heads: Heads, window: int | None) -> None:
+    """Prompts whole and in part, and single queries, through pages in any order."""
+    query, kv, dim = heads
+    sequences: list[tuple[int, int, int, int]] = []
+    table: list[int] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    first = 0
+    pages = torch.randperm(32, generator=torch.Generator().manual_seed(1)).tolist()
+    for start, rows in ((0, 1), (0, 66), (150, 1)):
+        mine = [pages.pop() for _ in range(-(-(start + rows) // 16))]
+        sequences.append((first, rows, start, len(table)))
+        table += mine
+        first += rows
+        positions += range(start, start + rows)
+        slots += [mine[p // 16] * 16 + p % 16 for p in range(start, start + rows)]
+    keys, values = (random(32, *shape, seed=2).half() for shape in GPU.page_shapes(kv, dim))
+    plain = keys.transpose(2, 3).contiguous(), values.clone()
+    qkv, norms = random(first, (query + 2 * kv) * dim, seed=3).half(), (random(dim, seed=4), random(dim, seed=5))
+    rotary = GPU.rotary(torch.tensor(positions), 1 / 100 ** (torch.arange(0, dim, 2) / dim))
+    wide = qkv.float()
+    GPU.rotate_and_store(qkv, heads, rotary, norms, 1e-5, torch.tensor(slots), (keys, values))
+    REFERENCE.rotate_and_store(wide, heads, rotary, norms, 1e-5, torch.tensor(slots), plain)
+    for slot in slots:
+        page, place = divmod(slot, 16)
+        assert (keys[page, :, place] - plain[0][page, :, :, place]).abs().max() < 0.02
+        assert torch.equal(values[page, :, place], plain[1][page, :, place])
+    # The reference clears a page at its first slot; what lay there before is out of every query's sight.
+    listed, tables = torch.tensor(sequences), torch.tensor(table, dtype=torch.int32)
+    expected = REFERENCE.attention(wide, heads, listed, tables, window, plain)
+    found = GPU.attention(qkv, heads, listed, tables, window, (keys, values))
+    assert (found.float() - expected).abs().max() < 0.02
+    last = [f + r - 1 for f, r, *_ in sequences]
+    own = torch.zeros(len(last), 32, dtype=torch.int32)
+    for i, (_, r, s, place) in enumerate(sequences):
+        count = -(-(s + r) // 16)
+        own[i, :count] = tables[place : place + count]
+    queries, out = qkv[last, : query * dim].contiguous(), torch.empty(len(last), query * dim, dtype=torch.float16)
+    at, space = torch.tensor([positions[row] for row in last]), launch.decode_space(len(last), heads, CPU)
+    launch.decode_attention(queries, heads, (keys, values), own, at, window, out, space)
+    assert (out.float() - expected[last]).abs().max() < 0.02
+
+
+def test_a_row_of_padding_writes_nothing() -> None:
+    heads = 2, 1, 16
+    keys, values = (torch.zeros(2, *shape, dtype=torch.float16) for shape in GPU.page_shapes(1, 16))
+    sums, rotary = launch.Sums(random(1, 2, 64)), (torch.ones(2, 8), torch.zeros(2, 8))
+    queries = torch.empty(2, 32, dtype=torch.float16)
+    slots = torch.tensor([-1, 17])
+    launch.rotate_and_store(sums, heads, rotary, (None, None), 1e-5, slots, queries, (keys, values))
+    assert [bool(page.any()) for page in keys] == [False, True]
+    out, space = torch.ones(2, 32, dtype=torch.float16), launch.decode_space(2, heads, CPU)
+    at = torch.tensor([-1, 17])
+    tables = torch.tensor([[0, 0], [0, 1]], dtype=torch.int32)
+    launch.decode_attention(queries, heads, (keys, values), tables, at, None, out, space)
+    assert not out[0].any()
+
+
+def test_likeliest() -> None:
+    logits = random(4, 9000)
+    logits[1, [5, 7000]] = 9.0  # the first of equals
+    logits[2, 4097] = float("nan")
+    logits[3] = -float("inf")
+    tokens, logprobs = torch.empty(4, dtype=torch.int64), torch.empty(4)
+    launch.likeliest(logits, tokens, logprobs)
+    assert tokens[:2].tolist() == [int(logits[0].argmax()), 5]
+    expected = logits.log_softmax(-1)
+    assert torch.allclose(logprobs[:2], expected[[0, 1], tokens[:2]], atol=1e-5)
+    assert torch.isnan(logprobs[2:]).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_whole_model(family: str, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, then decode steps that replay what a graph would hold: logits and greedy tokens of the reference."""
+    source = make_model(family)
+    quantize_model(source, tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
+    monkeypatch.setattr(CudaBackend, "declines", classmethod(lambda *_: None))
+    found: dict[str, list[list[int]]] = {}
+    scores: dict[str, list[float]] = {}
+    for name in ("cuda", "reference"):
+        runner = DecoderRunner(load(tmp_path / "awq", Options(backend=name)), kv_tokens=512, rows=2)
+        assert isinstance(runner._decode, DecodeStep) == (name == "cuda")
+        states = [
+            Sampling(SamplingParams(temperature=0), prompt=prompt, ending=(), seed=0, index=0, logprobs=0)
+            for prompt in ([3, 4, 5], list(range(20, 40)))
+        ]
+        tokens: list[list[int]] = [list(state.prompt) for state in states]
+        scores[name] = []
+        chunks = [Chunk(t, 0, [4 * i, 4 * i + 1], 1, s) for i, (t, s) in enumerate(zip(tokens, states, strict=True))]
+        for _ in range(3):
+            for i, result in enumerate(runner.step(chunks)):
+                assert result.error is None
+                assert result.token is not None
+                assert result.logprob is not None
+                scores[name].append(result.logprob.logprob)
+                tokens[i].append(result.token)
+            chunks = [
+                Chunk([t[-1]], len(t) - 1, [4 * i, 4 * i + 1], 1, s)
+                for i, (t, s) in enumerate(zip(tokens, states, strict=True))
+            ]
+        found[name] = tokens
+    assert found["cuda"] == found["reference"]
+    assert torch.allclose(torch.tensor(scores["cuda"]), torch.tensor(scores["reference"]), atol=0.02)
+
+
+def test_what_it_declines() -> None:
+    with pytest.raises(KernelError, match="it is for NVIDIA GPUs"):
+        backend_for("cpu", "cuda")
+    assert GPU.int4_declines(64, 96, 96) is None
+    assert "groups of 48" in str(GPU.int4_declines(64, 96, 48))
+    gemm = to_gemm(random_int4(64, 96, 48))
+    weight = GPU.pack_int4(64, 96, 48, [(gemm["qweight"], gemm["scales"], gemm["qzeros"])])
+    x = random(3, 96).half()
+    expected = x.float() @ random_int4(64, 96, 48).dequantize().T
+    assert (GPU.matmul(x, weight).float() - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_compiled_for_a_card(capability: int, tmp_path: Path) -> None:
+    """Without a card: INT4 words come in 16-byte pieces, and no registers are spilled."""
+    code = f"""
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from squawq.backends.cuda import int4
+kernel, names = int4.matmul_kernel, int4.matmul_kernel.arg_names
+for kind, tokens, outputs, warps in (("fp16", 8, 64, 2), ("fp16", 64, 128, 4), ("bf16", 16, 128, 4)):
+    types = dict(x="*" + kind, words="*i16", grids="*i32", out="*fp32", M="i32", N="i32", K="i32", blocks="i32")
+    values = dict(GROUP=128, PADDED=False, TOKENS=tokens, OUTPUTS=outputs, STAGES=3, PREFETCH=0, DEPENDENT=False)
+    values |= dict(INTERPRETED=False)
+    signature = types | dict(split="i32") | dict.fromkeys(values, "constexpr")
+    aligned = {{(names.index(name),): [["tt.divisibility", 16]] for name in ("x", "words", "grids", "out", "N", "K")}}
+    source = ASTSource(kernel, signature, {{(names.index(n),): v for n, v in values.items()}}, aligned)
+    target = GPUTarget("cuda", {capability}, 32)
+    ptx = triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=3)).asm["ptx"]
+    copies = re.findall(r"cp.async.cg.shared.global \\[[^]]*\\], \\[[^]]*\\], 0x10", ptx)
+    print(kind, tokens, len(copies), "local" if ".local" in ptx else "none spilled")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**environment, "TRITON_HOME": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n")
+    assert len(lines) == 4, done.stdout
+    for line in lines[:3]:
+        words = line.split()
+        assert int(words[2]) >= 3, done.stdout
+        assert words[3] == "none", done.stdout
