@@ -27,6 +27,7 @@ FLOORS: dict[str, float] = {
     "text.child": 2,
     "backends": 5,
     "backends.cpu": 5.5,
+    "backends.cuda": 5.5,
     "nn": 6,
     "compatibility": 6.5,
     "layerwise": 6.5,
@@ -69,6 +70,7 @@ DOORS = {
     "llguidance": ("engine.grammar",),
     "gguf": ("export.gguf",),
     "prompt_toolkit": ("commands.chat",),
+    "triton": ("backends.cuda.",),
 }
 
 

@@ -259,7 +259,7 @@ from squawq.backends.cuda import int4
 kernel, names = int4.matmul_kernel, int4.matmul_kernel.arg_names
 for kind, tokens, outputs, warps in (("fp16", 8, 64, 2), ("fp16", 64, 128, 4), ("bf16", 16, 128, 4)):
     types = dict(x="*" + kind, words="*i16", grids="*i32", out="*fp32", M="i32", N="i32", K="i32", blocks="i32")
-    values = dict(GROUP=128, PADDED=False, TOKENS=tokens, OUTPUTS=outputs, STAGES=3, PREFETCH=0, DEPENDENT=False)
+    values = dict(GROUP=128, PADDED=False, TOKENS=tokens, OUTPUTS=outputs, STAGES=3, DEPENDENT={capability >= 90})
     values |= dict(INTERPRETED=False)
     signature = types | dict(split="i32") | dict.fromkeys(values, "constexpr")
     aligned = {{(names.index(name),): [["tt.divisibility", 16]] for name in ("x", "words", "grids", "out", "N", "K")}}

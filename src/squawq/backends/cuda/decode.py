@@ -27,6 +27,9 @@ from squawq.backends.layer_ops import (
 from squawq.backends.sampling import GREEDY_BELOW, Chunk, NoTokenError, Sampling, StepOutput, sample
 from squawq.engine.request import TokenLogprob
 
+# Programmatic dependent launch gains on a Hopper card with so few rows; with more, the next kernel's programs take the
+# place of running ones.
+DEPENDENT_ROWS = 2
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -75,6 +78,7 @@ class DecodeStep:
         self._host_tokens = torch.zeros(rows, dtype=torch.int64, pin_memory=pinned)
         self._host_logprobs = torch.zeros(rows, pin_memory=pinned)
         self._arrays = [t.numpy() for t in (self._host_input, self._host_tokens, self._host_logprobs)]
+        self._hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if self._stream else None
@@ -156,7 +160,8 @@ class DecodeStep:
         return graph
 
     def _run(self, size: int) -> None:
-        model, layers, dependent = self._model, self._model.layers, DEPENDENT
+        model, layers = self._model, self._model.layers
+        dependent = self._hopper and size <= DEPENDENT_ROWS
         heads, eps = layers.heads, layers.eps
         self._input.copy_(self._host_input, non_blocking=True)
         ids, positions, slots = self._input[:, :size]
@@ -217,10 +222,6 @@ class DecodeStep:
         weight = _weight(packed)
         shape = launch.splits(weight), len(x), weight.shape[0]
         return launch.matmul(x, weight, flat[: math.prod(shape)].view(shape), dependent)
-
-
-# Programmatic dependent launch: slower on an H200, where the next kernel's programs take the place of running ones.
-DEPENDENT = False
 
 
 def _weight(packed: Packed) -> launch.Weight:

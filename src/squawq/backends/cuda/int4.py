@@ -148,7 +148,6 @@ def matmul_kernel(
     TOKENS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,  # 128-byte lines of a split's words, rounded up to a power of two; 0 for none
     DEPENDENT: tl.constexpr,  # start before the kernel that makes x has ended
     INTERPRETED: tl.constexpr,
 ):
@@ -160,12 +159,6 @@ def matmul_kernel(
     i = tl.arange(0, 32)
     here = n < N
     if DEPENDENT:
-        if PREFETCH:
-            line = tl.arange(0, PREFETCH)
-            per_block: tl.constexpr = OUTPUTS // 2
-            address = words + ((first + line // per_block) * N + tl.program_id(0) * OUTPUTS) * 32
-            address += (line % per_block) * 64
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], tl.int32, False, 1)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     zero = tl.zeros([OUTPUTS, TOKENS], tl.float32)

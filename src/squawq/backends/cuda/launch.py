@@ -75,7 +75,7 @@ def matmul(x: Tensor, weight: Weight, out: Tensor, dependent: bool = False) -> S
         grid = (triton.cdiv(n, outputs), count, triton.cdiv(rows, tokens))
         int4.matmul_kernel[grid](
             x, weight.words, weight.grids, out, rows, n, k, blocks, split, weight.group, k % int4.BLOCK != 0,
-            tokens, outputs, stages, 0, dependent, int4.INTERPRETED,
+            tokens, outputs, stages, dependent, int4.INTERPRETED,
             num_warps=warps, num_stages=stages, **pdl(dependent),
         )  # fmt: skip
     else:
