@@ -128,7 +128,7 @@ def test_norm_and_activation(rows: int) -> None:
         assert (GPU.activation_mul(gate_up, name).float() - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 1, 24)])
+@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 1, 24), (20, 1, 16)])
 @pytest.mark.parametrize("window", [None, 40])
 def test_attention(heads: Heads, window: int | None) -> None:
     """Prompts whole and in part, and single queries, through pages in any order."""

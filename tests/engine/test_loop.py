@@ -157,6 +157,19 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
     assert bench.runner.steps[-1][0].start == 8
 
 
+@pytest.mark.parametrize(("cached", "start"), [(True, 20), (False, 12)])
+def test_generated_tokens_are_cached_where_they_have_the_bits_of_a_prompt(cached: bool, start: int) -> None:
+    runner = FakeRunner()
+    runner.cache_outputs = cached
+    bench = Bench(runner)
+    first = bench.visit(request(PREFIX, max_tokens=10, ignore_eos=True))
+    ids = bench.finish()[first.id, 0].ids
+    assert len(ids) == 10
+    bench.visit(request([*PREFIX, *ids], max_tokens=1))
+    bench.finish()
+    assert runner.steps[-1][0].start == start
+
+
 def test_prompt_logprobs_do_not_read_the_cache_and_siblings_do() -> None:
     bench = Bench(FakeRunner())
     bench.visit(request(PREFIX, max_tokens=1))

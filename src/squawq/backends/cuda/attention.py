@@ -13,9 +13,16 @@ CHUNKS = 32  # most parts of a sequence, in decode
 
 
 @triton.jit
-def _chunk_blocks(blocks, CHUNKS: tl.constexpr):
-    """Blocks of keys in each part of a sequence: by its own length alone."""
-    return tl.maximum(2, tl.cdiv(blocks, CHUNKS))
+def _parts(position, window, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WINDOWED: tl.constexpr):
+    """Tokens, the first in sight, its block, blocks up to the end, blocks of a part, and how many parts."""
+    tokens = position.to(tl.int32) + 1
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(tokens - window, 0)
+    first = begin // BLOCK
+    end = tl.cdiv(tokens, BLOCK)
+    each = tl.maximum(2, tl.cdiv(end - first, CHUNKS))  # by the sequence's own length alone
+    return tokens, begin, first, end, each, tl.cdiv(end - first, each)
 
 
 @triton.jit
@@ -32,6 +39,7 @@ def decode_kernel(
     window,
     HEADS: tl.constexpr,
     KV: tl.constexpr,
+    SHARING: tl.constexpr,  # the power of two from HEADS / KV on, 16 at least
     D: tl.constexpr,
     WIDTH: tl.constexpr,  # the power of two from D on
     PAGE: tl.constexpr,
@@ -43,29 +51,22 @@ def decode_kernel(
     """Flash-decoding (Dao et al., 2023): a program takes every lanes-th part of a sequence, for one head of keys."""
     row, kv, lane, lanes = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     group: tl.constexpr = HEADS // KV
-    h = tl.arange(0, 16)
+    h = tl.arange(0, SHARING)
     d = tl.arange(0, WIDTH)
     t = tl.arange(0, BLOCK)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    tokens = tl.load(positions + row).to(tl.int32) + 1
-    begin = 0
-    if WINDOWED:
-        begin = tl.maximum(tokens - window, 0)
-    blocks = tl.cdiv(tokens, BLOCK)
-    first_block = begin // BLOCK
-    each = _chunk_blocks(blocks - first_block, CHUNKS)
-    chunks = tl.cdiv(blocks - first_block, each)
+    tokens, begin, first, end, each, chunks = _parts(tl.load(positions + row), window, BLOCK, CHUNKS, WINDOWED)
     mine = (h < group)[:, None] & (d < D)[None, :]
     q = tl.load(queries + row * HEADS * D + (kv * group + h)[:, None] * D + d[None, :], mask=mine, other=0.0)
     table = tables + row.to(tl.int64) * stride
     for chunk in range(lane, chunks, lanes):
-        top = tl.full([16], -1e30, tl.float32)
-        total = tl.zeros([16], tl.float32)
-        acc = tl.zeros([16, WIDTH], tl.float32)
-        start = first_block + chunk * each
-        for block in range(start, tl.minimum(start + each, blocks)):
+        top = tl.full([SHARING], -1e30, tl.float32)
+        total = tl.zeros([SHARING], tl.float32)
+        acc = tl.zeros([SHARING, WIDTH], tl.float32)
+        start = first + chunk * each
+        for block in range(start, tl.minimum(start + each, end)):
             at = block * BLOCK + t
             seen = at < tokens
             page = tl.load(table + at // PAGE, mask=seen, other=0).to(tl.int64)
@@ -112,12 +113,7 @@ def combine_kernel(
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    tokens = tl.load(positions + row).to(tl.int32) + 1
-    begin = 0
-    if WINDOWED:
-        begin = tl.maximum(tokens - window, 0)
-    blocks = tl.cdiv(tokens, BLOCK) - begin // BLOCK
-    chunks = tl.cdiv(blocks, _chunk_blocks(blocks, CHUNKS))
+    _, _, _, _, _, chunks = _parts(tl.load(positions + row), window, BLOCK, CHUNKS, WINDOWED)
     place = (row * HEADS + head) * CHUNKS
     tops = tl.load(stats + (place + c) * 2, mask=c < chunks, other=-float("inf"))
     highest = tl.max(tops, 0)

@@ -110,6 +110,7 @@ class DecodeStep:
         if self._stream is None:
             self._run(size)
         else:
+            self._stream.wait_stream(torch.cuda.current_stream())  # a prompt's step may still write to pages
             with torch.cuda.stream(self._stream):
                 (self._graphs.get(size) or self._capture(size)).replay()
                 self._stream.synchronize()

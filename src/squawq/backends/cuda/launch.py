@@ -162,10 +162,10 @@ def decode_attention(
     (query, kv, dim), (keys, values), rows = heads, pages, queries.shape[0]
     lanes = max(1, min(attention.CHUNKS, 1024 // (rows * kv)))
     block = 64 if dim <= 128 else 32
-    width = triton.next_power_of_2(dim)
+    width, sharing = triton.next_power_of_2(dim), max(16, triton.next_power_of_2(query // kv))
     attention.decode_kernel[(rows, kv, lanes)](
         queries, keys, values, tables, positions, space.sums, space.stats, math.log2(math.e) / math.sqrt(dim),
-        tables.stride(0), window or 0, query, kv, dim, width, keys.shape[2], block, attention.CHUNKS,
+        tables.stride(0), window or 0, query, kv, sharing, dim, width, keys.shape[2], block, attention.CHUNKS,
         window is not None, dependent, num_warps=4, num_stages=2, **pdl(dependent),
     )  # fmt: skip
     attention.combine_kernel[(rows, query)](
