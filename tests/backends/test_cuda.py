@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from squawq.backends import backend_for
 from squawq.backends.base import Heads
 from squawq.backends.cuda.backend import CudaBackend
 from squawq.backends.sampling import Chunk, Sampling
-from squawq.engine.request import SamplingParams
+from squawq.engine.config import EngineConfig
+from squawq.engine.engine import Engine
+from squawq.engine.request import Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import KernelError
 from squawq.format.groupwise import GroupwiseTensor, quantize, to_gemm
@@ -31,7 +34,7 @@ if torch.cuda.is_available():
     pytest.skip("kernels are compiled where there is a card", allow_module_level=True)
 
 from squawq.backends.cuda import int4, launch
-from squawq.backends.cuda.decode import DecodeStep
+from squawq.backends.cuda.steps import CudaSteps
 
 CPU = torch.device("cpu")
 GPU, REFERENCE = CudaBackend(CPU), backend_for("cpu", "reference")
@@ -188,19 +191,6 @@ def test_a_row_of_padding_writes_nothing() -> None:
     assert not out[0].any()
 
 
-def test_likeliest() -> None:
-    logits = random(4, 9000)
-    logits[1, [5, 7000]] = 9.0  # the first of equals
-    logits[2, 4097] = float("nan")
-    logits[3] = -float("inf")
-    tokens, logprobs = torch.empty(4, dtype=torch.int64), torch.empty(4)
-    launch.likeliest(logits, tokens, logprobs)
-    assert tokens[:2].tolist() == [int(logits[0].argmax()), 5]
-    expected = logits.log_softmax(-1)
-    assert torch.allclose(logprobs[:2], expected[[0, 1], tokens[:2]], atol=1e-5)
-    assert torch.isnan(logprobs[2:]).all()
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_whole_model(family: str, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts, then decode steps that replay what a graph would hold: logits and greedy tokens of the reference."""
@@ -211,7 +201,7 @@ def test_a_whole_model(family: str, make_model: MakeModel, tmp_path: Path, monke
     scores: dict[str, list[float]] = {}
     for name in ("cuda", "reference"):
         runner = DecoderRunner(load(tmp_path / "awq", Options(backend=name)), kv_tokens=512, rows=2)
-        assert isinstance(runner._decode, DecodeStep) == (name == "cuda")
+        assert isinstance(runner._steps, CudaSteps) == (name == "cuda")
         states = [
             Sampling(SamplingParams(temperature=0), prompt=prompt, ending=(), seed=0, index=0, logprobs=0)
             for prompt in ([3, 4, 5], list(range(20, 40)))
@@ -220,7 +210,7 @@ def test_a_whole_model(family: str, make_model: MakeModel, tmp_path: Path, monke
         scores[name] = []
         chunks = [Chunk(t, 0, [4 * i, 4 * i + 1], 1, s) for i, (t, s) in enumerate(zip(tokens, states, strict=True))]
         for _ in range(3):
-            for i, result in enumerate(runner.step(chunks)):
+            for i, result in enumerate(runner.start(chunks).outputs()):
                 assert result.error is None
                 assert result.token is not None
                 assert result.logprob is not None
@@ -233,6 +223,38 @@ def test_a_whole_model(family: str, make_model: MakeModel, tmp_path: Path, monke
         found[name] = tokens
     assert found["cuda"] == found["reference"]
     assert torch.allclose(torch.tensor(scores["cuda"]), torch.tensor(scores["reference"]), atol=0.02)
+
+
+def test_an_engine_gives_what_it_gives_alone(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are started ahead, tokens are fed on the card; some requests are sampled by the host."""
+    quantize_model(make_model("llama"), tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
+    monkeypatch.setattr(CudaBackend, "declines", classmethod(lambda *_: None))
+    decoder = load(tmp_path / "awq", Options(backend="cuda"))
+    plain = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    asked = [
+        replace(plain, logprobs=0),
+        replace(plain, temperature=1.0, top_p=0.9, seed=1),
+        replace(plain, temperature=1.5, top_k=5, repetition_penalty=1.5, frequency_penalty=1.0, seed=2),
+        replace(plain, temperature=1.0, logit_bias={5: 3.0}, seed=3),
+        replace(plain, max_tokens=2, logprobs=2, prompt_logprobs=1),
+    ]
+    requests = [Request(str(i), list(range(3, 6 + 5 * i)), params) for i, params in enumerate(asked)]
+
+    def run(requests: list[Request]) -> dict[str, list[Output]]:
+        runner = DecoderRunner(decoder, kv_tokens=512, rows=4)
+        engine = Engine(runner, None, EngineConfig(max_num_seqs=4, max_num_batched_tokens=20))
+        found: dict[str, list[Output]] = {}
+        for output in engine.generate(requests):
+            found.setdefault(output.request, []).append(output)
+        engine.close()
+        return found
+
+    together = run(requests)
+    for one in requests:
+        assert together[one.id] == run([one])[one.id]
+        assert len(together[one.id]) == one.params.max_tokens
 
 
 def test_what_it_declines() -> None:

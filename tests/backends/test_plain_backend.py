@@ -39,10 +39,10 @@ def test_sampling_is_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = Sampling(SamplingParams(), [5, 6], [], seed=0, index=0, logprobs=0)
     runner.prepare(sampling)
     chunk = Chunk([5, 6], 0, [0], 1, sampling)
-    (output,) = runner.step([chunk])
+    (output,) = runner.start([chunk]).outputs()
     (logits,) = runner.run([chunk])
     assert output.token == logits[-1].argmax()
     assert output.logprob is not None
     assert output.logprob.logprob == pytest.approx(float(torch.from_numpy(logits[-1]).log_softmax(-1).max()), abs=1e-5)
     monkeypatch.setattr(decoder.backend, "sample", lambda _, batch: [StepOutput(7) for _ in batch])
-    assert [found.token for found in runner.step([chunk, chunk])] == [7, 7]
+    assert [found.token for found in runner.start([chunk, chunk]).outputs()] == [7, 7]

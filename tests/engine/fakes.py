@@ -16,7 +16,17 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from squawq.backends.sampling import Chunk, Sampler, Sampling, StepOutput, sample, sampler, token_logprob
+from squawq.backends.sampling import (
+    SAMPLED,
+    Chunk,
+    Sampler,
+    Sampling,
+    StartedStep,
+    StepOutput,
+    sample,
+    sampler,
+    token_logprob,
+)
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
 from squawq.engine.sequence import join
 
@@ -53,8 +63,9 @@ class HostRunner(ABC):
     def prepare(self, sampling: Sampling) -> None:
         sampling.state = sampler(sampling)
 
-    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
-        return sample(np.concatenate(self.run(batch)), batch)
+    def start(self, batch: Sequence[Chunk]) -> StartedStep:
+        found = sample(np.concatenate(self.run(batch)), batch)
+        return StartedStep(lambda: found)
 
 
 class FakeRunner(HostRunner):
@@ -92,6 +103,41 @@ class FakeRunner(HostRunner):
         seen = self._memory[list(chunk.pages)].reshape(-1)[:end]
         rows = [_row(seen[: end - back]) for back in reversed(range(chunk.logits))]
         return np.stack(rows) if rows else np.zeros((0, VOCAB), dtype=np.float32)
+
+
+class AheadRunner(FakeRunner):
+    """A runner that lets the next step start before the outputs of this one are known, as on a GPU.
+
+    Tokens that the engine does not know yet are those sampled last for the same sequence.
+    """
+
+    def __init__(self, num_pages: int = 64, page_size: int = 4, max_positions: int = 100) -> None:
+        super().__init__(num_pages, page_size, max_positions)
+        self.known: Callable[[Sequence[Chunk]], None] = lambda batch: None  # called when outputs are asked for
+        self.ahead = 0  # steps started before the outputs of the last were asked for
+        self._sampled: dict[Sampling, int] = {}
+        self._open = 0
+
+    def start(self, batch: Sequence[Chunk]) -> StartedStep:
+        ids = [[self._sampled[_of(c)]] if list(c.ids) == [SAMPLED] else c.ids for c in batch]
+        found = super().start([replace(c, ids=i) for c, i in zip(batch, ids, strict=True)]).outputs()
+        for chunk, output in zip(batch, found, strict=True):
+            if output.token is not None:
+                self._sampled[_of(chunk)] = output.token
+        self.ahead += bool(self._open)
+        self._open += 1
+
+        def outputs() -> list[StepOutput]:
+            self._open -= 1
+            self.known(batch)
+            return found
+
+        return StartedStep(outputs, leads=not any(chunk.targets for chunk in batch))
+
+
+def _of(chunk: Chunk) -> Sampling:
+    assert chunk.sampling is not None
+    return chunk.sampling
 
 
 class FakeTokenizer:

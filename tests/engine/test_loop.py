@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
-from fakes import EOS, VOCAB, FakeRunner, FakeTokenizer, collect, expected, request
+from fakes import EOS, VOCAB, AheadRunner, FakeRunner, FakeTokenizer, collect, expected, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import check_scheduler
@@ -106,7 +106,8 @@ def visits(draw: st.DrawFn, room: int) -> list[Visit]:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_every_request_gives_what_it_gives_alone(data: st.DataObject) -> None:
-    runner = FakeRunner(num_pages=data.draw(st.integers(2, 24)), max_positions=60)
+    kind = data.draw(st.sampled_from([FakeRunner, AheadRunner]))
+    runner = kind(num_pages=data.draw(st.integers(2, 24)), max_positions=60)
     sequences = data.draw(st.integers(1, 5))
     tokens = 2 * sequences + data.draw(st.sampled_from([0, 1, 7, 30]))
     bench = Bench(runner, tokens, sequences, data.draw(st.booleans()))
@@ -135,8 +136,9 @@ def test_every_request_gives_what_it_gives_alone(data: st.DataObject) -> None:
     assert all(len(step) <= sequences for step in runner.steps)
 
 
-def test_pages_run_out_and_all_end_as_alone() -> None:
-    bench = Bench(FakeRunner(num_pages=8), sequences=4)
+@pytest.mark.parametrize("kind", [FakeRunner, AheadRunner])
+def test_pages_run_out_and_all_end_as_alone(kind: type[FakeRunner]) -> None:
+    bench = Bench(kind(num_pages=8), sequences=4)
     asked = [bench.visit(request([i, i, i], max_tokens=25, ignore_eos=True, seed=1)) for i in range(1, 5)]
     found = bench.finish()
     assert bench.loop.scheduler.preemptions > 0
@@ -211,6 +213,41 @@ def test_first_come_first_served() -> None:
     bench.finish()
     ends = [output.request for output in bench.outputs if output.finish]
     assert ends == [one.id for one in asked]
+
+
+def test_the_next_step_starts_before_the_results_of_this_one() -> None:
+    runner = AheadRunner()
+    bench = Bench(runner)
+    asked = [bench.visit(request([i], max_tokens=9, ignore_eos=True, seed=1)) for i in (3, 4)]
+    found = bench.finish()
+    assert runner.ahead == len(runner.steps) - 1 == 8  # none runs in vain: the length is known
+    for one in asked:
+        assert found[one.id, 0] == expected(one, bench.room)[0]
+    runner.ahead = 0
+    scored = bench.visit(request(PREFIX, max_tokens=3, ignore_eos=True, prompt_logprobs=1))
+    assert bench.finish()[scored.id, 0] == expected(scored, bench.room)[0]
+    assert runner.ahead == 1  # not while the prompt is scored
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_started_ahead_that_fails_ends_its_requests(late: bool) -> None:
+    runner = AheadRunner()
+    bench = Bench(runner)
+    asked = bench.visit(request([3], max_tokens=9, ignore_eos=True))
+    bench.step()
+
+    def fail(_: object) -> None:
+        raise RuntimeError("the model broke")
+
+    if late:
+        runner.known = fail
+    else:
+        runner.fail = fail
+    found = bench.finish()[asked.id, 0]
+    assert (found.finish, found.stop_reason) == (FinishReason.ERROR, "the model broke")
+    runner.known = runner.fail = lambda _: None
+    again = bench.visit(request([3], max_tokens=4))
+    assert bench.finish()[again.id, 0] == expected(again, bench.room)[0]
 
 
 def test_a_failing_step_ends_its_batch_and_no_other() -> None:

@@ -26,7 +26,7 @@ from squawq.backends.layer_ops import (
     Packed,
     RotateAndStore,
 )
-from squawq.backends.sampling import Chunk, Sampling, StepOutput, sample, sampler
+from squawq.backends.sampling import Chunk, Sampling, StartedStep, StepOutput, sample, sampler
 from squawq.errors import KernelError
 from squawq.format.groupwise import quantize, to_gemm
 
@@ -74,16 +74,16 @@ class Model:
     head: Packed
 
 
-class DecodeStep(Protocol):
-    """Runs and samples the next token of many sequences at once."""
+class Steps(Protocol):
+    """Runs and samples whole steps."""
 
-    rows: int  # sequences in a step
+    def start(self, batch: Sequence[Chunk], prompts: Callable[[Sequence[Chunk]], Tensor]) -> StartedStep:
+        """Start a step.
 
-    def takes(self, chunk: Chunk) -> bool:
-        """Whether a chunk is the one next token of a sequence."""
-
-    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
-        """An output for each of up to `rows` chunks that it takes."""
+        Args:
+            prompts: Computes logits, float32 [rows, vocab], of the chunks that are not a sequence's one next token,
+                `chunk.logits` rows of each in order.
+        """
 
 
 RunLayers = Callable[[Tensor, Rotary, Batch], None]  # updates hidden [rows, hidden_size] in place
@@ -256,16 +256,16 @@ class Backend(ABC):
 
         return run
 
-    def prepare_decode(
+    def prepare_steps(
         self,
         model: Model,  # noqa: ARG002
         cache: Sequence[Pages],  # noqa: ARG002
         rows: int,  # noqa: ARG002
         pages: int,  # noqa: ARG002
-    ) -> DecodeStep | None:
-        """A faster way for the steps that run one token of each sequence, for so many sequences of so many pages.
+    ) -> Steps | None:
+        """A faster way to run steps, of so many sequences of so many pages at most.
 
-        None where there is no other: then such steps run as prompts do.
+        None where there is no other: then all tokens run as those of prompts do, and `sample` samples.
         """
         return None
 

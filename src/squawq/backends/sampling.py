@@ -48,13 +48,17 @@ class Sampling:
     logprobs: int | None = None  # number of alternatives; None: no log probabilities
     grammar: TokenMask | None = None
     state: Any = None  # the sampler's own: counts for penalties, the random stream
+    tokens: Sequence[int] = ()  # prompt and output so far; grows with the sequence
+
+
+SAMPLED = -1  # in Chunk.ids: the token that the step before samples, which is known on the device alone
 
 
 @dataclass(frozen=True)
 class Chunk:
     """One sequence's part of a step."""
 
-    ids: Sequence[int]  # tokens to run
+    ids: Sequence[int]  # tokens to run; or SAMPLED alone
     start: int  # position of the first: the number of the sequence's tokens in the KV cache
     pages: Sequence[int]  # page table, for start + len(ids) tokens
     logits: int  # rows of logits: after so many of the last `ids`
@@ -71,6 +75,19 @@ class StepOutput:
     logprob: TokenLogprob | None = None  # if `Sampling.logprobs` asks for it
     prompt_logprobs: Sequence[TokenLogprob] = ()  # one for each of `Chunk.targets`
     error: BaseException | None = None  # why this sequence alone failed
+
+
+@dataclass(frozen=True)
+class StartedStep:
+    """A step that runs, or has run.
+
+    Attributes:
+        outputs: Waits until it has run; returns one output for each chunk.
+        leads: The next step may be started before these outputs are known. Its chunks have SAMPLED for their tokens.
+    """
+
+    outputs: Callable[[], list[StepOutput]]
+    leads: bool = False
 
 
 class NoTokenError(ValueError):

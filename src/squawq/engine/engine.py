@@ -11,8 +11,9 @@ import threading
 import time
 from collections import abc, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from squawq.backends.sampling import Chunk, StepOutput
+from squawq.backends.sampling import Chunk, StartedStep, StepOutput
 from squawq.engine.config import EngineConfig
 from squawq.engine.grammar import GrammarCompiler, Matcher
 from squawq.engine.pages import PagePool
@@ -26,8 +27,20 @@ from squawq.text.tokenizer import Tokenizer
 MAX_MESSAGE = 500  # characters of an error message
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step in flight: sequences and how many tokens of each, their chunks, and what the runner started."""
+
+    planned: list[tuple[Sequence, int]]
+    batch: list[Chunk]
+    running: StartedStep
+
+
 class Loop:
     """The engine's step, for one thread: schedule, run the model, process the results, send outputs to the sinks.
+
+    Where the runner allows it, the next step is scheduled and started before the results of this one are processed, so
+    that the device does not wait for the host. A sequence that these results end has then run one step in vain.
 
     `started` and `ended` are called once for each request. An error in processing one request ends only that one.
     """
@@ -53,6 +66,7 @@ class Loop:
         self.runner_seconds = self.step_seconds = 0.0
         self._runner, self._started, self._ended = runner, started, ended
         self._owners: dict[Sequence, tuple[RequestState, SequenceState]] = {}
+        self._next: _Step | None = None  # started ahead
 
     def add(self, request: RequestState) -> None:
         self.requests[request.id] = request
@@ -71,26 +85,55 @@ class Loop:
     def step(self) -> None:
         """Run one step of all requests in flight and send their outputs; no-op without requests."""
         if not self.requests:
+            self._next = None  # all its sequences have ended
             return
         began = time.perf_counter()
-        planned = self.scheduler.plan()
-        assert planned, "requests are in flight and none was scheduled"
-        batch = [self._chunk(sequence, count) for sequence, count in planned]
-        ran = time.perf_counter()
-        try:
-            results = self._runner.step(batch)
-        except BaseException as error:  # panics of Rust libraries too: none may end the thread
-            for request in dict.fromkeys(self._owners[sequence][0] for sequence, _ in planned):
-                self._end(request, FinishReason.ERROR, _message(error))
-            return
-        self.runner_seconds += time.perf_counter() - ran
-        for (sequence, count), chunk, result in zip(planned, batch, results, strict=True):
-            if not sequence.ended:  # its request may have failed earlier in this loop
-                self.prompt_tokens_computed += max(0, min(count, sequence.prompt - chunk.start))
-                self.scheduler.advance(sequence, count)
-                self._process_result(sequence, chunk, result)
+        step, self._next = self._next, None
+        if step is None:
+            planned = self.scheduler.plan()
+            assert planned, "requests are in flight and none was scheduled"
+            step = self._start(planned)
+        if step is not None:
+            if step.running.leads and (planned := self.scheduler.plan()):
+                self._next = self._start(planned)
+            self._finish(step)
         self.steps += 1
         self.step_seconds += time.perf_counter() - began
+
+    def _start(self, planned: list[tuple[Sequence, int]]) -> _Step | None:
+        """Start a step; None if it fails, which ends its requests."""
+        batch = [self._chunk(sequence, count) for sequence, count in planned]
+        began = time.perf_counter()
+        try:
+            running = self._runner.start(batch)
+        except BaseException as error:  # panics of Rust libraries too: none may end the thread
+            self._fail(planned, error)
+            return None
+        self.runner_seconds += time.perf_counter() - began
+        for (sequence, count), chunk in zip(planned, batch, strict=True):
+            sequence.pending += chunk.sampling is not None
+            self.scheduler.advance(sequence, count)
+        return _Step(planned, batch, running)
+
+    def _finish(self, step: _Step) -> None:
+        """Wait for a step's results and process them."""
+        began = time.perf_counter()
+        try:
+            results = step.running.outputs()
+        except BaseException as error:
+            self._fail(step.planned, error)
+            return
+        self.runner_seconds += time.perf_counter() - began
+        for (sequence, count), chunk, result in zip(step.planned, step.batch, results, strict=True):
+            sequence.pending -= chunk.sampling is not None
+            if not sequence.ended:  # in the step before, or because its request failed earlier in this loop
+                self.prompt_tokens_computed += max(0, min(count, sequence.prompt - chunk.start))
+                self._process_result(sequence, chunk, result)
+
+    def _fail(self, planned: list[tuple[Sequence, int]], error: BaseException) -> None:
+        for sequence, _ in planned:
+            if not sequence.ended:
+                self._end(self._owners[sequence][0], FinishReason.ERROR, _message(error))
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         request, state = self._owners[sequence]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from squawq.backends.sampling import Chunk, Sampling, StepOutput
+from squawq.backends.sampling import Chunk, Sampling, StartedStep
 from squawq.engine.request import Output, Request, Sink
 
 
@@ -96,5 +96,5 @@ class Runner(Protocol):
     def prepare(self, sampling: Sampling) -> None:
         """Set `sampling.state`, where that takes time; called in the thread that submits the request."""
 
-    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
-        """Run a step: one output for each chunk."""
+    def start(self, batch: Sequence[Chunk]) -> StartedStep:
+        """Start a step. Steps run in the order in which they are started."""

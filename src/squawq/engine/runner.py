@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from squawq.backends import backend_for
 from squawq.backends.base import PAGE, Batch
-from squawq.backends.sampling import Chunk, Sampling, StepOutput
+from squawq.backends.sampling import Chunk, Sampling, StartedStep
 from squawq.config import ModelConfig
 from squawq.engine.config import EngineConfig
 from squawq.errors import ConfigError
@@ -57,23 +57,17 @@ class DecoderRunner:
         except (MemoryError, RuntimeError, ValueError) as error:
             raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
         pages = min(-(-self.max_positions // self.page_size), self.num_pages)
-        self._decode = decoder.decode_step(self._cache, rows, pages)
-        self.cache_outputs = self._decode is None
+        self._steps = decoder.steps(self._cache, rows, pages)
+        self.cache_outputs = self._steps is None
 
     def prepare(self, sampling: Sampling) -> None:
         self._decoder.backend.prepare_sampling(sampling)
 
-    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
-        found: dict[int, StepOutput] = {}
-        if (decode := self._decode) is not None and (taken := [i for i, c in enumerate(batch) if decode.takes(c)]):
-            for first in range(0, len(taken), decode.rows):
-                part = taken[first : first + decode.rows]
-                found.update(zip(part, decode.step([batch[i] for i in part]), strict=True))
-        left = [i for i in range(len(batch)) if i not in found]
-        if left:
-            chunks = [batch[i] for i in left]
-            found.update(zip(left, self._decoder.backend.sample(self._logits(chunks), chunks), strict=True))
-        return [found[i] for i in range(len(batch))]
+    def start(self, batch: Sequence[Chunk]) -> StartedStep:
+        if self._steps is not None:
+            return self._steps.start(batch, self._logits)
+        found = self._decoder.backend.sample(self._logits(batch), batch)
+        return StartedStep(lambda: found)
 
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         """A step without sampling: float32 logits [chunk.logits, vocab] of each chunk."""
@@ -111,7 +105,7 @@ class DecoderRunner:
         return self._decoder(step, self._cache)
 
     def _tensor(self, values: Sequence[object] | NDArray[np.int64]) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.int64, device=self._device)
+        return torch.as_tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
 
 
 def _one_torch_thread() -> None:

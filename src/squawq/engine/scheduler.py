@@ -25,7 +25,9 @@ class Sequence:
     group: str = ""  # the request; or `Request.group`
     root: bytes = ROOT  # parent digest of its first page (pages.root)
     score: bool = False  # compute prompt logprobs, so do not read the prefix cache
-    computed: int = 0  # tokens whose keys and values are in `pages`
+    computed: int = 0  # tokens whose keys and values are in `pages`, or will be when the started steps have run
+    pending: int = 0  # tokens that started steps will sample
+    registered: int = 0  # pages that are in the prefix cache
     pages: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`
     ended: bool = False
@@ -35,9 +37,14 @@ class Sequence:
         self.prompt = len(self.tokens)
 
     @property
+    def length(self) -> int:
+        """Tokens, those included that started steps will sample."""
+        return len(self.tokens) + self.pending
+
+    @property
     def left(self) -> int:
         """Tokens still to run before the next can be sampled."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
 
 
 @dataclass(eq=False)
@@ -170,7 +177,8 @@ class Scheduler:
     def plan(self) -> list[tuple[Sequence, int]]:
         """The next step: sequences, and how many of their tokens after `computed` to run."""
         self._take_turns()
-        decodes = [s for s in list(self.running) if s.left == 1 and s.pages and self._grow(s)]
+        ready = [s for s in self.running if s.left == 1 and s.length < s.limit]
+        decodes = [s for s in ready if s.pages and self._grow(s)]
         wanted = {s: s.left for s in self.running if s.left > 1}
         if scored := {s: count for s, count in wanted.items() if s.score}:
             wanted |= self._split(scored, max(MAX_SCORED, len(scored)))
@@ -180,15 +188,15 @@ class Scheduler:
         return [(s, 1) for s in decodes] + [(s, prompts[s]) for s in wanted if prompts[s]]
 
     def advance(self, sequence: Sequence, count: int) -> None:
-        """Count `count` more tokens as computed; pages that became full enter the prefix cache."""
+        """Count `count` more tokens as computed; full pages of known tokens enter the prefix cache."""
         sequence.computed += count
         if self._caching:
-            known = sequence.computed if self._cache_outputs else min(sequence.computed, sequence.prompt)
+            known = min(sequence.computed, len(sequence.tokens) if self._cache_outputs else sequence.prompt)
             full = known // self.pool.page_size
-            first = (sequence.computed - count) // self.pool.page_size
             self._extend_digests(sequence, full)
-            for index in range(first, full):
+            for index in range(sequence.registered, full):
                 self.pool.register(sequence.pages[index], sequence.digests[index])
+            sequence.registered = max(sequence.registered, full)
 
     def _take_turns(self) -> None:
         """Admit waiting sequences in the order of `Turns`, preempting running ones that come later."""
@@ -197,7 +205,9 @@ class Scheduler:
         later = dict.fromkeys(self.running)  # running ones not reached yet; the last is preempted first
 
         def ready(sequence: Sequence) -> bool:
-            return bool(sequence.pages) or not coming or self._cached(sequence)[1] not in coming
+            if sequence.pages:
+                return True
+            return not sequence.pending and (not coming or self._cached(sequence)[1] not in coming)
 
         tenants = deque(self._turns.by_tenant(ready))
         while tenants and len(kept) < self._max_sequences:
@@ -246,6 +256,7 @@ class Scheduler:
                 self._preempt(later.popitem()[0])
         self.pool.share(shared)
         sequence.pages = shared + [self.pool.take() for _ in range(fresh)]
+        sequence.registered = len(shared)
         sequence.computed = len(shared) * self.pool.page_size
         if self._caching and not sequence.score:
             self.prefix_queries += len(sequence.tokens)
@@ -273,7 +284,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Allocate a page for the next token if it needs one; False if the sequence itself was preempted."""
-        if len(sequence.tokens) <= len(sequence.pages) * self.pool.page_size:
+        if sequence.length <= len(sequence.pages) * self.pool.page_size:
             return True
         while not self.pool.available:
             last = self.running.pop()
@@ -291,7 +302,7 @@ class Scheduler:
     def _drop(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages = []
-        sequence.computed = 0
+        sequence.computed = sequence.registered = 0
 
     def _extend_digests(self, sequence: Sequence, pages: int) -> None:
         size = self.pool.page_size

@@ -8,7 +8,7 @@ from collections import abc
 from collections.abc import Callable
 from dataclasses import replace
 
-from squawq.backends.sampling import Chunk, Sampling
+from squawq.backends.sampling import SAMPLED, Chunk, Sampling
 from squawq.engine.grammar import Matcher
 from squawq.engine.pages import root
 from squawq.engine.request import FinishReason, Output, Request, Sink, TokenLogprob
@@ -96,7 +96,9 @@ class SequenceState:
         self._request, self._matcher, self._end_ids = request, matcher, end_ids
         ranked = params.logprobs is not None or params.sequences > params.n  # best_of ranks by log probabilities
         top = (params.logprobs or 0) if ranked else None
-        self.sampling = Sampling(params, request.prompt, sorted(end_ids), seed, index, top, matcher)
+        self.sampling = Sampling(
+            params, request.prompt, sorted(end_ids), seed, index, top, matcher, tokens=sequence.tokens
+        )
         self._text = None if tokenizer is None else TextStream(tokenizer, request.prompt, params.skip_special_tokens)
         self._stops = StopStrings(params.stop, params.include_stop)
         self._logprobs: list[float] = []
@@ -114,7 +116,7 @@ class SequenceState:
         start, end = sequence.computed, sequence.computed + count
         last = count == sequence.left
         return Chunk(
-            ids=sequence.tokens[start:end],
+            ids=sequence.tokens[start:end] if start < len(sequence.tokens) else [SAMPLED],
             start=start,
             pages=sequence.pages,
             logits=count if sequence.score else int(last),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Backend, Batch, DecodeStep, Layers, Model, RunLayers
+from squawq.backends.base import Backend, Batch, Layers, Model, RunLayers, Steps
 from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
 from squawq.nn.cache import Cache
@@ -42,11 +42,11 @@ class Decoder:
             self._prepared = cache, self.backend.prepare(layers, cache.layers)
         return self._prepared[1]
 
-    def decode_step(self, cache: Cache, rows: int, pages: int) -> DecodeStep | None:
-        """The backend's way for steps of one token of each sequence, for `rows` sequences of `pages` pages."""
+    def steps(self, cache: Cache, rows: int, pages: int) -> Steps | None:
+        """The backend's own way to run steps, for `rows` sequences of `pages` pages."""
         layers = Layers(self.operations, self.config.heads, self.config.norm_eps)
         model = Model(layers, self.embedding, self.frequencies, self.norm, self.head)
-        return self.backend.prepare_decode(model, cache.layers, rows, pages)
+        return self.backend.prepare_steps(model, cache.layers, rows, pages)
 
     def native(self, cache: Cache) -> bool:
         """Whether all layers run in one native call on this cache, without torch's threads."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squawq.backends.base import Batch, DecodeStep, Gemm, Heads, Layers, Model, Norms, Pages, Rotary
+from squawq.backends.base import Batch, Gemm, Heads, Layers, Model, Norms, Pages, Rotary, Steps
 from squawq.backends.layer_ops import Buffer, Matmul, Operation, Packed
 from squawq.backends.reference import Reference
 from squawq.errors import KernelError
@@ -167,12 +167,12 @@ class CudaBackend(Reference):
         out = torch.empty(1, len(x), head.shape[0], dtype=torch.float32, device=self.device)
         return launch.matmul(x.contiguous(), head, out).parts[0]
 
-    def prepare_decode(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> DecodeStep | None:
-        from squawq.backends.cuda import decode
+    def prepare_steps(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> Steps | None:
+        from squawq.backends.cuda import decode, steps
 
         if decode.declines(model) is not None:
             return None
-        return decode.DecodeStep(model, cache, self.activation_dtype, rows, pages)
+        return steps.CudaSteps(model, cache, self.activation_dtype, rows, pages)
 
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         from squawq.backends.cuda import launch
@@ -201,7 +201,7 @@ class CudaBackend(Reference):
                 for first, rows, start, place in sequences.tolist()
                 for at in range(0, rows, QUERIES)
             ]
-            self._blocks = sequences, torch.tensor(blocks, dtype=torch.int32).to(self.device)
+            self._blocks = sequences, torch.tensor(blocks, dtype=torch.int32).to(self.device, non_blocking=True)
         out = qkv.new_empty(qkv.shape[0], heads[0] * heads[2])
         launch.prefill_attention(qkv, heads, pages, self._blocks[1], tables, window, out, QUERIES)
         return out

@@ -1,4 +1,4 @@
-"""Decode steps on a GPU: one token of each sequence, the whole model as one CUDA graph for each batch size."""
+"""The next token of each of many sequences on a GPU: the whole model and sampling as one CUDA graph a batch size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +23,6 @@ from squawq.backends.layer_ops import (
     Packed,
     RotateAndStore,
 )
-from squawq.backends.sampling import GREEDY_BELOW, Chunk, NoTokenError, Sampling, StepOutput, sample
-from squawq.engine.request import TokenLogprob
 
 # Programmatic dependent launch gains on a Hopper card with so few rows; with more, the next kernel's programs take the
 # place of running ones.
@@ -43,17 +40,23 @@ def declines(model: Model) -> str | None:
     return None
 
 
-class DecodeStep:
-    """Runs the next tokens of up to `rows` sequences; see `Backend.prepare_decode`.
+class DecodeGraphs:
+    """Runs and samples the next token of up to `rows` sequences. Each has its own row.
 
-    A sequence keeps its row from step to step, so that its page table is on the card already.
+    Args:
+        pages: Most pages of a sequence.
+
+    Attributes:
+        inputs: int64 [3, rows]: tokens, positions, slots. A token below 0 is the one that the row sampled last. A
+            position below 0 is a row of padding.
+        tables: int32 [rows, pages]: page tables. A step adds the page of its slot itself.
+        space: Parameters and results of sampling.
     """
 
     def __init__(self, model: Model, cache: Sequence[Pages], dtype: torch.dtype, rows: int, pages: int) -> None:
         device = model.norm.device
-        hidden, heads = len(model.norm), model.layers.heads
+        hidden, heads, vocab = len(model.norm), model.layers.heads, model.head.shape[0]
         self._model, self._cache, self.rows = model, cache, rows
-        self._size = 0  # of the latest graph
         self._page = cache[0][0].shape[2]
         weights = [_weight(op.weight) for op in model.layers.operations if isinstance(op, Matmul)]
         widths = [weight.shape[0] * launch.splits(weight) for weight in weights]
@@ -68,94 +71,36 @@ class DecodeStep:
         self._parts = [empty(rows * max(widths)), empty(rows * max(widths))]  # of WIDE, and of DELTA
         self._delta = empty(rows, hidden, kind=dtype)
         self._rotary = empty(rows, len(model.frequencies)), empty(rows, len(model.frequencies))
-        self._logits = empty(rows * model.head.shape[0])
-        self._space = launch.decode_space(rows, heads, device)
-        self._tables = empty(rows, pages, kind=torch.int32)
-        self._input = empty(3, rows, kind=torch.int64)  # ids, positions, slots
-        self._tokens, self._logprobs = empty(rows, kind=torch.int64), empty(rows)
-        pinned = device.type == "cuda"  # or, in tests, the kernels are interpreted on the CPU
-        self._host_input = torch.zeros(3, rows, dtype=torch.int64, pin_memory=pinned)
-        self._host_tokens = torch.zeros(rows, dtype=torch.int64, pin_memory=pinned)
-        self._host_logprobs = torch.zeros(rows, pin_memory=pinned)
-        self._arrays = [t.numpy() for t in (self._host_input, self._host_tokens, self._host_logprobs)]
+        self._logits = empty(rows * vocab)
+        self._attention = launch.decode_space(rows, heads, device)
+        self._places = torch.arange(rows, dtype=torch.int32, device=device)
+        self.inputs = empty(3, rows, kind=torch.int64)
+        self.tables = empty(rows, pages, kind=torch.int32)
+        self.space = launch.sampling_space(rows, vocab, device)
         self._hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle() if self._stream else None
-        self._places: dict[Sampling, tuple[int, int]] = {}  # a sequence's row, and the position after its last step
-        self._free = list(range(rows - 1, -1, -1))
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    @staticmethod
-    def takes(chunk: Chunk) -> bool:
-        """Whether a chunk is the one next token of a sequence."""
-        return (
-            len(chunk.ids) == 1
-            and chunk.sampling is not None
-            and chunk.start >= len(chunk.sampling.prompt)
-            and not chunk.targets
-        )
+    def size(self, rows: int) -> int:
+        """Rows of the graph that runs the first `rows` rows."""
+        return min(next((size for size in SIZES if size >= rows), self.rows), self.rows)
 
-    @torch.inference_mode()
-    def step(self, batch: Sequence[Chunk]) -> list[StepOutput]:
-        """An output for each chunk, all of which `takes` takes; no more of them than rows."""
-        places = self._place(batch)
-        size = next((s for s in SIZES if s > max(places)), self.rows)
-        size = min(size, self.rows)
-        inputs, tokens, logprobs = self._arrays
-        inputs[:, :size] = [[0], [-1], [-1]]
-        for place, chunk in zip(places, batch, strict=True):
-            page = chunk.pages[chunk.start // self._page]
-            inputs[:, place] = chunk.ids[0], chunk.start, page * self._page + chunk.start % self._page
-        self._size = size
-        if self._stream is None:
+    def run(self, rows: int) -> Tensor:
+        """Run the first `rows` rows on the current stream; return their logits, float32 [rows, vocab]."""
+        size = self.size(rows)
+        if self._pool is None:  # in tests, the kernels are interpreted on the CPU
             self._run(size)
         else:
-            self._stream.wait_stream(torch.cuda.current_stream())  # a prompt's step may still write to pages
-            with torch.cuda.stream(self._stream):
-                (self._graphs.get(size) or self._capture(size)).replay()
-                self._stream.synchronize()
-        return [self._output(place, chunk, tokens, logprobs) for place, chunk in zip(places, batch, strict=True)]
-
-    def _output(self, place: int, chunk: Chunk, tokens: np.ndarray, logprobs: np.ndarray) -> StepOutput:
-        sampling = chunk.sampling
-        assert sampling is not None
-        if not _greedy(sampling):
-            logits = self._logits[: self._size * self._model.head.shape[0]].view(self._size, -1)
-            return sample(logits[place : place + 1].cpu().numpy(), [chunk])[0]
-        logprob = float(logprobs[place])
-        if not math.isfinite(logprob):
-            return StepOutput(error=NoTokenError("no token can be chosen: the model's logits are not finite"))
-        token = int(tokens[place])
-        return StepOutput(token, None if sampling.logprobs is None else TokenLogprob(token, logprob, ()))
-
-    def _place(self, batch: Sequence[Chunk]) -> list[int]:
-        """The row of each chunk. Page tables of sequences that are new here go to the card."""
-        if len(self._places) > 2 * len(batch) + 8:  # ended ones: rows close up, so that a smaller graph is enough
-            self._places, self._free = {}, list(range(self.rows - 1, -1, -1))
-        now = {chunk.sampling for chunk in batch}
-        if any(sampling not in self._places for sampling in now):
-            for sampling in [known for known in self._places if known not in now]:
-                self._free.append(self._places.pop(sampling)[0])
-            self._free.sort(reverse=True)
-        found = []
-        for chunk in batch:
-            assert chunk.sampling is not None
-            row, after = self._places.get(chunk.sampling, (-1, -1))
-            if after != chunk.start:  # new here, or preempted since: other pages
-                row = self._free.pop() if row < 0 else row
-                table = torch.tensor(chunk.pages, dtype=torch.int32)
-                with torch.cuda.stream(self._stream):
-                    self._tables[row, : len(table)].copy_(table)
-            self._places[chunk.sampling] = row, chunk.start + 1
-            found.append(row)
-        return found
+            (self._graphs.get(size) or self._capture(size)).replay()
+        return self._logits_of(size)[:rows]
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
         self._run(size)  # compiles the kernels
         gc.collect()  # a graph that is freed during the capture would end it
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._run(size)
         self._graphs[size] = graph
         return graph
@@ -164,12 +109,12 @@ class DecodeStep:
         model, layers = self._model, self._model.layers
         dependent = self._hopper and size <= DEPENDENT_ROWS
         heads, eps = layers.heads, layers.eps
-        self._input.copy_(self._host_input, non_blocking=True)
-        ids, positions, slots = self._input[:, :size]
+        ids, positions, slots = self.inputs[:, :size]
         hidden, normed = self._hidden[:size], self._normed[:size]
         rotary = self._rotary[0][:size], self._rotary[1][:size]
+        sampled = self.space.results[0]
         launch.embed(
-            ids, positions, slots, model.embedding, model.frequencies, hidden, rotary, self._tables, self._page
+            ids, positions, slots, sampled, model.embedding, model.frequencies, hidden, rotary, self.tables, self._page
         )
         sums: dict[Buffer, Sums | None] = {Buffer.DELTA: None}
         narrow = self._narrow
@@ -197,11 +142,11 @@ class DecodeStep:
                         queries,
                         heads,
                         self._cache[layer],
-                        self._tables[:size],
+                        self.tables[:size],
                         positions,
                         window,
                         narrow,
-                        self._space,
+                        self._attention,
                         dependent,
                     )
                 case ActivationMul(activation):
@@ -212,11 +157,13 @@ class DecodeStep:
                 case AddResidual():
                     pass  # part of the final norm
         launch.add_norm(sums[Buffer.DELTA], hidden, model.norm, eps, normed, True, dependent)
-        logits = self._logits[: size * model.head.shape[0]].view(1, size, -1)
-        launch.matmul(normed, _weight(model.head), logits, dependent)
-        launch.likeliest(logits[0], self._tokens[:size], self._logprobs[:size], dependent)
-        self._host_tokens[:size].copy_(self._tokens[:size], non_blocking=True)
-        self._host_logprobs[:size].copy_(self._logprobs[:size], non_blocking=True)
+        logits = self._logits_of(size)
+        launch.matmul(normed, _weight(model.head), logits[None], dependent)
+        launch.sample(logits, self._places[:size], positions, self.space, dependent)
+
+    def _logits_of(self, size: int) -> Tensor:
+        vocab = self._model.head.shape[0]
+        return self._logits[: size * vocab].view(size, vocab)
 
     @staticmethod
     def _matmul(x: Tensor, packed: Packed, flat: Tensor, dependent: bool) -> Sums:
@@ -228,20 +175,3 @@ class DecodeStep:
 def _weight(packed: Packed) -> launch.Weight:
     assert isinstance(packed, int4.Int4Weight | launch.DenseWeight)  # see `declines`
     return packed
-
-
-def _greedy(sampling: Sampling) -> bool:
-    """Whether the likeliest token is the one to choose, whatever came before."""
-    params = sampling.params
-    return (
-        params.temperature < GREEDY_BELOW
-        and not sampling.logprobs
-        and sampling.grammar is None
-        and not params.logit_bias
-        and params.allowed_ids is None
-        and not params.bad_ids
-        and params.repetition_penalty == 1
-        and not params.frequency_penalty
-        and not params.presence_penalty
-        and not params.min_tokens
-    )

@@ -175,9 +175,10 @@ def activation_mul_kernel(
 
 @triton.jit
 def embed_kernel(
-    ids,  # int64 [rows]
+    ids,  # int64 [rows]; < 0: what is in `sampled`
     positions,  # int64 [rows]; < 0: a row of padding
     slots,  # int64 [rows]
+    sampled,  # int32 [rows]
     embedding,  # [vocab, N]
     frequencies,  # float32 [half]
     hidden,  # float32 [rows, N]
@@ -198,6 +199,8 @@ def embed_kernel(
         tl.store(tables + row.to(tl.int64) * stride + position // PAGE, (slot // PAGE).to(tl.int32))
     n = tl.arange(0, WIDTH)
     token = tl.load(ids + row)
+    if token < 0:
+        token = tl.load(sampled + row).to(tl.int64)
     found = tl.load(embedding + token * N + n, mask=n < N, other=0.0)
     tl.store(hidden + row * N + n, found.to(tl.float32), mask=n < N)
     i = tl.arange(0, HALF)

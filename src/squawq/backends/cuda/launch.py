@@ -188,28 +188,70 @@ def prefill_attention(
 
 
 def embed(
-    ids: Tensor, positions: Tensor, slots: Tensor, embedding: Tensor, frequencies: Tensor, hidden: Tensor,
-    rotary: tuple[Tensor, Tensor], tables: Tensor, page: int,
+    ids: Tensor, positions: Tensor, slots: Tensor, sampled: Tensor, embedding: Tensor, frequencies: Tensor,
+    hidden: Tensor, rotary: tuple[Tensor, Tensor], tables: Tensor, page: int,
 ) -> None:  # fmt: skip
-    """hidden float32 [rows, n], cos and sin of the positions, and the page of each slot into its row's table."""
+    """hidden float32 [rows, n], cos and sin of the positions, and the page of each slot into its row's table.
+
+    Where an id is below 0, the row's token is in `sampled`, int32 [rows].
+    """
     n, half = hidden.shape[1], len(frequencies)
     elementwise.embed_kernel[(len(ids),)](
-        ids, positions, slots, embedding, frequencies, hidden, *rotary, tables, tables.stride(0), n, half, page,
-        triton.next_power_of_2(half), triton.next_power_of_2(n), num_warps=8,
+        ids, positions, slots, sampled, embedding, frequencies, hidden, *rotary, tables, tables.stride(0), n, half,
+        page, triton.next_power_of_2(half), triton.next_power_of_2(n), num_warps=8,
     )  # fmt: skip
 
 
-def likeliest(logits: Tensor, tokens: Tensor, logprobs: Tensor, dependent: bool = False) -> None:
-    """The first largest of each row of float32 logits [rows, vocab]: tokens int64, logprobs float32 [rows]."""
-    rows, vocab = logits.shape
+@dataclass
+class SamplingSpace:
+    """Parameters of sequences, one a place, and what the sampling kernels keep of a row: see sampling.py for shapes.
+
+    results int32 [2, places]: tokens, and the bits of log probabilities.
+    """
+
+    vocab: int
+    floats: Tensor
+    ints: Tensor
+    counts: Tensor
+    results: Tensor
+    parts: tuple[Tensor, ...]  # tops, sums, masses, bests, ids
+    noisy: Tensor
+    maxima: Tensor
+    chosen: Tensor
+
+
+def sampling_space(rows: int, vocab: int, device: torch.device) -> SamplingSpace:
+    def zeros(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(*shape, dtype=kind, device=device)
+
     parts = triton.cdiv(vocab, sampling.PART)
-    found = [
-        torch.empty(rows, parts, device=logits.device, dtype=kind)
-        for kind in (torch.float32, torch.int32, torch.float32)
-    ]
-    sampling.part_kernel[(rows, parts)](
-        logits, *found, vocab, parts, sampling.PART, dependent, num_warps=8, **pdl(dependent)
+    return SamplingSpace(
+        vocab,
+        zeros(rows, sampling.FLOATS.value),
+        zeros(rows, sampling.INTS.value, kind=torch.int32),
+        zeros(rows, vocab, kind=torch.int16),
+        zeros(2, rows, kind=torch.int32),
+        (*(zeros(rows, parts) for _ in range(4)), zeros(rows, parts, kind=torch.int32)),
+        zeros(rows, vocab),
+        zeros(rows, parts * sampling.PART // sampling.GROUP.value),
+        zeros(rows, sampling.LISTED.value, kind=torch.int32),
     )
-    sampling.whole_kernel[(rows,)](
-        *found, tokens, logprobs, vocab, parts, triton.next_power_of_2(parts), dependent, num_warps=1, **pdl(dependent)
-    )
+
+
+def sample(logits: Tensor, places: Tensor, positions: Tensor, space: SamplingSpace, dependent: bool = False) -> None:
+    """A token for each row of float32 logits [rows, vocab], into the place of its sequence in space.results.
+
+    places int32 [rows]; positions int64 [rows] of the tokens that the logits follow, -1 for a row of padding.
+    """
+    rows, parts = len(logits), space.parts[0].shape[1]
+    tables = space.floats, space.ints, space.counts
+    sampling.score_kernel[(rows, parts)](
+        logits, places, positions, *tables, *space.parts, space.noisy, space.maxima, space.vocab, parts, sampling.PART,
+        dependent, num_warps=8, **pdl(dependent),
+    )  # fmt: skip
+    tokens, logprobs = space.results[0], space.results[1].view(torch.float32)
+    sampling.choose_kernel[(rows,)](
+        logits, places, positions, *tables, *space.parts, space.noisy, space.maxima, space.chosen, tokens, logprobs,
+        space.vocab, parts, sampling.PART // sampling.GROUP.value, triton.next_power_of_2(parts), dependent,
+        num_warps=16, **pdl(dependent),
+    )  # fmt: skip
