@@ -59,13 +59,18 @@ def packed(tensor: GroupwiseTensor, group: int, dtype: torch.dtype) -> int4.Int4
     return found
 
 
+def scaled(tensor: GroupwiseTensor, dtype: torch.dtype) -> Tensor:
+    """Weights by scales in the activations' dtype, not rounded."""
+    return replace(tensor, scales=tensor.scales.to(dtype)).dequantize()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("group", "kernel"), [(32, 32), (64, 64), (128, 128), (256, 256), (512, 0), (96, 0)])
 def test_dequantize(group: int, kernel: int, dtype: torch.dtype) -> None:
     tensor = random_int4(40, 96 if group == 96 else 512, group)
     out = torch.empty(tensor.q.shape)
     launch.dequantize(packed(tensor, kernel, dtype), out)
-    assert torch.equal(out, tensor.dequantize())
+    assert torch.equal(out, scaled(tensor, dtype))
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -85,8 +90,9 @@ def test_int4_matmul(rows: int, out: int, blocks: int, group: int, dtype: torch.
     x = random(rows, in_, seed=1).to(dtype)
     parts = torch.full((launch.splits(weight), rows, out), float("nan"))
     found = launch.matmul(x, weight, parts).parts.sum(0)
-    expected = x.float() @ tensor.dequantize().T
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    expected = x.float() @ scaled(tensor, dtype).to(dtype).float().T
+    tolerance = 1e-5 if dtype == torch.float16 else 4e-3  # the interpreter cuts bfloat16 off where a card rounds
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["int8", "16-bit"])
@@ -279,7 +285,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from squawq.backends.cuda import int4
 kernel, names = int4.matmul_kernel, int4.matmul_kernel.arg_names
-for kind, tokens, outputs, warps in (("fp16", 8, 64, 2), ("fp16", 64, 128, 4), ("bf16", 16, 128, 4)):
+for kind, tokens, outputs, warps in (("fp16", 8, 64, 2), ("fp16", 128, 128, 8), ("bf16", 16, 64, 4)):
     types = dict(x="*" + kind, words="*i16", grids="*i32", out="*fp32", M="i32", N="i32", K="i32", blocks="i32")
     values = dict(GROUP=128, PADDED=False, TOKENS=tokens, OUTPUTS=outputs, STAGES=3, DEPENDENT={capability >= 90})
     values |= dict(INTERPRETED=False)

@@ -77,6 +77,7 @@ class DecodeGraphs:
         self.inputs = empty(3, rows, kind=torch.int64)
         self.tables = empty(rows, pages, kind=torch.int32)
         self.space = launch.sampling_space(rows, vocab, device)
+        self.inputs[1:] = -1
         self._hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -85,25 +86,25 @@ class DecodeGraphs:
         """Rows of the graph that runs the first `rows` rows."""
         return min(next((size for size in SIZES if size >= rows), self.rows), self.rows)
 
+    def capture(self) -> None:
+        """Compile the kernels and capture a graph for each batch size, on the current stream, with rows of padding."""
+        for size in sorted({self.size(size) for size in (*SIZES, self.rows)}, reverse=True):
+            self._run(size)
+            gc.collect()  # a graph that is freed during the capture would end it
+            torch.cuda.synchronize()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                self._run(size)
+            self._graphs[size] = graph
+
     def run(self, rows: int) -> Tensor:
         """Run the first `rows` rows on the current stream; return their logits, float32 [rows, vocab]."""
         size = self.size(rows)
         if self._pool is None:  # in tests, the kernels are interpreted on the CPU
             self._run(size)
         else:
-            (self._graphs.get(size) or self._capture(size)).replay()
+            self._graphs[size].replay()
         return self._logits_of(size)[:rows]
-
-    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        self._run(size)  # compiles the kernels
-        gc.collect()  # a graph that is freed during the capture would end it
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            self._run(size)
-        self._graphs[size] = graph
-        return graph
 
     def _run(self, size: int) -> None:
         model, layers = self._model, self._model.layers

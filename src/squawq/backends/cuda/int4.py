@@ -27,8 +27,8 @@ TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 class Int4Weight(Packed):
     """words int16 [blocks, out, 32]; grids int32 [groups, out]: scale in the low half, offset in the high one.
 
-    A weight is scale * (magic + number + offset): scales are float16, offsets -(magic + zero) in activations' dtype,
-    whose magic number is 1024 in float16, 128 in bfloat16.
+    All is in the activations' dtype: scales, offsets, which are -(magic + zero), with a magic number of 1024 in float16
+    and 128 in bfloat16, and the weights: scale * (magic + number + offset).
     """
 
     words: Tensor
@@ -52,21 +52,22 @@ def pack(numbers: Tensor, scales: Tensor, zeros: Tensor, group: int, dtype: torc
     nibbles = padded.view(out, blocks, 4, WORDS)
     words = (nibbles << torch.arange(0, 16, 4, device=numbers.device)[:, None]).sum(2).to(torch.int16)
     offsets = (-(zeros.float() + magic(dtype))).to(dtype)
-    halves = torch.stack([scales.to(torch.float16).view(torch.int16), offsets.view(torch.int16)], -1)
+    halves = torch.stack([scales.to(dtype).view(torch.int16), offsets.view(torch.int16)], -1)
     grids = halves.contiguous().view(torch.int32).squeeze(-1)
     return Int4Weight(words.transpose(0, 1).contiguous(), grids, dtype, group, (out, in_))
 
 
 @triton.jit
-def _floats(words, z0, z1, z2, z3, INTERPRETED: tl.constexpr):
-    """The four numbers of each word less their zeros, in the dtype of z0 to z3, which are offsets of words' shape."""
+def _weights(words, z0, z1, z2, z3, s0, s1, s2, s3, INTERPRETED: tl.constexpr):
+    """The four weights of each word in the dtype of z0 to z3, which are offsets; s0 to s3 are scales; all alike."""
     if INTERPRETED:
         base = 1024.0 if z0.dtype == tl.float16 else 128.0
         bits = words.to(tl.int32)
-        w0 = ((bits & 15).to(tl.float32) + base + z0.to(tl.float32)).to(z0.dtype)
-        w1 = (((bits >> 4) & 15).to(tl.float32) + base + z1.to(tl.float32)).to(z1.dtype)
-        w2 = (((bits >> 8) & 15).to(tl.float32) + base + z2.to(tl.float32)).to(z2.dtype)
-        w3 = (((bits >> 12) & 15).to(tl.float32) + base + z3.to(tl.float32)).to(z3.dtype)
+        w0 = ((bits & 15).to(tl.float32) + base + z0.to(tl.float32)) * s0.to(tl.float32)
+        w1 = (((bits >> 4) & 15).to(tl.float32) + base + z1.to(tl.float32)) * s1.to(tl.float32)
+        w2 = (((bits >> 8) & 15).to(tl.float32) + base + z2.to(tl.float32)) * s2.to(tl.float32)
+        w3 = (((bits >> 12) & 15).to(tl.float32) + base + z3.to(tl.float32)) * s3.to(tl.float32)
+        w0, w1, w2, w3 = w0.to(z0.dtype), w1.to(z0.dtype), w2.to(z0.dtype), w3.to(z0.dtype)
     elif z0.dtype == tl.float16:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
             """{
@@ -82,9 +83,13 @@ def _floats(words, z0, z1, z2, z3, INTERPRETED: tl.constexpr):
             add.f16x2 $1, $1, $6;
             add.f16x2 $2, $2, $7;
             add.f16x2 $3, $3, $8;
+            mul.f16x2 $0, $0, $9;
+            mul.f16x2 $1, $1, $10;
+            mul.f16x2 $2, $2, $11;
+            mul.f16x2 $3, $3, $12;
             }""",
-            "=&r,=&r,=&r,=&r,r,r,r,r,r",
-            [words, z0, z1, z2, z3],
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+            [words, z0, z1, z2, z3, s0, s1, s2, s3],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
             pack=2,
@@ -92,11 +97,12 @@ def _floats(words, z0, z1, z2, z3, INTERPRETED: tl.constexpr):
     else:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
             """{
-            .reg .b32 a, b, c, one;
+            .reg .b32 a, b, c, one, none;
             shr.b32 a, $4, 4;
             shr.b32 b, $4, 8;
             shr.b32 c, $4, 12;
             mov.b32 one, 0x3F803F80;
+            mov.b32 none, 0x80008000;
             lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
             lop3.b32 $1, a, 0x000F000F, 0x43004300, 0xEA;
             lop3.b32 $2, b, 0x000F000F, 0x43004300, 0xEA;
@@ -105,9 +111,13 @@ def _floats(words, z0, z1, z2, z3, INTERPRETED: tl.constexpr):
             fma.rn.bf16x2 $1, $1, one, $6;
             fma.rn.bf16x2 $2, $2, one, $7;
             fma.rn.bf16x2 $3, $3, one, $8;
+            fma.rn.bf16x2 $0, $0, $9, none;
+            fma.rn.bf16x2 $1, $1, $10, none;
+            fma.rn.bf16x2 $2, $2, $11, none;
+            fma.rn.bf16x2 $3, $3, $12, none;
             }""",
-            "=&r,=&r,=&r,=&r,r,r,r,r,r",
-            [words, z0, z1, z2, z3],
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+            [words, z0, z1, z2, z3, s0, s1, s2, s3],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             is_pure=True,
             pack=2,
@@ -116,13 +126,23 @@ def _floats(words, z0, z1, z2, z3, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _scale(grid):
-    return (grid & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def _scale(grid, dtype: tl.constexpr):
+    return (grid & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit
 def _offset(grid, dtype: tl.constexpr):
     return (grid >> 16).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _grid(grids, n, N, k, K, here, dtype: tl.constexpr, GROUP: tl.constexpr):
+    """Offsets and scales, [OUTPUTS, 32], of the group in which input k is."""
+    if GROUP:
+        n += tl.minimum(k, K - 1) // GROUP * N  # padding has no groups of its own
+    grid = tl.load(grids + n, mask=here, other=0)
+    shape: tl.constexpr = [n.shape[0], 32]
+    return tl.broadcast_to(_offset(grid, dtype)[:, None], shape), tl.broadcast_to(_scale(grid, dtype)[:, None], shape)
 
 
 @triton.jit
@@ -161,8 +181,7 @@ def matmul_kernel(
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    zero = tl.zeros([OUTPUTS, TOKENS], tl.float32)
-    acc = zero
+    acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     tokens = x + m[None, :] * K
     for block in tl.range(first, last, num_stages=STAGES):
         packed = tl.load(words + (block * N + n)[:, None] * 32 + i[None, :], mask=here[:, None], other=0)
@@ -177,41 +196,19 @@ def matmul_kernel(
             x1 = tl.load(tokens + k[:, None] + 32, mask=(m < M)[None, :], other=0.0)
             x2 = tl.load(tokens + k[:, None] + 64, mask=(m < M)[None, :], other=0.0)
             x3 = tl.load(tokens + k[:, None] + 96, mask=(m < M)[None, :], other=0.0)
+        z0, s0 = _grid(grids, n, N, block * 128, K, here, x0.dtype, GROUP)
+        z1, s1, z2, s2, z3, s3 = z0, s0, z0, s0, z0, s0
         if GROUP == 32 or GROUP == 64:
-            top = (K - 1) // GROUP  # padding has no groups of its own
-            g = grids + n
-            per: tl.constexpr = 128 // GROUP
-            grid0 = tl.load(g + tl.minimum(block * per, top) * N, mask=here, other=0)
-            grid1 = tl.load(g + tl.minimum(block * per + 32 // GROUP, top) * N, mask=here, other=0)
-            grid2 = tl.load(g + tl.minimum(block * per + 64 // GROUP, top) * N, mask=here, other=0)
-            grid3 = tl.load(g + tl.minimum(block * per + 96 // GROUP, top) * N, mask=here, other=0)
-            z0 = tl.broadcast_to(_offset(grid0, x0.dtype)[:, None], [OUTPUTS, 32])
-            z1 = tl.broadcast_to(_offset(grid1, x0.dtype)[:, None], [OUTPUTS, 32])
-            z2 = tl.broadcast_to(_offset(grid2, x0.dtype)[:, None], [OUTPUTS, 32])
-            z3 = tl.broadcast_to(_offset(grid3, x0.dtype)[:, None], [OUTPUTS, 32])
-            w0, w1, w2, w3 = _floats(packed, z0, z1, z2, z3, INTERPRETED)
-            if GROUP == 64:
-                part = _dot(w1, x1, _dot(w0, x0, zero, INTERPRETED), INTERPRETED)
-                acc += part * _scale(grid0)[:, None]
-                part = _dot(w3, x3, _dot(w2, x2, zero, INTERPRETED), INTERPRETED)
-                acc += part * _scale(grid2)[:, None]
-            else:
-                acc += _dot(w0, x0, zero, INTERPRETED) * _scale(grid0)[:, None]
-                acc += _dot(w1, x1, zero, INTERPRETED) * _scale(grid1)[:, None]
-                acc += _dot(w2, x2, zero, INTERPRETED) * _scale(grid2)[:, None]
-                acc += _dot(w3, x3, zero, INTERPRETED) * _scale(grid3)[:, None]
-        else:
-            g = n
-            if GROUP:
-                g += block // (GROUP // 128) * N
-            grid = tl.load(grids + g, mask=here, other=0)
-            z = tl.broadcast_to(_offset(grid, x0.dtype)[:, None], [OUTPUTS, 32])
-            w0, w1, w2, w3 = _floats(packed, z, z, z, z, INTERPRETED)
-            part = _dot(w0, x0, zero, INTERPRETED)
-            part = _dot(w1, x1, part, INTERPRETED)
-            part = _dot(w2, x2, part, INTERPRETED)
-            part = _dot(w3, x3, part, INTERPRETED)
-            acc += part * _scale(grid)[:, None]
+            z2, s2 = _grid(grids, n, N, block * 128 + 64, K, here, x0.dtype, GROUP)
+            z3, s3 = z2, s2
+        if GROUP == 32:
+            z1, s1 = _grid(grids, n, N, block * 128 + 32, K, here, x0.dtype, GROUP)
+            z3, s3 = _grid(grids, n, N, block * 128 + 96, K, here, x0.dtype, GROUP)
+        w0, w1, w2, w3 = _weights(packed, z0, z1, z2, z3, s0, s1, s2, s3, INTERPRETED)
+        acc = _dot(w0, x0, acc, INTERPRETED)
+        acc = _dot(w1, x1, acc, INTERPRETED)
+        acc = _dot(w2, x2, acc, INTERPRETED)
+        acc = _dot(w3, x3, acc, INTERPRETED)
     to = out + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
     tl.store(to, acc, mask=here[:, None] & (m < M)[None, :])
 
@@ -234,6 +231,6 @@ def dequantize_kernel(words, grids, out, N, K, GROUP: tl.constexpr, OUTPUTS: tl.
             g += tl.minimum(k, K - 1) // GROUP * N
         grid = tl.load(grids + g, mask=here, other=0)
         zero = base - _offset(grid, DTYPE).to(tl.float32)
-        value = (((bits >> 4 * j) & 15).to(tl.float32) - zero[:, None]) * _scale(grid)[:, None]
+        value = (((bits >> 4 * j) & 15).to(tl.float32) - zero[:, None]) * _scale(grid, DTYPE).to(tl.float32)[:, None]
         kept = here[:, None] & (k + i < K)[None, :]
         tl.store(to + 32 * j, value.to(out.dtype.element_ty), mask=kept)

@@ -68,10 +68,10 @@ def matmul(x: Tensor, weight: Weight, out: Tensor, dependent: bool = False) -> S
     rows, (n, k) = x.shape[0], weight.shape
     blocks, count = _blocks(weight), out.shape[0]
     split = triton.cdiv(blocks, count)
-    tokens = min(64, max(8, triton.next_power_of_2(rows)))
-    outputs, warps = (64, 2) if tokens == 8 else (128, 4)
+    tokens = min(128, max(8, triton.next_power_of_2(rows)))
     if isinstance(weight, int4.Int4Weight):
-        stages = 5 if tokens == 8 and split > 8 else 3
+        outputs = 64 if tokens <= 16 or (tokens == 32 and n <= 8192) else 128
+        warps, stages = 2 if tokens == 8 else 4 if tokens <= 32 else 8, 3
         grid = (triton.cdiv(n, outputs), count, triton.cdiv(rows, tokens))
         int4.matmul_kernel[grid](
             x, weight.words, weight.grids, out, rows, n, k, blocks, split, weight.group, k % int4.BLOCK != 0,
@@ -79,7 +79,7 @@ def matmul(x: Tensor, weight: Weight, out: Tensor, dependent: bool = False) -> S
             num_warps=warps, num_stages=stages, **pdl(dependent),
         )  # fmt: skip
     else:
-        scales = weight.scales
+        scales, tokens = weight.scales, min(64, tokens)
         grid = (triton.cdiv(n, 64), count, triton.cdiv(rows, tokens))
         dense.matmul_kernel[grid](
             x, weight.weight, weight.weight if scales is None else scales, out, rows, n, k, split, scales is not None,

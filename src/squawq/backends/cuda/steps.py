@@ -84,6 +84,8 @@ class CudaSteps:
         if pinned:
             torch.cuda.synchronize(device)  # the weights are there
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                self._graphs.capture()
         # Two of each: those of the step before are in use while a step is prepared.
         self._inputs = [torch.zeros(3, rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._results = [torch.zeros(2, rows, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
