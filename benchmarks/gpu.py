@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from common import print_table
-from gpu_report import Values, failures, markdown, plot, tables, title
+from gpu_report import Values, brief, failures, markdown, plot, tables, title
 
 ROOFLINE = Path(__file__).parents[1] / "docs" / "gpu-roofline.svg"
 WIDTH = 140
@@ -68,7 +68,7 @@ def measure(name: str, part: Part, models: object, until: float) -> Values:
             raise TimeoutError("no time was left for it")
         for result in part.run(name, models):
             results.append(asdict(result))
-            print(f"{time.monotonic() - started:6.1f} s  {result}", flush=True)
+            print(f"{time.monotonic() - started:6.1f} s  {brief(results[-1])}", flush=True)
             if time.monotonic() > ends:
                 problem = f"stopped after {time.monotonic() - started:.0f} s"
                 break

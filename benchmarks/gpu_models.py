@@ -163,10 +163,6 @@ class WarmUp:
     crowd_s: float  # then the first 64 streams, 4 tokens each
     again_s: float  # then prompt and decode step again
 
-    @property
-    def first_s(self) -> float:
-        return self.prompt_s + self.decode_s
-
 
 @contextmanager
 def timed_graphs() -> Iterator[dict[int, list[float]]]:
@@ -246,7 +242,7 @@ def step_graphs(runner: DecoderRunner, streams: int, tokens: int, params: Sampli
     """Milliseconds of the CUDA graphs of one decode step."""
     with timed_graphs() as replays:
         serve(runner, streams, tokens, steps, params)
-    return sum(statistics.median(times) for times in replays.values() if len(times) >= steps // 2)
+    return sum((statistics.median(times) for times in replays.values() if len(times) >= steps // 2), 0.0)
 
 
 def stream(runner: DecoderRunner, streams: int, tokens: int, new: int, sampled: bool) -> Streams:

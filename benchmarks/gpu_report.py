@@ -62,6 +62,14 @@ def title(found: Values) -> str:
     return ", ".join(f"{name} {found[name]}".removeprefix("gpu ") for name in ("gpu", "torch", "triton", "squawq"))
 
 
+def brief(one: Values) -> str:
+    """A result in a line."""
+    figures = {name: value for name, value in one.items() if not isinstance(value, dict)}
+    for inner in (value for value in one.values() if isinstance(value, dict)):
+        figures |= {name: value for name, value in inner.items() if not isinstance(value, str)}
+    return ", ".join(f"{n} {f'{v:.4g}' if isinstance(v, float) else v}" for n, v in figures.items())
+
+
 def markdown(found: Values) -> str:
     """For docs/benchmarks.md."""
     return "\n\n".join([f"{title(found)}.", *(table.markdown() for table in tables(found))]) + "\n"
@@ -170,7 +178,8 @@ def warm_up(results: Sequence[Values]) -> Iterator[Table]:
         ["loading", f"{one['load_s']:.1f} s"],
         ["first prompt (512 tokens)", f"{one['prompt_s']:.1f} s"],
         ["first decode step", f"{one['decode_s']:.1f} s"],
-        ["first 64 streams (128 in, 4 out)", f"{one['crowd_s']:.1f} s"],
+        ["both", f"{one['prompt_s'] + one['decode_s']:.1f} s"],
+        ["then 64 streams (128 in, 4 out)", f"{one['crowd_s']:.1f} s"],
         ["prompt and decode step again", f"{one['again_s']:.3f} s"],
     ]
     yield Table("A fresh process with an empty Triton cache, 8B", ["", "found"], rows)

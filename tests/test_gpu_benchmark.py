@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from squawq.backends.sampling import Chunk
+from squawq.engine.config import EngineConfig
 from squawq.engine.request import SamplingParams
 from squawq.engine.runner import DecoderRunner
 from squawq.nn.loader import load
@@ -92,7 +93,7 @@ def test_every_part_has_a_table(found: dict[str, Any]) -> None:
         "| milliseconds | 2.13 | 14.40 |",
         "| 4,096 tokens | 100.0 | 75.0 | 0.75 |",
         "| among 256 sequences | 20 of 21 | 3: 16 tokens |",
-        "| first decode step | 12.0 s |",
+        "| both | 23.0 s |",
         "| large | OutOfMemoryError: too large |",
         "| graphs | stopped after 26 s |",
     ):
@@ -105,6 +106,27 @@ def test_every_part_has_a_table(found: dict[str, Any]) -> None:
     ]
     found["parts"]["large"] = {"results": RESULTS["large"], "problem": ""}
     assert "70B through the engine; its weights take 38.0 GiB" in markdown(found)
+
+
+def test_a_result_in_a_line() -> None:
+    from gpu_report import brief
+
+    text = brief(product(6144, 4096, 1))
+    assert text == "out 6144, in_ 4096, rows 1, kernel 6.25, whole 250, fp16 16, share 0.5, error 1e-05, Humming 9.25"
+
+
+def test_the_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU."""
+    pytest.importorskip("triton")
+    import gpu_child
+    from checkpoints import Shape
+    from gpu_models import Models, WarmUp
+
+    folder = Models(tmp_path, Shape(layers=1, hidden=256, inner=512, heads=4, kv_heads=2, vocab=1024)).folder
+    monkeypatch.setattr(gpu_child, "CONFIG", EngineConfig(kv_tokens=16384, prefix_caching=False))
+    assert gpu_child.read_files(folder) > 0
+    found = WarmUp(**gpu_child.warm_up(folder))
+    assert min(found.load_s, found.prompt_s, found.decode_s, found.crowd_s, found.again_s) > 0
 
 
 def test_roofline(found: dict[str, Any], tmp_path: Path) -> None:
