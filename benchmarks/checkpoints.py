@@ -88,9 +88,9 @@ class Noise:
         self._torch = torch.Generator().manual_seed(seed)
         self._numpy = np.random.default_rng(seed)
 
-    def matrix(self, out_features: int, in_features: int) -> dict[str, Tensor]:
+    def matrix(self, out_features: int, in_features: int, std: float = STD) -> dict[str, Tensor]:
         """A 16-bit linear or embedding."""
-        return {"weight": torch.randn(out_features, in_features, dtype=self.dtype, generator=self._torch).mul_(STD)}
+        return {"weight": torch.randn(out_features, in_features, dtype=self.dtype, generator=self._torch).mul_(std)}
 
     def quantized(self, out_features: int, in_features: int) -> dict[str, Tensor]:
         """An AWQ GEMM linear: random nibbles, zeros of 7 or 8, scales within a fifth of each other."""
@@ -107,7 +107,7 @@ class Noise:
         return self._numpy.integers(0, 2**32, (rows, columns), np.uint32)
 
 
-def write_checkpoint(folder: Path, shape: Shape, layers: int, *, quantized: bool) -> int:
+def write_checkpoint(folder: Path, shape: Shape, layers: int, *, quantized: bool, head_std: float = STD) -> int:
     """Write AWQ INT4 with float16 for the rest, or bfloat16 throughout, to a folder that must not exist yet.
 
     Returns the bytes of all tensors.
@@ -134,7 +134,7 @@ def write_checkpoint(folder: Path, shape: Shape, layers: int, *, quantized: bool
         modules |= {f"{prefix}.{name}": norm() for name in ("input_layernorm", "post_attention_layernorm")}
         write(index + 2, modules)
         del modules  # before the next layer is made
-    head = {} if shape.tied else {"lm_head": noise.matrix(shape.vocab, shape.hidden)}
+    head = {} if shape.tied else {"lm_head": noise.matrix(shape.vocab, shape.hidden, head_std)}
     write(layers + 2, {"model.norm": norm()} | head)
     return write_index(folder)
 

@@ -15,14 +15,14 @@ from rich.table import Table
 PEERS = Path(__file__).parent / "peers"
 
 
-def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], width: int = 110) -> None:
     """First column left, the others right."""
     table = Table(title=title)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
     for row in rows:
         table.add_row(*row)
-    Console(width=110).print(table)
+    Console(width=width).print(table)
 
 
 def quantize_apart(

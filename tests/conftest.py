@@ -49,6 +49,21 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on a card are skipped without one, also when `-m gpu` asks for them alone."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the model runs; tests on a card have the marker gpu."""
+    found: str = request.param
+    return found
+
+
 def shared_data(name: str) -> Path:
     """A folder of the test data beside the checkout; the test skips where it is absent."""
     path = SHARED / name

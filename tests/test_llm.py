@@ -28,8 +28,8 @@ GREEDY = SamplingParams(max_tokens=40)
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(demo_model(), exact=True, kv_tokens=8192) as loaded:
+def llm(device: str) -> Iterator[LLM]:
+    with LLM(demo_model(), device=device, exact=device == "cpu", kv_tokens=8192) as loaded:
         yield loaded
 
 
@@ -258,7 +258,8 @@ def test_log_probabilities_have_texts(llm: LLM) -> None:
 
 
 def test_reprs_are_short(llm: LLM) -> None:
-    assert repr(llm) == "<squawq.LLM 'demo_model': llama, 8 layers, 16-bit, context of 4,096 tokens, on cpu>"
+    about = "llama, 8 layers, 16-bit, context of 4,096 tokens"
+    assert repr(llm) == f"<squawq.LLM 'demo_model': {about}, on {llm.device}>"
     assert repr(SamplingParams()) == "SamplingParams()"
     assert repr(SamplingParams(5, temperature=0.5)) == "SamplingParams(max_tokens=5, temperature=0.5)"
     assert eval(repr(SamplingParams(stop=["a"]))) == SamplingParams(stop=["a"])

@@ -17,15 +17,15 @@ from squawq.backends.sampling import Sampling
 from squawq.engine.request import SamplingParams
 
 pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("kernels are compiled where there is a card", allow_module_level=True)
 
 from squawq.backends.cuda import launch
 from squawq.backends.cuda.parameters import counts, parameters, samples
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 9000  # three parts of a row, the last one not full
-pytestmark = [  # in the interpreter itself
+pytestmark = [
+    *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
+    # in the interpreter itself
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered"),
     pytest.mark.filterwarnings("ignore:divide by zero encountered"),
@@ -41,16 +41,20 @@ def draw(logits: Tensor, rows: list[Sampling], places: list[int] | None = None) 
     """Sample each row of logits [rows, vocab] by the parameters of its sequence."""
     places = places or list(range(len(rows)))
     vocab = logits.shape[1]
-    space = launch.sampling_space(max(places) + 1, vocab, CPU)
+    space = launch.sampling_space(max(places) + 1, vocab, DEVICE)
     for place, sampling in zip(places, rows, strict=True):
         own, whole, penalized = parameters(sampling)
         space.floats[place, : len(own)] = torch.tensor(own)
         space.ints[place, : len(whole)] = torch.tensor(whole, dtype=torch.int32)
         if penalized:
             space.counts[place] = torch.from_numpy(counts(sampling, vocab))
-    positions = torch.tensor([len(sampling.tokens) - 1 for sampling in rows])
-    launch.sample(logits, torch.tensor(places, dtype=torch.int32), positions, space)
+    sample(logits, places, [len(sampling.tokens) - 1 for sampling in rows], space)
     return space
+
+
+def sample(logits: Tensor, places: list[int], positions: list[int], space: launch.SamplingSpace) -> None:
+    own = torch.tensor(places, dtype=torch.int32, device=DEVICE), torch.tensor(positions, device=DEVICE)
+    launch.sample(logits.to(DEVICE), *own, space)
 
 
 def tokens_of(space: launch.SamplingSpace) -> list[int]:
@@ -126,7 +130,7 @@ def test_the_largest_of_what_is_kept(
     assert samples(sampling)
     space = draw(logits, [sampling])
     row = adjusted(logits[0], sampling)
-    noisy = space.noisy[0] if temperature else row
+    noisy = space.noisy[0].cpu() if temperature else row
     (token,) = tokens_of(space)
     wanted = kept(row, params) if temperature else torch.ones(VOCAB, dtype=torch.bool)
     assert wanted[token]
@@ -139,7 +143,7 @@ def test_noise_is_of_gumbel_and_of_its_own_for_each_token_of_each_sequence() -> 
     params = SamplingParams(temperature=2.0)
     logits = torch.zeros(1, VOCAB).repeat(4, 1)
     rows = [sampled(params, seed=5), sampled(params, seed=5, index=1), sampled(params, seed=6)]
-    noise = draw(logits, [*rows, sampled(params, [1, 2, 3, 4], seed=5)]).noisy.double()
+    noise = draw(logits, [*rows, sampled(params, [1, 2, 3, 4], seed=5)]).noisy.cpu().double()
     levels = torch.exp(-torch.exp(-noise))  # uniform
     for row in levels:
         counted = torch.histc(row, 20, 0, 1)
@@ -166,9 +170,9 @@ def test_rows_of_padding_and_rows_without_a_token() -> None:
     logits[1, 4097] = math.nan
     logits[2] = -math.inf
     rows = [sampled(SamplingParams(temperature=1.0))] * 3
-    space = launch.sampling_space(3, VOCAB, CPU)
+    space = launch.sampling_space(3, VOCAB, DEVICE)
     space.results[:] = 77
-    launch.sample(logits, torch.arange(3, dtype=torch.int32), torch.tensor([-1, 3, 3]), space)
+    sample(logits, [0, 1, 2], [-1, 3, 3], space)
     assert space.results[:, 0].tolist() == [77, 77]
     assert not torch.isfinite(draw(logits, rows).results[1, 1:].view(torch.float32)).any()
     assert tokens_of(space)[1] in range(VOCAB)
@@ -181,7 +185,7 @@ def test_a_token_that_is_drawn_is_counted() -> None:
     space = draw(logits, [sampling])
     found = tokens_of(space)
     for position in range(3, 6):
-        launch.sample(logits, torch.zeros(1, dtype=torch.int32), torch.tensor([position]), space)
+        sample(logits, [0], [position], space)
         found += tokens_of(space)
     assert found == [5, 5, 6, 5]
     assert space.counts[0, [5, 6, 1]].tolist() == [3, 1, -(2**15)]

@@ -1,5 +1,5 @@
-"""The engine on a real decoder with the native kernels: tokens and log probabilities are the same bits alone and in any
-crowd, with and without cached prefixes, in any chunks, on however few pages."""
+"""The engine on a real decoder, with the native kernels or on a GPU: tokens and log probabilities are the same bits
+alone and in any crowd, with and without cached prefixes, in any chunks, on however few pages."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from squawq.engine.runner import DecoderRunner, default_kv_tokens
 from squawq.engine.sequence import RequestState
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
-from squawq.nn.loader import load
+from squawq.nn.loader import Options, load
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
-if library.load() is None:
-    pytest.skip("the native kernels are not built on this machine", allow_module_level=True)
-
+on_the_cpu = pytest.mark.parametrize("device", ["cpu"], scope="session")
 names = itertools.count()
 PREFIX = torch.randint(2, 160, (64,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 @pytest.fixture(scope="module", params=["llama, AWQ", "mistral, 16 bits, window"])
-def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+def decoder(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    if device == "cpu" and library.load() is None:
+        pytest.skip("the native kernels are not built on this machine")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder: Path = tmp_path_factory.mktemp("model")
@@ -46,9 +46,9 @@ def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     config = AutoConfig.for_model(**raw)
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder / "dense")
     if not awq:
-        return load(folder / "dense")
+        return load(folder / "dense", Options(device))
     quantize(folder / "dense", folder / "awq", QuantConfig(group_size=32, method="rtn"))
-    return load(folder / "awq")
+    return load(folder / "awq", Options(device))
 
 
 class Crowd:
@@ -120,6 +120,8 @@ def alone(decoder: Decoder, request: Request, room: int) -> Iterator[Output]:
 def test_the_same_bits_alone_and_in_a_crowd(
     decoder: Decoder, coming: list[tuple[Request, int, int | None]], pages: int, tokens: int, caching: bool
 ) -> None:
+    if decoder.backend.name == "cuda":
+        pages = 64  # enough for all: a preempted sequence computes its tokens again as a prompt, with other bits
     crowd = Crowd(decoder, pages, tokens, caching)
     for step in range(14):
         for request, arrives, leaves in coming:
@@ -151,6 +153,7 @@ def test_preemption_and_cached_prefixes_happen_here(decoder: Decoder) -> None:
     assert crowd.loop.scheduler.prefix_hits > 0
 
 
+@on_the_cpu
 def test_pages_take_no_memory_before_they_are_written(decoder: Decoder) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -161,12 +164,14 @@ def test_pages_take_no_memory_before_they_are_written(decoder: Decoder) -> None:
     assert resident() - before < 50e6
 
 
+@on_the_cpu
 def test_the_cache_fits_the_memory(decoder: Decoder) -> None:
     tokens = default_kv_tokens(decoder.config, torch.device("cpu"))
     assert tokens == 16 * decoder.config.max_positions  # a tiny model: all that is useful
     assert Cache.token_bytes(decoder.config) == 2 * 2 * 2 * 16 * 2
 
 
+@on_the_cpu
 def test_torch_has_one_thread_beside_the_kernels_and_elsewhere_what_it_had(decoder: Decoder) -> None:
     """Its OpenMP threads, which a step of many sequences would wake, spin on the cores of the kernels' threads."""
     before = torch.get_num_threads()
