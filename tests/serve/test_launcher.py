@@ -246,6 +246,7 @@ TGI = {
     "LOG_LEVEL=text_generation_router::infer=trace, info": ("log_level", "debug"),
     "LOG_LEVEL=warn,text_generation_launcher=debug": ("log_level", "warning"),
     "LOG_LEVEL=hyper=error": ("log_level", "info"),
+    "DEVICE=cuda:1": ("device", "cuda:1"),
     "CUDA_MEMORY_FRACTION=0.5": ("gpu_memory_utilization", 0.5),
     "PROMETHEUS_PORT=9000": ("prometheus_port", 9000),
     "DISABLE_GRAMMAR_SUPPORT=true": ("grammar_support", False),

@@ -17,6 +17,13 @@ BACKENDS = {  # name -> module:class, in order of preference
 }
 
 
+def backend_class(name: str) -> type[Backend]:
+    """The class of one of BACKENDS."""
+    module, _, kind = BACKENDS[name].partition(":")
+    found: type[Backend] = getattr(import_module(module), kind)
+    return found
+
+
 def backend_for(device: str | torch.device, name: str | None = None, *, exact: bool = False) -> Backend:
     """The first backend that runs on a device, or the one named.
 
@@ -32,8 +39,7 @@ def backend_for(device: str | torch.device, name: str | None = None, *, exact: b
         raise KernelError(f"backend is {name!r}; choose one of {', '.join(BACKENDS)}")
     device, refusals = torch.device(device), []
     for candidate in BACKENDS if name is None else (name,):
-        module, _, kind = BACKENDS[candidate].partition(":")
-        found: type[Backend] = getattr(import_module(module), kind)
+        found = backend_class(candidate)
         reason = found.declines(device)
         if reason is None and exact and not found.computes_exactly:
             reason = "it has no float32 activations"

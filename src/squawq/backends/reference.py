@@ -182,6 +182,8 @@ class Reference(Backend):
         torch.set_num_threads(count)
 
     def describe(self) -> dict[str, object]:
+        if self.device.type == "cuda":
+            return {"gpu": torch.cuda.get_device_name(self.device)}
         return {"threads": torch.get_num_threads(), "instructions": "torch"} if self.device.type == "cpu" else {}
 
 

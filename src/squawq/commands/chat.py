@@ -28,7 +28,7 @@ def chat(
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")] = None,
     system: Annotated[str | None, typer.Option(help="A system message")] = None,
     seed: Seed = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = None,
     exact: Exact = False,
     head: Head = None,

@@ -22,7 +22,7 @@ def generate(
     temperature: Temperature = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")] = None,
     seed: Seed = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = None,
     exact: Exact = False,
     head: Head = None,
@@ -30,8 +30,9 @@ def generate(
     """Continue a text: the continuation on stdout, everything else on stderr.
 
     \b
-    Example:
+    Examples:
       squawq generate OUT -p "Once upon a time" --max-tokens 100 --temperature 0
+      squawq generate OUT -p "Once upon a time" --device cpu
     """
     llm = load(model, device=device, threads=threads, exact=exact, head=head)
     write(llm.stream(prompt, sampling(llm, max_tokens, temperature, top_p, seed)))

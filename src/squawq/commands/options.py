@@ -11,7 +11,9 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="A model folder, or a Hub id such as meta-llama/Llama-3.1-8B-Instruct"),
 ]
 DEVICES = "cpu|cuda|cuda:N"
-Device = Annotated[str, typer.Option(metavar=DEVICES, help="Where to run")]
+Device = Annotated[
+    str, typer.Option(metavar=f"auto|{DEVICES}", help="Where to run; auto: an NVIDIA GPU that can, else the CPU")
+]
 Temperature = Annotated[
     float | None, typer.Option(help="Sampling temperature, 0: greedy; default: from generation_config.json")
 ]

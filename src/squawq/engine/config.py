@@ -14,9 +14,12 @@ OptionalCount = Annotated[int | None, Field(ge=1, description="at least 1")]
 
 @strict(kw_only=True)
 class EngineConfig:
-    """How to run a model. Knobs that vLLM has too go by vLLM's names. Raises ConfigError for a value out of range."""
+    """How to run a model. Knobs that vLLM has too go by vLLM's names. Raises ConfigError for a value out of range.
 
-    device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
+    Settings that depend on the device have their final value once the object is made: `device` is never "auto" then.
+    """
+
+    device: str = "auto"  # "cpu", "cuda", "cuda:N"; "auto": a GPU that the CUDA backend takes, else the CPU
     threads: OptionalCount = None  # of the CPU kernels, for the whole process; None keeps the current number
     exact: bool = False  # float32 activations in 4-bit matmuls: slower, for comparison
     head: str | None = None  # format of the output head: "int8", "int4", "16-bit"; None: the backend's default
@@ -29,6 +32,12 @@ class EngineConfig:
     prefix_caching: bool = True  # reuse the KV cache of common prefixes
     grammar_timeout: Annotated[float, Field(gt=0, description="a number of seconds above 0")] = 2.0  # to compile one
     seed: Annotated[int | None, Field(ge=0, description="at least 0")] = None  # seeds requests without one, in order
+
+    def __post_init__(self) -> None:
+        if self.device == "auto":
+            from squawq.backends.devices import pick_device  # imports torch
+
+            object.__setattr__(self, "device", pick_device("auto", exact=self.exact))
 
     @property
     def step_tokens(self) -> int:

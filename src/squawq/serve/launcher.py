@@ -26,6 +26,7 @@ AWQ = Choice({"awq": "awq", "auto_awq": "awq", "awq_marlin": "awq"})
 ONE = Only(1, whole(1), "it must be 1: one process serves a model here for now")
 NO_CODE = "no code of a model is ever run"
 STEPS = "every step takes prompts in chunks and running answers together"
+DEVICE = Flag("device", "Where to run; auto: an NVIDIA GPU that can, else the CPU", metavar="auto|cpu|cuda|cuda:N")
 SWITCHES = {
     NO_CODE: ("trust_remote_code",),
     "nothing is compiled": ("enforce_eager",),
@@ -116,7 +117,7 @@ TABLE: dict[str, list[Flag]] = {
         Flag("enable_auto_tool_choice", "Accepted: it is always on", switch=True),
     ],
     "Engine": [
-        Flag("device", "Where to run", metavar="cpu|cuda|cuda:N"),
+        DEVICE,
         Flag("threads", "Of the CPU kernels; without it the machine's"),
         Flag("exact", "32-bit activations: slower, for comparison", switch=True),
         Flag("head", "The output layer; without it int8 (with --exact 16-bit)", metavar="int8|int4|16-bit"),

@@ -95,6 +95,7 @@ class ServerSettings(EngineConfig):
     log_requests: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (
             ("dialect", DIALECTS),
             ("log_format", LOG_FORMATS),

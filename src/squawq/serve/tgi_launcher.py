@@ -17,7 +17,7 @@ import typer
 from squawq import __version__
 from squawq.errors import ConfigError
 from squawq.serve.flags import HELP, Choice, Command, Flag, FlagTable, Only, among, finish, parse, share, truth, whole
-from squawq.serve.launcher import NO_CODE
+from squawq.serve.launcher import DEVICE, NO_CODE
 from squawq.serve.settings import ServerSettings
 
 BATCH = ServerSettings.max_num_seqs
@@ -66,6 +66,7 @@ TABLE: dict[str, list[Flag]] = {
         Flag("revision", "A branch, tag or commit of the Hub"),
         Flag("quantize", "awq; without it as the checkpoint says", "quantization", Choice({"awq": "awq"})),
         Flag("dtype", "Weights are run as stored", read=among(("float16", "bfloat16"))),
+        DEVICE,
         Flag("huggingface_hub_cache", "The folder of models from the Hub, where HF_HUB_CACHE names none"),
     ],
     "Network": [

@@ -213,6 +213,3 @@ class CudaBackend(Reference):
         out = rows.new_empty(len(rows), rows.shape[1] // 2)
         launch.activation_mul(launch.Sums(rows[None]), activation, out)
         return out.view(*gate_up.shape[:-1], out.shape[1])
-
-    def describe(self) -> dict[str, object]:
-        return {"gpu": torch.cuda.get_device_name(self.device)}
