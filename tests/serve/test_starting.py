@@ -18,11 +18,8 @@ import torch
 from running import DEFAULTS, Running, process, running
 
 from squawq.backends.devices import check_device
-from squawq.config import ModelConfig
 from squawq.demo import demo_model
-from squawq.engine.runner import shared_kv_tokens
 from squawq.errors import ConfigError
-from squawq.nn.cache import Cache
 from squawq.serve.model import Served
 from squawq.serve.server import bind, is_open, url
 from squawq.serve.settings import ServerSettings
@@ -186,15 +183,6 @@ def test_without_the_models_sampling_defaults(served: Served) -> None:
         found.close()
     with pytest.raises(ConfigError, match="generation_config is 'nowhere', which is no folder with"):
         Served(settings(generation_config="nowhere"))
-
-
-def test_a_share_of_a_gpus_memory() -> None:
-    config = ModelConfig.from_dict(json.loads((demo_model() / "config.json").read_text()))
-    each, total = Cache.token_bytes(config), 10 << 30
-    taken = 3 << 30
-    assert shared_kv_tokens(config, 0.5, total - taken, total) == (2 << 30) // each // 16 * 16
-    with pytest.raises(ConfigError, match=r"gpu_memory_utilization is 0\.3 of the GPU's 10\.0 GiB, and 3\.0 GiB are"):
-        shared_kv_tokens(config, 0.3, total - taken, total)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])

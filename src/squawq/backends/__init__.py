@@ -24,15 +24,17 @@ def backend_class(name: str) -> type[Backend]:
     return found
 
 
-def backend_for(device: str | torch.device, name: str | None = None, *, exact: bool = False) -> Backend:
+def backend_for(device: str | torch.device, name: str | None = None, *, exact: bool = False, **dtypes: str) -> Backend:
     """The first backend that runs on a device, or the one named.
 
     Args:
         device: "cpu", "cuda:1" ...
         name: One of BACKENDS, or None.
         exact: Compute 4-bit products in float32.
+        **dtypes: `dtype` and `kv_cache_dtype`, see Backend.
 
     Raises:
+        ConfigError: The backend does not have that dtype.
         KernelError: No backend runs there; it lists why each one declined.
     """
     if name is not None and name not in BACKENDS:
@@ -44,6 +46,6 @@ def backend_for(device: str | torch.device, name: str | None = None, *, exact: b
         if reason is None and exact and not found.computes_exactly:
             reason = "it has no float32 activations"
         if reason is None:
-            return found(device, exact=exact)
+            return found(device, exact=exact, **dtypes)
         refusals.append(f"{candidate}: {reason}")
     raise KernelError(f"no backend runs on {device}; tried {'; '.join(refusals)}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from squawq.commands.options import Device, Exact, Head, Model, Threads
+from squawq.commands.options import Device, Dtype, Exact, Head, KvCacheDtype, Model, Threads
 from squawq.commands.output import results
 from squawq.progress import console, output
 
@@ -22,6 +22,8 @@ def bench(
     threads: Threads = None,
     exact: Exact = False,
     head: Head = None,
+    dtype: Dtype = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the table")] = False,
 ) -> None:
     """Measure how fast a model runs on this machine: random token ids, no early stop; it needs no tokenizer.
@@ -44,6 +46,8 @@ def bench(
             threads=threads,
             exact=exact,
             head=head,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
         )
     with results():
         if as_json:

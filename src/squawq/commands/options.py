@@ -25,4 +25,11 @@ Head = Annotated[
     Heads | None,
     typer.Option(help="The output layer: int8 (default), int4 (smaller, less exact) or 16-bit (--exact's)"),
 ]
+Dtype = Annotated[
+    Literal["auto", "float16", "bfloat16"], typer.Option(help="Activations on CUDA; auto: float16 (a CPU: float32)")
+]
+KvCacheDtype = Annotated[
+    Literal["auto", "float16", "fp8", "fp8_e4m3"],
+    typer.Option(help="KV cache; fp8: half the memory, CUDA from compute capability 8.9"),
+]
 Exact = Annotated[bool, typer.Option("--exact", help="32-bit activations: slower, for comparison")]

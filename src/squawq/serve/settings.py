@@ -43,7 +43,6 @@ class ServerSettings(EngineConfig):
     revision: str | None = None
     tokenizer: str | None = None
     generation_config: str = "auto"
-    dtype: str = "auto"
     quantization: str | None = None
     tensor_parallel_size: Count = 1
     max_model_len: OptionalCount = None

@@ -46,8 +46,10 @@ class Sums:
 
 def splits(weight: Weight) -> int:
     """Into how many parts the inputs are cut, so that there are enough programs: by the weight's shape alone."""
-    out, _ = weight.shape
-    blocks = _blocks(weight)
+    return split_count(weight.shape[0], _blocks(weight))
+
+
+def split_count(out: int, blocks: int) -> int:
     wanted = 1
     while wanted < 16 and triton.cdiv(out, 64) * wanted < ENOUGH and blocks // (2 * wanted) >= MIN_BLOCKS:
         wanted *= 2
