@@ -59,8 +59,15 @@ def test_a_share_of_a_gpus_memory(config: ModelConfig) -> None:
 @pytest.fixture
 def model(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OpenModel]:
     monkeypatch.setattr(CudaBackend, "declines", classmethod(lambda *_: None))
-    quantize(make_model(tie_word_embeddings=False), tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
-    return lambda **options: open_model(tmp_path / "awq", Options(backend="cuda", **options))
+
+    def opened(tied: bool = False, **options: str) -> OpenModel:
+        folder = tmp_path / f"awq-{tied}"
+        if not folder.exists():
+            config = QuantConfig(group_size=32, method="rtn", dtype="float16")
+            quantize(make_model(tie_word_embeddings=tied, name=f"tied-{tied}"), folder, config)
+        return open_model(folder, Options(backend="cuda", **options))
+
+    return opened
 
 
 def tensors_of(value: object) -> int:
@@ -80,15 +87,20 @@ def tensors_of(value: object) -> int:
     return sum(tensor.nbytes for tensor in found.values())
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("head", ["16-bit", "int8", "int4"])
-def test_weights_from_headers(model: Callable[..., OpenModel], head: str) -> None:
+def test_weights_from_headers(model: Callable[..., OpenModel], head: str, tied: bool) -> None:
     pytest.importorskip("triton")
-    opened = model(head=head)
+    from squawq.backends.cuda import launch
+
+    opened = model(tied=tied, head=head)
     decoder = opened.load()
+    shared = isinstance(decoder.head, launch.DenseWeight) and decoder.head.weight is decoder.embedding
+    assert shared == (tied and head == "16-bit")
     norms = 4 * (2 * decoder.config.num_layers + 1) * decoder.config.hidden_size
     loaded = tensors_of([decoder.embedding, decoder.operations, decoder.norm, decoder.head])
     assert opened.weight_bytes() == loaded - norms
-    assert model().weight_bytes(head) == opened.weight_bytes()
+    assert model(tied=tied).weight_bytes(head) == opened.weight_bytes()
 
 
 def test_buffers_of_decode_steps() -> None:
