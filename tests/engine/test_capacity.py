@@ -143,7 +143,7 @@ def test_a_card_that_is_too_small_is_told_before_loading(model: Callable[..., Op
     def remedies(room: int, opened: OpenModel = opened, config: EngineConfig = plain) -> str:
         with pytest.raises(ConfigError, match=r"needs [0-9.]+ GiB of the GPU's memory .* KV cache of") as error:
             check_room(opened, config, room, 10 * GIB)
-        return str(error.value).partition("what would do: ")[2]
+        return str(error.value).partition("one of these would fit: ")[2]
 
     found = remedies(base + 1599 * each)
     assert "kv_tokens of 1584, kv_cache_dtype fp8, max_num_seqs of 8" in found

@@ -23,7 +23,9 @@ Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels; d
 Heads = Literal["int8", "int4", "16-bit"]  # nn.loader.HEADS, without importing torch
 Head = Annotated[
     Heads | None,
-    typer.Option(help="The output layer: int8 (default), int4 (smaller, less exact) or 16-bit (--exact's)"),
+    typer.Option(
+        help="The output layer: int8 (a CPU's default), int4 (smaller, less exact), 16-bit (CUDA's, --exact's)"
+    ),
 ]
 Dtype = Annotated[
     Literal["auto", "float16", "bfloat16"], typer.Option(help="Activations on CUDA; auto: float16 (a CPU: float32)")

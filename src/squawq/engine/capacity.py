@@ -78,7 +78,7 @@ def check_room(model: OpenModel, config: EngineConfig, free: int, total: int) ->
     raise ConfigError(
         f"{model.checkpoint.folder} needs {gib(room + excess)} of the GPU's memory ({gib(weights)} for weights, "
         f"{gib(working)} for steps, {gib(cache)} for a KV cache of {tokens:,} tokens), and {gib(max(0, room))} can be "
-        f"used ({gib(free)} of {gib(total)} are free); what would do: {', '.join(remedies)}"
+        f"used ({gib(free)} of {gib(total)} are free); one of these would fit: {', '.join(remedies)}"
     )
 
 

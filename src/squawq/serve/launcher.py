@@ -121,7 +121,11 @@ TABLE: dict[str, list[Flag]] = {
         DEVICE,
         Flag("threads", "Of the CPU kernels; without it the machine's"),
         Flag("exact", "32-bit activations: slower, for comparison", switch=True),
-        Flag("head", "The output layer; without it int8 (with --exact 16-bit)", metavar="int8|int4|16-bit"),
+        Flag(
+            "head",
+            "The output layer; default: int8, on CUDA and with --exact 16-bit",
+            metavar="int8|int4|16-bit",
+        ),
         Flag("kv_tokens", "Tokens that the cache holds", read=tokens),
         Flag("gpu_memory_utilization", "CUDA: the share of the GPU's memory to use; 0.9", read=share),
         Flag("kv_cache_dtype", "fp8 (or fp8_e4m3): half the memory, CUDA from compute capability 8.9", read=CACHE),
