@@ -175,7 +175,8 @@ def test_tokenizer_and_sampling_defaults_from_elsewhere(tmp_path: Path) -> None:
 
 def test_without_the_models_sampling_defaults(served: Served) -> None:
     assert served.defaults.temperature == 0.6
-    found = Served(settings(generation_config="vllm"))
+    stored = served.config.raw["torch_dtype"]  # changes nothing on a CPU
+    found = Served(settings(generation_config="vllm", dtype=stored))
     try:
         assert (found.defaults.temperature, found.defaults.top_p) == (1.0, 1.0)
         assert found.eos_ids == served.eos_ids  # a text still ends
@@ -200,7 +201,7 @@ def test_a_gpu_without_cuda_says_just_that(device: str, monkeypatch: pytest.Monk
         check_device("cuda:3")
 
 
-def test_a_share_means_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_means_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from squawq.serve import logs, server
 
     def stop(_: ServerSettings) -> None:
@@ -212,6 +213,6 @@ def test_a_share_means_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog:
     )
     caplog.set_level(logging.INFO)
     with pytest.raises(ConfigError, match="enough"):
-        server.run(settings(gpu_memory_utilization=0.9))
+        server.run(settings(gpu_memory_utilization=0.9, dtype="float16"))
     (record,) = [one for one in caplog.records if one.getMessage() == "these flags change nothing"]
-    assert list(record.fields) == ["gpu_memory_utilization"]  # type: ignore[attr-defined]
+    assert list(record.fields) == ["gpu_memory_utilization", "dtype"]  # type: ignore[attr-defined]
