@@ -65,7 +65,7 @@ def model(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         if not folder.exists():
             config = QuantConfig(group_size=32, method="rtn", dtype="float16")
             quantize(make_model(tie_word_embeddings=tied, name=f"tied-{tied}"), folder, config)
-        return open_model(folder, Options(backend="cuda", **options))
+        return open_model(folder, Options(backend="cuda", **options))  # type: ignore[arg-type]
 
     return opened
 
