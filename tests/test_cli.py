@@ -109,13 +109,14 @@ def test_chat_reads_until_the_end(quantized: Path) -> None:
 def test_bench_measures_a_folder_without_a_tokenizer(make_model: MakeModel) -> None:
     folder = make_model()
     sizes = ["--prompt-tokens", "20", "--new-tokens", "8", "--streams", "3"]
-    done = run("bench", folder, *sizes, "--threads", "2", "--json")
+    done = run("bench", folder, *sizes, "--threads", "2", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for name in ("prefill_tok_s", "decode_tok_s", "ttft_ms", "itl_ms_p50", "itl_ms_p99", "peak_rss_bytes", "load_s"):
         assert found[name] > 0, name
     assert found["itl_ms_p50"] <= found["itl_ms_p99"]
     assert (found["streams"], found["prompt_tokens"], found["new_tokens"], found["threads"]) == (3, 20, 8, 2)
+    assert found["device"] == "cpu"
     assert found["isa"] in ("avx512", "avx2", "neon", "scalar", "torch")
     table = run("bench", folder, *sizes).stdout
     assert "prefill" in table

@@ -26,6 +26,7 @@ FLOORS: dict[str, float] = {
     "text": 4,
     "text.child": 2,
     "backends": 5,
+    "backends.devices": 5.2,
     "backends.cpu": 5.5,
     "backends.cuda": 5.5,
     "nn": 6,

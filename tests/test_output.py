@@ -33,6 +33,7 @@ SCORES: dict[str, Any] = {
 SPEED = {
     **dict.fromkeys(("streams", "prompt_tokens", "new_tokens", "threads"), 1),
     **dict.fromkeys(("prefill_tok_s", "decode_tok_s", "ttft_ms", "itl_ms_p50", "itl_ms_p99", "overhead"), 12.25),
+    "device": "cpu",
     "isa": "scalar",
     "peak_rss_bytes": 2**30,
     "load_s": 1.0,

@@ -30,13 +30,13 @@ def bench(
 
     Args:
         streams: Requests at once.
-        **knobs: Fields of EngineConfig, such as threads.
+        **knobs: Fields of EngineConfig, such as device and threads.
 
     Returns:
         load_s; prefill_tok_s: tokens of all prompts by the time to the last stream's first token; ttft_ms: mean time to
         first token; decode_tok_s: tokens of all streams from then on; itl_ms_p50, itl_ms_p99: inter-token latency in
         that phase; overhead: share of the engine's time outside of the runner; peak_rss_bytes (of the process so far);
-        prompt_tokens, new_tokens, streams, threads and isa.
+        prompt_tokens, new_tokens, streams and device; threads and isa of a CPU, or the name of the gpu.
 
     Raises:
         ConfigError: A number is out of range.
@@ -56,7 +56,8 @@ def bench(
     began = time.perf_counter()
     room = (prompt_tokens + new_tokens + 16) * streams
     knobs = {"kv_tokens": room, "max_num_seqs": streams, "prefix_caching": False, **knobs}
-    loaded = LoadedModel(folder, EngineConfig(**knobs), text=False)
+    config = EngineConfig(**knobs)
+    loaded = LoadedModel(folder, config, text=False)
     load_s = time.perf_counter() - began
     ids = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (streams, prompt_tokens)).tolist()
     engine = loaded.engine
@@ -67,7 +68,7 @@ def bench(
         after = engine.stats()
     finally:
         loaded.close()
-    machine = backend_for("cpu").describe()
+    machine = backend_for(config.device, exact=config.exact).describe()
     step_seconds = after.step_seconds - before.step_seconds
     return {
         **_figures(started, times, prompt_tokens),
@@ -77,8 +78,8 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "streams": streams,
-        "threads": machine["threads"],
-        "isa": machine["instructions"],
+        "device": config.device,
+        **{{"instructions": "isa"}.get(name, name): fact for name, fact in machine.items()},
     }
 
 

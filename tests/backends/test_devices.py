@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from squawq.backends.devices import check_device
+from squawq.backends.cuda.backend import CudaBackend
+from squawq.backends.devices import check_device, pick_device
+from squawq.engine.config import EngineConfig
 from squawq.errors import ConfigError
+from squawq.serve.settings import ServerSettings
 
 
 @pytest.fixture
@@ -35,3 +38,23 @@ def test_what_is_there(gpus: None) -> None:
 def test_apples_gpu_is_not_for_everything(gpus: None) -> None:
     with pytest.raises(ConfigError, match=r"'mps' is not there; choose one of cpu, cuda, cuda:0, cuda:1$"):
         check_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("available", "reason", "exact", "expected"),
+    [
+        (True, None, False, "cuda"),
+        (True, None, True, "cpu"),
+        (True, "older than Ampere", False, "cpu"),
+        (False, None, False, "cpu"),
+    ],
+)
+def test_auto_takes_a_gpu_that_the_backend_takes(
+    available: bool, reason: str | None, exact: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(CudaBackend, "declines", classmethod(lambda *_: reason))
+    assert pick_device("auto", exact=exact) == expected
+    assert EngineConfig(exact=exact).device == EngineConfig(device="auto", exact=exact).device == expected
+    assert ServerSettings(model="m", exact=exact).device == expected
+    assert EngineConfig(device="cuda:1").device == "cuda:1" == pick_device("cuda:1")

@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import check_scheduler
 
+from squawq.backends import backend_for
 from squawq.backends.cpu import library
 from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Loop
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
-from squawq.engine.runner import DecoderRunner, default_kv_tokens
+from squawq.engine.runner import DecoderRunner
 from squawq.engine.sequence import RequestState
+from squawq.errors import ConfigError
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import Options, load
@@ -165,13 +167,6 @@ def test_pages_take_no_memory_before_they_are_written(decoder: Decoder) -> None:
 
 
 @on_the_cpu
-def test_the_cache_fits_the_memory(decoder: Decoder) -> None:
-    tokens = default_kv_tokens(decoder.config, torch.device("cpu"))
-    assert tokens == 16 * decoder.config.max_positions  # a tiny model: all that is useful
-    assert Cache.token_bytes(decoder.config) == 2 * 2 * 2 * 16 * 2
-
-
-@on_the_cpu
 def test_torch_has_one_thread_beside_the_kernels_and_elsewhere_what_it_had(decoder: Decoder) -> None:
     """Its OpenMP threads, which a step of many sequences would wake, spin on the cores of the kernels' threads."""
     before = torch.get_num_threads()
@@ -196,3 +191,13 @@ def test_torch_has_one_thread_beside_the_kernels_and_elsewhere_what_it_had(decod
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_cpu_has_its_own_dtypes(backend: str) -> None:
+    for name, value in (("dtype", "bfloat16"), ("kv_cache_dtype", "fp8")):
+        with pytest.raises(ConfigError, match=rf"^{name} is '{value}', but .*{backend} backend .*; choose auto"):
+            backend_for("cpu", backend, **{name: value})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=rf"^{name} is 'fp4'; choose one of auto, float16"):
+            EngineConfig(**{name: "fp4"})  # type: ignore[arg-type]
+    assert backend_for("cpu", backend, kv_cache_dtype="float16").cache_dtype == torch.float16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from squawq.errors import CheckpointError
 from squawq.format.reader import Checkpoint
-from squawq.format.shards import read_header
+from squawq.format.shards import DeviceReader, read_header
 
 
 def write_file(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -218,3 +219,23 @@ def test_gptqs_own_legacy_config(make_model: MakeModel) -> None:
     (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128, "desc_act": False}))
     with pytest.raises(CheckpointError, match="quant_method is 'gptq'"):
         Checkpoint(folder)
+
+
+def test_read_through_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: MakeModel) -> None:
+    """As on the way to a GPU: tensors smaller and larger than a buffer, and empty ones."""
+    monkeypatch.setattr("squawq.format.shards.CHUNK", 96)
+    tensors = {"a": torch.randn(5, 7), "b": torch.arange(200, dtype=torch.int32), "c": torch.zeros(0, 3).half()}
+    tensors["d"] = torch.randn(3).bfloat16()
+    folder = tmp_path / "buffers"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((make_model() / "config.json").read_bytes())
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = Checkpoint(folder, read_data=DeviceReader(torch.device("cpu")))
+    for name, tensor in tensors.items():
+        found = checkpoint.read(name)
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+    assert torch.equal(checkpoint.read("a", index=3), tensors["a"][3])
+    os.truncate(folder / "model.safetensors", 500)
+    with pytest.raises(CheckpointError, match="has changed since its header was read"):
+        checkpoint.read("b")

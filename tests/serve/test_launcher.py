@@ -42,6 +42,9 @@ FLAGS = {
     "--threads 3": ("threads", 3),
     "--exact": ("exact", True),
     "--head int4": ("head", "int4"),
+    "--kv-cache-dtype float16": ("kv_cache_dtype", "float16"),
+    "--kv-cache-dtype fp8": ("kv_cache_dtype", "fp8"),
+    "--kv-cache-dtype fp8_e4m3": ("kv_cache_dtype", "fp8_e4m3"),
     "--kv-tokens 8K": ("kv_tokens", 8192),
     "--tensor-parallel-size 1": ("tensor_parallel_size", 1),
     "--max-model-len 8k": ("max_model_len", 8000),
@@ -168,7 +171,6 @@ ACCEPTED = [
     "--download-dir d",
     "--hf-token t",
     "--kv-cache-dtype auto",
-    "--kv-cache-dtype float16",
     "--pipeline-parallel-size 1",
     "-pp 1",
     "--data-parallel-size 1",
@@ -181,7 +183,7 @@ REFUSED = {
     "--dtype float32": "--dtype is 'float32'; choose one of auto, half, float16, bfloat16",
     "--dtype float": "choose one of auto, half",
     "--quantization gptq": "--quantization is 'gptq'; choose one of awq, auto_awq, awq_marlin",
-    "--kv-cache-dtype fp8": "choose one of auto, float16",
+    "--kv-cache-dtype fp8_e5m2": "choose one of auto, float16, fp8",
     "--dialect openapi": "choose one of openai, tgi",
     "--tool-call-parser mistral": "choose one of auto, llama3_json",
     "--log-level loud": "choose one of debug, info",
@@ -246,6 +248,8 @@ TGI = {
     "LOG_LEVEL=text_generation_router::infer=trace, info": ("log_level", "debug"),
     "LOG_LEVEL=warn,text_generation_launcher=debug": ("log_level", "warning"),
     "LOG_LEVEL=hyper=error": ("log_level", "info"),
+    "KV_CACHE_DTYPE=fp8_e4m3fn": ("kv_cache_dtype", "fp8_e4m3"),
+    "DEVICE=cuda:1": ("device", "cuda:1"),
     "CUDA_MEMORY_FRACTION=0.5": ("gpu_memory_utilization", 0.5),
     "PROMETHEUS_PORT=9000": ("prometheus_port", 9000),
     "DISABLE_GRAMMAR_SUPPORT=true": ("grammar_support", False),
@@ -263,7 +267,7 @@ TGI_REFUSED = {
     "SHARDED=true": "is 'true'; it must be false: tensor parallelism comes later",
     "QUANTIZE=gptq": "is 'gptq'; choose one of awq",
     "DTYPE=float32": "choose one of float16, bfloat16",
-    "KV_CACHE_DTYPE=fp8_e5m2": "the cache is float16; leave it out",
+    "KV_CACHE_DTYPE=fp8_e5m2": "choose one of fp8_e4m3fn",
     "SPECULATE=2": "no speculative decoding",
     "ROPE_SCALING=dynamic": "config.json",
     "ROPE_FACTOR=2.0": "config.json",
@@ -521,6 +525,8 @@ def test_tgi_defaults() -> None:
         model="m", dialect="tgi", host="0.0.0.0", port=3000, max_num_seqs=64, max_queued=64, shutdown_timeout=90
     )
     assert found.max_concurrent == 128
+    found = tgi(DEVICE="cuda")
+    assert (found.max_num_seqs, found.max_concurrent) == (128, 128)
 
 
 def test_a_flag_wins_over_its_variable() -> None:

@@ -18,11 +18,8 @@ import torch
 from running import DEFAULTS, Running, process, running
 
 from squawq.backends.devices import check_device
-from squawq.config import ModelConfig
 from squawq.demo import demo_model
-from squawq.engine.runner import shared_kv_tokens
 from squawq.errors import ConfigError
-from squawq.nn.cache import Cache
 from squawq.serve.model import Served
 from squawq.serve.server import bind, is_open, url
 from squawq.serve.settings import ServerSettings
@@ -178,7 +175,8 @@ def test_tokenizer_and_sampling_defaults_from_elsewhere(tmp_path: Path) -> None:
 
 def test_without_the_models_sampling_defaults(served: Served) -> None:
     assert served.defaults.temperature == 0.6
-    found = Served(settings(generation_config="vllm"))
+    stored = served.config.raw["torch_dtype"]  # changes nothing on a CPU
+    found = Served(settings(generation_config="vllm", dtype=stored))
     try:
         assert (found.defaults.temperature, found.defaults.top_p) == (1.0, 1.0)
         assert found.eos_ids == served.eos_ids  # a text still ends
@@ -186,15 +184,6 @@ def test_without_the_models_sampling_defaults(served: Served) -> None:
         found.close()
     with pytest.raises(ConfigError, match="generation_config is 'nowhere', which is no folder with"):
         Served(settings(generation_config="nowhere"))
-
-
-def test_a_share_of_a_gpus_memory() -> None:
-    config = ModelConfig.from_dict(json.loads((demo_model() / "config.json").read_text()))
-    each, total = Cache.token_bytes(config), 10 << 30
-    taken = 3 << 30
-    assert shared_kv_tokens(config, 0.5, total - taken, total) == (2 << 30) // each // 16 * 16
-    with pytest.raises(ConfigError, match=r"gpu_memory_utilization is 0\.3 of the GPU's 10\.0 GiB, and 3\.0 GiB are"):
-        shared_kv_tokens(config, 0.3, total - taken, total)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
@@ -212,7 +201,7 @@ def test_a_gpu_without_cuda_says_just_that(device: str, monkeypatch: pytest.Monk
         check_device("cuda:3")
 
 
-def test_a_share_means_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_means_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from squawq.serve import logs, server
 
     def stop(_: ServerSettings) -> None:
@@ -224,6 +213,6 @@ def test_a_share_means_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog:
     )
     caplog.set_level(logging.INFO)
     with pytest.raises(ConfigError, match="enough"):
-        server.run(settings(gpu_memory_utilization=0.9))
+        server.run(settings(gpu_memory_utilization=0.9, dtype="float16"))
     (record,) = [one for one in caplog.records if one.getMessage() == "these flags change nothing"]
-    assert list(record.fields) == ["gpu_memory_utilization"]  # type: ignore[attr-defined]
+    assert list(record.fields) == ["gpu_memory_utilization", "dtype"]  # type: ignore[attr-defined]

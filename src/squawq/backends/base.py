@@ -27,10 +27,12 @@ from squawq.backends.layer_ops import (
     RotateAndStore,
 )
 from squawq.backends.sampling import Chunk, Sampling, StartedStep, StepOutput, sample, sampler
-from squawq.errors import KernelError
+from squawq.config import ModelConfig
+from squawq.errors import ConfigError, KernelError
 from squawq.format.groupwise import quantize, to_gemm
 
 PAGE = 16  # default page size of the KV cache, in tokens
+FP8 = torch.float8_e4m3fn  # of a KV cache, by choice
 ROUNDED_ROWS = 4096  # that round_int4 quantizes at a time
 
 Heads = tuple[int, int, int]  # query heads, key-value heads, head_dim
@@ -92,25 +94,51 @@ RunLayers = Callable[[Tensor, Rotary, Batch], None]  # updates hidden [rows, hid
 class Backend(ABC):
     """Operations on one device. Rows are tokens.
 
-    exact: multiply INT4 weights by float32 activations; otherwise a backend may round them to int8 or 16 bits.
+    Args:
+        exact: Multiply INT4 weights by float32 activations; otherwise a backend may round them to int8 or 16 bits.
+        dtype: Of activations: "auto", "float16" or "bfloat16". The KV cache's is the same unless chosen.
+        kv_cache_dtype: "auto", "float16", "fp8" or "fp8_e4m3" (both FP8); computation does not change.
+
+    Raises:
+        ConfigError: The backend does not have that dtype.
     """
 
     name: ClassVar[str]
     page_size: ClassVar[int] = PAGE  # tokens per page of the KV cache
-    cache_dtype: ClassVar[torch.dtype] = torch.float16
-    activation_dtype: ClassVar[torch.dtype] = torch.float32  # of hidden states
+    cache_dtype: torch.dtype = torch.float16
+    activation_dtype: torch.dtype = torch.float32  # of hidden states
     traceable: ClassVar[bool] = False  # the operations are torch's own, which autograd and torch.compile can trace
     computes_exactly: ClassVar[bool] = True  # if asked: float32 activations in products of INT4 weights
     head: str = "16-bit"  # default format of the output head: "16-bit" or "int8"
 
-    def __init__(self, device: torch.device, *, exact: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, *, exact: bool = False, dtype: str = "auto", kv_cache_dtype: str = "auto"
+    ) -> None:
         self.device, self.exact = device, exact
+        if dtype != "auto":
+            if reason := self.dtype_declines():
+                raise ConfigError(f"dtype is {dtype!r}, but {reason}; choose auto, or leave it out")
+            self.activation_dtype = self.cache_dtype = getattr(torch, dtype)
+        if kv_cache_dtype in ("fp8", "fp8_e4m3"):
+            if reason := self.fp8_declines():
+                raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}, but {reason}; choose auto, or leave it out")
+            self.cache_dtype = FP8
+        elif kv_cache_dtype != "auto":
+            self.cache_dtype = getattr(torch, kv_cache_dtype)
 
     # Support checks. Each returns the reason why not, or None if it is supported.
     @classmethod
     @abstractmethod
     def declines(cls, device: torch.device) -> str | None:
         """Why this backend cannot run on `device`."""
+
+    def dtype_declines(self) -> str | None:
+        """Why activations can have no dtype but `activation_dtype`."""
+        return f"activations of the {self.name} backend are {str(self.activation_dtype).removeprefix('torch.')}"
+
+    def fp8_declines(self) -> str | None:
+        """Why the KV cache cannot be FP8."""
+        return f"the {self.name} backend has no fp8"
 
     def int4_declines(self, out: int, in_: int, group: int) -> str | None:  # noqa: ARG002
         """Why `pack_int4` does not take a weight [out, in_] in groups of `group` inputs."""
@@ -143,6 +171,10 @@ class Backend(ABC):
     @abstractmethod
     def page_shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of one page's keys and values; each has kv_heads * head_dim * page_size elements."""
+
+    def working_bytes(self, config: ModelConfig, rows: int, tokens: int) -> int:  # noqa: ARG002
+        """About what steps take beside weights and KV cache: decode steps of so many rows, others of so many tokens."""
+        return 0
 
     # Operations.
     @abstractmethod

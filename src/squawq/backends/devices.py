@@ -1,10 +1,22 @@
-"""Checks the name of a device against those of this machine."""
+"""Device names: what "auto" means here, and a check against the devices of this machine."""
 
 from __future__ import annotations
 
 import torch
 
+from squawq.backends import backend_class
 from squawq.errors import ConfigError
+
+
+def pick_device(device: str, *, exact: bool = False) -> str:
+    """The device that "auto" stands for: "cuda" where the CUDA backend runs, else "cpu". Other names stay as they are.
+
+    exact: float32 activations, which the CUDA backend does not have: then "cpu".
+    """
+    if device != "auto":
+        return device
+    usable = not exact and torch.cuda.is_available() and backend_class("cuda").declines(torch.device("cuda")) is None
+    return "cuda" if usable else "cpu"
 
 
 def check_device(device: str, *, mps: bool = False) -> None:

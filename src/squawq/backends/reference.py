@@ -110,9 +110,7 @@ class Reference(Backend):
         return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), 1)).to(self.device)
 
     def pack_int8(self, weight: Tensor) -> Packed:
-        rows = weight.to(self.device, torch.float32)
-        scales = rows.abs().amax(1) / 127
-        return Int8Weight((rows / scales.clamp(min=1e-30)[:, None]).round_().to(torch.int8), scales)
+        return Int8Weight(*round_int8(weight.to(self.device)))
 
     def pack_dense(self, parts: Sequence[Tensor], bias: Tensor | None = None) -> Packed:
         weights = [part.to(self.device, torch.float32) for part in parts]
@@ -182,7 +180,16 @@ class Reference(Backend):
         torch.set_num_threads(count)
 
     def describe(self) -> dict[str, object]:
+        if self.device.type == "cuda":
+            return {"gpu": torch.cuda.get_device_name(self.device)}
         return {"threads": torch.get_num_threads(), "instructions": "torch"} if self.device.type == "cpu" else {}
+
+
+def round_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] as int8, and its scales, float32 [out]."""
+    rows = weight.float()
+    scales = rows.abs().amax(1) / 127
+    return (rows / scales.clamp(min=1e-30)[:, None]).round_().to(torch.int8), scales
 
 
 def symmetric_zeros(scales: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from squawq.commands.options import Exact, Head, Model, Threads
+from squawq.commands.options import Device, Dtype, Exact, Head, KvCacheDtype, Model, Threads
 from squawq.commands.output import results
 from squawq.progress import console, output
 
@@ -18,17 +18,21 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate after it")] = 128,
     streams: Annotated[int, typer.Option(help="Requests at once")] = 1,
+    device: Device = "auto",
     threads: Threads = None,
     exact: Exact = False,
     head: Head = None,
+    dtype: Dtype = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the table")] = False,
 ) -> None:
-    """Measure how fast a model runs on this CPU: random token ids, no early stop; it needs no tokenizer.
+    """Measure how fast a model runs on this machine: random token ids, no early stop; it needs no tokenizer.
 
     \b
     Examples:
       squawq bench OUT
       squawq bench OUT --prompt-tokens 128 --new-tokens 128 --streams 8 --json
+      squawq bench OUT --device cpu --threads 4
     """
     from squawq.bench import bench as run
 
@@ -38,9 +42,12 @@ def bench(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             streams=streams,
+            device=device,
             threads=threads,
             exact=exact,
             head=head,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
         )
     with results():
         if as_json:
@@ -50,8 +57,9 @@ def bench(
 
 
 def _print_speed(found: dict[str, Any]) -> None:
-    title = f"{found['streams']} x ({found['prompt_tokens']} in, {found['new_tokens']} out), {found['threads']} threads"
-    table = Table(title=f"{title}, {found['isa']}")
+    title = f"{found['streams']} x ({found['prompt_tokens']} in, {found['new_tokens']} out)"
+    machine = f"{found['threads']} threads, {found['isa']}" if found["device"] == "cpu" else found["gpu"]
+    table = Table(title=f"{title}, {machine}")
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("prefill", f"{found['prefill_tok_s']:,.1f} tokens/s")

@@ -13,7 +13,18 @@ from typing import Annotated, Any
 import typer
 
 from squawq.commands.generate import load, sampling, write
-from squawq.commands.options import Device, Exact, Head, MaxTokens, Model, Seed, Temperature, Threads
+from squawq.commands.options import (
+    Device,
+    Dtype,
+    Exact,
+    Head,
+    KvCacheDtype,
+    MaxTokens,
+    Model,
+    Seed,
+    Temperature,
+    Threads,
+)
 from squawq.errors import ConfigError
 from squawq.progress import console
 
@@ -28,10 +39,12 @@ def chat(
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")] = None,
     system: Annotated[str | None, typer.Option(help="A system message")] = None,
     seed: Seed = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = None,
     exact: Exact = False,
     head: Head = None,
+    dtype: Dtype = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; /new starts over, /exit or Ctrl-D ends. Pipes work: a line, an answer.
 
@@ -39,7 +52,8 @@ def chat(
     Example:
       squawq chat OUT --system "You are a friendly storyteller."
     """
-    llm = load(model, device=device, threads=threads, exact=exact, head=head)
+    knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+    llm = load(model, threads=threads, exact=exact, head=head, **knobs)
     settings = sampling(llm, max_tokens, temperature, top_p, seed)
     start = [{"role": "system", "content": system}] if system else []
     llm.tokenizer.render([*start, {"role": "user", "content": "hello"}])  # a model without a template ends here

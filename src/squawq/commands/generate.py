@@ -10,7 +10,18 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from squawq.commands.options import Device, Exact, Head, MaxTokens, Model, Seed, Temperature, Threads
+from squawq.commands.options import (
+    Device,
+    Dtype,
+    Exact,
+    Head,
+    KvCacheDtype,
+    MaxTokens,
+    Model,
+    Seed,
+    Temperature,
+    Threads,
+)
 from squawq.errors import printable
 from squawq.progress import console
 
@@ -22,18 +33,22 @@ def generate(
     temperature: Temperature = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")] = None,
     seed: Seed = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = None,
     exact: Exact = False,
     head: Head = None,
+    dtype: Dtype = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
 ) -> None:
     """Continue a text: the continuation on stdout, everything else on stderr.
 
     \b
-    Example:
+    Examples:
       squawq generate OUT -p "Once upon a time" --max-tokens 100 --temperature 0
+      squawq generate OUT -p "Once upon a time" --device cpu
     """
-    llm = load(model, device=device, threads=threads, exact=exact, head=head)
+    knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+    llm = load(model, threads=threads, exact=exact, head=head, **knobs)
     write(llm.stream(prompt, sampling(llm, max_tokens, temperature, top_p, seed)))
 
 

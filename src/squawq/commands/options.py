@@ -11,7 +11,9 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="A model folder, or a Hub id such as meta-llama/Llama-3.1-8B-Instruct"),
 ]
 DEVICES = "cpu|cuda|cuda:N"
-Device = Annotated[str, typer.Option(metavar=DEVICES, help="Where to run")]
+Device = Annotated[
+    str, typer.Option(metavar=f"auto|{DEVICES}", help="Where to run; auto: an NVIDIA GPU that can, else the CPU")
+]
 Temperature = Annotated[
     float | None, typer.Option(help="Sampling temperature, 0: greedy; default: from generation_config.json")
 ]
@@ -21,6 +23,15 @@ Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels; d
 Heads = Literal["int8", "int4", "16-bit"]  # nn.loader.HEADS, without importing torch
 Head = Annotated[
     Heads | None,
-    typer.Option(help="The output layer: int8 (default), int4 (smaller, less exact) or 16-bit (--exact's)"),
+    typer.Option(
+        help="The output layer: int8 (a CPU's default), int4 (smaller, less exact), 16-bit (CUDA's, --exact's)"
+    ),
+]
+Dtype = Annotated[
+    Literal["auto", "float16", "bfloat16"], typer.Option(help="Activations on CUDA; auto: float16 (a CPU: float32)")
+]
+KvCacheDtype = Annotated[
+    Literal["auto", "float16", "fp8", "fp8_e4m3"],
+    typer.Option(help="KV cache; fp8: half the memory, CUDA from compute capability 8.9"),
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="32-bit activations: slower, for comparison")]

@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, WrapValidator
 
 from squawq.strict import strict
 
 Count = Annotated[int, Field(ge=1, description="at least 1")]
+Dtype = Annotated[Literal["auto", "float16", "bfloat16"], Field(description="choose one of auto, float16, bfloat16")]
+KvCacheDtype = Annotated[
+    Literal["auto", "float16", "fp8", "fp8_e4m3"], Field(description="choose one of auto, float16, fp8, fp8_e4m3")
+]
 OptionalCount = Annotated[int | None, Field(ge=1, description="at least 1")]
+
+
+def _none_or(value: Any, check: Any) -> Any:
+    return value if value is None else check(value)
+
+
+# An int once the object is made; None: by the device
+CountByDevice = Annotated[int, Field(ge=1, description="at least 1"), WrapValidator(_none_or)]
+# Values on a CPU, and on CUDA, where each step with prompt tokens dequantizes all weights, however few they are
+BY_DEVICE = {"max_num_seqs": (64, 256), "max_num_batched_tokens": (512, 2048)}
 
 
 @strict(kw_only=True)
 class EngineConfig:
-    """How to run a model. Knobs that vLLM has too go by vLLM's names. Raises ConfigError for a value out of range."""
+    """How to run a model. Knobs that vLLM has too go by vLLM's names. Raises ConfigError for a value out of range.
 
-    device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
+    Settings that depend on the device have their final value once the object is made: `device` is never "auto" then.
+    """
+
+    device: str = "auto"  # "cpu", "cuda", "cuda:N"; "auto": a GPU that the CUDA backend takes, else the CPU
     threads: OptionalCount = None  # of the CPU kernels, for the whole process; None keeps the current number
     exact: bool = False  # float32 activations in 4-bit matmuls: slower, for comparison
     head: str | None = None  # format of the output head: "int8", "int4", "16-bit"; None: the backend's default
+    dtype: Dtype = "auto"  # of activations, on CUDA; "auto": float16 there, float32 on a CPU
+    kv_cache_dtype: KvCacheDtype = "auto"  # "auto": as the activations, on a CPU float16; "fp8", "fp8_e4m3": CUDA alone
     kv_tokens: OptionalCount = None  # capacity of the KV cache; None: a share of the free memory
-    # CUDA: share of the GPU's memory for weights and KV cache together; kv_tokens takes precedence
+    # CUDA: share of the GPU's memory for weights, buffers and KV cache together, 0.9 by default; kv_tokens wins
     gpu_memory_utilization: Annotated[float | None, Field(gt=0, le=1, description="above 0, at most 1")] = None
-    max_num_seqs: Count = 64  # sequences that run at the same time
-    max_num_batched_tokens: Count = 512  # tokens in a step, raised to 2 * max_num_seqs if it is smaller
+    max_num_seqs: CountByDevice = None  # type: ignore[assignment]  # sequences that run at the same time
+    # tokens in a step, raised to 2 * max_num_seqs if it is smaller
+    max_num_batched_tokens: CountByDevice = None  # type: ignore[assignment]
     max_waiting: OptionalCount = 1024  # requests in the queue; None: no limit
     prefix_caching: bool = True  # reuse the KV cache of common prefixes
     grammar_timeout: Annotated[float, Field(gt=0, description="a number of seconds above 0")] = 2.0  # to compile one
     seed: Annotated[int | None, Field(ge=0, description="at least 0")] = None  # seeds requests without one, in order
+
+    def __post_init__(self) -> None:
+        if self.device == "auto":
+            from squawq.backends.devices import pick_device  # imports torch
+
+            object.__setattr__(self, "device", pick_device("auto", exact=self.exact))
+        for name, values in BY_DEVICE.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, values[self.device.startswith("cuda")])
 
     @property
     def step_tokens(self) -> int:

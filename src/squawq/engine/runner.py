@@ -5,7 +5,6 @@ With the native kernels a row's logits are the same bits in any batch, in any ch
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,41 +14,53 @@ import torch
 from numpy.typing import NDArray
 
 from squawq.backends import backend_for
-from squawq.backends.base import PAGE, Batch
+from squawq.backends.base import Batch
 from squawq.backends.sampling import Chunk, Sampling, StartedStep
 from squawq.config import ModelConfig
+from squawq.engine.capacity import (
+    GPU_SHARE,
+    MAX_CONTEXTS,
+    check_room,
+    default_kv_tokens,
+    free_memory,
+    shared_kv_tokens,
+)
 from squawq.engine.config import EngineConfig
 from squawq.errors import ConfigError
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
-from squawq.nn.loader import Options, load
-
-CACHE_SHARE = 0.25  # of the memory that is free, for keys and values, by default
-MAX_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
+from squawq.nn.loader import Options, open_model
 
 
 class DecoderRunner:
     """A loaded decoder and its KV cache. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
 
     def __init__(
-        self, decoder: Decoder, kv_tokens: int | None = None, gpu_share: float | None = None, rows: int = 64
+        self,
+        decoder: Decoder,
+        kv_tokens: int | None = None,
+        gpu_share: float = GPU_SHARE,
+        rows: int = 64,
+        step_tokens: int = 512,
     ) -> None:
         self.config: ModelConfig = decoder.config
         self.vocab_size = self.config.vocab_size
         self.max_positions = self.config.max_positions
         self.page_size = decoder.backend.page_size
-        device = decoder.backend.device
-        tokens = kv_tokens
-        if tokens is None and gpu_share is not None and device.type == "cuda":
-            tokens = shared_kv_tokens(self.config, gpu_share, *torch.cuda.mem_get_info(device))
-        if tokens is None:
-            tokens = default_kv_tokens(self.config, device)
+        self.token_bytes = Cache.token_bytes(self.config, decoder.backend.cache_dtype)
+        device, tokens = decoder.backend.device, kv_tokens
+        if tokens is None and device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading has freed
+            working = decoder.backend.working_bytes(self.config, rows, step_tokens)
+            memory, contexts = torch.cuda.mem_get_info(device), max(rows, MAX_CONTEXTS)
+            tokens = shared_kv_tokens(self.config, self.token_bytes, working, gpu_share, *memory, contexts)
+        elif tokens is None:
+            tokens = default_kv_tokens(self.config, self.token_bytes, free_memory())
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < self.page_size:
             raise ConfigError(
                 f"kv_tokens is {tokens!r}; it must be a whole number, at least one page of {self.page_size} tokens"
             )
         self.num_pages = tokens // self.page_size
-        self.token_bytes = Cache.token_bytes(self.config)
         self._decoder, self._device = decoder, device
         self._thread = 0
         try:
@@ -122,52 +133,15 @@ def _one_torch_thread() -> None:
     other.join()
 
 
-def default_kv_tokens(config: ModelConfig, device: torch.device) -> int:
-    """Tokens that fit a quarter of the free memory: at least one context if half of it can hold that, at most 16."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    each = Cache.token_bytes(config)
-    wanted = min(int(free * CACHE_SHARE) // each, MAX_CONTEXTS * config.max_positions)
-    return max(min(config.max_positions, int(free * 2 * CACHE_SHARE) // each), wanted, PAGE) // PAGE * PAGE
-
-
-def shared_kv_tokens(config: ModelConfig, share: float, free: int, total: int) -> int:
-    """Tokens in the KV cache when weights and cache together may use this share of the GPU's memory.
-
-    free, total: bytes of the GPU after the weights are loaded. Raises ConfigError if the weights use up the share.
-    """
-    room = int(share * total) - (total - free)
-    if room < PAGE * Cache.token_bytes(config):
-        raise ConfigError(
-            f"gpu_memory_utilization is {share:g} of the GPU's {total / 2**30:.1f} GiB, and "
-            f"{(total - free) / 2**30:.1f} GiB are taken; none are left for keys and values: raise it"
-        )
-    return room // Cache.token_bytes(config) // PAGE * PAGE
-
-
-def _free_memory() -> int:
-    """Bytes available without swapping on the machine, or within the container's limit (cgroup v2)."""
-    free = _machine_memory()
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
-        return min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):  # no limit, or none of this kind
-        return free
-
-
-def _machine_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES")) // 2
-
-
 def load_runner(folder: Path, config: EngineConfig) -> DecoderRunner:
     """Load a folder for the engine. Raises SquawqError for one that cannot be run."""
-    options = Options(config.device, config.exact, config.head)
+    options = Options(
+        config.device, config.exact, config.head, dtype=config.dtype, kv_cache_dtype=config.kv_cache_dtype
+    )
     if config.threads is not None:
         backend_for(config.device).set_threads(config.threads)
-    decoder = load(folder, options)
-    return DecoderRunner(decoder, config.kv_tokens, config.gpu_memory_utilization, config.max_num_seqs)
+    model = open_model(folder, options)
+    if model.backend.device.type == "cuda":
+        check_room(model, config, *torch.cuda.mem_get_info(model.backend.device))
+    share = config.gpu_memory_utilization or GPU_SHARE
+    return DecoderRunner(model.load(), config.kv_tokens, share, config.max_num_seqs, config.step_tokens)

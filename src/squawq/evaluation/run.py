@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squawq.backends.devices import check_device
+from squawq.backends.devices import check_device, pick_device
 from squawq.errors import CalibrationError, CheckpointError, ConfigError
 from squawq.evaluation.metrics import Score
 from squawq.families import family_of
@@ -87,7 +87,7 @@ def evaluate(
         window: Tokens of context, by default the model's positions up to 1,024.
         stride: Tokens between two windows, by default half a window.
         max_tokens: How much of the text is read.
-        device: "cpu", "cuda", "cuda:1" ...
+        device: "cpu", "cuda", "cuda:1" ... or "auto".
         progress: Called with the layers done and the layers in all.
 
     Returns:
@@ -96,6 +96,7 @@ def evaluate(
     Raises:
         SquawqError: For anything that cannot work.
     """
+    device = pick_device(device)
     check_device(device)
     checkpoint = Checkpoint(resolve(model))
     other = None if reference is None else Checkpoint(resolve(reference))

@@ -21,7 +21,7 @@ from squawq.errors import CheckpointError
 from squawq.format.files import MAX_FILE, has_file, read_json
 from squawq.format.groupwise import GroupwiseTensor, from_gemm
 from squawq.format.layouts import LAYOUTS
-from squawq.format.shards import INDEX, FolderShards, Shards, TensorInfo, read_tensor
+from squawq.format.shards import INDEX, FolderShards, ReadTensor, Shards, TensorInfo, read_tensor
 
 COMPANIONS = re.compile(
     r"tokenizer\.(json|model)|(tokenizer|generation|preprocessor|processor)_config\.json|special_tokens_map\.json"
@@ -52,12 +52,12 @@ class Checkpoint:
     """A model folder, opened but not loaded.
 
     `config` is checked on opening, the header of every shard when `tensors` is first used. Tensors are read one at a
-    time. shards: where the weights are, if not in the folder. Raises CheckpointError for anything missing, damaged or
-    unknown.
+    time. shards: where the weights are, if not in the folder. read_data: how a tensor is read from its open file; by
+    default into memory of its own. Raises CheckpointError for anything missing, damaged or unknown.
     """
 
-    def __init__(self, folder: str | Path, shards: Shards | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, shards: Shards | None = None, read_data: ReadTensor = read_tensor) -> None:
+        self.folder, self._read_data = Path(folder), read_data
         self.shards = shards or FolderShards(self.folder)
         self.config = ModelConfig.from_dict(read_config(self.folder), str(self.folder / "config.json"))
 
@@ -110,7 +110,7 @@ class Checkpoint:
             raise CheckpointError(f"{info.file}: tensor {name!r} has shape {list(info.shape)}; {list(shape)} is needed")
 
     def read(self, name: str, shape: tuple[int, ...] | None = None, index: int | None = None) -> Tensor:
-        """A tensor in its own dtype, in memory of its own.
+        """A tensor in its own dtype, where `read_data` puts it.
 
         Args:
             shape: Checked, if given.
@@ -124,7 +124,7 @@ class Checkpoint:
         info = self.info(name)
         info = info if index is None else info.part(index)
         with self.shards.open(info.file.name) as file:
-            return read_tensor(file, info)
+            return self._read_data(file, info)
 
     def mapped(self, name: str) -> Tensor:
         """The same as a memory map of its file: no memory until it is looked at.

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ DTYPES = {
     "BOOL": (torch.bool, 1),
 }
 MAX_DIMENSIONS = 8
+CHUNK = 32 * 2**20  # bytes of a buffer between a file and a GPU
 MAX_NAME = 1024  # characters: names are shown in errors
 Stamp = tuple[int, int, int]  # of a file: its size, time of change and number
 
@@ -56,6 +58,9 @@ class TensorInfo:
         """What lies at an index of the first dimension."""
         size = self.nbytes // self.shape[0]
         return replace(self, shape=self.shape[1:], start=self.start + index * size, nbytes=size)
+
+
+ReadTensor = Callable[[BufferedReader, TensorInfo], Tensor]
 
 
 class Shards(Protocol):
@@ -149,6 +154,35 @@ def read_tensor(file: BufferedReader, info: TensorInfo) -> Tensor:
     file.seek(info.start)
     file.readinto(data.numpy().data)
     return data.view(info.dtype).reshape(info.shape)
+
+
+class DeviceReader:
+    """Reads tensors as `read_tensor` does, but into a GPU's memory, through two pinned buffers of CHUNK bytes.
+
+    One is filled from the file while the other is copied.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._gpu = device, device.type == "cuda"
+        buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self._gpu) for _ in range(2)]
+        self._buffers = cycle([(buffer, self._event()) for buffer in buffers])
+
+    def _event(self) -> torch.cuda.Event | None:
+        return torch.cuda.Event() if self._gpu else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, file: BufferedReader, info: TensorInfo) -> Tensor:
+        found = torch.empty(info.nbytes, dtype=torch.uint8, device=self._device)
+        file.seek(info.start)
+        for target in torch.split(found, CHUNK):
+            buffer, copied = next(self._buffers)
+            if copied is not None:
+                copied.synchronize()
+            part = buffer[: len(target)]
+            file.readinto(part.numpy().data)
+            target.copy_(part, non_blocking=True)
+            if copied is not None:
+                copied.record(torch.cuda.current_stream(self._device))
+        return found.view(info.dtype).reshape(info.shape)
 
 
 def read_header(path: Path, known_as: Path | None = None) -> dict[str, TensorInfo]:

@@ -15,7 +15,8 @@ from squawq.config import ModelConfig
 class Cache:
     """Pages of all layers, zero at first, in the backend's layout.
 
-    Memory: pages * backend.page_size * token_bytes(config); on the CPU only of the pages that were written.
+    Memory: pages * backend.page_size * token_bytes(config, backend.cache_dtype); on the CPU only of the pages that were
+    written.
     """
 
     def __init__(self, config: ModelConfig, pages: int, backend: Backend) -> None:
@@ -23,7 +24,7 @@ class Cache:
         shapes = backend.page_shapes(kv, dim)
         shape = (config.num_layers, 2, pages, math.prod(shapes[0]))
         if backend.device.type == "cpu":  # numpy's zeros take no memory until they are written, torch's do
-            bits = {2: np.int16, 4: np.int32}[backend.cache_dtype.itemsize]
+            bits = {1: np.int8, 2: np.int16, 4: np.int32}[backend.cache_dtype.itemsize]
             self._store = torch.from_numpy(np.zeros(shape, bits)).view(backend.cache_dtype)
         else:
             self._store = torch.zeros(shape, dtype=backend.cache_dtype, device=backend.device)
@@ -31,9 +32,9 @@ class Cache:
         self.layers: list[Pages] = [(k.view(pages, *key), v.view(pages, *value)) for k, v in self._store]
 
     @staticmethod
-    def token_bytes(config: ModelConfig) -> int:
-        """Bytes of one token's keys and values in all layers, in 16 bits."""
-        return config.num_layers * 2 * config.num_kv_heads * config.head_dim * 2
+    def token_bytes(config: ModelConfig, dtype: torch.dtype = torch.float16) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
 
     def copy(self, source: int, target: int) -> None:
         """Copy one page to another, in every layer."""

@@ -1,7 +1,7 @@
 """Loads a checkpoint into our decoder: reads one linear at a time and has the backend pack it.
 
-Peak memory of `load`: the packed weights, the embedding, and one linear as stored. Nothing stays mapped from the files,
-which may change while the model runs.
+Peak memory of `load`: the packed weights, the embedding, and one linear as stored; for a GPU, all of it in the GPU's
+memory (DeviceReader). Nothing stays mapped from the files, which may change while the model runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from squawq.config import ROPE_TYPES, ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import FAMILIES, Family, family_of
 from squawq.format.reader import Checkpoint
+from squawq.format.shards import DeviceReader, read_tensor
 from squawq.nn.decoder import Decoder
 from squawq.nn.layers import DOWN, GATE_UP, OUT, QKV, layer_operations, norm_sizes
 
@@ -42,6 +43,8 @@ class Options:
     exact: bool = False
     head: str | None = None
     backend: str | None = None
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.head is not None and self.head not in HEADS:
@@ -118,10 +121,12 @@ def _dense(checkpoint: Checkpoint, name: str, out: int, in_features: int) -> Ten
 def _bias(checkpoint: Checkpoint, parts: Mapping[str, int], device: torch.device) -> Tensor | None:
     if not any(f"{name}.bias" in checkpoint.tensors for name in parts):
         return None
-    names = {f"{name}.bias": out for name, out in parts.items()}
-    known = checkpoint.tensors
-    biases = [checkpoint.read(n, (out,)).float() if n in known else torch.zeros(out) for n, out in names.items()]
-    return torch.cat(biases).to(device)
+    biases = []
+    for name, out in parts.items():
+        known = f"{name}.bias" in checkpoint.tensors
+        bias = checkpoint.read(f"{name}.bias", (out,)) if known else torch.zeros(out)
+        biases.append(bias.to(device, torch.float32))
+    return torch.cat(biases)
 
 
 def _norm(checkpoint: Checkpoint, name: str, size: int, device: torch.device) -> Tensor:
@@ -150,17 +155,10 @@ def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:
 
 def head_kind(checkpoint: Checkpoint, family: Family, options: Options, backend: Backend) -> str:
     """Format of the output head, one of HEADS. Raises ConfigError if the one asked for is not possible."""
-    name = _head_name(checkpoint, family)
     kind = options.head or backend.head
     if kind == "16-bit":
         return kind
-    out, in_ = checkpoint.config.vocab_size, checkpoint.config.hidden_size
-    if checkpoint.is_quantized(name):
-        reason: str | None = "it is quantized"
-    elif kind == "int4":
-        reason = backend.int4_declines(out, in_, HEAD_GROUP)
-    else:
-        reason = backend.int8_declines(out, in_, checkpoint.info(f"{name}.weight").dtype)
+    reason = head_declines(checkpoint, family, backend, kind)
     if reason is None:
         return kind
     if options.head is None:
@@ -171,15 +169,27 @@ def head_kind(checkpoint: Checkpoint, family: Family, options: Options, backend:
     )
 
 
+def head_declines(checkpoint: Checkpoint, family: Family, backend: Backend, kind: str) -> str | None:
+    """Why the output head cannot be rounded to "int8" or "int4"."""
+    name, (out, in_) = _head_name(checkpoint, family), (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
+    if checkpoint.is_quantized(name):
+        return "it is quantized"
+    if kind == "int4":
+        return backend.int4_declines(out, in_, HEAD_GROUP)
+    return backend.int8_declines(out, in_, checkpoint.info(f"{name}.weight").dtype)
+
+
 def load_head(
     checkpoint: Checkpoint, family: Family, backend: Backend, embedding: Tensor, kind: str
 ) -> tuple[Tensor, Packed]:
     """The final norm [hidden] and the output head [vocab, hidden] (the embedding, if tied) in a format of HEADS."""
     config, name = checkpoint.config, _head_name(checkpoint, family)
     norm = _norm(checkpoint, family.norm, config.hidden_size, backend.device)
+    tied = name == family.embedding
+    if kind == "16-bit" and tied:
+        return norm, backend.pack_dense([embedding])
     if kind == "16-bit":
         return norm, load_linear(checkpoint, {name: config.vocab_size}, config.hidden_size, backend)
-    tied = name == family.embedding
     weight = embedding if tied else checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
     return norm, backend.round_int4(weight, HEAD_GROUP) if kind == "int4" else backend.pack_int8(weight)
 
@@ -188,15 +198,73 @@ def _head_name(checkpoint: Checkpoint, family: Family) -> str:
     return family.embedding if checkpoint.config.tied_embeddings else family.head
 
 
+def int4_bytes(out: int, in_: int, group: int) -> int:
+    """Bytes of a packed INT4 weight [out, in_]: 4 bits for each input, in blocks of 128, and 32 bits a group."""
+    return out * (64 * -(-in_ // 128) + 4 * (in_ // group))
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint that can be run, not yet loaded. head: format of the output head, one of HEADS."""
+
+    checkpoint: Checkpoint
+    backend: Backend
+    head: str
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.checkpoint.config.model_type)
+
+    def head_declines(self, kind: str) -> str | None:
+        """Why the output head cannot be rounded to "int8" or "int4"."""
+        return head_declines(self.checkpoint, self.family, self.backend, kind)
+
+    def weight_bytes(self, head: str | None = None) -> int:
+        """Bytes of the weights on a GPU, from the headers, without norms and biases. head: instead of `self.head`."""
+        config, family = self.checkpoint.config, self.family
+        total = self.checkpoint.info(f"{family.embedding}.weight").nbytes + self._head_bytes(head or self.head)
+        for index in range(config.num_layers):
+            for name, (out, in_) in linear_shapes(config).items():
+                total += self._linear_bytes(f"{family.layer(index)}.{name}", out, in_)
+        return total
+
+    def _linear_bytes(self, name: str, out: int, in_: int) -> int:
+        if self.checkpoint.is_quantized(name):
+            return int4_bytes(out, in_, self.checkpoint.group_of(in_))
+        return out * in_ * self.backend.activation_dtype.itemsize
+
+    def _head_bytes(self, kind: str) -> int:
+        name, config = _head_name(self.checkpoint, self.family), self.checkpoint.config
+        out, in_ = config.vocab_size, config.hidden_size
+        if kind == "int4":
+            return int4_bytes(out, in_, HEAD_GROUP)
+        if kind == "int8":
+            return out * in_ + 4 * out
+        if config.tied_embeddings and self.checkpoint.info(f"{name}.weight").dtype == self.backend.activation_dtype:
+            return 0
+        return self._linear_bytes(name, out, in_)
+
+    def load(self) -> Decoder:
+        """Raises CheckpointError for a folder that cannot be run."""
+        checkpoint, backend, family = self.checkpoint, self.backend, self.family
+        embedding = load_embedding(checkpoint, family).to(backend.device)
+        norm, head = load_head(checkpoint, family, backend, embedding, self.head)
+        layers = [load_layer(checkpoint, index, backend) for index in range(checkpoint.config.num_layers)]
+        return Decoder(checkpoint.config, backend, embedding, tuple(chain(*layers)), norm, head)
+
+
+def open_model(folder: str | Path, options: Options | None = None) -> OpenModel:
+    """Check that a model can be run. Raises CheckpointError or ConfigError for one that cannot."""
+    options = options or Options()
+    device = torch.device(options.device)
+    checkpoint = Checkpoint(folder, read_data=DeviceReader(device) if device.type == "cuda" else read_tensor)
+    check_decoder(checkpoint.config)
+    dtypes = {"dtype": options.dtype, "kv_cache_dtype": options.kv_cache_dtype}
+    backend = backend_for(device, options.backend, exact=options.exact, **dtypes)
+    family = family_of(checkpoint.config.model_type)
+    return OpenModel(checkpoint, backend, head_kind(checkpoint, family, options, backend))
+
+
 def load(folder: str | Path, options: Options | None = None) -> Decoder:
     """Load a model. Raises CheckpointError or ConfigError for a folder that cannot be run."""
-    options = options or Options()
-    checkpoint = Checkpoint(folder)
-    check_decoder(checkpoint.config)
-    config, family = checkpoint.config, family_of(checkpoint.config.model_type)
-    backend = backend_for(options.device, options.backend, exact=options.exact)
-    kind = head_kind(checkpoint, family, options, backend)  # first, because it may raise
-    embedding = load_embedding(checkpoint, family)
-    norm, head = load_head(checkpoint, family, backend, embedding, kind)
-    layers = [load_layer(checkpoint, index, backend) for index in range(config.num_layers)]
-    return Decoder(config, backend, embedding.to(backend.device), tuple(chain(*layers)), norm, head)
+    return open_model(folder, options).load()

@@ -26,6 +26,8 @@ AWQ = Choice({"awq": "awq", "auto_awq": "awq", "awq_marlin": "awq"})
 ONE = Only(1, whole(1), "it must be 1: one process serves a model here for now")
 NO_CODE = "no code of a model is ever run"
 STEPS = "every step takes prompts in chunks and running answers together"
+CACHE = among(("auto", "float16", "fp8", "fp8_e4m3"))
+DEVICE = Flag("device", "Where to run; auto: an NVIDIA GPU that can, else the CPU", metavar="auto|cpu|cuda|cuda:N")
 SWITCHES = {
     NO_CODE: ("trust_remote_code",),
     "nothing is compiled": ("enforce_eager",),
@@ -106,7 +108,7 @@ TABLE: dict[str, list[Flag]] = {
             "auto: sampling defaults are the model's; vllm: none; or a folder whose generation_config.json has them",
             metavar="auto|vllm|FOLDER",
         ),
-        Flag("dtype", "Weights are run as stored", read=Choice(DTYPES)),
+        Flag("dtype", "Activations on CUDA; auto: float16. On a CPU they are float32", read=Choice(DTYPES)),
         Flag("quantization", "Without it as the checkpoint says", read=AWQ, names=("-q",)),
         Flag("max_model_len", "Tokens of a prompt and its answer: 4096, 4K (4096), 4k (4000), auto", read=tokens),
         Flag("max_input_tokens", "Tokens of a prompt alone", read=tokens),
@@ -116,16 +118,20 @@ TABLE: dict[str, list[Flag]] = {
         Flag("enable_auto_tool_choice", "Accepted: it is always on", switch=True),
     ],
     "Engine": [
-        Flag("device", "Where to run", metavar="cpu|cuda|cuda:N"),
+        DEVICE,
         Flag("threads", "Of the CPU kernels; without it the machine's"),
         Flag("exact", "32-bit activations: slower, for comparison", switch=True),
-        Flag("head", "The output layer; without it int8 (with --exact 16-bit)", metavar="int8|int4|16-bit"),
+        Flag(
+            "head",
+            "The output layer; default: int8, on CUDA and with --exact 16-bit",
+            metavar="int8|int4|16-bit",
+        ),
         Flag("kv_tokens", "Tokens that the cache holds", read=tokens),
-        Flag("gpu_memory_utilization", "CUDA: the share of the GPU's memory to use, above 0 to 1", read=share),
-        Flag("kv_cache_dtype", "The cache is float16", read=Choice({"auto": None, "float16": None})),
+        Flag("gpu_memory_utilization", "CUDA: the share of the GPU's memory to use; 0.9", read=share),
+        Flag("kv_cache_dtype", "fp8 (or fp8_e4m3): half the memory, CUDA from compute capability 8.9", read=CACHE),
         Flag("seed", "Draws the seeds of requests that have none, in order of arrival", read=whole(0)),
-        Flag("max_num_seqs", "Sequences under way together"),
-        Flag("max_num_batched_tokens", "Tokens of a step", read=tokens),
+        Flag("max_num_seqs", "Sequences under way together; 64 on a CPU, 256 on CUDA"),
+        Flag("max_num_batched_tokens", "Tokens of a step; 512 on a CPU, 2048 on CUDA", read=tokens),
         Flag("enable_prefix_caching", "Reuse the cache of equal beginnings; on", "prefix_caching", switch="no"),
         Flag("tensor_parallel_size", "1 for now", names=("-tp",)),
         Flag("pipeline_parallel_size", "1 for now", read=ONE, names=("-pp",)),
@@ -210,6 +216,7 @@ def serve(path: str | None, **given: Any) -> None:
     Examples:
       squawq serve Llama-3.1-8B-AWQ --port 8000
       squawq serve MODEL --served-model-name llama tgi --max-model-len 8K --api-key SECRET
+      squawq serve MODEL --device cuda --dtype bfloat16 --kv-cache-dtype fp8
       curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Tell me a story."}]}'
     """

@@ -33,7 +33,7 @@ class Served:
         self.settings = settings
         self.model = model = LoadedModel(
             settings.model,
-            settings,
+            settings if settings.device != "cpu" else replace(settings, dtype="auto"),  # the log says so
             revision=settings.revision,
             tokenizer=settings.tokenizer,
             chat_template=settings.chat_template,
@@ -201,14 +201,14 @@ class Served:
         return wanted
 
     def _check_weights(self) -> None:
-        """Raise ConfigError if --dtype or --quantization do not fit the weights, which are run as stored."""
+        """Raise ConfigError if --quantization, or on a CPU --dtype, do not fit the weights, which are run as stored."""
         if self.settings.quantization is not None and self.config.quant is None:
             raise ConfigError(
                 f"quantization is {self.settings.quantization!r}, but {self.folder} is a 16-bit model; leave it out"
             )
         stored = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float16"
-        quantized = self.config.quant is not None  # there vLLM and TGI mean the activations, which are float32 here
-        if self.settings.dtype not in ("auto", stored) and not quantized:
+        quantized = self.config.quant is not None  # there vLLM and TGI mean the activations: float32 on a CPU
+        if self.settings.device == "cpu" and self.settings.dtype not in ("auto", stored) and not quantized:
             raise ConfigError(f"dtype is {self.settings.dtype!r}; the weights are run as stored: auto or {stored}")
 
 

@@ -157,6 +157,8 @@ def run(settings: ServerSettings, notes: Mapping[str, Any] | None = None, enviro
     notes = dict(notes or {})
     if settings.gpu_memory_utilization is not None and settings.device == "cpu":
         notes["gpu_memory_utilization"] = "on a CPU the number of tokens bounds the cache (--kv-tokens)"
+    if settings.dtype != "auto" and settings.device == "cpu":
+        notes["dtype"] = "on a CPU activations are float32"
     served, sockets = None, None
     try:
         if environment:

@@ -43,7 +43,6 @@ class ServerSettings(EngineConfig):
     revision: str | None = None
     tokenizer: str | None = None
     generation_config: str = "auto"
-    dtype: str = "auto"
     quantization: str | None = None
     tensor_parallel_size: Count = 1
     max_model_len: OptionalCount = None
@@ -95,6 +94,7 @@ class ServerSettings(EngineConfig):
     log_requests: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (
             ("dialect", DIALECTS),
             ("log_format", LOG_FORMATS),

@@ -15,12 +15,12 @@ from typing import Annotated, Any
 import typer
 
 from squawq import __version__
+from squawq.engine.config import EngineConfig
 from squawq.errors import ConfigError
 from squawq.serve.flags import HELP, Choice, Command, Flag, FlagTable, Only, among, finish, parse, share, truth, whole
-from squawq.serve.launcher import NO_CODE
+from squawq.serve.launcher import DEVICE, NO_CODE
 from squawq.serve.settings import ServerSettings
 
-BATCH = ServerSettings.max_num_seqs
 LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warning", "warning": "warning", "error": "error"}
 IGNORED = {
     "the batch takes new requests at every step": ("waiting_served_ratio", "max_waiting_tokens"),
@@ -32,7 +32,6 @@ IGNORED = {
 }
 NO_TUNNEL = "there is no tunnel"
 ABSENT = {
-    "the cache is float16": ("kv_cache_dtype",),
     "positions are scaled as the model's config.json says": ("rope_scaling", "rope_factor"),
     "the chat template is the model's (squawq serve --chat-template takes another)": ("tokenizer_config_path",),
     "MODEL_ID takes a folder": ("weights_cache_override",),
@@ -65,7 +64,13 @@ TABLE: dict[str, list[Flag]] = {
         Flag("model_id", "A model folder or a Hub id; it must be given", "model"),
         Flag("revision", "A branch, tag or commit of the Hub"),
         Flag("quantize", "awq; without it as the checkpoint says", "quantization", Choice({"awq": "awq"})),
-        Flag("dtype", "Weights are run as stored", read=among(("float16", "bfloat16"))),
+        Flag(
+            "dtype",
+            "Activations on CUDA; default: float16",
+            read=among(("float16", "bfloat16")),
+        ),
+        DEVICE,
+        Flag("kv_cache_dtype", "fp8_e4m3fn: half the memory; on CUDA", read=Choice({"fp8_e4m3fn": "fp8_e4m3"})),
         Flag("huggingface_hub_cache", "The folder of models from the Hub, where HF_HUB_CACHE names none"),
     ],
     "Network": [
@@ -86,7 +91,7 @@ TABLE: dict[str, list[Flag]] = {
             default=128,
             metavar="N",
         ),
-        Flag("max_batch_size", "Sequences under way together", read=whole(1), default=BATCH, metavar="N"),
+        Flag("max_batch_size", "Sequences under way together; 64 on a CPU, 256 on CUDA", read=whole(1), metavar="N"),
         Flag("max_batch_prefill_tokens", "Tokens of a step", "max_num_batched_tokens"),
         Flag("max_batch_total_tokens", "Tokens that the cache holds", "kv_tokens"),
         Flag("max_best_of", "Largest best_of"),
@@ -94,7 +99,7 @@ TABLE: dict[str, list[Flag]] = {
         Flag("max_top_n_tokens", "Largest top_n_tokens"),
         Flag("max_client_batch_size", "Prompts of a completion request", "max_client_batch"),
         Flag("validation_workers", "Requests that are checked and tokenized at once"),
-        Flag("cuda_memory_fraction", "CUDA: the share of the GPU's memory to use", "gpu_memory_utilization", share),
+        Flag("cuda_memory_fraction", "CUDA: share of the GPU's memory; 0.9", "gpu_memory_utilization", share),
         Flag("disable_grammar_support", "Refuse grammars and tools", "grammar_support", OFF, switch=True),
         Flag("payload_limit", "Bytes of a request's body", "max_body_bytes"),
         Flag("graceful_termination_timeout", "For requests to finish after a signal", "shutdown_timeout", default=90),
@@ -172,7 +177,8 @@ def _settings(found: Mapping[str, Any]) -> ServerSettings:
     prompt = tokens or length
     if prompt and total and prompt >= total:
         raise ConfigError(f"MAX_TOTAL_TOKENS is {total}; it must be more than MAX_INPUT_TOKENS, which is {prompt}")
-    running = min(found["max_batch_size"], found["max_concurrent_requests"])
+    most = found.get("max_batch_size") or EngineConfig(device=found.get("device", "auto")).max_num_seqs
+    running = min(most, found["max_concurrent_requests"])
     return FLAGS.settings(
         found,
         dialect="tgi",

@@ -42,8 +42,8 @@ class CpuBackend(Reference):
     name = "cpu"
     traceable = False
 
-    def __init__(self, device: torch.device, *, exact: bool = False) -> None:
-        super().__init__(device, exact=exact)
+    def __init__(self, device: torch.device, *, exact: bool = False, **dtypes: str) -> None:
+        super().__init__(device, exact=exact, **dtypes)
         self.head = "16-bit" if exact else "int8"
 
     @classmethod

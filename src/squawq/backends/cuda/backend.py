@@ -14,17 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squawq.backends.base import Batch, Gemm, Heads, Layers, Model, Norms, Pages, Rotary, Steps
+from squawq.backends.base import ROUNDED_ROWS, Batch, Gemm, Heads, Layers, Model, Norms, Pages, Rotary, Steps
 from squawq.backends.layer_ops import Buffer, Matmul, Operation, Packed
-from squawq.backends.reference import Reference
+from squawq.backends.reference import Reference, round_int8
+from squawq.config import ModelConfig
 from squawq.errors import KernelError
-from squawq.format.groupwise import from_gemm
+from squawq.format.groupwise import check_gemm
 
 if TYPE_CHECKING:
     from squawq.backends.cuda.launch import Weight
 
 FEW_ROWS = 64
 MIN_ROWS = 512  # of a product by cuBLAS: with fewer it may split the inputs, and add in another order
+OVERHEAD = 2**29  # bytes for CUDA graphs, compiled kernels and cuBLAS's workspace: an estimate, on the safe side
 QUERIES = 64  # of a program of prefill attention
 
 
@@ -37,8 +39,8 @@ class CudaBackend(Reference):
     cache_dtype = torch.float16
     computes_exactly = False
 
-    def __init__(self, device: torch.device, *, exact: bool = False) -> None:
-        super().__init__(device, exact=exact)
+    def __init__(self, device: torch.device, *, exact: bool = False, **dtypes: str) -> None:
+        super().__init__(device, exact=exact, **dtypes)
         self._scratch = torch.empty(0)
         self._blocks: tuple[Tensor, Tensor] | None = None  # for the latest `sequences`
 
@@ -50,6 +52,14 @@ class CudaBackend(Reference):
             return "triton is not installed"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)"
+        return None
+
+    def dtype_declines(self) -> str | None:
+        return None
+
+    def fp8_declines(self) -> str | None:
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 9):
+            return f"{torch.cuda.get_device_name(self.device)} has no fp8, which begins with compute capability 8.9"
         return None
 
     def int4_declines(self, out: int, in_: int, group: int) -> str | None:
@@ -65,20 +75,24 @@ class CudaBackend(Reference):
     def pack_int4(self, out: int, in_: int, group: int, parts: Iterable[Gemm], bias: Tensor | None = None) -> Packed:
         from squawq.backends.cuda import int4
 
-        kernel_group = self._group(in_, group)
+        kernel_group, needed = self._group(in_, group), f"{[out, in_]} in {in_ // group} groups"
         if kernel_group is None:
             return super().pack_int4(out, in_, group, parts, bias)
-        packed = []
+        weight, row = int4.empty(out, in_, kernel_group, self.activation_dtype, self.device), 0
         for part in parts:
-            qweight, scales, qzeros = part
-            zeros = None if qzeros is None else qzeros.to(self.device)
-            found = from_gemm(qweight.to(self.device), scales.to(self.device), zeros)
-            packed.append(int4.pack(found.q, found.scales.T, found.zeros.T, kernel_group, self.activation_dtype))
-        words = torch.cat([part.words for part in packed], 1)
-        grids = torch.cat([part.grids for part in packed], 1)
-        if (words.shape[1], packed[0].shape[1]) != (out, in_):
-            raise KernelError(f"int4 tensors are {[words.shape[1], packed[0].shape[1]]}; {[out, in_]} is needed")
-        return int4.Int4Weight(words, grids, self.activation_dtype, kernel_group, (out, in_), self._bias(bias))
+            qweight, scales, qzeros = (None if tensor is None else tensor.to(self.device) for tensor in part)
+            assert qweight is not None
+            assert scales is not None
+            check_gemm(qweight, scales, qzeros)
+            end = row + scales.shape[1]
+            if end > out or len(qweight) != in_ or len(scales) != len(weight.grids):
+                raise KernelError(f"int4 tensors are {[end, len(qweight)]} in {len(scales)} groups; {needed} is needed")
+            int4.pack(weight, slice(row, end), qweight, scales, qzeros)
+            row = end
+        if row != out:
+            raise KernelError(f"int4 tensors are {[row, in_]}; {needed} is needed")
+        weight.bias = self._bias(bias)
+        return weight
 
     def pack_dense(self, parts: Sequence[Tensor], bias: Tensor | None = None) -> Packed:
         from squawq.backends.cuda.launch import DenseWeight
@@ -89,8 +103,9 @@ class CudaBackend(Reference):
     def pack_int8(self, weight: Tensor) -> Packed:
         from squawq.backends.cuda.launch import DenseWeight
 
-        found = super().pack_int8(weight)
-        return DenseWeight(found.weight, None, found.scales)  # type: ignore[attr-defined]
+        parts = (round_int8(rows.to(self.device)) for rows in torch.split(weight, ROUNDED_ROWS))  # to save memory
+        weights, scales = map(list, zip(*parts, strict=True))
+        return DenseWeight(torch.cat(weights), None, torch.cat(scales))
 
     def _bias(self, bias: Tensor | None) -> Tensor | None:
         return None if bias is None else bias.to(self.device, torch.float32)
@@ -98,6 +113,24 @@ class CudaBackend(Reference):
     def page_shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Keys and values, [kv_heads, 16, head_dim]."""
         return (kv_heads, self.page_size, head_dim), (kv_heads, self.page_size, head_dim)
+
+    def working_bytes(self, config: ModelConfig, rows: int, tokens: int) -> int:
+        """Buffers of DecodeGraphs, activations and one dequantized weight for prompts, and OVERHEAD."""
+        from squawq.backends.cuda import attention, launch
+
+        query, kv, dim = config.heads
+        hidden, inner = config.hidden_size, config.intermediate_size
+        linears = ((query + 2 * kv) * dim, hidden), (hidden, query * dim), (2 * inner, hidden), (hidden, inner)
+        wide, narrow = max(out for out, _ in linears), max(in_ for _, in_ in linears)
+        sums = max(out * launch.split_count(out, -(-in_ // 64)) for out, in_ in linears)
+        attended = query * attention.CHUNKS * (dim + 2)
+        pages = -(-config.max_positions // self.page_size)
+        sampled = 2 * config.vocab_size + config.vocab_size // 2 + config.vocab_size // 32  # logits, and sampling's
+        numbers = hidden + 2 * sums + sampled + attended + dim + pages  # of 4 bytes
+        row = 4 * numbers + 2 * (2 * hidden + narrow + query * dim)
+        token = 4 * hidden + 2 * (2 * hidden + 2 * wide + narrow)
+        dense = 2 * max(out * in_ for out, in_ in linears)
+        return rows * row + max(tokens, MIN_ROWS) * token + dense + OVERHEAD
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         """In float32, as the residual stream is."""
@@ -213,6 +246,3 @@ class CudaBackend(Reference):
         out = rows.new_empty(len(rows), rows.shape[1] // 2)
         launch.activation_mul(launch.Sums(rows[None]), activation, out)
         return out.view(*gate_up.shape[:-1], out.shape[1])
-
-    def describe(self) -> dict[str, object]:
-        return {"gpu": torch.cuda.get_device_name(self.device)}

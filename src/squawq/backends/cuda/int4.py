@@ -11,11 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from squawq.backends.layer_ops import Packed
+from squawq.format.groupwise import ORDER, PER_WORD, SYMMETRIC_ZERO, unpack
 
 BLOCK = 128  # inputs
 WORDS = 32  # of a block
@@ -43,18 +45,29 @@ def magic(dtype: torch.dtype) -> int:
     return {torch.float16: 1024, torch.bfloat16: 128}[dtype]
 
 
-def pack(numbers: Tensor, scales: Tensor, zeros: Tensor, group: int, dtype: torch.dtype) -> Int4Weight:
-    """Pack integers 0 to 15 [out, in]; scales and zeros [groups, out]; inputs are padded to whole blocks."""
-    out, in_ = numbers.shape
-    blocks = -(-in_ // BLOCK)
-    padded = torch.zeros(out, blocks * BLOCK, dtype=torch.int32, device=numbers.device)
-    padded[:, :in_] = numbers
-    nibbles = padded.view(out, blocks, 4, WORDS)
-    words = (nibbles << torch.arange(0, 16, 4, device=numbers.device)[:, None]).sum(2).to(torch.int16)
-    offsets = (-(zeros.float() + magic(dtype))).to(dtype)
-    halves = torch.stack([scales.to(dtype).view(torch.int16), offsets.view(torch.int16)], -1)
-    grids = halves.contiguous().view(torch.int32).squeeze(-1)
-    return Int4Weight(words.transpose(0, 1).contiguous(), grids, dtype, group, (out, in_))
+def empty(out: int, in_: int, group: int, dtype: torch.dtype, device: torch.device) -> Int4Weight:
+    """A weight for `pack` to fill. group: inputs, 0 for all; they are padded to whole blocks."""
+    words = torch.empty(-(-in_ // BLOCK), out, WORDS, dtype=torch.int16, device=device)
+    grids = torch.empty(in_ // (group or in_), out, dtype=torch.int32, device=device)
+    return Int4Weight(words, grids, dtype, group, (out, in_))
+
+
+def pack(weight: Int4Weight, rows: slice, qweight: Tensor, scales: Tensor, qzeros: Tensor | None) -> None:
+    """Repack AWQ GEMM tensors into these output rows of a weight. Peak memory beside both: twice qweight's at most."""
+    words, grids = weight.words[:, rows], weight.grids[:, rows]
+    blocks, out, _ = words.shape
+    qweight = F.pad(qweight, (0, 0, 0, blocks * BLOCK - len(qweight)))
+    quarters = qweight.view(blocks, 4, WORDS, out // PER_WORD)
+    target = words.view(blocks, out // PER_WORD, PER_WORD, WORDS)
+    for nibble, channel in enumerate(ORDER):
+        packed = (quarters[:, 0] >> 4 * nibble) & 15
+        for j in range(1, 4):
+            packed |= ((quarters[:, j] >> 4 * nibble) & 15) << 4 * j
+        target[:, :, channel] = packed.transpose(1, 2)
+    zeros = torch.full_like(scales, SYMMETRIC_ZERO) if qzeros is None else unpack(qzeros)
+    offsets = (-(zeros.float() + magic(weight.dtype))).to(weight.dtype)
+    halves = torch.stack([scales.to(weight.dtype).view(torch.int16), offsets.view(torch.int16)], -1)
+    grids.copy_(halves.view(torch.int32).squeeze(-1))
 
 
 @triton.jit

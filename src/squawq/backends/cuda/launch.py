@@ -46,8 +46,10 @@ class Sums:
 
 def splits(weight: Weight) -> int:
     """Into how many parts the inputs are cut, so that there are enough programs: by the weight's shape alone."""
-    out, _ = weight.shape
-    blocks = _blocks(weight)
+    return split_count(weight.shape[0], _blocks(weight))
+
+
+def split_count(out: int, blocks: int) -> int:
     wanted = 1
     while wanted < 16 and triton.cdiv(out, 64) * wanted < ENOUGH and blocks // (2 * wanted) >= MIN_BLOCKS:
         wanted *= 2
@@ -160,7 +162,8 @@ def decode_attention(
 ) -> None:  # fmt: skip
     """One query of each sequence. tables int32 [rows, pages]; positions int64 [rows], -1 for a row of padding."""
     (query, kv, dim), (keys, values), rows = heads, pages, queries.shape[0]
-    lanes = max(1, min(attention.CHUNKS, 1024 // (rows * kv)))
+    programs = 2 if int4.INTERPRETED else 1024
+    lanes = max(1, min(attention.CHUNKS, programs // (rows * kv)))
     block = 64 if dim <= 128 else 32
     width, sharing = triton.next_power_of_2(dim), max(16, triton.next_power_of_2(query // kv))
     attention.decode_kernel[(rows, kv, lanes)](

@@ -1,0 +1,106 @@
+"""Memory: how many tokens the KV cache holds by default, and whether a GPU has room for a model at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from squawq.backends.base import FP8, PAGE
+from squawq.config import ModelConfig
+from squawq.engine.config import EngineConfig
+from squawq.errors import ConfigError
+from squawq.nn.cache import Cache
+from squawq.nn.loader import OpenModel
+
+CACHE_SHARE = 0.25  # of a CPU's free memory, for keys and values, by default
+GPU_SHARE = 0.9  # of a GPU's memory, for weights, buffers and KV cache together, by default (vLLM's)
+MAX_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
+ENOUGH_TOKENS = 4096  # that a GPU must have room for, or the model's context if that is shorter
+FEW_ROWS = 8  # sequences: the max_num_seqs that an error suggests
+
+
+def default_kv_tokens(config: ModelConfig, token_bytes: int, free: int) -> int:
+    """Tokens in a CPU's KV cache: a quarter of the free bytes, at most 16 contexts; half of them for one context."""
+    wanted = min(int(free * CACHE_SHARE) // token_bytes, MAX_CONTEXTS * config.max_positions)
+    return max(min(config.max_positions, int(free * 2 * CACHE_SHARE) // token_bytes), wanted, PAGE) // PAGE * PAGE
+
+
+def shared_kv_tokens(
+    config: ModelConfig, token_bytes: int, working: int, share: float, free: int, total: int, contexts: int
+) -> int:
+    """Tokens in a GPU's KV cache, when everything together may use this share of its memory.
+
+    Args:
+        working: Bytes that steps need, `Backend.working_bytes`.
+        free, total: Bytes of the GPU after the weights are loaded.
+        contexts: Whole contexts at most.
+
+    Raises:
+        ConfigError: Weights and buffers use up the share.
+    """
+    room = int(share * total) - (total - free) - working
+    if room < PAGE * token_bytes:
+        raise ConfigError(
+            f"gpu_memory_utilization is {share:g} of the GPU's {gib(total)}, and {gib(total - free)} are taken and "
+            f"{gib(working)} needed for steps; none are left for keys and values: raise it, or lower max_num_seqs"
+        )
+    return min(room // token_bytes, contexts * config.max_positions) // PAGE * PAGE
+
+
+def check_room(model: OpenModel, config: EngineConfig, free: int, total: int) -> None:
+    """Raise ConfigError, with what would fit, if a model has no room on a GPU; before it is loaded.
+
+    free, total: Bytes of the GPU's memory.
+    """
+    backend, shape = model.backend, model.checkpoint.config
+    share = config.gpu_memory_utilization or GPU_SHARE
+    room = free if config.kv_tokens else min(free, int(share * total) - (total - free))
+    tokens = config.kv_tokens or min(shape.max_positions, ENOUGH_TOKENS)
+    each = Cache.token_bytes(shape, backend.cache_dtype)
+    rows, steps = config.max_num_seqs, config.step_tokens
+    weights, working, cache = model.weight_bytes(), backend.working_bytes(shape, rows, steps), tokens * each
+    excess = weights + working + cache - room
+    if excess <= 0:
+        return
+    remedies = []
+    if config.kv_tokens and (fitting := (cache - excess) // each // PAGE * PAGE) > 0:
+        remedies.append(f"kv_tokens of {fitting}")
+    if backend.cache_dtype != FP8 and backend.fp8_declines() is None and excess <= cache // 2:
+        remedies.append("kv_cache_dtype fp8")
+    if rows > FEW_ROWS and excess <= working - backend.working_bytes(shape, FEW_ROWS, steps):
+        remedies.append(f"max_num_seqs of {FEW_ROWS}")
+    heads = (head for head in ("int8", "int4") if model.head == "16-bit" and model.head_declines(head) is None)
+    remedies += [f"head {head}" for head in heads if excess <= weights - model.weight_bytes(head)]
+    if excess <= free - room:
+        remedies.append("a larger gpu_memory_utilization")
+    needed = total + int(excess / (1 if config.kv_tokens else share))
+    remedies.append(f"a GPU with {gib(needed)}, or device cpu")
+    raise ConfigError(
+        f"{model.checkpoint.folder} needs {gib(room + excess)} of the GPU's memory ({gib(weights)} for weights, "
+        f"{gib(working)} for steps, {gib(cache)} for a KV cache of {tokens:,} tokens), and {gib(max(0, room))} can be "
+        f"used ({gib(free)} of {gib(total)} are free); one of these would fit: {', '.join(remedies)}"
+    )
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def free_memory() -> int:
+    """Bytes available without swapping on the machine, or within the container's limit (cgroup v2)."""
+    free = _machine_memory()
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        return min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no limit, or none of this kind
+        return free
+
+
+def _machine_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES")) // 2
