@@ -245,7 +245,7 @@ def test_a_row_of_padding_writes_nothing() -> None:
     keys, values = (torch.zeros(2, *shape, dtype=torch.float16, device=DEVICE) for shape in GPU.page_shapes(1, 16))
     sums, rotary = launch.Sums(random(1, 2, 64)), (random(2, 8), random(2, 8))
     queries, slots = random(2, 32).half(), integers([-1, 17])
-    launch.rotate_and_store(sums, heads, rotary, (None, None), 1e-5, slots, queries, (keys, values))
+    launch.rotate_and_store(sums, heads, rotary, (None, None), 1e-5, slots, queries, (keys, values), 1)
     assert [bool(page.any()) for page in keys] == [False, True]
     out, space = torch.ones_like(queries), launch.decode_space(2, heads, DEVICE)
     tables = integers([[0, 0], [0, 1]]).int()
@@ -257,7 +257,7 @@ def test_fp8_has_a_largest_number() -> None:
     keys, values = (torch.zeros(1, *shape).to(FP8) for shape in GPU.page_shapes(1, 16))
     sums = launch.Sums(torch.full((1, 1, 48), 3e4))
     rotary, queries = (torch.ones(1, 8), torch.zeros(1, 8)), torch.empty(1, 16, dtype=torch.float16)
-    launch.rotate_and_store(sums, (1, 1, 16), rotary, (None, None), 1e-5, torch.tensor([0]), queries, (keys, values))
+    launch.rotate_and_store(sums, (1, 1, 16), rotary, (None, None), 1e-5, torch.tensor([0]), queries, (keys, values), 1)
     assert (keys[0, 0, 0].float() == 448).all()
     assert (values[0, 0, 0].float() == 448).all()
 

@@ -23,7 +23,7 @@ import time
 from squawq.cli import entry
 from squawq.engine.runner import DecoderRunner
 from squawq.text.tokenizer import Tokenizer
-DecoderRunner.step = Tokenizer.encode = lambda *_: time.sleep(600)
+DecoderRunner.start = Tokenizer.encode = lambda *_: time.sleep(600)
 raise SystemExit(entry())
 """
 

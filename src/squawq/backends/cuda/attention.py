@@ -21,7 +21,7 @@ def _parts(position, window, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WINDOWED
         begin = tl.maximum(tokens - window, 0)
     first = begin // BLOCK
     end = tl.cdiv(tokens, BLOCK)
-    each = tl.maximum(2, tl.cdiv(end - first, CHUNKS))  # by the sequence's own length alone
+    each = tl.maximum(1, tl.cdiv(end - first, CHUNKS))  # by the sequence's own length alone
     return tokens, begin, first, end, each, tl.cdiv(end - first, each)
 
 
@@ -129,6 +129,20 @@ def combine_kernel(
 
 
 @triton.jit
+def _attend(q, k, v, seen, scale, top, total, acc, MASKED: tl.constexpr):
+    """One block of keys and values more. The arithmetic is the same with and without a mask, to the bit."""
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)))
+    if MASKED:
+        scores = tl.where(seen, scores, -float("inf"))
+    higher = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(tl.fma(scores, scale, -higher[:, None]))
+    faded = tl.exp2(top - higher)
+    total = tl.fma(total, faded, tl.sum(weights, 1))
+    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * faded[:, None])
+    return higher, total, acc
+
+
+@triton.jit
 def prefill_kernel(
     queries,  # [rows, HEADS * D]
     keys,
@@ -165,26 +179,26 @@ def prefill_kernel(
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, WIDTH], tl.float32)
     tokens = start + rows
-    begin = 0
+    begin, seen_by_all = 0, (start + 1) // BLOCK * BLOCK
     if WINDOWED:
-        begin = tl.maximum(start + 1 - window, 0) // BLOCK * BLOCK
-    for at_block in range(begin, tokens, BLOCK):
-        at = at_block + t
+        begin, seen_by_all = tl.maximum(start + 1 - window, 0) // BLOCK * BLOCK, 0
+    for block in range(begin, seen_by_all, BLOCK):
+        at = block + t
+        page = tl.load(table + at // PAGE).to(tl.int64)
+        place = ((page * KV + kv) * PAGE + at % PAGE) * D
+        k = tl.load(keys + place[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+        v = tl.load(values + place[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+        top, total, acc = _attend(q, k, v, mine, scale, top, total, acc, False)
+    for block in range(tl.maximum(begin, seen_by_all), tokens, BLOCK):
+        at = block + t
         held = (at < tokens)[:, None] & (d < D)[None, :]
         page = tl.load(table + at // PAGE, mask=at < tokens, other=0).to(tl.int64)
         place = ((page * KV + kv) * PAGE + at % PAGE) * D
         k = tl.load(keys + place[:, None] + d[None, :], mask=held, other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype))) * scale
+        v = tl.load(values + place[:, None] + d[None, :], mask=held, other=0.0)
         seen = at[None, :] <= position[:, None]
         if WINDOWED:
             seen = seen & (at[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        faded = tl.exp2(top - higher)
-        total = total * faded + tl.sum(weights, 1)
-        v = tl.load(values + place[:, None] + d[None, :], mask=held, other=0.0)
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * faded[:, None])
-        top = higher
+        top, total, acc = _attend(q, k, v, seen, scale, top, total, acc, True)
     y = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + row * HEADS * D + head * D + d[None, :], y.to(out.dtype.element_ty), mask=mine)

@@ -28,6 +28,7 @@ FEW_ROWS = 64
 MIN_ROWS = 512  # of a product by cuBLAS: with fewer it may split the inputs, and add in another order
 OVERHEAD = 2**29  # bytes for CUDA graphs, compiled kernels and cuBLAS's workspace: an estimate, on the safe side
 QUERIES = 64  # of a program of prefill attention
+HEADS_EACH = 8  # that a program rotates in a prompt
 
 
 class CudaBackend(Reference):
@@ -221,7 +222,7 @@ class CudaBackend(Reference):
     ) -> None:
         from squawq.backends.cuda import launch
 
-        launch.rotate_and_store(launch.Sums(qkv[None]), heads, rotary, norms, eps, slots, qkv, pages)
+        launch.rotate_and_store(launch.Sums(qkv[None]), heads, rotary, norms, eps, slots, qkv, pages, HEADS_EACH)
 
     def attention(
         self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages

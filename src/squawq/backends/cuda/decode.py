@@ -135,7 +135,7 @@ class DecodeGraphs:
                     assert wide is not None
                     norms = query_norm, key_norm
                     launch.rotate_and_store(
-                        wide, heads, rotary, norms, eps, slots, queries, self._cache[layer], dependent
+                        wide, heads, rotary, norms, eps, slots, queries, self._cache[layer], 1, dependent
                     )
                 case Attention(layer, window):
                     narrow = self._narrow[: size * heads[0] * heads[2]].view(size, -1)

@@ -87,13 +87,14 @@ def rotate_and_store_kernel(
     HALF: tl.constexpr,  # D / 2, or the power of two above it
     PAGE: tl.constexpr,
     LIMIT: tl.constexpr,  # the largest number of the cache's dtype
+    EACH: tl.constexpr,  # heads of a program
     DEPENDENT: tl.constexpr,
 ):
     """Norm and rotate queries and keys of each head (Su et al., arXiv 2104.09864); keys and values to their slots."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0), (tl.program_id(1) * EACH + tl.arange(0, EACH))[:, None]
     half: tl.constexpr = D // 2
-    i = tl.arange(0, HALF)
-    here = i < half
+    i = tl.arange(0, HALF)[None, :]
+    here = (i < half) & (head < HEADS + 2 * KV)
     if BIASED:
         b0 = tl.load(bias + head * D + i, mask=here, other=0.0)
         b1 = tl.load(bias + head * D + half + i, mask=here, other=0.0)
@@ -105,36 +106,32 @@ def rotate_and_store_kernel(
     if BIASED:
         first += b0
         second += b1
-    if head < HEADS + KV:
-        if NORMED:
-            if head < HEADS:
-                weight = query_norm
-            else:
-                weight = key_norm
-            scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / D + eps)
-            first = first * scale * tl.load(weight + i, mask=here, other=0.0)
-            second = second * scale * tl.load(weight + half + i, mask=here, other=0.0)
-        cos = tl.load(cosine + row * half + i, mask=here, other=0.0)
-        sin = tl.load(sine + row * half + i, mask=here, other=0.0)
-        turned = first * cos - second * sin
-        second = second * cos + first * sin
-        first = turned
-    if head < HEADS:
-        to = queries + row * query_stride + head * D + i
-        tl.store(to, first.to(queries.dtype.element_ty), mask=here)
-        tl.store(to + half, second.to(queries.dtype.element_ty), mask=here)
-    else:
-        slot = tl.load(slots + row)
-        if head < HEADS + KV:
-            store, kv = keys, head - HEADS
-        else:
-            store, kv = values, head - HEADS - KV
-        if slot >= 0:
-            first = tl.clamp(first, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-            second = tl.clamp(second, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-            to = store + ((slot // PAGE * KV + kv) * PAGE + slot % PAGE) * D + i
-            tl.store(to, first.to(store.dtype.element_ty), mask=here)
-            tl.store(to + half, second.to(store.dtype.element_ty), mask=here)
+    rotated = head < HEADS + KV
+    if NORMED:
+        query, key = here & (head < HEADS), here & (head >= HEADS) & rotated
+        scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)[:, None]
+        w0 = tl.load(query_norm + i, mask=query, other=0.0) + tl.load(key_norm + i, mask=key, other=0.0)
+        w1 = tl.load(query_norm + half + i, mask=query, other=0.0) + tl.load(key_norm + half + i, mask=key, other=0.0)
+        first = tl.where(rotated, first * scale * w0, first)
+        second = tl.where(rotated, second * scale * w1, second)
+    cos = tl.load(cosine + row * half + i, mask=here, other=0.0)
+    sin = tl.load(sine + row * half + i, mask=here, other=0.0)
+    turned = tl.where(rotated, first * cos - second * sin, first)
+    second = tl.where(rotated, second * cos + first * sin, second)
+    to = queries + row.to(tl.int64) * query_stride + head * D + i
+    tl.store(to, turned.to(queries.dtype.element_ty), mask=here & (head < HEADS))
+    tl.store(to + half, second.to(queries.dtype.element_ty), mask=here & (head < HEADS))
+    slot = tl.load(slots + row)
+    if slot >= 0:
+        low = tl.clamp(turned, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(keys.dtype.element_ty)
+        high = tl.clamp(second, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(keys.dtype.element_ty)
+        kv = head - HEADS - tl.where(rotated, 0, KV)
+        place = ((slot // PAGE * KV + kv) * PAGE + slot % PAGE) * D + i
+        key, value = here & (head >= HEADS) & rotated, here & (head >= HEADS + KV)
+        tl.store(keys + place, low, mask=key)
+        tl.store(keys + place + half, high, mask=key)
+        tl.store(values + place, low, mask=value)
+        tl.store(values + place + half, high, mask=value)
 
 
 @triton.jit

@@ -159,6 +159,22 @@ def _grid(grids, n, N, k, K, here, dtype: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _block(words, grids, n, N, block, K, here, dtype: tl.constexpr, GROUP: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The weights of a block of outputs n: four quarters, [OUTPUTS, 32]."""
+    i = tl.arange(0, 32)
+    packed = tl.load(words + (block * N + n)[:, None] * 32 + i[None, :], mask=here[:, None], other=0)
+    z0, s0 = _grid(grids, n, N, block * 128, K, here, dtype, GROUP)
+    z1, s1, z2, s2, z3, s3 = z0, s0, z0, s0, z0, s0
+    if GROUP == 32 or GROUP == 64:
+        z2, s2 = _grid(grids, n, N, block * 128 + 64, K, here, dtype, GROUP)
+        z3, s3 = z2, s2
+    if GROUP == 32:
+        z1, s1 = _grid(grids, n, N, block * 128 + 32, K, here, dtype, GROUP)
+        z3, s3 = _grid(grids, n, N, block * 128 + 96, K, here, dtype, GROUP)
+    return _weights(packed, z0, z1, z2, z3, s0, s1, s2, s3, INTERPRETED)
+
+
+@triton.jit
 def _dot(w, x, acc, INTERPRETED: tl.constexpr):
     if INTERPRETED:  # the interpreter does not multiply bfloat16
         return acc + tl.dot(w.to(tl.float32), x.to(tl.float32))
@@ -190,40 +206,31 @@ def matmul_kernel(
     first = tl.program_id(1) * split
     last = tl.minimum(first + split, blocks)
     i = tl.arange(0, 32)
-    here = n < N
+    here, there = n < N, (m < M)[None, :]
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     tokens = x + m[None, :] * K
     for block in tl.range(first, last, num_stages=STAGES):
-        packed = tl.load(words + (block * N + n)[:, None] * 32 + i[None, :], mask=here[:, None], other=0)
         k = block * 128 + i
         if PADDED:
-            x0 = tl.load(tokens + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
-            x1 = tl.load(tokens + k[:, None] + 32, mask=(m < M)[None, :] & (k + 32 < K)[:, None], other=0.0)
-            x2 = tl.load(tokens + k[:, None] + 64, mask=(m < M)[None, :] & (k + 64 < K)[:, None], other=0.0)
-            x3 = tl.load(tokens + k[:, None] + 96, mask=(m < M)[None, :] & (k + 96 < K)[:, None], other=0.0)
+            x0 = tl.load(tokens + k[:, None], mask=there & (k < K)[:, None], other=0.0)
+            x1 = tl.load(tokens + k[:, None] + 32, mask=there & (k + 32 < K)[:, None], other=0.0)
+            x2 = tl.load(tokens + k[:, None] + 64, mask=there & (k + 64 < K)[:, None], other=0.0)
+            x3 = tl.load(tokens + k[:, None] + 96, mask=there & (k + 96 < K)[:, None], other=0.0)
         else:
-            x0 = tl.load(tokens + k[:, None], mask=(m < M)[None, :], other=0.0)
-            x1 = tl.load(tokens + k[:, None] + 32, mask=(m < M)[None, :], other=0.0)
-            x2 = tl.load(tokens + k[:, None] + 64, mask=(m < M)[None, :], other=0.0)
-            x3 = tl.load(tokens + k[:, None] + 96, mask=(m < M)[None, :], other=0.0)
-        z0, s0 = _grid(grids, n, N, block * 128, K, here, x0.dtype, GROUP)
-        z1, s1, z2, s2, z3, s3 = z0, s0, z0, s0, z0, s0
-        if GROUP == 32 or GROUP == 64:
-            z2, s2 = _grid(grids, n, N, block * 128 + 64, K, here, x0.dtype, GROUP)
-            z3, s3 = z2, s2
-        if GROUP == 32:
-            z1, s1 = _grid(grids, n, N, block * 128 + 32, K, here, x0.dtype, GROUP)
-            z3, s3 = _grid(grids, n, N, block * 128 + 96, K, here, x0.dtype, GROUP)
-        w0, w1, w2, w3 = _weights(packed, z0, z1, z2, z3, s0, s1, s2, s3, INTERPRETED)
+            x0 = tl.load(tokens + k[:, None], mask=there, other=0.0)
+            x1 = tl.load(tokens + k[:, None] + 32, mask=there, other=0.0)
+            x2 = tl.load(tokens + k[:, None] + 64, mask=there, other=0.0)
+            x3 = tl.load(tokens + k[:, None] + 96, mask=there, other=0.0)
+        w0, w1, w2, w3 = _block(words, grids, n, N, block, K, here, x0.dtype, GROUP, INTERPRETED)
         acc = _dot(w0, x0, acc, INTERPRETED)
         acc = _dot(w1, x1, acc, INTERPRETED)
         acc = _dot(w2, x2, acc, INTERPRETED)
         acc = _dot(w3, x3, acc, INTERPRETED)
     to = out + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
-    tl.store(to, acc, mask=here[:, None] & (m < M)[None, :])
+    tl.store(to, acc, mask=here[:, None] & there)
 
 
 @triton.jit

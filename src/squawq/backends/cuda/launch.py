@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from squawq.backends.cuda import attention, dense, elementwise, int4, sampling
+from squawq.backends.cuda import attention, dense, elementwise, int4, sampling, tiles
 from squawq.backends.layer_ops import Packed
 
 ENOUGH = 512  # programs that keep a large card busy
@@ -70,18 +70,16 @@ def matmul(x: Tensor, weight: Weight, out: Tensor, dependent: bool = False) -> S
     rows, (n, k) = x.shape[0], weight.shape
     blocks, count = _blocks(weight), out.shape[0]
     split = triton.cdiv(blocks, count)
-    tokens = min(128, max(8, triton.next_power_of_2(rows)))
     if isinstance(weight, int4.Int4Weight):
-        outputs = 64 if tokens <= 16 or (tokens == 32 and n <= 8192) else 128
-        warps, stages = 2 if tokens == 8 else 4 if tokens <= 32 else 8, 3
-        grid = (triton.cdiv(n, outputs), count, triton.cdiv(rows, tokens))
+        tile = tiles.tile(rows, n, x.device)
+        grid = (triton.cdiv(n, tile.outputs), count, triton.cdiv(rows, tile.tokens))
         int4.matmul_kernel[grid](
             x, weight.words, weight.grids, out, rows, n, k, blocks, split, weight.group, k % int4.BLOCK != 0,
-            tokens, outputs, stages, dependent, int4.INTERPRETED,
-            num_warps=warps, num_stages=stages, **pdl(dependent),
+            tile.tokens, tile.outputs, tile.stages, dependent, int4.INTERPRETED, num_warps=tile.warps,
+            num_stages=tile.stages, **pdl(dependent),
         )  # fmt: skip
     else:
-        scales, tokens = weight.scales, min(64, tokens)
+        scales, tokens = weight.scales, min(64, max(8, triton.next_power_of_2(rows)))
         grid = (triton.cdiv(n, 64), count, triton.cdiv(rows, tokens))
         dense.matmul_kernel[grid](
             x, weight.weight, weight.weight if scales is None else scales, out, rows, n, k, split, scales is not None,
@@ -109,24 +107,27 @@ def add_norm(
     elementwise.add_norm_kernel[(rows,)](
         parts, weight if bias is None else bias, hidden, weight, out, rows, n, eps,
         0 if sums is None else parts.shape[0], bias is not None, residual, width, dependent,
-        num_warps=min(16, max(1, width // 512)), **pdl(dependent),
+        num_warps=min(32, max(1, width // 128)), **pdl(dependent),
     )  # fmt: skip
 
 
 def rotate_and_store(
     sums: Sums, heads: tuple[int, int, int], rotary: tuple[Tensor, Tensor], norms: tuple[Tensor | None, Tensor | None],
-    eps: float, slots: Tensor, queries: Tensor, pages: tuple[Tensor, Tensor], dependent: bool = False,
+    eps: float, slots: Tensor, queries: Tensor, pages: tuple[Tensor, Tensor], each: int, dependent: bool = False,
 ) -> None:  # fmt: skip
-    """Queries, rotated, into `queries` [rows, heads * dim] of any stride; keys and values to their slots."""
+    """Queries, rotated, into `queries` [rows, heads * dim] of any stride; keys and values to their slots.
+
+    each: heads of a program; another number may add a head's norm in another order.
+    """
     (query, kv, dim), (keys, values) = heads, pages
     rows, none = sums.parts.shape[1], rotary[0]
     query_norm, key_norm = norms
-    elementwise.rotate_and_store_kernel[(rows, query + 2 * kv)](
+    elementwise.rotate_and_store_kernel[(rows, triton.cdiv(query + 2 * kv, each))](
         sums.parts, none if sums.bias is None else sums.bias, none if query_norm is None else query_norm,
         none if key_norm is None else key_norm, *rotary, slots, queries, queries.stride(0), keys, values, rows, eps,
         sums.parts.shape[0], sums.bias is not None, query_norm is not None, query, kv, dim,
-        triton.next_power_of_2(dim // 2), keys.shape[2], torch.finfo(keys.dtype).max, dependent,
-        num_warps=1, **pdl(dependent),
+        triton.next_power_of_2(dim // 2), keys.shape[2], torch.finfo(keys.dtype).max, each, dependent,
+        num_warps=min(4, each), **pdl(dependent),
     )  # fmt: skip
 
 
