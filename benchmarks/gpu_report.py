@@ -122,6 +122,7 @@ def load(results: Sequence[Values]) -> Iterator[Table]:
     rows = [
         ["reading the files", f"{one['read_s']:.1f} s"],
         ["loading them", f"{one['load_s']:.1f} s"],
+        ["compiling kernels and capturing CUDA graphs", f"{one['ready_s']:.1f} s"],
         ["peak of host memory", f"{one['host_peak_bytes'] / 2**30:.2f} GiB"],
         ["peak of the card's memory, KV cache of 32,768 tokens included", f"{one['card_peak_bytes'] / 2**30:.2f} GiB"],
     ]

@@ -50,7 +50,7 @@ def product(out: int, in_: int, rows: int) -> dict[str, Any]:
 RESULTS: dict[str, list[dict[str, Any]]] = {
     "ceilings": [{"copy_gb_s": 4225.4, "bf16_tflops": 745.2, "fp16_tflops": 740.0}],
     "products": [product(6144, 4096, 1), product(6144, 4096, 64), product(4096, 14336, 1)],
-    "load": [{"read_s": 1.25, "load_s": 4.0, "host_peak_bytes": 2**31, "card_peak_bytes": 2**33}],
+    "load": [{"read_s": 1.25, "load_s": 4.0, "ready_s": 3.5, "host_peak_bytes": 2**31, "card_peak_bytes": 2**33}],
     "streams": [STREAM, {**STREAM, "sampled": False}],
     "graphs": [{"streams": 1, "graph_ms": 2.13}, {"streams": 256, "graph_ms": 14.4}],
     "prefill": [{"tokens": 4096, "step_ms": 100.0, "matmul_ms": 75.0, "share": 0.75}],

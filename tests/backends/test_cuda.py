@@ -254,10 +254,11 @@ def test_a_row_of_padding_writes_nothing() -> None:
 
 
 def test_fp8_has_a_largest_number() -> None:
-    keys, values = (torch.zeros(1, *shape).to(FP8) for shape in GPU.page_shapes(1, 16))
-    sums = launch.Sums(torch.full((1, 1, 48), 3e4))
-    rotary, queries = (torch.ones(1, 8), torch.zeros(1, 8)), torch.empty(1, 16, dtype=torch.float16)
-    launch.rotate_and_store(sums, (1, 1, 16), rotary, (None, None), 1e-5, torch.tensor([0]), queries, (keys, values), 1)
+    keys, values = (torch.zeros(1, *shape).to(DEVICE, FP8) for shape in GPU.page_shapes(1, 16))
+    sums = launch.Sums(torch.full((1, 1, 48), 3e4, device=DEVICE))
+    rotary = torch.ones(1, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
+    queries = torch.empty(1, 16, dtype=torch.float16, device=DEVICE)
+    launch.rotate_and_store(sums, (1, 1, 16), rotary, (None, None), 1e-5, integers([0]), queries, (keys, values), 1)
     assert (keys[0, 0, 0].float() == 448).all()
     assert (values[0, 0, 0].float() == 448).all()
 

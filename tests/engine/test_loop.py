@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import check_scheduler
 
+from squawq.backends.sampling import Chunk
 from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Loop
 from squawq.engine.request import FinishReason, Output, Request
@@ -110,6 +111,7 @@ def test_every_request_gives_what_it_gives_alone(data: st.DataObject) -> None:
     runner = kind(num_pages=data.draw(st.integers(2, 24)), max_positions=60)
     sequences = data.draw(st.integers(1, 5))
     tokens = 2 * sequences + data.draw(st.sampled_from([0, 1, 7, 30]))
+    runner.cache_outputs = data.draw(st.booleans())
     bench = Bench(runner, tokens, sequences, data.draw(st.booleans()))
     coming = data.draw(visits(bench.room))
     for step in range(26):
@@ -134,6 +136,27 @@ def test_every_request_gives_what_it_gives_alone(data: st.DataObject) -> None:
     assert not found
     assert all(sum(len(chunk.ids) for chunk in step) <= tokens for step in runner.steps)
     assert all(len(step) <= sequences for step in runner.steps)
+    if not runner.cache_outputs:
+        assert not any(runs_outputs_as_a_prompt(chunk) for step in runner.steps for chunk in step)
+
+
+def runs_outputs_as_a_prompt(chunk: Chunk) -> bool:
+    sequence = chunk.sampling or chunk.again
+    return sequence is not None and chunk.start + len(chunk.ids) > max(len(sequence.prompt), chunk.start + 1)
+
+
+@pytest.mark.parametrize("kind", [FakeRunner, AheadRunner])
+def test_after_a_preemption_generated_tokens_run_one_by_one(kind: type[FakeRunner]) -> None:
+    runner = kind(num_pages=8)
+    runner.cache_outputs = False
+    bench = Bench(runner, sequences=4)
+    asked = [bench.visit(request([i, i, i], max_tokens=25, ignore_eos=True, seed=1)) for i in range(1, 5)]
+    found = bench.finish()
+    assert bench.loop.scheduler.preemptions > 0
+    assert any(chunk.again for step in runner.steps for chunk in step)
+    assert all(len(chunk.ids) == 1 or chunk.start + len(chunk.ids) <= 3 for step in runner.steps for chunk in step)
+    for one in asked:
+        assert found[one.id, 0] == expected(one, bench.room)[0]
 
 
 @pytest.mark.parametrize("kind", [FakeRunner, AheadRunner])

@@ -83,7 +83,7 @@ class Steps(Protocol):
         """Start a step.
 
         Args:
-            prompts: Computes logits, float32 [rows, vocab], of the chunks that are not a sequence's one next token,
+            prompts: Computes logits, float32 [rows, vocab], of the chunks that are not one generated token,
                 `chunk.logits` rows of each in order.
         """
 

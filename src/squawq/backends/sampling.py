@@ -63,6 +63,7 @@ class Chunk:
     pages: Sequence[int]  # page table, for start + len(ids) tokens
     logits: int  # rows of logits: after so many of the last `ids`
     sampling: Sampling | None = None  # sample the next token; None in the middle of a prompt
+    again: Sampling | None = None  # the sequence, if the token in `ids` was generated before a preemption
     targets: Sequence[int] = ()  # compute log probabilities of these prompt tokens, which follow the first of `ids`
     top: int = 0  # alternatives for each target
 

@@ -91,7 +91,9 @@ class Runner(Protocol):
     max_positions: int
     page_size: int
     num_pages: int
-    cache_outputs: bool  # whether keys and values of generated tokens are the bits that a prompt's would be
+    # Whether generated tokens have the same keys and values, to the bit, when they run as a prompt's; if not, the
+    # engine does not cache them for prompts, and after a preemption runs them one by one as before.
+    cache_outputs: bool
 
     def prepare(self, sampling: Sampling) -> None:
         """Set `sampling.state`, where that takes time; called in the thread that submits the request."""

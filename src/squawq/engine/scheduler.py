@@ -130,7 +130,8 @@ class Scheduler:
     there are more tenants than `max_sequences` or earlier tenants' first sequences hold the pages. Only other tenants
     may overtake a sequence that does not fit.
 
-    cache_outputs: whether pages with generated tokens enter the prefix cache, too.
+    cache_outputs: whether pages with generated tokens enter the prefix cache, too. If not, a preempted sequence
+    runs those tokens again one at a step, as it did before.
 
     Prefix caching: a sequence waits while an earlier one computes the next page of the same prompt, and then uses it.
 
@@ -177,15 +178,24 @@ class Scheduler:
     def plan(self) -> list[tuple[Sequence, int]]:
         """The next step: sequences, and how many of their tokens after `computed` to run."""
         self._take_turns()
-        ready = [s for s in self.running if s.left == 1 and s.length < s.limit]
-        decodes = [s for s in ready if s.pages and self._grow(s)]
-        wanted = {s: s.left for s in self.running if s.left > 1}
+        decodes = [s for s in list(filter(self._decodes, self.running)) if s.pages and self._grow(s)]
+        wanted = {s: self._prompt_left(s) for s in self.running if s.left > 1 and not self._decodes(s)}
         if scored := {s: count for s, count in wanted.items() if s.score}:
             wanted |= self._split(scored, max(MAX_SCORED, len(scored)))
         prompts = self._split(wanted, self._max_tokens - len(decodes))
         for sequence, count in prompts.items():
             self._turns.ran(sequence, count)
         return [(s, 1) for s in decodes] + [(s, prompts[s]) for s in wanted if prompts[s]]
+
+    def _decodes(self, sequence: Sequence) -> bool:
+        """Whether a sequence's next step is one generated token."""
+        if sequence.left == 1:
+            return sequence.length < sequence.limit
+        return not self._cache_outputs and sequence.left > 1 and sequence.computed >= sequence.prompt
+
+    def _prompt_left(self, sequence: Sequence) -> int:
+        """Tokens that a sequence may run as a prompt."""
+        return sequence.left if self._cache_outputs else min(sequence.left, sequence.prompt - sequence.computed)
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Count `count` more tokens as computed; full pages of known tokens enter the prefix cache."""

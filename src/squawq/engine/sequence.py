@@ -115,12 +115,14 @@ class SequenceState:
         sequence, params = self.sequence, self._request.params
         start, end = sequence.computed, sequence.computed + count
         last = count == sequence.left
+        again = not last and count == 1 and start >= sequence.prompt
         return Chunk(
             ids=sequence.tokens[start:end] if start < len(sequence.tokens) else [SAMPLED],
             start=start,
             pages=sequence.pages,
             logits=count if sequence.score else int(last),
             sampling=self.sampling if last else None,
+            again=self.sampling if again else None,
             targets=sequence.tokens[start + 1 : end + 1] if sequence.score else (),
             top=params.prompt_logprobs or 0,
         )

@@ -47,8 +47,8 @@ class DecodeGraphs:
         pages: Most pages of a sequence.
 
     Attributes:
-        inputs: int64 [3, rows]: tokens, positions, slots. A token below 0 is the one that the row sampled last. A
-            position below 0 is a row of padding.
+        inputs: int64 [4, rows]: tokens, positions, slots, positions again if the next token is to be sampled. A token
+            below 0 is the one that the row sampled last. A position below 0 is a row of padding.
         tables: int32 [rows, pages]: page tables. A step adds the page of its slot itself.
         space: Parameters and results of sampling.
     """
@@ -74,7 +74,7 @@ class DecodeGraphs:
         self._logits = empty(rows * vocab)
         self._attention = launch.decode_space(rows, heads, device)
         self._places = torch.arange(rows, dtype=torch.int32, device=device)
-        self.inputs = empty(3, rows, kind=torch.int64)
+        self.inputs = empty(4, rows, kind=torch.int64)
         self.tables = empty(rows, pages, kind=torch.int32)
         self.space = launch.sampling_space(rows, vocab, device)
         self.inputs[1:] = -1
@@ -110,7 +110,7 @@ class DecodeGraphs:
         model, layers = self._model, self._model.layers
         dependent = self._hopper and size <= DEPENDENT_ROWS
         heads, eps = layers.heads, layers.eps
-        ids, positions, slots = self.inputs[:, :size]
+        ids, positions, slots, sampled_at = self.inputs[:, :size]
         hidden, normed = self._hidden[:size], self._normed[:size]
         rotary = self._rotary[0][:size], self._rotary[1][:size]
         sampled = self.space.results[0]
@@ -160,7 +160,7 @@ class DecodeGraphs:
         launch.add_norm(sums[Buffer.DELTA], hidden, model.norm, eps, normed, True, dependent)
         logits = self._logits_of(size)
         launch.matmul(normed, _weight(model.head), logits[None], dependent)
-        launch.sample(logits, self._places[:size], positions, self.space, dependent)
+        launch.sample(logits, self._places[:size], sampled_at, self.space, dependent)
 
     def _logits_of(self, size: int) -> Tensor:
         vocab = self._model.head.shape[0]

@@ -46,8 +46,8 @@ class Seats:
         self._free = list(range(rows - 1, -1, -1))
 
     def take(self, chunks: Sequence[Chunk]) -> tuple[list[Seat], list[int]]:
-        """The seat of each chunk that samples, and the indices of those whose sequences are new there."""
-        now = {chunk.sampling for chunk in chunks}
+        """The seat of each chunk's sequence, and the indices of those that are new there."""
+        now = {_sequence(chunk) for chunk in chunks}
         if not self.settled(len(now)) and not any(chunk.ids[0] == SAMPLED for chunk in chunks):
             self._known, self._free = {}, list(range(self._rows - 1, -1, -1))
         if any(sampling not in self._known for sampling in now):
@@ -56,7 +56,7 @@ class Seats:
             self._free.sort(reverse=True)
         seats, fresh = [], []
         for index, chunk in enumerate(chunks):
-            sampling = chunk.sampling
+            sampling = _sequence(chunk)
             assert sampling is not None
             seat = self._known.get(sampling)
             if seat is None:
@@ -87,7 +87,7 @@ class CudaSteps:
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 self._graphs.capture()
         # Two of each: those of the step before are in use while a step is prepared.
-        self._inputs = [torch.zeros(3, rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self._inputs = [torch.zeros(4, rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._results = [torch.zeros(2, rows, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._events = [torch.cuda.Event() if pinned else None for _ in range(2)]  # type: ignore[no-untyped-call]
         self._turn = 0
@@ -99,13 +99,13 @@ class CudaSteps:
         event, results = self._events[self._turn], self._results[self._turn]
         if event is not None:
             event.synchronize()  # the step before last
-        sampled = [chunk for chunk in batch if chunk.sampling is not None]
+        seated = [chunk for chunk in batch if _sequence(chunk) is not None]
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            seats, fresh = self._seats.take(sampled)
-            seat_of = dict(zip(map(id, sampled), seats, strict=True))
-            self._set([(sampled[i], seats[i]) for i in fresh])
+            seats, fresh = self._seats.take(seated)
+            seat_of = dict(zip(map(id, seated), seats, strict=True))
+            self._set([(seated[i], seats[i]) for i in fresh])
             logits: dict[int, Tensor] = {}  # of each chunk
-            if decodes := [(chunk, seat) for chunk, seat in zip(sampled, seats, strict=True) if _is_decode(chunk)]:
+            if decodes := [(chunk, seat) for chunk, seat in zip(seated, seats, strict=True) if _is_decode(chunk)]:
                 found = self._decode(decodes)
                 logits.update((id(chunk), found[seat.row : seat.row + 1]) for chunk, seat in decodes)
             if others := [chunk for chunk in batch if not _is_decode(chunk)]:
@@ -124,15 +124,16 @@ class CudaSteps:
                 return [_output(chunk, seat_of.get(id(chunk)), logits[id(chunk)], results) for chunk in batch]
 
         waits = any(_needs_logits(chunk, seat_of.get(id(chunk))) for chunk in batch)
-        return StartedStep(outputs, leads=not waits and self._seats.settled(len(sampled)))
+        return StartedStep(outputs, leads=not waits and self._seats.settled(len(seated)))
 
     def _decode(self, decodes: Sequence[tuple[Chunk, Seat]]) -> Tensor:
         rows = 1 + max(seat.row for _, seat in decodes)
         inputs = self._inputs[self._turn].numpy()
-        inputs[:, : self._graphs.size(rows)] = [[0], [-1], [-1]]
+        inputs[:, : self._graphs.size(rows)] = [[0], [-1], [-1], [-1]]
         for chunk, seat in decodes:
             page, place = divmod(chunk.start, self._page)
-            inputs[:, seat.row] = chunk.ids[0], chunk.start, chunk.pages[page] * self._page + place
+            slot, sampled_at = chunk.pages[page] * self._page + place, -1 if chunk.again else chunk.start
+            inputs[:, seat.row] = chunk.ids[0], chunk.start, slot, sampled_at
         self._graphs.inputs.copy_(self._inputs[self._turn], non_blocking=True)
         return self._graphs.run(rows)
 
@@ -154,11 +155,11 @@ class CudaSteps:
         ints = np.zeros((len(fresh), space.ints.shape[1]), np.int32)
         for index, (chunk, seat) in enumerate(fresh):
             pages[index, : len(chunk.pages)] = chunk.pages
-            if seat.on_card and chunk.sampling is not None:
-                own, whole, penalized = parameters(chunk.sampling)
+            if seat.on_card and (sampling := _sequence(chunk)) is not None:
+                own, whole, penalized = parameters(sampling)
                 floats[index, : len(own)], ints[index, : len(whole)] = own, whole
                 if penalized:
-                    space.counts[seat.row] = self._to_card(counts(chunk.sampling, space.vocab), torch.int16)
+                    space.counts[seat.row] = self._to_card(counts(sampling, space.vocab), torch.int16)
         rows = self._to_card([seat.row for _, seat in fresh], torch.int64)
         tables.index_copy_(0, rows, self._to_card(pages, torch.int32))
         space.floats.index_copy_(0, rows, self._to_card(floats, torch.float32))
@@ -168,9 +169,14 @@ class CudaSteps:
         return torch.as_tensor(values, dtype=kind).to(self._device, non_blocking=True)
 
 
+def _sequence(chunk: Chunk) -> Sampling | None:
+    """The sequence of a chunk that has a row: one that samples, or a generated token that runs again."""
+    return chunk.sampling or chunk.again
+
+
 def _is_decode(chunk: Chunk) -> bool:
-    """Whether a chunk is the one next token of a sequence."""
-    sampling = chunk.sampling
+    """Whether a chunk is one generated token of a sequence."""
+    sampling = _sequence(chunk)
     return len(chunk.ids) == 1 and sampling is not None and chunk.start >= len(sampling.prompt) and not chunk.targets
 
 
@@ -182,7 +188,7 @@ def _needs_logits(chunk: Chunk, seat: Seat | None) -> bool:
 
 def _output(chunk: Chunk, seat: Seat | None, logits: Tensor, results: Tensor) -> StepOutput:
     sampling = chunk.sampling
-    if seat is not None and not seat.on_card:
+    if seat is not None and not seat.on_card and chunk.sampling is not None:
         return sample(logits.cpu().numpy(), [chunk])[0]
     rows = (logits if _needs_logits(chunk, seat) else logits[:0]).cpu().numpy()
     scores = [token_logprob(row, token, chunk.top) for row, token in zip(rows, chunk.targets, strict=False)]
