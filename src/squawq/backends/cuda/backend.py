@@ -24,7 +24,7 @@ from squawq.format.groupwise import check_gemm
 if TYPE_CHECKING:
     from squawq.backends.cuda.launch import Weight
 
-FEW_ROWS = 64
+FEW_ROWS = 384  # of an INT4 product that is not a prompt's: with more, dequantizing the weight first takes less time
 MIN_ROWS = 512  # of a product by cuBLAS: with fewer it may split the inputs, and add in another order
 OVERHEAD = 2**29  # bytes for CUDA graphs, compiled kernels and cuBLAS's workspace: an estimate, on the safe side
 QUERIES = 64  # of a program of prefill attention
