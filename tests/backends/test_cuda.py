@@ -134,9 +134,7 @@ def test_int4_matmul(rows: int, out: int, blocks: int, group: int, dtype: torch.
     parts = torch.full((launch.splits(weight), rows, out), float("nan"), device=DEVICE)
     found = launch.matmul(x, weight, parts).parts.sum(0)
     expected = x.float() @ scaled(tensor, dtype).to(dtype).float().T
-    interpreted = DEVICE.type == "cpu" and dtype == torch.bfloat16  # there bfloat16 is cut off, not rounded
-    tolerance = 4e-3 if interpreted else ROUNDING
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (found - expected).abs().max() <= ROUNDING * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["int8", "16-bit"])

@@ -71,6 +71,15 @@ def pack(weight: Int4Weight, rows: slice, qweight: Tensor, scales: Tensor, qzero
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """x to the nearest number of dtype; the interpreter itself cuts bfloat16 off."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def _weights(words, z0, z1, z2, z3, s0, s1, s2, s3, INTERPRETED: tl.constexpr):
     """The four weights of each word in the dtype of z0 to z3, which are offsets; s0 to s3 are scales; all alike."""
     if INTERPRETED:
@@ -80,7 +89,8 @@ def _weights(words, z0, z1, z2, z3, s0, s1, s2, s3, INTERPRETED: tl.constexpr):
         w1 = (((bits >> 4) & 15).to(tl.float32) + base + z1.to(tl.float32)) * s1.to(tl.float32)
         w2 = (((bits >> 8) & 15).to(tl.float32) + base + z2.to(tl.float32)) * s2.to(tl.float32)
         w3 = (((bits >> 12) & 15).to(tl.float32) + base + z3.to(tl.float32)) * s3.to(tl.float32)
-        w0, w1, w2, w3 = w0.to(z0.dtype), w1.to(z0.dtype), w2.to(z0.dtype), w3.to(z0.dtype)
+        w0, w1 = _rounded(w0, z0.dtype), _rounded(w1, z0.dtype)
+        w2, w3 = _rounded(w2, z0.dtype), _rounded(w3, z0.dtype)
     elif z0.dtype == tl.float16:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
             """{
