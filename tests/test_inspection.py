@@ -9,6 +9,7 @@ from typing import Any
 
 import programs
 import pytest
+import torch
 from conftest import MakeModel, tiny_config
 
 from squawq.commands.inspect import inspect as inspect_command
@@ -209,6 +210,18 @@ def test_a_folders_name_is_shown_as_it_is(tmp_path: Path, capsys: pytest.Capture
     assert "\x1b" not in shown
 
 
+def test_the_gpus_of_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 * 2**30, 80 * 2**30))
+    config = write(tmp_path, LLAMA_8B)
+    assert inspect(config)["gpus"] == [{"name": "NVIDIA A100", "total": 80 * 2**30, "free": 70 * 2**30}]
+    inspect_command(str(config))
+    assert "NVIDIA A100: 75.2 GB (70.0 GiB) of 85.9 GB (80.0 GiB) are free" in capsys.readouterr().out
+
+
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return programs.run(["-W", "error", "-m", "squawq", "inspect", *arguments])
 
@@ -220,7 +233,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "39.8 GB (37.0 GiB)" in table.stdout
     assert "memory to run 1 x 4,096 tokens" in table.stdout
     asked = run(config, "--context", "4096", "--batch", "4", "--json")
-    assert json.loads(asked.stdout) == inspect(config, 4096, 4)
+    assert json.loads(asked.stdout) | {"gpus": []} == inspect(config, 4096, 4) | {"gpus": []}
     refused = run(config, "--context", "1000000")
     assert refused.returncode == 2
     assert refused.stderr.strip() == "squawq: error: context is 1000000; the model has 131072 positions"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from squawq.backends.base import PAGE
+from squawq.backends.devices import gpus
 from squawq.compatibility import compatible_engines
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
@@ -61,7 +62,7 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
     Returns:
         JSON types; sizes in bytes. `memory` has, for "fp16" and "int4", weights (as stored, or as squawq would store
         them), kv_cache (float16), workspace (activations of a step of 512 tokens, float32) and their total. `tensors`
-        says where sizes come from: "headers" or "shapes".
+        says where sizes come from: "headers" or "shapes". `gpus` are this machine's: name, total and free memory.
 
     Raises:
         ConfigError: The context is longer than the model's positions.
@@ -110,6 +111,7 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
                 for form, size in weights.items()
             },
         },
+        "gpus": gpus(),
     }
 
 

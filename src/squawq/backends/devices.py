@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from squawq.backends import backend_class
@@ -17,6 +19,15 @@ def pick_device(device: str, *, exact: bool = False) -> str:
         return device
     usable = not exact and torch.cuda.is_available() and backend_class("cuda").declines(torch.device("cuda")) is None
     return "cuda" if usable else "cpu"
+
+
+def gpus() -> list[dict[str, Any]]:
+    """This machine's GPUs: name, and bytes of memory in all and free."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append({"name": torch.cuda.get_device_name(index), "total": total, "free": free})
+    return found
 
 
 def check_device(device: str, *, mps: bool = False) -> None:

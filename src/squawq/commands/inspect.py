@@ -42,6 +42,8 @@ def _print(found: dict[str, Any]) -> None:
     console = output()
     for table in (_model(found), _sizes(found), _memory(found)):
         console.print(table, soft_wrap=False)
+    for gpu in found["gpus"]:
+        console.print(f"{gpu['name']}: {size(gpu['free'])} of {size(gpu['total'])} are free")
     if found["kept_in_16_bits"]:
         console.print(f"not quantized: {', '.join(found['kept_in_16_bits'])}")
     runs = "; ".join(ENGINES[name] for name in found["runs_in"]) or "no engine that squawq knows"
