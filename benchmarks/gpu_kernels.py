@@ -54,7 +54,7 @@ class Ceilings:
 class Product:
     """One shape with one number of rows. Times in microseconds.
 
-    kernel: the product alone; up to 64 rows as a decode step runs it, whose next kernel adds the partial sums.
+    kernel: the product alone; up to 384 rows as a decode step runs it, whose next kernel adds the partial sums.
     whole: `Backend.matmul`, with the sum of the parts and the rounding to float16.
     error: largest difference from the product of the dequantized weight, relative to the largest result.
     share: of copy bandwidth that the kernel reaches, counting the weight's packed bytes.
@@ -210,7 +210,7 @@ class Shape:
         kernel = whole = graph_microseconds(
             [partial(self.backend.matmul, x, weight) for weight in self.packed], replays
         )
-        if rows <= cuda_backend.FEW_ROWS:
+        if rows <= cuda_backend.FEW_ROWS_INT4:
             kernel = self.few_rows(x, replays)
         share = packed_bytes(self.out, self.in_) / kernel * 1e6 / copy_bandwidth()
         fp16, peers = linear_microseconds(x, self.dense), self.peers.microseconds(x, expected)

@@ -254,7 +254,7 @@ def step_graphs(runner: DecoderRunner, streams: int, tokens: int, params: Sampli
 
 
 def stream(runner: DecoderRunner, streams: int, tokens: int, new: int, sampled: bool) -> Streams:
-    """One workload: once for the graphs to be captured, once with timed graphs, once as it is."""
+    """One workload: once to compile what prompts need, once with timed graphs, once as it is."""
     params = SAMPLED if sampled else SamplingParams()
     trial = serve(runner, streams, tokens, 4, params)
     graph_ms = step_graphs(runner, streams, tokens, params)

@@ -20,11 +20,12 @@ from torch import Tensor
 from squawq.backends import backend_for
 from squawq.backends.base import FP8, Heads
 from squawq.backends.cuda.backend import CudaBackend
-from squawq.backends.sampling import Chunk, Sampling
+from squawq.backends.sampling import SAMPLED, Chunk, Sampling
 from squawq.engine.config import EngineConfig
-from squawq.engine.engine import Engine
+from squawq.engine.engine import Engine, Loop
 from squawq.engine.request import Output, Request, SamplingParams
 from squawq.engine.runner import DecoderRunner
+from squawq.engine.sequence import RequestState
 from squawq.errors import ConfigError, KernelError
 from squawq.format.groupwise import GroupwiseTensor, quantize, to_gemm
 from squawq.nn.loader import Options, load
@@ -34,7 +35,7 @@ from squawq.quantization.pipeline import quantize as quantize_model
 pytest.importorskip("triton")
 
 from squawq.backends.cuda import int4, launch
-from squawq.backends.cuda.steps import CudaSteps
+from squawq.backends.cuda.steps import CudaSteps, Seats
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU, REFERENCE = CudaBackend(DEVICE), backend_for(DEVICE, "reference")
@@ -364,6 +365,54 @@ def test_an_engine_gives_what_it_gives_alone(
     assert {one.id: len(together[one.id]) for one in requests} == {one.id: one.params.max_tokens for one in requests}
     for one in requests[1::2]:
         assert together[one.id] == run([one])[one.id]
+
+
+def test_a_preempted_sequence_goes_on_as_alone(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is preempted with one token generated, and comes back to other pages."""
+    quantize_model(make_model("llama"), tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
+    monkeypatch.setattr(CudaBackend, "declines", classmethod(lambda *_: None))
+    decoder = load(tmp_path / "awq", Options(str(DEVICE), backend="cuda"))
+
+    def run(requests: list[Request], pages: int) -> tuple[list[int], int]:
+        runner = DecoderRunner(decoder, kv_tokens=16 * pages, rows=2)
+        config = EngineConfig(device=DEVICE.type, max_num_seqs=2, max_num_batched_tokens=64, prefix_caching=False)
+        loop, outputs = Loop(runner, config), list[Output]()
+        more = {"room": 16 * pages, "matcher": None, "tokenizer": None, "eos_ids": frozenset[int]()}
+        for request in requests:
+            loop.add(RequestState(request, outputs.append, **more))  # type: ignore[arg-type]
+        while loop.requests:
+            loop.step()
+        return [
+            token for output in outputs if output.request == "b" for token in output.ids
+        ], loop.scheduler.preemptions
+
+    plain = SamplingParams(temperature=0, ignore_eos=True, max_tokens=3)
+    first = Request("a", [7 * i % 150 + 2 for i in range(32)], replace(plain, max_tokens=5))
+    second = Request("b", [5 * i % 150 + 2 for i in range(32)], plain)
+    found, preemptions = run([first, second], 5)
+    assert preemptions == 1
+    assert found == run([second], 5)[0]
+
+
+def test_rows_of_sequences() -> None:
+    """A row stays while its sequence runs, is new with other pages, and rows close up once few are left."""
+    seats = Seats(32)
+    states = [Sampling(SamplingParams(), [1] * 20, (), 0, i) for i in range(32)]
+    pages = [[i] for i in range(32)]
+    prompts = [Chunk([1] * 20, 0, p, 1, s) for p, s in zip(pages, states, strict=True)]
+    taken, fresh = seats.take(prompts)
+    assert [seat.row for seat in taken] == list(range(32))
+    assert fresh == list(range(32))
+    (seat,), fresh = seats.take([Chunk([SAMPLED], 20, pages[31], 1, states[31])])
+    assert (seat.row, fresh) == (31, [])
+    assert not seats.compact(1)
+    (seat,), fresh = seats.take([Chunk([5], 21, pages[31], 1, states[31])])
+    assert (seat.row, fresh) == (0, [0])
+    assert seats.compact(1)
+    (seat,), fresh = seats.take([Chunk([6], 22, list(pages[31]), 1, states[31])])  # admitted again
+    assert (seat.row, fresh) == (0, [0])
 
 
 def test_what_it_declines() -> None:

@@ -130,8 +130,10 @@ def test_the_largest_of_what_is_kept(
     assert samples(sampling)
     space = draw(logits, [sampling])
     row = adjusted(logits[0], sampling)
-    noisy = space.noisy[0].cpu() if temperature else row
+    noisy = space.noisy[0].cpu() if temperature and top_k != 1 else row
     (token,) = tokens_of(space)
+    if top_k == 1:
+        assert token == int(row.argmax())
     wanted = kept(row, params) if temperature else torch.ones(VOCAB, dtype=torch.bool)
     assert wanted[token]
     assert noisy[token] >= torch.where(wanted, noisy, -math.inf).max() - 1e-5

@@ -132,7 +132,7 @@ class AheadRunner(FakeRunner):
             self.known(batch)
             return found
 
-        return StartedStep(outputs, leads=not any(chunk.targets for chunk in batch))
+        return StartedStep(outputs, next_may_start=not any(chunk.targets for chunk in batch))
 
 
 def _of(chunk: Chunk) -> Sampling:

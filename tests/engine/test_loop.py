@@ -159,6 +159,24 @@ def test_after_a_preemption_generated_tokens_run_one_by_one(kind: type[FakeRunne
         assert found[one.id, 0] == expected(one, bench.room)[0]
 
 
+def test_a_preempted_sequence_takes_its_own_tokens_from_no_cached_prompt() -> None:
+    runner = FakeRunner(num_pages=9)
+    runner.cache_outputs = False
+    bench = Bench(runner, sequences=4)
+    first = bench.visit(request([1, 2, 3, 4], max_tokens=14, ignore_eos=True))
+    tokens = [1, 2, 3, 4, *expected(first, bench.room)[0].ids]
+    for _ in range(10):
+        bench.step()
+    bench.visit(request(tokens[:13], max_tokens=1))  # has its output as a prompt, and caches it
+    bench.step()
+    bench.loop.scheduler._preempt(bench.loop.scheduler.running.pop(0))
+    count = len(runner.steps)
+    found = bench.finish()
+    assert found[first.id, 0] == expected(first, bench.room)[0]
+    resumed = [chunk for step in runner.steps[count:] for chunk in step if chunk.again and chunk.start == 4]
+    assert resumed
+
+
 @pytest.mark.parametrize("kind", [FakeRunner, AheadRunner])
 def test_pages_run_out_and_all_end_as_alone(kind: type[FakeRunner]) -> None:
     bench = Bench(kind(num_pages=8), sequences=4)
@@ -254,10 +272,12 @@ def test_the_next_step_starts_before_the_results_of_this_one() -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_step_started_ahead_that_fails_ends_its_requests(late: bool) -> None:
+    """Pages that it should have filled are not found by others."""
     runner = AheadRunner()
     bench = Bench(runner)
-    asked = bench.visit(request([3], max_tokens=9, ignore_eos=True))
-    bench.step()
+    asked = bench.visit(request(PREFIX, max_tokens=9, ignore_eos=True))
+    if not late:
+        bench.step()
 
     def fail(_: object) -> None:
         raise RuntimeError("the model broke")
@@ -269,7 +289,9 @@ def test_a_step_started_ahead_that_fails_ends_its_requests(late: bool) -> None:
     found = bench.finish()[asked.id, 0]
     assert (found.finish, found.stop_reason) == (FinishReason.ERROR, "the model broke")
     runner.known = runner.fail = lambda _: None
-    again = bench.visit(request([3], max_tokens=4))
+    if late:
+        runner._memory[:] = 0
+    again = bench.visit(request([*PREFIX, 3], max_tokens=4))
     assert bench.finish()[again.id, 0] == expected(again, bench.room)[0]
 
 

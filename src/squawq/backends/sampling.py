@@ -84,11 +84,11 @@ class StartedStep:
 
     Attributes:
         outputs: Waits until it has run; returns one output for each chunk.
-        leads: The next step may be started before these outputs are known. Its chunks have SAMPLED for their tokens.
+        next_may_start: Before these outputs are known. The next step's chunks then have SAMPLED for their tokens.
     """
 
     outputs: Callable[[], list[StepOutput]]
-    leads: bool = False
+    next_may_start: bool = False
 
 
 class NoTokenError(ValueError):

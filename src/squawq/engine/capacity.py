@@ -63,7 +63,7 @@ def check_room(model: OpenModel, config: EngineConfig, free: int, total: int) ->
     if excess <= 0:
         return
     remedies = []
-    if config.kv_tokens and (fitting := (cache - excess) // each // PAGE * PAGE) > 0:
+    if (fitting := (cache - excess) // each // PAGE * PAGE) > 0:
         remedies.append(f"kv_tokens of {fitting}")
     if backend.cache_dtype != FP8 and backend.fp8_declines() is None and excess <= cache // 2:
         remedies.append("kv_cache_dtype fp8")

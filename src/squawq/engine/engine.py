@@ -94,7 +94,7 @@ class Loop:
             assert planned, "requests are in flight and none was scheduled"
             step = self._start(planned)
         if step is not None:
-            if step.running.leads and (planned := self.scheduler.plan()):
+            if step.running.next_may_start and (planned := self.scheduler.plan()):
                 self._next = self._start(planned)
             self._finish(step)
         self.steps += 1
@@ -121,6 +121,8 @@ class Loop:
         try:
             results = step.running.outputs()
         except BaseException as error:
+            for sequence, _ in step.planned:
+                self.pool.forget(sequence.pages)  # some were registered when the step was started
             self._fail(step.planned, error)
             return
         self.runner_seconds += time.perf_counter() - began

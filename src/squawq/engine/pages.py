@@ -93,6 +93,13 @@ class PagePool:
             self._found[digest] = page
             self._digests[page] = digest
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """Take referenced pages out of the prefix cache: their content is not what it should be."""
+        for page in pages:
+            if (digest := self._digests[page]) is not None:
+                del self._found[digest]
+                self._digests[page] = None
+
     def release(self, pages: Sequence[int]) -> None:
         """Drop a reference to each of a sequence's pages, given in their order.
 

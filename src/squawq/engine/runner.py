@@ -40,7 +40,7 @@ class DecoderRunner:
         decoder: Decoder,
         kv_tokens: int | None = None,
         gpu_share: float = GPU_SHARE,
-        rows: int = 64,
+        rows: int = 256,
         step_tokens: int = 512,
     ) -> None:
         self.config: ModelConfig = decoder.config

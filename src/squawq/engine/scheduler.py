@@ -238,7 +238,8 @@ class Scheduler:
         """A waiting sequence's cached pages, and the digest of the first page that is not cached."""
         if not self._caching:
             return [], None
-        reusable = (len(sequence.tokens) - 1) // self.pool.page_size  # at least one token must run
+        cached = len(sequence.tokens) if self._cache_outputs else sequence.prompt
+        reusable = min(cached, len(sequence.tokens) - 1) // self.pool.page_size  # at least one token must run
         self._extend_digests(sequence, reusable)
         if sequence.score:
             return [], None

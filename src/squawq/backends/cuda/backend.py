@@ -17,6 +17,7 @@ from torch import Tensor
 from squawq.backends.base import ROUNDED_ROWS, Batch, Gemm, Heads, Layers, Model, Norms, Pages, Rotary, Steps
 from squawq.backends.layer_ops import Buffer, Matmul, Operation, Packed
 from squawq.backends.reference import Reference, round_int8
+from squawq.backends.sampling import Sampling
 from squawq.config import ModelConfig
 from squawq.errors import KernelError
 from squawq.format.groupwise import check_gemm
@@ -24,7 +25,9 @@ from squawq.format.groupwise import check_gemm
 if TYPE_CHECKING:
     from squawq.backends.cuda.launch import Weight
 
-FEW_ROWS = 384  # of an INT4 product that is not a prompt's: with more, dequantizing the weight first takes less time
+# Rows up to which a product that is not a prompt's takes the kernels of decode steps. With more, cuBLAS takes less time
+# even where the weight must be dequantized first.
+FEW_ROWS, FEW_ROWS_INT4 = 64, 384
 MIN_ROWS = 512  # of a product by cuBLAS: with fewer it may split the inputs, and add in another order
 OVERHEAD = 2**29  # bytes for CUDA graphs, compiled kernels and cuBLAS's workspace: an estimate, on the safe side
 QUERIES = 64  # of a program of prefill attention
@@ -129,6 +132,7 @@ class CudaBackend(Reference):
         sampled = 2 * config.vocab_size + config.vocab_size // 2 + config.vocab_size // 32  # logits, and sampling's
         numbers = hidden + 2 * sums + sampled + attended + dim + pages  # of 4 bytes
         row = 4 * numbers + 2 * (2 * hidden + narrow + query * dim)
+        row += 8 * config.vocab_size  # logits after prompts, and a copy
         token = 4 * hidden + 2 * (2 * hidden + 2 * wide + narrow)
         dense = 2 * max(out * in_ for out, in_ in linears)
         return rows * row + max(tokens, MIN_ROWS) * token + dense + OVERHEAD
@@ -144,7 +148,7 @@ class CudaBackend(Reference):
         if not isinstance(weight, int4.Int4Weight | launch.DenseWeight):
             return super().matmul(x, weight)
         rows = x.reshape(-1, x.shape[-1]).to(self.activation_dtype).contiguous()
-        if len(rows) > FEW_ROWS:
+        if len(rows) > (FEW_ROWS_INT4 if isinstance(weight, int4.Int4Weight) else FEW_ROWS):
             return self._matmul_many(x, weight)
         parts = torch.empty(launch.splits(weight), len(rows), weight.shape[0], device=self.device)
         y = launch.matmul(rows, weight, parts).parts.sum(0)
@@ -200,6 +204,13 @@ class CudaBackend(Reference):
             return super().logits(x, head)
         out = torch.empty(1, len(x), head.shape[0], dtype=torch.float32, device=self.device)
         return launch.matmul(x.contiguous(), head, out).parts[0]
+
+    def prepare_sampling(self, sampling: Sampling) -> None:
+        """The host's sampler, for sequences that the card does not sample."""
+        from squawq.backends.cuda.parameters import samples
+
+        if not samples(sampling):
+            super().prepare_sampling(sampling)
 
     def prepare_steps(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> Steps | None:
         from squawq.backends.cuda import decode, steps

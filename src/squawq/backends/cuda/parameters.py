@@ -29,7 +29,8 @@ def samples(sampling: Sampling) -> bool:
 def parameters(sampling: Sampling) -> tuple[list[float], list[int], bool]:
     """A row of `floats`, one of `ints` (see sampling.py), and whether `counts` are needed."""
     params = sampling.params
-    temperature = params.temperature if params.temperature >= GREEDY_BELOW else 0.0
+    greedy = params.temperature < GREEDY_BELOW or params.top_k == 1  # the first of equal logits
+    temperature = 0.0 if greedy else params.temperature
     penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
     ending = list(sampling.ending) if params.min_tokens else []
     low, high = np.array([sampling.seed], np.uint64).view(np.int32).tolist()

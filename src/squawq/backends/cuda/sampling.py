@@ -139,8 +139,8 @@ def _tokens(chunk, listed, chosen, top_k):
 def _above(
     pivot, kth, floor, peak, row, place, step, logits, floats, ints, counts, noisy, maxima, chosen, listed, V, GROUPS
 ):
-    """Of the tokens above `pivot`: their weight, those under the k-th left out; and the largest after noise, of those
-    that are not below `floor` either, with its token."""
+    """Of the tokens above `pivot` and not under the k-th: their weight, which top_p counts; and the largest after noise
+    of those that are not below `floor` either, with its token. So top_p counts tokens that min_p leaves out."""
     temperature = tl.load(floats + place * FLOATS + TEMPERATURE)
     top_k = tl.load(ints + place * INTS + TOP_K)
     mass = tl.zeros([SPAN], tl.float32)

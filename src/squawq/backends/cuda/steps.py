@@ -30,11 +30,15 @@ from squawq.engine.request import TokenLogprob
 
 @dataclass(slots=True)
 class Seat:
-    """A sequence's row in the decode step."""
+    """A sequence's row in the decode step, which the sampling kernels call its place.
+
+    What lies there on the card: its page table, sampling parameters, counts of tokens, and the token sampled last.
+    """
 
     row: int
     position: int  # of its next token
     on_card: bool  # whether its tokens are sampled there
+    pages: Sequence[int] = ()  # the page table that is on the card; the scheduler makes a new list at each admission
 
 
 class Seats:
@@ -48,7 +52,7 @@ class Seats:
     def take(self, chunks: Sequence[Chunk]) -> tuple[list[Seat], list[int]]:
         """The seat of each chunk's sequence, and the indices of those that are new there."""
         now = {_sequence(chunk) for chunk in chunks}
-        if not self.settled(len(now)) and not any(chunk.ids[0] == SAMPLED for chunk in chunks):
+        if not self.compact(len(now)) and not any(chunk.ids[0] == SAMPLED for chunk in chunks):
             self._known, self._free = {}, list(range(self._rows - 1, -1, -1))
         if any(sampling not in self._known for sampling in now):
             for left in [known for known in self._known if known not in now]:
@@ -61,14 +65,14 @@ class Seats:
             seat = self._known.get(sampling)
             if seat is None:
                 seat = self._known[sampling] = Seat(self._free.pop(), -1, samples(sampling))
-            if seat.position != chunk.start:  # new, or preempted since: other pages
+            if seat.position != chunk.start or seat.pages is not chunk.pages:  # new, or preempted since
                 fresh.append(index)
-            seat.position = chunk.start + len(chunk.ids)
+            seat.position, seat.pages = chunk.start + len(chunk.ids), chunk.pages
             seats.append(seat)
         return seats, fresh
 
-    def settled(self, count: int) -> bool:
-        """Whether `count` sequences stay in their rows: not if they could close up to a much smaller graph."""
+    def compact(self, count: int) -> bool:
+        """Whether the rows in use fit `count` sequences. If not, they close up, so that a smaller graph will do."""
         return max((seat.row for seat in self._known.values()), default=0) < 2 * count + 8
 
 
@@ -124,7 +128,7 @@ class CudaSteps:
                 return [_output(chunk, seat_of.get(id(chunk)), logits[id(chunk)], results) for chunk in batch]
 
         waits = any(_needs_logits(chunk, seat_of.get(id(chunk))) for chunk in batch)
-        return StartedStep(outputs, leads=not waits and self._seats.settled(len(seated)))
+        return StartedStep(outputs, next_may_start=not waits and self._seats.compact(len(seated)))
 
     def _decode(self, decodes: Sequence[tuple[Chunk, Seat]]) -> Tensor:
         rows = 1 + max(seat.row for _, seat in decodes)
