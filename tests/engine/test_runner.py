@@ -57,7 +57,7 @@ class Crowd:
     """A loop over a runner of so many pages, driven by hand."""
 
     def __init__(self, decoder: Decoder, pages: int = 32, tokens: int = 512, caching: bool = True) -> None:
-        runner = DecoderRunner(decoder, kv_tokens=16 * pages)
+        runner = DecoderRunner(decoder, kv_tokens=16 * pages, rows=8)
         self.room = min(runner.max_positions, 16 * pages)
         self.outputs: list[Output] = []
         self.loop = Loop(runner, EngineConfig(max_num_batched_tokens=tokens, max_num_seqs=5, prefix_caching=caching))
@@ -139,6 +139,16 @@ def test_the_same_bits_alone_and_in_a_crowd(
                 assert output.ids == expected.ids[: len(output.ids)]
             else:
                 assert output == expected
+
+
+def test_steps_are_prepared_for_an_engine_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that captures graphs, of which a fused model in transformers has no use."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(Decoder, "steps", lambda self, cache, rows, pages: asked.append((rows, pages)))
+    DecoderRunner(decoder, kv_tokens=64)
+    assert not asked
+    DecoderRunner(decoder, kv_tokens=64, rows=3)
+    assert asked == [(3, 4)]
 
 
 def test_preemption_and_cached_prefixes_happen_here(decoder: Decoder) -> None:

@@ -181,6 +181,10 @@ class Backend(ABC):
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:
         """x [..., in] -> x @ weight.T + bias [..., out], in x's dtype."""
 
+    def layer_matmul(self, x: Tensor, weight: Packed) -> Tensor:
+        """`matmul` in a decoder layer, where a row's bits must not depend on the number of rows."""
+        return self.matmul(x, weight)
+
     def logits(self, x: Tensor, head: Packed) -> Tensor:
         """The output head: x [rows, hidden] -> float32 [rows, vocab]."""
         return self.matmul(x, head).float()
@@ -319,7 +323,7 @@ class Backend(ABC):
                 delta = buffers[Buffer.DELTA] if add else None
                 buffers[target] = self.add_rms_norm(buffers[source], delta, weight, layers.eps)
             case Matmul(weight, source, target):
-                buffers[target] = self.matmul(buffers[source], weight)
+                buffers[target] = self.layer_matmul(buffers[source], weight)
             case RotateAndStore(layer, query_norm, key_norm):
                 norms = query_norm, key_norm
                 qkv = buffers[Buffer.WIDE]

@@ -33,14 +33,24 @@ from squawq.nn.loader import Options, open_model
 
 
 class DecoderRunner:
-    """A loaded decoder and its KV cache. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used."""
+    """A loaded decoder and its KV cache. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used.
+
+    Args:
+        kv_tokens: Capacity of the KV cache; None: a share of the free memory, on a GPU up to `gpu_share` of all of it.
+        rows: Sequences that run at once. The backend's own steps are then prepared, which takes seconds on a GPU; None:
+            all tokens run as those of prompts do.
+        step_tokens: Tokens in a step at most.
+
+    Raises:
+        ConfigError: kv_tokens is less than a page, or there is no room for it.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         kv_tokens: int | None = None,
         gpu_share: float = GPU_SHARE,
-        rows: int = 256,
+        rows: int | None = None,
         step_tokens: int = 512,
     ) -> None:
         self.config: ModelConfig = decoder.config
@@ -51,8 +61,8 @@ class DecoderRunner:
         device, tokens = decoder.backend.device, kv_tokens
         if tokens is None and device.type == "cuda":
             torch.cuda.empty_cache()  # what loading has freed
-            working = decoder.backend.working_bytes(self.config, rows, step_tokens)
-            memory, contexts = torch.cuda.mem_get_info(device), max(rows, MAX_CONTEXTS)
+            working = decoder.backend.working_bytes(self.config, rows or 0, step_tokens)
+            memory, contexts = torch.cuda.mem_get_info(device), max(rows or 0, MAX_CONTEXTS)
             tokens = shared_kv_tokens(self.config, self.token_bytes, working, gpu_share, *memory, contexts)
         elif tokens is None:
             tokens = default_kv_tokens(self.config, self.token_bytes, free_memory())
@@ -68,7 +78,7 @@ class DecoderRunner:
         except (MemoryError, RuntimeError, ValueError) as error:
             raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
         pages = min(-(-self.max_positions // self.page_size), self.num_pages)
-        self._steps = decoder.steps(self._cache, rows, pages)
+        self._steps = None if rows is None else decoder.steps(self._cache, rows, pages)
         self.cache_outputs = self._steps is None
 
     def prepare(self, sampling: Sampling) -> None:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squawq.backends.base import ROUNDED_ROWS, Batch, Gemm, Heads, Layers, Model, Norms, Pages, Rotary, Steps
-from squawq.backends.layer_ops import Buffer, Matmul, Operation, Packed
+from squawq.backends.base import ROUNDED_ROWS, Gemm, Heads, Model, Norms, Pages, Rotary, Steps
+from squawq.backends.layer_ops import Packed
 from squawq.backends.reference import Reference, round_int8
 from squawq.backends.sampling import Sampling
 from squawq.config import ModelConfig
@@ -166,22 +166,13 @@ class CudaBackend(Reference):
             y = (y.float() + weight.bias).to(y.dtype)
         return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
-    def _apply(
-        self,
-        operation: Operation,
-        layers: Layers,
-        buffers: dict[Buffer, Tensor],
-        rotary: Rotary,
-        batch: Batch,
-        cache: Sequence[Pages],
-    ) -> None:
-        """A prompt's products are by cuBLAS in any chunk, so that its bits do not depend on where the prompt is cut."""
+    def layer_matmul(self, x: Tensor, weight: Packed) -> Tensor:
+        """By cuBLAS whatever the number of rows, so that a prompt's bits do not depend on where it is cut."""
         from squawq.backends.cuda import int4, launch
 
-        if isinstance(operation, Matmul) and isinstance(operation.weight, int4.Int4Weight | launch.DenseWeight):
-            buffers[operation.target] = self._matmul_many(buffers[operation.source], operation.weight)
-        else:
-            super()._apply(operation, layers, buffers, rotary, batch, cache)
+        if not isinstance(weight, int4.Int4Weight | launch.DenseWeight):
+            return super().matmul(x, weight)
+        return self._matmul_many(x, weight)
 
     def _dense(self, weight: Weight) -> Tensor:
         from squawq.backends.cuda import launch
