@@ -28,6 +28,8 @@ from squawq.engine.runner import DecoderRunner
 from squawq.engine.sequence import RequestState
 from squawq.errors import ConfigError, KernelError
 from squawq.format.groupwise import GroupwiseTensor, quantize, to_gemm
+from squawq.integrations.fused import _run
+from squawq.integrations.fused_cache import FusedCache, Runners
 from squawq.nn.loader import Options, load
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize as quantize_model
@@ -394,6 +396,28 @@ def test_a_preempted_sequence_goes_on_as_alone(
     found, preemptions = run([first, second], 5)
     assert preemptions == 1
     assert found == run([second], 5)[0]
+
+
+def test_next_tokens_of_a_fused_model(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """do_fuse in transformers: a graph for the rows of a batch; a later batch of as many rows takes it over."""
+    quantize_model(make_model("llama"), tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
+    monkeypatch.setattr(CudaBackend, "declines", classmethod(lambda *_: None))
+    found: dict[str, list[Tensor]] = {"cuda": [], "reference": []}
+    for name, logits in found.items():
+        runners = Runners(load(tmp_path / "awq", Options(str(DEVICE), backend=name)))
+        for rows in ([[3, 4, 5], [9, 8, 7]], [[2, 2], [6, 3]]):
+            cache = FusedCache(runners, 20)
+            logits.append(_run(cache, integers(rows), None, None, 1))
+            logits.append(_run(cache, integers([[11], [12]]), None, None, 0))
+            cache.reorder_cache(integers([1, 1]))
+            logits.append(_run(cache, integers([[13], [14]]), None, None, 1))
+            runner = cache.open(2)
+            assert (runner.next_logits is None) == (name == "reference")
+            del cache
+        assert (runners.take(2, 20) is runner) == (name == "cuda")
+    for one, other in zip(found["cuda"], found["reference"], strict=True):
+        assert one.shape == other.shape == (2, 1, other.shape[-1])
+        assert torch.allclose(one.cpu(), other.cpu(), atol=0.05)
 
 
 def test_rows_of_sequences() -> None:

@@ -262,7 +262,7 @@ def test_beam_search(folder: Path, model: Any, beams: int) -> None:
 
 
 def test_pages_are_shared_copied_and_given_back(model: Any) -> None:
-    cache = FusedCache(model._fused.decoder, 40)
+    cache = FusedCache(model._fused.runners, 40)
     cache.open(3)
     cache.extend([20, 20, 20], 20)
     cache.reorder_cache(torch.tensor([1, 1, 1]))
@@ -294,11 +294,11 @@ def test_a_copied_cache_goes_on_by_itself(model: Any) -> None:
         out = model.generate(ids, max_new_tokens=20, do_sample=False, **{name: copy.deepcopy(start[name])})
         assert out[:, -20:].tolist() == greedy(model, [beginning + end])
         assert start[name].lengths == [21]
-    assert copy.deepcopy(FusedCache(model._fused.decoder, 40)).open(2).num_pages == 6
+    assert copy.deepcopy(FusedCache(model._fused.runners, 40)).open(2).num_pages == 6
 
 
 def test_copies_keep_shared_pages(model: Any) -> None:
-    cache = FusedCache(model._fused.decoder, 40)
+    cache = FusedCache(model._fused.runners, 40)
     cache.open(2)
     cache.extend([20, 20], 20)
     cache.reorder_cache(torch.tensor([0, 0]))

@@ -88,6 +88,8 @@ class Steps(Protocol):
         """
 
 
+# ids int64 [rows] on the device, the position and page table of each -> float32 [rows, vocab]
+NextLogits = Callable[[Tensor, Sequence[int], Sequence[Sequence[int]]], Tensor]
 RunLayers = Callable[[Tensor, Rotary, Batch], None]  # updates hidden [rows, hidden_size] in place
 
 
@@ -303,6 +305,17 @@ class Backend(ABC):
 
         None where there is no other: then all tokens run as those of prompts do, and `sample` samples.
         """
+        return None
+
+    def prepare_next_logits(
+        self,
+        model: Model,  # noqa: ARG002
+        cache: Sequence[Pages],  # noqa: ARG002
+        rows: int,  # noqa: ARG002
+        pages: int,  # noqa: ARG002
+    ) -> NextLogits | None:
+        """A faster way to run one token of each of `rows` sequences of at most `pages` pages; None where there is no
+        other."""
         return None
 
     def runs_whole(self, run: RunLayers) -> bool:  # noqa: ARG002

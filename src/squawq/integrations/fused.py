@@ -26,7 +26,7 @@ from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError, FusionError
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
-from squawq.integrations.fused_cache import FusedCache, check_length
+from squawq.integrations.fused_cache import FusedCache, Runners, check_length
 from squawq.integrations.fused_inputs import (
     Mask,
     check_arguments,
@@ -38,7 +38,6 @@ from squawq.integrations.fused_inputs import (
 )
 from squawq.integrations.fused_threads import one_thread
 from squawq.integrations.linear import AwqLinear
-from squawq.nn.decoder import Decoder
 from squawq.nn.loader import Options, check_decoder, load
 
 STEP_TOKENS = 512  # of a prompt at once
@@ -58,7 +57,7 @@ REFUSED = {
 class _Fused:
     """The decoder of a fused model."""
 
-    decoder: Decoder
+    runners: Runners
     folder: Path
     max_seq_len: int
     lock: Any = field(default_factory=threading.Lock)  # the decoder is prepared for one cache at a time
@@ -101,7 +100,7 @@ def fuse(model: Any, max_seq_len: int, folder: str | Path | None = None) -> None
     exact = any(module.exact for module in linears)
     backend = linears[0].backend if linears else None
     decoder = load(checkpoint.folder, Options(str(device), exact, backend=backend))
-    model._fused = _Fused(decoder, checkpoint.folder.resolve(), max_seq_len)
+    model._fused = _Fused(Runners(decoder), checkpoint.folder.resolve(), max_seq_len)
     model.__class__ = _fused_class(model.__class__)
 
 
@@ -219,7 +218,7 @@ class FusedCausalLM:
         past = cache if cache is not None else past_key_values
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if past is None:
-            past = FusedCache(self._fused.decoder, self._fused.max_seq_len)
+            past = FusedCache(self._fused.runners, self._fused.max_seq_len)
         elif not isinstance(past, FusedCache):
             raise ConfigError(f"a fused model makes its own cache; it was given a {type(past).__name__}")
         mask = new_columns(attention_mask, input_ids, past)
@@ -241,7 +240,7 @@ class FusedCausalLM:
                 "so leave it out"
             )
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE] = FusedCache(self._fused.decoder, self._fused.max_seq_len)
+            model_kwargs[CACHE] = FusedCache(self._fused.runners, self._fused.max_seq_len)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         with one_thread():
@@ -264,6 +263,9 @@ def _run(past: FusedCache, ids: Tensor, mask: Mask, positions: Tensor | None, ke
     if positions is not None:
         check_positions(positions, past.lengths, counts, mask)
     starts = past.extend(counts, width)
+    if mask is None and width == 1 and all(starts) and (next_logits := runner.prepare_next_logits()) is not None:
+        logits = next_logits(ids[:, 0], starts, past.tables)[:, None]
+        return logits if chosen is None else logits[:, chosen]
     wanted = [width - first] * rows if mask is None else mask[:, first:].sum(1).tolist()
     parts = [part for step in _steps(tokens, starts, past.tables, wanted) for part in runner.run(step)]
     if mask is None:

@@ -6,6 +6,7 @@ is written (copy on write).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from squawq.backends.base import NextLogits
 from squawq.engine.pages import PagePool
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import ConfigError
@@ -20,16 +22,48 @@ from squawq.nn.decoder import Decoder
 
 
 class _Runner(DecoderRunner):
-    """A decoder whose pages can be copied."""
+    """A decoder for a batch of `rows` rows of at most `tokens` tokens, whose pages can be copied."""
+
+    def __init__(self, decoder: Decoder, rows: int, tokens: int) -> None:
+        self._pages = -(-tokens // decoder.backend.page_size)
+        super().__init__(decoder, rows * self._pages * decoder.backend.page_size)
+        self.rows, self.tokens = rows, tokens
+        self.next_logits: NextLogits | None = None
+
+    def prepare_next_logits(self) -> NextLogits | None:
+        """The backend's way to run one token of each row, prepared at the first call: that takes time on a GPU."""
+        if self.next_logits is None:
+            self.next_logits = self._decoder.next_logits(self._cache, self.rows, self._pages)
+        return self.next_logits
 
     def copy(self, source: int, target: int) -> None:
         self._cache.copy(source, target)
 
     def twin(self, pages: Sequence[int]) -> _Runner:
         """The same decoder with a copy of the cache, of which `pages` are filled."""
-        made = _Runner(self._decoder, self.num_pages * self.page_size)
+        made = _Runner(self._decoder, self.rows, self.tokens)
         made._cache.take(pages, self._cache)
         return made
+
+
+class Runners:
+    """Makes a decoder's runners, and keeps the last one that has prepared a way to run next tokens."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._idle: _Runner | None = None
+
+    def take(self, rows: int, tokens: int) -> _Runner:
+        idle, self._idle = self._idle, None
+        if idle is not None and (idle.rows, idle.tokens) == (rows, tokens):
+            return idle
+        del idle  # its memory is needed
+        return _Runner(self._decoder, rows, tokens)
+
+    def give(self, runner: _Runner) -> None:
+        """Take back a runner that nobody uses any longer."""
+        if runner.next_logits is not None:
+            self._idle = runner
 
 
 class FusedCache(Cache):  # type: ignore[misc]
@@ -39,33 +73,36 @@ class FusedCache(Cache):  # type: ignore[misc]
     length. Memory: on a CPU it grows as tokens are written; elsewhere it is allocated at once.
     """
 
-    def __init__(self, decoder: Decoder, max_seq_len: int) -> None:
+    def __init__(self, runners: Runners, max_seq_len: int) -> None:
         super().__init__(layers=[])
-        self._decoder, self.max_seq_len = decoder, max_seq_len
+        self._runners, self.max_seq_len = runners, max_seq_len
         self.lengths: list[int] = []
         self.tables: list[list[int]] = []
         self.width = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedCache:
         """An independent copy for the same decoder, as transformers makes for prompts with a shared prefix."""
-        made = memo[id(self)] = FusedCache(self._decoder, self.max_seq_len)
+        made = memo[id(self)] = FusedCache(self._runners, self.max_seq_len)
         if self.lengths:
             made.lengths, made.width = list(self.lengths), self.width
             made.tables = [list(table) for table in self.tables]
             made._pool = deepcopy(self._pool)
-            made._runner = self._runner.twin(sorted({page for table in self.tables for page in table}))
+            made._use(self._runner.twin(sorted({page for table in self.tables for page in table})))
         return made
 
     def open(self, rows: int) -> _Runner:
         """The runner for a batch of `rows` rows. Raises ConfigError if the cache holds another number of rows."""
         if not self.lengths:
-            size = self._decoder.backend.page_size
-            pages = rows * -(-self.max_seq_len // size)
-            self._runner, self._pool = _Runner(self._decoder, pages * size), PagePool(pages, size)
+            self._use(self._runners.take(rows, self.max_seq_len))
+            self._pool = PagePool(self._runner.num_pages, self._runner.page_size)
             self.lengths, self.tables = [0] * rows, [[] for _ in range(rows)]
         if rows != len(self.lengths):
             raise ConfigError(f"the batch has {rows} rows, its cache {len(self.lengths)}; start with a new cache")
         return self._runner
+
+    def _use(self, runner: _Runner) -> None:
+        self._runner = runner
+        self._give_back = weakref.finalize(self, self._runners.give, runner)
 
     def extend(self, counts: Sequence[int], width: int) -> list[int]:
         """Allocate pages for `counts` new tokens of each row, in `width` new columns, pad tokens included.
@@ -123,6 +160,8 @@ class FusedCache(Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Drop all rows; the next step may have any number of rows."""
+        if self.lengths:
+            self._give_back()
         self.lengths, self.tables, self.width = [], [], 0
 
     def update(self, *_: Any, **__: Any) -> Any:

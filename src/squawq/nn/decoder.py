@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Backend, Batch, Layers, Model, RunLayers, Steps
+from squawq.backends.base import Backend, Batch, Layers, Model, NextLogits, RunLayers, Steps
 from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
 from squawq.nn.cache import Cache
@@ -44,9 +44,15 @@ class Decoder:
 
     def steps(self, cache: Cache, rows: int, pages: int) -> Steps | None:
         """The backend's own way to run steps, for `rows` sequences of `pages` pages."""
+        return self.backend.prepare_steps(self._model(), cache.layers, rows, pages)
+
+    def next_logits(self, cache: Cache, rows: int, pages: int) -> NextLogits | None:
+        """The backend's own way to run one token of each of `rows` sequences of at most `pages` pages."""
+        return self.backend.prepare_next_logits(self._model(), cache.layers, rows, pages)
+
+    def _model(self) -> Model:
         layers = Layers(self.operations, self.config.heads, self.config.norm_eps)
-        model = Model(layers, self.embedding, self.frequencies, self.norm, self.head)
-        return self.backend.prepare_steps(model, cache.layers, rows, pages)
+        return Model(layers, self.embedding, self.frequencies, self.norm, self.head)
 
     def native(self, cache: Cache) -> bool:
         """Whether all layers run in one native call on this cache, without torch's threads."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squawq.backends.base import ROUNDED_ROWS, Gemm, Heads, Model, Norms, Pages, Rotary, Steps
+from squawq.backends.base import ROUNDED_ROWS, Gemm, Heads, Model, NextLogits, Norms, Pages, Rotary, Steps
 from squawq.backends.layer_ops import Packed
 from squawq.backends.reference import Reference, round_int8
 from squawq.backends.sampling import Sampling
@@ -209,6 +209,13 @@ class CudaBackend(Reference):
         if decode.declines(model) is not None:
             return None
         return steps.CudaSteps(model, cache, self.activation_dtype, rows, pages)
+
+    def prepare_next_logits(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> NextLogits | None:
+        from squawq.backends.cuda import decode
+
+        if decode.declines(model) is not None:
+            return None
+        return decode.next_logits(decode.DecodeGraphs(model, cache, self.activation_dtype, rows, pages))
 
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         from squawq.backends.cuda import launch

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Model, Pages
+from squawq.backends.base import Model, NextLogits, Pages
 from squawq.backends.cuda import int4, launch
 from squawq.backends.cuda.launch import Sums
 from squawq.backends.layer_ops import (
@@ -51,13 +51,14 @@ class DecodeGraphs:
             below 0 is the one that the row sampled last. A position below 0 is a row of padding.
         tables: int32 [rows, pages]: page tables. A step adds the page of its slot itself.
         space: Parameters and results of sampling.
+        page: Tokens of a page.
     """
 
     def __init__(self, model: Model, cache: Sequence[Pages], dtype: torch.dtype, rows: int, pages: int) -> None:
         device = model.norm.device
         hidden, heads, vocab = len(model.norm), model.layers.heads, model.head.shape[0]
         self._model, self._cache, self.rows = model, cache, rows
-        self._page = cache[0][0].shape[2]
+        self.page = cache[0][0].shape[2]
         weights = [_weight(op.weight) for op in model.layers.operations if isinstance(op, Matmul)]
         widths = [weight.shape[0] * launch.splits(weight) for weight in weights]
         narrow = max(weight.shape[1] for weight in weights)
@@ -86,9 +87,10 @@ class DecodeGraphs:
         """Rows of the graph that runs the first `rows` rows."""
         return min(next((size for size in SIZES if size >= rows), self.rows), self.rows)
 
-    def capture(self) -> None:
-        """Compile the kernels and capture a graph for each batch size, on the current stream, with rows of padding."""
-        for size in sorted({self.size(size) for size in (*SIZES, self.rows)}, reverse=True):
+    def capture(self, sizes: Sequence[int] = SIZES) -> None:
+        """Compile the kernels and capture a graph for each batch size up to `rows`, on the current stream, with rows of
+        padding."""
+        for size in sorted({self.size(size) for size in (*sizes, self.rows)}, reverse=True):
             self._run(size)
             gc.collect()  # a graph that is freed during the capture would end it
             torch.cuda.synchronize()
@@ -115,7 +117,7 @@ class DecodeGraphs:
         rotary = self._rotary[0][:size], self._rotary[1][:size]
         sampled = self.space.results[0]
         launch.embed(
-            ids, positions, slots, sampled, model.embedding, model.frequencies, hidden, rotary, self.tables, self._page
+            ids, positions, slots, sampled, model.embedding, model.frequencies, hidden, rotary, self.tables, self.page
         )
         sums: dict[Buffer, Sums | None] = {Buffer.DELTA: None}
         narrow = self._narrow
@@ -171,6 +173,32 @@ class DecodeGraphs:
         weight = _weight(packed)
         shape = launch.splits(weight), len(x), weight.shape[0]
         return launch.matmul(x, weight, flat[: math.prod(shape)].view(shape), dependent)
+
+
+def next_logits(graphs: DecodeGraphs) -> NextLogits:
+    """A function that runs the next token of each of `graphs.rows` sequences, with one graph, and samples none."""
+    rows, inputs = graphs.rows, graphs.inputs
+    device, page = inputs.device, graphs.page
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the weights are there
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+            graphs.capture((rows,))
+            torch.cuda.synchronize(device)
+    known: list[list[int]] = []  # page tables that are on the card
+
+    def run(ids: Tensor, positions: Sequence[int], tables: Sequence[Sequence[int]]) -> Tensor:
+        slots = [table[at // page] * page + at % page for table, at in zip(tables, positions, strict=True)]
+        with torch.inference_mode():
+            inputs[0].copy_(ids)
+            inputs[1:3].copy_(torch.tensor([list(positions), slots]))
+            if known != tables:
+                known[:] = map(list, tables)
+                padded = [[*table, *[0] * (graphs.tables.shape[1] - len(table))] for table in tables]
+                graphs.tables.copy_(torch.tensor(padded, dtype=torch.int32))
+            logits = graphs.run(rows)
+        return logits.clone()
+
+    return run
 
 
 def _weight(packed: Packed) -> launch.Weight:
