@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from squawq.backends.cuda.elementwise import await_inputs
+
 CHUNKS = 32  # most parts of a sequence, in decode
 
 
@@ -54,9 +56,7 @@ def decode_kernel(
     h = tl.arange(0, SHARING)
     d = tl.arange(0, WIDTH)
     t = tl.arange(0, BLOCK)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    await_inputs(DEPENDENT)
     tokens, begin, first, end, each, chunks = _parts(tl.load(positions + row), window, BLOCK, CHUNKS, WINDOWED)
     mine = (h < group)[:, None] & (d < D)[None, :]
     q = tl.load(queries + row * HEADS * D + (kv * group + h)[:, None] * D + d[None, :], mask=mine, other=0.0)
@@ -110,9 +110,7 @@ def combine_kernel(
     row, head = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, CHUNKS)
     d = tl.arange(0, WIDTH)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    await_inputs(DEPENDENT)
     _, _, _, _, _, chunks = _parts(tl.load(positions + row), window, BLOCK, CHUNKS, WINDOWED)
     place = (row * HEADS + head) * CHUNKS
     tops = tl.load(stats + (place + c) * 2, mask=c < chunks, other=-float("inf"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from squawq.backends.layer_ops import (
 
 # Programmatic dependent launch gains on a Hopper card with so few rows; with more, the next kernel's programs take the
 # place of running ones.
-DEPENDENT_ROWS = 2
+DEPENDENT_ROWS = 8
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -90,14 +92,22 @@ class DecodeGraphs:
     def capture(self, sizes: Sequence[int] = SIZES) -> None:
         """Compile the kernels and capture a graph for each batch size up to `rows`, on the current stream, with rows of
         padding."""
-        for size in sorted({self.size(size) for size in (*sizes, self.rows)}, reverse=True):
-            self._run(size)
+        wanted = sorted({self.size(size) for size in (*sizes, self.rows)}, reverse=True)
+        with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
+            list(pool.map(self._compile, wanted))
+        for size in wanted:
             gc.collect()  # a graph that is freed during the capture would end it
             torch.cuda.synchronize()
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 self._run(size)
             self._graphs[size] = graph
+
+    @torch.inference_mode()
+    def _compile(self, size: int) -> None:
+        """Run rows of padding on a stream of the calling thread: what the kernels write is of no use to anybody."""
+        with torch.cuda.stream(torch.cuda.Stream(self.inputs.device)):  # type: ignore[no-untyped-call]
+            self._run(size)
 
     def run(self, rows: int) -> Tensor:
         """Run the first `rows` rows on the current stream; return their logits, float32 [rows, vocab]."""

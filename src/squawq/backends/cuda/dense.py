@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from squawq.backends.cuda.elementwise import await_inputs
+
 
 @triton.jit
 def matmul_kernel(
@@ -29,9 +31,7 @@ def matmul_kernel(
     m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     k = tl.arange(0, BLOCK)
     here = n < N
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    await_inputs(DEPENDENT)
     acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     first = tl.program_id(1) * split
     rows = weight + n.to(tl.int64)[:, None] * K

@@ -19,7 +19,7 @@ def _sum(partial, at, stride, SPLITS: tl.constexpr, mask):
 
 
 @triton.jit
-def _begin(DEPENDENT: tl.constexpr):
+def await_inputs(DEPENDENT: tl.constexpr):
     """Wait for the kernels before, and let the next one start its own preparations."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -47,7 +47,7 @@ def add_norm_kernel(
     n = tl.arange(0, WIDTH)
     here = n < N
     scale = tl.load(weight + n, mask=here, other=0.0)
-    _begin(DEPENDENT)
+    await_inputs(DEPENDENT)
     at = row * N + n
     if RESIDUAL:
         h = tl.load(hidden + at, mask=here, other=0.0).to(tl.float32)
@@ -98,7 +98,7 @@ def rotate_and_store_kernel(
     if BIASED:
         b0 = tl.load(bias + head * D + i, mask=here, other=0.0)
         b1 = tl.load(bias + head * D + half + i, mask=here, other=0.0)
-    _begin(DEPENDENT)
+    await_inputs(DEPENDENT)
     width: tl.constexpr = (HEADS + 2 * KV) * D
     at = row * width + head * D + i
     first = _sum(partial, at, rows * width, SPLITS, here)
@@ -152,7 +152,7 @@ def activation_mul_kernel(
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     here = n < N
-    _begin(DEPENDENT)
+    await_inputs(DEPENDENT)
     at = row * 2 * N + n
     gate = _sum(partial, at, rows * 2 * N, SPLITS, here)
     up = _sum(partial, at + N, rows * 2 * N, SPLITS, here)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squawq.backends.cuda.elementwise import await_inputs
 from squawq.backends.layer_ops import Packed
 from squawq.format.groupwise import ORDER, PER_WORD, SYMMETRIC_ZERO, unpack
 
@@ -159,29 +160,59 @@ def _offset(grid, dtype: tl.constexpr):
 
 
 @triton.jit
-def _grid(grids, n, N, k, K, here, dtype: tl.constexpr, GROUP: tl.constexpr):
-    """Offsets and scales, [OUTPUTS, 32], of the group in which input k is."""
+def _grid(grids, n, N, k, K, here, GROUP: tl.constexpr):
+    """Offset and scale of each output, int32 [OUTPUTS], of the group in which input k is."""
     if GROUP:
         n += tl.minimum(k, K - 1) // GROUP * N  # padding has no groups of its own
-    grid = tl.load(grids + n, mask=here, other=0)
-    shape: tl.constexpr = [n.shape[0], 32]
-    return tl.broadcast_to(_offset(grid, dtype)[:, None], shape), tl.broadcast_to(_scale(grid, dtype)[:, None], shape)
+    return tl.load(grids + n, mask=here, other=0)
 
 
 @triton.jit
-def _block(words, grids, n, N, block, K, here, dtype: tl.constexpr, GROUP: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The weights of a block of outputs n: four quarters, [OUTPUTS, 32]."""
+def _block(words, grids, n, N, block, K, here, GROUP: tl.constexpr):
+    """A block of outputs n as it lies in memory: words, and the grid of each quarter of the inputs."""
     i = tl.arange(0, 32)
     packed = tl.load(words + (block * N + n)[:, None] * 32 + i[None, :], mask=here[:, None], other=0)
-    z0, s0 = _grid(grids, n, N, block * 128, K, here, dtype, GROUP)
-    z1, s1, z2, s2, z3, s3 = z0, s0, z0, s0, z0, s0
+    g0 = _grid(grids, n, N, block * 128, K, here, GROUP)
+    g1, g2, g3 = g0, g0, g0
     if GROUP == 32 or GROUP == 64:
-        z2, s2 = _grid(grids, n, N, block * 128 + 64, K, here, dtype, GROUP)
-        z3, s3 = z2, s2
+        g2 = _grid(grids, n, N, block * 128 + 64, K, here, GROUP)
+        g3 = g2
     if GROUP == 32:
-        z1, s1 = _grid(grids, n, N, block * 128 + 32, K, here, dtype, GROUP)
-        z3, s3 = _grid(grids, n, N, block * 128 + 96, K, here, dtype, GROUP)
-    return _weights(packed, z0, z1, z2, z3, s0, s1, s2, s3, INTERPRETED)
+        g1 = _grid(grids, n, N, block * 128 + 32, K, here, GROUP)
+        g3 = _grid(grids, n, N, block * 128 + 96, K, here, GROUP)
+    return packed, g0, g1, g2, g3
+
+
+@triton.jit
+def _wide(grid, dtype: tl.constexpr):
+    """Offsets and scales, [OUTPUTS, 32]."""
+    shape: tl.constexpr = [grid.shape[0], 32]
+    offset, scale = _offset(grid, dtype)[:, None], _scale(grid, dtype)[:, None]
+    return tl.broadcast_to(offset, shape), tl.broadcast_to(scale, shape)
+
+
+@triton.jit
+def _multiply(packed, g0, g1, g2, g3, tokens, k, K, there, acc, PADDED: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Add the product of a block, whose first inputs are k, and the tokens."""
+    if PADDED:
+        x0 = tl.load(tokens + k[:, None], mask=there & (k < K)[:, None], other=0.0)
+        x1 = tl.load(tokens + k[:, None] + 32, mask=there & (k + 32 < K)[:, None], other=0.0)
+        x2 = tl.load(tokens + k[:, None] + 64, mask=there & (k + 64 < K)[:, None], other=0.0)
+        x3 = tl.load(tokens + k[:, None] + 96, mask=there & (k + 96 < K)[:, None], other=0.0)
+    else:
+        x0 = tl.load(tokens + k[:, None], mask=there, other=0.0)
+        x1 = tl.load(tokens + k[:, None] + 32, mask=there, other=0.0)
+        x2 = tl.load(tokens + k[:, None] + 64, mask=there, other=0.0)
+        x3 = tl.load(tokens + k[:, None] + 96, mask=there, other=0.0)
+    z0, s0 = _wide(g0, x0.dtype)
+    z1, s1 = _wide(g1, x0.dtype)
+    z2, s2 = _wide(g2, x0.dtype)
+    z3, s3 = _wide(g3, x0.dtype)
+    w0, w1, w2, w3 = _weights(packed, z0, z1, z2, z3, s0, s1, s2, s3, INTERPRETED)
+    acc = _dot(w0, x0, acc, INTERPRETED)
+    acc = _dot(w1, x1, acc, INTERPRETED)
+    acc = _dot(w2, x2, acc, INTERPRETED)
+    return _dot(w3, x3, acc, INTERPRETED)
 
 
 @triton.jit
@@ -217,28 +248,17 @@ def matmul_kernel(
     last = tl.minimum(first + split, blocks)
     i = tl.arange(0, 32)
     here, there = n < N, (m < M)[None, :]
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if DEPENDENT:  # a block that needs no x yet
+        packed, g0, g1, g2, g3 = _block(words, grids, n, N, first, K, here, GROUP)
+    await_inputs(DEPENDENT)
     acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     tokens = x + m[None, :] * K
+    if DEPENDENT:
+        acc = _multiply(packed, g0, g1, g2, g3, tokens, first * 128 + i, K, there, acc, PADDED, INTERPRETED)
+        first += 1
     for block in tl.range(first, last, num_stages=STAGES):
-        k = block * 128 + i
-        if PADDED:
-            x0 = tl.load(tokens + k[:, None], mask=there & (k < K)[:, None], other=0.0)
-            x1 = tl.load(tokens + k[:, None] + 32, mask=there & (k + 32 < K)[:, None], other=0.0)
-            x2 = tl.load(tokens + k[:, None] + 64, mask=there & (k + 64 < K)[:, None], other=0.0)
-            x3 = tl.load(tokens + k[:, None] + 96, mask=there & (k + 96 < K)[:, None], other=0.0)
-        else:
-            x0 = tl.load(tokens + k[:, None], mask=there, other=0.0)
-            x1 = tl.load(tokens + k[:, None] + 32, mask=there, other=0.0)
-            x2 = tl.load(tokens + k[:, None] + 64, mask=there, other=0.0)
-            x3 = tl.load(tokens + k[:, None] + 96, mask=there, other=0.0)
-        w0, w1, w2, w3 = _block(words, grids, n, N, block, K, here, x0.dtype, GROUP, INTERPRETED)
-        acc = _dot(w0, x0, acc, INTERPRETED)
-        acc = _dot(w1, x1, acc, INTERPRETED)
-        acc = _dot(w2, x2, acc, INTERPRETED)
-        acc = _dot(w3, x3, acc, INTERPRETED)
+        packed, g0, g1, g2, g3 = _block(words, grids, n, N, block, K, here, GROUP)
+        acc = _multiply(packed, g0, g1, g2, g3, tokens, block * 128 + i, K, there, acc, PADDED, INTERPRETED)
     to = out + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
     tl.store(to, acc, mask=here[:, None] & there)
 

@@ -75,8 +75,8 @@ def matmul(x: Tensor, weight: Weight, out: Tensor, dependent: bool = False) -> S
         grid = (triton.cdiv(n, tile.outputs), count, triton.cdiv(rows, tile.tokens))
         int4.matmul_kernel[grid](
             x, weight.words, weight.grids, out, rows, n, k, blocks, split, weight.group, k % int4.BLOCK != 0,
-            tile.tokens, tile.outputs, tile.stages, dependent, int4.INTERPRETED, num_warps=tile.warps,
-            num_stages=tile.stages, **pdl(dependent),
+            tile.tokens, tile.outputs, tile.stages, dependent, int4.INTERPRETED,
+            num_warps=tile.warps, num_stages=tile.stages, **pdl(dependent),
         )  # fmt: skip
     else:
         scales, tokens = weight.scales, min(64, max(8, triton.next_power_of_2(rows)))
@@ -137,7 +137,8 @@ def activation_mul(sums: Sums, activation: str, out: Tensor, dependent: bool = F
     width = min(1024, triton.next_power_of_2(n))
     elementwise.activation_mul_kernel[(rows, triton.cdiv(n, width))](
         sums.parts, sums.parts if sums.bias is None else sums.bias, out, rows, n, sums.parts.shape[0],
-        sums.bias is not None, activation, torch.finfo(out.dtype).max, width, dependent, num_warps=4, **pdl(dependent),
+        sums.bias is not None, activation, torch.finfo(out.dtype).max, width, dependent,
+        num_warps=4, **pdl(dependent),
     )  # fmt: skip
 
 
@@ -256,6 +257,6 @@ def sample(logits: Tensor, places: Tensor, positions: Tensor, space: SamplingSpa
     tokens, logprobs = space.results[0], space.results[1].view(torch.float32)
     sampling.choose_kernel[(rows,)](
         logits, places, positions, *tables, *space.parts, space.noisy, space.maxima, space.chosen, tokens, logprobs,
-        space.vocab, parts, sampling.PART // sampling.GROUP.value, triton.next_power_of_2(parts), dependent,
-        num_warps=16, **pdl(dependent),
+        space.vocab, parts, sampling.PART // sampling.GROUP.value, triton.next_power_of_2(parts),
+        dependent, num_warps=16, **pdl(dependent),
     )  # fmt: skip

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from squawq.backends.cuda.elementwise import await_inputs
+
 GROUP = tl.constexpr(64)  # neighbouring logits whose largest is kept
 LISTED = tl.constexpr(128)  # most groups of which top-k is found, so the most that top_k can be
 PART = 4096  # logits of a program of score_kernel
@@ -78,9 +80,7 @@ def score_kernel(
     """One part of a row. What greedy sampling does not need is left as it was."""
     row, part = tl.program_id(0), tl.program_id(1)
     i = part * PART + tl.arange(0, PART)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    await_inputs(DEPENDENT)
     position = tl.load(positions + row).to(tl.int32)
     if position >= 0:
         place = tl.load(places + row)
@@ -192,9 +192,7 @@ def choose_kernel(
     """A row's token from its parts. The log probability is that of the logits as they came."""
     row = tl.program_id(0)
     part = tl.arange(0, WIDTH)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    await_inputs(DEPENDENT)
     position = tl.load(positions + row).to(tl.int32)
     if position >= 0:
         place = tl.load(places + row)
@@ -236,23 +234,23 @@ def choose_kernel(
             mass = tl.load(masses + at, mask=here, other=0.0)
             tops_here = tl.max(tl.reshape(largest, [WIDTH, PER_PART]), 1)
             wanted = tl.sum(mass * tl.exp((tops_here - peak) / temperature), 0)
-            if (top_k > 0) | (min_p > 0):
-                kept, _, token = _above(
-                    -float("inf"), kth, floor, peak, row, place, step, logits, floats, ints, counts, noisy, maxima,
-                    mine, listed, V, groups,
-                )  # fmt: skip
-                wanted = kept
+            unknown = (top_k > 0) | (min_p > 0)
             wanted *= top_p
-            out = top_p < 1
-            while out:
-                x = tl.load(logits + row.to(tl.int64) * V + tl.minimum(token, V - 1))
-                x = _adjusted(x, tl.minimum(token, V - 1), step, place, floats, ints, counts, V)
+            looking = unknown | (top_p < 1)
+            while looking:  # first, if need be, for the weight of all that is kept, then for a token inside of top_p
+                pivot = -float("inf")
+                if not unknown:
+                    pivot = tl.load(logits + row.to(tl.int64) * V + tl.minimum(token, V - 1))
+                    pivot = _adjusted(pivot, tl.minimum(token, V - 1), step, place, floats, ints, counts, V)
                 before, drawn, other = _above(
-                    x, kth, floor, peak, row, place, step, logits, floats, ints, counts, noisy, maxima, mine, listed,
-                    V, groups,
+                    pivot, kth, floor, peak, row, place, step, logits, floats, ints, counts, noisy, maxima, mine,
+                    listed, V, groups,
                 )  # fmt: skip
-                out = (before >= wanted) & (drawn > -float("inf"))
-                token = tl.where(out, other, token)
+                outside = unknown | ((before >= wanted) & (drawn > -float("inf")))
+                token = tl.where(outside, other, token)
+                looking = outside & (top_p < 1)
+                wanted = tl.where(unknown, before * top_p, wanted)
+                unknown = unknown != unknown  # False
         token = tl.minimum(token, V - 1)
         raw = tl.load(logits + row.to(tl.int64) * V + token)
         tl.store(tokens + place, token)
