@@ -42,6 +42,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert re.search(r"model\.layers\.7  output off by \d+\.\d+% \(plain rounding: \d+\.\d+%\)", done.stderr)
     assert "14.7 MB → 5.4 MB: " in done.stderr
     assert "the embedding is 2.1 MB of them" in done.stderr
+    compared = r"read back and compared with the 16-bit model on 256 tokens \(calibration text\): mean KL [\d.e-]+ nats"
+    assert re.search(compared, done.stderr)
     assert f"squawq eval {out} --reference {DEMO}\n" in done.stderr  # one line, however long
     assert f"squawq chat {out}, or squawq serve {out}\n" in done.stderr
     assert "━" not in done.stderr  # no bar in a log
@@ -139,6 +141,9 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     "hub out of reach": (["quantize", "nobody/nothing", "OUT"], "the Hub could not be asked"),
     "no such calibration": (["quantize", DEMO, "OUT", "--calibration", "none.txt"], "'none.txt' is not a file"),
     "too many samples": (["quantize", DEMO, "OUT", "--samples", "9999"], "5,119,488 are needed"),
+    "seed": (["quantize", DEMO, "OUT", "--seed", "3"], "seed is 3, but only calibration 'self' samples"),
+    "self, streamed": (["quantize", DEMO, "OUT", "--calibration", "self", "--stream"], "calibration 'self' runs the"),
+    "self, rounding": (["quantize", DEMO, "OUT", "--calibration", "self", "--method", "rtn"], "'rtn' needs no text"),
     "seqlen": (["quantize", DEMO, "OUT", "--seqlen", "100000"], "the model has 4096 positions"),
     "eval without text": (["eval", DEMO, "--text", "none.txt"], "none.txt"),
     "eval reference": (["eval", DEMO, "--reference", "nowhere"], "'nowhere' is neither"),

@@ -140,9 +140,13 @@ def test_a_source_that_changes_during_the_run(
     folder, out = make_model(), tmp_path / "out"
 
     class Changing:
+        def generating(self, what: str, done: int, total: int) -> None: ...
+
         def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
         def layer(self, record: object) -> None:
             change(folder / SHARD)
+
+        def read_back(self, layers: int) -> None: ...
 
     config = QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=4)
     with pytest.raises(CheckpointError, match="has changed since its header was read"):

@@ -18,12 +18,17 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create; it appears when the work is done")],
     calibration: Annotated[
-        str | None, typer.Option(help="A .txt or .jsonl file, or a Hub data set id; default: the built-in set")
+        str | None,
+        typer.Option(
+            help="A .txt or .jsonl file, a Hub data set id, self (text that the 16-bit model generates), or "
+            "self+builtin; default: the built-in set"
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences; default: up to 128")] = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Their length in tokens; default: 512, or the model's context")
     ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of --calibration self", min=0)] = QuantConfig.seed,
     group_size: Annotated[GroupSize, typer.Option(help="Weights per scale; -1: a whole row")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric quantization, without zero points")] = False,
     method: Annotated[
@@ -57,8 +62,13 @@ def quantize(
         str, typer.Option(metavar=f"{DEVICES}|mps", help="Device; under torchrun, cuda is one GPU per process")
     ] = "cpu",
     states_memory: Annotated[
-        float, typer.Option(help="GiB of hidden states to keep in memory; the rest goes to a file beside OUT", min=0)
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="GiB of hidden states to keep in memory; the rest goes to a file beside OUT",
+            min=0,
+            show_default="1, or a quarter of a GPU's free memory",
+        ),
+    ] = None,
 ) -> None:
     """Quantize a 16-bit model to AWQ INT4, one layer in memory at a time. Run it again to resume.
 
@@ -66,6 +76,7 @@ def quantize(
     Examples:
       squawq quantize Llama-3.1-8B-Instruct Llama-3.1-8B-AWQ
       squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
+      squawq quantize MODEL OUT --calibration self --device cuda
       torchrun --nproc-per-node 4 -m squawq quantize MODEL OUT --device cuda
     """
     from squawq.compatibility import how_to_run
@@ -76,7 +87,7 @@ def quantize(
     from squawq.quantization.pipeline import quantize as run
     from squawq.report.files import PAGE
     from squawq.report.schema import Report
-    from squawq.report.words import sizes
+    from squawq.report.words import read_back, sizes
 
     config = QuantConfig(
         group_size=group_size,
@@ -92,6 +103,7 @@ def quantize(
         dtype=dtype,
         samples=samples,
         seqlen=seqlen,
+        seed=seed,
     )
     with torchrun_ranks(device) as ranks, StoppableProgress(ranks.first, ranks.size == 1) as observer:
         report = run(
@@ -110,7 +122,10 @@ def quantize(
     if observer.started:
         for kept in report["kept_in_16_bits"]:
             console.print(f"{kept['name']} stays in 16 bits: {kept['reason']}")
-        console.print(sizes(Report.read(report)))
+        found = Report.read(report)
+        console.print(sizes(found))
+        if found.read_back is not None:
+            console.print(read_back(found.read_back))
     else:
         console.print(already_done(out))
     console.print(f"report: {out / PAGE}")

@@ -17,13 +17,14 @@ from squawq.backends import backend_for
 from squawq.format.groupwise import LEVELS, MIN_SCALE, GroupwiseTensor, quantize, round_to_grid, scale_and_zero
 from squawq.quant_config import QuantConfig
 from squawq.quantization.error_propagation import ErrorStatistics
+from squawq.quantization.precision import float32_products
 from squawq.quantization.search import clip_limits, whole_ranges
 from squawq.quantization.statistics import InputStatistics
 
 Limits = tuple[Tensor, Tensor]  # ranges (low, high), each float32 [out, groups]
 BLOCK = 128  # columns rounded between two matrix products (lazy batch updates)
 CHUNK = 1 << 24  # weights rounded at once: rows are independent
-GPU_CHUNK = 1 << 26  # larger, because launching a column's kernels costs more than running them
+GPU_CHUNK = 1 << 25  # larger, because launching a block's kernels costs more than running them
 FLOOR = 1e-4  # share of the mean diagonal that is added as well, for channels without signal
 TRIES = 8  # Cholesky factorizations, each with more damping than the one before
 
@@ -226,9 +227,10 @@ class LinearQuantizer:
         """
         if not self.stats.has_signal:
             return quantize(weight, self.config.group_of(weight.shape[1]), self.config.zero_point), None
-        self.correct(weight)
-        limits = self.clip(weight) if clip else None
-        return self.round(weight, limits), limits
+        with float32_products(weight.device, exact=True):
+            self.correct(weight)
+            limits = self.clip(weight) if clip else None
+            return self.round(weight, limits), limits
 
     def correct(self, weight: Tensor) -> None:
         """Add the QEP weight correction E (H + damping)^-1 to a weight [out, in], in place (`error_propagation`)."""
