@@ -21,8 +21,10 @@ from squawq import cli
 from squawq.commands.stopping import StoppableProgress, Stopped
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError, OutputError
+from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.format.shards import write_shard
+from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.whole_model import WholeModel
 from squawq.nn.cache import Cache
 from squawq.quant_config import QuantConfig
@@ -263,3 +265,17 @@ def test_what_cannot_work(make_model: MakeModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="choose one"):
         squawq.quantize("someone/model", tmp_path / "out", CONFIG, calibration="self", stream=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_stored_dtype_as_on_a_gpu(make_model: MakeModel) -> None:
+    """All weights in bfloat16; gemma3_text multiplies its embedding, and keeps its norms' sums in float32."""
+    checkpoint = Checkpoint(make_model("gemma3_text"))
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        blocks = Blocks(checkpoint, family_of("gemma3_text"), "cpu")
+        model = WholeModel(blocks, dtype, resident=True)
+        assert {parameter.dtype for parameter in blocks.meta_model.model.parameters()} == {dtype}
+        found.append([model.next_logits(torch.tensor(tokens)) for tokens in ([3, 4], [5, 6])][-1])
+    exact, rounded = found
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.15 * exact.norm()
