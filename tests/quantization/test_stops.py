@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from results import settled
 import squawq
 from squawq.demo import demo_model
 from squawq.quant_config import QuantConfig
+from squawq.quantization import pipeline
+from squawq.quantization.check import ReadBack
+from squawq.quantization.states import Streams
 
 Rows = list[list[int]]
 LAYERS = 3
@@ -176,3 +180,43 @@ def test_a_library_call_leaves_signals_alone(make_model: MakeModel, rows: Rows, 
     assert not (tmp_path / "out").exists()
     quantize(folder, tmp_path / "out", rows)
     assert settled(tmp_path / "out") == settled(tmp_path / "thread")
+
+
+def test_a_resumed_run_multiplies_as_a_whole_one(
+    make_model: MakeModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, hidden states come from products in TF32, also through layers that are on disk; checks are exact."""
+    rounded, seen = [False], list[tuple[str, bool]]()
+
+    @contextmanager
+    def products(device: object, exact: bool) -> Iterator[None]:
+        rounded.append(not exact)
+        yield
+        rounded.pop()
+
+    def watch(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def watched(*given: Any) -> Any:
+            seen.append((name, rounded[-1]))
+            return plain(*given)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    class Stopping:
+        def generating(self, what: str, done: int, total: int) -> None: ...
+        def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
+        def layer(self, record: object) -> None:
+            raise KeyboardInterrupt
+
+        def read_back(self, layers: int) -> None: ...
+
+    monkeypatch.setattr(pipeline, "float32_products", products)
+    watch(pipeline, "quantize_layer")
+    watch(Streams, "skip")
+    watch(ReadBack, "layer")
+    folder, config = make_model(), QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=4)
+    with pytest.raises(KeyboardInterrupt):
+        squawq.quantize(folder, tmp_path / "out", config, calibration=rows, observer=Stopping())
+    squawq.quantize(folder, tmp_path / "out", config, calibration=rows, progress=False)
+    assert set(seen) == {("quantize_layer", True), ("skip", True), ("layer", False)}

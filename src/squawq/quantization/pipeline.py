@@ -207,7 +207,8 @@ def _skip_layer(
         if checks is not None:
             checks.read_back.layer(block)
         if streams is not None:
-            streams.skip(block, stored)
+            with float32_products(work.blocks.device, exact=False):  # as when the layer was quantized
+                streams.skip(block, stored)
 
 
 def _quantize_layer(
@@ -216,7 +217,7 @@ def _quantize_layer(
     """Quantize a layer and write it; returns its row of the report."""
     blocks, began = work.blocks, time.perf_counter()
     goes_on = streams is not None and streams.quantized is not None and index + 1 < len(blocks.layers)
-    with blocks.open(index) as block, float32_products(blocks.device, exact=False):
+    with blocks.open(index) as block:
         if checks is not None:
             checks.read_back.layer(block)
 
@@ -227,7 +228,8 @@ def _quantize_layer(
 
         if streams is None:
             return ranks.broadcast(lambda: commit(round_layer(block, work.plans[index]))[0])
-        return quantize_layer(block, work.plans[index], streams, ranks, commit)
+        with float32_products(blocks.device, exact=False):
+            return quantize_layer(block, work.plans[index], streams, ranks, commit)
 
 
 def _finish(
