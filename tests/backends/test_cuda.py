@@ -420,6 +420,23 @@ def test_next_tokens_of_a_fused_model(make_model: MakeModel, tmp_path: Path, mon
         assert torch.allclose(one.cpu(), other.cpu(), atol=0.05)
 
 
+@pytest.mark.parametrize(("columns", "out"), [(1, 1), (5, 33), (128, 40)])
+def test_round_columns(columns: int, out: int) -> None:
+    """For quantization. A sum in another order may turn a value between two integers, and what comes after it."""
+    groups = torch.randint(3, (columns,), generator=torch.Generator().manual_seed(1))
+    scales, zeros = random(3, out).abs() * 0.2 + 0.1, (random(3, out, seed=2).abs() * 4).round()
+    wanted, base, feedback = random(columns, out, seed=3), random(columns, out, seed=4), random(columns, columns) * 0.2
+    wanted[0, 0], wanted[-1, -1] = 1e30, -1e30
+    given = (wanted, base, feedback, scales, zeros, groups, 15)
+    levels, errors = GPU.round_columns(*given)
+    expected, _ = REFERENCE.round_columns(*given)
+    assert (levels != expected).any(0).float().mean() < 0.04
+    assert torch.equal(levels, levels.round().clamp(0, 15))
+    own = groups.to(DEVICE)
+    assert torch.allclose(errors, base - (levels - zeros[own]) * scales[own], atol=1e-6)
+    assert columns == 1 or (float(levels[0, 0]), float(levels[-1, -1])) == (15, 0)
+
+
 def test_rows_of_sequences() -> None:
     """A row stays while its sequence runs, is new with other pages, and rows close up once few are left."""
     seats = Seats(32)

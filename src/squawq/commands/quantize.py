@@ -57,8 +57,13 @@ def quantize(
         str, typer.Option(metavar=f"{DEVICES}|mps", help="Device; under torchrun, cuda is one GPU per process")
     ] = "cpu",
     states_memory: Annotated[
-        float, typer.Option(help="GiB of hidden states to keep in memory; the rest goes to a file beside OUT", min=0)
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="GiB of hidden states to keep in memory; the rest goes to a file beside OUT",
+            min=0,
+            show_default="1, or a quarter of a GPU's free memory",
+        ),
+    ] = None,
 ) -> None:
     """Quantize a 16-bit model to AWQ INT4, one layer in memory at a time. Run it again to resume.
 

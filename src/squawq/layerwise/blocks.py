@@ -154,7 +154,8 @@ class Block:
 
     def load_packed(self, linear: str, qweight: Tensor, scales: Tensor, qzeros: Tensor) -> None:
         """Replace a linear's weight with dequantized AWQ integers, of the shapes that `to_gemm` returns."""
-        integers, weight = from_gemm(qweight, scales, qzeros), self.weight(linear)
+        integers = from_gemm(*(tensor.to(self.device) for tensor in (qweight, scales, qzeros)))
+        weight = self.weight(linear)
         for start in range(0, len(weight), step := max(1, BATCH_VALUES // weight.shape[1])):
             part = slice(start, start + step)
             weight[part] = integers.rows(part).dequantize()

@@ -33,7 +33,8 @@ from squawq.quantization.calibration import Calibration
 from squawq.quantization.check import DtypeCheck
 from squawq.quantization.job import Job, Work, prepare
 from squawq.quantization.layer import LayerResult, quantize_layer, round_layer
-from squawq.quantization.states import IN_MEMORY, Streams
+from squawq.quantization.precision import float32_products
+from squawq.quantization.states import Streams, default_states_memory
 from squawq.report.files import REPORT, public_name, write_report
 from squawq.report.schema import Report
 from squawq.showing import Record
@@ -72,7 +73,7 @@ def quantize(
     observer: Observer | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
-    states_memory: float = IN_MEMORY,
+    states_memory: float | None = None,
 ) -> dict[str, Any]:
     """Quantize a 16-bit checkpoint to AWQ INT4.
 
@@ -88,7 +89,8 @@ def quantize(
         progress: Show progress on stderr: a bar on a terminal, else a line a layer.
         ranks: The processes that share the calibration and each make this call (`distributed.torchrun_ranks`); rank 0
             writes.
-        states_memory: GiB of hidden states kept in memory; larger ones go to a file beside `out`.
+        states_memory: GiB of hidden states kept in memory; larger ones go to a file beside `out`. None: 1, or a quarter
+            of an NVIDIA GPU's free memory.
 
     Returns:
         The report, which is also in `out`: squawq_report.json, and report.html for people.
@@ -110,7 +112,8 @@ def quantize(
                 streams = None
                 if work.tokens is not None and share is not None:
                     sequential, folder = work.config.sequential, work.out.parent
-                    streams = Streams.embedded(work.blocks, work.tokens, share, sequential, folder, states_memory)
+                    memory = default_states_memory(work.blocks.device) if states_memory is None else states_memory
+                    streams = Streams.embedded(work.blocks, work.tokens, share, sequential, folder, memory)
                 check = DtypeCheck(work, job) if ranks.first else None
                 _quantize_layers(work, streams, job, shown or observer or _Silent(), ranks, check)
                 report = ranks.broadcast(lambda: _finish(work, job, check, calibration))
@@ -174,7 +177,7 @@ def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, r
     """Quantize a layer and write it; returns its row of the report."""
     blocks, began = work.blocks, time.perf_counter()
     goes_on = streams is not None and streams.quantized is not None and index + 1 < len(blocks.layers)
-    with blocks.open(index) as block:
+    with blocks.open(index) as block, float32_products(blocks.device, exact=False):
 
         def commit(result: LayerResult) -> tuple[dict[str, Any], dict[str, Tensor]]:
             record, stored = result.record | measured(began, blocks.device), block.stored(result.tensors)

@@ -17,6 +17,7 @@ from squawq.backends import backend_for
 from squawq.format.groupwise import LEVELS, MIN_SCALE, GroupwiseTensor, quantize, round_to_grid, scale_and_zero
 from squawq.quant_config import QuantConfig
 from squawq.quantization.error_propagation import ErrorStatistics
+from squawq.quantization.precision import float32_products
 from squawq.quantization.search import clip_limits, whole_ranges
 from squawq.quantization.statistics import InputStatistics
 
@@ -226,9 +227,10 @@ class LinearQuantizer:
         """
         if not self.stats.has_signal:
             return quantize(weight, self.config.group_of(weight.shape[1]), self.config.zero_point), None
-        self.correct(weight)
-        limits = self.clip(weight) if clip else None
-        return self.round(weight, limits), limits
+        with float32_products(weight.device, exact=True):
+            self.correct(weight)
+            limits = self.clip(weight) if clip else None
+            return self.round(weight, limits), limits
 
     def correct(self, weight: Tensor) -> None:
         """Add the QEP weight correction E (H + damping)^-1 to a weight [out, in], in place (`error_propagation`)."""

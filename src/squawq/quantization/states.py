@@ -24,9 +24,16 @@ from torch import Tensor
 from squawq.errors import OutputError
 from squawq.layerwise.blocks import Block, Blocks, InputHook
 
-IN_MEMORY = 1.0  # GiB
+IN_MEMORY = 1.0  # GiB, without a GPU
 SAMPLED_TOKENS = 1024  # tokens that losses of modules and of the whole layer are measured on
 ZEROS = bytes(1 << 24)
+
+
+def default_states_memory(device: str) -> float:
+    """GiB of `Streams.states_memory`: IN_MEMORY, or a quarter of what is free on an NVIDIA GPU."""
+    if torch.device(device).type != "cuda":
+        return IN_MEMORY
+    return torch.cuda.mem_get_info(device)[0] / 2**32
 
 
 def hidden_states(shape: tuple[int, int, int], folder: Path, device: str, in_memory: float = IN_MEMORY) -> Tensor:

@@ -196,6 +196,15 @@ class CudaBackend(Reference):
         out = torch.empty(1, len(x), head.shape[0], dtype=torch.float32, device=self.device)
         return launch.matmul(x.contiguous(), head, out).parts[0]
 
+    def round_columns(
+        self, wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
+    ) -> tuple[Tensor, Tensor]:
+        from squawq.backends.cuda import launch, rounding
+
+        if len(wanted) > rounding.MAX_COLUMNS:
+            return super().round_columns(wanted, base, feedback, scales, zeros, groups, top)
+        return launch.round_columns(wanted, base, feedback, scales, zeros, groups, top)
+
     def prepare_sampling(self, sampling: Sampling) -> None:
         """The host's sampler, for sequences that the card does not sample."""
         from squawq.backends.cuda.parameters import samples

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from squawq.backends.cuda import attention, dense, elementwise, int4, sampling, tiles
+from squawq.backends.cuda import attention, dense, elementwise, int4, rounding, sampling, tiles
 from squawq.backends.layer_ops import Packed
 
 ENOUGH = 512  # programs that keep a large card busy
@@ -260,3 +260,17 @@ def sample(logits: Tensor, places: Tensor, positions: Tensor, space: SamplingSpa
         space.vocab, parts, sampling.PART // sampling.GROUP.value, triton.next_power_of_2(parts),
         dependent, num_warps=16, **pdl(dependent),
     )  # fmt: skip
+
+
+def round_columns(
+    wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
+) -> tuple[Tensor, Tensor]:
+    """See `Backend.round_columns`; up to rounding.MAX_COLUMNS columns."""
+    wanted, base, feedback = wanted.contiguous(), base.contiguous(), feedback.contiguous()
+    levels, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+    columns, out = wanted.shape
+    rounding.round_columns_kernel[(triton.cdiv(out, rounding.ROWS),)](
+        wanted, base, feedback, scales.contiguous(), zeros.contiguous(), groups.to(wanted.device), levels, errors,
+        columns, out, float(top), rounding.MAX_COLUMNS, rounding.ROWS, num_warps=4,
+    )  # fmt: skip
+    return levels, errors

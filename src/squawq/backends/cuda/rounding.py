@@ -1,0 +1,45 @@
+"""Rounds a block of a weight's columns with error feedback, for quantization; see `Backend.round_columns`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MAX_COLUMNS = 128  # of a block
+ROWS = 16  # outputs of a program
+
+
+@triton.jit
+def round_columns_kernel(
+    wanted,  # [columns, out]
+    base,  # [columns, out]
+    feedback,  # [columns, columns]
+    scales,  # [groups, out]
+    zeros,
+    groups,  # int64 [columns]
+    levels,  # [columns, out]
+    errors,
+    columns,
+    out,
+    top,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Outputs are independent; a program keeps the targets of its own in registers, and takes column after column."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = tl.arange(0, COLUMNS)
+    here = row < out
+    targets = tl.load(wanted + i[:, None] * out + row[None, :], mask=(i < columns)[:, None] & here[None, :], other=0.0)
+    for step in range(columns):
+        column = columns - 1 - step
+        group = tl.load(groups + column) * out
+        scale = tl.load(scales + group + row, mask=here, other=1.0)
+        zero = tl.load(zeros + group + row, mask=here, other=0.0)
+        target = tl.sum(tl.where((i == column)[:, None], targets, 0.0), 0)
+        steps = tl.minimum(tl.maximum(tl.div_rn(target, scale), -zero), top - zero)
+        steps = (steps + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest integer, halves to even
+        error = tl.load(base + column * out + row, mask=here, other=0.0) - steps * scale
+        tl.store(levels + column * out + row, steps + zero, mask=here)
+        tl.store(errors + column * out + row, error, mask=here)
+        factors = tl.load(feedback + i * columns + column, mask=i < column, other=0.0)
+        targets += factors[:, None] * error[None, :]
