@@ -92,6 +92,7 @@ def test_a_spool_gives_back_what_was_added(in_memory: float, tmp_path: Path) -> 
             assert torch.equal(found, expected)
     first, second = iter(spool), iter(spool)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(spool.drain(), pieces, strict=True))
     assert list(tmp_path.rglob("*")) == ([] if in_memory == 1 else [tmp_path / "new"])
 
 

@@ -170,6 +170,7 @@ class Block:
         owner_module = self.module.get_submodule(owner)
         old = getattr(owner_module, kind)
         kept = old.device.type == torch.device(self.device).type and old.dtype == torch.float32
+        tensor = tensor.to(self.device)  # in 16 bits, and converted there
         if kept and old.shape == tensor.shape:
             old.data.copy_(tensor)  # in place: a second copy would be large
             return

@@ -72,8 +72,8 @@ class ActivationRecord:
         return lambda x: spool.add(x.to(torch.bfloat16))
 
     def replay(self, module: str) -> Iterator[Tensor]:
-        """The recorded inputs of a module, batch by batch."""
-        return iter(self._spools[module])
+        """The recorded inputs of a module, batch by batch; only once."""
+        return self._spools[module].drain()
 
     def keep(self, stages: Iterable[Stage]) -> None:
         """Drop what none of these stages reads."""

@@ -24,7 +24,7 @@ from squawq.quantization.statistics import InputStatistics
 Limits = tuple[Tensor, Tensor]  # ranges (low, high), each float32 [out, groups]
 BLOCK = 128  # columns rounded between two matrix products (lazy batch updates)
 CHUNK = 1 << 24  # weights rounded at once: rows are independent
-GPU_CHUNK = 1 << 26  # larger, because launching a column's kernels costs more than running them
+GPU_CHUNK = 1 << 25  # larger, because launching a block's kernels costs more than running them
 FLOOR = 1e-4  # share of the mean diagonal that is added as well, for channels without signal
 TRIES = 8  # Cholesky factorizations, each with more damping than the one before
 

@@ -98,6 +98,16 @@ class Spool:
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from self._pieces
+        yield from self._read()
+
+    def drain(self) -> Iterator[Tensor]:
+        """Yield the tensors, for the last time: those in memory are freed one by one."""
+        self._pieces.reverse()
+        while self._pieces:
+            yield self._pieces.pop()
+        yield from self._read()
+
+    def _read(self) -> Iterator[Tensor]:
         place = 0
         for shape, dtype, device in self._filed:
             assert self._file is not None

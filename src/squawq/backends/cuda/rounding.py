@@ -30,16 +30,25 @@ def round_columns_kernel(
     i = tl.arange(0, COLUMNS)
     here = row < out
     targets = tl.load(wanted + i[:, None] * out + row[None, :], mask=(i < columns)[:, None] & here[None, :], other=0.0)
-    for step in range(columns):
-        column = columns - 1 - step
-        group = tl.load(groups + column) * out
-        scale = tl.load(scales + group + row, mask=here, other=1.0)
-        zero = tl.load(zeros + group + row, mask=here, other=0.0)
+    column = columns - 1
+    group = tl.load(groups + column) * out
+    scale = tl.load(scales + group + row, mask=here, other=1.0)
+    zero = tl.load(zeros + group + row, mask=here, other=0.0)
+    start = tl.load(base + column * out + row, mask=here, other=0.0)
+    factors = tl.load(feedback + i * columns + column, mask=i < column, other=0.0)
+    next_group = tl.load(groups + tl.maximum(column - 1, 0)) * out
+    for _ in range(columns):
+        after = tl.maximum(column - 1, 0)  # loaded while this column is computed
+        next_scale = tl.load(scales + next_group + row, mask=here, other=1.0)
+        next_zero = tl.load(zeros + next_group + row, mask=here, other=0.0)
+        next_start = tl.load(base + after * out + row, mask=here, other=0.0)
+        next_factors = tl.load(feedback + i * columns + after, mask=i < after, other=0.0)
+        next_group = tl.load(groups + tl.maximum(column - 2, 0)) * out
         target = tl.sum(tl.where((i == column)[:, None], targets, 0.0), 0)
         steps = tl.minimum(tl.maximum(tl.div_rn(target, scale), -zero), top - zero)
         steps = (steps + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest integer, halves to even
-        error = tl.load(base + column * out + row, mask=here, other=0.0) - steps * scale
+        error = start - steps * scale
         tl.store(levels + column * out + row, steps + zero, mask=here)
         tl.store(errors + column * out + row, error, mask=here)
-        factors = tl.load(feedback + i * columns + column, mask=i < column, other=0.0)
         targets += factors[:, None] * error[None, :]
+        scale, zero, start, factors, column = next_scale, next_zero, next_start, next_factors, column - 1
