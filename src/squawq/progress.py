@@ -95,6 +95,11 @@ class LayerProgress:
         for note in record["notes"]:
             console.print(f"{record['name']}  note: {note}", style="yellow")
 
+    def tuning(self, step: int, steps: int) -> None:
+        if step == 1:
+            self._tuning = self._bar.add_task("tuning scales", total=steps)
+        self._bar.update(self._tuning, completed=step)
+
 
 @contextmanager
 def counting(description: str) -> Iterator[Callable[[int, int], None]]:

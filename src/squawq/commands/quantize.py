@@ -43,6 +43,13 @@ def quantize(
         float,
         typer.Option(help="Hessian damping, as a share of its diagonal; raise it for little text (squawq)"),
     ] = QuantConfig.damping,
+    tune: Annotated[
+        bool | None,
+        typer.Option(
+            help="After the layers, tune all scales to the 16-bit model's predictions",
+            show_default="on an NVIDIA GPU with room for it",
+        ),
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Keep linears whose name contains this in 16 bits; repeatable")
     ] = None,
@@ -94,6 +101,7 @@ def quantize(
         refine=refine,
         sequential=sequential,
         damping=damping,
+        tune=tune,
         dtype=dtype,
         samples=samples,
         seqlen=seqlen,

@@ -146,7 +146,6 @@ class MetaModel:
             owner, _, kind = name.rpartition(".")
             setattr(self.model.get_submodule(owner), kind, nn.Parameter(tensor, requires_grad=False))
 
-    @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """[blocks, tokens, vocab] from the last layer's output: final norm, head, and what the model does to logits."""
         ids = self._no_ids(*states.shape[:2])

@@ -41,11 +41,14 @@ from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import Calibration, token_blocks
+from squawq.quantization.tuning import needed_bytes
 from squawq.report.files import REPORT, public_name
 from squawq.text.tokenizer import Tokenizer
 
 JOB = "squawq_job.json"
 PART = "squawq_part_"
+TUNING = "squawq_tuning.json"  # the report's row, once scales are tuned
+TUNED = "squawq_tuned_scales"  # a safetensors file, until they are in the parts
 SCRATCH = ".squawq-scratch"  # in OUT.partial, for temporary files; removed when the job ends
 
 
@@ -124,6 +127,7 @@ def prepare(
     blocks.check()
     config = replace(config, dtype=_stored_dtype(config, blocks))
     plans = _plans(blocks, config)
+    config = replace(config, tune=_tunes(config, blocks, plans))
     tokens = None
     if config.method != "rtn":
         tokens = token_blocks(
@@ -137,6 +141,22 @@ def prepare(
         raise ConfigError("method 'rtn' needs no text; leave the calibration out, or use another method")
     same = identity(checkpoint, config, tokens, device)
     return Work(blocks, plans, config, tokens, folder, same, public_name(model), _result_bytes(blocks, plans, config))
+
+
+def _tunes(config: QuantConfig, blocks: Blocks, plans: Sequence[LayerPlan]) -> bool:
+    """Whether to tune. Raises ConfigError if that was asked for and is not possible."""
+    if config.tune is False or (config.tune is None and config.method != "squawq"):
+        return False
+    if config.method == "rtn":
+        raise ConfigError("tune is True, but method 'rtn' has no calibration text to tune on; leave it out")
+    device, vocab = torch.device(blocks.device), blocks.checkpoint.config.vocab_size
+    needed = needed_bytes(plans, (vocab, blocks.checkpoint.config.hidden_size), config.seqlen or 0)
+    if device.type != "cuda":
+        return config.tune is True
+    room = torch.cuda.get_device_properties(device).total_memory * 0.9
+    if needed > room and config.tune:
+        raise ConfigError(f"tune is True, but tuning needs {needed / 1e9:.0f} GB on a GPU of {room / 0.9e9:.0f} GB")
+    return needed <= room
 
 
 def _plans(blocks: Blocks, config: QuantConfig) -> list[LayerPlan]:
@@ -266,7 +286,8 @@ class Job:
 
     def _notes(self, folder: Path) -> list[Path]:
         """The files that are only needed to resume."""
-        return [folder / JOB, *(folder / self._record_path(part).name for part in range(self.layers + 2))]
+        parts = (folder / self._record_path(part).name for part in range(self.layers + 2))
+        return [folder / JOB, folder / TUNING, folder / TUNED, *parts]
 
     def _record_path(self, part: int) -> Path:
         return self.partial / f"{PART}{part:05d}.json"
@@ -293,6 +314,34 @@ class Job:
         """Write a part. The shard is written last: if it is there, the part is done."""
         write_json(self._record_path(part), record)
         write_shard(self.shard_path(part), tensors)
+
+    def tuning(self) -> dict[str, Any] | None:
+        """The report's row of tuning; None if scales are not tuned yet. Writes what an earlier run has tuned."""
+        row = self.partial / TUNING
+        if not has_file(row):
+            return None
+        found = read_json(row)
+        if found.pop("scales") and not self._write_scales():
+            return None
+        return found
+
+    def commit_tuning(self, scales: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
+        """Replace scales, by name in the checkpoint, in all parts. A killed run does the rest when it resumes."""
+        write_json(self.partial / TUNING, {**row, "scales": bool(scales)})
+        if scales:
+            write_shard(self.partial / TUNED, scales)
+            self._write_scales()
+
+    def _write_scales(self) -> bool:
+        """Write tuned scales to the parts. Returns False if there are none on disk."""
+        path = self.partial / TUNED
+        if not path.is_file():
+            return False
+        scales = read_shard(path)
+        for part in range(1, self.layers + 1):
+            tensors = self.tensors(part)
+            write_shard(self.shard_path(part), {name: scales.get(name, tensor) for name, tensor in tensors.items()})
+        return True
 
     def require_room(self, size: int, scratch: int = 0) -> None:
         """Raise OutputError if the disk lacks room for a result of `size` bytes and `scratch` bytes beside it."""

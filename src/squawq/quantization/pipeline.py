@@ -35,6 +35,7 @@ from squawq.quantization.job import Job, Work, prepare
 from squawq.quantization.layer import LayerResult, quantize_layer, round_layer
 from squawq.quantization.precision import float32_products
 from squawq.quantization.states import Streams, default_states_memory
+from squawq.quantization.tuning import Tuning, steps_for
 from squawq.report.files import REPORT, public_name, write_report
 from squawq.report.schema import Report
 from squawq.showing import Record
@@ -56,10 +57,14 @@ class Observer(Protocol):
     def layer(self, record: Mapping[str, Any]) -> None:
         """Called after each layer with its row of the report."""
 
+    def tuning(self, step: int, steps: int) -> None:
+        """Called after each step of tuning with its number, from 1 on, and the count of all."""
+
 
 class _Silent:
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
     def layer(self, record: Mapping[str, Any]) -> None: ...
+    def tuning(self, step: int, steps: int) -> None: ...
 
 
 def quantize(
@@ -116,6 +121,8 @@ def quantize(
                     streams = Streams.embedded(work.blocks, work.tokens, share, sequential, folder, memory)
                 check = DtypeCheck(work, job) if ranks.first else None
                 _quantize_layers(work, streams, job, shown or observer or _Silent(), ranks, check)
+                if streams is not None and share is not None and work.config.tune:
+                    ranks.broadcast(partial(_tune, work, streams, job, shown or observer or _Silent(), share))
                 report = ranks.broadcast(lambda: _finish(work, job, check, calibration))
     if shown is not None and not shown.started:
         console.print(already_done(out))
@@ -156,11 +163,12 @@ def _quantize_layers(
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
     done = ranks.broadcast(lambda: [job.record(part) for part in range(1, layers + 1)])
     runs_in = engines_line(work.blocks.checkpoint.config, work.config)
+    tunes = work.config.tune and ranks.broadcast(lambda: job.tuning() is None)
     observer.start(layers, tokens, sum(r is not None for r in done), runs_in)
     for index, record in enumerate(done):
         if record is None:
             record = _quantize_layer(work, index, streams, job, ranks)
-        elif streams is not None and not all(done[index:]):
+        elif streams is not None and (tunes or not all(done[index:])):
             stored = ranks.broadcast(partial(_stored, job, index)) if streams.quantized is not None else {}
             with work.blocks.open(index) as block:
                 streams.skip(block, stored)
@@ -187,6 +195,20 @@ def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, r
         if streams is None:
             return ranks.broadcast(lambda: commit(round_layer(block, work.plans[index]))[0])
         return quantize_layer(block, work.plans[index], streams, ranks, commit)
+
+
+def _tune(work: Work, streams: Streams, job: Job, observer: Observer, share: slice) -> None:
+    """Tune the scales of all layers on this rank's calibration blocks, and write them."""
+    if job.tuning() is not None:
+        return
+    assert work.tokens is not None
+    tokens = work.tokens[share]
+    if not (steps := steps_for(*tokens.shape)):
+        return
+    with float32_products(work.blocks.device, exact=False):
+        tuning = Tuning(work.blocks, tokens, streams.reference, lambda index: job.tensors(index + 1))
+        row = tuning.run(steps, observer.tuning)
+    job.commit_tuning(tuning.scales() if row.loss < row.loss_before else {}, row.to_dict())
 
 
 def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: Calibration) -> dict[str, Any]:
@@ -229,6 +251,7 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: Calibra
         "notes": notes,
         "stored_dtype": {"dtype": config.dtype, "logits_error": round(logits_error, 6)},
         "layers": records,
+        "tuning": job.tuning(),
         "job": job.identity,
     }
     report = Report.read(report).to_dict()

@@ -135,6 +135,17 @@ class JobRow(Row):
     device: str
 
 
+class TuningRow(Row):
+    """How the scales were tuned (`quantization.tuning`): losses are KL divergences on the blocks held back, in nats."""
+
+    steps: Count
+    blocks: Count  # calibration blocks
+    held_back: Count
+    loss_before: float
+    loss: float
+    seconds: float
+
+
 class Report(Row):
     """squawq_report.json."""
 
@@ -153,6 +164,7 @@ class Report(Row):
     notes: list[str]
     stored_dtype: dict[str, Any] | None = None
     layers: list[LayerRow]
+    tuning: TuningRow | None = None
     job: JobRow
     evaluation: Evaluation | None = None
 
