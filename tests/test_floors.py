@@ -35,6 +35,7 @@ FLOORS: dict[str, float] = {
     "engine": 7,
     "engine.request": 2,
     "quantization": 7,
+    "quantization.self_calibration": 7.2,
     "inspection": 7.5,
     "publish": 8,
     "evaluation": 8,

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from squawq.errors import printable
@@ -68,13 +76,21 @@ class LayerProgress:
     def __init__(self) -> None:
         self.started = False
         self._bar = bar()
-        self._task = self._bar.add_task("quantizing", total=None)
+        self._task = self._bar.add_task("quantizing", total=None, visible=False)
+        self._generating: TaskID | None = None
 
     def __enter__(self) -> LayerProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def generating(self, what: str, done: int, total: int) -> None:
+        if self._generating is None:
+            console.print(what)
+            self._generating = self._bar.add_task("generating", total=total)
+            self._bar.start()
+        self._bar.update(self._generating, completed=done)
 
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
         self.started = True
@@ -83,7 +99,9 @@ class LayerProgress:
             console.print(f"{layers} layers, {tokens:,} calibration tokens")
         if resumed:
             console.print(f"going on with a run that was stopped: {resumed} of {layers} layers are on disk")
-        self._bar.reset(self._task, total=layers)
+        if self._generating is not None:
+            self._bar.remove_task(self._generating)
+        self._bar.reset(self._task, total=layers, visible=True)
         self._bar.start()
 
     def layer(self, record: Mapping[str, Any]) -> None:

@@ -63,6 +63,7 @@ class QuantConfig:
         dtype: Of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
         samples: Calibration blocks; None: all there are, up to 128.
         seqlen: Tokens per block; None: 512, or the model's context if that is shorter.
+        seed: Of the sampling, where the model generates its calibration text itself.
 
     Raises:
         ConfigError: A value is out of range.
@@ -85,6 +86,7 @@ class QuantConfig:
     dtype: Annotated[str, _choose(DTYPES)] = "auto"
     samples: Annotated[int | None, _at_least(1)] = None
     seqlen: Annotated[int | None, _at_least(8)] = None
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="a whole number, 0 to 2^63 - 1")] = 0
 
     __repr__ = beside_defaults
 

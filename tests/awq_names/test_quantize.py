@@ -57,6 +57,20 @@ def direct(model: Path, out: Path, rows: Rows, **changes: Any) -> dict[str, byte
     return shards(out)
 
 
+def test_text_that_the_model_generates(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model(vocab_size=4096)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model() / name, model)
+    found = AutoAWQForCausalLM.from_pretrained(model)
+    found.quantize(None, quant_config=CONFIG, calib_data="self", **SMALL)
+    found.save_quantized(tmp_path / "saved")
+    assert found.search_result is not None
+    assert (found.search_result["calibration"], found.search_result["calibration_tokens"]) == ("self", 8 * 32)
+    config = QuantConfig(group_size=32, samples=8, seqlen=32)
+    squawq.quantize(model, tmp_path / "direct", config, calibration="self")
+    assert Checkpoint(tmp_path / "saved").tensors.keys() == Checkpoint(tmp_path / "direct").tensors.keys()
+
+
 def test_the_cards_script(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model(
         hidden_size=128, intermediate_size=128, head_dim=32, num_hidden_layers=1, vocab_size=4096,

@@ -18,6 +18,7 @@ from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import GATE, Folding, LayerPlan
+from squawq.layerwise.whole_model import WholeModel
 from squawq.nn.loader import load
 from squawq.quant_config import QuantConfig
 from squawq.quantization.job import Job
@@ -76,6 +77,22 @@ def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypa
     score = squawq.evaluate(tmp_path / "awq", tmp_path / "model", ids=ids.flatten().tolist(), window=24)
     assert 0 < score["kl_mean"] < 1
     assert math.isfinite(score["perplexity"])
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_token_by_token_as_all_at_once(model_type: str, tmp_path: Path) -> None:
+    """With all layers in memory, and with one at a time, which gives the same bits."""
+    model = family_model(model_type, tmp_path / "model")
+    with torch.no_grad():
+        expected = model(ROWS[:3, :24]).logits
+    found = []
+    for resident in (True, False):
+        whole = WholeModel(blocks_of(tmp_path / "model", model_type), torch.float32, resident=resident)
+        for _ in range(2):
+            whole.reset()
+            found.append(torch.stack([whole.next_logits(ROWS[:3, place]) for place in range(24)], 1))
+    assert (found[0] - expected).abs().max() < 1e-3
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

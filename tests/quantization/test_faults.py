@@ -140,7 +140,10 @@ def test_a_source_that_changes_during_the_run(
     folder, out = make_model(), tmp_path / "out"
 
     class Changing:
+        def generating(self, what: str, done: int, total: int) -> None: ...
+
         def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
+        def tuning(self, step: int, steps: int) -> None: ...
         def layer(self, record: object) -> None:
             change(folder / SHARD)
 

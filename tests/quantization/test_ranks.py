@@ -67,6 +67,20 @@ def test_the_command_under_torchrun(make_model: MakeModel, tmp_path: Path) -> No
 
 
 @needs_gloo
+def test_one_process_generates_for_both(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model(vocab_size=4096)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model() / name, model)
+    options = ["--group-size", "32", "--samples", "5", "--seqlen", "32", "--calibration", "self"]
+    done = torchrun("-m", "squawq", "quantize", model, tmp_path / "two", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("generating 5 rows of 32 calibration tokens") == 1
+    config = QuantConfig(group_size=32, samples=5, seqlen=32)
+    squawq.quantize(model, tmp_path / "one", config, calibration="self")
+    assert_equal_within_rounding(tmp_path / "one", tmp_path / "two")
+
+
+@needs_gloo
 def test_two_processes_end_alike(make_model: MakeModel, rows: list[list[int]], tmp_path: Path) -> None:
     model = make_model()
     (tmp_path / "rows.json").write_text(json.dumps(rows))

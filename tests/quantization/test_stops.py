@@ -155,7 +155,10 @@ def test_a_library_call_leaves_signals_alone(make_model: MakeModel, rows: Rows, 
     assert (tmp_path / "thread" / "config.json").is_file()
 
     class Interrupting:
+        def generating(self, what: str, done: int, total: int) -> None: ...
+
         def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
+        def tuning(self, step: int, steps: int) -> None: ...
         def layer(self, record: object) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -23,6 +23,7 @@ from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.progress import LayerProgress
 from squawq.quantization.calibration import Calibration
+from squawq.quantization.self_calibration import SOURCES
 
 PACKED, DENSE = "awq", "dense"  # in the temporary folder
 
@@ -102,8 +103,9 @@ class BaseAWQForCausalLM:
         """Quantize into a temporary folder (in TMPDIR, of about a third of the model's size) until `save_quantized`.
 
         quant_config: see AwqConfig. calib_data, split, text_column: see `calibration_blocks`; not given: squawq's
-        built-in set. max_calib_samples: blocks at most. max_calib_seq_len: tokens in each, or the model's context if
-        that is less. export_compatible: save the quantized weights as 16-bit floats, until `pack`.
+        built-in set; "self" or "self+builtin": text that the model generates, see `squawq.quantize`.
+        max_calib_samples: blocks at most. max_calib_seq_len: tokens in each, or the model's context if that is less.
+        export_compatible: save the quantized weights as 16-bit floats, until `pack`.
         n_parallel_calib_samples, max_chunk_memory: not needed, memory is one layer's whatever they say.
         Raises TypeError for an unknown key, SquawqError for what cannot work: a model whose settings or weights were
         changed since it was opened, among others.
@@ -131,23 +133,26 @@ class BaseAWQForCausalLM:
             dtype=_stored_dtype(self._source.arguments["dtype"]),
             seqlen=min(max_calib_seq_len, checkpoint.config.max_positions),
         )
-        rows = calibration_blocks(
-            calib_data,
-            tokenizer,
-            checkpoint.folder,
-            split=split,
-            text_column=text_column,
-            samples=max_calib_samples,
-            seqlen=settings.seqlen or 0,
-            vocab_size=checkpoint.config.vocab_size,
-        )
-        settings = replace(settings, samples=len(rows))
+        calibration, samples = calib_data, max_calib_samples
+        if not isinstance(calib_data, str) or calib_data not in SOURCES:
+            rows = calibration_blocks(
+                calib_data,
+                tokenizer,
+                checkpoint.folder,
+                split=split,
+                text_column=text_column,
+                samples=max_calib_samples,
+                seqlen=settings.seqlen or 0,
+                vocab_size=checkpoint.config.vocab_size,
+            )
+            calibration, samples = rows, len(rows)
+        settings = replace(settings, samples=samples)
         work = Path(mkdtemp(prefix="squawq-")).resolve()
         weakref.finalize(self, _remove, work, os.getpid())  # when this object goes, or at exit
         device = _quantization_device(self._source.arguments["device_map"])
         with LayerProgress() as observer:
             report = quantize(
-                checkpoint.folder, work / PACKED, settings, calibration=rows, device=device, observer=observer
+                checkpoint.folder, work / PACKED, settings, calibration=calibration, device=device, observer=observer
             )
         if export_compatible:
             from squawq.export.run import export

@@ -18,12 +18,17 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create; it appears when the work is done")],
     calibration: Annotated[
-        str | None, typer.Option(help="A .txt or .jsonl file, or a Hub data set id; default: the built-in set")
+        str | None,
+        typer.Option(
+            help="A .txt or .jsonl file, a Hub data set id, self (text that the 16-bit model generates), or "
+            "self+builtin; default: the built-in set"
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences; default: up to 128")] = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Their length in tokens; default: 512, or the model's context")
     ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of --calibration self", min=0)] = QuantConfig.seed,
     group_size: Annotated[GroupSize, typer.Option(help="Weights per scale; -1: a whole row")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric quantization, without zero points")] = False,
     method: Annotated[
@@ -78,6 +83,7 @@ def quantize(
     Examples:
       squawq quantize Llama-3.1-8B-Instruct Llama-3.1-8B-AWQ
       squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
+      squawq quantize MODEL OUT --calibration self --device cuda
       torchrun --nproc-per-node 4 -m squawq quantize MODEL OUT --device cuda
     """
     from squawq.compatibility import how_to_run
@@ -105,6 +111,7 @@ def quantize(
         dtype=dtype,
         samples=samples,
         seqlen=seqlen,
+        seed=seed,
     )
     with torchrun_ranks(device) as ranks, StoppableProgress(ranks.first, ranks.size == 1) as observer:
         report = run(

@@ -66,6 +66,11 @@ class StoppableProgress(LayerProgress):
         if self._asked is not None:
             raise Stopped(f"stopped {where}; {AGAIN}", self._asked)
 
+    def generating(self, what: str, done: int, total: int) -> None:
+        if self._shown:
+            super().generating(what, done, total)
+        self._stop("while the model generated its calibration text")
+
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
         if self._shown:
             super().start(layers, tokens, resumed, runs_in)

@@ -157,6 +157,11 @@ def builtin_rows() -> Iterator[str | list[dict[str, str]]]:
             yield from split_documents(text)
 
 
+def builtin_documents(tokenizer: Tokenizer) -> Iterator[Sequence[int]]:
+    """Token ids of each document of the built-in set, with the special tokens of the tokenizer or chat template."""
+    return _documents(None, lambda: tokenizer)
+
+
 def split_documents(text: str) -> list[str]:
     """Documents of a text whose separator is a line of five equals signs."""
     return [part.strip() for part in text.split(SEPARATOR) if part.strip()]

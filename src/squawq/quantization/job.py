@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +40,8 @@ from squawq.hub.stream import open_streamed
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
-from squawq.quantization.calibration import Calibration, token_blocks
+from squawq.quantization.calibration import DEFAULT_SAMPLES, Calibration, token_blocks
+from squawq.quantization.self_calibration import SOURCES, SelfCalibration
 from squawq.quantization.tuning import needed_bytes
 from squawq.report.files import REPORT, public_name
 from squawq.text.tokenizer import Tokenizer
@@ -49,15 +50,21 @@ JOB = "squawq_job.json"
 PART = "squawq_part_"
 TUNING = "squawq_tuning.json"  # the report's row, once scales are tuned
 TUNED = "squawq_tuned_scales"  # a safetensors file, until they are in the parts
+GENERATED = "squawq_calibration.ids"  # a safetensors file by another name: no loader may take it for weights
 SCRATCH = ".squawq-scratch"  # in OUT.partial, for temporary files; removed when the job ends
 
 
-def identity(checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | None, device: str) -> dict[str, Any]:
-    """What must be equal for a run to resume another."""
+def identity(
+    checkpoint: Checkpoint, config: QuantConfig, tokens: Tensor | SelfCalibration | None, device: str
+) -> dict[str, Any]:
+    """What must be equal for a run to resume another. tokens: calibration blocks, or how they are generated."""
     source = hashlib.sha256(read_bytes(checkpoint.folder / "config.json"))
     for name in sorted({info.file.name for info in checkpoint.tensors.values()}):
         source.update(checkpoint.shards.fingerprint(name))
-    calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    if isinstance(tokens, SelfCalibration):
+        calibration: str | None = tokens.fingerprint()
+    else:
+        calibration = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     return {
         "squawq": __version__,
         "source": source.hexdigest(),
@@ -99,11 +106,19 @@ class Work:
     blocks: Blocks  # the 16-bit model
     plans: list[LayerPlan]  # by layer
     config: QuantConfig  # without "auto"
-    tokens: Tensor | None  # calibration blocks int64 [blocks, seqlen]; None for plain rounding
+    tokens: Tensor | None  # calibration blocks int64 [blocks, seqlen]; None for plain rounding, or until generated
+    generated: SelfCalibration | None  # how the model generates the calibration blocks, if it does
     out: Path
     identity: dict[str, Any]  # what another run must have to resume this one
     name: str  # of the model, in the report
     size: int  # bytes of the result
+
+    @property
+    def calibration_blocks(self) -> int | None:
+        """How many calibration blocks there are, or will be; None for plain rounding."""
+        if self.generated is not None:
+            return self.generated.shape[0]
+        return None if self.tokens is None else len(self.tokens)
 
 
 def prepare(
@@ -111,6 +126,11 @@ def prepare(
 ) -> Work:
     """Plan a job. Raises SquawqError for everything that can be refused before work starts."""
     check_device(device, mps=True)
+    own = calibration if isinstance(calibration, str) and calibration in SOURCES else None
+    if own is not None and stream:
+        raise ConfigError(
+            f"calibration {own!r} runs the whole model, whose files stream keeps only in part; choose one"
+        )
     checkpoint = open_streamed(model, _partial(Path(out).resolve()) / SCRATCH) if stream else Checkpoint(resolve(model))
     family, positions = family_of(checkpoint.config.model_type), checkpoint.config.max_positions
     if checkpoint.config.quant is not None:
@@ -128,8 +148,15 @@ def prepare(
     config = replace(config, dtype=_stored_dtype(config, blocks))
     plans = _plans(blocks, config)
     config = replace(config, tune=_tunes(config, blocks, plans))
-    tokens = None
-    if config.method != "rtn":
+    tokens = generated = None
+    if config.method == "rtn" and calibration is not None:
+        raise ConfigError("method 'rtn' needs no text; leave the calibration out, or use another method")
+    if own is not None:
+        rows, seqlen = config.samples or DEFAULT_SAMPLES, config.seqlen or 0
+        generated = SelfCalibration.of(own, checkpoint, rows=rows, seqlen=seqlen, seed=config.seed)
+    elif config.seed != QuantConfig.seed:
+        raise ConfigError(f"seed is {config.seed}, but only calibration 'self' samples; leave it out")
+    elif config.method != "rtn":
         tokens = token_blocks(
             calibration,
             lambda: Tokenizer(checkpoint.folder),
@@ -137,10 +164,9 @@ def prepare(
             samples=config.samples,
             vocab_size=checkpoint.config.vocab_size,
         )
-    elif calibration is not None:
-        raise ConfigError("method 'rtn' needs no text; leave the calibration out, or use another method")
-    same = identity(checkpoint, config, tokens, device)
-    return Work(blocks, plans, config, tokens, folder, same, public_name(model), _result_bytes(blocks, plans, config))
+    same = identity(checkpoint, config, tokens if generated is None else generated, device)
+    size = _result_bytes(blocks, plans, config)
+    return Work(blocks, plans, config, tokens, generated, folder, same, public_name(model), size)
 
 
 def _tunes(config: QuantConfig, blocks: Blocks, plans: Sequence[LayerPlan]) -> bool:
@@ -287,7 +313,7 @@ class Job:
     def _notes(self, folder: Path) -> list[Path]:
         """The files that are only needed to resume."""
         parts = (folder / self._record_path(part).name for part in range(self.layers + 2))
-        return [folder / JOB, folder / TUNING, folder / TUNED, *parts]
+        return [folder / JOB, folder / GENERATED, folder / TUNING, folder / TUNED, *parts]
 
     def _record_path(self, part: int) -> Path:
         return self.partial / f"{PART}{part:05d}.json"
@@ -315,33 +341,42 @@ class Job:
         write_json(self._record_path(part), record)
         write_shard(self.shard_path(part), tensors)
 
+    def generated_tokens(self, shape: tuple[int, int], generate: Callable[[], Tensor]) -> Tensor:
+        """Calibration blocks that the model generated, int64 of this shape: those on disk, or new ones, then on disk.
+
+        Raises CheckpointError for a file that is damaged.
+        """
+        path = self.partial / GENERATED
+        if not has_file(path):
+            write_shard(path, {"ids": generate()})
+        ids = read_shard(path).get("ids")
+        if ids is None or ids.dtype != torch.int64 or tuple(ids.shape) != shape:
+            raise CheckpointError(f"{path}: damaged; remove {self.partial} to start over")
+        return ids
+
     def tuning(self) -> dict[str, Any] | None:
         """The report's row of tuning; None if scales are not tuned yet. Writes what an earlier run has tuned."""
-        row = self.partial / TUNING
-        if not has_file(row):
+        if not has_file(self.partial / TUNING):
             return None
-        found = read_json(row)
-        if found.pop("scales") and not self._write_scales():
-            return None
-        return found
+        row = read_json(self.partial / TUNING)
+        if row.pop("pending"):
+            if not has_file(self.partial / TUNED):
+                return None
+            self._write_scales(row)
+        return row
 
     def commit_tuning(self, scales: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
         """Replace scales, by name in the checkpoint, in all parts. A killed run does the rest when it resumes."""
-        write_json(self.partial / TUNING, {**row, "scales": bool(scales)})
-        if scales:
-            write_shard(self.partial / TUNED, scales)
-            self._write_scales()
+        write_json(self.partial / TUNING, {**row, "pending": True})
+        write_shard(self.partial / TUNED, scales)
+        self._write_scales(row)
 
-    def _write_scales(self) -> bool:
-        """Write tuned scales to the parts. Returns False if there are none on disk."""
-        path = self.partial / TUNED
-        if not path.is_file():
-            return False
-        scales = read_shard(path)
+    def _write_scales(self, row: Mapping[str, Any]) -> None:
+        scales = read_shard(self.partial / TUNED)
         for part in range(1, self.layers + 1):
             tensors = self.tensors(part)
             write_shard(self.shard_path(part), {name: scales.get(name, tensor) for name, tensor in tensors.items()})
-        return True
+        write_json(self.partial / TUNING, {**row, "pending": False})
 
     def require_room(self, size: int, scratch: int = 0) -> None:
         """Raise OutputError if the disk lacks room for a result of `size` bytes and `scratch` bytes beside it."""

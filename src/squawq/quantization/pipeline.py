@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,9 @@ from squawq.showing import Record
 class Observer(Protocol):
     """Callbacks of a run, on each rank. An exception in one stops all ranks."""
 
+    def generating(self, what: str, done: int, total: int) -> None:
+        """Called on rank 0 while the model generates calibration text: what is done, tokens so far, all tokens."""
+
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
         """Called before the first layer, unless all was done before.
 
@@ -62,6 +66,7 @@ class Observer(Protocol):
 
 
 class _Silent:
+    def generating(self, what: str, done: int, total: int) -> None: ...
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
     def layer(self, record: Mapping[str, Any]) -> None: ...
     def tuning(self, step: int, steps: int) -> None: ...
@@ -87,7 +92,8 @@ def quantize(
         out: A folder that does not exist, is empty, or holds this very job. A run that was killed resumes where it
             stopped and ends with the same weights. Never left half-written.
         config: How to quantize.
-        calibration: See `calibration.token_blocks`.
+        calibration: See `calibration.token_blocks`; or "self": text that the 16-bit model generates itself, at
+            temperature 1 (`self_calibration`); or "self+builtin": half of it from the built-in set.
         device: "cpu", "cuda", "cuda:1" ... or "mps".
         stream: Keep only a few of a Hub model's weight files on disk at a time, see `stream.open_streamed`.
         observer: Callbacks, instead of progress on stderr.
@@ -109,20 +115,22 @@ def quantize(
         if stream and ranks.size > 1:
             raise ConfigError(f"{ranks.size} processes cannot stream: each would fetch all files; leave out --stream")
         work = prepare(model, out, config or QuantConfig(), calibration, ranks.device(device), stream)
-        share = None if work.tokens is None else ranks.share(len(work.tokens))
+        share = None if work.calibration_blocks is None else ranks.share(work.calibration_blocks)
         ranks.check_same(work.identity)
         with ranks.on_first(lambda: Job(work.out, work.identity, len(work.plans))) as job:
             report = ranks.broadcast(lambda: _begin(work, job))
             if report is None:
-                streams = None
+                watching, streams = shown or observer or _Silent(), None
+                if work.generated is not None:
+                    work = replace(work, tokens=ranks.broadcast(partial(_generated, work, job, watching)))
                 if work.tokens is not None and share is not None:
                     sequential, folder = work.config.sequential, work.out.parent
                     memory = default_states_memory(work.blocks.device) if states_memory is None else states_memory
                     streams = Streams.embedded(work.blocks, work.tokens, share, sequential, folder, memory)
                 check = DtypeCheck(work, job) if ranks.first else None
-                _quantize_layers(work, streams, job, shown or observer or _Silent(), ranks, check)
+                _quantize_layers(work, streams, job, watching, ranks, check)
                 if streams is not None and share is not None and work.config.tune:
-                    ranks.broadcast(partial(_tune, work, streams, job, shown or observer or _Silent(), share))
+                    ranks.broadcast(partial(_tune, work, streams, job, watching, share))
                 report = ranks.broadcast(lambda: _finish(work, job, check, calibration))
     if shown is not None and not shown.started:
         console.print(already_done(out))
@@ -141,6 +149,13 @@ def _begin(work: Work, job: Job) -> dict[str, Any] | None:
     job.require_room(work.size, work.blocks.checkpoint.shards.room())
     _write_outer(work, job)
     return None
+
+
+def _generated(work: Work, job: Job, observer: Observer) -> Tensor:
+    """The calibration blocks that the model generated, in this run or in the one that it resumes."""
+    plan, blocks = work.generated, work.blocks
+    assert plan is not None
+    return job.generated_tokens(plan.shape, lambda: plan.tokens(blocks.checkpoint, blocks.device, observer.generating))
 
 
 def _write_outer(work: Work, job: Job) -> None:

@@ -124,6 +124,7 @@ class Settings(Row):
     refine: int | None = None
     damping: float | None = None
     samples: int | None = None
+    seed: int = 0
     dtype: str | None = None
     modules_to_not_convert: list[str] = []
 

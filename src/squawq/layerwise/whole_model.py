@@ -1,0 +1,86 @@
+"""Runs transformers' whole model of a checkpoint token by token, with its KV cache.
+
+Either all layers stay in memory, or each is read from the checkpoint whenever it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from squawq.layerwise.blocks import Block, Blocks
+from squawq.layerwise.meta_model import refusing
+
+
+class WholeModel:
+    """A checkpoint as transformers' causal LM, with its own KV cache.
+
+    Peak memory: `memory`, and what the KV cache takes.
+
+    Args:
+        blocks: The checkpoint. The model is built in its modules, so they can serve nothing else afterwards.
+        dtype: Of weights and computation.
+        resident: Keep all layers in memory. Otherwise each is loaded in float32 when it runs, so `dtype` must be that,
+            and every step reads all layers from disk.
+
+    Raises:
+        CheckpointError: A tensor is missing, of another shape, or not finite.
+    """
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype, *, resident: bool) -> None:
+        assert resident or dtype == torch.float32
+        self._blocks, self._cache = blocks, None
+        names, family, meta_model = blocks.names, blocks.family, blocks.meta_model
+        renamed = "cache" in signature(meta_model.model.forward).parameters  # in transformers 5.24
+        self._cache_name = "cache" if renamed else "past_key_values"
+        outer = {n: names.read(n, s).to(blocks.device, dtype) for n, s in meta_model.outer.items()}
+        outer.setdefault(f"{family.head}.weight", outer[f"{family.embedding}.weight"])
+        meta_model.put(outer)
+        for index, layer in enumerate(blocks.layers):
+            if resident:
+                Block(blocks, index).cast(dtype)
+            else:
+                layer.forward = self._loading(index, layer)
+
+    def _loading(self, index: int, layer: nn.Module) -> Callable[..., Any]:
+        """The layer's forward, between loading its weights and dropping them."""
+        own = layer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._blocks.open(index):
+                return own(*args, **kwargs)
+
+        return forward
+
+    def reset(self) -> None:
+        """Empty the KV cache: the next tokens are the first of their rows."""
+        self._cache = None
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row; logits of the next ones.
+
+        Args:
+            tokens: int64 [rows]; the same number of rows until `reset`.
+
+        Returns:
+            float32 [rows, vocab].
+        """
+        ids = tokens.to(self._blocks.device)[:, None]
+        with refusing(self._blocks.meta_model.where):
+            found = self._blocks.meta_model.model(ids, use_cache=True, **{self._cache_name: self._cache})
+        self._cache = found[self._cache_name]
+        logits: Tensor = found.logits[:, -1].float()
+        return logits
+
+    @staticmethod
+    def memory(blocks: Blocks, dtype: torch.dtype, *, resident: bool) -> int:
+        """Bytes of the weights that are in memory at the same time, from the headers."""
+        outer: int = sum(math.prod(shape) for shape in blocks.meta_model.outer.values())
+        layers: list[int] = [sum(t.numel() for t in layer.state_dict().values()) for layer in blocks.layers]
+        return dtype.itemsize * (outer + (sum(layers) if resident else max(layers)))
