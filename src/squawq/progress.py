@@ -95,6 +95,11 @@ class LayerProgress:
         for note in record["notes"]:
             console.print(f"{record['name']}  note: {note}", style="yellow")
 
+    def read_back(self, layers: int) -> None:
+        if layers == 1:
+            console.print("comparing the finished folder with the 16-bit model")
+        self._bar.update(self._task, description="comparing", completed=layers)
+
 
 @contextmanager
 def counting(description: str) -> Iterator[Callable[[int, int], None]]:
