@@ -164,13 +164,13 @@ def test_divergence_by_slices_is_that_of_whole_rows(size: int) -> None:
     both[:, 4, 10:] = both[:, 4, :1]  # ties, in both models
     whole, sums = Score(), SlicedDivergence(9, "cpu")
     whole.add(both[1], torch.zeros(9, dtype=torch.int64), both[0])
-    for part in both.split(size, -1):
+    for part in torch.split(both, size, -1):
         sums.add(part)
     kl, agreement = sums.result()
     assert kl == pytest.approx(whole.summary()["kl_mean"], abs=1e-5)
     assert agreement == pytest.approx(whole.summary()["top1_agreement"])
     both[1, 5, 20] = float("nan")
     sums = SlicedDivergence(9, "cpu")
-    for part in both.split(size, -1):
+    for part in torch.split(both, size, -1):
         sums.add(part)
     assert math.isnan(sums.result()[0])

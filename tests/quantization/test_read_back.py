@@ -125,7 +125,7 @@ def test_a_resumed_run_gives_the_same_figures(
 
     observer = AfterLayers(interrupt)
     if stop == "after a layer":
-        observer.layer = interrupt  # type: ignore[method-assign]
+        observer.layer = interrupt  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
         quantize(folder, out, given, observer, method=method)
     assert quantize(folder, out, given, method=method)["read_back"] == straight["read_back"]
