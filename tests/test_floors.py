@@ -39,6 +39,7 @@ FLOORS: dict[str, float] = {
     "inspection": 7.5,
     "publish": 8,
     "evaluation": 8,
+    "evaluation.metrics": 2,
     "export": 8,
     "integrations": 8,
     "transformers": 9,

@@ -36,7 +36,10 @@ def test_what_quantize_says_of_a_layer(capsys: pytest.CaptureFixture[str]) -> No
     record = {"name": NAME, "loss_rounded": 2.0, "loss": 1.0, "method": "squawq", "notes": [NAME]}
     with LayerProgress() as progress:
         progress.layer(record)
+        for layers in (1, 2):
+            progress.read_back(layers)
     console.print(f"{NAME} stays in 16 bits: {NAME}", soft_wrap=True)
     shown = capsys.readouterr().err.replace("\n", "")
     assert shown.count(SHOWN) == 4
+    assert shown.count("comparing the finished folder with the 16-bit model") == 1
     assert "\x1b" not in shown

@@ -118,6 +118,11 @@ class LayerProgress:
             self._tuning = self._bar.add_task("tuning scales", total=steps)
         self._bar.update(self._tuning, completed=step)
 
+    def read_back(self, layers: int) -> None:
+        if layers == 1:
+            console.print("comparing the finished folder with the 16-bit model")
+        self._bar.update(self._task, description="comparing", completed=layers)
+
 
 @contextmanager
 def counting(description: str) -> Iterator[Callable[[int, int], None]]:

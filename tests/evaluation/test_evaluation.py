@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import squawq
 from squawq.demo import demo_model
 from squawq.errors import CalibrationError, CheckpointError, ConfigError
-from squawq.evaluation.metrics import Score
+from squawq.evaluation.metrics import Score, SlicedDivergence
 from squawq.evaluation.plots import save_plot
 from squawq.evaluation.run import evaluate, text_ids, windows_of
 from squawq.quant_config import QuantConfig
@@ -154,3 +154,23 @@ def test_a_broken_reference_is_named(make_model: MakeModel, tmp_path: Path, fact
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"broken: .*{message}"):
         evaluate(model, broken, ids=list(range(2, 66)), window=32)
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 64])
+def test_divergence_by_slices_is_that_of_whole_rows(size: int) -> None:
+    both = torch.randn(2, 9, 50, generator=torch.Generator().manual_seed(2)) * 4
+    both[1] = both[0] + both[1] / 8
+    both[:, 3] -= 30
+    both[:, 4, 10:] = both[:, 4, :1]  # ties, in both models
+    whole, sums = Score(), SlicedDivergence(9, "cpu")
+    whole.add(both[1], torch.zeros(9, dtype=torch.int64), both[0])
+    for part in torch.split(both, size, -1):
+        sums.add(part)
+    kl, agreement = sums.result()
+    assert kl == pytest.approx(whole.summary()["kl_mean"], abs=1e-5)
+    assert agreement == pytest.approx(whole.summary()["top1_agreement"])
+    both[1, 5, 20] = float("nan")
+    sums = SlicedDivergence(9, "cpu")
+    for part in torch.split(both, size, -1):
+        sums.add(part)
+    assert math.isnan(sums.result()[0])

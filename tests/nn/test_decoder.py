@@ -18,7 +18,6 @@ from squawq.backends.sampling import Chunk
 from squawq.config import RopeConfig
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError
-from squawq.evaluation.run import final_states
 from squawq.families import family_of
 from squawq.format.groupwise import from_gemm
 from squawq.format.reader import Checkpoint
@@ -198,8 +197,8 @@ def test_quantized_folder_runs_as_its_dequantized_self(
     folder = make_model("qwen2")
     quantize(folder, tmp_path / "out", QuantConfig(group_size=group_size, zero_point=zero_point, method="rtn"))
     ids = torch.randint(0, 160, (1, 16), generator=torch.Generator().manual_seed(1))
-    final = final_states(Blocks(Checkpoint(tmp_path / "out"), family_of("qwen2"), "cpu"), ids, lambda: None)
-    expected = final.blocks.logits()(final.states)
+    blocks = Blocks(Checkpoint(tmp_path / "out"), family_of("qwen2"), "cpu")
+    expected = blocks.logits()(blocks.last_states(ids))
     original = logits(folder, ids, WAYS["torch"])
     for options in (*WAYS.values(), Options()):
         found = logits(tmp_path / "out", ids, options)

@@ -72,7 +72,7 @@ def test_front_matter_is_read_by_the_hub(folder: Path) -> None:
 def test_nothing_is_guessed(folder: Path) -> None:
     card = model_card(folder, REPO)
     assert not {"license", "base_model", "language"} & set(matter_of(card))
-    assert "## Measured" not in card  # plain rounding measures nothing
+    assert "perplexity" not in card  # no evaluation was given
 
 
 def test_a_licence_that_is_given_replaces_all_of_the_sources(tmp_path: Path) -> None:
@@ -113,6 +113,7 @@ def test_measured(awq_demo: Path, tmp_path: Path) -> None:
     assert f"median over 8 layers: {middle:+.0%} against plain rounding" in card
     assert f"on {report['calibration_tokens']:,} tokens of text" in card
     assert "`report.html` draws them" in card
+    assert f"on {report['read_back']['tokens']} tokens (calibration text): mean KL" in card
 
 
 @pytest.mark.parametrize(

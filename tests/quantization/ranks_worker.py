@@ -26,6 +26,8 @@ class Stopping:
     def layer(self, record: Mapping[str, Any]) -> None:
         raise KeyboardInterrupt
 
+    def read_back(self, layers: int) -> None: ...
+
 
 class Signalled(StoppableProgress):
     """What the command line has; the second process is sent SIGINT in the first layer, twice as torchrun does it."""

@@ -147,6 +147,8 @@ def test_a_source_that_changes_during_the_run(
         def layer(self, record: object) -> None:
             change(folder / SHARD)
 
+        def read_back(self, layers: int) -> None: ...
+
     config = QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=4)
     with pytest.raises(CheckpointError, match="has changed since its header was read"):
         squawq.quantize(folder, out, config, calibration=rows, observer=Changing())

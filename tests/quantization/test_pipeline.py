@@ -223,6 +223,9 @@ def test_activations_that_are_not_finite(
     with pytest.raises(CheckpointError, match=r"^model\.layers\.0: .*not finite in float32 either"):
         quantize(folder, tmp_path / "refused", rows, modules_to_not_convert=("layers.0",), dtype="bfloat16")
     monkeypatch.setattr("squawq.quantization.check.DtypeCheck._compare", lambda *_: 0.0)
+    with pytest.raises(CheckpointError, match="read back, the 16-bit model's own logits are not finite; remove"):
+        quantize(folder, tmp_path / "unchecked", rows, modules_to_not_convert=("layers.0",), dtype="bfloat16")
+    monkeypatch.setattr("squawq.quantization.check.SlicedDivergence.result", lambda _: (0.0, 1.0))
     report = quantize(folder, tmp_path / "out", rows, modules_to_not_convert=("layers.0",), dtype="bfloat16")
     notes = "\n".join(report["notes"])
     assert "layers.1: self_attn.q_proj: 256 inputs were not finite" in notes

@@ -130,6 +130,13 @@ def test_the_second_signal_stops_at_once(capfd: pytest.CaptureFixture[str]) -> N
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Stopped, match=r"stopped in layer 1 of 5; run the same command again"):
             os.kill(os.getpid(), signal.SIGINT)
+    with StoppableProgress() as progress:
+        progress.start(2, 0, 0, "")
+        for layer in range(2):
+            progress.layer({"name": f"layers.{layer}", "notes": []})
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Stopped, match="stopped while the finished folder was compared with the 16-bit model; run"):
+            progress.read_back(1)
     assert "once more stops at once" in capfd.readouterr().err
     with pytest.raises(Stopped, match="before the first layer") as stopped, StoppableProgress():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -161,6 +168,8 @@ def test_a_library_call_leaves_signals_alone(make_model: MakeModel, rows: Rows, 
         def tuning(self, step: int, steps: int) -> None: ...
         def layer(self, record: object) -> None:
             os.kill(os.getpid(), signal.SIGINT)
+
+        def read_back(self, layers: int) -> None: ...
 
     config = QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=4)
     with pytest.raises(KeyboardInterrupt):

@@ -228,6 +228,23 @@ def test_the_top_says_what_it_is_how_good_and_what_next() -> None:
     assert "squawq generate" not in elsewhere
 
 
+def test_the_folder_that_was_read_back() -> None:
+    row = {"text": "calibration text", "tokens": 512, "kl_mean": 0.00736, "top1_agreement": 0.9395}
+    said = (
+        "The folder was read back and compared with the 16-bit model on 512 tokens (calibration text): mean KL 0.00736 "
+        "nats, same greedy token at 94.0% of positions."
+    )
+    header, _, rest = render(report(2, read_back=row)).partition("</header>")
+    assert said in header
+    assert said not in rest
+    header, _, rest = render(report(2, read_back=row, evaluation=evaluation())).partition("</header>")
+    assert said not in header
+    assert said in rest
+    for key, value in (("kl_mean", float("nan")), ("top1_agreement", 1.5), ("text", "# other"), ("tokens", "many")):
+        with pytest.raises(CheckpointError, match=f"read_back.{key}"):
+            Report.read(report(2, read_back={**row, key: value}))
+
+
 @pytest.mark.parametrize(
     ("kl", "words"),
     [(0.0, "hardly any difference"), (0.01, "small"), (0.15, "noticeable"), (0.2, "large"), (9.0, "large")],

@@ -94,7 +94,7 @@ def quantize(
     from squawq.quantization.pipeline import quantize as run
     from squawq.report.files import PAGE
     from squawq.report.schema import Report
-    from squawq.report.words import sizes
+    from squawq.report.words import read_back, sizes
 
     config = QuantConfig(
         group_size=group_size,
@@ -130,7 +130,10 @@ def quantize(
     if observer.started:
         for kept in report["kept_in_16_bits"]:
             console.print(f"{kept['name']} stays in 16 bits: {kept['reason']}")
-        console.print(sizes(Report.read(report)))
+        found = Report.read(report)
+        console.print(sizes(found))
+        if found.read_back is not None:
+            console.print(read_back(found.read_back))
     else:
         console.print(already_done(out))
     console.print(f"report: {out / PAGE}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from squawq.progress import LayerProgress, console
 
+COMPARING = "while the finished folder was compared with the 16-bit model"
 AGAIN = "run the same command again to resume"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -57,7 +58,7 @@ class StoppableProgress(LayerProgress):
         if self._alone and not self._layers:
             self._stop("before the first layer")
         if self._alone and not first:
-            self._stop(f"in layer {self._done + 1} of {self._layers}")
+            self._stop(COMPARING if self._done == self._layers else f"in layer {self._done + 1} of {self._layers}")
         if self._shown and first:
             console.print("stopping when this layer is done" + ("; once more stops at once" if self._alone else ""))
 
@@ -90,3 +91,9 @@ class StoppableProgress(LayerProgress):
         self._done += 1
         if self._done < self._layers:
             self._stop(f"after layer {self._done} of {self._layers}")
+
+    def read_back(self, layers: int) -> None:
+        if self._shown:
+            super().read_back(layers)
+        if layers < self._layers:
+            self._stop(COMPARING)

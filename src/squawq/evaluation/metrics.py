@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence from logits, summed over rows."""
+"""Perplexity and KL divergence from logits: summed over rows, or over slices of the vocabulary."""
 
 from __future__ import annotations
 
@@ -43,3 +43,34 @@ class Score:
                 "top1_agreement": self.agreed / self.tokens,
             }
         return result
+
+
+class SlicedDivergence:
+    """KL divergence from logits that come by slices of the vocabulary.
+
+    Keeps a few values of each position: no row of logits needs to be in memory.
+    """
+
+    def __init__(self, positions: int, device: str) -> None:
+        self._log_sums = torch.full((2, positions), -math.inf, device=device)  # of exp(logits), so far
+        self._tops = self._log_sums.clone()
+        self._tokens = torch.zeros(2, positions, dtype=torch.int64, device=device)
+        self._ratio = torch.zeros(positions, device=device)  # mean of reference - model under the reference, so far
+        self._seen = 0
+
+    def add(self, logits: Tensor) -> None:
+        """Add the next tokens of the vocabulary: float32 [2, positions, tokens], the reference's logits first."""
+        log_sums = torch.logaddexp(self._log_sums, logits.logsumexp(-1))
+        share = (logits[0] - log_sums[0, :, None]).exp()
+        self._ratio *= (self._log_sums[0] - log_sums[0]).exp()
+        self._ratio += (share * (logits[0] - logits[1])).sum(-1)
+        self._log_sums = log_sums
+        tops, tokens = logits.max(-1)
+        self._tokens = torch.where(tops > self._tops, tokens + self._seen, self._tokens)
+        self._tops = torch.maximum(tops, self._tops)
+        self._seen += logits.shape[-1]
+
+    def result(self) -> tuple[float, float]:
+        """Mean KL(reference || model) in nats, NaN if a logit was not finite; share of equal most likely tokens."""
+        kl = (self._ratio - self._log_sums[0] + self._log_sums[1]).clamp(min=0).cpu()
+        return float(kl.mean(dtype=torch.float64)), float((self._tokens[0] == self._tokens[1]).float().mean())

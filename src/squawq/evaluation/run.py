@@ -117,14 +117,14 @@ def evaluate(
     total = checkpoint.config.num_layers + (0 if other is None else other.config.num_layers)
     done = 0
 
-    def step() -> None:
+    def step(_: int) -> None:
         nonlocal done
         done += 1
         if progress is not None:
             progress(done, total)
 
     opened = [Blocks(c, family_of(c.config.model_type), device) for c in (checkpoint, other) if c is not None]
-    finals = [final_states(blocks, cut.ids, step) for blocks in opened]
+    finals = [Final(blocks, blocks.last_states(cut.ids, step)) for blocks in opened]
     score, by_position = _score(finals, cut, checkpoint.config.vocab_size)
     found = {**score.summary(), "text": name, "window": window, "stride": cut.stride, "kl_by_position": by_position}
     return Record(found)
@@ -145,17 +145,6 @@ class Final:
 
     blocks: Blocks
     states: Tensor
-
-
-@torch.inference_mode()
-def final_states(blocks: Blocks, ids: Tensor, step: Callable[[], None]) -> Final:
-    """Run ids int64 [windows, window] through the model with one layer in memory at a time."""
-    states = blocks.embed(ids)
-    for index in range(len(blocks.layers)):
-        with blocks.open(index) as block:
-            block.run(states, in_place=True)
-        step()
-    return Final(blocks, states)
 
 
 @torch.inference_mode()

@@ -78,15 +78,46 @@ class Blocks:
             states[start : start + step] = self.meta_model.embed(ids[start : start + step], table)
         return states
 
+    def last_states(self, ids: Tensor, step: Callable[[int], object] = lambda _: None) -> Tensor:
+        """Run ids int64 [blocks, tokens] through the model with one layer in memory at a time.
+
+        Args:
+            ids: Token ids.
+            step: Called with the number of layers done, after each.
+
+        Returns:
+            Output of the last layer, float32 [blocks, tokens, hidden].
+        """
+        states = self.embed(ids)
+        for index in range(len(self.layers)):
+            with self.open(index) as block:
+                block.run(states, in_place=True)
+            step(index + 1)
+        return states
+
     def logits(self) -> Callable[[Tensor], Tensor]:
         """A function from the last layer's output [blocks, tokens, hidden] to logits; it holds the head in float32."""
+        self.meta_model.put(self._outer(lambda tensor: tensor.to(self.device, torch.float32)))
+        return self.meta_model.logits
+
+    def logits_by_slices(self, states: Tensor, size: int) -> Iterator[Tensor]:
+        """Logits of `size` tokens of the vocabulary after another, float32 [blocks, tokens, size].
+
+        Peak memory: the head in its dtype on disk, and one slice of it and of the logits in float32.
+        """
+        outer = self._outer(lambda tensor: tensor)
+        for start in range(0, len(outer[f"{self.family.head}.weight"]), size):
+            self.meta_model.put(outer, vocabulary=slice(start, start + size))
+            yield self.meta_model.logits(states)
+
+    def _outer(self, convert: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The tensors that `MetaModel.put` takes, each converted when it has been read."""
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
         shapes = self.meta_model.outer
-        outer = {n: self.names.read(n, s).to(self.device, torch.float32) for n, s in shapes.items() if n != embedding}
+        outer = {name: convert(self.names.read(name, shape)) for name, shape in shapes.items() if name != embedding}
         if head not in outer:
-            outer[head] = self.names.read(embedding, shapes[embedding]).to(self.device, torch.float32)
-        self.meta_model.put(outer)
-        return self.meta_model.logits
+            outer[head] = convert(self.names.read(embedding, shapes[embedding]))
+        return outer
 
     def call(
         self, index: int, module: nn.Module, states: Tensor, tensors: Mapping[str, Tensor] | None = None
@@ -101,7 +132,8 @@ class Blocks:
         """
         part = states.to(self.device)
         accepted = signature(module.forward).parameters
-        given = self.meta_model.arguments(*part.shape[:2], part.dtype)[index]
+        blocks, tokens = part.shape[:2]
+        given = self.meta_model.arguments(blocks, tokens, part.dtype)[index]
         arguments = {name: value for name, value in given.items() if name in accepted}
         with refusing(self.meta_model.where):
             if tensors is None:

@@ -140,11 +140,21 @@ class MetaModel:
             self._run(self._base, self._no_ids(blocks, tokens), self._no_rows(dtype), keep)
         return found
 
-    def put(self, outer: Mapping[str, Tensor]) -> None:
-        """Load what `logits` needs: all tensors outside the layers but the embedding, and a head even if tied."""
+    def put(
+        self, outer: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, vocabulary: slice = slice(None)
+    ) -> None:
+        """Load what `logits` needs: all tensors outside the layers but the embedding, and a head even if tied.
+
+        Args:
+            outer: The tensors by name in the model, in any dtype on any device.
+            dtype: Computation dtype.
+            vocabulary: The tokens whose logits are computed.
+        """
         for name, tensor in outer.items():
             owner, _, kind = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), kind, nn.Parameter(tensor, requires_grad=False))
+            part = tensor[vocabulary] if name.startswith(f"{self.family.head}.") else tensor
+            parameter = nn.Parameter(part.to(self.device, dtype), requires_grad=False)
+            setattr(self.model.get_submodule(owner), kind, parameter)
 
     def logits(self, states: Tensor) -> Tensor:
         """[blocks, tokens, vocab] from the last layer's output: final norm, head, and what the model does to logits."""

@@ -24,7 +24,7 @@ from squawq.quant_config import METHODS, QuantConfig
 from squawq.quantization.job import identity
 from squawq.report.files import PAGE, REPORT
 from squawq.report.schema import Report
-from squawq.report.words import size
+from squawq.report.words import read_back, size
 
 README = "README.md"
 TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
@@ -94,6 +94,7 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
         size=size,
         report=report,
         scores=None if origin.evaluation is None else _scores(origin.evaluation, folder, repo),
+        read_back=read_back(report.read_back) if report and report.read_back else None,
         ratios=ratios,
         median=median(ratios) if ratios else None,
         method=_method(report) if report else "",

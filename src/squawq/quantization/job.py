@@ -218,6 +218,15 @@ def _result_bytes(blocks: Blocks, plans: Sequence[LayerPlan], config: QuantConfi
     return total
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors' names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 class Job:
     """The folders of one job; `finished` if OUT already holds its result.
 
@@ -328,9 +337,21 @@ class Job:
             return None
         try:
             read_header(self.shard_path(part))
-            return read_json(self._record_path(part))
+            found = read_json(self._record_path(part)).get("row")
+            return found if isinstance(found, dict) else None
         except CheckpointError:  # damaged since: done again
             return None
+
+    def verify(self, part: int) -> None:
+        """Read a part back. Raises CheckpointError if it is not what `commit` was given."""
+        path = self.shard_path(part)
+        again = "remove this file and run the same command again: only this part is done anew"
+        try:
+            found = _digest(self.tensors(part))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {again}") from error
+        if found != read_json(self._record_path(part)).get("sha256"):
+            raise CheckpointError(f"{path}: read back, its tensors are not what was written; {again}")
 
     def tensors(self, part: int) -> dict[str, Tensor]:
         """The stored tensors of a part, by name in the checkpoint."""
@@ -338,7 +359,7 @@ class Job:
 
     def commit(self, part: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Write a part. The shard is written last: if it is there, the part is done."""
-        write_json(self._record_path(part), record)
+        write_json(self._record_path(part), {"row": dict(record), "sha256": _digest(tensors)})
         write_shard(self.shard_path(part), tensors)
 
     def generated_tokens(self, shape: tuple[int, int], generate: Callable[[], Tensor]) -> Tensor:
@@ -374,9 +395,14 @@ class Job:
     def _write_scales(self, row: Mapping[str, Any]) -> None:
         scales = read_shard(self.partial / TUNED)
         for part in range(1, self.layers + 1):
-            tensors = self.tensors(part)
-            write_shard(self.shard_path(part), {name: scales.get(name, tensor) for name, tensor in tensors.items()})
+            tensors = {name: scales.get(name, tensor) for name, tensor in self.tensors(part).items()}
+            self.commit(part, tensors, self.record(part) or {})
         write_json(self.partial / TUNING, {**row, "pending": False})
+
+    def forget_tuning(self) -> None:
+        """A layer is quantized anew: scales are tuned again."""
+        for name in (TUNING, TUNED):
+            (self.partial / name).unlink(missing_ok=True)
 
     def require_room(self, size: int, scratch: int = 0) -> None:
         """Raise OutputError if the disk lacks room for a result of `size` bytes and `scratch` bytes beside it."""

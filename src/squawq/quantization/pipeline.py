@@ -31,7 +31,7 @@ from squawq.memory import measured
 from squawq.progress import LayerProgress, console
 from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import Calibration
-from squawq.quantization.check import DtypeCheck
+from squawq.quantization.check import DTYPE_TOKENS, DtypeCheck, ReadBack, Rows
 from squawq.quantization.job import Job, Work, prepare
 from squawq.quantization.layer import LayerResult, quantize_layer, round_layer
 from squawq.quantization.precision import float32_products
@@ -64,12 +64,25 @@ class Observer(Protocol):
     def tuning(self, step: int, steps: int) -> None:
         """Called after each step of tuning with its number, from 1 on, and the count of all."""
 
+    def read_back(self, layers: int) -> None:
+        """Called on rank 0 after each layer of the finished folder that was read back, with their number so far."""
+
 
 class _Silent:
     def generating(self, what: str, done: int, total: int) -> None: ...
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
     def layer(self, record: Mapping[str, Any]) -> None: ...
     def tuning(self, step: int, steps: int) -> None: ...
+    def read_back(self, layers: int) -> None: ...
+
+
+class _Checks:
+    """Rank 0's checks of the result, on the same few rows of text."""
+
+    def __init__(self, work: Work, job: Job) -> None:
+        rows = Rows.of(work)
+        self.dtype = DtypeCheck(work, job, rows.ids[:, :DTYPE_TOKENS])
+        self.read_back = ReadBack(work, job, rows)
 
 
 def quantize(
@@ -127,11 +140,11 @@ def quantize(
                     sequential, folder = work.config.sequential, work.out.parent
                     memory = default_states_memory(work.blocks.device) if states_memory is None else states_memory
                     streams = Streams.embedded(work.blocks, work.tokens, share, sequential, folder, memory)
-                check = DtypeCheck(work, job) if ranks.first else None
-                _quantize_layers(work, streams, job, watching, ranks, check)
+                checks = _Checks(work, job) if ranks.first else None
+                _quantize_layers(work, streams, job, watching, ranks, checks)
                 if streams is not None and share is not None and work.config.tune:
                     ranks.broadcast(partial(_tune, work, streams, job, watching, share))
-                report = ranks.broadcast(lambda: _finish(work, job, check, calibration))
+                report = ranks.broadcast(partial(_finish, work, job, checks, watching, calibration))
     if shown is not None and not shown.started:
         console.print(already_done(out))
     return Record(report)
@@ -173,7 +186,7 @@ def _write_outer(work: Work, job: Job) -> None:
 
 
 def _quantize_layers(
-    work: Work, streams: Streams | None, job: Job, observer: Observer, ranks: Ranks, check: DtypeCheck | None
+    work: Work, streams: Streams | None, job: Job, observer: Observer, ranks: Ranks, checks: _Checks | None
 ) -> None:
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
     done = ranks.broadcast(lambda: [job.record(part) for part in range(1, layers + 1)])
@@ -182,25 +195,40 @@ def _quantize_layers(
     observer.start(layers, tokens, sum(r is not None for r in done), runs_in)
     for index, record in enumerate(done):
         if record is None:
-            record = _quantize_layer(work, index, streams, job, ranks)
-        elif streams is not None and (tunes or not all(done[index:])):
-            stored = ranks.broadcast(partial(_stored, job, index)) if streams.quantized is not None else {}
-            with work.blocks.open(index) as block:
-                streams.skip(block, stored)
-        if check is not None:
-            check.layer(index)
+            if ranks.first:
+                job.forget_tuning()
+            record = _quantize_layer(work, index, streams, job, ranks, checks)
+        else:
+            _skip_layer(work, index, streams if tunes or not all(done[index:]) else None, job, ranks, checks)
+        if checks is not None:
+            checks.dtype.layer(index)
         observer.layer(record)
 
 
-def _stored(job: Job, index: int) -> dict[str, Tensor]:
-    return job.tensors(index + 1)
+def _skip_layer(
+    work: Work, index: int, streams: Streams | None, job: Job, ranks: Ranks, checks: _Checks | None
+) -> None:
+    """Run hidden states through a layer that an earlier run quantized. streams: None if no later layer needs them."""
+    advances = streams is not None and streams.quantized is not None
+    stored = ranks.broadcast(lambda: job.tensors(index + 1)) if advances else {}
+    if streams is None and checks is None:
+        return
+    with work.blocks.open(index) as block:
+        if checks is not None:
+            checks.read_back.layer(block)
+        if streams is not None:
+            streams.skip(block, stored)
 
 
-def _quantize_layer(work: Work, index: int, streams: Streams | None, job: Job, ranks: Ranks) -> dict[str, Any]:
+def _quantize_layer(
+    work: Work, index: int, streams: Streams | None, job: Job, ranks: Ranks, checks: _Checks | None
+) -> dict[str, Any]:
     """Quantize a layer and write it; returns its row of the report."""
     blocks, began = work.blocks, time.perf_counter()
     goes_on = streams is not None and streams.quantized is not None and index + 1 < len(blocks.layers)
     with blocks.open(index) as block, float32_products(blocks.device, exact=False):
+        if checks is not None:
+            checks.read_back.layer(block)
 
         def commit(result: LayerResult) -> tuple[dict[str, Any], dict[str, Tensor]]:
             record, stored = result.record | measured(began, blocks.device), block.stored(result.tensors)
@@ -226,10 +254,14 @@ def _tune(work: Work, streams: Streams, job: Job, observer: Observer, share: sli
     job.commit_tuning(tuning.scales() if row.loss < row.loss_before else {}, row.to_dict())
 
 
-def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: Calibration) -> dict[str, Any]:
-    """Write the small files, the index, config.json and the report, and rename OUT.partial to OUT."""
-    assert check is not None  # it is the first rank's
-    logits_error = check.head()
+def _finish(
+    work: Work, job: Job, checks: _Checks | None, observer: Observer, calibration: Calibration
+) -> dict[str, Any]:
+    """Write the small files, the index and config.json, read all back, write the report, rename OUT.partial to OUT."""
+    assert checks is not None  # they are the first rank's
+    for part in range(job.layers + 2):
+        job.verify(part)
+    logits_error = checks.dtype.head()
     blocks, config, tokens = work.blocks, work.config, work.tokens
     checkpoint = blocks.checkpoint
     for path in checkpoint.companions():
@@ -250,6 +282,7 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: Calibra
     raw["torch_dtype"] = config.dtype
     raw["quantization_config"] = config.to_quantization_config([row["name"] for row in kept])
     write_json(job.partial / "config.json", raw)
+    read_back = checks.read_back.compare(observer.read_back)
     report = {
         "squawq": __version__,
         "model": work.name,
@@ -265,6 +298,7 @@ def _finish(work: Work, job: Job, check: DtypeCheck | None, calibration: Calibra
         "kept_in_16_bits": kept,
         "notes": notes,
         "stored_dtype": {"dtype": config.dtype, "logits_error": round(logits_error, 6)},
+        "read_back": read_back.to_dict(),
         "layers": records,
         "tuning": job.tuning(),
         "job": job.identity,

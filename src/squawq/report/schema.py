@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,6 +21,7 @@ from squawq.errors import CheckpointError
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(gt=0, lt=2**63)]
 Number = Annotated[float, Field(ge=0, lt=1e300)]
+ReadBackText = Literal["calibration text", "built-in text", "token ids over the whole vocabulary"]
 Quantiles = Annotated[list[float], Field(min_length=5, max_length=5)]  # 0, 5, 50, 95 and 100 %
 
 
@@ -102,6 +103,15 @@ class Evaluation(Row):
     kl_by_position: list[float] = []
 
 
+class ReadBackRow(Row):
+    """The finished folder, read back from disk and compared with the 16-bit model on a few rows of text."""
+
+    text: ReadBackText
+    tokens: Count
+    kl_mean: Number
+    top1_agreement: Annotated[float, Field(ge=0, le=1)]
+
+
 class KeptRow(Row):
     """A module that stays in 16 bits."""
 
@@ -164,6 +174,7 @@ class Report(Row):
     kept_in_16_bits: list[KeptRow]
     notes: list[str]
     stored_dtype: dict[str, Any] | None = None
+    read_back: ReadBackRow | None = None
     layers: list[LayerRow]
     tuning: TuningRow | None = None
     job: JobRow

@@ -9,7 +9,7 @@ from statistics import median
 from squawq.quant_config import QuantConfig
 from squawq.report.charts import number
 from squawq.report.drawings import column, loss_ratio
-from squawq.report.schema import Evaluation, Report
+from squawq.report.schema import Evaluation, ReadBackRow, Report
 
 METHODS = {
     "squawq": "squawq: AWQ scales, QEP correction, rounding with error feedback (GPTQ)",
@@ -28,9 +28,7 @@ def headline(report: Report) -> list[str]:
     """What to know first: how good the result is, and what to do next."""
     scores, model = report.evaluation, shlex.quote(report.model or "MODEL")
     if scores is None or scores.kl_mean is None:
-        errors = [record.relative_error for record in report.layers if record.relative_error is not None]
-        off = f"; the last layer's output is off by {errors[-1]:.2%} on calibration text" if errors else ""
-        return [f"Not compared with the 16-bit model yet{off}.", f"Next: squawq eval OUT --reference {model}"]
+        return [_compared(report), f"Next: squawq eval OUT --reference {model}"]
     said = [f"{verdict(scores.kl_mean)}, top-1 agreement {scores.top1_agreement or 0:.1%}."]
     if scores.kl_mean >= VERDICTS[-2][0]:
         said.append("Next: a smaller --group-size, or calibration text of the kind that the model is used for.")
@@ -39,6 +37,23 @@ def headline(report: Report) -> list[str]:
     else:
         said.append("Next: load OUT in transformers, after import squawq.transformers")
     return said
+
+
+def _compared(report: Report) -> str:
+    """How far the result is from the 16-bit model as far as that is known without an evaluation."""
+    if report.read_back is not None:
+        return read_back(report.read_back)
+    errors = [record.relative_error for record in report.layers if record.relative_error is not None]
+    off = f"; the last layer's output is off by {errors[-1]:.2%} on calibration text" if errors else ""
+    return f"Not compared with the 16-bit model yet{off}."
+
+
+def read_back(row: ReadBackRow) -> str:
+    """What comparing the finished folder with the 16-bit model has shown."""
+    return (
+        f"The folder was read back and compared with the 16-bit model on {row.tokens:,} tokens ({row.text}): mean KL "
+        f"{number(row.kl_mean)} nats, same greedy token at {row.top1_agreement:.1%} of positions."
+    )
 
 
 def command(report: Report) -> str:
@@ -159,7 +174,10 @@ def summary(report: Report) -> list[str]:
         said.append("Weights were rounded to nearest without calibration; no loss was measured.")
     kept = len(report.kept_in_16_bits)
     said.append(f"{_count(kept, 'linear')} stayed in 16 bits; listed below." if kept else "Every linear is quantized.")
-    return said + _evaluated(report.evaluation)
+    evaluated = _evaluated(report.evaluation)
+    if report.read_back is not None and evaluated:  # else it is the headline
+        said.append(read_back(report.read_back))
+    return said + evaluated
 
 
 def _evaluated(scores: Evaluation | None) -> list[str]:
