@@ -97,7 +97,7 @@ class RealModel:
         if case.calibration not in (*KINDS, NO_CALIBRATION):
             if peer != "squawq":
                 return {"failed": f"takes calibration text only, not {case.calibration!r}", "kept": False}
-            told["calibration"] = case.calibration
+            told |= {"calibration": case.calibration, "seed": case.seed}  # the model's text depends on the seed
         try:
             found = self._measured(peer, case, told)
         except PeerFailed as error:

@@ -187,8 +187,10 @@ def test_a_whole_run(
     assert "takes calibration text only, not 'self'" in rows["| Peer", "self"]
     assert "| TypeError: not this model |" in rows["| Broken", "built-in"]
     assert "| stopped after 9 s |" in rows["| Slow", "built-in"]
-    told = [(rows, settings.get("calibration")) for peer, rows, settings in asked if peer == "squawq"]
-    assert told == [(3, None), (3, None), (3, None), (3, "self"), (3, "self")]
+    told = [
+        (rows, settings.get("calibration"), settings.get("seed")) for peer, rows, settings in asked if peer == "squawq"
+    ]
+    assert told == [(3, None, None)] * 3 + [(3, "self", 0), (3, "self", 1)]
     assert all(settings["device"] == "cpu" and settings["bits"] == 4 for _, _, settings in asked)
     before = len(asked)
     args.resume = True

@@ -2,9 +2,9 @@
 
     python squawq_quantize.py MODEL OUT ROWS.json SETTINGS
 
-SETTINGS: QuantConfig's fields as JSON, "device" and "calibration". The latter is what `squawq.quantize` takes by that
-name instead of the rows; the rows then say only how many there are and how long. The format has no 3 bits; they are
-simulated by integers 0..7 stored in 4 bits.
+SETTINGS: QuantConfig's fields as JSON, "device", and "calibration": what `squawq.quantize` gets by that name instead of
+the rows, which then only say how many there are and how long. The format has no 3 bits; they are simulated by integers
+0..7 stored in 4 bits.
 """
 
 import json
