@@ -1,4 +1,7 @@
-"""Measures a real model for quality.py: calibration and test texts of several kinds, some seeds, and the tables."""
+"""Measures a real model for quality.py: calibration and test texts of several kinds, some seeds, and the tables.
+
+Scores are those of `squawq.evaluate`; the 16-bit model runs once for all quantizers.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,14 @@ from texts import KINDS, LENGTH, TEST_ROWS, Rows, Texts
 
 import squawq
 from squawq.errors import SquawqError
+from squawq.evaluation.run import Final, Windows, final_states, score_windows
+from squawq.families import family_of
+from squawq.format.reader import Checkpoint
+from squawq.layerwise.blocks import Blocks
 
 NO_CALIBRATION = "none"
 SELF = "self"
-MEASURES: dict[str, str] = {  # names in the results of `squawq.evaluate`, and formats
+MEASURES: dict[str, str] = {  # names in `Score.summary`, and formats
     "kl_mean": ".4f",
     "kl_p99": ".3f",
     "top1_agreement": ".3f",
@@ -115,16 +122,26 @@ class RealModel:
         shutil.rmtree(out, ignore_errors=True)
         rows.write_text(json.dumps(self.rows(case)))
         outcome = quantize_apart(peer, self.peers[peer], self.model, out, rows, told, self.args.patience)
-        scores = {kind: self._scores(out, test) for kind, test in self.tests.items()}
+        mine, scores = self._final(out), {}
+        begin = 0
+        for kind, test in self.tests.items():
+            part = slice(begin, begin := begin + len(test))
+            finals = [Final(final.blocks, final.states[part]) for final in (mine, self._reference)]
+            found = score_windows(finals, Windows(torch.tensor(test), LENGTH))[0].summary()
+            scores[kind] = {name: found[name] for name in (*MEASURES, "reference_perplexity")}
         shutil.rmtree(out)
         return {**outcome, "tests": scores}
 
-    def _scores(self, out: Path, test: Rows) -> dict[str, float]:
-        ids = [token for row in test for token in row]
-        found = squawq.evaluate(
-            out, self.model, ids=ids, window=LENGTH, stride=LENGTH, max_tokens=len(ids), device=self.args.device
-        )
-        return {name: found[name] for name in (*MEASURES, "reference_perplexity")}
+    def _final(self, model: Path) -> Final:
+        """A model's states of all test rows."""
+        checkpoint = Checkpoint(model)
+        blocks = Blocks(checkpoint, family_of(checkpoint.config.model_type), self.args.device)
+        rows = torch.tensor([row for test in self.tests.values() for row in test])
+        return final_states(blocks, rows, lambda: None)
+
+    @cached_property
+    def _reference(self) -> Final:
+        return self._final(self.model)
 
     @cached_property
     def conditions(self) -> str:

@@ -13,6 +13,7 @@ import pytest
 from conftest import MakeModel
 
 from squawq.demo import demo_model
+from squawq.evaluation.run import evaluate
 from squawq.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def test_a_whole_run(
     """Quantizing is replaced by other weights; evaluating is real."""
     import quality_real
     from common import PeerFailed
+    from texts import Texts
 
     model = make_model(max_position_embeddings=512)
     (model / "rows.json").write_text(json.dumps(packed({"wiki": 10, "built_in": 4}, vocab=160)))
@@ -192,6 +194,13 @@ def test_a_whole_run(
     ]
     assert told == [(3, None, None)] * 3 + [(3, "self", 0), (3, "self", 1)]
     assert all(settings["device"] == "cpu" and settings["bits"] == 4 for _, _, settings in asked)
+    (kept,) = args.work.glob("*/rounding-none-0.json")
+    ids = [i for row in Texts.of(model, tmp_path).test("wiki", 2) for i in row]
+    again = evaluate(
+        make_model(name="other", seed=1, max_position_embeddings=512), model, ids=ids, window=512, stride=512
+    )
+    for name, score in json.loads(kept.read_text())["tests"]["wiki"].items():
+        assert score == pytest.approx(again[name], rel=1e-6)
     before = len(asked)
     args.resume = True
     quality_real.measure_real(quantizers, ["rounding", "squawq", "Peer"], peers, args)
