@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[str, ...]] = {  # sources by kind of text
     BUILT_IN: ("built_in",),
     "wiki": ("wiki",),
     "mixture": ("maths", "plays", "stories"),
-    "languages": ("finnish", "french", "german", "portuguese", "swedish"),
+    "languages": ("finnish", "french", "german", "portuguese"),
     "code": ("code",),
 }
 TEST_ROWS = {"wiki": 96, "mixture": 56, "languages": 56, "code": 56}
