@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,14 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
     Console(width=width).print(table)
 
 
+class PeerFailed(SystemExit):
+    """A peer's script has failed. Ends the benchmark with its error messages if nothing catches it."""
+
+    def __init__(self, command: str, errors: str) -> None:
+        super().__init__(f"{command} failed:\n{errors[-3000:]}")
+        self.reason = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "no error message")
+
+
 def quantize_apart(
     peer: str,
     python: str,
@@ -36,14 +44,15 @@ def quantize_apart(
 ) -> dict[str, Any]:
     """Run peers/PEER_quantize.py with the interpreter of its environment.
 
-    Returns `seconds` (of quantization alone) and `peak_bytes`. rows: a JSON file with lists of token ids. If the peer
-    fails, the benchmark ends with the peer's error message. Raises subprocess.TimeoutExpired, and stops the peer, after
-    `patience` seconds.
+    Returns `seconds` (of quantization alone) and `peak_bytes` of host memory. rows: a JSON file with lists of token
+    ids. settings: "device" is the CPU by default; the peer then sees no GPU. Raises PeerFailed if the peer fails, and
+    subprocess.TimeoutExpired after `patience` seconds, when the peer is stopped.
     """
     script = PEERS / f"{peer}_quantize.py"
     command = [python, str(script), str(model), str(out), str(rows), json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if settings.get("device", "cpu") == "cpu" else {}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience, env=os.environ | hidden)
     if done.returncode:
-        sys.exit(f"{python} {script.name} failed:\n{done.stderr[-3000:]}")
+        raise PeerFailed(f"{python} {script.name}", done.stderr)
     outcome: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return outcome

@@ -1,7 +1,10 @@
 """Compares quantizers on the same model and calibration tokens: KL to the 16-bit model, perplexity, time, memory.
 
     python benchmarks/quality.py --work FOLDER [--data ../shared/data] [--mixed FOLDER] [--peer autoawq=PYTHON ...]
-                                 [--models demo twin ...] [--quantizers squawq AutoAWQ ...] [--bits 3] [--fresh]
+                                 [--models demo twin ...] [--quantizers squawq AutoAWQ ...] [--bits 3] [--device cuda]
+                                 [--fresh]
+    python benchmarks/quality.py --work FOLDER --real MODEL [--seeds 3] [--calibrations built-in wiki self ...]
+                                 [--tests wiki mixture ...] [--patience SECONDS] [--resume] [... as above]
 
 PYTHON is the interpreter of a peer's own environment (benchmarks/peers/README.md); peers that are not given are
 skipped. FOLDER keeps the peers' results and figures by model and tokens. A second run measures only squawq again and
@@ -10,6 +13,13 @@ evaluated by `squawq.evaluate` on text that is not in the calibration. The forma
 write dequantized weights, and squawq's are integers 0..7 stored in 4 bits. All models but the mixed one are calibrated
 on the stories in --data, or on the built-in set. The bundled model, its twin and the mixed one were trained on their
 calibration text.
+
+--real measures a pretrained model of any family instead, by `texts.py`'s kinds of text: every calibration with every
+test, and with several seeds, which decide the calibration rows. Figures are means over the seeds, with the least and
+the largest in brackets. MODEL is a 16-bit folder, such as a download of Gemma 3 270M from the Hub, with its tokenizer,
+or with the texts as token rows in rows.json (`texts.py`). A calibration that is no kind of text is handed to
+`squawq.quantize` as it is, with the seed. A quantizer that fails has the reason in its row. --resume keeps squawq's
+figures too.
 """
 
 from __future__ import annotations
@@ -27,6 +37,8 @@ from typing import Any
 
 from common import print_table, quantize_apart
 from outliers import make_twin
+from quality_real import SELF, measure_real
+from texts import BUILT_IN, KINDS, TEST_ROWS
 
 import squawq
 from squawq.demo import demo_model
@@ -99,15 +111,16 @@ class Bench:
     def figures(self, name: str, peers: dict[str, str]) -> dict[str, Any]:
         """Results of one quantizer; `kept` marks those measured in an earlier run."""
         environment, settings = QUANTIZERS[name]
-        out = self.folder / f"{name.replace(' ', '-')}-{self.args.bits}"
+        out = self.folder / f"{name.replace(' ', '-')}-{self.args.bits}{self.args.device.replace('cpu', '')}"
         kept = out.with_suffix(".json")
-        settings = settings | {"bits": self.args.bits}
+        settings = settings | {"bits": self.args.bits, "device": self.args.device}
         if environment != "squawq" and kept.exists() and not self.args.fresh:
             found: dict[str, Any] = json.loads(kept.read_text())
             return found | {"kept": True}
         shutil.rmtree(out, ignore_errors=True)
         outcome = quantize_apart(environment, peers[environment], self.model, out, self.rows, settings)
-        scores = squawq.evaluate(out, self.model, ids=self.held_back, window=WINDOW, stride=WINDOW)
+        device = self.args.device
+        scores = squawq.evaluate(out, self.model, ids=self.held_back, window=WINDOW, stride=WINDOW, device=device)
         figures = outcome | {k: scores[k] for k in ("kl_mean", "perplexity", "reference_perplexity", "tokens")}
         kept.write_text(json.dumps(figures))
         return {**figures, "kept": False}
@@ -156,15 +169,34 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("demo", "twin", "babyllama", "mixed"), default=["demo", "twin"])
     parser.add_argument("--quantizers", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
     parser.add_argument("--bits", type=int, choices=(3, 4), default=4)
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for quantizing and evaluating")
+    parser.add_argument("--rows", type=int, help="calibration rows; by default 64, of --real 128")
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=20_000, help="held-back tokens to measure on")
     parser.add_argument("--fresh", action="store_true", help="keep nothing of earlier runs")
+    real = parser.add_argument_group("a real model")
+    real.add_argument("--real", type=Path, metavar="MODEL", help="a pretrained model's folder")
+    real.add_argument("--seeds", type=int, default=1, help="how many draws of calibration rows")
+    real.add_argument(
+        "--calibrations",
+        nargs="+",
+        default=[BUILT_IN, "wiki"],
+        metavar="KIND",
+        help=f"of {', '.join(KINDS)}; anything else (such as {SELF}) is handed to squawq.quantize",
+    )
+    real.add_argument("--tests", nargs="+", choices=TEST_ROWS, metavar="KIND", help=f"of {', '.join(TEST_ROWS)}")
+    real.add_argument("--test-rows", type=int, help="at most so many of a kind")
+    real.add_argument("--patience", type=float, help="stop a quantizer after this many seconds")
+    real.add_argument("--resume", action="store_true", help="keep squawq's figures of an earlier run too")
     args = parser.parse_args()
+    args.rows = args.rows or (64 if args.real is None else 128)
     if "mixed" in args.models and args.mixed is None:
         parser.error("--models mixed needs --mixed FOLDER")
     peers = dict(peer.split("=", 1) for peer in args.peer) | {"squawq": sys.executable}
     wanted = [name for name in args.quantizers if QUANTIZERS[name][0] in peers]
+    if args.real is not None:
+        measure_real(QUANTIZERS, wanted, peers, args)
+        return
     for name, subject in subjects(args.models, args.data, args.mixed, args.work).items():
         bench = Bench(subject, name, args)
         measured = {}

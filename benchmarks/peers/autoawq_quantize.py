@@ -1,6 +1,8 @@
-"""Quantize with AutoAWQ 0.2.9 on a CPU; runs in AutoAWQ's own environment, which does not have squawq.
+"""Quantize with AutoAWQ 0.2.9; runs in AutoAWQ's own environment, which does not have squawq.
 
-python autoawq_quantize.py MODEL OUT ROWS.json SETTINGS    (SETTINGS: {"bits": 4}; 3 writes a dense folder)
+python autoawq_quantize.py MODEL OUT ROWS.json SETTINGS    (SETTINGS: {"bits": 4, "device": "cuda"})
+
+With other than 4 bits OUT is a dense folder.
 """
 
 import json
@@ -15,10 +17,11 @@ torch.Tensor.cpu = lambda self, *a, **k: live_cpu(self, *a, **k).clone()  # type
 
 from awq import AutoAWQForCausalLM  # noqa: E402
 
-model_path, out, rows_path, settings = sys.argv[1:5]
+model_path, out, rows_path, raw = sys.argv[1:5]
 rows = read_rows(rows_path)
-bits = json.loads(settings)["bits"]
-model = AutoAWQForCausalLM.from_pretrained(model_path, device_map="cpu", torch_dtype=torch.float32, use_cache=False)
+settings = json.loads(raw)
+bits, device = settings["bits"], settings.get("device", "cpu")
+model = AutoAWQForCausalLM.from_pretrained(model_path, device_map=device, torch_dtype=torch.float32, use_cache=False)
 config = {"zero_point": True, "q_group_size": 128, "w_bit": bits, "version": "GEMM"}
 clock = Clock()
 model.quantize(

@@ -2,8 +2,8 @@
 
     python autoround_quantize.py MODEL OUT ROWS.json SETTINGS
 
-SETTINGS: {"bits": 4, "iters": 200, "awq": true, "amp": false}. Asymmetric, groups of 128; 4 bits are exported as
-auto_awq, others as a dense folder of the dequantized weights.
+SETTINGS: {"bits": 4, "iters": 200, "awq": true, "amp": false, "device": "cuda"}. Asymmetric, groups of 128; 4 bits are
+exported as auto_awq, others as a dense folder of the dequantized weights.
 """
 
 import json
@@ -14,8 +14,8 @@ import torch
 from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.transforms.awq.config import AWQConfig
-from outcome import Clock, read_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from outcome import Clock, read_rows, tokenizer_of
+from transformers import AutoModelForCausalLM
 
 BATCH = 8
 
@@ -27,7 +27,7 @@ if settings["awq"]:
     steps.insert(0, AWQConfig(**settings.get("awq_config", {})))
 rounder = AutoRound(
     model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
-    tokenizer=AutoTokenizer.from_pretrained(model_path),
+    tokenizer=tokenizer_of(model_path),
     scheme="W4A16",
     bits=settings["bits"],
     group_size=128,
@@ -37,7 +37,7 @@ rounder = AutoRound(
     nsamples=len(rows),
     seqlen=rows.shape[1],
     batch_size=BATCH,
-    device_map="cpu",
+    device_map=settings.get("device", "cpu"),
     amp=settings.get("amp", True),
     low_cpu_mem_usage=False,
 )

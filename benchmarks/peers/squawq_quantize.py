@@ -1,8 +1,10 @@
 """Quantize with squawq in its own process, so that all sides of a comparison start alike.
 
-    python squawq_quantize.py MODEL OUT ROWS.json SETTINGS    (SETTINGS: QuantConfig's fields as JSON)
+    python squawq_quantize.py MODEL OUT ROWS.json SETTINGS
 
-The format has no 3 bits; they are simulated by integers 0..7 stored in 4 bits.
+SETTINGS: QuantConfig's fields as JSON, "device", and "calibration": what `squawq.quantize` gets by that name instead of
+the rows, which then only say how many there are and how long. The format has no 3 bits; they are simulated by integers
+0..7 stored in 4 bits.
 """
 
 import json
@@ -23,9 +25,10 @@ model, out, rows_path, settings = sys.argv[1:5]
 rows = read_rows(rows_path)
 fields = json.loads(settings)
 groupwise.LEVELS = rounding.LEVELS = 2 ** fields.pop("bits", 4) - 1  # type: ignore[attr-defined]
+device, calibration = fields.pop("device", "cpu"), fields.pop("calibration", rows)
 config = QuantConfig(**fields, samples=len(rows), seqlen=len(rows[0]))
 quantize = squawq.quantize
 clock = Clock()
-quantize(model, out, config, calibration=None if config.method == "rtn" else rows)
+quantize(model, out, config, calibration=None if config.method == "rtn" else calibration, device=device)
 clock.stop()
 clock.report()

@@ -79,6 +79,15 @@ def test_score_by_hand() -> None:
     assert summary["perplexity"] == pytest.approx(4)
 
 
+def test_percentile_by_rank() -> None:
+    """Of 1 to n, the 99th percentile is ceil(0.99 n)."""
+    for n, expected in ((1, 1), (99, 99), (100, 99), (101, 100), (1000, 990)):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+        score = Score(tokens=n, divergence=[order[: n // 3] + 1.0, order[n // 3 :] + 1.0])
+        assert score.summary()["kl_p99"] == expected
+        assert score.summary()["kl_mean"] == pytest.approx((n + 1) / 2)
+
+
 def test_known_perplexity_of_babyllama() -> None:
     """2.544 in 32 bits and 2.647 by AutoAWQ: the figures that came with the data, measured elsewhere."""
     source, awq = shared_data("babyllama-tok361") / "hf-g128", shared_data("autoawq-babyllama")

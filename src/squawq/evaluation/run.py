@@ -125,7 +125,7 @@ def evaluate(
 
     opened = [Blocks(c, family_of(c.config.model_type), device) for c in (checkpoint, other) if c is not None]
     finals = [Final(blocks, blocks.last_states(cut.ids, step)) for blocks in opened]
-    score, by_position = _score(finals, cut, checkpoint.config.vocab_size)
+    score, by_position = score_windows(finals, cut)
     found = {**score.summary(), "text": name, "window": window, "stride": cut.stride, "kl_by_position": by_position}
     return Record(found)
 
@@ -148,12 +148,19 @@ class Final:
 
 
 @torch.inference_mode()
-def _score(finals: Sequence[Final], cut: Windows, vocab_size: int) -> tuple[Score, list[float]]:
-    """Score the positions of all windows, some rows of logits at a time; also mean KL by position."""
+def score_windows(finals: Sequence[Final], cut: Windows) -> tuple[Score, list[float]]:
+    """Score all windows of a model and, after it, of its reference, some rows of logits at a time.
+
+    Returns:
+        The score, and the mean KL at each position.
+
+    Raises:
+        CheckpointError: A model's logits are not finite, or its perplexity overflows.
+    """
     heads = [final.blocks.logits() for final in finals]
     score = Score()
     sums, counts = torch.zeros(cut.ids.shape[1], dtype=torch.float64), torch.zeros(cut.ids.shape[1])
-    rows = max(1, LOGITS // vocab_size)
+    rows = max(1, LOGITS // finals[0].blocks.checkpoint.config.vocab_size)
     for index in range(len(cut.ids)):
         span = cut.scored(index)
         for start in range(span.start, span.stop, rows):
