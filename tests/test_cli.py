@@ -42,7 +42,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert re.search(r"model\.layers\.7  output off by \d+\.\d+% \(plain rounding: \d+\.\d+%\)", done.stderr)
     assert "14.7 MB → 5.4 MB: " in done.stderr
     assert "the embedding is 2.1 MB of them" in done.stderr
-    compared = r"read back and compared with the 16-bit model on 512 tokens \(calibration text\): mean KL [\d.e-]+ nats"
+    compared = r"read back and compared with the 16-bit model on 256 tokens \(calibration text\): mean KL [\d.e-]+ nats"
     assert re.search(compared, done.stderr)
     assert f"squawq eval {out} --reference {DEMO}\n" in done.stderr  # one line, however long
     assert f"squawq chat {out}, or squawq serve {out}\n" in done.stderr
