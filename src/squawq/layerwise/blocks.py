@@ -135,11 +135,11 @@ class Blocks:
         blocks, tokens = part.shape[:2]
         given = self.meta_model.arguments(blocks, tokens, part.dtype)[index]
         arguments = {name: value for name, value in given.items() if name in accepted}
-        with refusing(self.meta_model.where):
-            if tensors is None:
+        if tensors is None:
+            with refusing(self.meta_model.where):
                 result = module(part, **arguments)
-            else:
-                result = functional_call(module, dict(tensors), (part,), arguments)
+        else:  # autograd may call this again, and end it by an exception of its own
+            result = functional_call(module, dict(tensors), (part,), arguments)
         result = result[0] if isinstance(result, tuple) else result
         return result.view(part.shape)  # type: ignore[no-any-return]
 
