@@ -49,12 +49,8 @@ def quantize(
         typer.Option(help="Hessian damping, as a share of its diagonal; raise it for little text (squawq)"),
     ] = QuantConfig.damping,
     tune: Annotated[
-        bool | None,
-        typer.Option(
-            help="After the layers, tune all scales to the 16-bit model's predictions",
-            show_default="on an NVIDIA GPU with room for it",
-        ),
-    ] = None,
+        bool, typer.Option("--tune", help="After the layers, tune all scales to the 16-bit model's predictions")
+    ] = False,
     skip: Annotated[
         list[str] | None, typer.Option(help="Keep linears whose name contains this in 16 bits; repeatable")
     ] = None,

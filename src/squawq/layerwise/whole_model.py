@@ -40,7 +40,7 @@ class WholeModel:
         self._cache_name = "cache" if renamed else "past_key_values"
         outer = {n: names.read(n, s).to(blocks.device, dtype) for n, s in meta_model.outer.items()}
         outer.setdefault(f"{family.head}.weight", outer[f"{family.embedding}.weight"])
-        meta_model.put(outer)
+        meta_model.put(outer, dtype)
         for index, layer in enumerate(blocks.layers):
             if resident:
                 Block(blocks, index).cast(dtype)

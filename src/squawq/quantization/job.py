@@ -42,7 +42,7 @@ from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import DEFAULT_SAMPLES, Calibration, token_blocks
 from squawq.quantization.self_calibration import SOURCES, SelfCalibration
-from squawq.quantization.tuning import needed_bytes
+from squawq.quantization.tuning import check_tuning
 from squawq.report.files import REPORT, public_name
 from squawq.text.tokenizer import Tokenizer
 
@@ -147,7 +147,7 @@ def prepare(
     blocks.check()
     config = replace(config, dtype=_stored_dtype(config, blocks))
     plans = _plans(blocks, config)
-    config = replace(config, tune=_tunes(config, blocks, plans))
+    check_tuning(config, blocks, plans)
     tokens = generated = None
     if config.method == "rtn" and calibration is not None:
         raise ConfigError("method 'rtn' needs no text; leave the calibration out, or use another method")
@@ -167,22 +167,6 @@ def prepare(
     same = identity(checkpoint, config, tokens if generated is None else generated, device)
     size = _result_bytes(blocks, plans, config)
     return Work(blocks, plans, config, tokens, generated, folder, same, public_name(model), size)
-
-
-def _tunes(config: QuantConfig, blocks: Blocks, plans: Sequence[LayerPlan]) -> bool:
-    """Whether to tune. Raises ConfigError if that was asked for and is not possible."""
-    if config.tune is False or (config.tune is None and config.method != "squawq"):
-        return False
-    if config.method == "rtn":
-        raise ConfigError("tune is True, but method 'rtn' has no calibration text to tune on; leave it out")
-    device, vocab = torch.device(blocks.device), blocks.checkpoint.config.vocab_size
-    needed = needed_bytes(plans, (vocab, blocks.checkpoint.config.hidden_size), config.seqlen or 0)
-    if device.type != "cuda":
-        return config.tune is True
-    room = torch.cuda.get_device_properties(device).total_memory * 0.9
-    if needed > room and config.tune:
-        raise ConfigError(f"tune is True, but tuning needs {needed / 1e9:.0f} GB on a GPU of {room / 0.9e9:.0f} GB")
-    return needed <= room
 
 
 def _plans(blocks: Blocks, config: QuantConfig) -> list[LayerPlan]:

@@ -191,12 +191,12 @@ def _quantize_layers(
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
     done = ranks.broadcast(lambda: [job.record(part) for part in range(1, layers + 1)])
     runs_in = engines_line(work.blocks.checkpoint.config, work.config)
+    if ranks.first and None in done:
+        job.forget_tuning()
     tunes = work.config.tune and ranks.broadcast(lambda: job.tuning() is None)
     observer.start(layers, tokens, sum(r is not None for r in done), runs_in)
     for index, record in enumerate(done):
         if record is None:
-            if ranks.first:
-                job.forget_tuning()
             record = _quantize_layer(work, index, streams, job, ranks, checks)
         else:
             _skip_layer(work, index, streams if tunes or not all(done[index:]) else None, job, ranks, checks)

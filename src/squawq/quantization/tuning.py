@@ -20,9 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from squawq.engine.capacity import free_memory, gib
+from squawq.errors import ConfigError
 from squawq.format.groupwise import PACKED, from_gemm
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import LayerPlan
+from squawq.quant_config import QuantConfig
 from squawq.report.schema import TuningRow
 
 STEPS = 300
@@ -200,8 +203,24 @@ def steps_for(blocks: int, tokens: int) -> int:
     return max(1, min(STEPS, PASSES * (blocks - blocks // HELD_BACK) * tokens // BATCH))
 
 
-def needed_bytes(plans: Sequence[LayerPlan], head: tuple[int, int], tokens: int) -> int:
-    """About the memory that tuning takes.
+def check_tuning(config: QuantConfig, blocks: Blocks, plans: Sequence[LayerPlan]) -> None:
+    """Raise ConfigError if scales are to be tuned, and cannot be."""
+    if not config.tune:
+        return
+    if config.method == "rtn":
+        raise ConfigError("tune is True, but method 'rtn' has no calibration text to tune on; leave it out")
+    size = blocks.checkpoint.config.vocab_size, blocks.checkpoint.config.hidden_size
+    needed, device = _needed(plans, size, config.seqlen or 0), torch.device(blocks.device)
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if needed > room:
+        raise ConfigError(
+            f"tune is True, but tuning needs about {gib(needed)} of memory on {device}, and {gib(room)} are free; "
+            "leave it out, or use a larger device"
+        )
+
+
+def _needed(plans: Sequence[LayerPlan], head: tuple[int, int], tokens: int) -> int:
+    """About the bytes that tuning takes.
 
     Args:
         plans: Of the layers.
