@@ -91,6 +91,12 @@ class ModelConfig:
     raw: Mapping[str, Any]
 
     @property
+    def bos_id(self) -> int | None:
+        """The BOS token's id, if config.json has one that the model knows."""
+        found = {**self.raw, **(self.raw.get("text_config") or {})}.get("bos_token_id")
+        return found if isinstance(found, int) and 0 <= found < self.vocab_size else None
+
+    @property
     def heads(self) -> tuple[int, int, int]:
         """(query heads, key-value heads, head_dim)."""
         return self.num_heads, self.num_kv_heads, self.head_dim

@@ -113,6 +113,11 @@ class LayerProgress:
         for note in record["notes"]:
             console.print(f"{record['name']}  note: {note}", style="yellow")
 
+    def tuning(self, step: int, steps: int) -> None:
+        if step == 1:
+            self._tuning = self._bar.add_task("tuning scales", total=steps)
+        self._bar.update(self._tuning, completed=step)
+
     def read_back(self, layers: int) -> None:
         if layers == 1:
             console.print("comparing the finished folder with the 16-bit model")

@@ -147,7 +147,7 @@ def test_sampled_by_the_models_distribution(way: Way, make_model: MakeModel, mon
     """Chi-squared of the second token's counts, by the logits after the first."""
     way(monkeypatch)
     folder, count, start = make_model(), 4000, 5
-    plan = SelfCalibration(count, torch.empty(0, 2, dtype=torch.int64), 2, 0, (start,), frozenset())
+    plan = SelfCalibration(count, torch.empty(0, 2, dtype=torch.int64), 0, 2, 0, (start,), frozenset())
     found = plan.tokens(Checkpoint(folder), "cpu", silent)
     expected = count * logits(folder, torch.tensor([[start]]))[0, 0].double().softmax(-1)
     observed = torch.bincount(found[:, 1], minlength=len(expected))
@@ -191,11 +191,11 @@ def test_mixed_with_the_built_in_set(model: Path) -> None:
     plan = plan_of(model, "self+builtin")
     found = plan.tokens(Checkpoint(model), "cpu", silent)
     assert (plan.rows, plan.shape) == (3, (ROWS, SEQLEN))
-    assert torch.equal(found[3:], plan.builtin)
+    assert torch.equal(found[3:], plan.given)
     assert torch.equal(found[:3], tokens(model)[:3])
     many = SelfCalibration.of("self+builtin", Checkpoint(model), rows=10_000, seqlen=256, seed=0)
-    assert 0 < len(many.builtin) < 5000  # all there is; the model generates the rest
-    assert many.rows + len(many.builtin) == 10_000
+    assert 0 < len(many.given) < 5000  # all there is; the model generates the rest
+    assert many.rows + len(many.given) == 10_000
 
 
 def test_killed_after_generation(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ def quantize(
         float,
         typer.Option(help="Hessian damping, as a share of its diagonal; raise it for little text (squawq)"),
     ] = QuantConfig.damping,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="After the layers, tune all scales to the 16-bit model's predictions")
+    ] = False,
     skip: Annotated[
         list[str] | None, typer.Option(help="Keep linears whose name contains this in 16 bits; repeatable")
     ] = None,
@@ -100,6 +103,7 @@ def quantize(
         refine=refine,
         sequential=sequential,
         damping=damping,
+        tune=tune,
         dtype=dtype,
         samples=samples,
         seqlen=seqlen,

@@ -79,6 +79,12 @@ class StoppableProgress(LayerProgress):
         self._layers = layers
         self._stop("before the first layer")
 
+    def tuning(self, step: int, steps: int) -> None:
+        if self._shown:
+            super().tuning(step, steps)
+        if step < steps:
+            self._stop(f"in step {step} of {steps} of tuning, which begins again")
+
     def layer(self, record: Mapping[str, Any]) -> None:
         if self._shown:
             super().layer(record)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from squawq.families import Family
 from squawq.format.groupwise import PACKED, from_gemm
@@ -117,6 +118,30 @@ class Blocks:
         if head not in outer:
             outer[head] = convert(self.names.read(embedding, shapes[embedding]))
         return outer
+
+    def call(
+        self, index: int, module: nn.Module, states: Tensor, tensors: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Output of a layer, or of a module in it, for hidden states [blocks, tokens, hidden] of its dtype.
+
+        Args:
+            index: Which decoder layer.
+            module: The layer or the module.
+            states: Hidden states, on any device.
+            tensors: Instead of the module's parameters, by name in the module; None: its own.
+        """
+        part = states.to(self.device)
+        accepted = signature(module.forward).parameters
+        blocks, tokens = part.shape[:2]
+        given = self.meta_model.arguments(blocks, tokens, part.dtype)[index]
+        arguments = {name: value for name, value in given.items() if name in accepted}
+        if tensors is None:
+            with refusing(self.meta_model.where):
+                result = module(part, **arguments)
+        else:  # autograd may call this again, and end it by an exception of its own
+            result = functional_call(module, dict(tensors), (part,), arguments)
+        result = result[0] if isinstance(result, tuple) else result
+        return result.view(part.shape)  # type: ignore[no-any-return]
 
     @contextmanager
     def open(self, index: int, stored: Mapping[str, Tensor] | None = None) -> Iterator[Block]:
@@ -256,14 +281,7 @@ class Block:
         yield from (slice(start, start + step) for start in range(0, blocks, step))
 
     def _call(self, module: nn.Module, states: Tensor) -> Tensor:
-        part = states.to(self.device)
-        accepted = signature(module.forward).parameters
-        blocks, tokens = part.shape[:2]
-        given = self._blocks.meta_model.arguments(blocks, tokens, part.dtype)[self.index]
-        with refusing(self._blocks.meta_model.where):
-            result = module(part, **{name: value for name, value in given.items() if name in accepted})
-        result = result[0] if isinstance(result, tuple) else result
-        return result.view(part.shape)  # type: ignore[no-any-return]
+        return self._blocks.call(self.index, module, states)
 
     @contextmanager
     def input_hooks(self, hooks: Mapping[str, InputHook]) -> Iterator[None]:

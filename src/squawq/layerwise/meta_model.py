@@ -156,7 +156,6 @@ class MetaModel:
             parameter = nn.Parameter(part.to(self.device, dtype), requires_grad=False)
             setattr(self.model.get_submodule(owner), kind, parameter)
 
-    @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """[blocks, tokens, vocab] from the last layer's output: final norm, head, and what the model does to logits."""
         ids = self._no_ids(*states.shape[:2])

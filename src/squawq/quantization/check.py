@@ -165,8 +165,6 @@ class Rows:
                 name = "token ids over the whole vocabulary"
         blocks = torch.linspace(0, len(tokens) - 1, min(ROWS, len(tokens))).round().long()
         ids = tokens[blocks, :length].clone()
-        raw = checkpoint.config.raw
-        bos = {**raw, **(raw.get("text_config") or {})}.get("bos_token_id")
-        if isinstance(bos, int) and 0 <= bos < vocabulary:
+        if (bos := checkpoint.config.bos_id) is not None:
             ids[:, 0] = bos
         return cls(ids, name)

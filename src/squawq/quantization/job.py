@@ -42,11 +42,14 @@ from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import DEFAULT_SAMPLES, Calibration, token_blocks
 from squawq.quantization.self_calibration import SOURCES, SelfCalibration
+from squawq.quantization.tuning import check_tuning
 from squawq.report.files import REPORT, public_name
 from squawq.text.tokenizer import Tokenizer
 
 JOB = "squawq_job.json"
 PART = "squawq_part_"
+TUNING = "squawq_tuning.json"  # the report's row, once scales are tuned
+TUNED = "squawq_tuned_scales"  # a safetensors file, until they are in the parts
 GENERATED = "squawq_calibration.ids"  # a safetensors file by another name: no loader may take it for weights
 SCRATCH = ".squawq-scratch"  # in OUT.partial, for temporary files; removed when the job ends
 
@@ -104,7 +107,7 @@ class Work:
     plans: list[LayerPlan]  # by layer
     config: QuantConfig  # without "auto"
     tokens: Tensor | None  # calibration blocks int64 [blocks, seqlen]; None for plain rounding, or until generated
-    generated: SelfCalibration | None  # how the model generates the calibration blocks, if it does
+    generated: SelfCalibration | None  # how the model generates calibration blocks or text for tuning, if it does
     out: Path
     identity: dict[str, Any]  # what another run must have to resume this one
     name: str  # of the model, in the report
@@ -114,7 +117,7 @@ class Work:
     def calibration_blocks(self) -> int | None:
         """How many calibration blocks there are, or will be; None for plain rounding."""
         if self.generated is not None:
-            return self.generated.shape[0]
+            return self.generated.calibration_rows
         return None if self.tokens is None else len(self.tokens)
 
 
@@ -128,6 +131,10 @@ def prepare(
         raise ConfigError(
             f"calibration {own!r} runs the whole model, whose files stream keeps only in part; choose one"
         )
+    if config.tune and config.method == "rtn":
+        raise ConfigError("tune is True, but method 'rtn' runs no text; leave it out, or use another method")
+    if config.tune and stream:
+        raise ConfigError("tune runs the whole model, whose files stream keeps only in part; choose one")
     checkpoint = open_streamed(model, _partial(Path(out).resolve()) / SCRATCH) if stream else Checkpoint(resolve(model))
     family, positions = family_of(checkpoint.config.model_type), checkpoint.config.max_positions
     if checkpoint.config.quant is not None:
@@ -149,9 +156,9 @@ def prepare(
         raise ConfigError("method 'rtn' needs no text; leave the calibration out, or use another method")
     if own is not None:
         rows, seqlen = config.samples or DEFAULT_SAMPLES, config.seqlen or 0
-        generated = SelfCalibration.of(own, checkpoint, rows=rows, seqlen=seqlen, seed=config.seed)
-    elif config.seed != QuantConfig.seed:
-        raise ConfigError(f"seed is {config.seed}, but only calibration 'self' samples; leave it out")
+        generated = SelfCalibration.of(own, checkpoint, rows=rows, seqlen=seqlen, seed=config.seed, tune=config.tune)
+    elif config.seed != QuantConfig.seed and not config.tune:
+        raise ConfigError(f"seed is {config.seed}, but only calibration 'self' and tune sample text; leave it out")
     elif config.method != "rtn":
         tokens = token_blocks(
             calibration,
@@ -160,6 +167,10 @@ def prepare(
             samples=config.samples,
             vocab_size=checkpoint.config.vocab_size,
         )
+        if config.tune:
+            generated = SelfCalibration.beside(tokens, checkpoint, config.seed)
+    if config.tune and generated is not None:
+        check_tuning(blocks, plans, generated.shape)
     same = identity(checkpoint, config, tokens if generated is None else generated, device)
     size = _result_bytes(blocks, plans, config)
     return Work(blocks, plans, config, tokens, generated, folder, same, public_name(model), size)
@@ -302,7 +313,7 @@ class Job:
     def _notes(self, folder: Path) -> list[Path]:
         """The files that are only needed to resume."""
         parts = (folder / self._record_path(part).name for part in range(self.layers + 2))
-        return [folder / JOB, folder / GENERATED, *parts]
+        return [folder / JOB, folder / GENERATED, folder / TUNING, folder / TUNED, *parts]
 
     def _record_path(self, part: int) -> Path:
         return self.partial / f"{PART}{part:05d}.json"
@@ -354,6 +365,35 @@ class Job:
         if ids is None or ids.dtype != torch.int64 or tuple(ids.shape) != shape:
             raise CheckpointError(f"{path}: damaged; remove {self.partial} to start over")
         return ids
+
+    def tuning(self) -> dict[str, Any] | None:
+        """The report's row of tuning; None if scales are not tuned yet. Writes what an earlier run has tuned."""
+        if not has_file(self.partial / TUNING):
+            return None
+        row = read_json(self.partial / TUNING)
+        if row.pop("pending"):
+            if not has_file(self.partial / TUNED):
+                return None
+            self._write_scales(row)
+        return row
+
+    def commit_tuning(self, scales: Mapping[str, Tensor], row: Mapping[str, Any]) -> None:
+        """Replace scales, by name in the checkpoint, in all parts. A killed run does the rest when it resumes."""
+        write_json(self.partial / TUNING, {**row, "pending": True})
+        write_shard(self.partial / TUNED, scales)
+        self._write_scales(row)
+
+    def _write_scales(self, row: Mapping[str, Any]) -> None:
+        scales = read_shard(self.partial / TUNED)
+        for part in range(1, self.layers + 1):
+            tensors = {name: scales.get(name, tensor) for name, tensor in self.tensors(part).items()}
+            self.commit(part, tensors, self.record(part) or {})
+        write_json(self.partial / TUNING, {**row, "pending": False})
+
+    def forget_tuning(self) -> None:
+        """A layer is quantized anew: scales are tuned again."""
+        for name in (TUNING, TUNED):
+            (self.partial / name).unlink(missing_ok=True)
 
     def require_room(self, size: int, scratch: int = 0) -> None:
         """Raise OutputError if the disk lacks room for a result of `size` bytes and `scratch` bytes beside it."""

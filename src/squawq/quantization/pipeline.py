@@ -36,6 +36,7 @@ from squawq.quantization.job import Job, Work, prepare
 from squawq.quantization.layer import LayerResult, quantize_layer, round_layer
 from squawq.quantization.precision import float32_products
 from squawq.quantization.states import Streams, default_states_memory
+from squawq.quantization.tuning import tune
 from squawq.report.files import REPORT, public_name, write_report
 from squawq.report.schema import Report
 from squawq.showing import Record
@@ -60,6 +61,9 @@ class Observer(Protocol):
     def layer(self, record: Mapping[str, Any]) -> None:
         """Called after each layer with its row of the report."""
 
+    def tuning(self, step: int, steps: int) -> None:
+        """Called on rank 0 after each step of tuning with its number, from 1 on, and the count of all."""
+
     def read_back(self, layers: int) -> None:
         """Called on rank 0 after each layer of the finished folder that was read back, with their number so far."""
 
@@ -68,6 +72,7 @@ class _Silent:
     def generating(self, what: str, done: int, total: int) -> None: ...
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None: ...
     def layer(self, record: Mapping[str, Any]) -> None: ...
+    def tuning(self, step: int, steps: int) -> None: ...
     def read_back(self, layers: int) -> None: ...
 
 
@@ -129,14 +134,19 @@ def quantize(
             report = ranks.broadcast(lambda: _begin(work, job))
             if report is None:
                 watching, streams = shown or observer or _Silent(), None
+                rows = None
                 if work.generated is not None:
-                    work = replace(work, tokens=ranks.broadcast(partial(_generated, work, job, watching)))
+                    rows = ranks.broadcast(partial(_generated, work, job, watching))
+                    work = replace(work, tokens=rows[: work.generated.calibration_rows])
                 if work.tokens is not None and share is not None:
                     sequential, folder = work.config.sequential, work.out.parent
                     memory = default_states_memory(work.blocks.device) if states_memory is None else states_memory
                     streams = Streams.embedded(work.blocks, work.tokens, share, sequential, folder, memory)
                 checks = _Checks(work, job) if ranks.first else None
                 _quantize_layers(work, streams, job, watching, ranks, checks)
+                streams = None  # large
+                if rows is not None and work.config.tune:
+                    ranks.broadcast(partial(_tune, work, rows, job, watching))
                 report = ranks.broadcast(partial(_finish, work, job, checks, watching, calibration))
     if shown is not None and not shown.started:
         console.print(already_done(out))
@@ -158,7 +168,7 @@ def _begin(work: Work, job: Job) -> dict[str, Any] | None:
 
 
 def _generated(work: Work, job: Job, observer: Observer) -> Tensor:
-    """The calibration blocks that the model generated, in this run or in the one that it resumes."""
+    """Calibration blocks and rows for tuning, see `SelfCalibration.tokens`, of this run or of the one it resumes."""
     plan, blocks = work.generated, work.blocks
     assert plan is not None
     return job.generated_tokens(plan.shape, lambda: plan.tokens(blocks.checkpoint, blocks.device, observer.generating))
@@ -184,6 +194,8 @@ def _quantize_layers(
     layers, tokens = len(work.blocks.layers), 0 if work.tokens is None else work.tokens.numel()
     done = ranks.broadcast(lambda: [job.record(part) for part in range(1, layers + 1)])
     runs_in = engines_line(work.blocks.checkpoint.config, work.config)
+    if ranks.first and None in done:
+        job.forget_tuning()
     observer.start(layers, tokens, sum(r is not None for r in done), runs_in)
     for index, record in enumerate(done):
         if record is None:
@@ -232,6 +244,15 @@ def _quantize_layer(
             return quantize_layer(block, work.plans[index], streams, ranks, commit)
 
 
+def _tune(work: Work, rows: Tensor, job: Job, observer: Observer) -> None:
+    """Tune the scales of all layers on these rows of text, and write them, unless an earlier run has."""
+    if job.tuning() is None:
+        assert work.generated is not None
+        fresh = work.generated.tuning_rows
+        scales, row = tune(work.blocks, rows, fresh, lambda index: job.tensors(index + 1), observer.tuning)
+        job.commit_tuning(scales, row.to_dict())
+
+
 def _finish(
     work: Work, job: Job, checks: _Checks | None, observer: Observer, calibration: Calibration
 ) -> dict[str, Any]:
@@ -278,6 +299,7 @@ def _finish(
         "stored_dtype": {"dtype": config.dtype, "logits_error": round(logits_error, 6)},
         "read_back": read_back.to_dict(),
         "layers": records,
+        "tuning": job.tuning(),
         "job": job.identity,
     }
     report = Report.read(report).to_dict()

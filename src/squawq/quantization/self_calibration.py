@@ -36,7 +36,9 @@ from squawq.text.tokenizer import Tokenizer
 
 SELF, MIXED = "self", "self+builtin"
 SOURCES = (SELF, MIXED)
-BATCH = 32  # rows at once in transformers' model: a fixed number, since its logits may depend on the batch
+BATCH = {"cuda": 256}  # rows at once in transformers' model: fixed numbers, since its logits may depend on the batch
+OTHER_BATCH = 32
+TUNING = 2  # rows for tuning alone, for each calibration row
 PARAMS = SamplingParams(max_tokens=None, temperature=1.0)
 LOGIT_BYTES = 32  # of each row's logits: float32, and float64 probabilities with their sums
 
@@ -52,23 +54,35 @@ class SelfCalibration:
     calibration. So every row is full.
 
     Attributes:
-        rows: Rows that the model generates.
-        builtin: Rows of the built-in set that follow them, int64 [rows, seqlen]; none for "self".
+        rows: Calibration rows that the model generates.
+        given: Calibration rows that follow them and are not generated, int64 [rows, seqlen].
+        tuning_rows: Rows that the model generates for tuning alone.
         starts: First tokens of texts, drawn uniformly: those of the built-in set's documents. That is the BOS token
             where the tokenizer puts one.
         ends: End tokens of the model, except those that the built-in set's chats hold: they end a turn, not a text.
     """
 
     rows: int
-    builtin: Tensor
+    given: Tensor
+    tuning_rows: int
     seqlen: int
     seed: int
     starts: tuple[int, ...]
     ends: frozenset[int]
 
     @classmethod
-    def of(cls, source: str, checkpoint: Checkpoint, *, rows: int, seqlen: int, seed: int) -> SelfCalibration:
+    def of(
+        cls, source: str, checkpoint: Checkpoint, *, rows: int, seqlen: int, seed: int, tune: bool = False
+    ) -> SelfCalibration:
         """Plan `rows` rows of `seqlen` tokens; with "self+builtin", up to half of them are from the built-in set.
+
+        Args:
+            source: "self" or "self+builtin".
+            checkpoint: The 16-bit model.
+            rows: Calibration rows.
+            seqlen: Tokens in each.
+            seed: Of the sampling.
+            tune: Plan rows for tuning as well.
 
         Raises:
             CheckpointError: The model has no tokenizer.
@@ -86,21 +100,43 @@ class SelfCalibration:
         if (largest := max(map(max, documents))) >= vocabulary:
             raise CalibrationError(f"the tokenizer has token id {largest}; the model knows 0 to {vocabulary - 1}")
         ends = GenerationConfig(checkpoint.folder, checkpoint.config).eos_ids - {i for ids in documents for i in ids}
-        return cls(rows - len(builtin), builtin, seqlen, seed, tuple(ids[0] for ids in documents), ends)
+        starts = tuple(ids[0] for ids in documents)
+        return cls(rows - len(builtin), builtin, TUNING * rows if tune else 0, seqlen, seed, starts, ends)
+
+    @classmethod
+    def beside(cls, given: Tensor, checkpoint: Checkpoint, seed: int) -> SelfCalibration:
+        """Plan rows for tuning beside calibration rows that are given, int64 [rows, seqlen].
+
+        Texts begin with the model's BOS token, or where it has none with a token that a given row begins with.
+        """
+        config = GenerationConfig(checkpoint.folder, checkpoint.config)
+        starts = tuple(given[:, 0].tolist()) if (bos := checkpoint.config.bos_id) is None else (bos,)
+        ends = config.eos_ids - set(given.unique().tolist())
+        return cls(0, given, TUNING * len(given), given.shape[1], seed, starts, ends)
+
+    @property
+    def calibration_rows(self) -> int:
+        """Rows that layers are calibrated on; those for tuning follow."""
+        return self.rows + len(self.given)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, tokens), those of the built-in set included."""
-        return self.rows + len(self.builtin), self.seqlen
+        """(rows, tokens) of all."""
+        return self.calibration_rows + self.tuning_rows, self.seqlen
+
+    @property
+    def generated(self) -> int:
+        """Rows that the model generates."""
+        return self.rows + self.tuning_rows
 
     def fingerprint(self) -> str:
         """What tells this plan from others: with the model and the device, it decides the tokens."""
         digest = hashlib.sha256(repr((self.shape, self.rows, self.seed, self.starts, sorted(self.ends))).encode())
-        digest.update(self.builtin.numpy().tobytes())
+        digest.update(self.given.numpy().tobytes())
         return digest.hexdigest()
 
     def tokens(self, checkpoint: Checkpoint, device: str, progress: Progress) -> Tensor:
-        """Generate the rows; those of the built-in set follow.
+        """Generate the rows: those for calibration; then come those that are given, and last those for tuning.
 
         The same plan, model and device give the same tokens, if the same way is taken: free memory decides that.
 
@@ -124,7 +160,7 @@ class SelfCalibration:
             gc.collect()  # the model
             if device.startswith("cuda"):
                 torch.cuda.empty_cache()
-        return torch.cat([found, self.builtin])
+        return torch.cat([found[: self.rows], self.given, found[self.rows :]])
 
     def _forced(self, before: int | None, choice: random.Random) -> int | None:
         """The token that must follow `before` (None: nothing): a text's first; None where the model chooses."""
@@ -141,39 +177,39 @@ class SelfCalibration:
         """By squawq's decoder; None if it does not run the model, or has no room for it."""
         if (opened := _open(checkpoint, device)) is None:
             return None
-        rows = self.rows
+        rows = self.generated
         while rows and not _fits(opened, rows, self.seqlen):
             rows //= 2
         if not rows:
             return None
-        what = f"generating {self.rows} rows of {self.seqlen} calibration tokens with squawq's decoder"
-        progress(what, 0, self.rows * self.seqlen)
+        what = f"generating {self.generated} rows of {self.seqlen} calibration tokens with squawq's decoder"
+        progress(what, 0, self.generated * self.seqlen)
         with _torch_threads_kept():
             kv_tokens = rows * _paged(self.seqlen, opened)
             runner = DecoderRunner(opened.load(), kv_tokens, rows=rows, step_tokens=2 * rows)
             found: list[list[int]] = []
-            for first in range(0, self.rows, rows):
+            for first in range(0, self.generated, rows):
                 before = len(found) * self.seqlen
-                for count in (part := _Decoding(self, runner, range(first, min(first + rows, self.rows)))):
-                    progress(what, before + count, self.rows * self.seqlen)
+                for count in (part := _Decoding(self, runner, range(first, min(first + rows, self.generated)))):
+                    progress(what, before + count, self.generated * self.seqlen)
                 found += part.tokens
         return torch.tensor(found, dtype=torch.int64)
 
     def _by_transformers(self, checkpoint: Checkpoint, device: torch.device, progress: Progress) -> Tensor:
         blocks = Blocks(checkpoint, family_of(checkpoint.config.model_type), str(device))
         dtype, resident = self._placed(blocks, device)
-        what = f"generating {self.rows} rows of {self.seqlen} calibration tokens with transformers"
+        what = f"generating {self.generated} rows of {self.seqlen} calibration tokens with transformers"
         if not resident:
             what += (
                 f", one layer in memory at a time: reads the model's {gib(checkpoint.nbytes())} "
                 f"{self.seqlen - 1} times, which can take hours; a smaller seqlen takes less"
             )
-        progress(what, 0, self.rows * self.seqlen)
+        progress(what, 0, self.generated * self.seqlen)
         model = WholeModel(blocks, dtype, resident=resident)
         generator = torch.Generator().manual_seed(self.seed)
-        uniform = torch.rand(self.rows, self.seqlen, dtype=torch.float64, generator=generator)
-        found = torch.empty(self.rows, self.seqlen, dtype=torch.int64)
-        for part in torch.split(torch.arange(self.rows), BATCH if resident else self.rows):
+        uniform = torch.rand(self.generated, self.seqlen, dtype=torch.float64, generator=generator)
+        found, batch = torch.empty(self.generated, self.seqlen, dtype=torch.int64), _batch(device)
+        for part in torch.split(torch.arange(self.generated), batch if resident else self.generated):
             model.reset()
             choices = [self._choice(row) for row in part.tolist()]
             row_before: Sequence[int | None] = [None] * len(part)
@@ -193,7 +229,10 @@ class SelfCalibration:
         stored = checkpoint.info(blocks.names.stored_name(f"{blocks.family.embedding}.weight")).dtype
         dtype = stored if device.type == "cuda" else torch.float32  # a CPU multiplies float32 fastest
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-        for kind, resident, rows in ((dtype, True, min(BATCH, self.rows)), (torch.float32, False, self.rows)):
+        for kind, resident, rows in (
+            (dtype, True, min(_batch(device), self.generated)),
+            (torch.float32, False, self.generated),
+        ):
             weights = WholeModel.memory(blocks, kind, resident=resident)
             cache = rows * self.seqlen * Cache.token_bytes(checkpoint.config, kind)
             needed = weights + cache + rows * LOGIT_BYTES * checkpoint.config.vocab_size
@@ -305,6 +344,10 @@ def _fits(model: OpenModel, rows: int, seqlen: int) -> bool:
 def _paged(seqlen: int, model: OpenModel) -> int:
     """Tokens of the KV cache that a row takes: whole pages."""
     return -(-seqlen // model.backend.page_size) * model.backend.page_size
+
+
+def _batch(device: torch.device) -> int:
+    return BATCH.get(device.type, OTHER_BATCH)
 
 
 @contextmanager

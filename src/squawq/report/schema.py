@@ -146,6 +146,17 @@ class JobRow(Row):
     device: str
 
 
+class TuningRow(Row):
+    """How the scales were tuned (`quantization.tuning`): losses are KL divergences on the rows held back, in nats."""
+
+    steps: Count
+    rows: Count
+    held_back: Count
+    loss_before: float
+    loss: float
+    seconds: float
+
+
 class Report(Row):
     """squawq_report.json."""
 
@@ -165,6 +176,7 @@ class Report(Row):
     stored_dtype: dict[str, Any] | None = None
     read_back: ReadBackRow | None = None
     layers: list[LayerRow]
+    tuning: TuningRow | None = None
     job: JobRow
     evaluation: Evaluation | None = None
 
