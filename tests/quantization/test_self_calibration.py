@@ -260,7 +260,7 @@ def test_what_cannot_work(make_model: MakeModel, tmp_path: Path) -> None:
         squawq.errors.CalibrationError, match=r"the tokenizer has token id \d+; the model knows 0 to 159"
     ):
         squawq.quantize(with_tokenizer(bare), tmp_path / "out", CONFIG, calibration="self")
-    with pytest.raises(ConfigError, match="seed is 3, but only calibration 'self' samples"):
+    with pytest.raises(ConfigError, match="seed is 3, but only calibration 'self' and tune sample text"):
         squawq.quantize(bare, tmp_path / "out", CONFIG, calibration=[[5] * 32] * 8)
     with pytest.raises(ConfigError, match="choose one"):
         squawq.quantize("someone/model", tmp_path / "out", CONFIG, calibration="self", stream=True)
