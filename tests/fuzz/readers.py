@@ -31,7 +31,7 @@ from squawq.memory import peak_memory
 from squawq.nn.loader import load
 from squawq.publish.card import Origin, front_matter, model_card
 from squawq.quant_config import QuantConfig
-from squawq.quantization.job import prepare
+from squawq.quantization.prepare import prepare
 from squawq.report.page import render
 from squawq.text.tokenizer import Tokenizer
 

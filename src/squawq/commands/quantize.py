@@ -21,10 +21,12 @@ def quantize(
         str | None,
         typer.Option(
             help="A .txt or .jsonl file, a Hub data set id, self (text that the 16-bit model generates), or "
-            "self+builtin; default: the built-in set"
+            "self+builtin; default: self+builtin on a GPU that holds the model, else the built-in set"
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences; default: up to 128")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences; default: up to 128, with self on a GPU up to 640")
+    ] = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Their length in tokens; default: 512, or the model's context")
     ] = None,
@@ -49,8 +51,12 @@ def quantize(
         typer.Option(help="Hessian damping, as a share of its diagonal; raise it for little text (squawq)"),
     ] = QuantConfig.damping,
     tune: Annotated[
-        bool, typer.Option("--tune", help="After the layers, tune all scales to the 16-bit model's predictions")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="After the layers, tune all scales to the 16-bit model's predictions",
+            show_default="tune on a GPU, up to 16e9 parameters",
+        ),
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Keep linears whose name contains this in 16 bits; repeatable")
     ] = None,

@@ -21,7 +21,8 @@ from squawq.format.reader import Checkpoint
 from squawq.layerwise.blocks import Block, Blocks
 from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.calibration import token_blocks
-from squawq.quantization.job import Job, Work
+from squawq.quantization.job import Job
+from squawq.quantization.prepare import Work
 from squawq.quantization.statistics import token_errors
 from squawq.report.schema import ReadBackRow, ReadBackText
 from squawq.text.tokenizer import Tokenizer

@@ -1,18 +1,15 @@
-"""Checks a job before it starts, and keeps its folder: OUT.partial while it runs, renamed to OUT when it is done.
+"""Keeps a job's folder: OUT.partial while it runs, renamed to OUT when it is done.
 
-`prepare` reads headers and the calibration text, no weights. A killed run resumes from OUT.partial. A folder that
-squawq did not make is never touched.
+A killed run resumes from OUT.partial. A folder that squawq did not make is never touched.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,7 @@ import torch
 from torch import Tensor
 
 from squawq import __version__
-from squawq.backends.devices import check_device
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
-from squawq.families import family_of
 from squawq.format.files import (
     clear_temporary,
     has_file,
@@ -35,16 +30,9 @@ from squawq.format.files import (
 )
 from squawq.format.reader import Checkpoint
 from squawq.format.shards import read_header, read_shard, shard_name, write_shard
-from squawq.hub.download import resolve
-from squawq.hub.stream import open_streamed
-from squawq.layerwise.blocks import Blocks
-from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
-from squawq.quantization.calibration import DEFAULT_SAMPLES, Calibration, token_blocks
-from squawq.quantization.self_calibration import SOURCES, SelfCalibration
-from squawq.quantization.tuning import check_tuning
-from squawq.report.files import REPORT, public_name
-from squawq.text.tokenizer import Tokenizer
+from squawq.quantization.self_calibration import SelfCalibration
+from squawq.report.files import REPORT
 
 JOB = "squawq_job.json"
 PART = "squawq_part_"
@@ -74,7 +62,8 @@ def identity(
     }
 
 
-def _partial(out: Path) -> Path:
+def partial_path(out: Path) -> Path:
+    """The folder OUT.partial."""
     return out.with_name(out.name + ".partial")
 
 
@@ -99,116 +88,6 @@ def _differing(theirs: object, ours: Mapping[str, Any]) -> str:
     return ", ".join(names)
 
 
-@dataclass(frozen=True)
-class Work:
-    """A job, checked."""
-
-    blocks: Blocks  # the 16-bit model
-    plans: list[LayerPlan]  # by layer
-    config: QuantConfig  # without "auto"
-    tokens: Tensor | None  # calibration blocks int64 [blocks, seqlen]; None for plain rounding, or until generated
-    generated: SelfCalibration | None  # how the model generates calibration blocks or text for tuning, if it does
-    out: Path
-    identity: dict[str, Any]  # what another run must have to resume this one
-    name: str  # of the model, in the report
-    size: int  # bytes of the result
-
-    @property
-    def calibration_blocks(self) -> int | None:
-        """How many calibration blocks there are, or will be; None for plain rounding."""
-        if self.generated is not None:
-            return self.generated.calibration_rows
-        return None if self.tokens is None else len(self.tokens)
-
-
-def prepare(
-    model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str, stream: bool
-) -> Work:
-    """Plan a job. Raises SquawqError for everything that can be refused before work starts."""
-    check_device(device, mps=True)
-    own = calibration if isinstance(calibration, str) and calibration in SOURCES else None
-    if own is not None and stream:
-        raise ConfigError(
-            f"calibration {own!r} runs the whole model, whose files stream keeps only in part; choose one"
-        )
-    if config.tune and config.method == "rtn":
-        raise ConfigError("tune is True, but method 'rtn' runs no text; leave it out, or use another method")
-    if config.tune and stream:
-        raise ConfigError("tune runs the whole model, whose files stream keeps only in part; choose one")
-    checkpoint = open_streamed(model, _partial(Path(out).resolve()) / SCRATCH) if stream else Checkpoint(resolve(model))
-    family, positions = family_of(checkpoint.config.model_type), checkpoint.config.max_positions
-    if checkpoint.config.quant is not None:
-        raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
-    folder = target_path(out, checkpoint.folder)
-    if config.seqlen is not None and config.seqlen > positions:
-        raise ConfigError(f"seqlen is {config.seqlen}; the model has {positions} positions")
-    config = replace(config, seqlen=config.seqlen or min(512, positions))
-    if config.method != "squawq":  # settings that have no effect are not part of the job
-        config = replace(config, compensate=False, refine=0, sequential=False)
-        config = replace(config, act_order=QuantConfig.act_order, damping=QuantConfig.damping)
-    checkpoint.companions()  # raises now rather than when all else is done
-    blocks = Blocks(checkpoint, family, device)
-    blocks.check()
-    config = replace(config, dtype=_stored_dtype(config, blocks))
-    plans = _plans(blocks, config)
-    tokens = generated = None
-    if config.method == "rtn" and calibration is not None:
-        raise ConfigError("method 'rtn' needs no text; leave the calibration out, or use another method")
-    if own is not None:
-        rows, seqlen = config.samples or DEFAULT_SAMPLES, config.seqlen or 0
-        generated = SelfCalibration.of(own, checkpoint, rows=rows, seqlen=seqlen, seed=config.seed, tune=config.tune)
-    elif config.seed != QuantConfig.seed and not config.tune:
-        raise ConfigError(f"seed is {config.seed}, but only calibration 'self' and tune sample text; leave it out")
-    elif config.method != "rtn":
-        tokens = token_blocks(
-            calibration,
-            lambda: Tokenizer(checkpoint.folder),
-            seqlen=config.seqlen or 0,
-            samples=config.samples,
-            vocab_size=checkpoint.config.vocab_size,
-        )
-        if config.tune:
-            generated = SelfCalibration.beside(tokens, checkpoint, config.seed)
-    if config.tune and generated is not None:
-        check_tuning(blocks, plans, generated.shape)
-    same = identity(checkpoint, config, tokens if generated is None else generated, device)
-    size = _result_bytes(blocks, plans, config)
-    return Work(blocks, plans, config, tokens, generated, folder, same, public_name(model), size)
-
-
-def _plans(blocks: Blocks, config: QuantConfig) -> list[LayerPlan]:
-    """Raises ConfigError if a name to skip matches nothing, or if nothing would be quantized."""
-    shapes, layer = blocks.meta_model.shapes, blocks.family.layer
-    plans = [LayerPlan(shapes(i), blocks.family, config, layer(i)) for i in range(len(blocks.layers))]
-    names = [f"{plan.prefix}.{name}" for plan in plans for name in (*plan.converted, *plan.kept)]
-    for skip in config.modules_to_not_convert:
-        if not any(skip in name for name in names):
-            raise ConfigError(f"modules_to_not_convert: {skip!r} is in no name; names are like {names[0]}, {names[-1]}")
-    if not any(plan.converted for plan in plans):
-        reason = next(iter(plans[0].kept.values()))
-        raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
-    return plans
-
-
-def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:
-    """The dtype asked for; for "auto" the source's, since bfloat16 holds values that float16 cannot."""
-    if config.dtype != "auto":
-        return config.dtype
-    info = blocks.checkpoint.info(blocks.names.stored_name(f"{blocks.family.embedding}.weight"))
-    return "bfloat16" if info.dtype == torch.bfloat16 else "float16"
-
-
-def _result_bytes(blocks: Blocks, plans: Sequence[LayerPlan], config: QuantConfig) -> int:
-    """Bytes of the tensors to be written, from names and shapes."""
-    name_of, total = blocks.names.storage_name, 0
-    in_features = {name_of(f"{p.prefix}.{n}.weight"): p.shapes[n][1] for p in plans for n in p.converted}
-    for name in blocks.names.stored_names:
-        count = math.prod(blocks.checkpoint.tensors[name].shape)
-        groups = count // config.group_of(in_features[name]) if name in in_features else 0
-        total += count // 2 + 2 * groups + groups // 2 if groups else 2 * count  # integers, scales, zeros
-    return total
-
-
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors' names, dtypes, shapes and bytes."""
     found = hashlib.sha256()
@@ -228,7 +107,7 @@ class Job:
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], layers: int) -> None:
-        self.out, self.partial = out, _partial(out)
+        self.out, self.partial = out, partial_path(out)
         self.identity, self.layers = dict(identity), layers
         self._held = ExitStack()
         self.finished = self._is_finished()

@@ -84,7 +84,9 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     inputs.statistics = {name: stats for name, stats in inputs.statistics.items() if name in others}
 
     # Correct, clip, round: linears calibrated on the quantized model's hidden states, in order of execution.
-    replay = Replay(block, in_stages, streams.folder, streams.states_memory / 4)
+    on_gpu = torch.device(block.device).type == "cuda"  # computes the last module again at once, which saves memory
+    replayed = {name for stage in (stages[:-1] if on_gpu else stages) for name in stage.linears}
+    replay = Replay(block, replayed, streams.folder, streams.states_memory / 4)
     for index, stage in enumerate(stages):
         assert streams.quantized is not None
         error = ErrorStatistics(block, stage, folding.columns.get(stage.linears[0]))

@@ -32,12 +32,13 @@ from squawq.progress import LayerProgress, console
 from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import Calibration
 from squawq.quantization.check import DTYPE_TOKENS, DtypeCheck, ReadBack, Rows
-from squawq.quantization.job import Job, Work, prepare
+from squawq.quantization.job import Job
 from squawq.quantization.layer import LayerResult, quantize_layer, round_layer
 from squawq.quantization.precision import float32_products
+from squawq.quantization.prepare import Work, prepare
 from squawq.quantization.states import Streams, default_states_memory
 from squawq.quantization.tuning import tune
-from squawq.report.files import REPORT, public_name, write_report
+from squawq.report.files import REPORT, write_report
 from squawq.report.schema import Report
 from squawq.showing import Record
 
@@ -106,7 +107,8 @@ def quantize(
             stopped and ends with the same weights. Never left half-written.
         config: How to quantize.
         calibration: See `calibration.token_blocks`; or "self": text that the 16-bit model generates itself, at
-            temperature 1 (`self_calibration`); or "self+builtin": half of it from the built-in set.
+            temperature 1 (`self_calibration`); or "self+builtin": up to half of it from the built-in set, which is the
+            default on an NVIDIA GPU that holds the 16-bit model.
         device: "cpu", "cuda", "cuda:1" ... or "mps".
         stream: Keep only a few of a Hub model's weight files on disk at a time, see `stream.open_streamed`.
         observer: Callbacks, instead of progress on stderr.
@@ -146,8 +148,8 @@ def quantize(
                 _quantize_layers(work, streams, job, watching, ranks, checks)
                 streams = None  # large
                 if rows is not None and work.config.tune:
-                    ranks.broadcast(partial(_tune, work, rows, job, watching))
-                report = ranks.broadcast(partial(_finish, work, job, checks, watching, calibration))
+                    ranks.broadcast(partial(_tune, work, rows, job, checks, watching))
+                report = ranks.broadcast(partial(_finish, work, job, checks, watching))
     if shown is not None and not shown.started:
         console.print(already_done(out))
     return Record(report)
@@ -244,23 +246,23 @@ def _quantize_layer(
             return quantize_layer(block, work.plans[index], streams, ranks, commit)
 
 
-def _tune(work: Work, rows: Tensor, job: Job, observer: Observer) -> None:
+def _tune(work: Work, rows: Tensor, job: Job, checks: _Checks | None, observer: Observer) -> None:
     """Tune the scales of all layers on these rows of text, and write them, unless an earlier run has."""
     if job.tuning() is None:
         assert work.generated is not None
-        fresh = work.generated.tuning_rows
+        assert checks is not None  # they are the first rank's
+        fresh, logits_error = work.generated.tuning_rows, checks.dtype.head()
         scales, row = tune(work.blocks, rows, fresh, lambda index: job.tensors(index + 1), observer.tuning)
-        job.commit_tuning(scales, row.to_dict())
+        job.commit_tuning(scales, {**row.to_dict(), "logits_error": logits_error})  # a resumed run cannot find it again
 
 
-def _finish(
-    work: Work, job: Job, checks: _Checks | None, observer: Observer, calibration: Calibration
-) -> dict[str, Any]:
+def _finish(work: Work, job: Job, checks: _Checks | None, observer: Observer) -> dict[str, Any]:
     """Write the small files, the index and config.json, read all back, write the report, rename OUT.partial to OUT."""
     assert checks is not None  # they are the first rank's
     for part in range(job.layers + 2):
         job.verify(part)
-    logits_error = checks.dtype.head()
+    tuning = job.tuning()
+    logits_error = checks.dtype.head() if tuning is None else tuning.pop("logits_error")
     blocks, config, tokens = work.blocks, work.config, work.tokens
     checkpoint = blocks.checkpoint
     for path in checkpoint.companions():
@@ -292,14 +294,14 @@ def _finish(
         "bytes": size,
         "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
         "embedding_bytes": math.prod(blocks.meta_model.outer[f"{blocks.family.embedding}.weight"]) * 2,
-        "calibration": public_name(calibration) if isinstance(calibration, str | Path) else None,
+        "calibration": work.calibration,
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
         "kept_in_16_bits": kept,
         "notes": notes,
         "stored_dtype": {"dtype": config.dtype, "logits_error": round(logits_error, 6)},
         "read_back": read_back.to_dict(),
         "layers": records,
-        "tuning": job.tuning(),
+        "tuning": tuning,
         "job": job.identity,
     }
     report = Report.read(report).to_dict()

@@ -31,14 +31,14 @@ from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.whole_model import WholeModel
 from squawq.nn.cache import Cache
 from squawq.nn.loader import OpenModel, Options, open_model
-from squawq.quantization.calibration import builtin_documents, token_blocks
+from squawq.quantization.calibration import DEFAULT_SAMPLES, builtin_documents, token_blocks
 from squawq.text.tokenizer import Tokenizer
 
 SELF, MIXED = "self", "self+builtin"
 SOURCES = (SELF, MIXED)
-BATCH = {"cuda": 256}  # rows at once in transformers' model: fixed numbers, since its logits may depend on the batch
-OTHER_BATCH = 32
-TUNING = 2  # rows for tuning alone, for each calibration row
+BATCH = 32  # rows at once in transformers' model; on a GPU up to GPU_BATCH. Its logits may depend on their number
+GPU_BATCH = 1024
+TUNED_TEXT = 512  # rows for tuning, those for calibration included
 PARAMS = SamplingParams(max_tokens=None, temperature=1.0)
 LOGIT_BYTES = 32  # of each row's logits: float32, and float64 probabilities with their sums
 
@@ -91,7 +91,7 @@ class SelfCalibration:
         tokenizer, vocabulary = Tokenizer(checkpoint.folder), checkpoint.config.vocab_size
         builtin = torch.empty(0, seqlen, dtype=torch.int64)
         if source == MIXED:
-            most = rows // 2
+            most = min(DEFAULT_SAMPLES, rows // 2)
             builtin = token_blocks(
                 None, lambda: tokenizer, seqlen=seqlen, samples=None, vocab_size=vocabulary, most=most
             )
@@ -101,7 +101,7 @@ class SelfCalibration:
             raise CalibrationError(f"the tokenizer has token id {largest}; the model knows 0 to {vocabulary - 1}")
         ends = GenerationConfig(checkpoint.folder, checkpoint.config).eos_ids - {i for ids in documents for i in ids}
         starts = tuple(ids[0] for ids in documents)
-        return cls(rows - len(builtin), builtin, TUNING * rows if tune else 0, seqlen, seed, starts, ends)
+        return cls(rows - len(builtin), builtin, _fresh(rows) if tune else 0, seqlen, seed, starts, ends)
 
     @classmethod
     def beside(cls, given: Tensor, checkpoint: Checkpoint, seed: int) -> SelfCalibration:
@@ -111,8 +111,8 @@ class SelfCalibration:
         """
         config = GenerationConfig(checkpoint.folder, checkpoint.config)
         starts = tuple(given[:, 0].tolist()) if (bos := checkpoint.config.bos_id) is None else (bos,)
-        ends = config.eos_ids - set(given.unique().tolist())
-        return cls(0, given, TUNING * len(given), given.shape[1], seed, starts, ends)
+        ends = config.eos_ids - set(given.flatten().tolist())
+        return cls(0, given, _fresh(len(given)), given.shape[1], seed, starts, ends)
 
     @property
     def calibration_rows(self) -> int:
@@ -197,7 +197,7 @@ class SelfCalibration:
 
     def _by_transformers(self, checkpoint: Checkpoint, device: torch.device, progress: Progress) -> Tensor:
         blocks = Blocks(checkpoint, family_of(checkpoint.config.model_type), str(device))
-        dtype, resident = self._placed(blocks, device)
+        dtype, resident, rows = self._placed(blocks, device)
         what = f"generating {self.generated} rows of {self.seqlen} calibration tokens with transformers"
         if not resident:
             what += (
@@ -208,8 +208,8 @@ class SelfCalibration:
         model = WholeModel(blocks, dtype, resident=resident)
         generator = torch.Generator().manual_seed(self.seed)
         uniform = torch.rand(self.generated, self.seqlen, dtype=torch.float64, generator=generator)
-        found, batch = torch.empty(self.generated, self.seqlen, dtype=torch.int64), _batch(device)
-        for part in torch.split(torch.arange(self.generated), batch if resident else self.generated):
+        found = torch.empty(self.generated, self.seqlen, dtype=torch.int64)
+        for part in torch.split(torch.arange(self.generated), rows):
             model.reset()
             choices = [self._choice(row) for row in part.tolist()]
             row_before: Sequence[int | None] = [None] * len(part)
@@ -223,21 +223,23 @@ class SelfCalibration:
                 progress(what, int(part[0]) * self.seqlen + len(part) * (place + 1), found.numel())
         return found
 
-    def _placed(self, blocks: Blocks, device: torch.device) -> tuple[torch.dtype, bool]:
-        """The computation dtype of transformers' model, and whether all layers fit in memory. Raises ConfigError."""
+    def _placed(self, blocks: Blocks, device: torch.device) -> tuple[torch.dtype, bool, int]:
+        """transformers' model: its computation dtype, whether all layers fit in memory, and how many rows run at once.
+
+        Raises ConfigError.
+        """
         checkpoint = blocks.checkpoint
         stored = checkpoint.info(blocks.names.stored_name(f"{blocks.family.embedding}.weight")).dtype
         dtype = stored if device.type == "cuda" else torch.float32  # a CPU multiplies float32 fastest
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-        for kind, resident, rows in (
-            (dtype, True, min(_batch(device), self.generated)),
-            (torch.float32, False, self.generated),
-        ):
+        batches = [GPU_BATCH >> n for n in range(5)] if device.type == "cuda" else []
+        in_memory = [(dtype, True, min(rows, self.generated)) for rows in (*batches, BATCH)]
+        for kind, resident, rows in (*in_memory, (torch.float32, False, self.generated)):
             weights = WholeModel.memory(blocks, kind, resident=resident)
             cache = rows * self.seqlen * Cache.token_bytes(checkpoint.config, kind)
             needed = weights + cache + rows * LOGIT_BYTES * checkpoint.config.vocab_size
             if needed <= free:
-                return kind, resident
+                return kind, resident, rows
         raise ConfigError(
             f"calibration 'self' needs {gib(needed)} of memory on {device} even with one layer at a time, "
             f"{gib(needed - free)} more than are free ({gib(weights)} for weights, {gib(cache)} for the KV cache of "
@@ -346,8 +348,18 @@ def _paged(seqlen: int, model: OpenModel) -> int:
     return -(-seqlen // model.backend.page_size) * model.backend.page_size
 
 
-def _batch(device: torch.device) -> int:
-    return BATCH.get(device.type, OTHER_BATCH)
+def default_rows(values: int) -> int:
+    """Calibration rows on a GPU, where text costs little: as many as have hidden states of 1 GiB, but 128 to 640.
+
+    Args:
+        values: Of a row's hidden states.
+    """
+    return max(DEFAULT_SAMPLES, min(640, (1 << 28) // values))
+
+
+def _fresh(rows: int) -> int:
+    """Rows for tuning alone, beside so many calibration rows: TUNED_TEXT in all, but 1/4 to 3 for each."""
+    return max(1, rows // 4, min(3 * rows, TUNED_TEXT - rows))
 
 
 @contextmanager

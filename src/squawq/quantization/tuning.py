@@ -32,7 +32,7 @@ BATCH = 4096  # tokens of a step
 RATE = 1e-3  # Adam's, of a scale's relative change; it falls to 0 along a cosine
 EVALUATIONS = 4  # the best scales of so many are kept
 PASSES = 8  # over the text, at most: more would learn it by heart
-HELD_BACK = 8  # one of so many rows that no layer was calibrated on
+HELD_BACK = 4  # one of so many rows that no layer was calibrated on
 
 Stored = dict[str, Tensor]  # a layer's tensors by name in the checkpoint
 

@@ -1,0 +1,188 @@
+"""Checks a quantization before it starts, from headers and the calibration text, and settles what was left open.
+
+On an NVIDIA GPU that holds the whole 16-bit model, the default method generates half or more of its calibration text
+with that model, and tunes scales at the end. Elsewhere both take longer than all else, so it does neither unasked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from squawq.backends.devices import check_device
+from squawq.errors import CheckpointError, ConfigError
+from squawq.families import family_of
+from squawq.format.files import has_file
+from squawq.format.reader import Checkpoint
+from squawq.hub.download import resolve
+from squawq.hub.stream import open_streamed
+from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.plan import LayerPlan
+from squawq.quant_config import QuantConfig
+from squawq.quantization.calibration import DEFAULT_SAMPLES, Calibration, token_blocks
+from squawq.quantization.job import SCRATCH, identity, partial_path, target_path
+from squawq.quantization.self_calibration import MIXED, SOURCES, SelfCalibration, default_rows
+from squawq.quantization.tuning import check_tuning
+from squawq.report.files import public_name
+from squawq.text.tokenizer import Tokenizer
+
+WEIGHTS_SHARE = 0.7  # of a GPU's memory, which the weights of a model that generates text may take, unasked
+MAX_TUNED = 16e9  # parameters of a model that is tuned unasked: minutes for 8e9, an hour for 70e9
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job, checked."""
+
+    blocks: Blocks  # the 16-bit model
+    plans: list[LayerPlan]  # by layer
+    config: QuantConfig  # without "auto" or None for `tune`
+    calibration: str | None  # its name, for the report
+    tokens: Tensor | None  # calibration blocks int64 [blocks, seqlen]; None for plain rounding, or until generated
+    generated: SelfCalibration | None  # how the model generates calibration blocks or text for tuning, if it does
+    out: Path
+    identity: dict[str, Any]  # what another run must have to resume this one
+    name: str  # of the model, in the report
+    size: int  # bytes of the result
+
+    @property
+    def calibration_blocks(self) -> int | None:
+        """How many calibration blocks there are, or will be; None for plain rounding."""
+        if self.generated is not None:
+            return self.generated.calibration_rows
+        return None if self.tokens is None else len(self.tokens)
+
+
+def prepare(
+    model: str | Path, out: str | Path, config: QuantConfig, calibration: Calibration, device: str, stream: bool
+) -> Work:
+    """Plan a job. Raises SquawqError for everything that can be refused before work starts."""
+    check_device(device, mps=True)
+    _check_choices(config, calibration, stream)
+    scratch = partial_path(Path(out).resolve()) / SCRATCH
+    checkpoint = open_streamed(model, scratch) if stream else Checkpoint(resolve(model))
+    family, positions = family_of(checkpoint.config.model_type), checkpoint.config.max_positions
+    if checkpoint.config.quant is not None:
+        raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
+    folder = target_path(out, checkpoint.folder)
+    if config.seqlen is not None and config.seqlen > positions:
+        raise ConfigError(f"seqlen is {config.seqlen}; the model has {positions} positions")
+    config = replace(config, seqlen=config.seqlen or min(512, positions))
+    if config.method != "squawq":  # settings that have no effect are not part of the job
+        config = replace(config, compensate=False, refine=0, sequential=False)
+        config = replace(config, act_order=QuantConfig.act_order, damping=QuantConfig.damping)
+    checkpoint.companions()  # raises now rather than when all else is done
+    blocks = Blocks(checkpoint, family, device)
+    blocks.check()
+    config = replace(config, dtype=_stored_dtype(config, blocks))
+    plans = _plans(blocks, config)
+    config, calibration = _settled(config, calibration, checkpoint, device, stream)
+    tokens, generated = _text(config, calibration, checkpoint, device)
+    if config.tune and generated is not None:
+        check_tuning(blocks, plans, generated.shape)
+    same = identity(checkpoint, config, tokens if generated is None else generated, device)
+    size = _result_bytes(blocks, plans, config)
+    name = public_name(calibration) if isinstance(calibration, str | Path) else None
+    return Work(blocks, plans, config, name, tokens, generated, folder, same, public_name(model), size)
+
+
+def _is_own(calibration: Calibration) -> TypeGuard[str]:
+    """Whether the 16-bit model generates calibration text."""
+    return isinstance(calibration, str) and calibration in SOURCES
+
+
+def _check_choices(config: QuantConfig, calibration: Calibration, stream: bool) -> None:
+    """Raise ConfigError for choices that exclude each other."""
+    if _is_own(calibration) and stream:
+        raise ConfigError(
+            f"calibration {calibration!r} runs the whole model, whose files stream keeps only in part; choose one"
+        )
+    if config.tune and stream:
+        raise ConfigError("tune runs the whole model, whose files stream keeps only in part; choose one")
+    if config.tune and config.method == "rtn":
+        raise ConfigError("tune is True, but method 'rtn' runs no text; leave it out, or use another method")
+    if config.method == "rtn" and calibration is not None:
+        raise ConfigError("method 'rtn' needs no text; leave the calibration out, or use another method")
+
+
+def _settled(
+    config: QuantConfig, calibration: Calibration, checkpoint: Checkpoint, device: str, stream: bool
+) -> tuple[QuantConfig, Calibration]:
+    """Choose the calibration text and whether to tune, where that was left open."""
+    room = WEIGHTS_SHARE * _gpu_memory(device)
+    quick = config.method == "squawq" and not stream and checkpoint.nbytes() <= room
+    if calibration is None and quick and has_file(checkpoint.folder / "tokenizer.json"):
+        calibration = MIXED
+    if config.tune is None:
+        parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+        config = replace(config, tune=quick and parameters <= MAX_TUNED)
+    if config.seed != QuantConfig.seed and not config.tune and not _is_own(calibration):
+        raise ConfigError(f"seed is {config.seed}, but only calibration 'self' and tune sample text; leave it out")
+    return config, calibration
+
+
+def _gpu_memory(device: str) -> int:
+    """Bytes of an NVIDIA GPU's memory, used or not, so that a run that is resumed settles alike; 0 elsewhere."""
+    return torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else 0
+
+
+def _text(
+    config: QuantConfig, calibration: Calibration, checkpoint: Checkpoint, device: str
+) -> tuple[Tensor | None, SelfCalibration | None]:
+    """The calibration blocks, as far as they are given, and how the model generates others or text for tuning."""
+    if config.method == "rtn":
+        return None, None
+    seqlen, hidden = config.seqlen or 0, checkpoint.config.hidden_size
+    if _is_own(calibration):
+        default = default_rows(seqlen * hidden) if device.startswith("cuda") else DEFAULT_SAMPLES
+        rows = config.samples or default
+        return None, SelfCalibration.of(
+            calibration, checkpoint, rows=rows, seqlen=seqlen, seed=config.seed, tune=bool(config.tune)
+        )
+    tokens = token_blocks(
+        calibration,
+        lambda: Tokenizer(checkpoint.folder),
+        seqlen=seqlen,
+        samples=config.samples,
+        vocab_size=checkpoint.config.vocab_size,
+    )
+    return tokens, SelfCalibration.beside(tokens, checkpoint, config.seed) if config.tune else None
+
+
+def _plans(blocks: Blocks, config: QuantConfig) -> list[LayerPlan]:
+    """Raises ConfigError if a name to skip matches nothing, or if nothing would be quantized."""
+    shapes, layer = blocks.meta_model.shapes, blocks.family.layer
+    plans = [LayerPlan(shapes(i), blocks.family, config, layer(i)) for i in range(len(blocks.layers))]
+    names = [f"{plan.prefix}.{name}" for plan in plans for name in (*plan.converted, *plan.kept)]
+    for skip in config.modules_to_not_convert:
+        if not any(skip in name for name in names):
+            raise ConfigError(f"modules_to_not_convert: {skip!r} is in no name; names are like {names[0]}, {names[-1]}")
+    if not any(plan.converted for plan in plans):
+        reason = next(iter(plans[0].kept.values()))
+        raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
+    return plans
+
+
+def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:
+    """The dtype asked for; for "auto" the source's, since bfloat16 holds values that float16 cannot."""
+    if config.dtype != "auto":
+        return config.dtype
+    info = blocks.checkpoint.info(blocks.names.stored_name(f"{blocks.family.embedding}.weight"))
+    return "bfloat16" if info.dtype == torch.bfloat16 else "float16"
+
+
+def _result_bytes(blocks: Blocks, plans: Sequence[LayerPlan], config: QuantConfig) -> int:
+    """Bytes of the tensors to be written, from names and shapes."""
+    name_of, total = blocks.names.storage_name, 0
+    in_features = {name_of(f"{p.prefix}.{n}.weight"): p.shapes[n][1] for p in plans for n in p.converted}
+    for name in blocks.names.stored_names:
+        count = math.prod(blocks.checkpoint.tensors[name].shape)
+        groups = count // config.group_of(in_features[name]) if name in in_features else 0
+        total += count // 2 + 2 * groups + groups // 2 if groups else 2 * count  # integers, scales, zeros
+    return total
