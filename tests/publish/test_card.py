@@ -114,6 +114,11 @@ def test_measured(awq_demo: Path, tmp_path: Path) -> None:
     assert f"on {report['calibration_tokens']:,} tokens of text" in card
     assert "`report.html` draws them" in card
     assert f"on {report['read_back']['tokens']} tokens (calibration text): mean KL" in card
+    tuned = {"steps": 9, "rows": 8, "held_back": 2, "loss_before": 0.2, "loss": 0.1, "seconds": 3.0}
+    copied = tmp_path / "tuned"
+    shutil.copytree(awq_demo, copied)
+    (copied / "squawq_report.json").write_text(json.dumps({**report, "tuning": tuned}))
+    assert "Tuning scales lowered the mean KL on 2 rows held back from 0.2 to 0.1 nats" in model_card(copied, REPO)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,14 @@ def test_the_folder_that_was_read_back() -> None:
             Report.read(report(2, read_back={**row, key: value}))
 
 
+def test_tuned_scales() -> None:
+    row = {"steps": 300, "rows": 600, "held_back": 40, "loss_before": 0.118, "loss": 0.0983, "seconds": 93.2}
+    said = "Tuning scales lowered the mean KL on 40 rows held back from 0.118 to 0.0983 nats, in 93 s."
+    assert said in render(report(2, tuning=row))
+    assert "they stay as they were" in render(report(2, tuning={**row, "loss": 0.118}))
+    assert "Tuning" not in render(report(2))
+
+
 @pytest.mark.parametrize(
     ("kl", "words"),
     [(0.0, "hardly any difference"), (0.01, "small"), (0.15, "noticeable"), (0.2, "large"), (9.0, "large")],
@@ -264,6 +273,11 @@ def test_the_command_has_what_differs_from_the_defaults_and_is_read_again() -> N
         "squawq quantize tiny-llama OUT --samples 8 --seqlen 128 --group-size 64 --damping 0.25 --symmetric --no-clip "
         "--no-sequential --skip layers.0 --skip 'a b' --dtype bfloat16 --device cuda"
     )
+    for device, tune, flags in (("cuda", False, "--no-tune --device cuda"), ("cuda", True, "--device cuda")):
+        found["job"] |= {"config": replace(config, tune=tune).to_dict(), "device": device}
+        assert command(Report.read(found)).endswith(f"--dtype bfloat16 {flags}")
+    found["job"] |= {"config": replace(config, tune=True).to_dict(), "device": "cpu"}
+    assert command(Report.read(found)).endswith("--dtype bfloat16 --tune")
 
 
 def test_the_next_step_can_be_pasted() -> None:

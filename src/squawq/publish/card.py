@@ -24,7 +24,7 @@ from squawq.quant_config import METHODS, QuantConfig
 from squawq.quantization.job import identity
 from squawq.report.files import PAGE, REPORT
 from squawq.report.schema import Report
-from squawq.report.words import read_back, size
+from squawq.report.words import read_back, size, tuned
 
 README = "README.md"
 TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
@@ -95,6 +95,7 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
         report=report,
         scores=None if origin.evaluation is None else _scores(origin.evaluation, folder, repo),
         read_back=read_back(report.read_back) if report and report.read_back else None,
+        tuned=tuned(report.tuning) if report and report.tuning else None,
         ratios=ratios,
         median=median(ratios) if ratios else None,
         method=_method(report) if report else "",

@@ -9,7 +9,7 @@ from statistics import median
 from squawq.quant_config import QuantConfig
 from squawq.report.charts import number
 from squawq.report.drawings import column, loss_ratio
-from squawq.report.schema import Evaluation, ReadBackRow, Report
+from squawq.report.schema import Evaluation, ReadBackRow, Report, TuningRow
 
 METHODS = {
     "squawq": "squawq: AWQ scales, QEP correction, rounding with error feedback (GPTQ)",
@@ -56,6 +56,16 @@ def read_back(row: ReadBackRow) -> str:
     )
 
 
+def tuned(row: TuningRow) -> str:
+    """What tuning of the scales has gained."""
+    if row.loss >= row.loss_before:
+        return f"Tuning scales did not lower the KL on {row.held_back} rows held back; they stay as they were."
+    return (
+        f"Tuning scales lowered the mean KL on {row.held_back} rows held back from {number(row.loss_before)} to "
+        f"{number(row.loss)} nats, in {row.seconds:,.0f} s."
+    )
+
+
 def command(report: Report) -> str:
     """The command line that makes this result, without the ways to its folders."""
     config, default = report.job.config, QuantConfig()
@@ -73,7 +83,12 @@ def command(report: Report) -> str:
     words += [f"--no{_flag(key)[1:]}" for key in switches if not given.get(key, True)]
     words += [f"--skip {shlex.quote(name)}" for name in config.modules_to_not_convert]
     words += [f"--dtype {config.dtype}"] if config.dtype else []
-    return " ".join([*words, *([f"--device {report.job.device}"] if report.job.device != "cpu" else [])])
+    if report.job.device != "cpu":
+        words += ["--no-tune"] if config.tune is False else []
+        words += [f"--device {report.job.device}"]
+    elif config.tune:
+        words += ["--tune"]
+    return " ".join(words)
 
 
 def _flag(key: str) -> str:
@@ -174,6 +189,8 @@ def summary(report: Report) -> list[str]:
         said.append("Weights were rounded to nearest without calibration; no loss was measured.")
     kept = len(report.kept_in_16_bits)
     said.append(f"{_count(kept, 'linear')} stayed in 16 bits; listed below." if kept else "Every linear is quantized.")
+    if report.tuning is not None:
+        said.append(tuned(report.tuning))
     evaluated = _evaluated(report.evaluation)
     if report.read_back is not None and evaluated:  # else it is the headline
         said.append(read_back(report.read_back))

@@ -1,0 +1,76 @@
+"""What a run settles that was left open: calibration text, its amount, and tuning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel
+
+from squawq import QuantConfig
+from squawq.demo import demo_model
+from squawq.errors import ConfigError
+from squawq.format.reader import Checkpoint
+from squawq.quantization import prepare
+from squawq.quantization.self_calibration import SelfCalibration, default_rows
+
+PLAIN = QuantConfig(seqlen=512)
+
+
+def settled(config: QuantConfig = PLAIN, calibration: Any = None, stream: bool = False) -> tuple[Any, Any]:
+    found, text = prepare._settled(config, calibration, Checkpoint(demo_model()), "cuda", stream)
+    return text, found.tune
+
+
+def test_on_a_gpu_that_holds_the_model(monkeypatch: pytest.MonkeyPatch, make_model: MakeModel) -> None:
+    monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 80 << 30)
+    assert settled() == ("self+builtin", True)
+    assert settled(calibration="chats.jsonl") == ("chats.jsonl", True)
+    assert settled(replace(PLAIN, tune=False)) == ("self+builtin", False)
+    assert settled(replace(PLAIN, method="awq")) == (None, False)
+    assert settled(replace(PLAIN, method="awq", tune=True)) == (None, True)
+    assert settled(stream=True) == (None, False)
+    assert settled(replace(PLAIN, seed=3))[0] == "self+builtin"
+    bare = Checkpoint(make_model())  # without a tokenizer
+    assert prepare._settled(PLAIN, None, bare, "cuda", False)[1] is None
+    monkeypatch.setattr(prepare, "MAX_TUNED", 1e6)
+    assert settled() == ("self+builtin", False)
+
+
+def test_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, text = prepare._settled(PLAIN, None, Checkpoint(demo_model()), "cpu", False)
+    assert (text, found.tune) == (None, False)
+    monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 10 << 20)  # the model has 14.7 MB
+    assert settled() == (None, False)
+    with pytest.raises(ConfigError, match="only calibration 'self' and tune sample text"):
+        settled(replace(PLAIN, seed=3))
+
+
+def test_how_much_text_on_a_gpu() -> None:
+    assert [default_rows(512 * hidden) for hidden in (640, 2048, 4096, 8192)] == [640, 256, 128, 128]
+    text, plan = prepare._text(replace(PLAIN, tune=True), "self", Checkpoint(demo_model()), "cuda")
+    assert text is None
+    assert plan is not None
+    assert (plan.rows, plan.tuning_rows, plan.shape) == (640, 160, (800, 512))
+    assert prepare._text(PLAIN, "self", Checkpoint(demo_model()), "cpu")[1].shape == (128, 512)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("rows", "fresh"), [(1, 3), (32, 96), (128, 384), (400, 112), (640, 160)])
+def test_rows_for_tuning_beside_given_ones(rows: int, fresh: int) -> None:
+    given = torch.full((rows, 16), 7)
+    plan = SelfCalibration.beside(given, Checkpoint(demo_model()), 0)
+    assert (plan.rows, plan.calibration_rows, plan.tuning_rows, plan.starts) == (0, rows, fresh, (0,))
+    assert plan.shape == (rows + fresh, 16)
+
+
+def test_calibration_and_tuning_rows_are_others() -> None:
+    """The tokens: generated calibration rows, given ones, and rows for tuning, which calibration does not have."""
+    plan = SelfCalibration.of("self+builtin", Checkpoint(demo_model()), rows=4, seqlen=64, seed=1, tune=True)
+    found = plan.tokens(Checkpoint(demo_model()), "cpu", lambda *_: None)
+    assert found.shape == (16, 64)
+    assert torch.equal(found[2:4], plan.given)
+    assert len({tuple(row) for row in found.tolist()}) == 16
+    untuned = replace(plan, tuning_rows=0).tokens(Checkpoint(demo_model()), "cpu", lambda *_: None)
+    assert torch.equal(untuned, found[:4])
