@@ -65,8 +65,10 @@ def prepare(
     """Plan a job. Raises SquawqError for everything that can be refused before work starts."""
     check_device(device, mps=True)
     _check_choices(config, calibration, stream)
-    scratch = partial_path(Path(out).resolve()) / SCRATCH
-    checkpoint = open_streamed(model, scratch) if stream else Checkpoint(resolve(model))
+    if stream:
+        checkpoint = open_streamed(model, partial_path(Path(out).resolve()) / SCRATCH)
+    else:
+        checkpoint = Checkpoint(resolve(model))
     family, positions = family_of(checkpoint.config.model_type), checkpoint.config.max_positions
     if checkpoint.config.quant is not None:
         raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
