@@ -46,7 +46,7 @@ def acting(block, *given):
         if "other killed" in what:
             other.kill()
         if "stuck" in what:
-            time.sleep(60)
+            time.sleep(600)
         if "first killed" in what:
             os.kill(os.getpid(), signal.SIGKILL)
         if "failed" in what:
