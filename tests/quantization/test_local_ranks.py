@@ -23,11 +23,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 # Runs the command line; rank 0 does something in the second layer, while the other process waits for it. Prints the
 # other's id.
 COMMAND_LINE = """
-import multiprocessing, os, signal, sys, time
+import multiprocessing, os, signal, sys, tempfile, time
 from squawq import cli, local_ranks
 from squawq.quantization import layer
 
 local_ranks.GRACE_S = 2
+tempfile.tempdir = os.path.dirname(sys.argv[4])  # a killed process leaves its folder there
 what, choose_scales = sys.argv[1], layer.choose_scales
 
 def begin(*given):
