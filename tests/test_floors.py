@@ -29,6 +29,7 @@ FLOORS: dict[str, float] = {
     "backends.devices": 5.2,
     "backends.cpu": 5.5,
     "backends.cuda": 5.5,
+    "local_ranks": 6,
     "nn": 6,
     "compatibility": 6.5,
     "layerwise": 6.5,

@@ -1,4 +1,6 @@
-"""The ranks that share one calibration: torchrun's processes, or one process. No other module uses torch.distributed.
+"""The ranks that share one calibration: torchrun's processes, processes of one host (`local_ranks`), or one process.
+
+No other module uses torch.distributed.
 
 All ranks run the same program and wait for each other in `all_reduce`, `broadcast` and `check_same`. An exception on
 one rank is raised on all others in their next such call, so that none waits for a rank that has ended.
@@ -10,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, distributed
@@ -21,9 +24,13 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """A single process: the collectives do nothing."""
+    """A single process: the collectives do nothing.
 
-    rank, size = 0, 1
+    Attributes:
+        stops_at_once: Whether a second signal may stop it in the middle of a layer: none but the user sends it signals.
+    """
+
+    rank, size, stops_at_once = 0, 1, True
 
     @property
     def first(self) -> bool:
@@ -62,15 +69,21 @@ class Ranks:
 
 
 class TorchRanks(Ranks):
-    """The ranks of an initialized torch.distributed."""
+    """The ranks of an initialized torch.distributed.
 
-    def __init__(self) -> None:
+    Args:
+        local: The rank among those on this host.
+        stops_at_once: See `Ranks`.
+    """
+
+    def __init__(self, local: int, stops_at_once: bool = False) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self.stops_at_once, self._local = stops_at_once, local
         self._over = False  # all ranks know that the session has failed
 
     def device(self, device: str) -> str:
         if device == "cuda":
-            return f"cuda:{os.environ['LOCAL_RANK']}"
+            return f"cuda:{self._local}"
         if device != "cpu":
             raise ConfigError(
                 f"device {device!r} cannot be shared by {self.size} processes; choose cpu, or cuda for a GPU each"
@@ -148,15 +161,36 @@ def _portable(rank: int, error: BaseException) -> tuple[Any, ...]:
     return RankError, f"process {rank} failed: {type(error).__name__}: {error}"
 
 
+def torchrun_size() -> int | None:
+    """How many processes torchrun started; None without it."""
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+        return None
+    return int(os.environ["WORLD_SIZE"])
+
+
 @contextmanager
 def torchrun_ranks(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started, while the context is open; without torchrun, this process alone."""
-    if not distributed.is_available() or not distributed.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if torchrun_size() in (None, 1):
         yield Ranks()
         return
+    with _process_group(device):
+        yield TorchRanks(int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def host_ranks(device: str, rank: int, size: int, meeting: Path) -> Iterator[Ranks]:
+    """This process as one of `size` on this host, while the context is open; they find each other by a new file."""
+    store = distributed.FileStore(str(meeting), size)  # type: ignore[attr-defined]
+    with _process_group(device, store=store, rank=rank, world_size=size):
+        yield TorchRanks(rank, stops_at_once=True)
+
+
+@contextmanager
+def _process_group(device: str, **members: Any) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") and distributed.is_nccl_available() else "gloo"
-    distributed.init_process_group(backend, timeout=TIMEOUT)
+    distributed.init_process_group(backend, timeout=TIMEOUT, **members)
     try:
-        yield TorchRanks()
+        yield
     finally:
         distributed.destroy_process_group()

@@ -63,7 +63,14 @@ def test_the_command_under_torchrun(make_model: MakeModel, tmp_path: Path) -> No
     assert done.stderr.count("2 layers, 160 calibration tokens") == 1
     squawq.quantize(model, tmp_path / "one", QuantConfig(group_size=32, samples=5, seqlen=32))
     assert_equal_within_rounding(tmp_path / "one", tmp_path / "two")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["-m", "squawq", "quantize", model, tmp_path / "devices", *options, "--devices", "2"]
+    done = programs.run(command, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [str(tmp_path / "devices")]
+    assert done.stderr.count("2 layers, 160 calibration tokens") == 1
+    assert settled(tmp_path / "devices") == settled(tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["devices", "model", "one", "two"]
 
 
 @needs_gloo
@@ -154,7 +161,7 @@ def test_what_breaks_an_exchange_is_not_told_by_another(
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    ranks = TorchRanks()
+    ranks = TorchRanks(1)
     with pytest.raises(raised), ranks.session():
         ranks.broadcast(lambda: None)
     assert exchanges == [None]

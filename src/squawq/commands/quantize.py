@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -68,8 +69,12 @@ def quantize(
         typer.Option("--stream", help="Download a Hub model's files one by one, and keep only those in use"),
     ] = False,
     device: Annotated[
-        str, typer.Option(metavar=f"{DEVICES}|mps", help="Device; under torchrun, cuda is one GPU per process")
+        str, typer.Option(metavar=f"{DEVICES}|mps", help="Device; cuda: all visible GPUs, one process for each")
     ] = "cpu",
+    devices: Annotated[
+        int | None,
+        typer.Option(help="Processes, which share the calibration; default: one for each GPU of --device cuda, else 1"),
+    ] = None,
     states_memory: Annotated[
         float | None,
         typer.Option(
@@ -86,12 +91,14 @@ def quantize(
       squawq quantize Llama-3.1-8B-Instruct Llama-3.1-8B-AWQ
       squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
       squawq quantize MODEL OUT --calibration self --device cuda
-      torchrun --nproc-per-node 4 -m squawq quantize MODEL OUT --device cuda
+      squawq quantize MODEL OUT --device cuda --devices 2
     """
     from squawq.compatibility import how_to_run
     from squawq.distributed import torchrun_ranks
     from squawq.format.reader import Checkpoint
+    from squawq.local_ranks import local_ranks, rank_count
     from squawq.publish.card import has_template
+    from squawq.quantization.prepare import prepare
     from squawq.quantization.pipeline import already_done
     from squawq.quantization.pipeline import quantize as run
     from squawq.report.files import PAGE
@@ -115,18 +122,23 @@ def quantize(
         seqlen=seqlen,
         seed=seed,
     )
-    with torchrun_ranks(device) as ranks, StoppableProgress(ranks.first, ranks.size == 1) as observer:
-        report = run(
-            model,
-            out,
-            config,
-            calibration=calibration,
-            device=device,
-            stream=stream,
-            observer=observer,
-            ranks=ranks,
-            states_memory=states_memory,
-        )
+    work = partial(
+        run,
+        model,
+        out,
+        config,
+        calibration=calibration,
+        device=device,
+        stream=stream,
+        progress=False,
+        states_memory=states_memory,
+    )
+    size = rank_count(
+        devices, device, stream, lambda: prepare(model, out, config, calibration, device, stream).calibration_blocks
+    )
+    started = torchrun_ranks(device) if size == 1 else local_ranks(size, device, work)
+    with started as ranks, StoppableProgress(ranks.first, ranks.stops_at_once) as observer:
+        report = work(observer=observer, ranks=ranks)
     if not ranks.first:
         return
     if observer.started:

@@ -33,8 +33,8 @@ class StoppableProgress(LayerProgress):
 
     Args:
         shown: Print progress; under torchrun only the first process does.
-        alone: This is the only process. Under torchrun one must not stop at once: the others would wait for it, and
-            torchrun forwards the terminal's signal, so that it arrives twice.
+        alone: Signals reach this process only, and a second one stops it at once. torchrun sends all processes the
+            terminal's signal, and it arrives twice.
     """
 
     def __init__(self, shown: bool = True, alone: bool = True) -> None:
