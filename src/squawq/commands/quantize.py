@@ -98,9 +98,9 @@ def quantize(
     from squawq.format.reader import Checkpoint
     from squawq.local_ranks import local_ranks, rank_count
     from squawq.publish.card import has_template
-    from squawq.quantization.prepare import prepare
     from squawq.quantization.pipeline import already_done
     from squawq.quantization.pipeline import quantize as run
+    from squawq.quantization.prepare import prepare
     from squawq.report.files import PAGE
     from squawq.report.schema import Report
     from squawq.report.words import read_back, sizes
