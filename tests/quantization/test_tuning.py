@@ -119,8 +119,8 @@ def test_a_killed_run_goes_on(after: str, make_model: MakeModel, tmp_path: Path,
     squawq.quantize(source, tmp_path / "whole", CONFIG, calibration=rows(), progress=False)
     commit, parts = Job.commit, list[int]()
 
-    def killed(self: Job, part: int, tensors: Any, record: Any) -> None:
-        commit(self, part, tensors, record)
+    def killed(self: Job, part: int, *given: Any, **how: Any) -> None:
+        commit(self, part, *given, **how)
         parts.append(part)
         if parts.count(1) == 2:  # quantized, then tuned
             raise KeyboardInterrupt

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ COMPANIONS = re.compile(
     r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)"
     r"|(LICEN[SC]E(-[A-Z]+)?|NOTICE|USE_POLICY)(\.(txt|md))?"
 )
+AHEAD = 2**20  # bytes read ahead at a time
 LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
 
 
@@ -125,6 +129,37 @@ class Checkpoint:
         info = info if index is None else info.part(index)
         with self.shards.open(info.file.name) as file:
             return self._read_data(file, info)
+
+    @contextmanager
+    def reading_ahead(self, names: Iterable[str]) -> Iterator[None]:
+        """Bring tensors into the system's cache of files, in a thread, as far as it gets while the context is open.
+
+        It takes a buffer of AHEAD bytes. Errors are left to `read`. Files that the Hub has yet to send wait their turn.
+        """
+        infos = sorted(map(self.info, names), key=lambda info: (info.file, info.start))
+        if not infos or self.shards.room():
+            yield
+            return
+        over = Event()
+        thread = Thread(target=self._read_ahead, args=(infos, over), name="squawq reading ahead")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _read_ahead(self, infos: Iterable[TensorInfo], over: Event) -> None:
+        buffer = memoryview(bytearray(AHEAD))
+        with suppress(CheckpointError):
+            for info in infos:
+                end = info.start + info.nbytes
+                with self.shards.open(info.file.name) as file:
+                    for start in range(info.start, end, AHEAD):
+                        if over.is_set():
+                            return
+                        file.seek(start)
+                        file.readinto(buffer[: end - start])
 
     def mapped(self, name: str) -> Tensor:
         """The same as a memory map of its file: no memory until it is looked at.

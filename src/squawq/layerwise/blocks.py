@@ -145,7 +145,7 @@ class Blocks:
 
     @contextmanager
     def open(self, index: int, stored: Mapping[str, Tensor] | None = None) -> Iterator[Block]:
-        """Load a layer while the context is open.
+        """Load a layer while the context is open; meanwhile the checkpoint's next one is read ahead.
 
         Args:
             index: Which decoder layer.
@@ -153,7 +153,8 @@ class Blocks:
         """
         block = Block(self, index, stored)
         try:
-            yield block
+            with self.checkpoint.reading_ahead(self.names.of_layer(index + 1) if stored is None else ()):
+                yield block
         finally:
             block.module.to("meta")
             _give_memory_back()

@@ -96,6 +96,10 @@ class TensorNames:
         """Name in the checkpoint of a module of the model."""
         return self.stored_name(f"{name}.weight").removesuffix(".weight")
 
+    def of_layer(self, index: int) -> list[str]:
+        """Names in the checkpoint of a layer's tensors; none after the last layer."""
+        return [self.on_disk[name] for name in self._of_layer.get(index, ())]
+
     def has(self, name: str) -> bool:
         """Whether the checkpoint stores a tensor of the model, in whatever form."""
         owner = name.rpartition(".")[0]

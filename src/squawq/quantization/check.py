@@ -1,7 +1,7 @@
 """Checks a result by running a few rows of text through it: its dtype during the run, and the whole folder at the end.
 
 `DtypeCheck`: activations of some models overflow float16; the result would load everywhere and answer with NaN. Each
-layer is checked as soon as it is on disk. `ReadBack`: the finished folder is read back and compared with the 16-bit
+layer is checked as soon as it is committed. `ReadBack`: the finished folder is read back and compared with the 16-bit
 model. Peak memory: one layer in float32, and at the end the head in 16 bits.
 """
 

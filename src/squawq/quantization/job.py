@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 class Job:
     """The folders of one job; `finished` if OUT already holds its result.
 
-    Locks OUT.partial until the context ends. A SquawqError removes OUT.partial, unless a layer is in it.
+    Locks OUT.partial until the context ends, which waits for what is being written. A SquawqError removes OUT.partial,
+    unless a layer is in it.
 
     Raises:
         OutputError: OUT or OUT.partial belongs to something else, or another process works there.
@@ -110,6 +112,8 @@ class Job:
         self.out, self.partial = out, partial_path(out)
         self.identity, self.layers = dict(identity), layers
         self._held = ExitStack()
+        self._writer = ThreadPoolExecutor(1)
+        self._pending: tuple[int, dict[str, Tensor], Future[None]] | None = None  # the part that is being written
         self.finished = self._is_finished()
         if not self.finished:
             self._begin()
@@ -130,6 +134,7 @@ class Job:
             finally:
                 with suppress(OSError):  # it is not empty: begun, or another's
                     self.partial.rmdir()
+            stack.enter_context(self._writer)
             self._held = stack.pop_all()
 
     def _is_finished(self) -> bool:
@@ -176,9 +181,15 @@ class Job:
         with self._held:
             if self.finished:
                 return
-            self._clear()
-            if kind is not None and issubclass(kind, SquawqError):
-                self._abandon()
+            try:
+                self._settle()
+            except SquawqError as error:
+                kind = type(error)
+                raise
+            finally:
+                self._clear()
+                if kind is not None and issubclass(kind, SquawqError):
+                    self._abandon()
 
     def _abandon(self) -> None:
         """Remove OUT.partial if no layer is in it, so that other settings can be tried at once."""
@@ -203,6 +214,7 @@ class Job:
 
     def record(self, part: int) -> dict[str, Any] | None:
         """The report's row of a part on disk; None if it is not there."""
+        self._settle()
         if not self.shard_path(part).is_file() or not self._record_path(part).is_file():
             return None
         try:
@@ -214,6 +226,7 @@ class Job:
 
     def verify(self, part: int) -> None:
         """Read a part back. Raises CheckpointError if it is not what `commit` was given."""
+        self._settle()
         path = self.shard_path(part)
         again = "remove this file and run the same command again: only this part is done anew"
         try:
@@ -224,11 +237,41 @@ class Job:
             raise CheckpointError(f"{path}: read back, its tensors are not what was written; {again}")
 
     def tensors(self, part: int) -> dict[str, Tensor]:
-        """The stored tensors of a part, by name in the checkpoint."""
+        """The stored tensors of a part, by name in the checkpoint; from memory while the part is being written."""
+        if self._pending is not None and self._pending[0] == part:
+            return dict(self._pending[1])
         return read_shard(self.shard_path(part))
 
-    def commit(self, part: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write a part. The shard is written last: if it is there, the part is done."""
+    def commit(
+        self, part: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], *, behind: bool = False
+    ) -> None:
+        """Write a part. The shard is written last: if it is there, the part is done.
+
+        Args:
+            part: Which one.
+            tensors: Its tensors by name in the checkpoint.
+            record: Its row of the report.
+            behind: Write in a thread, and return at once. An error is raised by what next waits for the part: at the
+                latest the next commit or the end of the job.
+        """
+        self._settle()
+        if behind:
+            kept = {name: tensor.cpu() for name, tensor in tensors.items()}
+            self._pending = part, kept, self._writer.submit(self._write, part, kept, record)
+        else:
+            self._write(part, tensors, record)
+
+    def _settle(self) -> None:
+        """Wait for the part that is being written; raises its error."""
+        if self._pending is not None:
+            written = self._pending[2]
+            try:
+                written.result()
+            finally:
+                if written.done():  # not when waiting was interrupted
+                    self._pending = None
+
+    def _write(self, part: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         write_json(self._record_path(part), {"row": dict(record), "sha256": _digest(tensors)})
         write_shard(self.shard_path(part), tensors)
 
@@ -247,6 +290,7 @@ class Job:
 
     def tuning(self) -> dict[str, Any] | None:
         """The report's row of tuning; None if scales are not tuned yet. Writes what an earlier run has tuned."""
+        self._settle()
         if not has_file(self.partial / TUNING):
             return None
         row = read_json(self.partial / TUNING)
@@ -286,6 +330,7 @@ class Job:
 
     def finish(self) -> None:
         """Rename OUT.partial to OUT and remove what is only needed to resume."""
+        self._settle()
         self._clear()
         try:
             if self.out.is_dir():

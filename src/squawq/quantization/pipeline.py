@@ -1,6 +1,7 @@
 """squawq.quantize: the loop over decoder layers. Each is loaded, quantized (`layer`), written, and dropped.
 
-Peak memory: one decoder layer in float32, its statistics, and the calibration's hidden states (twice blocks x tokens x
+A layer is written, and the next one read ahead, in threads beside the work. Peak memory: one decoder layer in float32,
+its statistics, the packed tensors of the layer before it, and the calibration's hidden states (twice blocks x tokens x
 hidden_size x 4 bytes, and a record of the layer's inputs) as far as they are kept in memory.
 """
 
@@ -228,7 +229,7 @@ def _skip_layer(
 def _quantize_layer(
     work: Work, index: int, streams: Streams | None, job: Job, ranks: Ranks, checks: _Checks | None
 ) -> dict[str, Any]:
-    """Quantize a layer and write it; returns its row of the report."""
+    """Quantize a layer and begin to write it; returns its row of the report."""
     blocks, began = work.blocks, time.perf_counter()
     goes_on = streams is not None and streams.quantized is not None and index + 1 < len(blocks.layers)
     with blocks.open(index) as block:
@@ -237,7 +238,7 @@ def _quantize_layer(
 
         def commit(result: LayerResult) -> tuple[dict[str, Any], dict[str, Tensor]]:
             record, stored = result.record | measured(began, blocks.device), block.stored(result.tensors)
-            job.commit(index + 1, stored, record)
+            job.commit(index + 1, stored, record, behind=True)
             return record, stored if goes_on else {}
 
         if streams is None:
