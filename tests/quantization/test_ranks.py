@@ -64,7 +64,7 @@ def test_the_command_under_torchrun(make_model: MakeModel, tmp_path: Path) -> No
     squawq.quantize(model, tmp_path / "one", QuantConfig(group_size=32, samples=5, seqlen=32))
     assert_equal_within_rounding(tmp_path / "one", tmp_path / "two")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = ["-m", "squawq", "quantize", model, tmp_path / "devices", *options, "--devices", "2"]
+    command: list[str | Path] = ["-m", "squawq", "quantize", model, tmp_path / "devices", *options, "--devices", "2"]
     done = programs.run(command, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [str(tmp_path / "devices")]

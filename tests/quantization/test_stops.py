@@ -210,6 +210,7 @@ def test_a_resumed_run_multiplies_as_a_whole_one(
         def layer(self, record: object) -> None:
             raise KeyboardInterrupt
 
+        def tuning(self, step: int, steps: int) -> None: ...
         def read_back(self, layers: int) -> None: ...
 
     monkeypatch.setattr(pipeline, "float32_products", products)
