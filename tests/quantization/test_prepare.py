@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,22 @@ def test_on_a_gpu_that_holds_the_model(monkeypatch: pytest.MonkeyPatch, make_mod
     assert prepare._settled(PLAIN, None, bare, "cuda", False)[1] is None
     monkeypatch.setattr(prepare, "MAX_TUNED", 1e6)
     assert settled() == ("self+builtin", False)
+
+
+def test_a_gpu_too_small_to_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tuning that nobody asked for is left out; what was asked for is refused."""
+    monkeypatch.setattr(prepare, "check_device", lambda *_, **__: None)
+    monkeypatch.setattr(prepare, "_settled", lambda config, *_: (replace(config, tune=True), "self"))
+    monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 1 << 40)
+    config = QuantConfig(seqlen=64, samples=8)
+    work = prepare.prepare(demo_model(), tmp_path / "out", config, None, "cpu", False)
+    assert (work.config.tune, work.generated and work.generated.tuning_rows) == (True, 24)
+    monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 1 << 20)
+    work = prepare.prepare(demo_model(), tmp_path / "out", config, None, "cpu", False)
+    assert (work.config.tune, work.generated and work.generated.tuning_rows) == (False, 0)
+    monkeypatch.setattr("squawq.quantization.tuning.free_memory", lambda: 1 << 20)
+    with pytest.raises(ConfigError, match="tuning needs about"):
+        prepare.prepare(demo_model(), tmp_path / "out", replace(config, tune=True), None, "cpu", False)
 
 
 def test_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,11 +28,12 @@ from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import DEFAULT_SAMPLES, Calibration, token_blocks
 from squawq.quantization.job import SCRATCH, identity, partial_path, target_path
 from squawq.quantization.self_calibration import MIXED, SOURCES, SelfCalibration, default_rows
-from squawq.quantization.tuning import check_tuning
+from squawq.quantization.tuning import check_tuning, tuning_bytes
 from squawq.report.files import public_name
 from squawq.text.tokenizer import Tokenizer
 
 WEIGHTS_SHARE = 0.7  # of a GPU's memory, which the weights of a model that generates text may take, unasked
+TUNING_SHARE = 0.9  # of a GPU's memory, which tuning may take, unasked
 MAX_TUNED = 16e9  # parameters of a model that is tuned unasked: minutes for 8e9, an hour for 70e9
 
 
@@ -83,11 +84,15 @@ def prepare(
     blocks = Blocks(checkpoint, family, device)
     blocks.check()
     config = replace(config, dtype=_stored_dtype(config, blocks))
-    plans = _plans(blocks, config)
+    plans, unasked = _plans(blocks, config), config.tune is None
     config, calibration = _settled(config, calibration, checkpoint, device, stream)
     tokens, generated = _text(config, calibration, checkpoint, device)
     if config.tune and generated is not None:
-        check_tuning(blocks, plans, generated.shape)
+        if unasked and tuning_bytes(blocks, plans, generated.shape) > TUNING_SHARE * _gpu_memory(device):
+            config = replace(config, tune=False)
+            tokens, generated = _text(config, calibration, checkpoint, device)
+        else:
+            check_tuning(blocks, plans, generated.shape)
     same = identity(checkpoint, config, tokens if generated is None else generated, device)
     size = _result_bytes(blocks, plans, config)
     name = public_name(calibration) if isinstance(calibration, str | Path) else None

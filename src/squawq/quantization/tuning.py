@@ -1,11 +1,11 @@
 """Tunes the scales of a quantized model to predict what the 16-bit model predicts: integers and zero points stay.
 
-The loss is the KL divergence of the whole model's output from the 16-bit model's on calibration text. EfficientQAT's
-second phase (Chen et al., arXiv 2407.11062) trains the same scales, on the text itself. Some rows of text that no layer
-was calibrated on are held back, and if the loss on them does not fall, scales stay as they were.
+The loss is the KL divergence of the whole model's output from the 16-bit model's, on calibration text and text that the
+16-bit model generates. EfficientQAT's second phase (Chen et al., arXiv 2407.11062) trains the same scales, on the text
+itself. Some generated rows are held back; if the loss on them does not fall, scales stay as they were.
 
-Peak memory: a byte a weight, one layer in float32 with its gradients, the output head in float32, and a batch's hidden
-states before each layer.
+Peak memory: a byte a weight, one layer in float32 with its gradients, the output head in float32, a batch's hidden
+states before each layer, and for all rows the first hidden states and the 16-bit model's last.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Tuning:
         return total / (len(rows) * self._first.shape[1])
 
     def _backward(self, rows: Sequence[int]) -> None:
-        """Gradients of the mean loss. Logits of one block at a time: those of a batch would be large."""
+        """Gradients of the mean loss. Logits of one row at a time: those of a batch would be large."""
         states = self._last(rows)
         gradients = []
         for row, own in zip(rows, states.detach(), strict=True):
@@ -186,7 +186,7 @@ class Tuning:
         return states
 
     def _divergence(self, row: int, states: Tensor) -> Tensor:
-        """KL divergence of a block, summed over its tokens; states: the quantized model's last [1, tokens, hidden]."""
+        """KL divergence of a row, summed over its tokens; states: the quantized model's last [1, tokens, hidden]."""
         with torch.no_grad():
             wanted = self._logits(self._wanted[row : row + 1].to(states.device)).float().log_softmax(-1)
         found = self._logits(states).float().log_softmax(-1)
@@ -226,24 +226,18 @@ def steps_for(tokens: int) -> int:
 
 def check_tuning(blocks: Blocks, plans: Sequence[LayerPlan], rows: tuple[int, int]) -> None:
     """Raise ConfigError if there is too little memory to tune on so many rows of so many tokens."""
-    size = blocks.checkpoint.config.vocab_size, blocks.checkpoint.config.hidden_size
-    needed, device = _needed(plans, size, rows), torch.device(blocks.device)
+    needed, device = tuning_bytes(blocks, plans, rows), torch.device(blocks.device)
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     if needed > room:
         raise ConfigError(
-            f"tune is True, but tuning needs about {gib(needed)} of memory on {device}, and {gib(room)} are free; "
-            "leave it out, or use a larger device"
+            f"tuning needs about {gib(needed)} of memory on {device}, and {gib(room)} are free; free some, use a "
+            "larger device, or do without (tune=False, --no-tune)"
         )
 
 
-def _needed(plans: Sequence[LayerPlan], head: tuple[int, int], rows: tuple[int, int]) -> int:
-    """About the bytes that tuning takes.
-
-    Args:
-        plans: Of the layers.
-        head: Vocabulary and hidden size.
-        rows: How many there are, and their tokens.
-    """
+def tuning_bytes(blocks: Blocks, plans: Sequence[LayerPlan], rows: tuple[int, int]) -> int:
+    """About the bytes of memory that tuning takes, on so many rows of so many tokens."""
+    head = blocks.checkpoint.config.vocab_size, blocks.checkpoint.config.hidden_size
     weights = [sum(out * in_ for out, in_ in plan.shapes.values()) for plan in plans]
     scales = sum(weights) // min(128, plans[0].config.group_of(128))
     states = ((len(plans) + 8) * max(BATCH, rows[1]) + 2 * math.prod(rows)) * head[1]
