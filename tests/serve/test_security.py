@@ -288,6 +288,8 @@ def test_no_pickle_and_no_code_from_data(model: Path) -> None:
     -15969, -86793, -93034, -93088, CVE-2025-59953, -66455: nothing that is read can become code."""
     found = {file.name: [*_dangers(ast.parse(file.read_text()))] for file in SOURCE.rglob("*.py")}
     assert len(found) > 50
+    spawning = found.pop("local_ranks.py")  # a command's own arguments, to processes that it starts
+    assert {name.partition(".")[0] for name in spawning} == {"multiprocessing"}
     assert {name: dangers for name, dangers in found.items() if dangers} == {}
     assert len([*_dangers(ast.parse("import pickle, os\nfrom marshal import loads\neval('1')\ntorch.load(x)"))]) == 4
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
