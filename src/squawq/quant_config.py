@@ -63,7 +63,7 @@ class QuantConfig:
         dtype: Of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
         samples: Calibration blocks; None: all there are, up to 128, or where a GPU generates them up to 640.
         seqlen: Tokens per block; None: 512, or the model's context if that is shorter.
-        seed: Of the sampling, where the model generates its calibration text itself.
+        seed: Of the sampling, where the model generates text for calibration or tuning.
 
     Raises:
         ConfigError: A value is out of range.

@@ -33,7 +33,7 @@ class Signalled(StoppableProgress):
     """What the command line has; the second process is sent SIGINT in the first layer, twice as torchrun does it."""
 
     def __init__(self, ranks: Ranks) -> None:
-        super().__init__(shown=False, alone=False)
+        super().__init__(shown=False, stops_at_once=False)
         self._ranks = ranks
 
     def layer(self, record: Mapping[str, Any]) -> None:

@@ -56,13 +56,29 @@ def test_a_gpu_too_small_to_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         prepare.prepare(demo_model(), tmp_path / "out", replace(config, tune=True), None, "cpu", False)
 
 
-def test_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found, text = prepare._settled(PLAIN, None, Checkpoint(demo_model()), "cpu", False)
     assert (text, found.tune) == (None, False)
     monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 10 << 20)  # the model has 14.7 MB
     assert settled() == (None, False)
     with pytest.raises(ConfigError, match="only calibration 'self' and tune sample text"):
-        settled(replace(PLAIN, seed=3))
+        prepare.prepare(demo_model(), tmp_path / "out", replace(PLAIN, seed=3), None, "cpu", False)
+
+
+def test_the_built_in_set_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a GPU it is not the default, so it must have a name; the tokens are those of the default elsewhere."""
+    monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 80 << 30)
+    assert settled(calibration="builtin", config=replace(PLAIN, tune=False)) == ("builtin", False)
+    monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 0)
+    plain, named = (
+        prepare.prepare(demo_model(), tmp_path / "out", QuantConfig(seqlen=64, samples=4), calibration, "cpu", False)
+        for calibration in (None, "builtin")
+    )
+    assert (plain.calibration, named.calibration) == (None, "builtin")
+    assert plain.tokens is not None
+    assert named.tokens is not None
+    assert torch.equal(plain.tokens, named.tokens)
+    assert plain.identity == named.identity
 
 
 def test_how_much_text_on_a_gpu() -> None:

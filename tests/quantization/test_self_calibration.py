@@ -245,7 +245,7 @@ def test_the_report_and_the_command(model: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_a_signal_stops_generation() -> None:
-    progress = StoppableProgress(shown=False, alone=False)
+    progress = StoppableProgress(shown=False, stops_at_once=False)
     progress.generating("generating", 0, 9)
     progress._handle(2, None)
     with pytest.raises(Stopped, match="stopped while the model generated its calibration text"):

@@ -278,6 +278,10 @@ def test_the_command_has_what_differs_from_the_defaults_and_is_read_again() -> N
         assert command(Report.read(found)).endswith(f"--dtype bfloat16 {flags}")
     found["job"] |= {"config": replace(config, tune=True).to_dict(), "device": "cpu"}
     assert command(Report.read(found)).endswith("--dtype bfloat16 --tune")
+    awq = QuantConfig(method="awq", tune=False, dtype="bfloat16")
+    for device in ("cuda", "mps"):
+        found["job"] |= {"config": awq.to_dict(), "device": device}
+        assert command(Report.read(found)).endswith(f"--dtype bfloat16 --device {device}")
 
 
 def test_the_next_step_can_be_pasted() -> None:

@@ -21,8 +21,8 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="A .txt or .jsonl file, a Hub data set id, self (text that the 16-bit model generates), or "
-            "self+builtin; default: self+builtin on a GPU that holds the model, else the built-in set"
+            help="A .txt or .jsonl file, a Hub data set id, builtin (squawq's own set), self (text that the 16-bit "
+            "model generates), or self+builtin; default: self+builtin on a GPU that holds the model, else builtin"
         ),
     ] = None,
     samples: Annotated[
@@ -31,7 +31,7 @@ def quantize(
     seqlen: Annotated[
         int | None, typer.Option(help="Their length in tokens; default: 512, or the model's context")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of --calibration self", min=0)] = QuantConfig.seed,
+    seed: Annotated[int, typer.Option(help="Random seed of --calibration self and --tune", min=0)] = QuantConfig.seed,
     group_size: Annotated[GroupSize, typer.Option(help="Weights per scale; -1: a whole row")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric quantization, without zero points")] = False,
     method: Annotated[

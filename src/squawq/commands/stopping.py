@@ -33,13 +33,12 @@ class StoppableProgress(LayerProgress):
 
     Args:
         shown: Print progress; under torchrun only the first process does.
-        alone: Signals reach this process only, and a second one stops it at once. torchrun sends all processes the
-            terminal's signal, and it arrives twice.
+        stops_at_once: See `Ranks`. torchrun sends all processes the terminal's signal, and it arrives twice.
     """
 
-    def __init__(self, shown: bool = True, alone: bool = True) -> None:
+    def __init__(self, shown: bool = True, stops_at_once: bool = True) -> None:
         super().__init__()
-        self._shown, self._alone = shown, alone
+        self._shown, self._stops_at_once = shown, stops_at_once
         self._layers = self._done = 0
         self._asked: int | None = None
 
@@ -55,12 +54,13 @@ class StoppableProgress(LayerProgress):
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         first, self._asked = self._asked is None, self._asked or number
-        if self._alone and not self._layers:
+        if self._stops_at_once and not self._layers:
             self._stop("before the first layer")
-        if self._alone and not first:
+        if self._stops_at_once and not first:
             self._stop(COMPARING if self._done == self._layers else f"in layer {self._done + 1} of {self._layers}")
         if self._shown and first:
-            console.print("stopping when this layer is done" + ("; once more stops at once" if self._alone else ""))
+            more = "; once more stops at once" if self._stops_at_once else ""
+            console.print(f"stopping when this layer is done{more}")
 
     def _stop(self, where: str) -> None:
         """Stop if that was asked for."""

@@ -109,7 +109,7 @@ def quantize(
         config: How to quantize.
         calibration: See `calibration.token_blocks`; or "self": text that the 16-bit model generates itself, at
             temperature 1 (`self_calibration`); or "self+builtin": up to half of it from the built-in set, which is the
-            default on an NVIDIA GPU that holds the 16-bit model.
+            default on an NVIDIA GPU that holds the 16-bit model; "builtin": that set alone, the default elsewhere.
         device: "cpu", "cuda", "cuda:1" ... or "mps"; a single one: only the command line starts more processes.
         stream: Keep only a few of a Hub model's weight files on disk at a time, see `stream.open_streamed`.
         observer: Callbacks, instead of progress on stderr.

@@ -1,7 +1,7 @@
 """Checks a quantization before it starts, from headers and the calibration text, and settles what was left open.
 
 On an NVIDIA GPU that holds the whole 16-bit model, the default method generates half or more of its calibration text
-with that model, and tunes scales at the end. Elsewhere both take longer than all else, so it does neither unasked.
+with that model, and tunes scales at the end. Elsewhere it does neither unasked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from squawq.text.tokenizer import Tokenizer
 
 WEIGHTS_SHARE = 0.7  # of a GPU's memory, which the weights of a model that generates text may take, unasked
 TUNING_SHARE = 0.9  # of a GPU's memory, which tuning may take, unasked
-MAX_TUNED = 16e9  # parameters of a model that is tuned unasked: minutes for 8e9, an hour for 70e9
+MAX_TUNED = 16e9  # parameters of a model that is tuned unasked: 6 minutes for 8e9 on an H200, by projection
+BUILTIN = "builtin"  # the built-in set, where that is not the default
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def prepare(
             tokens, generated = _text(config, calibration, checkpoint, device)
         else:
             check_tuning(blocks, plans, generated.shape)
+    if config.seed != QuantConfig.seed and generated is None:
+        raise ConfigError(f"seed is {config.seed}, but only calibration 'self' and tune sample text; leave it out")
     same = identity(checkpoint, config, tokens if generated is None else generated, device)
     size = _result_bytes(blocks, plans, config)
     name = public_name(calibration) if isinstance(calibration, str | Path) else None
@@ -129,8 +132,6 @@ def _settled(
     if config.tune is None:
         parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
         config = replace(config, tune=quick and parameters <= MAX_TUNED)
-    if config.seed != QuantConfig.seed and not config.tune and not _is_own(calibration):
-        raise ConfigError(f"seed is {config.seed}, but only calibration 'self' and tune sample text; leave it out")
     return config, calibration
 
 
@@ -148,12 +149,10 @@ def _text(
     seqlen, hidden = config.seqlen or 0, checkpoint.config.hidden_size
     if _is_own(calibration):
         default = default_rows(seqlen * hidden) if device.startswith("cuda") else DEFAULT_SAMPLES
-        rows = config.samples or default
-        return None, SelfCalibration.of(
-            calibration, checkpoint, rows=rows, seqlen=seqlen, seed=config.seed, tune=bool(config.tune)
-        )
+        rows, tune = config.samples or default, bool(config.tune)
+        return None, SelfCalibration.of(calibration, checkpoint, rows=rows, seqlen=seqlen, seed=config.seed, tune=tune)
     tokens = token_blocks(
-        calibration,
+        None if isinstance(calibration, str) and calibration == BUILTIN else calibration,
         lambda: Tokenizer(checkpoint.folder),
         seqlen=seqlen,
         samples=config.samples,

@@ -215,7 +215,7 @@ def tune(
     held_back = max(1, fresh // HELD_BACK)
     with float32_products(blocks.device, exact=False):
         tuning = Tuning(blocks, rows, blocks.last_states(rows), held_back, stored)
-        row = tuning.run(steps_for(rows[held_back:].numel()), seen)
+        row = tuning.run(steps_for((len(rows) - held_back) * rows.shape[1]), seen)
     return (tuning.scales() if row.loss < row.loss_before else {}), row
 
 

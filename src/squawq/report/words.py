@@ -83,11 +83,10 @@ def command(report: Report) -> str:
     words += [f"--no{_flag(key)[1:]}" for key in switches if not given.get(key, True)]
     words += [f"--skip {shlex.quote(name)}" for name in config.modules_to_not_convert]
     words += [f"--dtype {config.dtype}"] if config.dtype else []
-    if report.job.device != "cpu":
-        words += ["--no-tune"] if config.tune is False else []
-        words += [f"--device {report.job.device}"]
-    elif config.tune:
-        words += ["--tune"]
+    by_default = report.job.device == "cuda" and config.method == "squawq"
+    if config.tune is not None and config.tune != by_default:
+        words += ["--tune" if config.tune else "--no-tune"]
+    words += [f"--device {report.job.device}"] if report.job.device != "cpu" else []
     return " ".join(words)
 
 
