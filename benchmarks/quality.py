@@ -3,7 +3,7 @@
     python benchmarks/quality.py --work FOLDER [--data ../shared/data] [--mixed FOLDER] [--peer autoawq=PYTHON ...]
                                  [--models demo twin ...] [--quantizers squawq AutoAWQ ...] [--bits 3] [--device cuda]
                                  [--fresh]
-    python benchmarks/quality.py --work FOLDER --real MODEL [--seeds 3] [--calibrations built-in wiki self ...]
+    python benchmarks/quality.py --work FOLDER --real MODEL [--seeds 3] [--calibrations built-in wiki default ...]
                                  [--tests wiki mixture ...] [--patience SECONDS] [--resume] [... as above]
 
 PYTHON is the interpreter of a peer's own environment (benchmarks/peers/README.md); peers that are not given are
@@ -18,7 +18,7 @@ calibration text.
 test, and with several seeds, which decide the calibration rows. Figures are means over the seeds, with the least and
 the largest in brackets. MODEL is a 16-bit folder, such as a download of Gemma 3 270M from the Hub, with its tokenizer,
 or with the texts as token rows in rows.json (`texts.py`). A calibration that is no kind of text is handed to
-`squawq.quantize` as it is, with the seed. A quantizer that fails has the reason in its row. --resume keeps squawq's
+`squawq.quantize` as it is, with the seed; "default" leaves the text and its length to squawq. A quantizer that fails has the reason in its row. --resume keeps squawq's
 figures too.
 """
 
@@ -37,7 +37,7 @@ from typing import Any
 
 from common import print_table, quantize_apart
 from outliers import make_twin
-from quality_real import SELF, measure_real
+from quality_real import DEFAULT, SELF, measure_real
 from texts import BUILT_IN, KINDS, TEST_ROWS
 
 import squawq
@@ -182,7 +182,8 @@ def main() -> None:
         nargs="+",
         default=[BUILT_IN, "wiki"],
         metavar="KIND",
-        help=f"of {', '.join(KINDS)}; anything else (such as {SELF}) is handed to squawq.quantize",
+        help=f"of {', '.join(KINDS)}; {DEFAULT} leaves the choice to squawq, "
+        f"anything else (such as {SELF}) is handed to it",
     )
     real.add_argument("--tests", nargs="+", choices=TEST_ROWS, metavar="KIND", help=f"of {', '.join(TEST_ROWS)}")
     real.add_argument("--test-rows", type=int, help="at most so many of a kind")

@@ -32,6 +32,7 @@ from squawq.layerwise.blocks import Blocks
 
 NO_CALIBRATION = "none"
 SELF = "self"
+DEFAULT = "default"  # text and number of rows are left to squawq
 MEASURES: dict[str, str] = {  # names in `Score.summary`, and formats
     "kl_mean": ".4f",
     "kl_p99": ".3f",
@@ -105,6 +106,8 @@ class RealModel:
             if peer != "squawq":
                 return {"failed": f"takes calibration text only, not {case.calibration!r}", "kept": False}
             told |= {"calibration": case.calibration, "seed": case.seed}  # the model's text depends on the seed
+            if case.calibration == DEFAULT:
+                told |= {"calibration": None, "samples": None}
         try:
             found = self._measured(peer, case, told)
         except PeerFailed as error:

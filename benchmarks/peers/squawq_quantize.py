@@ -26,7 +26,7 @@ rows = read_rows(rows_path)
 fields = json.loads(settings)
 groupwise.LEVELS = rounding.LEVELS = 2 ** fields.pop("bits", 4) - 1  # type: ignore[attr-defined]
 device, calibration = fields.pop("device", "cpu"), fields.pop("calibration", rows)
-config = QuantConfig(**fields, samples=len(rows), seqlen=len(rows[0]))
+config = QuantConfig(**{"samples": len(rows), "seqlen": len(rows[0])} | fields)
 quantize = squawq.quantize
 clock = Clock()
 quantize(model, out, config, calibration=None if config.method == "rtn" else calibration, device=device)

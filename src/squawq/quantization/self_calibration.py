@@ -349,12 +349,12 @@ def _paged(seqlen: int, model: OpenModel) -> int:
 
 
 def default_rows(values: int) -> int:
-    """Calibration rows on a GPU, where text costs little: as many as have hidden states of 1 GiB, but 128 to 640.
+    """Calibration rows on a GPU, where text costs little: as many as have hidden states of 1 GiB, but 128 to 1,536.
 
     Args:
         values: Of a row's hidden states.
     """
-    return max(DEFAULT_SAMPLES, min(640, (1 << 28) // values))
+    return max(DEFAULT_SAMPLES, min(1536, (1 << 28) // values))
 
 
 def _fresh(rows: int) -> int:
