@@ -37,6 +37,7 @@ FLOORS: dict[str, float] = {
     "engine.request": 2,
     "quantization": 7,
     "quantization.self_calibration": 7.2,
+    "quantization.token_weights": 7.2,
     "quantization.tuning": 7.2,
     "inspection": 7.5,
     "publish": 8,

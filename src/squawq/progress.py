@@ -78,6 +78,7 @@ class LayerProgress:
         self._bar = bar()
         self._task = self._bar.add_task("quantizing", total=None, visible=False)
         self._generating: TaskID | None = None
+        self._what: str | None = None
 
     def __enter__(self) -> LayerProgress:
         return self
@@ -86,9 +87,11 @@ class LayerProgress:
         self._bar.stop()
 
     def generating(self, what: str, done: int, total: int) -> None:
-        if self._generating is None:
+        if self._generating is None or what != self._what:
             console.print(what)
-            self._generating = self._bar.add_task("generating", total=total)
+            if self._generating is not None:
+                self._bar.remove_task(self._generating)
+            self._generating, self._what = self._bar.add_task(what.split()[0], total=total), what
             self._bar.start()
         self._bar.update(self._generating, completed=done)
 

@@ -58,12 +58,14 @@ class QuantConfig:
         sequential: Calibrate each linear on the outputs of the quantized layers before it, and correct its weights for
             their error (QEP, arXiv 2504.09629).
         damping: Hessian damping, as a share of its diagonal.
+        token_weights: Weight calibration tokens by gradients of the 16-bit model (`quantization.token_weights`), which
+            must fit in memory. None: with "squawq" on an NVIDIA GPU that holds the 16-bit model.
         tune: After all layers, tune scales to the 16-bit model's predictions (`quantization.tuning`). None: with
             "squawq" on an NVIDIA GPU that holds the 16-bit model, up to 16e9 parameters.
         dtype: Of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
         samples: Calibration blocks; None: all there are, up to 128, or where a GPU generates them up to 640.
         seqlen: Tokens per block; None: 512, or the model's context if that is shorter.
-        seed: Of the sampling, where the model generates text for calibration or tuning.
+        seed: Of the sampling, where the model generates text for calibration or tuning, or weights tokens.
 
     Raises:
         ConfigError: A value is out of range.
@@ -82,6 +84,7 @@ class QuantConfig:
     refine: Annotated[int, _at_least(0)] = 3
     sequential: Switch = True
     damping: Annotated[float, Field(ge=0, le=10, description="a number from 0 to 10")] = 0.5
+    token_weights: Annotated[bool | None, Field(description="true, false or null")] = None
     tune: Annotated[bool | None, Field(description="true, false or null")] = None
     dtype: Annotated[str, _choose(DTYPES)] = "auto"
     samples: Annotated[int | None, _at_least(1)] = None

@@ -31,7 +31,9 @@ def quantize(
     seqlen: Annotated[
         int | None, typer.Option(help="Their length in tokens; default: 512, or the model's context")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of --calibration self and --tune", min=0)] = QuantConfig.seed,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of --calibration self, --token-weights and --tune", min=0)
+    ] = QuantConfig.seed,
     group_size: Annotated[GroupSize, typer.Option(help="Weights per scale; -1: a whole row")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric quantization, without zero points")] = False,
     method: Annotated[
@@ -51,6 +53,13 @@ def quantize(
         float,
         typer.Option(help="Hessian damping, as a share of its diagonal; raise it for little text (squawq)"),
     ] = QuantConfig.damping,
+    token_weights: Annotated[
+        bool | None,
+        typer.Option(
+            help="Weight calibration tokens by gradients of the 16-bit model, which must fit in memory (squawq)",
+            show_default="on a GPU that holds the model",
+        ),
+    ] = None,
     tune: Annotated[
         bool | None,
         typer.Option(
@@ -116,6 +125,7 @@ def quantize(
         refine=refine,
         sequential=sequential,
         damping=damping,
+        token_weights=token_weights,
         tune=tune,
         dtype=dtype,
         samples=samples,

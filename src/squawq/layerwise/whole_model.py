@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from squawq.errors import CheckpointError
 from squawq.layerwise.blocks import Block, Blocks
 from squawq.layerwise.meta_model import refusing
 
@@ -35,6 +36,7 @@ class WholeModel:
     def __init__(self, blocks: Blocks, dtype: torch.dtype, *, resident: bool) -> None:
         assert resident or dtype == torch.float32
         self._blocks, self._cache = blocks, None
+        self.model = blocks.meta_model.model  # transformers'
         names, family, meta_model = blocks.names, blocks.family, blocks.meta_model
         renamed = "cache" in signature(meta_model.model.forward).parameters  # in transformers 5.24
         self._cache_name = "cache" if renamed else "past_key_values"
@@ -73,7 +75,7 @@ class WholeModel:
         """
         ids = tokens.to(self._blocks.device)[:, None]
         with refusing(self._blocks.meta_model.where):
-            found = self._blocks.meta_model.model(ids, use_cache=True, **{self._cache_name: self._cache})
+            found = self.model(ids, use_cache=True, **{self._cache_name: self._cache})
         self._cache = found[self._cache_name]
         logits: Tensor = found.logits[:, -1].float()
         return logits
@@ -84,3 +86,24 @@ class WholeModel:
         outer: int = sum(math.prod(shape) for shape in blocks.meta_model.outer.values())
         layers: list[int] = [sum(t.numel() for t in layer.state_dict().values()) for layer in blocks.layers]
         return dtype.itemsize * (outer + (sum(layers) if resident else max(layers)))
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Sample from softmax(logits) by inversion, in float64.
+
+    Args:
+        logits: float32 [rows, vocab].
+        uniform: float64 [rows], in [0, 1).
+
+    Returns:
+        int64 [rows], on the CPU.
+
+    Raises:
+        CheckpointError: A logit is NaN or infinite.
+    """
+    logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
+    mass = torch.softmax(logits.double(), -1).cumsum(-1)
+    if mass[:, -1].isnan().any():
+        raise CheckpointError("the 16-bit model has logits that are not finite")
+    below = uniform.to(mass.device)[:, None] * mass[:, -1:]
+    return torch.searchsorted(mass, below, right=True)[:, 0].clamp_(max=mass.shape[1] - 1).cpu()

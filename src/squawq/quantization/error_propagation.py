@@ -6,10 +6,11 @@ sum ||W x - W^ x^||^2, where H = sum x^ x^' is the Hessian: QEP's correction at 
 added once, before the weights are rounded with error feedback (GPTQ) on H. GPTAQ (arXiv 2504.02692) and Qronos (arXiv
 2505.11695) minimize the same error, but correct it column by column while they round.
 
-Three things are not in these papers. H is damped by a share of each diagonal entry (`QuantConfig.damping`, by default
+Four things are not in these papers. H is damped by a share of each diagonal entry (`QuantConfig.damping`, by default
 0.5), in place of a smaller alpha. The error cross-covariance is E = W sum (x - x^) x^' + sum (r - r^) x^', where
 the linear's output is added to the residual stream r: the linear also corrects that stream's error. Inputs of more than
-`statistics.MAX_GRAM` features are corrected one diagonal block of H at a time.
+`statistics.MAX_GRAM` features are corrected one diagonal block of H at a time. Tokens may have weights
+(`token_weights`), which multiply every term of these sums.
 """
 
 from __future__ import annotations
@@ -94,9 +95,17 @@ class ErrorStatistics:
     Each span corrects an equal part of the residual stream's error.
     """
 
-    def __init__(self, block: Block, stage: Stage, scales: Tensor | None) -> None:
-        """scales: AWQ scales float32 [in] that the recorded inputs are divided by, None for ones."""
-        self.stage, self._scales, self._block = stage, scales, block
+    def __init__(self, block: Block, stage: Stage, scales: Tensor | None, weights: Tensor | None = None) -> None:
+        """Nothing is summed yet.
+
+        Args:
+            block: The layer.
+            stage: Its linears that are quantized next.
+            scales: AWQ scales float32 [in] that the recorded inputs are divided by; None: ones.
+            weights: Of the tokens, [calibration blocks, tokens]; None: ones.
+        """
+        self.stage, self._scales, self._block, self._weights = stage, scales, block, weights
+        self._seen = 0  # tokens
         self.single = len(stage.linears) == 1
         out, features = block.weight(stage.linears[0]).shape
         self.inputs = InputStatistics(features, block.device)
@@ -120,7 +129,7 @@ class ErrorStatistics:
             record: Inputs of the 16-bit run.
             hooks: Further input hooks.
         """
-        wanted, residual = record.replay(self.stage.capture_module), self.stage.residual
+        wanted, residual, self._seen = record.replay(self.stage.capture_module), self.stage.residual, 0
         own: dict[str, InputHook] = {self.stage.capture_module: lambda x: self._add(*_pair(x, wanted))}
         if residual:
             stream = record.replay(residual)
@@ -132,14 +141,20 @@ class ErrorStatistics:
         self._residual = wanted.sub_(x)
 
     def _add(self, x: Tensor, wanted: Tensor) -> None:
+        input_error, residual = (wanted if self._scales is None else wanted.div_(self._scales)).sub_(x), self._residual
+        if self._weights is not None:
+            some = self._weights.view(-1)[self._seen : self._seen + len(x)]
+            self._seen += len(x)
+            root = some.to(x.device, torch.float32).sqrt()[:, None]
+            x, input_error = x * root, input_error.mul_(root)
+            residual = None if residual is None else residual.mul_(root)
         self.inputs.update(x)
-        input_error = (wanted if self._scales is None else wanted.div_(self._scales)).sub_(x)
         for span, total in zip(self._spans, self.cross, strict=True):
             error, part = input_error[:, span], x[:, span]
             if self.single:
                 error = error @ self._block.weight(self.stage.linears[0])[:, span].T
-                if self._residual is not None:
-                    error.add_(self._residual, alpha=1 / len(self._spans))
+                if residual is not None:
+                    error.add_(residual, alpha=1 / len(self._spans))
             if not (all_finite(error) and all_finite(part)):
                 finite = torch.isfinite(error).all(-1) & torch.isfinite(part).all(-1)
                 error, part = error[finite], part[finite]

@@ -40,6 +40,7 @@ PART = "squawq_part_"
 TUNING = "squawq_tuning.json"  # the report's row, once scales are tuned
 TUNED = "squawq_tuned_scales"  # a safetensors file, until they are in the parts
 GENERATED = "squawq_calibration.ids"  # a safetensors file by another name: no loader may take it for weights
+TOKEN_WEIGHTS = "squawq_token_weights"  # likewise
 SCRATCH = ".squawq-scratch"  # in OUT.partial, for temporary files; removed when the job ends
 
 
@@ -203,7 +204,7 @@ class Job:
     def _notes(self, folder: Path) -> list[Path]:
         """The files that are only needed to resume."""
         parts = (folder / self._record_path(part).name for part in range(self.layers + 2))
-        return [folder / JOB, folder / GENERATED, folder / TUNING, folder / TUNED, *parts]
+        return [folder / JOB, folder / GENERATED, folder / TOKEN_WEIGHTS, folder / TUNING, folder / TUNED, *parts]
 
     def _record_path(self, part: int) -> Path:
         return self.partial / f"{PART}{part:05d}.json"
@@ -287,6 +288,13 @@ class Job:
         if ids is None or ids.dtype != torch.int64 or tuple(ids.shape) != shape:
             raise CheckpointError(f"{path}: damaged; remove {self.partial} to start over")
         return ids
+
+    def token_weights(self, weigh: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Weights of the calibration tokens: those on disk, or new ones, then on disk."""
+        path = self.partial / TOKEN_WEIGHTS
+        if not has_file(path):
+            write_shard(path, weigh())
+        return read_shard(path)
 
     def tuning(self) -> dict[str, Any] | None:
         """The report's row of tuning; None if scales are not tuned yet. Writes what an earlier run has tuned."""

@@ -26,6 +26,7 @@ from squawq.quantization.rounding import LinearQuantizer
 from squawq.quantization.search import choose_scales, fold, round_in_place, sampled_rows
 from squawq.quantization.states import Replay, Streams
 from squawq.quantization.statistics import LayerInputs, capture_modules, clip_quantiles, mean_square, relative_error
+from squawq.quantization.token_weights import weights_key
 from squawq.report.schema import LayerRow, LinearRow, ScaleRow
 
 PackedLinear = dict[str, Tensor]  # qweight, scales and qzeros, on the CPU
@@ -89,7 +90,8 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     replay = Replay(block, replayed, streams.folder, streams.states_memory / 4)
     for index, stage in enumerate(stages):
         assert streams.quantized is not None
-        error = ErrorStatistics(block, stage, folding.columns.get(stage.linears[0]))
+        weights = streams.token_weights(weights_key(block.index, stage.capture_module))
+        error = ErrorStatistics(block, stage, folding.columns.get(stage.linears[0]), weights)
         with replay.playing():
             error.collect(streams.quantized, record, replay.hooks(stage.linears))
         ranks.all_reduce(error.sums)

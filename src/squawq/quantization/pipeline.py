@@ -38,6 +38,7 @@ from squawq.quantization.layer import LayerResult, quantize_layer, round_layer
 from squawq.quantization.precision import float32_products
 from squawq.quantization.prepare import Work, prepare
 from squawq.quantization.states import Streams, default_states_memory
+from squawq.quantization.token_weights import token_weights
 from squawq.quantization.tuning import tune
 from squawq.report.files import REPORT, write_report
 from squawq.report.schema import Report
@@ -48,7 +49,13 @@ class Observer(Protocol):
     """Callbacks of a run, on each rank. An exception in one stops all ranks."""
 
     def generating(self, what: str, done: int, total: int) -> None:
-        """Called on rank 0 while the model generates calibration text: what is done, tokens so far, all tokens."""
+        """Called on rank 0 while the model generates calibration text or weights its tokens.
+
+        Args:
+            what: What is done, as a line for people.
+            done: Tokens so far.
+            total: All tokens.
+        """
 
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
         """Called before the first layer, unless all was done before.
@@ -144,7 +151,9 @@ def quantize(
                 if work.tokens is not None and share is not None:
                     sequential, folder = work.config.sequential, work.out.parent
                     memory = default_states_memory(work.blocks.device) if states_memory is None else states_memory
+                    weights = ranks.broadcast(partial(_token_weights, work, job, watching))
                     streams = Streams.embedded(work.blocks, work.tokens, share, sequential, folder, memory)
+                    streams = replace(streams, weights=weights and {key: w[share] for key, w in weights.items()})
                 checks = _Checks(work, job) if ranks.first else None
                 _quantize_layers(work, streams, job, watching, ranks, checks)
                 streams = None  # large
@@ -175,6 +184,15 @@ def _generated(work: Work, job: Job, observer: Observer) -> Tensor:
     plan, blocks = work.generated, work.blocks
     assert plan is not None
     return job.generated_tokens(plan.shape, lambda: plan.tokens(blocks.checkpoint, blocks.device, observer.generating))
+
+
+def _token_weights(work: Work, job: Job, observer: Observer) -> dict[str, Tensor] | None:
+    """Weights of the calibration tokens, of this run or of the one it resumes; None: they have none."""
+    blocks, tokens, seed = work.blocks, work.tokens, work.config.seed
+    if not work.config.token_weights or tokens is None:
+        return None
+    given = blocks.checkpoint, blocks.device, work.plans, tokens, seed, observer.generating
+    return job.token_weights(lambda: token_weights(*given))
 
 
 def _write_outer(work: Work, job: Job) -> None:

@@ -1,7 +1,7 @@
 """Checks a quantization before it starts, from headers and the calibration text, and settles what was left open.
 
 On an NVIDIA GPU that holds the whole 16-bit model, the default method generates half or more of its calibration text
-with that model, and tunes scales at the end. Elsewhere it does neither unasked.
+with that model, weights tokens by its gradients, and tunes scales at the end. Elsewhere it does none of this unasked.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from squawq.quant_config import QuantConfig
 from squawq.quantization.calibration import DEFAULT_SAMPLES, Calibration, token_blocks
 from squawq.quantization.job import SCRATCH, identity, partial_path, target_path
 from squawq.quantization.self_calibration import MIXED, SOURCES, SelfCalibration, default_rows
+from squawq.quantization.token_weights import check_token_weights, weighting_bytes
 from squawq.quantization.tuning import check_tuning, tuning_bytes
 from squawq.report.files import public_name
 from squawq.text.tokenizer import Tokenizer
 
 WEIGHTS_SHARE = 0.7  # of a GPU's memory, which the weights of a model that generates text may take, unasked
+WEIGHTING_SHARE = 0.9  # of a GPU's memory, which weighting tokens may take, unasked
 TUNING_SHARE = 0.9  # of a GPU's memory, which tuning may take, unasked
 MAX_TUNED = 16e9  # parameters of a model that is tuned unasked: 6 minutes for 8e9 on an H200, by projection
 BUILTIN = "builtin"  # the built-in set, where that is not the default
@@ -44,7 +46,7 @@ class Work:
 
     blocks: Blocks  # the 16-bit model
     plans: list[LayerPlan]  # by layer
-    config: QuantConfig  # without "auto" or None for `tune`
+    config: QuantConfig  # without "auto" or None for `token_weights` and `tune`
     calibration: str | None  # its name, for the report
     tokens: Tensor | None  # calibration blocks int64 [blocks, seqlen]; None for plain rounding, or until generated
     generated: SelfCalibration | None  # how the model generates calibration blocks or text for tuning, if it does
@@ -81,21 +83,31 @@ def prepare(
     if config.method != "squawq":  # settings that have no effect are not part of the job
         config = replace(config, compensate=False, refine=0, sequential=False)
         config = replace(config, act_order=QuantConfig.act_order, damping=QuantConfig.damping)
+    if not config.sequential:
+        config = replace(config, token_weights=False)
     checkpoint.companions()  # raises now rather than when all else is done
     blocks = Blocks(checkpoint, family, device)
     blocks.check()
     config = replace(config, dtype=_stored_dtype(config, blocks))
-    plans, unasked = _plans(blocks, config), config.tune is None
+    plans = _plans(blocks, config)
+    asked = config
     config, calibration = _settled(config, calibration, checkpoint, device, stream)
+    if config.token_weights:
+        if asked.token_weights:
+            check_token_weights(blocks, plans, config.seqlen or 0)
+        elif weighting_bytes(blocks, plans, config.seqlen or 0) > WEIGHTING_SHARE * _gpu_memory(device):
+            config = replace(config, token_weights=False)
     tokens, generated = _text(config, calibration, checkpoint, device)
     if config.tune and generated is not None:
-        if unasked and tuning_bytes(blocks, plans, generated.shape) > TUNING_SHARE * _gpu_memory(device):
+        if asked.tune is None and tuning_bytes(blocks, plans, generated.shape) > TUNING_SHARE * _gpu_memory(device):
             config = replace(config, tune=False)
             tokens, generated = _text(config, calibration, checkpoint, device)
         else:
             check_tuning(blocks, plans, generated.shape)
-    if config.seed != QuantConfig.seed and generated is None:
-        raise ConfigError(f"seed is {config.seed}, but only calibration 'self' and tune sample text; leave it out")
+    if config.seed != QuantConfig.seed and generated is None and not config.token_weights:
+        raise ConfigError(
+            f"seed is {config.seed}, but only calibration 'self', token_weights and tune sample tokens; leave it out"
+        )
     same = identity(checkpoint, config, tokens if generated is None else generated, device)
     size = _result_bytes(blocks, plans, config)
     name = public_name(calibration) if isinstance(calibration, str | Path) else None
@@ -113,8 +125,11 @@ def _check_choices(config: QuantConfig, calibration: Calibration, stream: bool) 
         raise ConfigError(
             f"calibration {calibration!r} runs the whole model, whose files stream keeps only in part; choose one"
         )
-    if config.tune and stream:
-        raise ConfigError("tune runs the whole model, whose files stream keeps only in part; choose one")
+    for name in ("token_weights", "tune"):
+        if getattr(config, name) and stream:
+            raise ConfigError(f"{name} runs the whole model, whose files stream keeps only in part; choose one")
+    if config.token_weights and not (config.method == "squawq" and config.sequential):
+        raise ConfigError("token_weights is True, but has an effect in method 'squawq' with sequential alone")
     if config.tune and config.method == "rtn":
         raise ConfigError("tune is True, but method 'rtn' runs no text; leave it out, or use another method")
     if config.method == "rtn" and calibration is not None:
@@ -124,11 +139,13 @@ def _check_choices(config: QuantConfig, calibration: Calibration, stream: bool) 
 def _settled(
     config: QuantConfig, calibration: Calibration, checkpoint: Checkpoint, device: str, stream: bool
 ) -> tuple[QuantConfig, Calibration]:
-    """Choose the calibration text and whether to tune, where that was left open."""
+    """Choose the calibration text, and whether to weight tokens and to tune, where that was left open."""
     room = WEIGHTS_SHARE * _gpu_memory(device)
     quick = config.method == "squawq" and not stream and checkpoint.nbytes() <= room
     if calibration is None and quick and has_file(checkpoint.folder / "tokenizer.json"):
         calibration = MIXED
+    if config.token_weights is None:
+        config = replace(config, token_weights=quick)
     if config.tune is None:
         parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
         config = replace(config, tune=quick and parameters <= MAX_TUNED)

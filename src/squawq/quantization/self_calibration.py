@@ -28,7 +28,7 @@ from squawq.errors import CalibrationError, CheckpointError, ConfigError
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.layerwise.blocks import Blocks
-from squawq.layerwise.whole_model import WholeModel
+from squawq.layerwise.whole_model import WholeModel, draw
 from squawq.nn.cache import Cache
 from squawq.nn.loader import OpenModel, Options, open_model
 from squawq.quantization.calibration import DEFAULT_SAMPLES, builtin_documents, token_blocks
@@ -292,27 +292,6 @@ class _Decoding:
         row.tokens.append(token)
         if len(row.tokens) < self.plan.seqlen and (start := self.plan._forced(token, row.choice)) is not None:
             row.tokens.append(start)
-
-
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Sample from softmax(logits) by inversion, in float64.
-
-    Args:
-        logits: float32 [rows, vocab].
-        uniform: float64 [rows], in [0, 1).
-
-    Returns:
-        int64 [rows], on the CPU.
-
-    Raises:
-        CheckpointError: A logit is NaN or infinite.
-    """
-    logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
-    mass = torch.softmax(logits.double(), -1).cumsum(-1)
-    if mass[:, -1].isnan().any():
-        raise CheckpointError("the 16-bit model cannot generate calibration text: its logits are not finite")
-    below = uniform.to(mass.device)[:, None] * mass[:, -1:]
-    return torch.searchsorted(mass, below, right=True)[:, 0].clamp_(max=mass.shape[1] - 1).cpu()
 
 
 def _open(checkpoint: Checkpoint, device: torch.device) -> OpenModel | None:

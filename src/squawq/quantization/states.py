@@ -189,6 +189,7 @@ class Streams:
     sample: Sample  # calibration blocks that losses are measured on
     folder: Path  # for what exceeds `states_memory`
     states_memory: float  # GiB for each stream, and for the record of one layer's inputs
+    weights: Mapping[str, Tensor] | None = None  # of the tokens, by `token_weights.weights_key`; None: ones
 
     @classmethod
     def embedded(
@@ -208,6 +209,10 @@ class Streams:
         blocks.embed(own, states)
         quantized = hidden_states(shape, folder, blocks.device, states_memory).copy_(states) if sequential else None
         return cls(states, quantized, Sample.spread(count, length, share), folder, states_memory)
+
+    def token_weights(self, key: str) -> Tensor | None:
+        """Weights of this rank's tokens by `token_weights.weights_key`, [calibration blocks, tokens]; None: ones."""
+        return None if self.weights is None else self.weights[key]
 
     def sampled(self) -> Tensor:
         """The states that a quantized layer is judged on, float32 [sampled blocks, tokens, hidden]."""

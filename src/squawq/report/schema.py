@@ -135,6 +135,7 @@ class Settings(Row):
     damping: float | None = None
     samples: int | None = None
     seed: int = 0
+    token_weights: bool | None = None
     tune: bool | None = None
     dtype: str | None = None
     modules_to_not_convert: list[str] = []
