@@ -18,8 +18,8 @@ calibration text.
 test, and with several seeds, which decide the calibration rows. Figures are means over the seeds, with the least and
 the largest in brackets. MODEL is a 16-bit folder, such as a download of Gemma 3 270M from the Hub, with its tokenizer,
 or with the texts as token rows in rows.json (`texts.py`). A calibration that is no kind of text is handed to
-`squawq.quantize` as it is, with the seed; "default" leaves the text and its length to squawq. A quantizer that fails has the reason in its row. --resume keeps squawq's
-figures too.
+`squawq.quantize` as it is, with the seed; "default" leaves the text and its length to squawq. A quantizer that fails
+has the reason in its row. --resume keeps squawq's figures too.
 """
 
 from __future__ import annotations

@@ -141,7 +141,10 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     "hub out of reach": (["quantize", "nobody/nothing", "OUT"], "the Hub could not be asked"),
     "no such calibration": (["quantize", DEMO, "OUT", "--calibration", "none.txt"], "'none.txt' is not a file"),
     "too many samples": (["quantize", DEMO, "OUT", "--samples", "9999"], "5,119,488 are needed"),
-    "seed": (["quantize", DEMO, "OUT", "--seed", "3"], "seed is 3, but only calibration 'self' and tune sample text"),
+    "seed": (
+        ["quantize", DEMO, "OUT", "--seed", "3"],
+        "seed is 3, but only calibration 'self', token_weights and tune sample tokens",
+    ),
     "self, streamed": (["quantize", DEMO, "OUT", "--calibration", "self", "--stream"], "calibration 'self' runs the"),
     "self, rounding": (["quantize", DEMO, "OUT", "--calibration", "self", "--method", "rtn"], "'rtn' needs no text"),
     "seqlen": (["quantize", DEMO, "OUT", "--seqlen", "100000"], "the model has 4096 positions"),

@@ -63,7 +63,7 @@ class QuantConfig:
         tune: After all layers, tune scales to the 16-bit model's predictions (`quantization.tuning`). None: with
             "squawq" on an NVIDIA GPU that holds the 16-bit model, up to 16e9 parameters.
         dtype: Of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
-        samples: Calibration blocks; None: all there are, up to 128, or where a GPU generates them up to 640.
+        samples: Calibration blocks; None: all there are, up to 128, or where a GPU generates them up to 1,536.
         seqlen: Tokens per block; None: 512, or the model's context if that is shorter.
         seed: Of the sampling, where the model generates text for calibration or tuning, or weights tokens.
 

@@ -43,11 +43,16 @@ def test_stages_of_a_llama(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize("place", [1, 2, 3])
-@pytest.mark.parametrize("states_memory", [1.0, 0.0])
+@pytest.mark.parametrize(("states_memory", "weighted"), [(1.0, False), (0.0, False), (1.0, True)])
 def test_sums_are_those_of_both_runs(
-    place: int, states_memory: float, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: int,
+    states_memory: float,
+    weighted: bool,
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """G and E by their definitions, over inputs that were kept whole."""
+    """H and E by their definitions, over inputs that were kept whole."""
     monkeypatch.setattr("squawq.layerwise.blocks.BATCH_TOKENS", 64)
     states = torch.randn(5, 32, 64, generator=torch.Generator().manual_seed(0))
     other = states + 0.1 * torch.randn(5, 32, 64, generator=torch.Generator().manual_seed(1))
@@ -65,16 +70,18 @@ def test_sums_are_those_of_both_runs(
         features = {name: whole["found"][name].shape[1] for name in names}
         record = ActivationRecord(features, tmp_path, states_memory)
         inputs.collect(states.clone(), Sample.spread(5, 32, slice(0, 5)), record.hooks)
-        error = ErrorStatistics(block, stage, scales)
+        weights = torch.rand(5, 32, generator=torch.Generator().manual_seed(3)) + 0.1 if weighted else None
+        error = ErrorStatistics(block, stage, scales, weights)
         error.collect(other, record)
         x = whole["found"][stage.capture_module]
+        each = torch.ones(160, 1) if weights is None else weights.view(160, 1)
         lack = whole["wanted"][stage.capture_module] / scales - x
         weight = block.weight(stage.linears[0])
         missing = lack @ weight.T
         if stage.residual:
             missing += whole["wanted"][stage.residual] - whole["found"][stage.residual]
-        expected = missing.T @ x
-        assert torch.allclose(error.inputs.gram, x.T @ x, rtol=1e-4, atol=1e-3)
+        expected = (each * missing).T @ x
+        assert torch.allclose(error.inputs.gram, (each * x).T @ x, rtol=1e-4, atol=1e-3)
         (lack,) = error.cross
         found = lack if error.single else weight @ lack
         assert error.single == bool(stage.residual)

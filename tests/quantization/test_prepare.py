@@ -1,4 +1,4 @@
-"""What a run settles that was left open: calibration text, its amount, and tuning."""
+"""What a run settles that was left open: calibration text, its amount, token weights, and tuning."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def settled(config: QuantConfig = PLAIN, calibration: Any = None, stream: bool =
     return text, found.tune
 
 
+def weighted(config: QuantConfig = PLAIN, stream: bool = False) -> bool | None:
+    found, _ = prepare._settled(config, None, Checkpoint(demo_model()), "cuda", stream)
+    return found.token_weights
+
+
 def test_on_a_gpu_that_holds_the_model(monkeypatch: pytest.MonkeyPatch, make_model: MakeModel) -> None:
     monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 80 << 30)
     assert settled() == ("self+builtin", True)
@@ -36,8 +41,11 @@ def test_on_a_gpu_that_holds_the_model(monkeypatch: pytest.MonkeyPatch, make_mod
     assert settled(replace(PLAIN, seed=3))[0] == "self+builtin"
     bare = Checkpoint(make_model())  # without a tokenizer
     assert prepare._settled(PLAIN, None, bare, "cuda", False)[1] is None
+    assert [weighted(), weighted(replace(PLAIN, method="awq")), weighted(stream=True)] == [True, False, False]
+    assert weighted(replace(PLAIN, token_weights=False)) is False
     monkeypatch.setattr(prepare, "MAX_TUNED", 1e6)
     assert settled() == ("self+builtin", False)
+    assert weighted()
 
 
 def test_a_gpu_too_small_to_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -56,12 +64,27 @@ def test_a_gpu_too_small_to_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         prepare.prepare(demo_model(), tmp_path / "out", replace(config, tune=True), None, "cpu", False)
 
 
+def test_a_gpu_too_small_to_weight_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The demo model fits, with 64 tokens at once; a GPU with less memory does without, unless it was asked for."""
+    monkeypatch.setattr(prepare, "check_device", lambda *_, **__: None)
+    monkeypatch.setattr(prepare, "_settled", lambda config, *_: (replace(config, token_weights=True, tune=False), None))
+    config = QuantConfig(seqlen=64, samples=8)
+    for memory, expected in ((1 << 30, True), (20 << 20, False)):
+        monkeypatch.setattr(prepare, "_gpu_memory", lambda _, memory=memory: memory)
+        work = prepare.prepare(demo_model(), tmp_path / "out", config, None, "cpu", False)
+        assert work.config.token_weights is expected
+    monkeypatch.setattr("squawq.quantization.token_weights.free_memory", lambda: 20 << 20)
+    with pytest.raises(ConfigError, match="token_weights needs about"):
+        prepare.prepare(demo_model(), tmp_path / "out", replace(config, token_weights=True), None, "cpu", False)
+
+
 def test_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found, text = prepare._settled(PLAIN, None, Checkpoint(demo_model()), "cpu", False)
     assert (text, found.tune) == (None, False)
     monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 10 << 20)  # the model has 14.7 MB
     assert settled() == (None, False)
-    with pytest.raises(ConfigError, match="only calibration 'self' and tune sample text"):
+    assert found.token_weights is False
+    with pytest.raises(ConfigError, match="only calibration 'self', token_weights and tune sample tokens"):
         prepare.prepare(demo_model(), tmp_path / "out", replace(PLAIN, seed=3), None, "cpu", False)
 
 
@@ -82,15 +105,15 @@ def test_the_built_in_set_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_how_much_text_on_a_gpu() -> None:
-    assert [default_rows(512 * hidden) for hidden in (640, 2048, 4096, 8192)] == [640, 256, 128, 128]
+    assert [default_rows(512 * hidden) for hidden in (640, 2048, 4096, 8192)] == [819, 256, 128, 128]
     text, plan = prepare._text(replace(PLAIN, tune=True), "self", Checkpoint(demo_model()), "cuda")
     assert text is None
     assert plan is not None
-    assert (plan.rows, plan.tuning_rows, plan.shape) == (640, 160, (800, 512))
+    assert (plan.rows, plan.tuning_rows, plan.shape) == (1536, 384, (1920, 512))
     assert prepare._text(PLAIN, "self", Checkpoint(demo_model()), "cpu")[1].shape == (128, 512)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("rows", "fresh"), [(1, 3), (32, 96), (128, 384), (400, 112), (640, 160)])
+@pytest.mark.parametrize(("rows", "fresh"), [(1, 3), (32, 96), (128, 384), (400, 112), (1536, 384)])
 def test_rows_for_tuning_beside_given_ones(rows: int, fresh: int) -> None:
     given = torch.full((rows, 16), 7)
     plan = SelfCalibration.beside(given, Checkpoint(demo_model()), 0)

@@ -25,11 +25,11 @@ from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.format.shards import write_shard
 from squawq.layerwise.blocks import Blocks
-from squawq.layerwise.whole_model import WholeModel
+from squawq.layerwise.whole_model import WholeModel, draw
 from squawq.nn.cache import Cache
 from squawq.quant_config import QuantConfig
 from squawq.quantization import self_calibration
-from squawq.quantization.self_calibration import SelfCalibration, draw
+from squawq.quantization.self_calibration import SelfCalibration
 from squawq.report.schema import Report
 from squawq.report.words import command, facts
 
@@ -42,7 +42,7 @@ ROWS, SEQLEN = 6, 32
 KILLED = """
 import os, signal, sys
 import squawq
-from squawq.layerwise.whole_model import WholeModel
+from squawq.layerwise.whole_model import WholeModel, draw
 from squawq.nn.cache import Cache
 from squawq.quant_config import QuantConfig
 
@@ -246,10 +246,10 @@ def test_the_report_and_the_command(model: Path, tmp_path: Path, capsys: pytest.
 
 def test_a_signal_stops_generation() -> None:
     progress = StoppableProgress(shown=False, stops_at_once=False)
-    progress.generating("generating", 0, 9)
+    progress.generating("generating 2 rows", 0, 9)
     progress._handle(2, None)
-    with pytest.raises(Stopped, match="stopped while the model generated its calibration text"):
-        progress.generating("generating", 3, 9)
+    with pytest.raises(Stopped, match="stopped before the first layer, in generating 2 rows; run the same"):
+        progress.generating("generating 2 rows", 3, 9)
 
 
 def test_what_cannot_work(make_model: MakeModel, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_what_cannot_work(make_model: MakeModel, tmp_path: Path) -> None:
         squawq.errors.CalibrationError, match=r"the tokenizer has token id \d+; the model knows 0 to 159"
     ):
         squawq.quantize(with_tokenizer(bare), tmp_path / "out", CONFIG, calibration="self")
-    with pytest.raises(ConfigError, match="seed is 3, but only calibration 'self' and tune sample text"):
+    with pytest.raises(ConfigError, match="seed is 3, but only calibration 'self', token_weights and tune sample"):
         squawq.quantize(bare, tmp_path / "out", CONFIG, calibration=[[5] * 32] * 8)
     with pytest.raises(ConfigError, match="choose one"):
         squawq.quantize("someone/model", tmp_path / "out", CONFIG, calibration="self", stream=True)

@@ -26,7 +26,7 @@ def quantize(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences; default: up to 128, with self on a GPU up to 640")
+        int | None, typer.Option(help="Calibration sequences; default: up to 128, with self on a GPU up to 1,536")
     ] = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Their length in tokens; default: 512, or the model's context")
