@@ -103,13 +103,14 @@ def test_hostile_tokenizers_are_refused(
 
 
 def test_time_and_memory_are_limited(folder: Callable[[dict[str, Any]], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = {"truncation": {"direction": "Right", "max_length": 6, "strategy": "LongestFirst", "stride": 0}}
     monkeypatch.setattr(tokenizer_trial, "MEMORY", 2**20)
     with pytest.raises(CheckpointError, match="it died"):
-        Tokenizer(folder({"name": "of this test"}))
+        Tokenizer(folder(cut))
     monkeypatch.undo()
     monkeypatch.setattr(tokenizer_trial, "SECONDS", 0.001)
     with pytest.raises(CheckpointError, match=r"it took more than 0\.001 s of processor time when it was tried"):
-        Tokenizer(folder({"name": "of this test"}))
+        Tokenizer(folder(cut))
 
 
 def test_what_passes_is_tried_once_and_the_bundled_one_never(
