@@ -50,14 +50,15 @@ def end_of(run: Callable[[], Any]) -> str:
 
 
 def run_all(ranks: Ranks, model: Path, rows: list[list[int]], folder: Path) -> dict[str, str]:
-    def run(name: str, rows: list[list[int]], /, **options: Any) -> str:
-        config = QuantConfig(group_size=32, seqlen=32, samples=len(rows))
+    def run(name: str, rows: list[list[int]], /, token_weights: bool = False, **options: Any) -> str:
+        config = QuantConfig(group_size=32, seqlen=32, samples=len(rows), token_weights=token_weights)
         out = folder / name
         return end_of(lambda: quantize(model, out, config, calibration=rows, ranks=ranks, **options))
 
     ends = {
         "straight": run("straight", rows),
         "again": run("straight", rows),
+        "weighted": run("weighted", rows, token_weights=True),
         "stopped": run("stopped", rows, observer=Stopping()),
         "resumed": run("stopped", rows),
         "stopped again": run("left", rows, observer=Stopping()),

@@ -59,7 +59,7 @@ def test_a_gpu_too_small_to_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 1 << 20)
     work = prepare.prepare(demo_model(), tmp_path / "out", config, None, "cpu", False)
     assert (work.config.tune, work.generated and work.generated.tuning_rows) == (False, 0)
-    monkeypatch.setattr("squawq.quantization.tuning.free_memory", lambda: 1 << 20)
+    monkeypatch.setattr("squawq.engine.capacity.free_memory", lambda: 1 << 20)
     with pytest.raises(ConfigError, match="tuning needs about"):
         prepare.prepare(demo_model(), tmp_path / "out", replace(config, tune=True), None, "cpu", False)
 
@@ -73,9 +73,11 @@ def test_a_gpu_too_small_to_weight_tokens(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setattr(prepare, "_gpu_memory", lambda _, memory=memory: memory)
         work = prepare.prepare(demo_model(), tmp_path / "out", config, None, "cpu", False)
         assert work.config.token_weights is expected
-    monkeypatch.setattr("squawq.quantization.token_weights.free_memory", lambda: 20 << 20)
-    with pytest.raises(ConfigError, match="token_weights needs about"):
-        prepare.prepare(demo_model(), tmp_path / "out", replace(config, token_weights=True), None, "cpu", False)
+    monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 1 << 30)
+    monkeypatch.setattr("squawq.engine.capacity.free_memory", lambda: 20 << 20)
+    for asked in (True, None):  # None: before text is generated, not after
+        with pytest.raises(ConfigError, match="token_weights needs about"):
+            prepare.prepare(demo_model(), tmp_path / "out", replace(config, token_weights=asked), None, "cpu", False)
 
 
 def test_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (text, found.tune) == (None, False)
     monkeypatch.setattr(prepare, "_gpu_memory", lambda _: 10 << 20)  # the model has 14.7 MB
     assert settled() == (None, False)
-    assert found.token_weights is False
+    assert weighted() is False
     with pytest.raises(ConfigError, match="only calibration 'self', token_weights and tune sample tokens"):
         prepare.prepare(demo_model(), tmp_path / "out", replace(PLAIN, seed=3), None, "cpu", False)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import programs
@@ -96,7 +97,7 @@ def test_two_processes_end_alike(make_model: MakeModel, rows: list[list[int]], t
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     gone = first.pop("gone")
     assert first == second
-    assert {first[name] for name in ("straight", "again", "resumed", "signalled, resumed", "rounded")} == {
+    assert {first[name] for name in ("straight", "again", "weighted", "resumed", "signalled, resumed", "rounded")} == {
         "report of 2 layers"
     }
     assert first["stopped"] == first["stopped again"] == "KeyboardInterrupt: "
@@ -113,6 +114,9 @@ def test_two_processes_end_alike(make_model: MakeModel, rows: list[list[int]], t
     config = QuantConfig(group_size=32, seqlen=32, samples=8)
     squawq.quantize(model, tmp_path / "one", config, calibration=rows)
     assert_equal_within_rounding(tmp_path / "one", tmp_path / "straight")
+    weighted = replace(config, token_weights=True)
+    squawq.quantize(model, tmp_path / "one weighted", weighted, calibration=rows)
+    assert_equal_within_rounding(tmp_path / "one weighted", tmp_path / "weighted")
     for name in ("stopped", "signalled"):
         assert settled(tmp_path / name) == settled(tmp_path / "straight")
     squawq.quantize(model, tmp_path / "left", config, calibration=rows)  # one process goes on with what two began

@@ -176,13 +176,13 @@ def test_a_family_without_our_decoder(make_model: MakeModel, monkeypatch: pytest
     assert set(said) == {"generating 40 rows of 32 calibration tokens with transformers"}
     plan, whole = plan_of(folder), tokens(folder)
     free = 4 * (2 * VOCABULARY * 64) + (1 << 20)  # tables, and not much more
-    monkeypatch.setattr(self_calibration, "free_memory", lambda: free + ROWS * 32 * VOCABULARY)
+    monkeypatch.setattr(self_calibration, "free_on", lambda _: free + ROWS * 32 * VOCABULARY)
     monkeypatch.setattr(WholeModel, "memory", staticmethod(lambda *_, resident: free * (1 + resident)))
     monkeypatch.setattr(Cache, "token_bytes", lambda *_: 0)
     said.clear()
     assert torch.equal(plan.tokens(Checkpoint(folder), "cpu", lambda *given: said.append(given[0])), whole)
     assert "one layer in memory at a time: reads the model's" in said[0]
-    monkeypatch.setattr(self_calibration, "free_memory", lambda: 0)
+    monkeypatch.setattr(self_calibration, "free_on", lambda _: 0)
     with pytest.raises(ConfigError, match=r"needs .* even with one layer at a time, .* more than are free"):
         plan.tokens(Checkpoint(folder), "cpu", silent)
 
@@ -248,7 +248,7 @@ def test_a_signal_stops_generation() -> None:
     progress = StoppableProgress(shown=False, stops_at_once=False)
     progress.generating("generating 2 rows", 0, 9)
     progress._handle(2, None)
-    with pytest.raises(Stopped, match="stopped before the first layer, in generating 2 rows; run the same"):
+    with pytest.raises(Stopped, match="stopped while generating 2 rows; run the same"):
         progress.generating("generating 2 rows", 3, 9)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MakeModel
+from family_models import family_model
 from results import settled
 from transformers import AutoModelForCausalLM
 
 import squawq
 from squawq import QuantConfig, cli
 from squawq.demo import demo_model
-from squawq.errors import ConfigError
-from squawq.families import family_of
+from squawq.errors import CheckpointError, ConfigError
+from squawq.families import FAMILIES, family_of
 from squawq.format.reader import Checkpoint
+from squawq.format.shards import write_shard
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import LayerPlan
 from squawq.layerwise.whole_model import draw
@@ -55,7 +58,9 @@ def test_the_squared_gradients(family: str, make_model: MakeModel, monkeypatch: 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         logits = model(tokens).logits.flatten(0, 1)
-    uniform = torch.rand(tokens.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    uniform = torch.rand(
+        tokens.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3 ^ token_weights.SALT)
+    )
     drawn = draw(logits, uniform.flatten())
     inputs = {"self_attn.q_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",), "mlp.down_proj": ("down",)}
     inputs["mlp.gate_proj"] = ("gate", "up")
@@ -77,7 +82,10 @@ def test_the_squared_gradients(family: str, make_model: MakeModel, monkeypatch: 
 
 def test_without_gradients_all_tokens_count_alike() -> None:
     assert torch.equal(token_weights._weights(torch.zeros(2, 3)), torch.ones(2, 3))
-    assert torch.equal(token_weights._weights(torch.tensor([[1.0, torch.inf]])), torch.ones(1, 2))
+    assert torch.equal(
+        token_weights._weights(torch.tensor([[1.0, torch.inf, 4.0]])),
+        token_weights._weights(torch.tensor([[1.0, 0, 4]])),
+    )
     some = token_weights._weights(torch.tensor([[0.0, 1.0, 2e6]]))
     assert some.mean() == pytest.approx(1)
     assert some[0, 2] / some[0, 0] == pytest.approx((3 / token_weights.LEAST) ** token_weights.POWER, rel=1e-4)
@@ -128,6 +136,38 @@ def test_a_killed_run_goes_on(make_model: MakeModel, tmp_path: Path, monkeypatch
     assert settled(out) == settled(tmp_path / "whole")
 
 
+def test_damaged_weights_are_not_used(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, given = make_model("llama"), rows().tolist()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "squawq.quantization.pipeline._quantize_layers", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            squawq.quantize(source, tmp_path / "out", CONFIG, calibration=given, progress=False)
+    write_shard(tmp_path / "out.partial" / "squawq_token_weights", {"0.self_attn.q_proj": torch.ones(2, 16)})
+    with pytest.raises(CheckpointError, match="squawq_token_weights: damaged; remove"):
+        squawq.quantize(source, tmp_path / "out", CONFIG, calibration=given, progress=False)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_has_gradients(family: str, tmp_path: Path) -> None:
+    family_model(family, tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+    found = token_weights.token_weights(checkpoint, "cpu", plans_of(checkpoint), rows(2), seed=0)
+    assert found
+    assert all(bool((weights != weights[0, 0]).any()) for weights in found.values())
+
+
+def test_memory_of_experts_is_that_of_the_chosen(tmp_path: Path) -> None:
+    family_model("qwen3_moe", tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+    plan, config = plans_of(checkpoint)[0], checkpoint.config
+    chosen = token_weights._activations(plan, config)
+    whole = sum(out + in_ for out, in_ in plan.shapes.values())
+    assert chosen < whole
+    assert token_weights._activations(plan, replace(config, raw={})) == whole
+
+
 def test_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--token-weights", "--seqlen", "16", "--samples", "4"]
     assert cli.main(["quantize", str(demo_model()), str(tmp_path / "out"), *options]) == 0
@@ -138,11 +178,11 @@ def test_what_is_refused(make_model: MakeModel, tmp_path: Path, monkeypatch: pyt
     source = make_model("llama")
     for settings in ({"method": "awq"}, {"sequential": False}):
         config = QuantConfig(group_size=32, token_weights=True, **settings)
-        with pytest.raises(ConfigError, match="token_weights is True, but has an effect in method 'squawq'"):
+        with pytest.raises(ConfigError, match="token_weights needs method 'squawq' with sequential calibration"):
             squawq.quantize(source, tmp_path / "out", config, calibration=rows().tolist())
     with pytest.raises(ConfigError, match="token_weights runs the whole model, whose files stream keeps only in part"):
         squawq.quantize(source, tmp_path / "out", CONFIG, calibration=rows().tolist(), stream=True)
-    monkeypatch.setattr(token_weights, "free_memory", lambda: 10**4)
+    monkeypatch.setattr("squawq.engine.capacity.free_memory", lambda: 10**4)
     with pytest.raises(ConfigError, match=r"token_weights needs about .* of memory on cpu.*--no-token-weights"):
         squawq.quantize(source, tmp_path / "out", CONFIG, calibration=rows().tolist())
     assert not list(tmp_path.glob("out*"))

@@ -144,7 +144,7 @@ def test_what_is_refused(make_model: MakeModel, tmp_path: Path, monkeypatch: Any
     source = make_model("llama")
     with pytest.raises(ConfigError, match="method 'rtn' runs no text"):
         squawq.quantize(source, tmp_path / "out", QuantConfig(group_size=32, method="rtn", tune=True))
-    monkeypatch.setattr(tuning, "free_memory", lambda: 10**4)
+    monkeypatch.setattr("squawq.engine.capacity.free_memory", lambda: 10**4)
     with pytest.raises(ConfigError, match=r"tuning needs about .* of memory on cpu.*--no-tune"):
         squawq.quantize(source, tmp_path / "out", CONFIG, calibration=rows(), progress=False)
     assert not list(tmp_path.glob("out*"))

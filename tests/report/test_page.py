@@ -276,6 +276,14 @@ def test_the_command_has_what_differs_from_the_defaults_and_is_read_again() -> N
     for device, tune, flags in (("cuda", False, "--no-tune --device cuda"), ("cuda", True, "--device cuda")):
         found["job"] |= {"config": replace(config, tune=tune).to_dict(), "device": device}
         assert command(Report.read(found)).endswith(f"--dtype bfloat16 {flags}")
+    weighed = replace(config, sequential=True)
+    for device, chosen, flags in (
+        ("cuda", False, "--no-token-weights --device cuda"),
+        ("cuda", True, "--device cuda"),
+        ("cpu", True, "--token-weights"),
+    ):
+        found["job"] |= {"config": replace(weighed, token_weights=chosen).to_dict(), "device": device}
+        assert command(Report.read(found)).endswith(f"--dtype bfloat16 {flags}")
     found["job"] |= {"config": replace(config, tune=True).to_dict(), "device": "cpu"}
     assert command(Report.read(found)).endswith("--dtype bfloat16 --tune")
     awq = QuantConfig(method="awq", tune=False, dtype="bfloat16")

@@ -56,7 +56,7 @@ def quantize(
     token_weights: Annotated[
         bool | None,
         typer.Option(
-            help="Weight calibration tokens by gradients of the 16-bit model, which must fit in memory (squawq)",
+            help="Weight calibration tokens by the 16-bit model's gradients; the model must fit in memory (squawq)",
             show_default="on a GPU that holds the model",
         ),
     ] = None,

@@ -70,7 +70,7 @@ class StoppableProgress(LayerProgress):
     def generating(self, what: str, done: int, total: int) -> None:
         if self._shown:
             super().generating(what, done, total)
-        self._stop("before the first layer, in " + what)
+        self._stop("while " + what.partition(", ")[0])
 
     def start(self, layers: int, tokens: int, resumed: int, runs_in: str) -> None:
         if self._shown:

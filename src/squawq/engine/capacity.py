@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from squawq.backends.base import FP8, PAGE
 from squawq.config import ModelConfig
 from squawq.engine.config import EngineConfig
@@ -84,6 +86,11 @@ def check_room(model: OpenModel, config: EngineConfig, free: int, total: int) ->
 
 def gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
+
+
+def free_on(device: torch.device) -> int:
+    """Free bytes of a GPU; elsewhere `free_memory`."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def free_memory() -> int:

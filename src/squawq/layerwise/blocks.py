@@ -54,6 +54,11 @@ class Blocks:
         self.layers = self.meta_model.layers
         self.names = TensorNames(checkpoint, self.meta_model)
 
+    def fast_dtype(self) -> torch.dtype:
+        """What the whole model computes in: as stored on a GPU; float32 elsewhere, which a CPU multiplies fastest."""
+        stored = self.checkpoint.info(self.names.stored_name(f"{self.family.embedding}.weight")).dtype
+        return stored if self.device.startswith("cuda") else torch.float32
+
     def check(self) -> None:
         """Check names and dtypes of all tensors, and shapes of those outside the layers, from headers alone.
 

@@ -1,10 +1,11 @@
-"""Runs transformers' whole model of a checkpoint token by token, with its KV cache.
+"""transformers' whole model of a checkpoint: token by token with its KV cache, or as a module (`WholeModel.model`).
 
 Either all layers stay in memory, or each is read from the checkpoint whenever it runs.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from inspect import signature
@@ -19,7 +20,7 @@ from squawq.layerwise.meta_model import refusing
 
 
 class WholeModel:
-    """A checkpoint as transformers' causal LM, with its own KV cache.
+    """A checkpoint as transformers' causal LM (`model`), with a KV cache of its own for `next_logits`.
 
     Peak memory: `memory`, and what the KV cache takes.
 
@@ -36,7 +37,7 @@ class WholeModel:
     def __init__(self, blocks: Blocks, dtype: torch.dtype, *, resident: bool) -> None:
         assert resident or dtype == torch.float32
         self._blocks, self._cache = blocks, None
-        self.model = blocks.meta_model.model  # transformers'
+        self.model = blocks.meta_model.model
         names, family, meta_model = blocks.names, blocks.family, blocks.meta_model
         renamed = "cache" in signature(meta_model.model.forward).parameters  # in transformers 5.24
         self._cache_name = "cache" if renamed else "past_key_values"
@@ -86,6 +87,13 @@ class WholeModel:
         outer: int = sum(math.prod(shape) for shape in blocks.meta_model.outer.values())
         layers: list[int] = [sum(t.numel() for t in layer.state_dict().values()) for layer in blocks.layers]
         return dtype.itemsize * (outer + (sum(layers) if resident else max(layers)))
+
+
+def collect_garbage(device: str) -> None:
+    """Free the memory of models that nothing holds any more: their modules refer to each other."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -83,13 +83,12 @@ class Experts(nn.ModuleList):
         return total.to(hidden_states.dtype)
 
     def _each_its_own(self, hidden_states: Tensor) -> Tensor:
-        out = torch.zeros_like(hidden_states)
-        parts = zip(self, hidden_states.chunk(self.num_experts), out.chunk(self.num_experts), strict=True)
-        for expert, inputs, outputs in parts:
+        found = []
+        for expert, inputs in zip(self, hidden_states.chunk(self.num_experts), strict=True):
             token = torch.where((inputs != 0).any(-1))[0]
-            if len(token):
-                outputs[token] = expert(inputs[token])
-        return out
+            y = torch.zeros_like(inputs)
+            found.append(y.index_put((token,), expert(inputs[token])) if len(token) else y)
+        return torch.cat(found)
 
 
 def expert_names(path: str, experts: int, stored: Collection[str]) -> tuple[str, str, str] | None:

@@ -289,12 +289,18 @@ class Job:
             raise CheckpointError(f"{path}: damaged; remove {self.partial} to start over")
         return ids
 
-    def token_weights(self, weigh: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Weights of the calibration tokens: those on disk, or new ones, then on disk."""
+    def token_weights(self, shape: tuple[int, int], weigh: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Weights of the calibration tokens, float16 of this shape by key: those on disk, or new ones, then on disk.
+
+        Raises CheckpointError for a file that is damaged.
+        """
         path = self.partial / TOKEN_WEIGHTS
         if not has_file(path):
             write_shard(path, weigh())
-        return read_shard(path)
+        found = read_shard(path)
+        if not found or any(w.dtype != torch.float16 or tuple(w.shape) != shape for w in found.values()):
+            raise CheckpointError(f"{path}: damaged; remove {self.partial} to start over")
+        return found
 
     def tuning(self) -> dict[str, Any] | None:
         """The report's row of tuning; None if scales are not tuned yet. Writes what an earlier run has tuned."""

@@ -175,7 +175,7 @@ class LayerQuantization:
         part: slice,
         quantizer: LinearQuantizer,
     ) -> tuple[float, float]:
-        """Mean squared error of a linear's sampled outputs by plain rounding and as quantized.
+        """Mean squared error of a linear's sampled outputs by plain rounding and as quantized; tokens as weighted.
 
         Args:
             name: The linear.

@@ -192,7 +192,7 @@ def _token_weights(work: Work, job: Job, observer: Observer) -> dict[str, Tensor
     if not work.config.token_weights or tokens is None:
         return None
     given = blocks.checkpoint, blocks.device, work.plans, tokens, seed, observer.generating
-    return job.token_weights(lambda: token_weights(*given))
+    return job.token_weights((len(tokens), tokens.shape[1]), lambda: token_weights(*given))
 
 
 def _write_outer(work: Work, job: Job) -> None:

@@ -93,10 +93,11 @@ def prepare(
     asked = config
     config, calibration = _settled(config, calibration, checkpoint, device, stream)
     if config.token_weights:
-        if asked.token_weights:
-            check_token_weights(blocks, plans, config.seqlen or 0)
-        elif weighting_bytes(blocks, plans, config.seqlen or 0) > WEIGHTING_SHARE * _gpu_memory(device):
+        needed = weighting_bytes(blocks, plans, 1, config.seqlen or 0)
+        if asked.token_weights is None and needed > WEIGHTING_SHARE * _gpu_memory(device):
             config = replace(config, token_weights=False)
+        else:
+            check_token_weights(blocks, plans, config.seqlen or 0)
     tokens, generated = _text(config, calibration, checkpoint, device)
     if config.tune and generated is not None:
         if asked.tune is None and tuning_bytes(blocks, plans, generated.shape) > TUNING_SHARE * _gpu_memory(device):
@@ -129,7 +130,7 @@ def _check_choices(config: QuantConfig, calibration: Calibration, stream: bool) 
         if getattr(config, name) and stream:
             raise ConfigError(f"{name} runs the whole model, whose files stream keeps only in part; choose one")
     if config.token_weights and not (config.method == "squawq" and config.sequential):
-        raise ConfigError("token_weights is True, but has an effect in method 'squawq' with sequential alone")
+        raise ConfigError("token_weights needs method 'squawq' with sequential calibration; leave it out, or use those")
     if config.tune and config.method == "rtn":
         raise ConfigError("tune is True, but method 'rtn' runs no text; leave it out, or use another method")
     if config.method == "rtn" and calibration is not None:

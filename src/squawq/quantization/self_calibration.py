@@ -7,7 +7,6 @@ all layers in memory, or with one at a time.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from squawq.backends.sampling import Chunk, Sampling
 from squawq.config import ModelConfig
-from squawq.engine.capacity import check_room, free_memory, gib
+from squawq.engine.capacity import check_room, free_memory, free_on, gib
 from squawq.engine.config import EngineConfig
 from squawq.engine.generation_config import GenerationConfig
 from squawq.engine.request import SamplingParams
@@ -28,7 +27,7 @@ from squawq.errors import CalibrationError, CheckpointError, ConfigError
 from squawq.families import family_of
 from squawq.format.reader import Checkpoint
 from squawq.layerwise.blocks import Blocks
-from squawq.layerwise.whole_model import WholeModel, draw
+from squawq.layerwise.whole_model import WholeModel, collect_garbage, draw
 from squawq.nn.cache import Cache
 from squawq.nn.loader import OpenModel, Options, open_model
 from squawq.quantization.calibration import DEFAULT_SAMPLES, builtin_documents, token_blocks
@@ -157,9 +156,7 @@ class SelfCalibration:
             if found is None:
                 found = self._by_transformers(checkpoint, torch.device(device), progress)
         finally:
-            gc.collect()  # the model
-            if device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            collect_garbage(device)  # the model
         return torch.cat([found[: self.rows], self.given, found[self.rows :]])
 
     def _forced(self, before: int | None, choice: random.Random) -> int | None:
@@ -228,10 +225,7 @@ class SelfCalibration:
 
         Raises ConfigError.
         """
-        checkpoint = blocks.checkpoint
-        stored = checkpoint.info(blocks.names.stored_name(f"{blocks.family.embedding}.weight")).dtype
-        dtype = stored if device.type == "cuda" else torch.float32  # a CPU multiplies float32 fastest
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+        checkpoint, dtype, free = blocks.checkpoint, blocks.fast_dtype(), free_on(device)
         batches = [GPU_BATCH >> n for n in range(5)] if device.type == "cuda" else []
         in_memory = [(dtype, True, min(rows, self.generated)) for rows in (*batches, BATCH)]
         for kind, resident, rows in (*in_memory, (torch.float32, False, self.generated)):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from squawq.engine.capacity import free_memory, gib
+from squawq.engine.capacity import free_on, gib
 from squawq.errors import ConfigError
 from squawq.format.groupwise import PACKED, from_gemm
 from squawq.layerwise.blocks import Blocks
@@ -227,7 +227,7 @@ def steps_for(tokens: int) -> int:
 def check_tuning(blocks: Blocks, plans: Sequence[LayerPlan], rows: tuple[int, int]) -> None:
     """Raise ConfigError if there is too little memory to tune on so many rows of so many tokens."""
     needed, device = tuning_bytes(blocks, plans, rows), torch.device(blocks.device)
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    room = free_on(device)
     if needed > room:
         raise ConfigError(
             f"tuning needs about {gib(needed)} of memory on {device}, and {gib(room)} are free; free some, use a "

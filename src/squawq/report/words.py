@@ -84,7 +84,8 @@ def command(report: Report) -> str:
     words += [f"--skip {shlex.quote(name)}" for name in config.modules_to_not_convert]
     words += [f"--dtype {config.dtype}"] if config.dtype else []
     by_default = report.job.device == "cuda" and config.method == "squawq"
-    for key, chosen in (("token_weights", config.token_weights), ("tune", config.tune)):
+    weighted = config.token_weights if config.sequential is not False else None  # else there are none
+    for key, chosen in (("token_weights", weighted), ("tune", config.tune)):
         if chosen is not None and chosen != by_default:
             words += [_flag(key) if chosen else f"--no{_flag(key)[1:]}"]
     words += [f"--device {report.job.device}"] if report.job.device != "cpu" else []
