@@ -46,6 +46,25 @@ def test_integers_and_logits_of_the_twin(layout: str, group: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_part_of_a_linear(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part is that part of the whole linear; of GEMM's layout no more is read than its rows."""
+    linears = integers(64)
+    checkpoint = Checkpoint(folder_of(tmp_path / "m", layout, linears, stated(layout, 64)))
+    read, own = list[int](), checkpoint._read_data
+
+    def counted(file: Any, info: Any) -> Tensor:
+        read.append(info.nbytes)
+        return own(file, info)
+
+    monkeypatch.setattr(checkpoint, "_read_data", counted)
+    part = checkpoint.read_quantized(DOWN, 128, 64, (slice(16, 48), slice(32, 96)))
+    assert torch.equal(part.dequantize(), linears[DOWN].dequantize()[16:48, 32:96])
+    assert part.scales.shape == (32, 2)
+    stored = sum(checkpoint.info(f"{DOWN}.{name}").nbytes for name in ("qweight", "scales", LAYOUTS[layout].zeros))
+    assert (sum(read) < stored) == (layout == "gemm")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_symmetric_without_zeros(layout: str, tmp_path: Path) -> None:
     linears = integers(32, zero_point=False)
     settings = stated(layout, 32, zero_point=False)

@@ -6,6 +6,7 @@ into blocks of 64 inputs and keep -zero * scale in place of a zero. Knows no fil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,38 @@ from squawq.format.groupwise import PER_WORD, pack
 Shapes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 Gemm = tuple[Tensor, Tensor, Tensor | None]
 WHOLE = 0.125  # how far from a whole number -zeros / scales may lie: bfloat16 rounds that of 15 by 0.06
+
+
+def part_group(inputs: slice, in_features: int, group: int) -> int:
+    """The group size of some inputs of a linear: the stored one, or a divisor if they begin or end inside a group."""
+    start, stop, _ = inputs.indices(in_features)
+    return math.gcd(group, start, stop)
+
+
+def gemm_cuts(part: tuple[slice, slice], in_features: int, out_features: int, group: int) -> list[tuple[slice, slice]]:
+    """(rows, columns) of GEMM's qweight, scales and qzeros that hold some (outputs, inputs) of a linear.
+
+    Outputs are cut at multiples of PER_WORD; groups are whole.
+    """
+    first, last, _ = part[0].indices(out_features)
+    start, stop, _ = part[1].indices(in_features)
+    words, groups = slice(first // PER_WORD, last // PER_WORD), slice(start // group, -(-stop // group))
+    return [(slice(start, stop), words), (groups, slice(first, last)), (groups, words)]
+
+
+def regroup(gemm: Gemm, inputs: slice, in_features: int, group: int) -> Gemm:
+    """GEMM tensors of some inputs with whole stored groups -> the same in groups of `part_group`."""
+    qweight, scales, zeros = gemm
+    finer = part_group(inputs, in_features, group)
+    if finer == group:
+        return gemm
+    start, stop, _ = inputs.indices(in_features)
+    first = start % group // finer
+    own = slice(first, first + (stop - start) // finer)
+    scales, *more = [
+        tensor.repeat_interleave(group // finer, 0)[own] for tensor in (scales, zeros) if tensor is not None
+    ]
+    return qweight, scales, more[0] if more else None
 
 
 @dataclass(frozen=True)

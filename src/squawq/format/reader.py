@@ -23,7 +23,7 @@ from squawq.config import ModelConfig
 from squawq.errors import CheckpointError
 from squawq.format.files import MAX_FILE, has_file, read_json
 from squawq.format.groupwise import GroupwiseTensor, from_gemm
-from squawq.format.layouts import LAYOUTS
+from squawq.format.layouts import LAYOUTS, Gemm, gemm_cuts, regroup
 from squawq.format.shards import INDEX, FolderShards, ReadTensor, Shards, TensorInfo, read_tensor
 
 COMPANIONS = re.compile(
@@ -32,6 +32,9 @@ COMPANIONS = re.compile(
     r"|(LICEN[SC]E(-[A-Z]+)?|NOTICE|USE_POLICY)(\.(txt|md))?"
 )
 AHEAD = 2**20  # bytes read ahead at a time
+PIECE = 2**24  # bytes of whole rows, of which some columns are kept
+Part = tuple[slice, slice]  # (outputs, inputs) of a linear
+WHOLE: Part = slice(None), slice(None)
 LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
 
 
@@ -130,6 +133,20 @@ class Checkpoint:
         with self.shards.open(info.file.name) as file:
             return self._read_data(file, info)
 
+    def read_part(self, name: str, shape: tuple[int, ...], rows: slice, columns: slice = slice(None)) -> Tensor:
+        """Some rows, and of these some columns, of a tensor of `shape`. Only these rows are read, PIECE by PIECE.
+
+        Raises CheckpointError, see `read`.
+        """
+        self.check_shape(name, shape)
+        info = self.info(name).rows(rows)
+        with self.shards.open(info.file.name) as file:
+            if len(shape) < 2 or columns.indices(shape[1]) == (0, shape[1], 1):
+                return self._read_data(file, info)
+            step = max(1, PIECE // max(1, info.nbytes // info.shape[0]))
+            pieces = (info.rows(slice(start, start + step)) for start in range(0, info.shape[0], step))
+            return torch.cat([self._read_data(file, piece)[:, columns] for piece in pieces])
+
     @contextmanager
     def reading_ahead(self, names: Iterable[str]) -> Iterator[None]:
         """Bring tensors into the system's cache of files, in a thread, as far as it gets while the context is open.
@@ -184,10 +201,15 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: has quantized tensors, but config.json has no quantization_config")
         return self.config.quant.group_of(in_features)
 
-    def read_gemm(self, linear: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read_gemm(self, linear: str, in_features: int, out_features: int, part: Part = WHOLE) -> Gemm:
         """qweight, scales and qzeros (None: 8 is meant) of one linear in GEMM's layout, in which they may be stored.
 
-        Raises CheckpointError naming file and tensor, for what headers tell before anything is read.
+        Args:
+            part: Only these (outputs, inputs), in groups of `part_group`; outputs are cut at multiples of 8. Of other
+                layouts the whole linear is read.
+
+        Raises:
+            CheckpointError: What headers tell before anything is read; names file and tensor.
         """
         group, layout = self.group_of(in_features), LAYOUTS[self.config.layout]
         if in_features % math.lcm(group, layout.inputs) or out_features % layout.outputs:
@@ -200,12 +222,21 @@ class Checkpoint:
         wanted = layout.words, None, layout.words if layout.packed_zeros else None
         for name, dtype in zip(names, wanted, strict=False):
             self._check_dtype(name, dtype)
-        shapes = layout.shapes(in_features, out_features, group)
-        qweight, scales, *zeros = [self.read(name, shape) for name, shape in zip(names, shapes, strict=False)]
+        named = list(zip(names, layout.shapes(in_features, out_features, group), strict=False))
+        if self.config.layout == "gemm":
+            cuts = gemm_cuts(part, in_features, out_features, group)
+            qweight, scales, *zeros = [self.read_part(*one, *cut) for one, cut in zip(named, cuts, strict=False)]
+            return regroup((qweight, scales, zeros[0] if zeros else None), part[1], in_features, group)
+        qweight, scales, *zeros = [self.read(name, shape) for name, shape in named]
         try:
-            return layout.to_gemm(qweight, scales, zeros[0] if zeros else None, in_features // group)
+            whole = layout.to_gemm(qweight, scales, zeros[0] if zeros else None, in_features // group)
         except CheckpointError as error:
             raise CheckpointError(f"{self.info(names[-1]).file}: tensor {names[-1]!r}: {error}") from error
+        cuts = gemm_cuts(part, in_features, out_features, group)
+        qweight, scales, *zeros = [
+            tensor[rows, columns] for tensor, (rows, columns) in zip(whole, cuts, strict=True) if tensor is not None
+        ]
+        return regroup((qweight, scales, zeros[0] if zeros else None), part[1], in_features, group)
 
     def _check_dtype(self, name: str, dtype: torch.dtype | None) -> None:
         """dtype None: any of floating point."""
@@ -214,9 +245,9 @@ class Checkpoint:
             needed = dtype or "floating point"
             raise CheckpointError(f"{info.file}: tensor {name!r} is {info.dtype}; {needed} is needed")
 
-    def read_quantized(self, linear: str, in_features: int, out_features: int) -> GroupwiseTensor:
+    def read_quantized(self, linear: str, in_features: int, out_features: int, part: Part = WHOLE) -> GroupwiseTensor:
         """The integers of one linear. Raises CheckpointError naming file and tensor when they do not fit."""
-        return from_gemm(*self.read_gemm(linear, in_features, out_features))
+        return from_gemm(*self.read_gemm(linear, in_features, out_features, part))
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""

@@ -59,6 +59,13 @@ class TensorInfo:
         size = self.nbytes // self.shape[0]
         return replace(self, shape=self.shape[1:], start=self.start + index * size, nbytes=size)
 
+    def rows(self, rows: slice) -> TensorInfo:
+        """What lies at some indices of the first dimension, in one piece."""
+        start, stop, _ = rows.indices(self.shape[0])
+        size = self.nbytes // self.shape[0] if self.shape[0] else 0
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, start=self.start + start * size, nbytes=size * (stop - start))
+
 
 ReadTensor = Callable[[BufferedReader, TensorInfo], Tensor]
 
