@@ -8,6 +8,7 @@
 #include <mutex>
 #include <new>
 
+#include "group.h"
 #include "layers.h"
 #include "ops.h"
 #include "pack.h"
@@ -171,6 +172,9 @@ void run_layers(const Ops& ops, const Operation* list, int64_t number, const Ste
                 break;
             case Code::add_residual:
                 for (int64_t i = 0; i < rows * width; ++i) hidden[i] += buffers[DELTA][i];
+                break;
+            case Code::all_reduce:
+                all_reduce(*static_cast<Group*>(const_cast<void*>(o->weight)), buffers[o->source], rows * o->width);
         }
     }
 }
@@ -193,6 +197,8 @@ int locked(Function function) {
         return 0;
     } catch (const std::bad_alloc&) {
         return -1;
+    } catch (const GroupEnded&) {
+        return -2;
     }
 }
 
@@ -201,7 +207,7 @@ int locked(Function function) {
 
 using namespace squawq;
 
-EXPORT int squawq_abi() { return 6; }
+EXPORT int squawq_abi() { return 7; }
 EXPORT const char* squawq_isa() { return current->name; }
 
 // -1: not built in or not on this machine.
@@ -284,6 +290,23 @@ EXPORT int squawq_layers(const Operation* list, int64_t number, float* hidden, i
         const Step step{rows, widths, rotated, heads, eps, cos, sin, slots, sequence, count};
         run_layers(*current, list, number, step, hidden);
     });
+}
+
+EXPORT int64_t squawq_group_bytes(int64_t size, int64_t capacity) { return group_bytes(size, capacity); }
+
+// -2, here and in squawq_layers: another process has ended.
+EXPORT int squawq_all_reduce(Group* group, float* x, int64_t n) {
+    return locked([=] { all_reduce(*group, x, n); });
+}
+
+EXPORT int squawq_gather(Group* group, const float* x, int64_t rows, const int64_t* widths, float* y) {
+    return locked([=] { gather(*group, x, rows, widths, y); });
+}
+
+// Without the lock, which a thread that waits for the others holds.
+EXPORT int squawq_end_group(const Group* group) {
+    end_group(*group);
+    return 0;
 }
 
 EXPORT int squawq_round_columns(const float* wanted, const float* base, const float* feedback, const float* scales,

@@ -14,7 +14,7 @@ struct Matrix {
     const void* weight;  // Int4, Int8 or DenseWeight
 };
 
-enum class Code : int64_t { norm, matmul, rotate_and_store, attention, activation_mul, experts, add_residual };
+enum class Code : int64_t { norm, matmul, rotate_and_store, attention, activation_mul, experts, add_residual, all_reduce };
 enum Buffer : int64_t { HIDDEN = 0, NORMED = 1, DELTA = 2, WIDE = 3, NARROW = 4, BUFFERS = 5 };
 
 // softmax(router(x)), of which each row takes its `chosen` largest; gate_up and down: [count].
@@ -27,10 +27,11 @@ struct Experts {
 
 struct Operation {
     Code code;
-    Buffer source, target;       // norm, matmul
+    Buffer source, target;       // norm, matmul; all_reduce: source
     int64_t option;              // norm: add DELTA first; matmul: Kind; attention: window; activation_mul: Activation
-    int64_t width;               // norm, activation_mul
-    const void *weight, *other;  // norm, matmul; experts: Experts; rotate_and_store: norms of queries and keys, or null
+    int64_t width;               // norm, activation_mul, all_reduce
+    const void *weight, *other;  // norm, matmul; experts: Experts; rotate_and_store: norms of queries and keys, or null;
+                                 // all_reduce: Group
     uint16_t *keys, *values;
 };
 

@@ -170,7 +170,10 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     "serve nothing": (["serve"], "no model: squawq serve MODEL"),
     "serve nowhere": (["serve", "nowhere", "--port", "0"], "'nowhere' is neither a model folder"),
     "serve option": (["serve", DEMO, "--speculative-config", "{}"], r"--speculative-config.*\(see squawq serve --help"),
-    "serve shards": (["serve", DEMO, "-tp", "4"], "tensor_parallel_size is 4"),
+    "serve shards": (
+        ["serve", DEMO, "-tp", "3"],
+        "tensor_parallel_size is 3, but its 4 attention heads .* this model can take 1, 2, 4",
+    ),
     "not a number": (["generate", DEMO, "-p", "x", "--max-tokens", "many"], "--max-tokens.*valid integer"),
 }
 

@@ -36,7 +36,8 @@ def bench(
         load_s; prefill_tok_s: tokens of all prompts by the time to the last stream's first token; ttft_ms: mean time to
         first token; decode_tok_s: tokens of all streams from then on; itl_ms_p50, itl_ms_p99: inter-token latency in
         that phase; overhead: share of the engine's time outside of the runner; peak_rss_bytes (of the process so far);
-        prompt_tokens, new_tokens, streams and device; threads and isa of a CPU, or the name of the gpu.
+        prompt_tokens, new_tokens, streams, tensor_parallel_size and device; threads and isa of a CPU, or the gpu's
+        name.
 
     Raises:
         ConfigError: A number is out of range.
@@ -78,6 +79,7 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "streams": streams,
+        "tensor_parallel_size": config.tensor_parallel_size,
         "device": config.device,
         **{{"instructions": "isa"}.get(name, name): fact for name, fact in machine.items()},
     }

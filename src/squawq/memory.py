@@ -1,7 +1,8 @@
-"""Measures what work on a layer took: seconds, and peak memory of the process and of the device."""
+"""What work on a layer took: seconds, and peak memory of the process and of the device; and giving memory back."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Mapping
@@ -29,3 +30,12 @@ def measured(began: float, device: str) -> dict[str, Any]:
         "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None,
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def give_memory_back() -> None:
+    """glibc keeps freed arenas; without this the process grows with every layer that is read."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):  # musl has neither
+            return

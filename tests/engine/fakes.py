@@ -56,6 +56,8 @@ def logits_of(tokens: Sequence[int]) -> NDArray[np.float32]:
 class HostRunner(ABC):
     """A runner whose logits are on the host."""
 
+    failure: str | None = None
+
     @abstractmethod
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         """float32 logits [chunk.logits, vocab_size] of each chunk."""
@@ -66,6 +68,9 @@ class HostRunner(ABC):
     def start(self, batch: Sequence[Chunk]) -> StartedStep:
         found = sample(np.concatenate(self.run(batch)), batch)
         return StartedStep(lambda: found)
+
+    def close(self) -> None:  # noqa: B027 (nothing is held)
+        pass
 
 
 class FakeRunner(HostRunner):

@@ -22,7 +22,7 @@ from squawq.text.tokenizer import Tokenizer
 class Parrot(InferenceEngine):
     """Answers each prompt with its own tokens."""
 
-    max_positions, cache_tokens, alive = 512, 4096, True
+    max_positions, cache_tokens, alive, failure = 512, 4096, True, None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -20,7 +20,7 @@ from squawq.demo import demo_model
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs the program curl")
 # The card's environment, with one GPU in the place of four.
-CARD = {"NUM_SHARD": "1", "QUANTIZE": "awq", "MAX_INPUT_LENGTH": "4000", "MAX_TOTAL_TOKENS": "4096"}
+CARD = {"NUM_SHARD": "4", "QUANTIZE": "awq", "MAX_INPUT_LENGTH": "4000", "MAX_TOTAL_TOKENS": "4096"}
 TGI_CHAT = """curl 0.0.0.0:8080/v1/chat/completions -X POST -H 'Content-Type: application/json' \
 -d '{"model":"tgi","messages":[{"role":"system","content":"You are a helpful assistant."},\
 {"role":"user","content":"What is Deep Learning?"}],"max_tokens":128}'"""

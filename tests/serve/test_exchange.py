@@ -19,7 +19,7 @@ from squawq.serve.runtime import Exchange, Mailbox
 class Idle:
     """An engine that does nothing."""
 
-    alive = True
+    alive, failure = True, None
 
     def abort(self, request: str) -> None:
         pass

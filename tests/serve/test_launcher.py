@@ -46,7 +46,7 @@ FLAGS = {
     "--kv-cache-dtype fp8": ("kv_cache_dtype", "fp8"),
     "--kv-cache-dtype fp8_e4m3": ("kv_cache_dtype", "fp8_e4m3"),
     "--kv-tokens 8K": ("kv_tokens", 8192),
-    "--tensor-parallel-size 1": ("tensor_parallel_size", 1),
+    "--tensor-parallel-size 4": ("tensor_parallel_size", 4),
     "--max-model-len 8k": ("max_model_len", 8000),
     "--max-model-len 4K": ("max_model_len", 4096),
     "--max-model-len auto": ("max_model_len", None),
@@ -188,7 +188,7 @@ REFUSED = {
     "--tool-call-parser mistral": "choose one of auto, llama3_json",
     "--log-level loud": "choose one of debug, info",
     "--log-format xml": "choose one of text, json",
-    "-tp 2": "must be 1",
+    "-tp 0": "must be a whole number",
     "-pp 2": "--pipeline-parallel-size is '2'; it must be 1",
     "-dp 2": "--data-parallel-size is '2'; it must be 1",
     "--gpu-memory-utilization 0": "--gpu-memory-utilization is '0'; it must be a number above 0, at most 1",
@@ -263,8 +263,7 @@ TGI_ACCEPTED = [
     *("DISABLE_GRAMMAR_SUPPORT=0", "REVISION=", "MAX_BATCH_SIZE=", "ROPE_SCALING=", "NGROK=false"),
 ]
 TGI_REFUSED = {
-    "NUM_SHARD=4": "is '4'; it must be 1: tensor parallelism comes later",
-    "SHARDED=true": "is 'true'; it must be false: tensor parallelism comes later",
+    "NUM_SHARD=0": "is '0'; it must be a whole number",
     "QUANTIZE=gptq": "is 'gptq'; choose one of awq",
     "DTYPE=float32": "choose one of float16, bfloat16",
     "KV_CACHE_DTYPE=fp8_e5m2": "choose one of fp8_e4m3fn",
@@ -568,19 +567,19 @@ def test_the_name_of_the_machine_is_no_address_to_listen_on() -> None:
     assert tgi(HOSTNAME="::").host == "::"
 
 
-CARD = {"MODEL_ID": "m", "NUM_SHARD": "1", "QUANTIZE": "awq", "MAX_INPUT_LENGTH": "4000", "MAX_TOTAL_TOKENS": "4096"}
+CARD = {"MODEL_ID": "m", "NUM_SHARD": "4", "QUANTIZE": "awq", "MAX_INPUT_LENGTH": "4000", "MAX_TOTAL_TOKENS": "4096"}
 
 
 def test_the_line_of_the_model_card(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     os.environ.update(CARD)
     assert tgi_launcher.main(["--port", "8080"]) == 7
     assert (runs[0].port, runs[0].quantization, runs[0].max_input_tokens) == (8080, "awq", 4000)
-    assert (runs[0].max_model_len, runs[0].dialect) == (4096, "tgi")
-    os.environ["NUM_SHARD"] = "4"
+    assert (runs[0].max_model_len, runs[0].dialect, runs[0].tensor_parallel_size) == (4096, "tgi", 4)
+    os.environ |= {"NUM_SHARD": "1", "SHARDED": "true"}
     assert tgi_launcher.main(["--port", "8080"]) == 2
     output = capsys.readouterr()
-    message = "text-generation-launcher: error: NUM_SHARD is '4'; it must be 1: tensor parallelism comes later\n"
-    assert (output.out, output.err) == ("", message)
+    message = "SHARDED is true, which needs NUM_SHARD above 1: the number of processes that share the model\n"
+    assert (output.out, output.err) == ("", f"text-generation-launcher: error: {message}")
     assert len(runs) == 1
 
 

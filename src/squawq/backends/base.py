@@ -17,6 +17,7 @@ from torch import Tensor
 from squawq.backends.layer_ops import (
     ActivationMul,
     AddResidual,
+    AllReduce,
     Attention,
     Buffer,
     Matmul,
@@ -76,6 +77,25 @@ class Model:
     head: Packed
 
 
+class Group(Protocol):
+    """The ranks that run a model together (tensor parallelism), seen from one of them.
+
+    Every rank makes the same calls in the same order. They raise RankError if another rank has ended.
+    """
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Replace x, of activation_dtype and the same shape on all ranks, with its sum: the same bits on all ranks."""
+
+    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        """On rank 0, x [rows, widths[rank]] of all ranks side by side; on others x itself."""
+
+    def end(self) -> None:
+        """Make every rank that waits for another, now or later, raise RankError. Any thread may call it."""
+
+
 class Steps(Protocol):
     """Runs and samples whole steps."""
 
@@ -112,6 +132,7 @@ class Backend(ABC):
     traceable: ClassVar[bool] = False  # the operations are torch's own, which autograd and torch.compile can trace
     computes_exactly: ClassVar[bool] = True  # if asked: float32 activations in products of INT4 weights
     head: str = "16-bit"  # default format of the output head: "16-bit" or "int8"
+    group: Group | None = None  # the ranks that share the model; None: this process has all of it
 
     def __init__(
         self, device: torch.device, *, exact: bool = False, dtype: str = "auto", kv_cache_dtype: str = "auto"
@@ -275,7 +296,24 @@ class Backend(ABC):
         """
         return sample(logits.cpu().numpy(), batch)
 
+    # Ranks that share a model.
+    def group_declines(self) -> str | None:
+        """Why several processes cannot share a model."""
+        return f"the {self.name} backend cannot share a model yet"
+
+    def group_memory(self, size: int) -> int:  # noqa: ARG002
+        """A file descriptor of memory for so many ranks, which they inherit. Raises ConfigError if there is none."""
+        raise KernelError(str(self.group_declines()))
+
+    def join(self, rank: int, size: int, memory: int) -> Group:  # noqa: ARG002
+        """This process's end of a group, which `group` is from now on. `memory` may be closed afterwards."""
+        raise KernelError(str(self.group_declines()))
+
     # Host threads, and facts for logs.
+    def threads(self) -> int:
+        """Host threads that the backend computes with."""
+        return 1
+
     def set_threads(self, count: int) -> None:  # noqa: B027 (most devices have none)
         """Set the number of host threads. Raises ConfigError unless it is 1 to 1024."""
 
@@ -351,3 +389,6 @@ class Backend(ABC):
                 buffers[Buffer.DELTA] = self.experts(buffers[Buffer.NORMED], operation)
             case AddResidual():
                 buffers[Buffer.HIDDEN] += buffers[Buffer.DELTA]
+            case AllReduce():
+                assert self.group is not None
+                self.group.all_reduce(buffers[Buffer.DELTA])

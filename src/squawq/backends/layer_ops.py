@@ -91,4 +91,9 @@ class AddResidual:
     """HIDDEN += DELTA: after the last layer, where no norm follows that would add it."""
 
 
-Operation = Norm | Matmul | RotateAndStore | Attention | ActivationMul | MixtureOfExperts | AddResidual
+@dataclass(frozen=True)
+class AllReduce:
+    """Tensor parallelism: DELTA becomes its sum over all ranks."""
+
+
+Operation = Norm | Matmul | RotateAndStore | Attention | ActivationMul | MixtureOfExperts | AddResidual | AllReduce

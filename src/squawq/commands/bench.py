@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from squawq.commands.options import Device, Dtype, Exact, Head, KvCacheDtype, Model, Threads
+from squawq.commands.options import Device, Dtype, Exact, Head, KvCacheDtype, Model, TensorParallelSize, Threads
 from squawq.commands.output import results
 from squawq.progress import console, output
 
@@ -24,6 +24,7 @@ def bench(
     head: Head = None,
     dtype: Dtype = "auto",
     kv_cache_dtype: KvCacheDtype = "auto",
+    tensor_parallel_size: TensorParallelSize = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the table")] = False,
 ) -> None:
     """Measure how fast a model runs on this machine: random token ids, no early stop; it needs no tokenizer.
@@ -33,6 +34,7 @@ def bench(
       squawq bench OUT
       squawq bench OUT --prompt-tokens 128 --new-tokens 128 --streams 8 --json
       squawq bench OUT --device cpu --threads 4
+      squawq bench OUT --device cpu --threads 2 --tensor-parallel-size 2
     """
     from squawq.bench import bench as run
 
@@ -48,6 +50,7 @@ def bench(
             head=head,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
+            tensor_parallel_size=tensor_parallel_size,
         )
     with results():
         if as_json:

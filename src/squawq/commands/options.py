@@ -20,6 +20,12 @@ Temperature = Annotated[
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of new tokens")]
 Seed = Annotated[int | None, typer.Option(help="Random seed of sampling")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels; default: all available cores", min=1)]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size", "-tp", help="Processes that share the model, on a CPU; each has --threads", min=1
+    ),
+]
 Heads = Literal["int8", "int4", "16-bit"]  # nn.loader.HEADS, without importing torch
 Head = Annotated[
     Heads | None,

@@ -21,7 +21,7 @@ from squawq.engine.protocol import InferenceEngine, Runner, Stats
 from squawq.engine.request import FinishReason, Output, Request, Sink
 from squawq.engine.scheduler import Scheduler, Sequence
 from squawq.engine.sequence import RequestState, SequenceState
-from squawq.errors import ConfigError, EngineClosed, QueueFull
+from squawq.errors import ConfigError, EngineClosed, QueueFull, RankError
 from squawq.text.tokenizer import Tokenizer
 
 MAX_MESSAGE = 500  # characters of an error message
@@ -106,6 +106,8 @@ class Loop:
         began = time.perf_counter()
         try:
             running = self._runner.start(batch)
+        except RankError:  # no step can follow
+            raise
         except BaseException as error:  # panics of Rust libraries too: none may end the thread
             self._fail(planned, error)
             return None
@@ -271,7 +273,11 @@ class Engine(InferenceEngine):
 
     @property
     def alive(self) -> bool:
-        return self._worker.is_alive() and not self._closed
+        return self._worker.is_alive() and not self._closed and self.failure is None
+
+    @property
+    def failure(self) -> str | None:
+        return self._runner.failure
 
     def stats(self) -> Stats:
         loop, scheduler, pool = self._loop, self._loop.scheduler, self._loop.pool
@@ -355,6 +361,8 @@ class Engine(InferenceEngine):
             while self._run_commands():
                 self._loop.step()
                 self._call_on_step()
+        except RankError as error:
+            reason, why = FinishReason.ERROR, _message(error)
         except BaseException as error:  # a bug: end all requests, so that no caller waits forever
             reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
         with self._changed:

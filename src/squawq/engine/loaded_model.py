@@ -54,7 +54,7 @@ class LoadedModel:
         template = None if chat_template is None else read_text(chat_template.resolve())
         with ThreadPoolExecutor(1) as pool:  # testing a large tokenizer takes seconds: meanwhile the weights are read
             pending = pool.submit(Tokenizer, source) if text else None
-            runner = load_runner(self.folder, config)
+            self._runner = runner = load_runner(self.folder, config)
             self._tokenizer = pending.result() if pending else None
         self.config = runner.config
         self.cache_bytes = runner.num_pages * runner.page_size * runner.token_bytes
@@ -85,8 +85,9 @@ class LoadedModel:
         return TemplateProcess(self.chat_template, variables, tool_template=self.tool_template, timeout_s=timeout_s)
 
     def close(self) -> None:
-        """Abort all requests and end the engine's thread and the template's process. Idempotent."""
+        """Abort all requests and end the engine's thread and all processes. Idempotent."""
         self.engine.close()
+        self._runner.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
 

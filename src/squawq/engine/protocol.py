@@ -41,6 +41,10 @@ class InferenceEngine(Protocol):
     def alive(self) -> bool:
         """Whether it takes requests; False after `close` and after a failure."""
 
+    @property
+    def failure(self) -> str | None:
+        """Why the model cannot run any more, `Runner.failure`; None while it can."""
+
     def check(self, request: Request) -> object:
         """Raise ConfigError for a request that can never be run, QueueFull while too many grammars are in use.
 
@@ -95,8 +99,15 @@ class Runner(Protocol):
     # engine does not cache them for prompts, and after a preemption runs them one by one as before.
     cache_outputs: bool
 
+    @property
+    def failure(self) -> str | None:
+        """Why it can run no more steps; None while it can."""
+
     def prepare(self, sampling: Sampling) -> None:
         """Set `sampling.state`, where that takes time; called in the thread that submits the request."""
 
     def start(self, batch: Sequence[Chunk]) -> StartedStep:
         """Start a step. Steps run in the order in which they are started."""
+
+    def close(self) -> None:
+        """Free what it holds beside memory. Idempotent."""

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from squawq.backends import backend_for
 from squawq.backends.base import Batch
 from squawq.backends.sampling import Chunk, Sampling, StartedStep
 from squawq.config import ModelConfig
@@ -26,10 +25,12 @@ from squawq.engine.capacity import (
     shared_kv_tokens,
 )
 from squawq.engine.config import EngineConfig
+from squawq.engine.followers import Followers
 from squawq.errors import ConfigError
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import Options, open_model
+from squawq.nn.shard import Shard
 
 
 class DecoderRunner:
@@ -40,6 +41,8 @@ class DecoderRunner:
         rows: Sequences that run at once. The backend's own steps are then prepared, which takes seconds on a GPU; None:
             all tokens run as those of prompts do.
         step_tokens: Tokens in a step at most.
+        followers: The processes that have the other parts of the model.
+        threads: Of the kernels, after `close`.
 
     Raises:
         ConfigError: kv_tokens is less than a page, or there is no room for it.
@@ -52,6 +55,8 @@ class DecoderRunner:
         gpu_share: float = GPU_SHARE,
         rows: int | None = None,
         step_tokens: int = 512,
+        followers: Followers | None = None,
+        threads: int = 1,
     ) -> None:
         self.config: ModelConfig = decoder.config
         self.vocab_size = self.config.vocab_size
@@ -65,7 +70,8 @@ class DecoderRunner:
             memory, contexts = torch.cuda.mem_get_info(device), max(rows or 0, MAX_CONTEXTS)
             tokens = shared_kv_tokens(self.config, self.token_bytes, working, gpu_share, *memory, contexts)
         elif tokens is None:
-            tokens = default_kv_tokens(self.config, self.token_bytes, free_memory())
+            ranks = 1 if followers is None else followers.size
+            tokens = default_kv_tokens(self.config, self.token_bytes, free_memory() // ranks)
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < self.page_size:
             raise ConfigError(
                 f"kv_tokens is {tokens!r}; it must be a whole number, at least one page of {self.page_size} tokens"
@@ -80,6 +86,18 @@ class DecoderRunner:
         pages = min(-(-self.max_positions // self.page_size), self.num_pages)
         self._steps = None if rows is None else decoder.steps(self._cache, rows, pages)
         self.cache_outputs = self._steps is None
+        self._followers, self._threads = followers, threads
+        if followers is not None:
+            followers.begin(self.num_pages)
+
+    @property
+    def failure(self) -> str | None:
+        return None if self._followers is None else self._followers.failure
+
+    def close(self) -> None:
+        """End the processes that have other parts of the model. Idempotent."""
+        if self._followers is not None and self._followers.close():
+            self._decoder.backend.set_threads(self._threads)
 
     def prepare(self, sampling: Sampling) -> None:
         self._decoder.backend.prepare_sampling(sampling)
@@ -123,7 +141,10 @@ class DecoderRunner:
             pages=self._tensor(pages).int(),
             outputs=self._tensor(outputs),
         )
-        return self._decoder(step, self._cache)
+        if self._followers is None:
+            return self._decoder(step, self._cache)
+        with self._followers.step(step):
+            return self._decoder(step, self._cache)
 
     def _tensor(self, values: Sequence[object] | NDArray[np.int64]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
@@ -145,13 +166,29 @@ def _one_torch_thread() -> None:
 
 def load_runner(folder: Path, config: EngineConfig) -> DecoderRunner:
     """Load a folder for the engine. Raises SquawqError for one that cannot be run."""
-    options = Options(
-        config.device, config.exact, config.head, dtype=config.dtype, kv_cache_dtype=config.kv_cache_dtype
-    )
-    if config.threads is not None:
-        backend_for(config.device).set_threads(config.threads)
+    size = config.tensor_parallel_size
+    dtypes = {"dtype": config.dtype, "kv_cache_dtype": config.kv_cache_dtype}
+    options = Options(config.device, config.exact, config.head, shard=Shard(0, size), **dtypes)
     model = open_model(folder, options)
-    if model.backend.device.type == "cuda":
-        check_room(model, config, *torch.cuda.mem_get_info(model.backend.device))
+    backend = model.backend
+    if size > 1 and (reason := backend.group_declines()):
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, but {reason}; choose 1, or a CPU with the native kernels (device cpu)"
+        )
+    before = backend.threads()
+    threads = config.threads or (before if size == 1 else max(1, before // size))
+    backend.set_threads(threads)
+    if backend.device.type == "cuda":
+        check_room(model, config, *torch.cuda.mem_get_info(backend.device))
     share = config.gpu_memory_utilization or GPU_SHARE
-    return DecoderRunner(model.load(), config.kv_tokens, share, config.max_num_seqs, config.step_tokens)
+    sizes = config.kv_tokens, share, config.max_num_seqs, config.step_tokens
+    if size == 1:
+        return DecoderRunner(model.load(), *sizes)
+    followers = Followers(model, options, threads)
+    try:
+        decoder = model.load()
+        followers.wait()
+        return DecoderRunner(decoder, *sizes, followers, before)
+    except BaseException:
+        followers.close()
+        raise

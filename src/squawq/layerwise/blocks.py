@@ -5,8 +5,6 @@ A layer, 16-bit or quantized, is computed in float32. Peak memory: one layer. In
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from squawq.format.reader import Checkpoint
 from squawq.layerwise.meta_model import MetaModel, refusing
 from squawq.layerwise.plan import EXACT, Folding
 from squawq.layerwise.tensor_names import TensorNames, check_floating
+from squawq.memory import give_memory_back
 
 InputHook = Callable[[Tensor], object]
 BATCH_TOKENS = 4096
@@ -162,7 +161,7 @@ class Blocks:
                 yield block
         finally:
             block.module.to("meta")
-            _give_memory_back()
+            give_memory_back()
 
 
 class Block:
@@ -352,12 +351,3 @@ class Block:
         finally:
             for module in modules:
                 del module.forward
-
-
-def _give_memory_back() -> None:
-    """glibc keeps freed arenas; without this the process grows with every layer."""
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):  # musl has neither
-            return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,14 +15,23 @@ from squawq.nn.cache import Cache
 from squawq.nn.rope import inverse_frequencies
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens that this process has of the embedding and the output head, and how many each rank has."""
+
+    own: slice
+    each: Sequence[int]
+
+
 @dataclass
 class Decoder:
-    """A model's weights and layers on one backend.
+    """A model's weights and layers on one backend, or this process's part of them (tensor parallelism).
 
     Attributes:
         embedding: [vocab, hidden], floating point.
         norm: float32 [hidden]; weight of the final norm.
         head: [vocab, hidden]; the output head (lm_head).
+        vocabulary: Which tokens `embedding` and `head` have; None: all.
     """
 
     config: ModelConfig
@@ -30,6 +40,7 @@ class Decoder:
     operations: tuple[Operation, ...]  # of all layers
     norm: Tensor
     head: Packed
+    vocabulary: Vocabulary | None = None
     frequencies: Tensor = field(init=False)  # RoPE's, float32 [rotary_dim / 2]
     _prepared: tuple[Cache, RunLayers] | None = field(init=False, default=None)  # for the latest cache
 
@@ -60,12 +71,29 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, cache: Cache) -> Tensor:
-        """Run the batch's tokens, write their keys and values to `cache`; return logits, float32 [outputs, vocab]."""
-        hidden = self.backend.embedding(batch.ids, self.embedding)
+        """Run the batch's tokens, write their keys and values to `cache`; return logits, float32 [outputs, vocab].
+
+        Every rank makes the same call; the logits are rank 0's, others have those of their own tokens.
+        """
+        hidden = self._embedded(batch.ids)
         rotary = self.backend.rotary(batch.positions, self.frequencies)
         self._layers(cache)(hidden, rotary, batch)
         if not len(batch.outputs):
             return hidden.new_empty(0, self.config.vocab_size)
         rows = hidden if len(batch.outputs) == len(hidden) else hidden[batch.outputs]
         normed = self.backend.add_rms_norm(rows, None, self.norm, self.config.norm_eps)
-        return self.backend.logits(normed, self.head)
+        logits, group = self.backend.logits(normed, self.head), self.backend.group
+        if group is None or self.vocabulary is None:
+            return logits
+        return group.gather(logits, self.vocabulary.each)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding; each rank adds those of its tokens, to zeros."""
+        group, vocabulary = self.backend.group, self.vocabulary
+        if group is None or vocabulary is None:
+            return self.backend.embedding(ids, self.embedding)
+        own = (ids >= vocabulary.own.start) & (ids < vocabulary.own.stop)
+        hidden = self.backend.embedding(torch.where(own, ids - vocabulary.own.start, 0), self.embedding)
+        hidden.masked_fill_(~own[:, None], 0)
+        group.all_reduce(hidden)
+        return hidden

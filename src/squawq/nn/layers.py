@@ -9,6 +9,7 @@ from torch import Tensor
 from squawq.backends.layer_ops import (
     ActivationMul,
     AddResidual,
+    AllReduce,
     Attention,
     Buffer,
     Matmul,
@@ -32,14 +33,21 @@ def norm_sizes(config: ModelConfig, family: Family) -> dict[str, int]:
 
 
 def layer_operations(
-    config: ModelConfig, family: Family, index: int, linears: Mapping[str, Packed], norms: Mapping[str, Tensor]
+    config: ModelConfig,
+    family: Family,
+    index: int,
+    linears: Mapping[str, Packed],
+    norms: Mapping[str, Tensor],
+    shared: bool = False,
 ) -> list[Operation]:
     """The operations of one layer. Every residual addition but the model's last is part of the norm that follows it.
 
     Args:
         linears: Packed weights, by the names QKV, OUT, GATE_UP and DOWN.
         norms: float32 weights, by the names of `norm_sizes`.
+        shared: Other ranks have the rest of the linears (tensor parallelism).
     """
+    summed = [AllReduce()] if shared else []
     before_attention, after_attention, before_mlp, after_mlp = family.norms
     return [
         Norm(norms[before_attention], add=index > 0),
@@ -47,11 +55,13 @@ def layer_operations(
         RotateAndStore(index, norms.get(QUERY_NORM), norms.get(KEY_NORM)),
         Attention(index, config.window(index)),
         Matmul(linears[OUT], Buffer.NARROW, Buffer.DELTA),
+        *summed,
         *_after(after_attention, norms),
         Norm(norms[before_mlp]),
         Matmul(linears[GATE_UP], Buffer.NORMED, Buffer.WIDE),
         ActivationMul(ACTIVATIONS[config.activation]),
         Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
+        *summed,
         *_after(after_mlp, norms),
         *([AddResidual()] if index == config.num_layers - 1 else []),
     ]

@@ -6,7 +6,7 @@ memory (DeviceReader). Nothing stays mapped from the files, which may change whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,10 +20,13 @@ from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ROPE_TYPES, ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import FAMILIES, Family, family_of
-from squawq.format.reader import Checkpoint
+from squawq.format.layouts import part_group
+from squawq.format.reader import WHOLE, Checkpoint, Part
 from squawq.format.shards import DeviceReader, read_tensor
-from squawq.nn.decoder import Decoder
+from squawq.memory import give_memory_back
+from squawq.nn.decoder import Decoder, Vocabulary
 from squawq.nn.layers import DOWN, GATE_UP, OUT, QKV, layer_operations, norm_sizes
+from squawq.nn.shard import ALONE, Shard
 
 HEADS = ("int8", "int4", "16-bit")
 HEAD_GROUP = 32  # of an int4 head: finer than the layers', since nothing was searched for it
@@ -37,6 +40,7 @@ class Options:
         head: Output head: "int8" rounds to 8 bits per row, "int4" to 4 bits in groups of 32, "16-bit" keeps the stored
             dtype; None: the backend's default.
         backend: A name in `squawq.backends.BACKENDS`; None: the first that runs on the device.
+        shard: The part of the model that this process has.
     """
 
     device: str = "cpu"
@@ -45,6 +49,7 @@ class Options:
     backend: str | None = None
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    shard: Shard = ALONE
 
     def __post_init__(self) -> None:
         if self.head is not None and self.head not in HEADS:
@@ -97,60 +102,82 @@ FUSED = {
 }
 
 
-def load_linear(checkpoint: Checkpoint, parts: Mapping[str, int], in_features: int, backend: Backend) -> Packed:
-    """Linears with the same input, by full name -> out_features, stacked to one weight."""
-    quantized = [checkpoint.is_quantized(name) for name in parts]
-    bias = _bias(checkpoint, parts, backend.device)
+@dataclass(frozen=True)
+class Linear:
+    """A linear in a checkpoint, by its full name, and which (outputs, inputs) of it are loaded."""
+
+    name: str
+    out: int
+    in_: int
+    part: Part = WHOLE
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the part."""
+        (first, last, _), (start, stop, _) = self.part[0].indices(self.out), self.part[1].indices(self.in_)
+        return last - first, stop - start
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the part adds the bias: of parts with other inputs, only the first does."""
+        return self.part[1].indices(self.in_)[0] == 0
+
+
+def load_linear(checkpoint: Checkpoint, linears: Sequence[Linear], backend: Backend) -> Packed:
+    """Linears with the same input, stacked to one weight."""
+    quantized = [checkpoint.is_quantized(linear.name) for linear in linears]
+    bias = _bias(checkpoint, linears, backend.device)
     if all(quantized):
-        gemms = (checkpoint.read_gemm(name, in_features, out) for name, out in parts.items())
-        group = checkpoint.group_of(in_features)
-        return backend.pack_int4(sum(parts.values()), in_features, group, gemms, bias)
-    if not any(quantized):
-        weights = [checkpoint.read(f"{name}.weight", (out, in_features)) for name, out in parts.items()]
-    else:  # a checkpoint with some of them quantized
-        weights = [_dense(checkpoint, name, out, in_features) for name, out in parts.items()]
+        gemms = (checkpoint.read_gemm(linear.name, linear.in_, linear.out, linear.part) for linear in linears)
+        first, inputs = linears[0], linears[0].shape[1]
+        group = part_group(first.part[1], first.in_, checkpoint.group_of(first.in_))
+        return backend.pack_int4(sum(linear.shape[0] for linear in linears), inputs, group, gemms, bias)
+    weights = [_dense(checkpoint, linear) for linear in linears]
+    if any(quantized):  # a checkpoint with some of them quantized
+        weights = [weight.float() for weight in weights]
     return backend.pack_dense(weights, bias)
 
 
-def _dense(checkpoint: Checkpoint, name: str, out: int, in_features: int) -> Tensor:
-    if checkpoint.is_quantized(name):
-        return checkpoint.read_quantized(name, in_features, out).dequantize()
-    return checkpoint.read(f"{name}.weight", (out, in_features)).float()
+def _dense(checkpoint: Checkpoint, linear: Linear) -> Tensor:
+    if checkpoint.is_quantized(linear.name):
+        return checkpoint.read_quantized(linear.name, linear.in_, linear.out, linear.part).dequantize()
+    return checkpoint.read_part(f"{linear.name}.weight", (linear.out, linear.in_), *linear.part)
 
 
-def _bias(checkpoint: Checkpoint, parts: Mapping[str, int], device: torch.device) -> Tensor | None:
-    if not any(f"{name}.bias" in checkpoint.tensors for name in parts):
+def _bias(checkpoint: Checkpoint, linears: Sequence[Linear], device: torch.device) -> Tensor | None:
+    if not any(f"{linear.name}.bias" in checkpoint.tensors and linear.has_bias for linear in linears):
         return None
     biases = []
-    for name, out in parts.items():
-        known = f"{name}.bias" in checkpoint.tensors
-        bias = checkpoint.read(f"{name}.bias", (out,)) if known else torch.zeros(out)
-        biases.append(bias.to(device, torch.float32))
-    return torch.cat(biases)
+    for linear in linears:
+        known, outputs = f"{linear.name}.bias" in checkpoint.tensors, linear.part[0]
+        bias = checkpoint.read_part(f"{linear.name}.bias", (linear.out,), outputs) if known else None
+        biases.append(torch.zeros(linear.shape[0]) if bias is None else bias.to(device, torch.float32))
+    return torch.cat([bias.to(device) for bias in biases])
 
 
 def _norm(checkpoint: Checkpoint, name: str, size: int, device: torch.device) -> Tensor:
     return checkpoint.read(f"{name}.weight", (size,)).to(device, torch.float32)
 
 
-def load_layer(checkpoint: Checkpoint, index: int, backend: Backend) -> list[Operation]:
-    """One decoder layer."""
+def load_layer(checkpoint: Checkpoint, index: int, backend: Backend, shard: Shard = ALONE) -> list[Operation]:
+    """One decoder layer, or a rank's part of it."""
     config = checkpoint.config
     family = family_of(config.model_type)
     prefix, shapes = family.layer(index), linear_shapes(config)
-    linears = {
-        fused: load_linear(checkpoint, {f"{prefix}.{n}": shapes[n][0] for n in names}, shapes[names[0]][1], backend)
-        for fused, names in FUSED.items()
-    }
+
+    def linear(name: str) -> Linear:
+        return Linear(f"{prefix}.{name}", *shapes[name], shard.part(name, config) if shard.size > 1 else WHOLE)
+
+    linears = {fused: load_linear(checkpoint, list(map(linear, names)), backend) for fused, names in FUSED.items()}
     sizes = norm_sizes(config, family)
     norms = {name: _norm(checkpoint, f"{prefix}.{name}", size, backend.device) for name, size in sizes.items()}
-    return layer_operations(config, family, index, linears, norms)
+    return layer_operations(config, family, index, linears, norms, shared=shard.size > 1)
 
 
-def load_embedding(checkpoint: Checkpoint, family: Family) -> Tensor:
-    """The embedding in the checkpoint's own dtype."""
-    config = checkpoint.config
-    return checkpoint.read(f"{family.embedding}.weight", (config.vocab_size, config.hidden_size))
+def load_embedding(checkpoint: Checkpoint, family: Family, shard: Shard = ALONE) -> Tensor:
+    """The embedding in the checkpoint's own dtype, or a rank's tokens of it."""
+    config, tokens = checkpoint.config, shard.vocabulary(checkpoint.config)
+    return checkpoint.read_part(f"{family.embedding}.weight", (config.vocab_size, config.hidden_size), tokens)
 
 
 def head_kind(checkpoint: Checkpoint, family: Family, options: Options, backend: Backend) -> str:
@@ -180,17 +207,21 @@ def head_declines(checkpoint: Checkpoint, family: Family, backend: Backend, kind
 
 
 def load_head(
-    checkpoint: Checkpoint, family: Family, backend: Backend, embedding: Tensor, kind: str
+    checkpoint: Checkpoint, family: Family, backend: Backend, embedding: Tensor, kind: str, shard: Shard = ALONE
 ) -> tuple[Tensor, Packed]:
-    """The final norm [hidden] and the output head [vocab, hidden] (the embedding, if tied) in a format of HEADS."""
+    """The final norm [hidden] and the output head [vocab, hidden] (the embedding, if tied) in a format of HEADS.
+
+    Of the head only a rank's tokens, like those of `embedding`.
+    """
     config, name = checkpoint.config, _head_name(checkpoint, family)
+    shape, tokens = (config.vocab_size, config.hidden_size), shard.vocabulary(config)
     norm = _norm(checkpoint, family.norm, config.hidden_size, backend.device)
     tied = name == family.embedding
     if kind == "16-bit" and tied:
         return norm, backend.pack_dense([embedding])
     if kind == "16-bit":
-        return norm, load_linear(checkpoint, {name: config.vocab_size}, config.hidden_size, backend)
-    weight = embedding if tied else checkpoint.read(f"{name}.weight", (config.vocab_size, config.hidden_size))
+        return norm, load_linear(checkpoint, [Linear(name, *shape, (tokens, slice(None)))], backend)
+    weight = embedding if tied else checkpoint.read_part(f"{name}.weight", shape, tokens)
     return norm, backend.round_int4(weight, HEAD_GROUP) if kind == "int4" else backend.pack_int8(weight)
 
 
@@ -205,11 +236,22 @@ def int4_bytes(out: int, in_: int, group: int) -> int:
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A checkpoint that can be run, not yet loaded. head: format of the output head, one of HEADS."""
+    """A checkpoint that can be run, not yet loaded.
+
+    Attributes:
+        head: Format of the output head, one of HEADS.
+        shard: The part of the model that this process has.
+    """
 
     checkpoint: Checkpoint
     backend: Backend
     head: str
+    shard: Shard = ALONE
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config, with this process's part of the heads and inner features."""
+        return self.shard.config(self.checkpoint.config)
 
     @property
     def family(self) -> Family:
@@ -220,7 +262,7 @@ class OpenModel:
         return head_declines(self.checkpoint, self.family, self.backend, kind)
 
     def weight_bytes(self, head: str | None = None) -> int:
-        """Bytes of the weights on a GPU, from the headers, without norms and biases. head: instead of `self.head`."""
+        """Bytes of all weights on a GPU, from the headers, without norms and biases. head: instead of `self.head`."""
         config, family = self.checkpoint.config, self.family
         total = self.checkpoint.info(f"{family.embedding}.weight").nbytes + self._head_bytes(head or self.head)
         for index in range(config.num_layers):
@@ -245,12 +287,16 @@ class OpenModel:
         return self._linear_bytes(name, out, in_)
 
     def load(self) -> Decoder:
-        """Raises CheckpointError for a folder that cannot be run."""
-        checkpoint, backend, family = self.checkpoint, self.backend, self.family
-        embedding = load_embedding(checkpoint, family).to(backend.device)
-        norm, head = load_head(checkpoint, family, backend, embedding, self.head)
-        layers = [load_layer(checkpoint, index, backend) for index in range(checkpoint.config.num_layers)]
-        return Decoder(checkpoint.config, backend, embedding, tuple(chain(*layers)), norm, head)
+        """Load this process's part. Raises CheckpointError for a folder that cannot be run."""
+        checkpoint, backend, family, shard = self.checkpoint, self.backend, self.family, self.shard
+        embedding = load_embedding(checkpoint, family, shard).to(backend.device)
+        norm, head = load_head(checkpoint, family, backend, embedding, self.head, shard)
+        layers = []
+        for index in range(checkpoint.config.num_layers):
+            layers.append(load_layer(checkpoint, index, backend, shard))
+            give_memory_back()  # of tensors that were read
+        vocabulary = Vocabulary(shard.vocabulary(checkpoint.config), shard.vocabularies(checkpoint.config))
+        return Decoder(self.config, backend, embedding, tuple(chain(*layers)), norm, head, vocabulary)
 
 
 def open_model(folder: str | Path, options: Options | None = None) -> OpenModel:
@@ -262,7 +308,8 @@ def open_model(folder: str | Path, options: Options | None = None) -> OpenModel:
     dtypes = {"dtype": options.dtype, "kv_cache_dtype": options.kv_cache_dtype}
     backend = backend_for(device, options.backend, exact=options.exact, **dtypes)
     family = family_of(checkpoint.config.model_type)
-    return OpenModel(checkpoint, backend, head_kind(checkpoint, family, options, backend))
+    options.shard.config(checkpoint.config)  # raises if the model cannot be split so
+    return OpenModel(checkpoint, backend, head_kind(checkpoint, family, options, backend), options.shard)
 
 
 def load(folder: str | Path, options: Options | None = None) -> Decoder:

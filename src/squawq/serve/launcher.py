@@ -133,7 +133,7 @@ TABLE: dict[str, list[Flag]] = {
         Flag("max_num_seqs", "Sequences under way together; 64 on a CPU, 256 on CUDA"),
         Flag("max_num_batched_tokens", "Tokens of a step; 512 on a CPU, 2048 on CUDA", read=tokens),
         Flag("enable_prefix_caching", "Reuse the cache of equal beginnings; on", "prefix_caching", switch="no"),
-        Flag("tensor_parallel_size", "1 for now", names=("-tp",)),
+        Flag("tensor_parallel_size", "Processes that share the model, on a CPU; each has --threads", names=("-tp",)),
         Flag("pipeline_parallel_size", "1 for now", read=ONE, names=("-pp",)),
         Flag("data_parallel_size", "1 for now", read=ONE, names=("-dp",)),
     ],

@@ -72,6 +72,7 @@ class Server(uvicorn.Server):
         )
         self.api = api
         self.stops = 0
+        self.failed = False
 
     @property
     def bound_port(self) -> int:
@@ -120,13 +121,16 @@ class Server(uvicorn.Server):
         )
 
     async def main_loop(self) -> None:
-        """Serve until `stop`, then drain."""
-        count = 0
-        while not self.stops:
+        """Serve until `stop`, then drain; or until the model cannot run any more."""
+        count, engine = 0, self.api.served.engine
+        while not self.stops and engine.failure is None:
             await self.on_tick(count)
             count += 2  # uvicorn's ticks are twice as long
             await asyncio.sleep(TICK)
         settings, generation = self.api.settings, self.api.runtime
+        if engine.failure is not None:
+            self.failed = True
+            logs.event(logger, logging.ERROR, "ending: the model cannot run any more", why=engine.failure)
         generation.draining = True
         logs.event(logger, logging.INFO, "draining", requests=generation.in_flight, seconds=settings.shutdown_timeout)
         await self._until_idle(time.monotonic() + settings.shutdown_timeout, stops=2)
@@ -178,7 +182,7 @@ def run(settings: ServerSettings, notes: Mapping[str, Any] | None = None, enviro
         for one in sockets or ():  # where no server took them
             one.close()
         ended &= writer.close(LAST_WORDS / 2)  # a log that nobody reads keeps no server
-    code = 0 if server.started else 1
+    code = 0 if server.started and not server.failed else 1
     if not ended:
         os._exit(code)
     return code

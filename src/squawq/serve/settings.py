@@ -44,7 +44,6 @@ class ServerSettings(EngineConfig):
     tokenizer: str | None = None
     generation_config: str = "auto"
     quantization: str | None = None
-    tensor_parallel_size: Count = 1
     max_model_len: OptionalCount = None
     max_input_tokens: OptionalCount = None
     chat_template: Path | None = None
@@ -114,11 +113,6 @@ class ServerSettings(EngineConfig):
             raise ConfigError(
                 f"max_connections is {self.max_connections}, but up to {self.most_under_way} requests may be under way "
                 "or waiting; raise it above that, or lower max_queued (--max-num-queued-reqs) or max_num_seqs"
-            )
-        if self.tensor_parallel_size != 1:
-            raise ConfigError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}; one process serves a model here for now, "
-                "so it must be 1 (NUM_SHARD=1, --tensor-parallel-size 1)"
             )
         if "" in self.api_keys:
             raise ConfigError("an API key is empty; give a key or leave the flag out")

@@ -39,7 +39,6 @@ ABSENT = {
     NO_TUNNEL: ("ngrok_authtoken", "ngrok_edge"),
 }
 OFF = Choice({"true": False, "1": False, "false": True, "0": True})  # of a switch that turns something off
-LATER = "tensor parallelism comes later"
 
 
 def log_level(text: str) -> str:
@@ -70,6 +69,8 @@ TABLE: dict[str, list[Flag]] = {
             read=among(("float16", "bfloat16")),
         ),
         DEVICE,
+        Flag("num_shard", "Processes that share the model, on a CPU", "tensor_parallel_size"),
+        Flag("sharded", "true needs NUM_SHARD above 1", read=truth),
         Flag("kv_cache_dtype", "fp8_e4m3fn: half the memory; on CUDA", read=Choice({"fp8_e4m3fn": "fp8_e4m3"})),
         Flag("huggingface_hub_cache", "The folder of models from the Hub, where HF_HUB_CACHE names none"),
     ],
@@ -115,8 +116,6 @@ TABLE: dict[str, list[Flag]] = {
         Flag("disable_custom_kernels", "none come from elsewhere", read=truth, switch=True, noted=True),
     ],
     "Refused where they ask for what is not here": [
-        Flag("num_shard", f"must be 1: {LATER}", read=Only(1, whole(1), f"it must be 1: {LATER}")),
-        Flag("sharded", f"must be false: {LATER}", read=Only(False, truth, f"it must be false: {LATER}")),
         Flag("speculate", "must be 0", read=Only(0, whole(0), "it must be 0: there is no speculative decoding")),
         Flag("ngrok", NO_TUNNEL, read=Only(False, truth, f"{NO_TUNNEL}; leave it out"), switch=True),
         *(Flag(key, why, read=Only(None, str, f"{why}; leave it out")) for why, keys in ABSENT.items() for key in keys),
@@ -177,6 +176,10 @@ def _settings(found: Mapping[str, Any]) -> ServerSettings:
     prompt = tokens or length
     if prompt and total and prompt >= total:
         raise ConfigError(f"MAX_TOTAL_TOKENS is {total}; it must be more than MAX_INPUT_TOKENS, which is {prompt}")
+    if found.get("sharded") and found.get("num_shard", 1) == 1:
+        raise ConfigError(
+            "SHARDED is true, which needs NUM_SHARD above 1: the number of processes that share the model"
+        )
     most = found.get("max_batch_size") or EngineConfig(device=found.get("device", "auto")).max_num_seqs
     running = min(most, found["max_concurrent_requests"])
     return FLAGS.settings(

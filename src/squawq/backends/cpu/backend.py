@@ -11,13 +11,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Batch, Gemm, Heads, Layers, Norms, Pages, Rotary, RunLayers
+from squawq.backends.base import Batch, Gemm, Group, Heads, Layers, Norms, Pages, Rotary, RunLayers
 from squawq.backends.cpu import library
+from squawq.backends.cpu.group import SharedGroup, new_shared_memory
 from squawq.backends.cpu.library import LANES, POINTER, SIZE, address, check, required
 from squawq.backends.cpu.packed import DENSE_TYPES, NativePacked, PackedDense, PackedInt4, PackedInt8, kernel_group
 from squawq.backends.layer_ops import (
     ActivationMul,
     AddResidual,
+    AllReduce,
     Attention,
     Buffer,
     Matmul,
@@ -33,7 +35,8 @@ from squawq.errors import KernelError
 MAX_COLUMNS = 128  # that round_columns rounds in one native call
 MAX_SHARED_HEADS = 16  # query heads per key-value head
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # `Activation` in csrc/ops.h
-NORM, MATMUL, ROTATE_AND_STORE, ATTENTION, ACTIVATION_MUL, EXPERTS, ADD_RESIDUAL = range(7)  # `Code` in csrc/layers.h
+# `Code` in csrc/layers.h
+NORM, MATMUL, ROTATE_AND_STORE, ATTENTION, ACTIVATION_MUL, EXPERTS, ADD_RESIDUAL, ALL_REDUCE = range(8)
 
 
 class CpuBackend(Reference):
@@ -141,6 +144,19 @@ class CpuBackend(Reference):
         check(required().squawq_round_columns(*sources, *wanted.shape, top, levels.data_ptr(), errors.data_ptr()))
         return levels, errors
 
+    def group_declines(self) -> str | None:
+        return None
+
+    def group_memory(self, size: int) -> int:
+        return new_shared_memory(size)
+
+    def join(self, rank: int, size: int, memory: int) -> SharedGroup:
+        self.group = group = SharedGroup(rank, size, memory)
+        return group
+
+    def threads(self) -> int:
+        return library.threads()
+
     def set_threads(self, count: int) -> None:
         library.set_threads(count)
 
@@ -149,7 +165,7 @@ class CpuBackend(Reference):
 
     def prepare(self, layers: Layers, cache: Sequence[Pages]) -> RunLayers:
         try:
-            return LayerStack(layers, cache)
+            return LayerStack(layers, cache, self.group)
         except KernelError:
             return super().prepare(layers, cache)
 
@@ -193,11 +209,11 @@ class LayerStack:
         KernelError: The library does not run one of the operations.
     """
 
-    def __init__(self, layers: Layers, cache: Sequence[Pages]) -> None:
+    def __init__(self, layers: Layers, cache: Sequence[Pages], group: Group | None = None) -> None:
         query, kv, dim = layers.heads
         if dim % LANES or query > kv * MAX_SHARED_HEADS or any(keys.dtype != torch.float16 for keys, _ in cache):
             raise KernelError(f"no native attention for heads {layers.heads}")
-        self._heads, self._eps, self._cache = layers.heads, layers.eps, cache
+        self._heads, self._eps, self._cache, self._group = layers.heads, layers.eps, cache, group
         self._kept: list[object] = [layers]  # keeps alive what the C structures point to
         self._width = {Buffer.HIDDEN: 0}  # current floats per row of each buffer
         self._max_width = dict.fromkeys(Buffer, 0)
@@ -252,6 +268,11 @@ class LayerStack:
             case AddResidual():
                 self._check_width(Buffer.DELTA, self._width[Buffer.HIDDEN])
                 return _Operation(ADD_RESIDUAL)
+            case AllReduce():
+                if not isinstance(self._group, SharedGroup):
+                    raise KernelError("no native sum over the ranks")
+                width = self._width[Buffer.DELTA]
+                return _Operation(ALL_REDUCE, Buffer.DELTA, 0, 0, width, self._group.pointer)
 
     def _experts(self, layer: MixtureOfExperts) -> int:
         hidden, inner, count = layer.router.shape[1], layer.down[0].shape[1], len(layer.down)

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from squawq.errors import ConfigError, KernelError
+from squawq.errors import ConfigError, KernelError, RankError
 
 logger = logging.getLogger("squawq")
-ABI = 6  # that squawq_abi() of a matching library returns
+ABI = 7  # that squawq_abi() of a matching library returns
 LANES = 16  # values of a vector, output rows of a packed block, tokens of a page
+ENDED = -2  # a result: see csrc/dispatch.cpp
 ISAS = ("avx512", "avx2", "neon", "scalar", "torch")
 
 POINTER, SIZE, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -39,6 +40,10 @@ _SIGNATURES = {
     "squawq_rotate_and_store": (POINTER, *(SIZE,) * 5, *(POINTER,) * 4, FLOAT, *(POINTER,) * 3),
     "squawq_layers": (POINTER, SIZE, POINTER, SIZE, POINTER, *(SIZE,) * 4, FLOAT, *(POINTER,) * 4, SIZE, POINTER),
     "squawq_attention": (POINTER, *(SIZE,) * 3, POINTER, SIZE, POINTER, SIZE, *(POINTER,) * 3),
+    "squawq_group_bytes": (SIZE, SIZE),
+    "squawq_all_reduce": (POINTER, POINTER, SIZE),
+    "squawq_gather": (POINTER, POINTER, SIZE, POINTER, POINTER),
+    "squawq_end_group": (POINTER,),
     "squawq_round_columns": (*(POINTER,) * 6, SIZE, SIZE, FLOAT, POINTER, POINTER),
 }
 
@@ -78,6 +83,7 @@ def _open(path: Path | None) -> ctypes.CDLL:
         if library.squawq_abi() != ABI:
             raise KernelError(f"{path} is of another version of squawq: reinstall the package")
         library.squawq_isa.restype = ctypes.c_char_p
+        library.squawq_group_bytes.restype = SIZE
         for name, types in _SIGNATURES.items():
             getattr(library, name).argtypes = types
     except (OSError, AttributeError) as error:  # unreadable, or without a symbol
@@ -169,7 +175,9 @@ def set_threads(count: int) -> None:
 
 
 def check(code: int) -> None:
-    """Raise MemoryError for a nonzero result of a library function."""
+    """Raise MemoryError, or RankError if another rank has ended, for a nonzero result of a library function."""
+    if code == ENDED:
+        raise RankError("another process that runs a part of the model has ended")
     if code:
         raise MemoryError("the native kernels could not get memory")
 

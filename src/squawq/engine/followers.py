@@ -1,0 +1,258 @@
+"""Tensor parallelism: the processes that have the other parts of a model and run every step with this one.
+
+This process is rank 0: it schedules and samples. It sends each step to the others as plain numbers over a socket, and
+all of them exchange activations through shared memory (`backends.cpu.group`). A follower ends when rank 0 does, however
+that ends; if a follower ends, all ranks that wait for it raise RankError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from squawq import errors
+from squawq.backends.base import Batch
+from squawq.errors import RankError, SquawqError
+from squawq.nn.cache import Cache
+from squawq.nn.decoder import Decoder
+from squawq.nn.loader import OpenModel, Options, open_model
+from squawq.nn.shard import Shard
+
+GRACE_S = 5.0  # for a follower to end by itself
+SIZE = struct.Struct("<Q")  # of a message
+FIELDS = fields(Batch)
+HEAD = struct.Struct(f"<{len(FIELDS)}Q")  # elements of each field
+USUAL = (SquawqError, OSError, MemoryError, RuntimeError)  # an error of these classes is one line
+
+
+class Followers:
+    """Ranks 1 to size - 1, which load their parts of a model meanwhile.
+
+    Args:
+        model: Rank 0's part, not yet loaded; its backend joins the group.
+        options: How it was opened.
+        threads: Of each follower.
+
+    Attributes:
+        failure: Why there is no more step; None while all is well.
+    """
+
+    def __init__(self, model: OpenModel, options: Options, threads: int) -> None:
+        self.failure: str | None = None
+        self.size = size = model.shard.size
+        self._lock = threading.Lock()
+        memory = model.backend.group_memory(size)
+        processes: list[subprocess.Popen[bytes]] = []
+        ports: list[socket.socket] = []
+        try:
+            group = model.backend.join(0, size, memory)
+            for rank in range(1, size):
+                near, far = socket.socketpair()
+                ports.append(near)
+                with far:
+                    told = {
+                        "folder": str(model.checkpoint.folder),
+                        "rank": rank,
+                        "size": size,
+                        "memory": memory,
+                        "threads": threads,
+                    }
+                    told |= {name: getattr(options, name) for name in ("device", "exact", "head")}
+                    processes.append(_start(far.fileno(), memory))
+                    _send(near, json.dumps(told).encode())
+        except BaseException:
+            _end(processes, ports)
+            raise
+        finally:
+            os.close(memory)
+        self._processes, self._ports, self._group = processes, ports, group
+        self._end = weakref.finalize(self, _end, processes, ports)
+        watched = weakref.ref(self)
+        for rank, process in enumerate(processes, 1):
+            threading.Thread(target=_watch, args=(watched, rank, process), daemon=True).start()
+
+    def close(self) -> bool:
+        """End the followers; whether they were still there."""
+        there = self._end.alive
+        self._end()
+        return there
+
+    def wait(self) -> None:
+        """Wait until all have loaded. Raises the error of one that cannot."""
+        for rank, port in enumerate(self._ports, 1):
+            try:
+                answer = json.loads(_receive(port))
+            except (OSError, EOFError) as error:
+                raise RankError(self._fate(rank)) from error
+            if answer["error"] is not None:
+                kind, message = answer["error"]
+                raise getattr(errors, kind, RankError)(message)
+
+    def begin(self, pages: int) -> None:
+        """Let all make a KV cache of so many pages."""
+        for port in self._ports:
+            _send(port, SIZE.pack(pages))
+
+    @contextlib.contextmanager
+    def step(self, batch: Batch) -> Iterator[None]:
+        """The followers run this step as well, while the context is open. Raises RankError if one has ended."""
+        try:
+            if self.failure is not None:
+                raise RankError(self.failure)
+            message = encode(batch)
+            for port in self._ports:
+                _send(port, message)
+            yield
+        except BaseException as error:  # the others wait for this rank, so no step can follow
+            gone = self._gone() if isinstance(error, OSError | RankError) else None
+            self._fail(gone or str(error) or type(error).__name__)
+            raise RankError(self.failure) from error
+
+    def _fail(self, why: str) -> None:
+        with self._lock:
+            self.failure = self.failure or why
+        self._group.end()
+
+    def _gone(self) -> str | None:
+        """How the first follower ended that has; waits a little for one to do so."""
+        end = time.monotonic() + GRACE_S
+        while time.monotonic() < end:
+            for rank, process in enumerate(self._processes, 1):
+                if process.poll() is not None:
+                    return self._fate(rank)
+            time.sleep(0.01)
+        return None
+
+    def _fate(self, rank: int) -> str:
+        """How a follower ended."""
+        process = self._processes[rank - 1]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        code = process.returncode or 0
+        how = f"was killed by {signal.Signals(-code).name}; perhaps memory ran out" if code < 0 else "has ended"
+        return f"process {rank} of the {len(self._processes) + 1} that run the model {how}"
+
+
+def _start(port: int, memory: int) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "squawq.engine.followers", str(port)],
+        stdin=subprocess.PIPE,  # never written to: it closes when this process ends
+        stdout=subprocess.DEVNULL,
+        env=environment,
+        pass_fds=(port, memory),
+        start_new_session=True,  # Ctrl-C is for rank 0
+    )
+
+
+def _watch(followers: weakref.ref[Followers], rank: int, process: subprocess.Popen[bytes]) -> None:
+    process.wait()
+    if (owner := followers()) is not None and owner._end.alive:
+        owner._fail(owner._fate(rank))
+
+
+def _end(processes: list[subprocess.Popen[bytes]], ports: list[socket.socket]) -> None:
+    for port in ports:
+        port.close()
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        process.kill()
+        process.wait()
+
+
+def _send(port: socket.socket, message: bytes) -> None:
+    port.sendall(SIZE.pack(len(message)) + message)
+
+
+def _receive(port: socket.socket) -> bytes:
+    """Raises EOFError when the other end is gone."""
+    return _read(port, SIZE.unpack(_read(port, SIZE.size))[0])
+
+
+def _read(port: socket.socket, size: int) -> bytes:
+    data = bytearray(size)
+    view = memoryview(data)
+    while len(view):
+        count = port.recv_into(view)
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return bytes(data)
+
+
+def encode(batch: Batch) -> bytes:
+    """A step as bytes: how many elements each field has, and the fields one after another."""
+    arrays = [getattr(batch, field.name).cpu().numpy() for field in FIELDS]
+    return HEAD.pack(*(array.size for array in arrays)) + b"".join(array.tobytes() for array in arrays)
+
+
+def decode(message: bytes, device: torch.device) -> Batch:
+    """The step of `encode`."""
+    counts, place, found = HEAD.unpack_from(message), HEAD.size, {}
+    for field, count in zip(FIELDS, counts, strict=True):
+        dtype = np.dtype(np.int32 if field.name == "pages" else np.int64)
+        tensor = torch.from_numpy(np.frombuffer(message, dtype, count, place).copy())
+        found[field.name] = tensor.view(-1, 4) if field.name == "sequences" else tensor.to(device)
+        place += count * dtype.itemsize
+    return Batch(**found)
+
+
+def _load(told: Mapping[str, Any]) -> Decoder:
+    shard = Shard(told["rank"], told["size"])
+    model = open_model(told["folder"], Options(told["device"], told["exact"], told["head"], shard=shard))
+    model.backend.set_threads(told["threads"])
+    model.backend.join(shard.rank, shard.size, told["memory"])
+    os.close(told["memory"])
+    return model.load()
+
+
+def _follow(port: socket.socket) -> None:
+    """A follower's life: load, then run steps until rank 0 closes the socket."""
+    told = json.loads(_receive(port))
+    try:
+        decoder = _load(told)
+    except USUAL as error:
+        _send(port, json.dumps({"error": [type(error).__name__, str(error)]}).encode())
+        return
+    _send(port, json.dumps({"error": None}).encode())
+    (pages,) = SIZE.unpack(_receive(port))
+    cache = Cache(decoder.config, pages, decoder.backend)
+    while True:
+        decoder(decode(_receive(port), decoder.backend.device), cache)
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)
+    os._exit(1)
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, ConnectionError, RankError):  # rank 0 is gone, or another rank
+        _follow(socket.socket(fileno=int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
