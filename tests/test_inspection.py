@@ -60,6 +60,19 @@ def test_llama_70b_by_hand(tmp_path: Path) -> None:
     assert found["tensors"] == "shapes"
 
 
+def test_how_many_processes_can_share(tmp_path: Path) -> None:
+    """Of Qwen2.5-72B's 231 groups of 128, vLLM cannot give two GPUs equally many."""
+    qwen = tiny_config(
+        "qwen2", hidden_size=8192, num_attention_heads=64, num_key_value_heads=8, head_dim=128, intermediate_size=29568
+    )
+    for group, whole in ((128, [1]), (64, [1, 2]), (32, [1, 2, 4])):
+        stated = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+        file = write(tmp_path, {**qwen, "vocab_size": 152064, "quantization_config": stated})
+        found = inspect(file)["tensor_parallel"]
+        assert found == {"squawq": [1, 2, 4, 8, 16, 32, 64], "whole_groups": whole}
+    assert inspect(write(tmp_path, tiny_config("gemma3_text")))["tensor_parallel"] == {}
+
+
 def test_llama_8b(tmp_path: Path) -> None:
     found = inspect(write(tmp_path, LLAMA_8B))
     assert found["parameters"] == 8_030_261_248

@@ -28,6 +28,7 @@ from squawq.layerwise.meta_model import MetaModel
 from squawq.layerwise.plan import LayerPlan
 from squawq.layerwise.tensor_names import FUSED, INTEGERS, TensorNames
 from squawq.nn.cache import Cache
+from squawq.nn.shard import sizes, splits_groups
 from squawq.quant_config import QuantConfig
 
 STEP_TOKENS = 512  # that run through the model at once: the engine's chunk of a prompt
@@ -62,7 +63,9 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
     Returns:
         JSON types; sizes in bytes. `memory` has, for "fp16" and "int4", weights (as stored, or as squawq would store
         them), kv_cache (float16), workspace (activations of a step of 512 tokens, float32) and their total. `tensors`
-        says where sizes come from: "headers" or "shapes". `gpus` are this machine's: name, total and free memory.
+        says where sizes come from: "headers" or "shapes". `tensor_parallel` has how many processes can share the model
+        in squawq ("squawq") and in engines that keep quantization groups whole ("whole_groups"); nothing for a model
+        that squawq's decoder does not run. `gpus` are this machine's: name, total and free memory.
 
     Raises:
         ConfigError: The context is longer than the model's positions.
@@ -95,6 +98,7 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
         "vocab_size": config.vocab_size,
         "max_positions": config.max_positions,
         "tied_embeddings": config.tied_embeddings,
+        "tensor_parallel": _shares(config),
         "parameters": sum(tensor.weights for tensor in tensors.values()),
         "quantization": _quantization(config),
         "runs_in": compatible_engines(config),
@@ -113,6 +117,15 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
         },
         "gpus": gpus(),
     }
+
+
+def _shares(config: ModelConfig) -> dict[str, list[int]]:
+    """How many processes can share the model: in squawq, and in engines that keep groups whole (vLLM, TGI)."""
+    if not family_of(config.model_type).decoder:
+        return {}
+    found, quant = sizes(config), config.quant
+    whole = [size for size in found if quant is None or not splits_groups(config, size, quant.group_size)]
+    return {"squawq": found, "whole_groups": whole}
 
 
 def missing(checkpoint: Checkpoint) -> list[str]:

@@ -62,6 +62,8 @@ class QuantConfig:
             must fit in memory. None: with "squawq" on an NVIDIA GPU that holds the 16-bit model.
         tune: After all layers, tune scales to the 16-bit model's predictions (`quantization.tuning`). None: with
             "squawq" on an NVIDIA GPU that holds the 16-bit model, up to 16e9 parameters.
+        for_tensor_parallel: Take the largest group size up to `group_size` with which so many GPUs can share the result
+            in every engine: no group may be on two of them.
         dtype: Of the tensors that stay in 16 bits. "auto": bfloat16 for a bfloat16 source, else float16.
         samples: Calibration blocks; None: all there are, up to 128, or where a GPU generates them up to 1,536.
         seqlen: Tokens per block; None: 512, or the model's context if that is shorter.
@@ -86,6 +88,7 @@ class QuantConfig:
     damping: Annotated[float, Field(ge=0, le=10, description="a number from 0 to 10")] = 0.5
     token_weights: Annotated[bool | None, Field(description="true, false or null")] = None
     tune: Annotated[bool | None, Field(description="true, false or null")] = None
+    for_tensor_parallel: Annotated[int | None, _at_least(1)] = None
     dtype: Annotated[str, _choose(DTYPES)] = "auto"
     samples: Annotated[int | None, _at_least(1)] = None
     seqlen: Annotated[int | None, _at_least(8)] = None

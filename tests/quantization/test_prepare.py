@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import MakeModel, tiny_config
 
 from squawq import QuantConfig
+from squawq.config import ModelConfig
 from squawq.demo import demo_model
 from squawq.errors import ConfigError
 from squawq.format.reader import Checkpoint
@@ -78,6 +79,35 @@ def test_a_gpu_too_small_to_weight_tokens(monkeypatch: pytest.MonkeyPatch, tmp_p
     for asked in (True, None):  # None: before text is generated, not after
         with pytest.raises(ConfigError, match="token_weights needs about"):
             prepare.prepare(demo_model(), tmp_path / "out", replace(config, token_weights=asked), None, "cpu", False)
+
+
+@pytest.mark.parametrize(
+    ("inner", "size", "asked", "found"),
+    [
+        (29568, 2, 128, 64),  # Qwen2.5-72B: 231 groups of 128
+        (29568, 4, 128, 32),
+        (29568, 8, 128, 16),
+        (28672, 8, 128, 128),
+        (28672, 1, -1, -1),
+        (28672, 2, -1, 256),
+        (29568, None, 128, 128),
+    ],
+)
+def test_groups_for_tensor_parallel(inner: int, size: int | None, asked: int, found: int) -> None:
+    """The largest size up to the one asked for with which every GPU has whole groups."""
+    raw = tiny_config("qwen2", num_attention_heads=64, num_key_value_heads=8, head_dim=128, intermediate_size=inner)
+    config = QuantConfig(group_size=asked, for_tensor_parallel=size)
+    assert prepare._group_size(config, ModelConfig.from_dict(raw | {"vocab_size": 4096})) == found
+
+
+def test_what_cannot_be_shared(make_model: MakeModel, tmp_path: Path) -> None:
+    for model, size, message in (
+        (make_model(name="a"), 3, "4 attention heads do not divide by that; this model can be shared by 1, 2, 4"),
+        (make_model(name="b", head_dim=16, intermediate_size=88), 2, "would be on two GPUs"),
+        (make_model("gemma3_text", name="c"), 2, "how gemma3_text is split is not known"),
+    ):
+        with pytest.raises(ConfigError, match=rf"for_tensor_parallel is {size}, .*{message}"):
+            prepare.prepare(model, tmp_path / "out", QuantConfig(for_tensor_parallel=size), None, "cpu", False)
 
 
 def test_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ def quantize(
         int, typer.Option(help="Random seed of --calibration self, --token-weights and --tune", min=0)
     ] = QuantConfig.seed,
     group_size: Annotated[GroupSize, typer.Option(help="Weights per scale; -1: a whole row")] = 128,
+    for_tensor_parallel: Annotated[
+        int | None,
+        typer.Option(help="GPUs that will share the result: takes a smaller group size where they need it", min=1),
+    ] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric quantization, without zero points")] = False,
     method: Annotated[
         Method,
@@ -101,6 +105,7 @@ def quantize(
       squawq quantize MODEL OUT --calibration chats.jsonl --samples 128 --device cuda
       squawq quantize MODEL OUT --calibration self --device cuda
       squawq quantize MODEL OUT --device cuda --devices 2
+      squawq quantize Qwen2.5-72B-Instruct OUT --for-tensor-parallel 2
     """
     from squawq.compatibility import how_to_run
     from squawq.distributed import torchrun_ranks
@@ -127,6 +132,7 @@ def quantize(
         damping=damping,
         token_weights=token_weights,
         tune=tune,
+        for_tensor_parallel=for_tensor_parallel,
         dtype=dtype,
         samples=samples,
         seqlen=seqlen,

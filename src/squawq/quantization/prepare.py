@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from squawq.backends.devices import check_device
+from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import family_of
 from squawq.format.files import has_file
@@ -24,7 +25,8 @@ from squawq.hub.download import resolve
 from squawq.hub.stream import open_streamed
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import LayerPlan
-from squawq.quant_config import QuantConfig
+from squawq.nn.shard import refused, sizes, splits_groups
+from squawq.quant_config import GROUP_SIZES, QuantConfig
 from squawq.quantization.calibration import DEFAULT_SAMPLES, Calibration, token_blocks
 from squawq.quantization.job import SCRATCH, identity, partial_path, target_path
 from squawq.quantization.self_calibration import MIXED, SOURCES, SelfCalibration, default_rows
@@ -80,6 +82,7 @@ def prepare(
     if config.seqlen is not None and config.seqlen > positions:
         raise ConfigError(f"seqlen is {config.seqlen}; the model has {positions} positions")
     config = replace(config, seqlen=config.seqlen or min(512, positions))
+    config = replace(config, group_size=_group_size(config, checkpoint.config))
     if config.method != "squawq":  # settings that have no effect are not part of the job
         config = replace(config, compensate=False, refine=0, sequential=False)
         config = replace(config, act_order=QuantConfig.act_order, damping=QuantConfig.damping)
@@ -191,6 +194,27 @@ def _plans(blocks: Blocks, config: QuantConfig) -> list[LayerPlan]:
         reason = next(iter(plans[0].kept.values()))
         raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
     return plans
+
+
+def _group_size(config: QuantConfig, model: ModelConfig) -> int:
+    """The group size asked for, or a smaller one with which `for_tensor_parallel` GPUs can share the result."""
+    if (size := config.for_tensor_parallel or 1) == 1:
+        return config.group_size
+    if not family_of(model.model_type).decoder:
+        raise ConfigError(
+            f"for_tensor_parallel is {size}, and how {model.model_type} is split is not known; leave it out"
+        )
+    if reason := refused(model, size):
+        fitting = ", ".join(map(str, sizes(model)))
+        raise ConfigError(f"for_tensor_parallel is {size}, but {reason}; this model can be shared by {fitting}")
+    candidates = [config.group_size, *(group for group in sorted(GROUP_SIZES, reverse=True) if group != -1)]
+    for group in candidates:
+        if not splits_groups(model, size, group) and (group <= config.group_size or config.group_size == -1):
+            return group
+    raise ConfigError(
+        f"for_tensor_parallel is {size}, and groups of {config.group_size} and smaller ones would be on two GPUs; "
+        "choose a smaller number"
+    )
 
 
 def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:

@@ -137,6 +137,7 @@ class Settings(Row):
     seed: int = 0
     token_weights: bool | None = None
     tune: bool | None = None
+    for_tensor_parallel: int | None = None
     dtype: str | None = None
     modules_to_not_convert: list[str] = []
 

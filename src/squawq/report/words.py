@@ -73,7 +73,7 @@ def command(report: Report) -> str:
     if report.calibration:
         words += ["--calibration", shlex.quote(report.calibration)]
     values: dict[str, object] = {"samples": None, "seqlen": 512, "group_size": default.group_size}
-    values |= {"method": default.method, "seed": default.seed}
+    values |= {"method": default.method, "seed": default.seed, "for_tensor_parallel": None}
     if config.method == "squawq":
         values |= {"refine": default.refine, "damping": default.damping}
     given = {key: value for key, value in config.to_dict().items() if value is not None}
