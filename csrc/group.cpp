@@ -4,6 +4,7 @@
 #include "group.h"
 
 #include <sched.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #include <algorithm>
@@ -23,7 +24,7 @@ namespace {
 constexpr int64_t LINE = 64;  // bytes of a cache line: one for `ended`, then one for each process's counter
 constexpr int64_t PAGE = 4096;
 constexpr int64_t PIECE = 1 << 14;  // floats that a thread adds at a time
-constexpr int SPINS = 4000, YIELDS = 2000;
+constexpr int SPINS = 4000, YIELDS = 2000, SLEEPS = 100;  // SLEEPS: of 50 microseconds, between two looks at children
 
 using Counter = std::atomic<uint64_t>;
 static_assert(Counter::is_always_lock_free, "counters are shared by processes");
@@ -45,6 +46,15 @@ inline void relax() {
 #endif
 }
 
+// Whether a child has ended. Its exit code stays for whoever waits for it; if somebody has, there is no such child.
+bool child_has_ended(const Group& group) {
+    for (int64_t i = 0; i < group.count; ++i) {
+        siginfo_t info{};
+        if (waitid(P_PID, id_t(group.children[i]), &info, WEXITED | WNOHANG | WNOWAIT) != 0 || info.si_pid != 0) return true;
+    }
+    return false;
+}
+
 // Counts this process's slot as filled, and waits for all others'.
 void meet(Group& group) {
     const uint64_t wanted = group.exchanges + 1;
@@ -57,6 +67,7 @@ void meet(Group& group) {
             } else if (turn < SPINS + YIELDS) {
                 sched_yield();
             } else {
+                if ((turn - SPINS - YIELDS) % SLEEPS == 0 && child_has_ended(group)) end_group(group);
                 const timespec pause{0, 50'000};
                 nanosleep(&pause, nullptr);
             }
@@ -92,19 +103,24 @@ void all_reduce(Group& group, float* x, int64_t n) {
 void gather(Group& group, const float* x, int64_t rows, const int64_t* widths, float* y) {
     const int64_t whole = std::accumulate(widths, widths + group.size, int64_t(0));
     const int64_t widest = *std::max_element(widths, widths + group.size);
-    const int64_t step = std::max<int64_t>(1, group.capacity / std::max<int64_t>(1, widest));
-    for (int64_t begin = 0; begin < rows; begin += step) {
-        const int64_t count = std::min(step, rows - begin), own = widths[group.rank];
-        std::memcpy(slot(group, group.rank), x + begin * own, sizeof(float) * size_t(count * own));
-        meet(group);
-        if (group.rank == 0) {
-            int64_t column = 0;
-            for (int64_t rank = 0; rank < group.size; column += widths[rank++])
-                for (int64_t row = 0; row < count; ++row)
-                    std::memcpy(y + (begin + row) * whole + column, slot(group, rank) + row * widths[rank],
-                                sizeof(float) * size_t(widths[rank]));
+    const int64_t piece = std::max<int64_t>(1, std::min(group.capacity, widest)), step = group.capacity / piece;
+    const auto bytes = [=](int64_t rank, int64_t left) {  // of a row's piece that begins at column `left`
+        return sizeof(float) * size_t(std::clamp<int64_t>(widths[rank] - left, 0, piece));
+    };
+    for (int64_t left = 0; left < widest; left += piece) {
+        for (int64_t begin = 0; begin < rows; begin += step) {
+            const int64_t count = std::min(step, rows - begin), own = widths[group.rank];
+            for (int64_t row = 0; row < count; ++row)
+                std::memcpy(slot(group, group.rank) + row * piece, x + (begin + row) * own + left, bytes(group.rank, left));
+            meet(group);
+            if (group.rank == 0) {
+                int64_t column = left;
+                for (int64_t rank = 0; rank < group.size; column += widths[rank++])
+                    for (int64_t row = 0; row < count; ++row)
+                        std::memcpy(y + (begin + row) * whole + column, slot(group, rank) + row * piece, bytes(rank, left));
+            }
+            ++group.exchanges;
         }
-        ++group.exchanges;
     }
 }
 

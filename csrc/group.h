@@ -10,6 +10,8 @@ struct Group {
     int64_t capacity;  // floats of a slot
     uint8_t* shared;
     uint64_t exchanges;  // so far; the same in all processes between two calls
+    const int64_t* children;  // [count] process ids that this process started and waits for; it sees when one ends
+    int64_t count;
 };
 
 struct GroupEnded {};  // thrown: another process has ended, or `end_group` was called

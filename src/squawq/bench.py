@@ -67,9 +67,9 @@ def bench(
         before = engine.stats()
         started, times = _run(engine, ids, new_tokens)
         after = engine.stats()
+        machine = backend_for(config.device, exact=config.exact).describe()
     finally:
         loaded.close()
-    machine = backend_for(config.device, exact=config.exact).describe()
     step_seconds = after.step_seconds - before.step_seconds
     return {
         **_figures(started, times, prompt_tokens),

@@ -113,13 +113,9 @@ def test_a_sequence_has_the_same_bits_in_any_batch(make_model: MakeModel) -> Non
         assert np.array_equal(runner.run([Chunk(chunk.ids[:4], 0, [3], 4)])[0], alone[:4])
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=5),
-    st.randoms(use_true_random=False),
-)
-def test_steps_arrive_as_they_were_sent(sequences: list[tuple[int, int]], random: object) -> None:
-    generator = torch.Generator().manual_seed(hash(str(random)) % 2**31)
-    rows = sum(count for count, _ in sequences)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(0, 2**31))
+def test_steps_arrive_as_they_were_sent(sequences: list[int], seed: int) -> None:
+    generator, rows = torch.Generator().manual_seed(seed), sum(sequences)
 
     def numbers(count: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.randint(0, 2**31 - 1, (count,), generator=generator).to(dtype)
@@ -191,11 +187,57 @@ def test_threads_are_as_before_once_it_is_closed(make_model: MakeModel) -> None:
     library.set_threads(2)
     try:
         runner = load_runner(make_model(), EngineConfig(device="cpu", tensor_parallel_size=2, kv_tokens=64))
-        assert library.threads() == 1
+        assert library.threads() == max(1, library.default_threads() // 2)
         runner.close()
         assert library.threads() == 2
+        runner = load_runner(make_model(name="other"), EngineConfig(device="cpu", tensor_parallel_size=2, threads=1))
+        library.set_threads(3)  # by somebody else, meanwhile
+        runner.close()
+        assert library.threads() == 3
     finally:
         library.set_threads(before)
+
+
+def test_loading_without_it_leaves_the_threads_alone(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        load_runner(make_model(), EngineConfig(device="cpu", kv_tokens=64))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_fork_leaves_the_followers_alone(make_model: MakeModel) -> None:
+    with opened(make_model(), 2) as runner:
+        child = os.fork()
+        if not child:
+            runner.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        runner.run([Chunk([5], 0, [1], 1)])
+        assert runner.failure is None
+
+
+def test_an_error_in_a_step_is_told(make_model: MakeModel) -> None:
+    """The follower's own words are in the failure."""
+    with opened(make_model(), 2) as runner:
+        followers = runner._followers
+        assert followers is not None
+        followers._ports[0].sendall((3).to_bytes(8, "little") + b"no!")  # no step
+        end = time.monotonic() + 10
+        while runner.failure is None and time.monotonic() < end:
+            time.sleep(0.02)
+        assert runner.failure is not None
+        assert "process 1 of the 2 that run the model has ended: unpack_from requires" in runner.failure
+
+
+def test_what_is_said_of_the_model_is_of_the_whole() -> None:
+    with LLM(demo_model(), device="cpu", threads=1, tensor_parallel_size=2, kv_tokens=1024) as llm:
+        shared = llm.config.num_heads, llm.config.intermediate_size, llm._model.cache_bytes
+    with LLM(demo_model(), device="cpu", threads=1, kv_tokens=1024) as llm:
+        assert shared == (llm.config.num_heads, llm.config.intermediate_size, llm._model.cache_bytes)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(

@@ -19,7 +19,7 @@ from running import process
 from squawq.demo import demo_model
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs the program curl")
-# The card's environment, with one GPU in the place of four.
+# The card's environment; four processes in the place of four GPUs.
 CARD = {"NUM_SHARD": "4", "QUANTIZE": "awq", "MAX_INPUT_LENGTH": "4000", "MAX_TOTAL_TOKENS": "4096"}
 TGI_CHAT = """curl 0.0.0.0:8080/v1/chat/completions -X POST -H 'Content-Type: application/json' \
 -d '{"model":"tgi","messages":[{"role":"system","content":"You are a helpful assistant."},\

@@ -242,7 +242,7 @@ def test_the_log_is_closed_last(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     class Fake:
-        started = True
+        started, failed = True, False
 
         def __init__(self, *_: object) -> None:
             pass

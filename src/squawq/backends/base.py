@@ -92,6 +92,9 @@ class Group(Protocol):
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """On rank 0, x [rows, widths[rank]] of all ranks side by side; on others x itself."""
 
+    def watch(self, processes: Sequence[int]) -> None:
+        """End the group when one of these child processes has ended, as far as this rank waits for others."""
+
     def end(self) -> None:
         """Make every rank that waits for another, now or later, raise RankError. Any thread may call it."""
 
@@ -312,7 +315,11 @@ class Backend(ABC):
     # Host threads, and facts for logs.
     def threads(self) -> int:
         """Host threads that the backend computes with."""
-        return 1
+        return torch.get_num_threads()
+
+    def default_threads(self) -> int:
+        """As many as this process may use."""
+        return torch.get_num_threads()
 
     def set_threads(self, count: int) -> None:  # noqa: B027 (most devices have none)
         """Set the number of host threads. Raises ConfigError unless it is 1 to 1024."""

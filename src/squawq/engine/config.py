@@ -39,7 +39,8 @@ class EngineConfig:
     head: str | None = None  # format of the output head: "int8", "int4", "16-bit"; None: the backend's default
     dtype: Dtype = "auto"  # of activations, on CUDA; "auto": float16 there, float32 on a CPU
     kv_cache_dtype: KvCacheDtype = "auto"  # "auto": as the activations, on a CPU float16; "fp8", "fp8_e4m3": CUDA alone
-    tensor_parallel_size: Count = 1  # processes that share the model, on a CPU; each has `threads`
+    # processes that share the model, on a CPU; each has `threads`, by default its part of the machine's
+    tensor_parallel_size: Count = 1
     kv_tokens: OptionalCount = None  # capacity of the KV cache; None: a share of the free memory
     # CUDA: share of the GPU's memory for weights, buffers and KV cache together, 0.9 by default; kv_tokens wins
     gpu_memory_utilization: Annotated[float | None, Field(gt=0, le=1, description="above 0, at most 1")] = None

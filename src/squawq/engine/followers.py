@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -27,17 +28,18 @@ import torch
 
 from squawq import errors
 from squawq.backends.base import Batch
-from squawq.errors import RankError, SquawqError
+from squawq.errors import RankError
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import OpenModel, Options, open_model
 from squawq.nn.shard import Shard
+from squawq.text.child import environment
 
 GRACE_S = 5.0  # for a follower to end by itself
 SIZE = struct.Struct("<Q")  # of a message
 FIELDS = fields(Batch)
 HEAD = struct.Struct(f"<{len(FIELDS)}Q")  # elements of each field
-USUAL = (SquawqError, OSError, MemoryError, RuntimeError)  # an error of these classes is one line
+TOLD = ("device", "exact", "head", "backend", "dtype", "kv_cache_dtype")  # fields of Options
 
 
 class Followers:
@@ -65,23 +67,19 @@ class Followers:
                 near, far = socket.socketpair()
                 ports.append(near)
                 with far:
-                    told = {
-                        "folder": str(model.checkpoint.folder),
-                        "rank": rank,
-                        "size": size,
-                        "memory": memory,
-                        "threads": threads,
-                    }
-                    told |= {name: getattr(options, name) for name in ("device", "exact", "head")}
                     processes.append(_start(far.fileno(), memory))
-                    _send(near, json.dumps(told).encode())
+                told = {"folder": str(model.checkpoint.folder), "rank": rank, "size": size, "threads": threads}
+                told |= {"memory": memory, "options": {name: getattr(options, name) for name in TOLD}}
+                _send(near, json.dumps(told).encode())
         except BaseException:
-            _end(processes, ports)
+            _end(processes, ports, os.getpid())
             raise
         finally:
             os.close(memory)
         self._processes, self._ports, self._group = processes, ports, group
-        self._end = weakref.finalize(self, _end, processes, ports)
+        self._owner = os.getpid()
+        self._end = weakref.finalize(self, _end, processes, ports, self._owner)
+        group.watch([process.pid for process in processes])
         watched = weakref.ref(self)
         for rank, process in enumerate(processes, 1):
             threading.Thread(target=_watch, args=(watched, rank, process), daemon=True).start()
@@ -96,17 +94,19 @@ class Followers:
         """Wait until all have loaded. Raises the error of one that cannot."""
         for rank, port in enumerate(self._ports, 1):
             try:
-                answer = json.loads(_receive(port))
-            except (OSError, EOFError) as error:
-                raise RankError(self._fate(rank)) from error
-            if answer["error"] is not None:
-                kind, message = answer["error"]
+                error = json.loads(_receive(port))
+            except (OSError, EOFError) as cause:
+                raise RankError(self._fate(rank)) from cause
+            if error is not None:
+                kind, message = error
                 raise getattr(errors, kind, RankError)(message)
 
     def begin(self, pages: int) -> None:
-        """Let all make a KV cache of so many pages."""
-        for port in self._ports:
-            _send(port, SIZE.pack(pages))
+        """Let all make a KV cache of so many pages. Raises the error of one that cannot."""
+        with contextlib.suppress(OSError):  # `wait` says how it has ended
+            for port in self._ports:
+                _send(port, SIZE.pack(pages))
+        self.wait()
 
     @contextlib.contextmanager
     def step(self, batch: Batch) -> Iterator[None]:
@@ -124,6 +124,8 @@ class Followers:
             raise RankError(self.failure) from error
 
     def _fail(self, why: str) -> None:
+        if os.getpid() != self._owner:  # a fork's copy: its followers are the parent's
+            return
         with self._lock:
             self.failure = self.failure or why
         self._group.end()
@@ -144,17 +146,21 @@ class Followers:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
         code = process.returncode or 0
-        how = f"was killed by {signal.Signals(-code).name}; perhaps memory ran out" if code < 0 else "has ended"
-        return f"process {rank} of the {len(self._processes) + 1} that run the model {how}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "has ended"
+        how += "; perhaps memory ran out" if code == -signal.SIGKILL else ""
+        port = self._ports[rank - 1]
+        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # else it has said nothing
+            port.settimeout(GRACE_S)
+            how += f": {json.loads(_receive(port))[1]}"
+        return f"process {rank} of the {self.size} that run the model {how}"
 
 
 def _start(port: int, memory: int) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "squawq.engine.followers", str(port)],
+        [sys.executable, "-P", "-m", "squawq.engine.followers", str(port), str(os.getpid())],
         stdin=subprocess.PIPE,  # never written to: it closes when this process ends
         stdout=subprocess.DEVNULL,
-        env=environment,
+        env=environment("SQUAWQ_ISA", "HOME"),
         pass_fds=(port, memory),
         start_new_session=True,  # Ctrl-C is for rank 0
     )
@@ -166,15 +172,18 @@ def _watch(followers: weakref.ref[Followers], rank: int, process: subprocess.Pop
         owner._fail(owner._fate(rank))
 
 
-def _end(processes: list[subprocess.Popen[bytes]], ports: list[socket.socket]) -> None:
+def _end(processes: list[subprocess.Popen[bytes]], ports: list[socket.socket], owner: int) -> None:
     for port in ports:
         port.close()
     for process in processes:
         assert process.stdin is not None
         process.stdin.close()
+    if os.getpid() != owner:
+        return
+    end = time.monotonic() + GRACE_S
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
+            process.wait(max(0.0, end - time.monotonic()))
         process.kill()
         process.wait()
 
@@ -218,7 +227,7 @@ def decode(message: bytes, device: torch.device) -> Batch:
 
 def _load(told: Mapping[str, Any]) -> Decoder:
     shard = Shard(told["rank"], told["size"])
-    model = open_model(told["folder"], Options(told["device"], told["exact"], told["head"], shard=shard))
+    model = open_model(told["folder"], Options(**told["options"], shard=shard))
     model.backend.set_threads(told["threads"])
     model.backend.join(shard.rank, shard.size, told["memory"])
     os.close(told["memory"])
@@ -226,32 +235,36 @@ def _load(told: Mapping[str, Any]) -> Decoder:
 
 
 def _follow(port: socket.socket) -> None:
-    """A follower's life: load, then run steps until rank 0 closes the socket."""
+    """A follower's life: load, then run steps until rank 0 closes the socket, or an error, of which it sends a line."""
     told = json.loads(_receive(port))
     try:
         decoder = _load(told)
-    except USUAL as error:
-        _send(port, json.dumps({"error": [type(error).__name__, str(error)]}).encode())
+        _send(port, b"null")
+        (pages,) = SIZE.unpack(_receive(port))
+        cache = Cache(decoder.config, pages, decoder.backend)
+        _send(port, b"null")
+        while True:
+            decoder(decode(_receive(port), decoder.backend.device), cache)
+    except (EOFError, ConnectionError):  # rank 0 is gone
         return
-    _send(port, json.dumps({"error": None}).encode())
-    (pages,) = SIZE.unpack(_receive(port))
-    cache = Cache(decoder.config, pages, decoder.backend)
-    while True:
-        decoder(decode(_receive(port), decoder.backend.device), cache)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            _send(port, json.dumps([type(error).__name__, str(error)]).encode())
 
 
-def _end_with_parent() -> None:
-    os.read(0, 1)
+def _end_with(parent: int) -> None:
+    """End this process when rank 0 has ended: then its end of stdin is closed, unless a fork of it has a copy."""
+    while not select.select([0], [], [], 1.0)[0] and os.getppid() == parent:
+        pass
     os._exit(1)
 
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, ConnectionError, RankError):  # rank 0 is gone, or another rank
-        _follow(socket.socket(fileno=int(sys.argv[1])))
+    _follow(socket.socket(fileno=int(sys.argv[1])))
 
 
 if __name__ == "__main__":

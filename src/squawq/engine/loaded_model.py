@@ -55,16 +55,19 @@ class LoadedModel:
         with ThreadPoolExecutor(1) as pool:  # testing a large tokenizer takes seconds: meanwhile the weights are read
             pending = pool.submit(Tokenizer, source) if text else None
             self._runner = runner = load_runner(self.folder, config)
-            self._tokenizer = pending.result() if pending else None
-        self.config = runner.config
-        self.cache_bytes = runner.num_pages * runner.page_size * runner.token_bytes
-        own = self._tokenizer if template is None else None
-        self.chat_template = own.chat_template if own else template
-        self.tool_template = own.tool_template if own else None
-        self._generation_config = self._read_generation_config(generation_config)
-        self._defaults = generation_config != "vllm"
-        self.eos_ids = self._generation_config.eos_ids
-        self.engine = Engine(runner, self._tokenizer, config, eos_ids=self.eos_ids)
+            try:
+                self._tokenizer = pending.result() if pending else None
+                self.config, self.cache_bytes = runner.config, runner.cache_bytes
+                own = self._tokenizer if template is None else None
+                self.chat_template = own.chat_template if own else template
+                self.tool_template = own.tool_template if own else None
+                self._generation_config = self._read_generation_config(generation_config)
+                self._defaults = generation_config != "vllm"
+                self.eos_ids = self._generation_config.eos_ids
+                self.engine = Engine(runner, self._tokenizer, config, eos_ids=self.eos_ids)
+            except BaseException:
+                runner.close()
+                raise
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -86,9 +86,15 @@ class DecoderRunner:
         pages = min(-(-self.max_positions // self.page_size), self.num_pages)
         self._steps = None if rows is None else decoder.steps(self._cache, rows, pages)
         self.cache_outputs = self._steps is None
-        self._followers, self._threads = followers, threads
+        self._followers, self._threads, self._own_threads = followers, threads, decoder.backend.threads()
         if followers is not None:
             followers.begin(self.num_pages)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the whole KV cache, on all ranks."""
+        ranks = 1 if self._followers is None else self._followers.size
+        return self.num_pages * self.page_size * self.token_bytes * ranks
 
     @property
     def failure(self) -> str | None:
@@ -96,8 +102,9 @@ class DecoderRunner:
 
     def close(self) -> None:
         """End the processes that have other parts of the model. Idempotent."""
-        if self._followers is not None and self._followers.close():
-            self._decoder.backend.set_threads(self._threads)
+        backend = self._decoder.backend
+        if self._followers is not None and self._followers.close() and backend.threads() == self._own_threads:
+            backend.set_threads(self._threads)
 
     def prepare(self, sampling: Sampling) -> None:
         self._decoder.backend.prepare_sampling(sampling)
@@ -175,20 +182,27 @@ def load_runner(folder: Path, config: EngineConfig) -> DecoderRunner:
         raise ConfigError(
             f"tensor_parallel_size is {size}, but {reason}; choose 1, or a CPU with the native kernels (device cpu)"
         )
-    before = backend.threads()
-    threads = config.threads or (before if size == 1 else max(1, before // size))
-    backend.set_threads(threads)
+    before, threads = backend.threads(), config.threads
+    if threads is None and size > 1:
+        threads = max(1, backend.default_threads() // size)
+    if threads is not None:
+        backend.set_threads(threads)
     if backend.device.type == "cuda":
         check_room(model, config, *torch.cuda.mem_get_info(backend.device))
     share = config.gpu_memory_utilization or GPU_SHARE
     sizes = config.kv_tokens, share, config.max_num_seqs, config.step_tokens
     if size == 1:
         return DecoderRunner(model.load(), *sizes)
-    followers = Followers(model, options, threads)
+    followers = None
     try:
+        followers = Followers(model, options, threads or 1)
         decoder = model.load()
         followers.wait()
-        return DecoderRunner(decoder, *sizes, followers, before)
+        runner = DecoderRunner(decoder, *sizes, followers, before)
+        runner.config = model.checkpoint.config
+        return runner
     except BaseException:
-        followers.close()
+        if followers is not None:
+            followers.close()
+        backend.set_threads(before)
         raise

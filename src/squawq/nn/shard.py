@@ -8,7 +8,6 @@ than key-value heads, a head is on several ranks. Embedding and output head are 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import gcd
 
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
@@ -117,4 +116,4 @@ def _unit(whole: ModelConfig, size: int) -> int:
     group = whole.quant.group_size if whole.quant is not None and whole.quant.group_size > 0 else 128
     while group > UNIT and (whole.intermediate_size % group or whole.intermediate_size // group < size):
         group //= 2
-    return gcd(group, UNIT) if group < UNIT else group
+    return group

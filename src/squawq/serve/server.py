@@ -132,8 +132,9 @@ class Server(uvicorn.Server):
             self.failed = True
             logs.event(logger, logging.ERROR, "ending: the model cannot run any more", why=engine.failure)
         generation.draining = True
-        logs.event(logger, logging.INFO, "draining", requests=generation.in_flight, seconds=settings.shutdown_timeout)
-        await self._until_idle(time.monotonic() + settings.shutdown_timeout, stops=2)
+        patience = LAST_WORDS if self.failed else settings.shutdown_timeout
+        logs.event(logger, logging.INFO, "draining", requests=generation.in_flight, seconds=patience)
+        await self._until_idle(time.monotonic() + patience, stops=2)
         if generation.in_flight:
             logs.event(logger, logging.INFO, "aborting", requests=generation.in_flight)
         threading.Thread(target=self.api.served.close, daemon=True).start()

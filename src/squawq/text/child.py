@@ -34,6 +34,12 @@ LOAD_S = 60  # seconds of processor time for that
 MAX_ANSWER = 16 * 2**20
 
 
+def environment(*more: str) -> dict[str, str]:
+    """What a child process of Python gets of this one's environment: no secrets, and the variables `more`."""
+    found = {name: os.environ[name] for name in (*_ENVIRONMENT, *more) if name in os.environ}
+    return found | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 class ChildError(RuntimeError):
     """The process ended or did not answer: it exceeded its limits, or crashed."""
 
@@ -60,15 +66,13 @@ class Child:
         """
         if not hasattr(os, "fork"):
             raise ChildError("it needs a system with fork(), as Linux and macOS have it (on Windows: WSL)")
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | _THREADS
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         near, far = socket.socketpair()
         with far:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "squawq.text.child", load, str(memory), str(int(forks))],
                 stdin=far.fileno(),
                 stdout=subprocess.DEVNULL,
-                env=environment,
+                env=environment() | _THREADS,
                 start_new_session=True,  # Ctrl-C is the parent's to handle
             )
         child = cls(near, process, forks)

@@ -157,6 +157,9 @@ class CpuBackend(Reference):
     def threads(self) -> int:
         return library.threads()
 
+    def default_threads(self) -> int:
+        return library.default_threads()
+
     def set_threads(self, count: int) -> None:
         library.set_threads(count)
 

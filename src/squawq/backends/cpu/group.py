@@ -23,7 +23,10 @@ MEMORY = Path("/dev/shm")  # files that are never on a disk, where the system ha
 
 
 class _Group(ctypes.Structure):  # csrc/group.h
-    _fields_ = (*((name, SIZE) for name in ("rank", "size", "capacity")), ("shared", POINTER), ("exchanges", SIZE))
+    _fields_ = (
+        *((name, SIZE) for name in ("rank", "size", "capacity")),
+        *(("shared", POINTER), ("exchanges", SIZE), ("children", POINTER), ("count", SIZE)),
+    )
 
 
 def new_shared_memory(size: int, capacity: int = CAPACITY) -> int:
@@ -31,10 +34,14 @@ def new_shared_memory(size: int, capacity: int = CAPACITY) -> int:
     folder = MEMORY if MEMORY.is_dir() else None
     try:
         with tempfile.TemporaryFile(dir=folder, prefix="squawq-") as file:
-            os.posix_fallocate(file.fileno(), 0, required().squawq_group_bytes(size, capacity))
+            count = required().squawq_group_bytes(size, capacity)
+            os.ftruncate(file.fileno(), count)
+            if hasattr(os, "posix_fallocate"):  # memory that is missing is an error now, not SIGBUS later
+                os.posix_fallocate(file.fileno(), 0, count)
             return os.dup(file.fileno())
     except OSError as error:
-        raise ConfigError(f"no memory to share with other processes in {folder}: {error.strerror}") from error
+        where = folder or tempfile.gettempdir()
+        raise ConfigError(f"no memory to share with other processes in {where}: {error.strerror}") from error
 
 
 class SharedGroup:
@@ -51,8 +58,12 @@ class SharedGroup:
         self.rank, self.size = rank, size
         self._memory = mmap.mmap(descriptor, required().squawq_group_bytes(size, capacity))
         shared = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
-        self._struct = _Group(rank, size, capacity, shared, 0)
+        self._struct = _Group(rank, size, capacity, shared, 0, None, 0)
         self.pointer = ctypes.addressof(self._struct)
+
+    def watch(self, processes: Sequence[int]) -> None:
+        self._children = (ctypes.c_int64 * len(processes))(*processes)
+        self._struct.children, self._struct.count = ctypes.addressof(self._children), len(processes)
 
     def all_reduce(self, x: Tensor) -> None:
         if x.dtype != torch.float32 or not x.is_contiguous():
