@@ -23,6 +23,7 @@ from squawq.commands.options import (
     Model,
     Seed,
     Temperature,
+    TensorParallelSize,
     Threads,
 )
 from squawq.errors import ConfigError
@@ -41,6 +42,7 @@ def chat(
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,
+    tensor_parallel_size: TensorParallelSize = 1,
     exact: Exact = False,
     head: Head = None,
     dtype: Dtype = "auto",
@@ -53,7 +55,8 @@ def chat(
       squawq chat OUT --system "You are a friendly storyteller."
     """
     knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
-    llm = load(model, threads=threads, exact=exact, head=head, **knobs)
+    ranks = tensor_parallel_size
+    llm = load(model, threads=threads, tensor_parallel_size=ranks, exact=exact, head=head, **knobs)
     settings = sampling(llm, max_tokens, temperature, top_p, seed)
     start = [{"role": "system", "content": system}] if system else []
     llm.tokenizer.render([*start, {"role": "user", "content": "hello"}])  # a model without a template ends here

@@ -20,6 +20,7 @@ from squawq.commands.options import (
     Model,
     Seed,
     Temperature,
+    TensorParallelSize,
     Threads,
 )
 from squawq.errors import printable
@@ -35,6 +36,7 @@ def generate(
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,
+    tensor_parallel_size: TensorParallelSize = 1,
     exact: Exact = False,
     head: Head = None,
     dtype: Dtype = "auto",
@@ -48,7 +50,8 @@ def generate(
       squawq generate OUT -p "Once upon a time" --device cpu
     """
     knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
-    llm = load(model, threads=threads, exact=exact, head=head, **knobs)
+    ranks = tensor_parallel_size
+    llm = load(model, threads=threads, tensor_parallel_size=ranks, exact=exact, head=head, **knobs)
     write(llm.stream(prompt, sampling(llm, max_tokens, temperature, top_p, seed)))
 
 
