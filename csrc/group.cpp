@@ -14,10 +14,6 @@
 
 #include "pool.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#endif
-
 namespace squawq {
 namespace {
 
@@ -36,14 +32,6 @@ Counter& line(const Group& group, int64_t index) { return *reinterpret_cast<Coun
 float* slot(const Group& group, int64_t rank) {
     const int64_t index = 2 * rank + int64_t(group.exchanges & 1);
     return reinterpret_cast<float*>(group.shared + control_bytes(group.size)) + index * group.capacity;
-}
-
-inline void relax() {
-#if defined(__x86_64__) || defined(_M_X64)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
 }
 
 // Whether a child has ended. Its exit code stays for whoever waits for it; if somebody has, there is no such child.

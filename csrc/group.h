@@ -4,7 +4,7 @@
 
 namespace squawq {
 
-// One process's handle; the caller's (src/squawq/backends/cpu/group.py), who shares `bytes_of` zero bytes among them.
+// One process's handle; the caller's (src/squawq/backends/cpu/group.py), who shares `group_bytes` zero bytes among the processes.
 struct Group {
     int64_t rank, size;
     int64_t capacity;  // floats of a slot

@@ -11,10 +11,6 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#endif
-
 namespace squawq {
 namespace {
 
@@ -34,14 +30,6 @@ struct Pool {
 Pool& pool() {
     static Pool* the = new Pool;  // never destroyed: workers may outlive static destruction
     return *the;
-}
-
-inline void relax() {
-#if defined(__x86_64__) || defined(_M_X64)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
 }
 
 // Claims and runs units until the current job has none left.

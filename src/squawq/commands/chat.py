@@ -54,9 +54,8 @@ def chat(
     Example:
       squawq chat OUT --system "You are a friendly storyteller."
     """
-    knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
-    ranks = tensor_parallel_size
-    llm = load(model, threads=threads, tensor_parallel_size=ranks, exact=exact, head=head, **knobs)
+    knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "head": head}
+    llm = load(model, threads=threads, tensor_parallel_size=tensor_parallel_size, exact=exact, **knobs)
     settings = sampling(llm, max_tokens, temperature, top_p, seed)
     start = [{"role": "system", "content": system}] if system else []
     llm.tokenizer.render([*start, {"role": "user", "content": "hello"}])  # a model without a template ends here

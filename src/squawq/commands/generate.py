@@ -49,9 +49,8 @@ def generate(
       squawq generate OUT -p "Once upon a time" --max-tokens 100 --temperature 0
       squawq generate OUT -p "Once upon a time" --device cpu
     """
-    knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
-    ranks = tensor_parallel_size
-    llm = load(model, threads=threads, tensor_parallel_size=ranks, exact=exact, head=head, **knobs)
+    knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "head": head}
+    llm = load(model, threads=threads, tensor_parallel_size=tensor_parallel_size, exact=exact, **knobs)
     write(llm.stream(prompt, sampling(llm, max_tokens, temperature, top_p, seed)))
 
 

@@ -76,9 +76,9 @@ def _model(found: dict[str, Any]) -> Any:
     table.add_row("heads, key-value heads, of", f"{found['heads']}, {found['kv_heads']}, {found['head_dim']}")
     table.add_row("vocabulary", f"{found['vocab_size']:,} (head {tied})")
     table.add_row("positions", f"{found['max_positions']:,}")
-    for name, label in {"squawq": "squawq", "whole_groups": "vLLM and TGI"}.items():
+    for name, label in {"squawq": "squawq", "whole_groups": "vLLM, TGI"}.items():
         if name in found["tensor_parallel"]:
-            table.add_row(f"processes, {label}", ", ".join(map(str, found["tensor_parallel"][name])))
+            table.add_row(f"tensor parallel, {label}", ", ".join(map(str, found["tensor_parallel"][name])))
     if quant is None:
         table.add_row("quantization", "none")
     else:

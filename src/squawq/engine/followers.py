@@ -33,7 +33,7 @@ from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
 from squawq.nn.loader import OpenModel, Options, open_model
 from squawq.nn.shard import Shard
-from squawq.text.child import environment
+from squawq.text.child import environment, read_exactly
 
 GRACE_S = 5.0  # for a follower to end by itself
 SIZE = struct.Struct("<Q")  # of a message
@@ -52,11 +52,14 @@ class Followers:
 
     Attributes:
         failure: Why there is no more step; None while all is well.
+        size: How many ranks there are.
+        config: Of the whole model.
     """
 
     def __init__(self, model: OpenModel, options: Options, threads: int) -> None:
         self.failure: str | None = None
-        self.size = size = model.shard.size
+        self.size, self.config = model.shard.size, model.checkpoint.config
+        size = self.size
         self._lock = threading.Lock()
         memory = model.backend.group_memory(size)
         processes: list[subprocess.Popen[bytes]] = []
@@ -91,7 +94,7 @@ class Followers:
         return there
 
     def wait(self) -> None:
-        """Wait until all have loaded. Raises the error of one that cannot."""
+        """Wait until all have loaded, or made their caches. Raises the error of one that cannot."""
         for rank, port in enumerate(self._ports, 1):
             try:
                 error = json.loads(_receive(port))
@@ -194,18 +197,7 @@ def _send(port: socket.socket, message: bytes) -> None:
 
 def _receive(port: socket.socket) -> bytes:
     """Raises EOFError when the other end is gone."""
-    return _read(port, SIZE.unpack(_read(port, SIZE.size))[0])
-
-
-def _read(port: socket.socket, size: int) -> bytes:
-    data = bytearray(size)
-    view = memoryview(data)
-    while len(view):
-        count = port.recv_into(view)
-        if not count:
-            raise EOFError
-        view = view[count:]
-    return bytes(data)
+    return read_exactly(port, SIZE.unpack(read_exactly(port, SIZE.size))[0])
 
 
 def encode(batch: Batch) -> bytes:

@@ -58,11 +58,11 @@ class DecoderRunner:
         followers: Followers | None = None,
         threads: int = 1,
     ) -> None:
-        self.config: ModelConfig = decoder.config
+        self.config: ModelConfig = decoder.config if followers is None else followers.config
         self.vocab_size = self.config.vocab_size
         self.max_positions = self.config.max_positions
         self.page_size = decoder.backend.page_size
-        self.token_bytes = Cache.token_bytes(self.config, decoder.backend.cache_dtype)
+        self.token_bytes = Cache.token_bytes(decoder.config, decoder.backend.cache_dtype)  # of this process
         device, tokens = decoder.backend.device, kv_tokens
         if tokens is None and device.type == "cuda":
             torch.cuda.empty_cache()  # what loading has freed
@@ -80,7 +80,7 @@ class DecoderRunner:
         self._decoder, self._device = decoder, device
         self._thread = 0
         try:
-            self._cache = Cache(self.config, self.num_pages, decoder.backend)
+            self._cache = Cache(decoder.config, self.num_pages, decoder.backend)
         except (MemoryError, RuntimeError, ValueError) as error:
             raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
         pages = min(-(-self.max_positions // self.page_size), self.num_pages)
@@ -198,9 +198,7 @@ def load_runner(folder: Path, config: EngineConfig) -> DecoderRunner:
         followers = Followers(model, options, threads or 1)
         decoder = model.load()
         followers.wait()
-        runner = DecoderRunner(decoder, *sizes, followers, before)
-        runner.config = model.checkpoint.config
-        return runner
+        return DecoderRunner(decoder, *sizes, followers, before)
     except BaseException:
         if followers is not None:
             followers.close()

@@ -223,19 +223,17 @@ class Checkpoint:
         for name, dtype in zip(names, wanted, strict=False):
             self._check_dtype(name, dtype)
         named = list(zip(names, layout.shapes(in_features, out_features, group), strict=False))
-        if self.config.layout == "gemm":
-            cuts = gemm_cuts(part, in_features, out_features, group)
-            qweight, scales, *zeros = [self.read_part(*one, *cut) for one, cut in zip(named, cuts, strict=False)]
-            return regroup((qweight, scales, zeros[0] if zeros else None), part[1], in_features, group)
-        qweight, scales, *zeros = [self.read(name, shape) for name, shape in named]
-        try:
-            whole = layout.to_gemm(qweight, scales, zeros[0] if zeros else None, in_features // group)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.info(names[-1]).file}: tensor {names[-1]!r}: {error}") from error
         cuts = gemm_cuts(part, in_features, out_features, group)
-        qweight, scales, *zeros = [
-            tensor[rows, columns] for tensor, (rows, columns) in zip(whole, cuts, strict=True) if tensor is not None
-        ]
+        if self.config.layout == "gemm":
+            found = [self.read_part(*one, *cut) for one, cut in zip(named, cuts, strict=False)]
+        else:
+            qweight, scales, *zeros = [self.read(name, shape) for name, shape in named]
+            try:
+                whole = layout.to_gemm(qweight, scales, zeros[0] if zeros else None, in_features // group)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.info(names[-1]).file}: tensor {names[-1]!r}: {error}") from error
+            found = [tensor[cut] for tensor, cut in zip(whole, cuts, strict=True) if tensor is not None]
+        qweight, scales, *zeros = found
         return regroup((qweight, scales, zeros[0] if zeros else None), part[1], in_features, group)
 
     def _check_dtype(self, name: str, dtype: torch.dtype | None) -> None:

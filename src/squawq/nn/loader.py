@@ -294,7 +294,8 @@ class OpenModel:
         layers = []
         for index in range(checkpoint.config.num_layers):
             layers.append(load_layer(checkpoint, index, backend, shard))
-            give_memory_back()  # of tensors that were read
+            if shard.size > 1:
+                give_memory_back()  # of the whole rows that columns were cut from
         tokens = shard.vocabulary(checkpoint.config), shard.vocabularies(checkpoint.config)
         vocabulary = None if shard.size == 1 else Vocabulary(*tokens)
         return Decoder(self.config, backend, embedding, tuple(chain(*layers)), norm, head, vocabulary)

@@ -116,9 +116,9 @@ class Child:
         """Wait for the answer to the oldest unanswered message. Raises ChildError."""
         deadline = time.monotonic() + self._seconds + _PATIENCE
         try:
-            (size,) = _SIZE.unpack(_read(self._port, _SIZE.size, deadline))
+            (size,) = _SIZE.unpack(read_exactly(self._port, _SIZE.size, deadline))
             if size <= MAX_ANSWER:
-                return _read(self._port, size, deadline)
+                return read_exactly(self._port, size, deadline)
         except TimeoutError as error:
             self.close()
             raise ChildError(f"it gave no answer within {self._seconds + _PATIENCE:g} s") from error
@@ -164,7 +164,8 @@ def _end(port: socket.socket, process: subprocess.Popen[bytes] | None, forks: bo
     process.wait()
 
 
-def _read(port: socket.socket, size: int, deadline: float | None = None) -> bytes:
+def read_exactly(port: socket.socket, size: int, deadline: float | None = None) -> bytes:
+    """So many bytes. Raises EOFError when the other end is gone, TimeoutError after `deadline` (time.monotonic)."""
     data = bytearray()
     while len(data) < size:
         if deadline is not None:
@@ -187,8 +188,8 @@ def _main(load: str, memory: int, forks: bool) -> None:
     signal.setitimer(signal.ITIMER_PROF, LOAD_S)  # SIGPROF ends the process, whatever it is doing
     port = socket.socket(fileno=os.dup(0))
     module, _, function = load.partition(":")
-    size, _ = _HEADER.unpack(_read(port, _HEADER.size))
-    handle: Handler = getattr(importlib.import_module(module), function)(_read(port, size))
+    size, _ = _HEADER.unpack(read_exactly(port, _HEADER.size))
+    handle: Handler = getattr(importlib.import_module(module), function)(read_exactly(port, size))
     if forks:
         gc.collect()
         gc.freeze()
@@ -234,7 +235,7 @@ def _serve(port: socket.socket, handle: Handler) -> None:
             far.close()
             continue
         size, seconds = _HEADER.unpack(header)
-        message = _read(port, size)
+        message = read_exactly(port, size)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         answer = handle(message)
         signal.setitimer(signal.ITIMER_PROF, 0)
