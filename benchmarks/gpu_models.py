@@ -26,6 +26,7 @@ from checkpoints import SHAPES, Shape, write_checkpoint
 from gpu_kernels import GROUP, dense_weights, event, linear_microseconds, random_gemm
 
 from squawq.backends import backend_for
+from squawq.backends.base import Vocabulary
 from squawq.backends.sampling import Chunk
 from squawq.config import ModelConfig
 from squawq.engine.config import EngineConfig
@@ -36,6 +37,7 @@ from squawq.families import family_of
 from squawq.nn.decoder import Decoder
 from squawq.nn.layers import layer_operations, norm_sizes
 from squawq.nn.loader import FUSED, linear_shapes
+from squawq.nn.shard import ALONE, Shard
 
 SMALL, LARGE = SHAPES["llama-3.1-8b"], SHAPES["llama-3.1-70b"]
 LOGITS_STD = 3.0  # as wide as a language model's: a few tokens have most of the probability
@@ -332,25 +334,28 @@ def fused_shapes(shape: Shape) -> dict[str, tuple[int, int]]:
     return {name: (sum(sizes[part][0] for part in parts), sizes[parts[0]][1]) for name, parts in FUSED.items()}
 
 
-def random_decoder(shape: Shape, device: str = "cuda") -> Decoder:
-    """A decoder of random weights, built in the device's memory."""
-    config = ModelConfig.from_dict(shape.config(shape.layers))
+def random_decoder(shape: Shape, device: str = "cuda", shard: Shard = ALONE) -> Decoder:
+    """A decoder of random weights, or a rank's part of one, built in the device's memory."""
+    whole = ModelConfig.from_dict(shape.config(shape.layers))
+    config, tokens = shard.config(whole), shard.vocabulary(whole)
     family, backend = family_of(config.model_type), backend_for(device)
+    sizes = linear_shapes(config)
 
     def matrix() -> torch.Tensor:
-        return torch.randn(shape.vocab, shape.hidden, device=device, dtype=torch.float16)
+        return torch.randn(tokens.stop - tokens.start, shape.hidden, device=device, dtype=torch.float16)
 
     operations = []
     for index in range(shape.layers):
-        linears = {
-            name: backend.pack_int4(out, in_, GROUP, [random_gemm(out, in_, device)])
-            for name, (out, in_) in fused_shapes(shape).items()
-        }
+        linears = {}
+        for name, parts in FUSED.items():
+            out, in_ = sum(sizes[part][0] for part in parts), sizes[parts[0]][1]
+            linears[name] = backend.pack_int4(out, in_, GROUP, [random_gemm(out, in_, device)])
         norms = {name: torch.ones(size, device=device) for name, size in norm_sizes(config, family).items()}
-        operations.append(layer_operations(config, family, index, linears, norms))
+        operations.append(layer_operations(config, family, index, linears, norms, shared=shard.size > 1))
     head = backend.pack_dense([matrix().mul_(LOGITS_STD / math.sqrt(shape.hidden))])
     norm = torch.ones(shape.hidden, device=device)
-    return Decoder(config, backend, matrix(), tuple(chain(*operations)), norm, head)
+    vocabulary = None if shard.size == 1 else Vocabulary(tokens, shard.vocabularies(whole))
+    return Decoder(config, backend, matrix(), tuple(chain(*operations)), norm, head, vocabulary)
 
 
 def large(models: Models) -> Iterator[Large]:

@@ -1,7 +1,5 @@
 """The ranks that share one calibration: torchrun's processes, processes of one host (`local_ranks`), or one process.
 
-No other module uses torch.distributed.
-
 All ranks run the same program and wait for each other in `all_reduce`, `broadcast` and `check_same`. An exception on
 one rank is raised on all others in their next such call, so that none waits for a rank that has ended.
 """

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 import squawq
 from squawq import LLM, QuantConfig
-from squawq.backends.base import Batch
+from squawq.backends.base import Batch, NextTokens
 from squawq.backends.cpu import library
 from squawq.backends.sampling import Chunk
 from squawq.demo import demo_model
@@ -124,11 +125,15 @@ def test_steps_arrive_as_they_were_sent(sequences: list[int], seed: int) -> None
         numbers(rows), numbers(rows), numbers(rows), numbers(4 * len(sequences)).view(-1, 4),
         numbers(3 * len(sequences), torch.int32), numbers(len(sequences) - 1),
     )  # fmt: skip
-    found = decode(encode(batch), torch.device("cpu"))
-    for name in ("ids", "positions", "slots", "sequences", "pages", "outputs"):
-        one, other = getattr(batch, name), getattr(found, name)
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
+    tokens = NextTokens(numbers(4 * rows).view(4, rows), numbers(rows), numbers(5 * rows, torch.int32).view(rows, 5))
+    no_tables = NextTokens(tokens.inputs, numbers(0), numbers(0, torch.int32))
+    for step in (batch, tokens, no_tables):
+        found = decode(encode(step))
+        assert type(found) is type(step)
+        for field in fields(step):
+            one, other = getattr(step, field.name), getattr(found, field.name)
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
 
 
 def test_a_follower_that_is_killed_ends_all() -> None:
@@ -225,7 +230,7 @@ def test_an_error_in_a_step_is_told(make_model: MakeModel) -> None:
     with opened(make_model(), 2) as runner:
         followers = runner._followers
         assert followers is not None
-        followers._ports[0].sendall((3).to_bytes(8, "little") + b"no!")  # no step
+        followers._ports[0].sendall((3).to_bytes(8, "little") + b"\0no")  # no step
         end = time.monotonic() + 10
         while runner.failure is None and time.monotonic() < end:
             time.sleep(0.02)

@@ -144,7 +144,7 @@ def test_the_same_bits_alone_and_in_a_crowd(
 def test_steps_are_prepared_for_an_engine_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that captures graphs, of which a fused model in transformers has no use."""
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(Decoder, "steps", lambda self, cache, rows, pages: asked.append((rows, pages)))
+    monkeypatch.setattr(Decoder, "steps", lambda self, cache, rows, pages, tell: asked.append((rows, pages)))
     DecoderRunner(decoder, kv_tokens=64)
     assert not asked
     DecoderRunner(decoder, kv_tokens=64, rows=3)

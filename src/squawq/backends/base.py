@@ -67,14 +67,32 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """The tokens that this process has of the embedding and the output head, and how many each rank has."""
+
+    own: slice
+    each: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Model:
-    """A whole model: the attributes are `Decoder`'s."""
+    """A whole model, or this process's part of it: the attributes are `Decoder`'s."""
 
     layers: Layers
     embedding: Tensor
     frequencies: Tensor
     norm: Tensor
     head: Packed
+    vocabulary: Vocabulary | None = None
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """What the other ranks must know of a step that runs the next token of sequences. All on the CPU."""
+
+    inputs: Tensor  # int64 [4, rows], see `cuda.decode.DecodeGraphs`; no rows: nothing runs
+    rows: Tensor  # int64 [n]: that have new page tables
+    tables: Tensor  # int32 [n, pages]
 
 
 class Group(Protocol):
@@ -110,6 +128,9 @@ class Steps(Protocol):
                 `chunk.logits` rows of each in order.
         """
 
+
+Tell = Callable[[NextTokens], None]  # rank 0 tells the other ranks of a step
+Follow = Callable[[NextTokens], None]  # they run it as well
 
 # ids int64 [rows] on the device, the position and page table of each -> float32 [rows, vocab]
 NextLogits = Callable[[Tensor, Sequence[int], Sequence[Sequence[int]]], Tensor]
@@ -300,17 +321,21 @@ class Backend(ABC):
         return sample(logits.cpu().numpy(), batch)
 
     # Ranks that share a model.
-    def group_declines(self) -> str | None:
-        """Why several processes cannot share a model."""
+    def group_declines(self, size: int) -> str | None:  # noqa: ARG002
+        """Why so many processes cannot share a model."""
         return f"the {self.name} backend cannot share a model yet"
+
+    def rank_device(self, rank: int) -> str:  # noqa: ARG002
+        """The device of another rank of a group whose first rank has this backend."""
+        return str(self.device)
 
     def group_memory(self, size: int) -> int:  # noqa: ARG002
         """A file descriptor of memory for so many ranks, which they inherit. Raises ConfigError if there is none."""
-        raise KernelError(str(self.group_declines()))
+        raise KernelError(str(self.group_declines(1)))
 
     def join(self, rank: int, size: int, memory: int) -> Group:  # noqa: ARG002
         """This process's end of a group, which `group` is from now on. `memory` may be closed afterwards."""
-        raise KernelError(str(self.group_declines()))
+        raise KernelError(str(self.group_declines(1)))
 
     # Host threads, and facts for logs.
     def threads(self) -> int:
@@ -345,11 +370,25 @@ class Backend(ABC):
         cache: Sequence[Pages],  # noqa: ARG002
         rows: int,  # noqa: ARG002
         pages: int,  # noqa: ARG002
+        tell: Tell | None = None,  # noqa: ARG002
     ) -> Steps | None:
         """A faster way to run steps, of so many sequences of so many pages at most.
 
         None where there is no other: then all tokens run as those of prompts do, and `sample` samples.
+
+        Args:
+            tell: For the first rank of a group. The others call `follow_steps` meanwhile.
         """
+        return None
+
+    def follow_steps(
+        self,
+        model: Model,  # noqa: ARG002
+        cache: Sequence[Pages],  # noqa: ARG002
+        rows: int,  # noqa: ARG002
+        pages: int,  # noqa: ARG002
+    ) -> Follow | None:
+        """The other ranks' part of `prepare_steps`."""
         return None
 
     def prepare_next_logits(

@@ -54,7 +54,7 @@ def check_room(model: OpenModel, config: EngineConfig, free: int, total: int) ->
 
     free, total: Bytes of the GPU's memory.
     """
-    backend, shape = model.backend, model.checkpoint.config
+    backend, shape = model.backend, model.config
     share = config.gpu_memory_utilization or GPU_SHARE
     room = free if config.kv_tokens else min(free, int(share * total) - (total - free))
     tokens = config.kv_tokens or min(shape.max_positions, ENOUGH_TOKENS)

@@ -1,8 +1,8 @@
 """Tensor parallelism: the processes that have the other parts of a model and run every step with this one.
 
 This process is rank 0: it schedules and samples. It sends each step to the others as plain numbers over a socket, and
-all of them exchange activations through shared memory (`backends.cpu.group`). A follower ends when rank 0 does, however
-that ends; if a follower ends, all ranks that wait for it raise RankError.
+all of them exchange activations by their backend's group (`backends.base.Group`). A follower ends when rank 0 does,
+however that ends; if a follower ends, all ranks that wait for it raise RankError.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from squawq import errors
-from squawq.backends.base import Batch
+from squawq.backends.base import Batch, NextTokens
+from squawq.engine.capacity import free_on
 from squawq.errors import RankError
 from squawq.nn.cache import Cache
 from squawq.nn.decoder import Decoder
@@ -37,8 +38,11 @@ from squawq.text.child import environment, read_exactly
 
 GRACE_S = 5.0  # for a follower to end by itself
 SIZE = struct.Struct("<Q")  # of a message
-FIELDS = fields(Batch)
-HEAD = struct.Struct(f"<{len(FIELDS)}Q")  # elements of each field
+BEGIN = struct.Struct("<3Q")  # pages of the cache; rows and pages of `Decoder.follow_steps`, or 0
+MESSAGES: tuple[type[Batch | NextTokens], ...] = Batch, NextTokens
+SHAPE = struct.Struct("<2Q")  # of a field of a message: rows, and columns, or 0 where there are none
+INT32 = ("pages", "tables")  # fields; others are int64
+VARIABLES = ("CUDA_", "NCCL_", "TORCH_", "TRITON_", "NVIDIA_", "XDG_")  # of the environment, by how they begin
 TOLD = ("device", "exact", "head", "backend", "dtype", "kv_cache_dtype")  # fields of Options
 
 
@@ -54,10 +58,12 @@ class Followers:
         failure: Why there is no more step; None while all is well.
         size: How many ranks there are.
         config: Of the whole model.
+        free: Bytes of memory that are free for each follower, at least, once they have loaded.
     """
 
     def __init__(self, model: OpenModel, options: Options, threads: int) -> None:
         self.failure: str | None = None
+        self.free = 0
         self.size, self.config = model.shard.size, model.checkpoint.config
         size = self.size
         self._lock = threading.Lock()
@@ -72,7 +78,9 @@ class Followers:
                 with far:
                     processes.append(_start(far.fileno(), memory))
                 told = {"folder": str(model.checkpoint.folder), "rank": rank, "size": size, "threads": threads}
-                told |= {"memory": memory, "options": {name: getattr(options, name) for name in TOLD}}
+                device = model.backend.rank_device(rank)
+                chosen = {name: getattr(options, name) for name in TOLD} | {"device": device}
+                told |= {"memory": memory, "options": chosen}
                 _send(near, json.dumps(told).encode())
         except BaseException:
             _end(processes, ports, os.getpid())
@@ -93,36 +101,56 @@ class Followers:
         self._end()
         return there
 
-    def wait(self) -> None:
-        """Wait until all have loaded, or made their caches. Raises the error of one that cannot."""
+    def wait(self) -> int:
+        """Wait until all have done what they were told, first to load. Raises the error of one that cannot.
+
+        Returns:
+            Bytes of memory that are free for each, at least.
+        """
+        free = []
         for rank, port in enumerate(self._ports, 1):
             try:
-                error = json.loads(_receive(port))
+                answer = json.loads(_receive(port))
             except (OSError, EOFError) as cause:
                 raise RankError(self._fate(rank)) from cause
-            if error is not None:
-                kind, message = error
+            if not isinstance(answer, int):
+                kind, message = answer
                 raise getattr(errors, kind, RankError)(message)
+            free.append(answer)
+        return min(free)
 
-    def begin(self, pages: int) -> None:
-        """Let all make a KV cache of so many pages. Raises the error of one that cannot."""
+    def begin(self, pages: int, rows: int = 0, each: int = 0) -> None:
+        """Let all make a KV cache of so many pages. Raises the error of one that cannot.
+
+        rows, each: Of `Decoder.follow_steps`, which all then call unless rows is 0, and `wait` waits for.
+        """
+        self._tell_all(BEGIN.pack(pages, rows, each))
+        self.wait()
+        if rows:
+            self._tell_all(b"")
+
+    def _tell_all(self, message: bytes) -> None:
         with contextlib.suppress(OSError):  # `wait` says how it has ended
             for port in self._ports:
-                _send(port, SIZE.pack(pages))
-        self.wait()
+                _send(port, message)
+
+    def tell(self, step: Batch | NextTokens) -> None:
+        """Let the followers run this step as well; to be called in `together`."""
+        message = encode(step)
+        for port in self._ports:
+            _send(port, message)
 
     @contextlib.contextmanager
-    def step(self, batch: Batch) -> Iterator[None]:
-        """The followers run this step as well, while the context is open. Raises RankError if one has ended."""
+    def together(self) -> Iterator[None]:
+        """Encloses what this rank does in a step. Raises RankError if a follower has ended, or an error ends all."""
         try:
             if self.failure is not None:
                 raise RankError(self.failure)
-            message = encode(batch)
-            for port in self._ports:
-                _send(port, message)
             yield
+            if self.failure is not None:  # while they ran
+                raise RankError(self.failure)
         except BaseException as error:  # the others wait for this rank, so no step can follow
-            gone = self._gone() if isinstance(error, OSError | RankError) else None
+            gone = self._gone() if isinstance(error, OSError | RuntimeError | RankError) else None
             self._fail(gone or str(error) or type(error).__name__)
             raise RankError(self.failure) from error
 
@@ -163,7 +191,7 @@ def _start(port: int, memory: int) -> subprocess.Popen[bytes]:
         [sys.executable, "-P", "-m", "squawq.engine.followers", str(port), str(os.getpid())],
         stdin=subprocess.PIPE,  # never written to: it closes when this process ends
         stdout=subprocess.DEVNULL,
-        env=environment("SQUAWQ_ISA", "HOME"),
+        env=environment("SQUAWQ_ISA", "HOME", *(name for name in os.environ if name.startswith(VARIABLES))),
         pass_fds=(port, memory),
         start_new_session=True,  # Ctrl-C is for rank 0
     )
@@ -200,21 +228,25 @@ def _receive(port: socket.socket) -> bytes:
     return read_exactly(port, SIZE.unpack(read_exactly(port, SIZE.size))[0])
 
 
-def encode(batch: Batch) -> bytes:
-    """A step as bytes: how many elements each field has, and the fields one after another."""
-    arrays = [getattr(batch, field.name).cpu().numpy() for field in FIELDS]
-    return HEAD.pack(*(array.size for array in arrays)) + b"".join(array.tobytes() for array in arrays)
+def encode(step: Batch | NextTokens) -> bytes:
+    """A step as bytes: which of MESSAGES it is, and the shape and the numbers of each field."""
+    parts = [bytes([MESSAGES.index(type(step))])]
+    for field in fields(step):
+        array = getattr(step, field.name).cpu().numpy()
+        parts += SHAPE.pack(*array.shape, *[0] * (2 - array.ndim)), array.tobytes()
+    return b"".join(parts)
 
 
-def decode(message: bytes, device: torch.device) -> Batch:
-    """The step of `encode`."""
-    counts, place, found = HEAD.unpack_from(message), HEAD.size, {}
-    for field, count in zip(FIELDS, counts, strict=True):
-        dtype = np.dtype(np.int32 if field.name == "pages" else np.int64)
-        tensor = torch.from_numpy(np.frombuffer(message, dtype, count, place).copy())
-        found[field.name] = tensor.view(-1, 4) if field.name == "sequences" else tensor.to(device)
-        place += count * dtype.itemsize
-    return Batch(**found)
+def decode(message: bytes) -> Batch | NextTokens:
+    """The step of `encode`, on the CPU."""
+    kind, place, found = MESSAGES[message[0]], 1, {}
+    for field in fields(kind):
+        rows, columns = SHAPE.unpack_from(message, place)
+        dtype = np.dtype(np.int32 if field.name in INT32 else np.int64)
+        array = np.frombuffer(message, dtype, rows * (columns or 1), place + SHAPE.size).copy()
+        found[field.name] = torch.from_numpy(array.reshape(rows, columns) if columns else array)
+        place += SHAPE.size + array.nbytes
+    return kind(**found)
 
 
 def _load(told: Mapping[str, Any]) -> Decoder:
@@ -231,17 +263,35 @@ def _follow(port: socket.socket) -> None:
     told = json.loads(_receive(port))
     try:
         decoder = _load(told)
-        _send(port, b"null")
-        (pages,) = SIZE.unpack(_receive(port))
+        device, run_next = decoder.backend.device, None
+        _done(port, device)
+        pages, rows, each = BEGIN.unpack(_receive(port))
         cache = Cache(decoder.config, pages, decoder.backend)
-        _send(port, b"null")
+        _done(port, device)
+        if rows:
+            _receive(port)
+            run_next = decoder.follow_steps(cache, rows, each)
+            _done(port, device)
         while True:
-            decoder(decode(_receive(port), decoder.backend.device), cache)
+            step = decode(_receive(port))
+            if isinstance(step, Batch):
+                decoder(_on_device(step, device), cache)
+            elif run_next is not None:
+                run_next(step)
     except (EOFError, ConnectionError):  # rank 0 is gone
         return
     except Exception as error:
         with contextlib.suppress(OSError):
             _send(port, json.dumps([type(error).__name__, str(error)]).encode())
+
+
+def _done(port: socket.socket, device: torch.device) -> None:
+    _send(port, json.dumps(free_on(device)).encode())
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    moved = {field.name: getattr(batch, field.name).to(device) for field in fields(Batch) if field.name != "sequences"}
+    return replace(batch, **moved)
 
 
 def _end_with(parent: int) -> None:

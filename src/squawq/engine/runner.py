@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from squawq.backends.base import Batch
-from squawq.backends.sampling import Chunk, Sampling, StartedStep
+from squawq.backends.sampling import Chunk, Sampling, StartedStep, StepOutput
 from squawq.config import ModelConfig
 from squawq.engine.capacity import (
     GPU_SHARE,
@@ -66,9 +68,10 @@ class DecoderRunner:
         device, tokens = decoder.backend.device, kv_tokens
         if tokens is None and device.type == "cuda":
             torch.cuda.empty_cache()  # what loading has freed
-            working = decoder.backend.working_bytes(self.config, rows or 0, step_tokens)
-            memory, contexts = torch.cuda.mem_get_info(device), max(rows or 0, MAX_CONTEXTS)
-            tokens = shared_kv_tokens(self.config, self.token_bytes, working, gpu_share, *memory, contexts)
+            working = decoder.backend.working_bytes(decoder.config, rows or 0, step_tokens)
+            (free, total), contexts = torch.cuda.mem_get_info(device), max(rows or 0, MAX_CONTEXTS)
+            free = free if followers is None else min(free, followers.free)
+            tokens = shared_kv_tokens(self.config, self.token_bytes, working, gpu_share, free, total, contexts)
         elif tokens is None:
             ranks = 1 if followers is None else followers.size
             tokens = default_kv_tokens(self.config, self.token_bytes, free_memory() // ranks)
@@ -83,12 +86,15 @@ class DecoderRunner:
             self._cache = Cache(decoder.config, self.num_pages, decoder.backend)
         except (MemoryError, RuntimeError, ValueError) as error:
             raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
-        pages = min(-(-self.max_positions // self.page_size), self.num_pages)
-        self._steps = None if rows is None else decoder.steps(self._cache, rows, pages)
-        self.cache_outputs = self._steps is None
         self._followers, self._threads, self._own_threads = followers, threads, decoder.backend.threads()
+        pages, tell = min(-(-self.max_positions // self.page_size), self.num_pages), None
         if followers is not None:
-            followers.begin(self.num_pages)
+            tell = followers.tell
+            followers.begin(self.num_pages, rows or 0, pages)
+        self._steps = None if rows is None else decoder.steps(self._cache, rows, pages, tell)
+        if followers is not None and rows:
+            followers.wait()
+        self.cache_outputs = self._steps is None
 
     @property
     def cache_bytes(self) -> int:
@@ -110,6 +116,19 @@ class DecoderRunner:
         self._decoder.backend.prepare_sampling(sampling)
 
     def start(self, batch: Sequence[Chunk]) -> StartedStep:
+        if self._followers is None:
+            return self._start(batch)
+        together = self._followers.together
+        with together():
+            started = self._start(batch)
+
+        def outputs() -> list[StepOutput]:
+            with together():
+                return started.outputs()
+
+        return replace(started, outputs=outputs)
+
+    def _start(self, batch: Sequence[Chunk]) -> StartedStep:
         if self._steps is not None:
             return self._steps.start(batch, self._logits)
         found = self._decoder.backend.sample(self._logits(batch), batch)
@@ -118,7 +137,8 @@ class DecoderRunner:
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         """A step without sampling: float32 logits [chunk.logits, vocab] of each chunk."""
         ends = np.cumsum([chunk.logits for chunk in batch])
-        return np.split(self._logits(batch).cpu().numpy(), ends[:-1].tolist())
+        with nullcontext() if self._followers is None else self._followers.together():
+            return np.split(self._logits(batch).cpu().numpy(), ends[:-1].tolist())
 
     def _logits(self, batch: Sequence[Chunk]) -> torch.Tensor:
         """float32 [rows, vocab], `chunk.logits` rows of each chunk; writes keys and values to the chunks' pages."""
@@ -148,10 +168,9 @@ class DecoderRunner:
             pages=self._tensor(pages).int(),
             outputs=self._tensor(outputs),
         )
-        if self._followers is None:
-            return self._decoder(step, self._cache)
-        with self._followers.step(step):
-            return self._decoder(step, self._cache)
+        if self._followers is not None:
+            self._followers.tell(step)
+        return self._decoder(step, self._cache)
 
     def _tensor(self, values: Sequence[object] | NDArray[np.int64]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
@@ -178,10 +197,8 @@ def load_runner(folder: Path, config: EngineConfig) -> DecoderRunner:
     options = Options(config.device, config.exact, config.head, shard=Shard(0, size), **dtypes)
     model = open_model(folder, options)
     backend = model.backend
-    if size > 1 and (reason := backend.group_declines()):
-        raise ConfigError(
-            f"tensor_parallel_size is {size}, but {reason}; choose 1, or a CPU with the native kernels (device cpu)"
-        )
+    if size > 1 and (reason := backend.group_declines(size)):
+        raise ConfigError(f"tensor_parallel_size is {size}, but {reason}; choose fewer, or a CPU (device cpu)")
     before, threads = backend.threads(), config.threads
     if threads is None and size > 1:
         threads = max(1, backend.default_threads() // size)
@@ -197,7 +214,7 @@ def load_runner(folder: Path, config: EngineConfig) -> DecoderRunner:
     try:
         followers = Followers(model, options, threads or 1)
         decoder = model.load()
-        followers.wait()
+        followers.free = followers.wait()
         return DecoderRunner(decoder, *sizes, followers, before)
     except BaseException:
         if followers is not None:

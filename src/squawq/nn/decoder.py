@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Backend, Batch, Layers, Model, NextLogits, RunLayers, Steps
+from squawq.backends.base import (
+    Backend,
+    Batch,
+    Follow,
+    Layers,
+    Model,
+    NextLogits,
+    RunLayers,
+    Steps,
+    Tell,
+    Vocabulary,
+)
 from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
 from squawq.nn.cache import Cache
 from squawq.nn.rope import inverse_frequencies
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokens that this process has of the embedding and the output head, and how many each rank has."""
-
-    own: slice
-    each: Sequence[int]
 
 
 @dataclass
@@ -53,9 +55,13 @@ class Decoder:
             self._prepared = cache, self.backend.prepare(layers, cache.layers)
         return self._prepared[1]
 
-    def steps(self, cache: Cache, rows: int, pages: int) -> Steps | None:
-        """The backend's own way to run steps, for `rows` sequences of `pages` pages."""
-        return self.backend.prepare_steps(self._model(), cache.layers, rows, pages)
+    def steps(self, cache: Cache, rows: int, pages: int, tell: Tell | None = None) -> Steps | None:
+        """The backend's own way to run steps, for `rows` sequences of `pages` pages. tell: see Backend."""
+        return self.backend.prepare_steps(self._model(), cache.layers, rows, pages, tell)
+
+    def follow_steps(self, cache: Cache, rows: int, pages: int) -> Follow | None:
+        """`steps` of the other ranks."""
+        return self.backend.follow_steps(self._model(), cache.layers, rows, pages)
 
     def next_logits(self, cache: Cache, rows: int, pages: int) -> NextLogits | None:
         """The backend's own way to run one token of each of `rows` sequences of at most `pages` pages."""
@@ -63,7 +69,7 @@ class Decoder:
 
     def _model(self) -> Model:
         layers = Layers(self.operations, self.config.heads, self.config.norm_eps)
-        return Model(layers, self.embedding, self.frequencies, self.norm, self.head)
+        return Model(layers, self.embedding, self.frequencies, self.norm, self.head, self.vocabulary)
 
     def native(self, cache: Cache) -> bool:
         """Whether all layers run in one native call on this cache, without torch's threads."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from squawq.backends import backend_for
-from squawq.backends.base import Backend
+from squawq.backends.base import Backend, Vocabulary
 from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ROPE_TYPES, ModelConfig
 from squawq.errors import ConfigError
@@ -24,7 +24,7 @@ from squawq.format.layouts import part_group
 from squawq.format.reader import WHOLE, Checkpoint, Part
 from squawq.format.shards import DeviceReader, read_tensor
 from squawq.memory import give_memory_back
-from squawq.nn.decoder import Decoder, Vocabulary
+from squawq.nn.decoder import Decoder
 from squawq.nn.layers import DOWN, GATE_UP, OUT, QKV, layer_operations, norm_sizes
 from squawq.nn.shard import ALONE, Shard
 
@@ -262,9 +262,14 @@ class OpenModel:
         return head_declines(self.checkpoint, self.family, self.backend, kind)
 
     def weight_bytes(self, head: str | None = None) -> int:
-        """Bytes of all weights on a GPU, from the headers, without norms and biases. head: instead of `self.head`."""
-        config, family = self.checkpoint.config, self.family
-        total = self.checkpoint.info(f"{family.embedding}.weight").nbytes + self._head_bytes(head or self.head)
+        """Bytes of this process's weights on a GPU, from the headers, without norms and biases.
+
+        head: Instead of `self.head`.
+        """
+        config, family, tokens = self.config, self.family, self.shard.vocabulary(self.checkpoint.config)
+        count = tokens.stop - tokens.start
+        embedding: int = self.checkpoint.info(f"{family.embedding}.weight").nbytes * count // config.vocab_size
+        total = embedding + self._head_bytes(head or self.head, count)
         for index in range(config.num_layers):
             for name, (out, in_) in linear_shapes(config).items():
                 total += self._linear_bytes(f"{family.layer(index)}.{name}", out, in_)
@@ -275,9 +280,9 @@ class OpenModel:
             return int4_bytes(out, in_, self.checkpoint.group_of(in_))
         return out * in_ * self.backend.activation_dtype.itemsize
 
-    def _head_bytes(self, kind: str) -> int:
+    def _head_bytes(self, kind: str, out: int) -> int:
         name, config = _head_name(self.checkpoint, self.family), self.checkpoint.config
-        out, in_ = config.vocab_size, config.hidden_size
+        in_ = config.hidden_size
         if kind == "int4":
             return int4_bytes(out, in_, HEAD_GROUP)
         if kind == "int8":

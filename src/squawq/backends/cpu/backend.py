@@ -144,7 +144,7 @@ class CpuBackend(Reference):
         check(required().squawq_round_columns(*sources, *wanted.shape, top, levels.data_ptr(), errors.data_ptr()))
         return levels, errors
 
-    def group_declines(self) -> str | None:
+    def group_declines(self, size: int) -> str | None:  # noqa: ARG002
         return None
 
     def group_memory(self, size: int) -> int:

@@ -6,6 +6,8 @@ sequence's next tokens take the kernels for few rows. So a token's bits depend o
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -14,7 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squawq.backends.base import ROUNDED_ROWS, Gemm, Heads, Model, NextLogits, Norms, Pages, Rotary, Steps
+from squawq.backends.base import (
+    ROUNDED_ROWS,
+    Follow,
+    Gemm,
+    Group,
+    Heads,
+    Model,
+    NextLogits,
+    Norms,
+    Pages,
+    Rotary,
+    Steps,
+    Tell,
+)
 from squawq.backends.layer_ops import Packed
 from squawq.backends.reference import Reference, round_int8
 from squawq.backends.sampling import Sampling
@@ -23,6 +38,8 @@ from squawq.errors import KernelError
 from squawq.format.groupwise import check_gemm
 
 if TYPE_CHECKING:
+    from squawq.backends.cuda.decode import DecodeGraphs
+    from squawq.backends.cuda.group import CudaGroup
     from squawq.backends.cuda.launch import Weight
 
 # Rows up to which a product that is not a prompt's takes the kernels of decode steps. With more, cuBLAS takes less time
@@ -42,6 +59,7 @@ class CudaBackend(Reference):
     activation_dtype = torch.float16
     cache_dtype = torch.float16
     computes_exactly = False
+    group: CudaGroup | None = None
 
     def __init__(self, device: torch.device, *, exact: bool = False, **dtypes: str) -> None:
         super().__init__(device, exact=exact, **dtypes)
@@ -130,7 +148,8 @@ class CudaBackend(Reference):
         attended = query * attention.CHUNKS * (dim + 2)
         pages = -(-config.max_positions // self.page_size)
         sampled = 2 * config.vocab_size + config.vocab_size // 2 + config.vocab_size // 32  # logits, and sampling's
-        numbers = hidden + 2 * sums + sampled + attended + dim + pages  # of 4 bytes
+        exchanged = 0 if self.group is None else 3 * self.group.size * hidden + config.vocab_size
+        numbers = hidden + 2 * sums + sampled + attended + dim + pages + exchanged  # of 4 bytes
         row = 4 * numbers + 2 * (2 * hidden + narrow + query * dim)
         row += 8 * config.vocab_size  # logits after prompts, and a copy
         token = 4 * hidden + 2 * (2 * hidden + 2 * wide + narrow)
@@ -212,19 +231,56 @@ class CudaBackend(Reference):
         if not samples(sampling):
             super().prepare_sampling(sampling)
 
-    def prepare_steps(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> Steps | None:
-        from squawq.backends.cuda import decode, steps
+    def prepare_steps(
+        self, model: Model, cache: Sequence[Pages], rows: int, pages: int, tell: Tell | None = None
+    ) -> Steps | None:
+        from squawq.backends.cuda import steps
 
-        if decode.declines(model) is not None:
+        graphs = self._graphs(model, cache, rows, pages)
+        return None if graphs is None else steps.CudaSteps(graphs, tell)
+
+    def follow_steps(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> Follow | None:
+        from squawq.backends.cuda import steps
+
+        graphs = self._graphs(model, cache, rows, pages)
+        return None if graphs is None else steps.follow(graphs)
+
+    def _graphs(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> DecodeGraphs | None:
+        from squawq.backends.cuda import decode
+
+        declined = decode.declines(model) is not None
+        if declined if self.group is None else self.group.any(declined):
             return None
-        return steps.CudaSteps(model, cache, self.activation_dtype, rows, pages)
+        return decode.DecodeGraphs(model, cache, self.activation_dtype, rows, pages, self.group)
 
     def prepare_next_logits(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> NextLogits | None:
         from squawq.backends.cuda import decode
 
-        if decode.declines(model) is not None:
+        graphs = self._graphs(model, cache, rows, pages)
+        return None if graphs is None else decode.next_logits(graphs)
+
+    def group_declines(self, size: int) -> str | None:
+        if self.device.type != "cuda":
             return None
-        return decode.next_logits(decode.DecodeGraphs(model, cache, self.activation_dtype, rows, pages))
+        first, count = self.device.index or 0, torch.cuda.device_count()
+        if first + size > count:
+            visible = "1 GPU is visible" if count == 1 else f"{count} GPUs are visible"
+            return f"{visible}, and it would take {size} from {self.device} on"
+        return None if torch.distributed.is_nccl_available() else "this build of torch has no NCCL"
+
+    def rank_device(self, rank: int) -> str:
+        return f"cuda:{(self.device.index or 0) + rank}" if self.device.type == "cuda" else str(self.device)
+
+    def group_memory(self, size: int) -> int:  # noqa: ARG002
+        """Of an empty file, in which the ranks find each other."""
+        with tempfile.TemporaryFile(prefix="squawq-") as file:
+            return os.dup(file.fileno())
+
+    def join(self, rank: int, size: int, memory: int) -> Group:
+        from squawq.backends.cuda.group import CudaGroup
+
+        self.group = group = CudaGroup(rank, size, memory, self.device)
+        return group
 
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         from squawq.backends.cuda import launch

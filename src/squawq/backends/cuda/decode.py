@@ -7,16 +7,20 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from squawq.backends.base import Model, NextLogits, Pages
 from squawq.backends.cuda import int4, launch
+from squawq.backends.cuda.group import CudaGroup
 from squawq.backends.cuda.launch import Sums
+from squawq.backends.cuda.peers import Place, exchange_for
 from squawq.backends.layer_ops import (
     ActivationMul,
     AddResidual,
+    AllReduce,
     Attention,
     Buffer,
     Matmul,
@@ -47,18 +51,32 @@ class DecodeGraphs:
 
     Args:
         pages: Most pages of a sequence.
+        group: The ranks that have the other parts of the model. Rank 0 samples.
 
     Attributes:
         inputs: int64 [4, rows]: tokens, positions, slots, positions again if the next token is to be sampled. A token
             below 0 is the one that the row sampled last. A position below 0 is a row of padding.
         tables: int32 [rows, pages]: page tables. A step adds the page of its slot itself.
-        space: Parameters and results of sampling.
+        space: Parameters and results of sampling; None on ranks that do not sample.
         page: Tokens of a page.
     """
 
-    def __init__(self, model: Model, cache: Sequence[Pages], dtype: torch.dtype, rows: int, pages: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: Sequence[Pages],
+        dtype: torch.dtype,
+        rows: int,
+        pages: int,
+        group: CudaGroup | None = None,
+    ) -> None:
         device = model.norm.device
         hidden, heads, vocab = len(model.norm), model.layers.heads, model.head.shape[0]
+        vocabulary = model.vocabulary
+        self._exchange = None
+        if group is not None and vocabulary is not None:
+            self._exchange = exchange_for(group, vocabulary, rows, hidden)
+        self._first = 0 if vocabulary is None else vocabulary.own.start  # of the embedding's tokens
         self._model, self._cache, self.rows = model, cache, rows
         self.page = cache[0][0].shape[2]
         weights = [_weight(op.weight) for op in model.layers.operations if isinstance(op, Matmul)]
@@ -79,10 +97,13 @@ class DecodeGraphs:
         self._places = torch.arange(rows, dtype=torch.int32, device=device)
         self.inputs = empty(4, rows, kind=torch.int64)
         self.tables = empty(rows, pages, kind=torch.int32)
-        self.space = launch.sampling_space(rows, vocab, device)
+        self.space: launch.SamplingSpace | None = None
+        if group is None or group.rank == 0:
+            tokens = vocab if vocabulary is None else sum(vocabulary.each)
+            self.space = launch.sampling_space(rows, tokens, device)
         self.inputs[1:] = -1
         self._hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and the logits that it computes
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def size(self, rows: int) -> int:
@@ -93,15 +114,19 @@ class DecodeGraphs:
         """Compile the kernels and capture a graph for each batch size up to `rows`, on the current stream, with rows of
         padding."""
         wanted = sorted({self.size(size) for size in (*sizes, self.rows)}, reverse=True)
-        with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool, self._alone():
             list(pool.map(self._compile, wanted))
         for size in wanted:
             gc.collect()  # a graph that is freed during the capture would end it
             torch.cuda.synchronize()
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                self._run(size)
-            self._graphs[size] = graph
+                logits = self._run(size)
+            self._graphs[size] = graph, logits
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Wait for no other rank while this is open, and for all at its end."""
+        return nullcontext() if self._exchange is None else self._exchange.alone()
 
     @torch.inference_mode()
     def _compile(self, size: int) -> None:
@@ -110,31 +135,39 @@ class DecodeGraphs:
             self._run(size)
 
     def run(self, rows: int) -> Tensor:
-        """Run the first `rows` rows on the current stream; return their logits, float32 [rows, vocab]."""
+        """Run the first `rows` rows on the current stream; return their logits, float32 [rows, vocab].
+
+        On ranks but the first, logits of their own tokens.
+        """
         size = self.size(rows)
         if self._pool is None:  # in tests, the kernels are interpreted on the CPU
-            self._run(size)
-        else:
-            self._graphs[size].replay()
-        return self._logits_of(size)[:rows]
+            return self._run(size)[:rows]
+        graph, logits = self._graphs[size]
+        graph.replay()
+        return logits[:rows]
 
-    def _run(self, size: int) -> None:
+    def _run(self, size: int) -> Tensor:
         model, layers = self._model, self._model.layers
         dependent = self._hopper and size <= DEPENDENT_ROWS
         heads, eps = layers.heads, layers.eps
         ids, positions, slots, sampled_at = self.inputs[:, :size]
         hidden, normed = self._hidden[:size], self._normed[:size]
         rotary = self._rotary[0][:size], self._rotary[1][:size]
-        sampled = self.space.results[0]
-        launch.embed(
-            ids, positions, slots, sampled, model.embedding, model.frequencies, hidden, rotary, self.tables, self.page
-        )
+        exchange, space = self._exchange, self.space
+        sampled = ids if space is None else space.results[0, :size]
+        if exchange is not None:
+            sampled = exchange.tokens(None if space is None else sampled, size, dependent)
+        embedding = model.embedding, self._first, model.frequencies
+        launch.embed(ids, positions, slots, sampled, *embedding, hidden, rotary, self.tables, self.page)
         sums: dict[Buffer, Sums | None] = {Buffer.DELTA: None}
-        narrow = self._narrow
+        if exchange is not None:
+            sums[Buffer.DELTA] = exchange.all_reduce(Sums(hidden[None]), Place.EMBEDDING, False)
+            hidden.zero_()
+        narrow, place = self._narrow, Place.MLP
         for operation in layers.operations:
             match operation:
-                case Norm(weight, Buffer.HIDDEN, _, add):
-                    launch.add_norm(sums[Buffer.DELTA] if add else None, hidden, weight, eps, normed, True, dependent)
+                case Norm(weight, Buffer.HIDDEN, _, _):
+                    launch.add_norm(sums[Buffer.DELTA], hidden, weight, eps, normed, True, dependent)
                 case Norm(weight, _, _, _):
                     launch.add_norm(sums[Buffer.DELTA], hidden, weight, eps, self._delta[:size], False, dependent)
                     sums[Buffer.DELTA] = Sums(self._delta[None, :size])
@@ -167,12 +200,21 @@ class DecodeGraphs:
                     assert wide is not None
                     narrow = self._narrow[: size * (wide.parts.shape[2] // 2)].view(size, -1)
                     launch.activation_mul(wide, activation, narrow, dependent)
+                case AllReduce():
+                    delta, place = sums[Buffer.DELTA], Place.MLP if place == Place.ATTENTION else Place.ATTENTION
+                    assert exchange is not None
+                    assert delta is not None
+                    sums[Buffer.DELTA] = exchange.all_reduce(delta, place, dependent)
                 case AddResidual():
                     pass  # part of the final norm
         launch.add_norm(sums[Buffer.DELTA], hidden, model.norm, eps, normed, True, dependent)
         logits = self._logits_of(size)
         launch.matmul(normed, _weight(model.head), logits[None], dependent)
-        launch.sample(logits, self._places[:size], sampled_at, self.space, dependent)
+        if exchange is not None:
+            logits = exchange.gather(logits, dependent)
+        if space is not None:
+            launch.sample(logits, self._places[:size], sampled_at, space, dependent)
+        return logits
 
     def _logits_of(self, size: int) -> Tensor:
         vocab = self._model.head.shape[0]

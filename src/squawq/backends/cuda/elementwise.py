@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _sum(partial, at, stride, SPLITS: tl.constexpr, mask):
+def sum_parts(partial, at, stride, SPLITS: tl.constexpr, mask):
     total = tl.load(partial + at, mask=mask, other=0.0).to(tl.float32)
     for s in tl.static_range(1, SPLITS):
         total += tl.load(partial + s * stride + at, mask=mask, other=0.0).to(tl.float32)
@@ -26,6 +26,31 @@ def await_inputs(DEPENDENT: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+SPINS = tl.constexpr(256)  # reads of a counter before `seen_ended` is read
+LONG = tl.constexpr(65536)  # and before `ended` is read, which lies in the host's memory: a thousand times as slow
+
+
+@triton.jit
+def await_arrivals(counter, wanted, ended, seen_ended):
+    """Wait until other GPUs have added to this int32 up to `wanted`, or until `ended`, another, is no longer 0.
+
+    Then `seen_ended` is set as well.
+    """
+    count = tl.atomic_add(counter, 0, sem="acquire", scope="sys")
+    spins = 0
+    while count < wanted:
+        count = tl.atomic_add(counter, 0, sem="acquire", scope="sys")
+        spins += 1
+        if spins % SPINS == 0:
+            over = tl.load(seen_ended, volatile=True)
+            if spins % LONG == 0:
+                over = tl.load(ended, volatile=True)
+            if over != 0:
+                tl.store(seen_ended, 1)
+                count += wanted
+    tl.debug_barrier()
+
+
 @triton.jit
 def add_norm_kernel(
     partial,  # [splits, rows, N]; 0 splits: nothing to add
@@ -33,9 +58,14 @@ def add_norm_kernel(
     hidden,  # float32 [rows, N], changed in place
     weight,  # float32 [N]
     out,  # [rows, N]
+    counters,  # int32 [rows]: arrivals of partial sums from other GPUs, if AWAITED
+    wanted,  # of them
+    ended,  # int32: no longer 0 if nothing arrives any more
+    seen_ended,
     rows,
     N,
     eps,
+    AWAITED: tl.constexpr,
     SPLITS: tl.constexpr,
     BIASED: tl.constexpr,
     RESIDUAL: tl.constexpr,  # False: the norm of partial sums + bias alone
@@ -48,13 +78,16 @@ def add_norm_kernel(
     here = n < N
     scale = tl.load(weight + n, mask=here, other=0.0)
     await_inputs(DEPENDENT)
+    if AWAITED:
+        await_arrivals(counters + row, wanted, ended, seen_ended)
+        tl.store(counters + row, 0)
     at = row * N + n
     if RESIDUAL:
         h = tl.load(hidden + at, mask=here, other=0.0).to(tl.float32)
     else:
         h = tl.zeros([WIDTH], tl.float32)
     if SPLITS:
-        h += _sum(partial, at, rows * N, SPLITS, here)
+        h += sum_parts(partial, at, rows * N, SPLITS, here)
         if BIASED:
             h += tl.load(bias + n, mask=here, other=0.0)
         if RESIDUAL:
@@ -101,8 +134,8 @@ def rotate_and_store_kernel(
     await_inputs(DEPENDENT)
     width: tl.constexpr = (HEADS + 2 * KV) * D
     at = row * width + head * D + i
-    first = _sum(partial, at, rows * width, SPLITS, here)
-    second = _sum(partial, at + half, rows * width, SPLITS, here)
+    first = sum_parts(partial, at, rows * width, SPLITS, here)
+    second = sum_parts(partial, at + half, rows * width, SPLITS, here)
     if BIASED:
         first += b0
         second += b1
@@ -154,8 +187,8 @@ def activation_mul_kernel(
     here = n < N
     await_inputs(DEPENDENT)
     at = row * 2 * N + n
-    gate = _sum(partial, at, rows * 2 * N, SPLITS, here)
-    up = _sum(partial, at + N, rows * 2 * N, SPLITS, here)
+    gate = sum_parts(partial, at, rows * 2 * N, SPLITS, here)
+    up = sum_parts(partial, at + N, rows * 2 * N, SPLITS, here)
     if BIASED:
         gate += tl.load(bias + n, mask=here, other=0.0)
         up += tl.load(bias + N + n, mask=here, other=0.0)
@@ -176,7 +209,9 @@ def embed_kernel(
     positions,  # int64 [rows]; < 0: a row of padding
     slots,  # int64 [rows]
     sampled,  # int32 [rows]
-    embedding,  # [vocab, N]
+    embedding,  # [tokens, N]
+    first,  # of its tokens; others are zeros, other ranks have them
+    tokens,
     frequencies,  # float32 [half]
     hidden,  # float32 [rows, N]
     cosine,  # float32 [rows, half]
@@ -198,7 +233,9 @@ def embed_kernel(
     token = tl.load(ids + row)
     if token < 0:
         token = tl.load(sampled + row).to(tl.int64)
-    found = tl.load(embedding + token * N + n, mask=n < N, other=0.0)
+    token -= first
+    own = (token >= 0) & (token < tokens)
+    found = tl.load(embedding + token * N + n, mask=(n < N) & own, other=0.0)
     tl.store(hidden + row * N + n, found.to(tl.float32), mask=n < N)
     i = tl.arange(0, HALF)
     angle = position.to(tl.float32) * tl.load(frequencies + i, mask=i < half, other=0.0)

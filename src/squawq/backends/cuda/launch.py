@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from squawq.backends.cuda import attention, dense, elementwise, int4, rounding, sampling, tiles
+from squawq.backends.cuda import attention, dense, elementwise, exchange, int4, rounding, sampling, tiles
 from squawq.backends.layer_ops import Packed
 
 ENOUGH = 512  # programs that keep a large card busy
@@ -37,11 +37,24 @@ Weight = int4.Int4Weight | DenseWeight
 
 
 @dataclass(frozen=True)
+class Awaited:
+    """Arrivals from other GPUs: int32 [rows] counters go up to `count`, unless `ended` is set: see CudaGroup."""
+
+    counters: Tensor
+    count: int
+    ended: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
 class Sums:
-    """A product as partial sums, float32 [splits, rows, out], to be added in order, and then the bias float32 [out]."""
+    """A product as partial sums, float32 [splits, rows, out], to be added in order, and then the bias float32 [out].
+
+    awaited: What to wait for first.
+    """
 
     parts: Tensor
     bias: Tensor | None = None
+    awaited: Awaited | None = None
 
 
 def splits(weight: Weight) -> int:
@@ -102,11 +115,14 @@ def add_norm(
 ) -> None:  # fmt: skip
     """hidden [rows, n] += sums; out [rows, n] = its RMS norm times weight. residual False: the norm of sums alone."""
     rows, n = out.shape
-    parts, bias = (hidden, None) if sums is None else (sums.parts, sums.bias)
-    width = triton.next_power_of_2(n)
+    parts, bias, awaited = (hidden, None, None) if sums is None else (sums.parts, sums.bias, sums.awaited)
+    width, none = triton.next_power_of_2(n), hidden
+    counters, count, ended = (
+        (none, 0, (none, none)) if awaited is None else (awaited.counters, awaited.count, awaited.ended)
+    )
     elementwise.add_norm_kernel[(rows,)](
-        parts, weight if bias is None else bias, hidden, weight, out, rows, n, eps,
-        0 if sums is None else parts.shape[0], bias is not None, residual, width, dependent,
+        parts, weight if bias is None else bias, hidden, weight, out, counters, count, *ended, rows, n, eps,
+        awaited is not None, 0 if sums is None else parts.shape[0], bias is not None, residual, width, dependent,
         num_warps=min(32, max(1, width // 128)), **pdl(dependent),
     )  # fmt: skip
 
@@ -193,18 +209,53 @@ def prefill_attention(
 
 
 def embed(
-    ids: Tensor, positions: Tensor, slots: Tensor, sampled: Tensor, embedding: Tensor, frequencies: Tensor,
+    ids: Tensor, positions: Tensor, slots: Tensor, sampled: Tensor, embedding: Tensor, first: int, frequencies: Tensor,
     hidden: Tensor, rotary: tuple[Tensor, Tensor], tables: Tensor, page: int,
 ) -> None:  # fmt: skip
     """hidden float32 [rows, n], cos and sin of the positions, and the page of each slot into its row's table.
 
-    Where an id is below 0, the row's token is in `sampled`, int32 [rows].
+    Where an id is below 0, the row's token is in `sampled`, int32 [rows]. first: of the tokens that `embedding` has;
+    others give zeros.
     """
     n, half = hidden.shape[1], len(frequencies)
     elementwise.embed_kernel[(len(ids),)](
-        ids, positions, slots, sampled, embedding, frequencies, hidden, *rotary, tables, tables.stride(0), n, half,
-        page, triton.next_power_of_2(half), triton.next_power_of_2(n), num_warps=8,
+        ids, positions, slots, sampled, embedding, first, len(embedding), frequencies, hidden, *rotary, tables,
+        tables.stride(0), n, half, page, triton.next_power_of_2(half), triton.next_power_of_2(n), num_warps=8,
     )  # fmt: skip
+
+
+PUSHED = 1024  # numbers that a program writes
+
+
+def pushes(n: int) -> int:
+    """How often a row's counter goes up when n numbers are pushed."""
+    return int(triton.cdiv(n, PUSHED))
+
+
+def push(
+    sums: Sums, ranks: tuple[Tensor, Tensor], targets: int, place: int, stride: int, arrivals: int,
+    dependent: bool = False,
+) -> None:  # fmt: skip
+    """Write sums [rows, n] into the buffers of the first `targets` ranks.
+
+    Args:
+        ranks: int64 [size] addresses of the buffers (float32) and of the counters (int32) of all ranks.
+        place, stride: Of the first row in a buffer, and from one row to the next.
+        arrivals: The first row's counter.
+    """
+    _, rows, n = sums.parts.shape
+    width = min(PUSHED, triton.next_power_of_2(n))
+    exchange.push_kernel[(rows, pushes(n))](
+        sums.parts, sums.parts if sums.bias is None else sums.bias, *ranks, rows, n, place, stride, arrivals, targets,
+        sums.parts.shape[0], sums.bias is not None, width, dependent, num_warps=4, **pdl(dependent),
+    )  # fmt: skip
+
+
+def await_rows(awaited: Awaited, dependent: bool = False) -> None:
+    """Wait for all rows."""
+    exchange.await_kernel[(len(awaited.counters),)](
+        awaited.counters, awaited.count, *awaited.ended, dependent, num_warps=1, **pdl(dependent)
+    )
 
 
 @dataclass

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from squawq.backends.base import Model, Pages
+from squawq.backends.base import Follow, NextTokens, Tell
 from squawq.backends.cuda import launch
 from squawq.backends.cuda.decode import DecodeGraphs
 from squawq.backends.cuda.parameters import counts, parameters, samples
@@ -26,6 +27,8 @@ from squawq.backends.sampling import (
     token_logprob,
 )
 from squawq.engine.request import TokenLogprob
+
+NO_INPUTS = torch.tensor([[0], [-1], [-1], [-1]])  # of a row of padding
 
 
 @dataclass(slots=True)
@@ -77,19 +80,22 @@ class Seats:
 
 
 class CudaSteps:
-    """Starts steps; see `Backend.prepare_steps`. Arguments are those of `DecodeGraphs`."""
+    """Starts steps; see `Backend.prepare_steps`.
 
-    def __init__(self, model: Model, cache: Sequence[Pages], dtype: torch.dtype, rows: int, pages: int) -> None:
-        self._device = device = model.norm.device
-        self._graphs, self._seats = DecodeGraphs(model, cache, dtype, rows, pages), Seats(rows)
-        self._page = cache[0][0].shape[2]
+    Args:
+        graphs: Not yet captured.
+        tell: Sends what the other ranks must run as well.
+    """
+
+    def __init__(self, graphs: DecodeGraphs, tell: Tell | None = None) -> None:
+        rows, space = graphs.rows, graphs.space
+        assert space is not None
+        self._device = device = graphs.inputs.device
+        self._graphs, self._space, self._seats, self._page = graphs, space, Seats(rows), graphs.page
+        self._tell = tell
+        self._untold: dict[int, NDArray[np.int32]] = {}  # page tables of rows, since the last decode step
         pinned = device.type == "cuda"  # or, in tests, the kernels are interpreted on the CPU
-        self._stream: torch.cuda.Stream | None = None
-        if pinned:
-            torch.cuda.synchronize(device)  # the weights are there
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            with torch.inference_mode(), torch.cuda.stream(self._stream):
-                self._graphs.capture()
+        self._stream = captured(graphs)
         # Two of each: those of the step before are in use while a step is prepared.
         self._inputs = [torch.zeros(4, rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._results = [torch.zeros(2, rows, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
@@ -104,7 +110,7 @@ class CudaSteps:
         if event is not None:
             event.synchronize()  # the step before last
         seated = [chunk for chunk in batch if _sequence(chunk) is not None]
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             seats, fresh = self._seats.take(seated)
             seat_of = dict(zip(map(id, seated), seats, strict=True))
             self._set([(seated[i], seats[i]) for i in fresh])
@@ -117,14 +123,14 @@ class CudaSteps:
                 logits.update(zip(map(id, others), parts, strict=True))
                 ended = [(chunk, seat_of[id(chunk)], logits[id(chunk)]) for chunk in others if id(chunk) in seat_of]
                 self._sample([(c, seat, part) for c, seat, part in ended if seat.on_card])
-            results.copy_(self._graphs.space.results, non_blocking=True)
+            results.copy_(self._space.results, non_blocking=True)
             if event is not None:
                 event.record()
 
         def outputs() -> list[StepOutput]:
             if event is not None:
                 event.synchronize()
-            with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 return [_output(chunk, seat_of.get(id(chunk)), logits[id(chunk)], results) for chunk in batch]
 
         waits = any(_needs_logits(chunk, seat_of.get(id(chunk))) for chunk in batch)
@@ -133,11 +139,15 @@ class CudaSteps:
     def _decode(self, decodes: Sequence[tuple[Chunk, Seat]]) -> Tensor:
         rows = 1 + max(seat.row for _, seat in decodes)
         inputs = self._inputs[self._turn].numpy()
-        inputs[:, : self._graphs.size(rows)] = [[0], [-1], [-1], [-1]]
+        inputs[:, : self._graphs.size(rows)] = NO_INPUTS
         for chunk, seat in decodes:
             page, place = divmod(chunk.start, self._page)
             slot, sampled_at = chunk.pages[page] * self._page + place, -1 if chunk.again else chunk.start
             inputs[:, seat.row] = chunk.ids[0], chunk.start, slot, sampled_at
+        if self._tell is not None:
+            told = torch.tensor(list(self._untold)), torch.from_numpy(np.array([*self._untold.values()], np.int32))
+            self._tell(NextTokens(torch.from_numpy(inputs[:, :rows]), *told))
+            self._untold = {}
         self._graphs.inputs.copy_(self._inputs[self._turn], non_blocking=True)
         return self._graphs.run(rows)
 
@@ -147,13 +157,13 @@ class CudaSteps:
             rows = torch.cat([logits[-1:] for _, _, logits in ended])
             places = self._to_card([seat.row for _, seat, _ in ended], torch.int32)
             positions = self._to_card([chunk.start + len(chunk.ids) - 1 for chunk, _, _ in ended], torch.int64)
-            launch.sample(rows, places, positions, self._graphs.space)
+            launch.sample(rows, places, positions, self._space)
 
     def _set(self, fresh: Sequence[tuple[Chunk, Seat]]) -> None:
         """Page tables and sampling parameters of sequences that are new in their rows."""
         if not fresh:
             return
-        space, tables = self._graphs.space, self._graphs.tables
+        space, tables = self._space, self._graphs.tables
         pages = np.zeros((len(fresh), tables.shape[1]), np.int32)
         floats = np.zeros((len(fresh), space.floats.shape[1]), np.float32)
         ints = np.zeros((len(fresh), space.ints.shape[1]), np.int32)
@@ -164,6 +174,8 @@ class CudaSteps:
                 floats[index, : len(own)], ints[index, : len(whole)] = own, whole
                 if penalized:
                     space.counts[seat.row] = self._to_card(counts(sampling, space.vocab), torch.int16)
+        if self._tell is not None:
+            self._untold.update({seat.row: table for (_, seat), table in zip(fresh, pages, strict=True)})
         rows = self._to_card([seat.row for _, seat in fresh], torch.int64)
         tables.index_copy_(0, rows, self._to_card(pages, torch.int32))
         space.floats.index_copy_(0, rows, self._to_card(floats, torch.float32))
@@ -171,6 +183,39 @@ class CudaSteps:
 
     def _to_card(self, values: object, kind: torch.dtype) -> Tensor:
         return torch.as_tensor(values, dtype=kind).to(self._device, non_blocking=True)
+
+
+def captured(graphs: DecodeGraphs) -> torch.cuda.Stream | None:
+    """Capture the graphs on a stream of their own; None where the kernels are interpreted on the CPU."""
+    device = graphs.inputs.device
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)  # the weights are there
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        graphs.capture()
+    return stream
+
+
+def follow(graphs: DecodeGraphs) -> Follow:
+    """A function that runs the steps of another rank's `CudaSteps` with this one's graphs, not yet captured.
+
+    Whatever else this thread runs from now on is in the same stream.
+    """
+    if (stream := captured(graphs)) is not None:
+        torch.cuda.set_stream(stream)
+
+    @torch.inference_mode()
+    def run(step: NextTokens) -> None:
+        device, rows = graphs.inputs.device, step.inputs.shape[1]
+        if len(step.rows):
+            graphs.tables.index_copy_(0, step.rows.to(device), step.tables.to(device))
+        inputs = NO_INPUTS.repeat(1, graphs.size(rows))
+        inputs[:, :rows] = step.inputs
+        graphs.inputs[:, : inputs.shape[1]].copy_(inputs)
+        graphs.run(rows)
+
+    return run
 
 
 def _sequence(chunk: Chunk) -> Sampling | None:
