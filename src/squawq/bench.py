@@ -12,8 +12,8 @@ import numpy as np
 
 from squawq.backends import backend_for
 from squawq.engine.config import EngineConfig
-from squawq.engine.engine import Engine
 from squawq.engine.loaded_model import LoadedModel
+from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import FinishReason, Output, Request, SamplingParams
 from squawq.errors import ConfigError, GenerationError
 from squawq.format.reader import Checkpoint
@@ -85,7 +85,7 @@ def bench(
     }
 
 
-def _run(engine: Engine, prompts: Sequence[list[int]], new_tokens: int) -> tuple[float, list[list[float]]]:
+def _run(engine: InferenceEngine, prompts: Sequence[list[int]], new_tokens: int) -> tuple[float, list[list[float]]]:
     """Start time, and for each prompt the times of its tokens."""
     times: list[list[float]] = [[] for _ in prompts]
     left = len(prompts)

@@ -249,7 +249,7 @@ def test_errors_in_streams(monkeypatch: pytest.MonkeyPatch) -> None:
         next(chat)
         stream = client.text_generation(PROMPT, max_new_tokens=4000, do_sample=True, stream=True)
         next(stream)
-        monkeypatch.setattr(server.served.model.engine._runner, "start", fail)
+        monkeypatch.setattr(server.served.model._runner, "start", fail)
         for failed in (stream, chat):
             with pytest.raises(GenerationError, match=r"Request failed during generation: .*no more memory"):
                 list(failed)

@@ -169,7 +169,7 @@ def test_an_error_in_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     with running() as server, client_of(server) as client:
         stream = client.completions.create(**LONG)
         next(iter(stream))
-        monkeypatch.setattr(server.served.model.engine._runner, "start", fail)
+        monkeypatch.setattr(server.served.model._runner, "start", fail)
         with pytest.raises(openai.APIError, match=r"Request failed during generation: .*no more memory"):
             list(stream)
         assert server.idle()

@@ -137,7 +137,7 @@ class Loop:
     def _fail(self, planned: list[tuple[Sequence, int]], error: BaseException) -> None:
         for sequence, _ in planned:
             if not sequence.ended:
-                self._end(self._owners[sequence][0], FinishReason.ERROR, _message(error))
+                self._end(self._owners[sequence][0], FinishReason.ERROR, short_message(error))
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         request, state = self._owners[sequence]
@@ -157,7 +157,7 @@ class Loop:
                 return
             output = state.step(result.token, result.logprob)
         except BaseException as error:
-            self._end(request, FinishReason.ERROR, _message(error))
+            self._end(request, FinishReason.ERROR, short_message(error))
             return
         self.tokens_generated += 1
         self._deliver(request, state, output)
@@ -261,7 +261,7 @@ class Engine(InferenceEngine):
     def generate(self, requests: abc.Sequence[Request]) -> Iterator[Output]:
         for request in requests:
             self.check(request)
-        return self._generate(deque(requests))
+        return outputs_of(self, requests)
 
     def draw_seed(self) -> int:
         return self._seeds.getrandbits(63)
@@ -307,30 +307,6 @@ class Engine(InferenceEngine):
         if threading.current_thread() is not self._worker:
             self._worker.join()
 
-    def _generate(self, pending: deque[Request]) -> Iterator[Output]:
-        outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
-        open_sequences: dict[str, int] = {}  # unfinished ones of each request id
-        try:
-            while pending or open_sequences:
-                while pending:
-                    try:
-                        self.submit(pending[0], outputs.put, wait=not open_sequences)
-                    except QueueFull:
-                        if not open_sequences:  # other callers hold all grammars: no output of ours frees one
-                            raise
-                        break
-                    request = pending.popleft()
-                    open_sequences[request.id] = request.params.n
-                output = outputs.get()
-                if output.finish:
-                    open_sequences[output.request] -= 1
-                    if not open_sequences[output.request]:
-                        del open_sequences[output.request]
-                yield output
-        finally:
-            for request_id in open_sequences:
-                self.abort(request_id)
-
     def _grammars(self) -> GrammarCompiler:
         with self._changed:
             if self._compiler is None:
@@ -362,7 +338,7 @@ class Engine(InferenceEngine):
                 self._loop.step()
                 self._call_on_step()
         except RankError as error:
-            reason, why = FinishReason.ERROR, _message(error)
+            reason, why = FinishReason.ERROR, short_message(error)
         except BaseException as error:  # a bug: end all requests, so that no caller waits forever
             reason, why = FinishReason.ERROR, f"the engine failed: {error!r}"[:500]
         with self._changed:
@@ -388,9 +364,37 @@ class Engine(InferenceEngine):
         return not stop
 
 
+def outputs_of(engine: InferenceEngine, requests: abc.Iterable[Request]) -> Iterator[Output]:
+    """`InferenceEngine.generate` for requests that were checked."""
+    pending = deque(requests)
+    outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
+    open_sequences: dict[str, int] = {}  # unfinished ones of each request id
+    try:
+        while pending or open_sequences:
+            while pending:
+                try:
+                    engine.submit(pending[0], outputs.put, wait=not open_sequences)
+                except QueueFull:
+                    if not open_sequences:  # other callers hold all grammars: no output of ours frees one
+                        raise
+                    break
+                request = pending.popleft()
+                open_sequences[request.id] = request.params.n
+            output = outputs.get()
+            if output.finish:
+                open_sequences[output.request] -= 1
+                if not open_sequences[output.request]:
+                    del open_sequences[output.request]
+            yield output
+    finally:
+        for request_id in open_sequences:
+            engine.abort(request_id)
+
+
 def _discard(_: Output) -> None:
     pass
 
 
-def _message(error: BaseException) -> str:
+def short_message(error: BaseException) -> str:
+    """An error in one line."""
     return (" ".join(str(error).split()) or type(error).__name__)[:MAX_MESSAGE]

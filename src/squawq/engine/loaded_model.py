@@ -6,14 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from squawq.backends.devices import check_device
+from squawq.config import ModelConfig
 from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Engine
 from squawq.engine.generation_config import GenerationConfig
+from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import SamplingParams
 from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError
 from squawq.format.files import has_file, read_text
+from squawq.format.reader import read_config
 from squawq.hub.download import resolve, resolve_small
+from squawq.nn.cache import Cache
 from squawq.text.template_process import TIMEOUT_S, TemplateProcess
 from squawq.text.tokenizer import Tokenizer
 
@@ -30,7 +34,6 @@ class LoadedModel:
 
     Attributes:
         chat_template, tool_template: jinja sources, the second for chats with tools; None where there is none.
-        cache_bytes: Memory of the full KV cache.
 
     Raises:
         SquawqError: The model cannot be run.
@@ -54,20 +57,35 @@ class LoadedModel:
         template = None if chat_template is None else read_text(chat_template.resolve())
         with ThreadPoolExecutor(1) as pool:  # testing a large tokenizer takes seconds: meanwhile the weights are read
             pending = pool.submit(Tokenizer, source) if text else None
-            self._runner = runner = load_runner(self.folder, config)
+            self._runner = runner = load_runner(self.folder, config) if config.engine == "squawq" else None
+            self.config = runner.config if runner is not None else ModelConfig.from_dict(read_config(self.folder))
             try:
                 self._tokenizer = pending.result() if pending else None
-                self.config, self.cache_bytes = runner.config, runner.cache_bytes
                 own = self._tokenizer if template is None else None
                 self.chat_template = own.chat_template if own else template
                 self.tool_template = own.tool_template if own else None
                 self._generation_config = self._read_generation_config(generation_config)
                 self._defaults = generation_config != "vllm"
                 self.eos_ids = self._generation_config.eos_ids
-                self.engine = Engine(runner, self._tokenizer, config, eos_ids=self.eos_ids)
+                self.engine = self._engine(config)
             except BaseException:
-                runner.close()
+                if runner is not None:
+                    runner.close()
                 raise
+
+    def _engine(self, config: EngineConfig) -> InferenceEngine:
+        if self._runner is not None:
+            return Engine(self._runner, self._tokenizer, config, eos_ids=self.eos_ids)
+        from squawq.engine.vllm import VllmEngine
+
+        return VllmEngine(self.folder, config, self.config, self._tokenizer, eos_ids=self.eos_ids)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the full KV cache; of another engine's as if it were in 16 bits."""
+        if self._runner is not None:
+            return self._runner.cache_bytes
+        return self.engine.cache_tokens * Cache.token_bytes(self.config)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -90,7 +108,8 @@ class LoadedModel:
     def close(self) -> None:
         """Abort all requests and end the engine's thread and all processes. Idempotent."""
         self.engine.close()
-        self._runner.close()
+        if self._runner is not None:
+            self._runner.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import json
@@ -84,6 +85,14 @@ def listed(text: str) -> tuple[str, ...]:
         return tuple(map(str, json.loads(text))) if text.startswith("[") else (text,)
     except ValueError:
         raise ConfigError('it must be a text or a JSON list such as ["https://a.example"]') from None
+
+
+def arguments(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    raise ConfigError('it must be a JSON object such as {"enforce_eager": true}')
 
 
 @dataclass(frozen=True)

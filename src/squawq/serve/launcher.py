@@ -17,7 +17,20 @@ import typer
 import yaml
 
 from squawq.errors import ConfigError
-from squawq.serve.flags import Choice, Flag, FlagTable, FromFile, Only, among, listed, parse, share, tokens, whole
+from squawq.serve.flags import (
+    Choice,
+    Flag,
+    FlagTable,
+    FromFile,
+    Only,
+    among,
+    arguments,
+    listed,
+    parse,
+    share,
+    tokens,
+    whole,
+)
 from squawq.serve.settings import DIALECTS, LOG_FORMATS, LOG_LEVELS, TOOL_PARSERS, ServerSettings
 
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16"}
@@ -85,11 +98,9 @@ ACCEPTED = [
     *(Flag(key, why, switch="no", noted=True) for why, keys in PAIRS.items() for key in keys),
     *(Flag(key, why, noted=True, names=NAMES.get(key, ())) for why, keys in VALUES.items() for key in keys),
     Flag("guided_decoding_backend", "llguidance keeps to grammars", read=among(BACKENDS), noted=True),
-    Flag("distributed_executor_backend", "there is one process", read=among(("mp", "uni")), noted=True),
     *(Flag(key, why, read=among(values)) for key, (values, why) in ALWAYS.items()),
     Flag("api_server_count", "there is one process", read=ONE, names=("-asc",)),
     Flag("decode_context_parallel_size", "there is one process", read=ONE, names=("-dcp",)),
-    Flag("nnodes", "there is one process", read=ONE),
 ]
 TABLE: dict[str, list[Flag]] = {
     "Model": [
@@ -133,9 +144,32 @@ TABLE: dict[str, list[Flag]] = {
         Flag("max_num_seqs", "Sequences under way together; 64 on a CPU, 256 on CUDA"),
         Flag("max_num_batched_tokens", "Tokens of a step; 512 on a CPU, 2048 on CUDA", read=tokens),
         Flag("enable_prefix_caching", "Reuse the cache of equal beginnings; on", "prefix_caching", switch="no"),
-        Flag("tensor_parallel_size", "Processes that share the model, on a CPU; each has --threads", names=("-tp",)),
-        Flag("pipeline_parallel_size", "1 for now", read=ONE, names=("-pp",)),
+        Flag(
+            "tensor_parallel_size",
+            "Processes that share the model, each with a GPU, or on a CPU with --threads",
+            names=("-tp",),
+        ),
         Flag("data_parallel_size", "1 for now", read=ONE, names=("-dp",)),
+    ],
+    "vLLM as the engine": [
+        Flag("engine", "Which engine runs the model; vllm must be installed", read=among(("squawq", "vllm"))),
+        Flag("pipeline_parallel_size", "Groups of processes that have some layers each", names=("-pp",)),
+        Flag(
+            "distributed_executor_backend",
+            "How vLLM starts its processes; our engine has its own",
+            read=among(("mp", "ray", "uni")),
+        ),
+        Flag("nnodes", "Hosts that share the model", names=("-n",)),
+        Flag("node_rank", "Which of them this is", read=whole(0), names=("-r",)),
+        Flag("master_addr", "The address of host 0"),
+        Flag("master_port", "Its port"),
+        Flag("headless", "Only run a part of the model, on a host that is not host 0", switch=True),
+        Flag(
+            "engine_args",
+            'Other arguments of vLLM\'s AsyncEngineArgs, as JSON: {"enforce_eager": true}',
+            read=arguments,
+            metavar="JSON",
+        ),
     ],
     "Network": [
         Flag("host", "The address to listen on; 0.0.0.0 for all; or HOST", variables=("HOST",)),

@@ -33,7 +33,7 @@ class Served:
         self.settings = settings
         self.model = model = LoadedModel(
             settings.model,
-            settings if settings.device != "cpu" else replace(settings, dtype="auto"),  # the log says so
+            replace(settings, dtype="auto") if self._float32 else settings,  # the log says so
             revision=settings.revision,
             tokenizer=settings.tokenizer,
             chat_template=settings.chat_template,
@@ -78,7 +78,11 @@ class Served:
         return self.names[0]
 
     def device_info(self) -> dict[str, Any]:
-        facts = {"device": self.settings.device, **backend_for(self.settings.device).describe()}
+        facts: dict[str, Any] = {"device": self.settings.device}
+        if self.settings.engine == "squawq":
+            facts |= backend_for(self.settings.device).describe()
+        else:
+            facts["engine"] = self.settings.engine
         cache = round(self.model.cache_bytes / 2**20, 1)
         return {**facts, "cache_tokens": self.engine.cache_tokens, "cache_mib": cache}
 
@@ -200,6 +204,11 @@ class Served:
             )
         return wanted
 
+    @property
+    def _float32(self) -> bool:
+        """Whether activations are float32 whatever `dtype` is."""
+        return self.settings.device == "cpu" and self.settings.engine == "squawq"
+
     def _check_weights(self) -> None:
         """Raise ConfigError if --quantization, or on a CPU --dtype, do not fit the weights, which are run as stored."""
         if self.settings.quantization is not None and self.config.quant is None:
@@ -208,7 +217,7 @@ class Served:
             )
         stored = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float16"
         quantized = self.config.quant is not None  # there vLLM and TGI mean the activations: float32 on a CPU
-        if self.settings.device == "cpu" and self.settings.dtype not in ("auto", stored) and not quantized:
+        if self._float32 and self.settings.dtype not in ("auto", stored) and not quantized:
             raise ConfigError(f"dtype is {self.settings.dtype!r}; the weights are run as stored: auto or {stored}")
 
 

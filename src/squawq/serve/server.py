@@ -28,6 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from squawq import __version__
 from squawq.errors import ConfigError
+from squawq.hub.download import resolve
 from squawq.progress import console
 from squawq.serve import logs
 from squawq.serve.app import Api
@@ -157,12 +158,18 @@ def run(settings: ServerSettings, notes: Mapping[str, Any] | None = None, enviro
 
     notes: flags without effect, and why, for the log. environment: log versions and the machine.
     """
+    if settings.headless:
+        from squawq.engine.vllm import run_node
+
+        run_node(resolve(settings.model, revision=settings.revision), settings)
+        return 0
     writer = logs.setup(settings.log_format, settings.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     notes = dict(notes or {})
-    if settings.gpu_memory_utilization is not None and settings.device == "cpu":
+    ours = settings.engine == "squawq"
+    if settings.gpu_memory_utilization is not None and settings.device == "cpu" and ours:
         notes["gpu_memory_utilization"] = "on a CPU the number of tokens bounds the cache (--kv-tokens)"
-    if settings.dtype != "auto" and settings.device == "cpu":
+    if settings.dtype != "auto" and settings.device == "cpu" and ours:
         notes["dtype"] = "on a CPU activations are float32"
     served, sockets = None, None
     try:

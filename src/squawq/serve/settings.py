@@ -40,11 +40,11 @@ class ServerSettings(EngineConfig):
     strict_model_name: bool = False
     strict_fields: bool = False
 
+    headless: bool = False
     revision: str | None = None
     tokenizer: str | None = None
     generation_config: str = "auto"
     quantization: str | None = None
-    max_model_len: OptionalCount = None
     max_input_tokens: OptionalCount = None
     chat_template: Path | None = None
     tool_call_parser: str = "auto"
@@ -114,6 +114,8 @@ class ServerSettings(EngineConfig):
                 f"max_connections is {self.max_connections}, but up to {self.most_under_way} requests may be under way "
                 "or waiting; raise it above that, or lower max_queued (--max-num-queued-reqs) or max_num_seqs"
             )
+        if self.headless and (self.engine != "vllm" or self.node_rank == 0):
+            raise ConfigError("headless is for hosts of the engine vllm whose node_rank is above 0; leave it out")
         if "" in self.api_keys:
             raise ConfigError("an API key is empty; give a key or leave the flag out")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
