@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -152,6 +153,18 @@ def in_a_container(words: list[str]) -> list[str]:
     return ["squawq", "serve", *words[image + 1 :]]
 
 
+def is_value(file: Path, path: str) -> bool:
+    """Whether a chart has this value: a.b; what is below an empty value is Kubernetes' own."""
+    found = yaml.safe_load(file.read_text())
+    for key in path.split("."):
+        if found == {}:
+            return True
+        if key not in found:
+            return False
+        found = found[key]
+    return True
+
+
 @pytest.mark.parametrize("index", range(len(SHELL)), ids=[f"{name}-{i}" for i, (name, _) in enumerate(SHELL)])
 def test_commands_and_their_options_exist(index: int) -> None:
     code = SHELL[index][1].replace("\\\n", " ")
@@ -170,6 +183,9 @@ def test_commands_and_their_options_exist(index: int) -> None:
                 assert option in shown.output, line
         elif words[:1] == ["make"]:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+        elif words[:1] == ["helm"]:
+            for before, word in pairwise(words):
+                assert before != "--set" or is_value(ROOT / words[3] / "values.yaml", word.partition("=")[0]), line
         else:
             assert words[0] in ("pip", "curl", "pytest"), line
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,22 @@ import programs
 import pytest
 import torch
 from conftest import MakeModel, tiny_config
+from safetensors.torch import save_file
 
+from squawq.backends.cuda.backend import CudaBackend
 from squawq.commands.inspect import inspect as inspect_command
 from squawq.demo import demo_model
+from squawq.engine.capacity import shared_kv_tokens
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.reader import Checkpoint
 from squawq.inspection import expected, inspect, missing
+from squawq.nn.cache import Cache
+from squawq.nn.loader import OpenModel
+from squawq.nn.shard import Shard
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
+CPU = torch.device("cpu")
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -34,9 +42,18 @@ LLAMA_70B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+QWEN_72B = {**LLAMA_70B, "model_type": "qwen2", "intermediate_size": 29568, "vocab_size": 152064} | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "max_position_embeddings": 32768,
+}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 LLAMA_8B = {**LLAMA_70B, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32} | {
     "num_attention_heads": 32
 }
+QWEN_32B = {**QWEN_72B, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64} | {
+    "num_attention_heads": 40
+}
+MODELS = {"Llama 3.1 8B": LLAMA_8B, "Qwen2.5 32B": QWEN_32B, "Llama 3.1 70B": LLAMA_70B, "Qwen2.5 72B": QWEN_72B}
 
 
 def write(folder: Path, config: dict[str, Any]) -> Path:
@@ -235,6 +252,94 @@ def test_the_gpus_of_this_machine(
     assert "NVIDIA A100: 75.2 GB (70.0 GiB) of 85.9 GB (80.0 GiB) are free" in capsys.readouterr().out
 
 
+def fewest(found: dict[str, Any], form: str = "int4") -> int | None:
+    return next((row["size"] for row in found["devices"][form] if row["fits"]), None)
+
+
+def test_llama_70b_on_gpus_by_hand(tmp_path: Path) -> None:
+    found = inspect(write(tmp_path, LLAMA_70B), context=8192, batch=4, device_memory=24 * 2**30)
+    devices = found["devices"]
+    assert set(devices) == {"memory", "share", "fp16", "int4"}
+    linears = 80 * (8192 * (8192 + 1024 + 1024 + 8192) + 3 * 8192 * 28672)
+    table = 2 * 128256 * 8192
+    for row in devices["int4"]:
+        if row["size"] <= 8:  # more GPUs than key-value heads have some heads twice
+            whole = linears // 2 + linears // 128 * 4 + 2 * table
+            assert row["weights"] * row["size"] == whole
+        each = 80 * 2 * max(1, 8 // row["size"]) * 128 * 2
+        left = int(0.9 * devices["memory"]) - row["weights"] - row["steps"]
+        assert row["room"] == max(0, left)
+        assert row["tokens"] == row["room"] // each // 16 * 16
+        assert row["fits"] == (row["tokens"] >= 4 * 8192)
+        assert 2**30 < row["steps"] < 4 * 2**30
+    assert fewest(found) == 4
+    assert fewest(found, "fp16") == 8
+    assert [row["weights"] for row in devices["fp16"]][:2] == [2 * linears + 2 * table, linears + table]
+
+
+def test_qwen_72b_on_gpus(tmp_path: Path) -> None:
+    """Its 231 groups of 128 inner features are not the same number on each of two GPUs: the larger part counts."""
+    config = write(tmp_path, {**QWEN_72B, "quantization_config": AWQ})
+    rows = inspect(config, device_memory=48 * 10**9)["devices"]
+    assert set(rows) == {"memory", "share", "int4"}
+    one, two = rows["int4"][:2]
+    assert [row["size"] for row in rows["int4"]] == [1, 2, 4, 8, 16, 32, 64]
+    group = 3 * 80 * 8192 * (64 + 4)  # bytes of a group of the MLP's inner features
+    assert 2 * two["weights"] - one["weights"] == group
+    assert [row["fits"] for row in rows["int4"][:2]] == [False, True]
+    for memory, context, batch, size in (
+        (24, 8192, 1, 4),
+        (80, 8192, 1, 1),
+        (80, 32768, 8, 2),
+        (4, 8192, 1, None),
+    ):
+        found = inspect(config, context, batch, memory * 10**9)
+        assert fewest(found) == size, (memory, context, batch)
+
+
+def test_the_docs_table(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
+    _, *cards = re.search(r"^\| model \| (.*) \|$", text, re.MULTILINE)[0].strip("| ").split(" | ")  # type: ignore[index]
+    for name, config in MODELS.items():
+        file, cells = write(tmp_path, config), []
+        for card in cards:
+            devices = inspect(file, 8192, device_memory=int(card.removesuffix(" GB")) * 10**9)["devices"]["int4"]
+            row = next(row for row in devices if row["fits"])
+            cells.append(f"{row['size']}: {row['tokens']:,}")
+        assert f"| {name} | {' | '.join(cells)} |\n" in text
+
+
+def test_a_server_would_say_the_same(awq_demo: Path) -> None:
+    """Of the weights, from the headers, for each size; and a tied embedding counts once."""
+    memory = 10**9
+    for row in inspect(awq_demo, device_memory=memory)["devices"]["int4"]:
+        shards = [Shard(rank, row["size"]) for rank in range(row["size"])]
+        ranks = [OpenModel(Checkpoint(awq_demo), CudaBackend(CPU), "16-bit", shard) for shard in shards]
+        assert row["weights"] == max(rank.weight_bytes() for rank in ranks)
+        backend, each = ranks[0].backend, Cache.token_bytes(ranks[0].config)
+        if row["size"] == 1:
+            assert row["steps"] == backend.working_bytes(ranks[0].config, 256, 2048)
+            free = memory - row["weights"]
+            tokens = shared_kv_tokens(ranks[0].config, each, row["steps"], 0.9, free, memory, 256)
+            assert row["tokens"] == tokens
+
+
+def test_gpus_for_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(demo_model())["devices"] is None
+    assert fewest(inspect(demo_model(), device_memory=2**30)) == 1
+    config = write(tmp_path, tiny_config("gemma3_text"))
+    assert inspect(config, device_memory=2**30)["devices"]["int4"] == []
+    inspect_command(str(config), device_memory="1G")
+    assert "squawq's decoder does not run this model" in capsys.readouterr().out
+    (tmp_path / "x").mkdir()
+    write(tmp_path / "x", tiny_config())
+    save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "x" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"the model has no model\.embed_tokens\.weight"):
+        inspect(tmp_path / "x", device_memory=2**30)
+    with pytest.raises(ConfigError, match="device_memory is 0"):
+        inspect(config, device_memory=0)
+
+
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return programs.run(["-W", "error", "-m", "squawq", "inspect", *arguments])
 
@@ -247,6 +352,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert "memory to run 1 x 4,096 tokens" in table.stdout
     asked = run(config, "--context", "4096", "--batch", "4", "--json")
     assert json.loads(asked.stdout) | {"gpus": []} == inspect(config, 4096, 4) | {"gpus": []}
+    gpus = run(config, "--device-memory", "24g", "--context", "4096", "--json")
+    assert json.loads(gpus.stdout)["devices"] == inspect(config, 4096, 1, 24 * 10**9)["devices"]
+    shown = " ".join(run(config, "--device-memory", "24G").stdout.split())
+    assert "INT4 on GPUs of 25.8 GB (24.0 GiB), of which 90% are used: needs 4 for 1 x 8,192 tokens" in shown
+    assert shown.count("the fewest") == 2  # in 16 bits, too
+    assert "has no room for 1 x 8,192 tokens" in " ".join(run(config, "--device-memory", "1500m").stdout.split())
+    refused = run(config, "--device-memory", "24GB")
+    assert refused.returncode == 2
+    assert "--device-memory is '24GB'; it must be a number of bytes" in refused.stderr
     refused = run(config, "--context", "1000000")
     assert refused.returncode == 2
     assert refused.stderr.strip() == "squawq: error: context is 1000000; the model has 131072 positions"

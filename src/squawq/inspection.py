@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from squawq.backends.base import PAGE
 from squawq.backends.devices import gpus
 from squawq.compatibility import compatible_engines
 from squawq.config import ModelConfig
-from squawq.errors import ConfigError
+from squawq.engine.capacity import GPU_SHARE, gpu_share
+from squawq.errors import CheckpointError, ConfigError
 from squawq.families import expert_of, family_of
 from squawq.format.files import has_file, read_json
 from squawq.format.layouts import LAYOUTS
@@ -28,7 +29,8 @@ from squawq.layerwise.meta_model import MetaModel
 from squawq.layerwise.plan import LayerPlan
 from squawq.layerwise.tensor_names import FUSED, INTEGERS, TensorNames
 from squawq.nn.cache import Cache
-from squawq.nn.shard import sizes, splits_groups
+from squawq.nn.loader import rank_bytes
+from squawq.nn.shard import Shard, sizes, splits_groups
 from squawq.quant_config import QuantConfig
 
 STEP_TOKENS = 512  # that run through the model at once: the engine's chunk of a prompt
@@ -52,20 +54,25 @@ class Stored:
     dtype: str
 
 
-def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> dict[str, Any]:
+def inspect(
+    model: str | Path, context: int | None = None, batch: int = 1, device_memory: int | None = None
+) -> dict[str, Any]:
     """A model's architecture, quantization, sizes and memory.
 
     Args:
         model: A folder, a config.json, or a Hub id, of which only config.json is fetched.
         context: Tokens of a sequence, by default the model's positions up to 8,192.
         batch: Sequences at once.
+        device_memory: Bytes of an NVIDIA GPU, to tell how many of them the model needs.
 
     Returns:
         JSON types; sizes in bytes. `memory` has, for "fp16" and "int4", weights (as stored, or as squawq would store
         them), kv_cache (float16), workspace (activations of a step of 512 tokens, float32) and their total. `tensors`
         says where sizes come from: "headers" or "shapes". `tensor_parallel` has how many processes can share the model
         in squawq ("squawq") and in engines that keep quantization groups whole ("whole_groups"); nothing for a model
-        that squawq's decoder does not run. `gpus` are this machine's: name, total and free memory.
+        that squawq's decoder does not run. `devices` is None without `device_memory`; else it has the memory, the share
+        of it that is used, and a list of `GpuShare`s, one for each number of GPUs, for "int4" and, of a model that is
+        not quantized, "fp16". `gpus` are this machine's: name, total and free memory.
 
     Raises:
         ConfigError: The context is longer than the model's positions.
@@ -74,17 +81,24 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
     config, meta_model, found = _open(model)
     family = meta_model.family
     context = min(DEFAULT_CONTEXT, config.max_positions) if context is None else context
-    for name, value in (("context", context), ("batch", batch)):
+    counts = {"context": context, "batch": batch}
+    for name, value in (counts if device_memory is None else {**counts, "device_memory": device_memory}).items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
     if context > config.max_positions:
         raise ConfigError(f"context is {context}; the model has {config.max_positions} positions")
     tensors = expected(config, config.quant, meta_model) if found is None else found
-    dense, small = (expected(config, quant, meta_model) for quant in (None, config.quant or QuantConfig()))
+    quant = config.quant or QuantConfig()
+    dense, small = (expected(config, each, meta_model) for each in (None, quant))
+    forms = {"int4": tensors} if config.quant else {"fp16": tensors, "int4": small}
     own = _total(tensors)
     weights = {"fp16": _total(dense), "int4": own if config.quant else _total(small)}
     cache = -(-context // PAGE) * PAGE * batch * Cache.token_bytes(config)
     work = _workspace(config, batch)
+    devices: dict[str, Any] | None = None
+    if device_memory is not None:
+        rows = {form: _gpu_shares(config, quant, held, device_memory, context, batch) for form, held in forms.items()}
+        devices = {"memory": device_memory, "share": GPU_SHARE, **rows}
     return {
         "model": str(model),
         "architecture": _architecture(config),
@@ -115,8 +129,29 @@ def inspect(model: str | Path, context: int | None = None, batch: int = 1) -> di
                 for form, size in weights.items()
             },
         },
+        "devices": devices,
         "gpus": gpus(),
     }
+
+
+def _gpu_shares(
+    config: ModelConfig, quant: QuantConfig, tensors: Mapping[str, Stored], memory: int, context: int, batch: int
+) -> list[dict[str, Any]]:
+    """A `GpuShare` for each number of GPUs; none of a model that squawq's decoder does not run."""
+    family = family_of(config.model_type)
+    if not family.decoder:
+        return []
+    embedding = tensors.get(f"{family.embedding}.weight")
+    if embedding is None:
+        raise CheckpointError(f"the model has no {family.embedding}.weight")
+
+    def group_of(linear: str, in_: int) -> int | None:
+        return quant.group_of(in_) if f"{linear}.qweight" in tensors else None
+
+    def weights(shard: Shard) -> int:
+        return rank_bytes(config, shard, "16-bit", group_of, embedding.nbytes, embedding.dtype == "float16")
+
+    return [asdict(gpu_share(config, size, memory, weights, context, batch)) for size in sizes(config)]
 
 
 def _shares(config: ModelConfig) -> dict[str, list[int]]:

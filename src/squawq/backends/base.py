@@ -219,9 +219,17 @@ class Backend(ABC):
     def page_shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of one page's keys and values; each has kv_heads * head_dim * page_size elements."""
 
-    def working_bytes(self, config: ModelConfig, rows: int, tokens: int) -> int:  # noqa: ARG002
-        """About what steps take beside weights and KV cache: decode steps of so many rows, others of so many tokens."""
+    @classmethod
+    def step_bytes(cls, config: ModelConfig, rows: int, tokens: int, ranks: int = 1) -> int:  # noqa: ARG003
+        """About what steps take beside weights and KV cache: decode steps of so many rows, others of so many tokens.
+
+        config: Of the whole model, or of one rank's part. It needs no such device.
+        """
         return 0
+
+    def working_bytes(self, config: ModelConfig, rows: int, tokens: int) -> int:
+        """`step_bytes` with this backend's ranks."""
+        return self.step_bytes(config, rows, tokens, 1 if self.group is None else self.group.size)
 
     # Operations.
     @abstractmethod

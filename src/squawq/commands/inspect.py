@@ -16,6 +16,13 @@ def inspect(
         int | None, typer.Option(help="Sequence length; default: 8192, or the model's positions")
     ] = None,
     batch: Annotated[int, typer.Option(help="Batch size")] = 1,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="How many NVIDIA GPUs with this memory the model needs: 24G (24 * 2^30), or 24g (24 * 10^9)",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of the tables")] = False,
 ) -> None:
     """See what a model is without loading it: architecture, quantization, sizes, and the memory to run it.
@@ -24,10 +31,11 @@ def inspect(
     Examples:
       squawq inspect OUT
       squawq inspect Llama-3.1-70B/config.json --context 32768 --batch 4 --json
+      squawq inspect Llama-3.1-70B/config.json --device-memory 24G
     """
     from squawq.inspection import inspect as run
 
-    found = run(model, context, batch)
+    found = run(model, context, batch, None if device_memory is None else _bytes(device_memory))
     with results():
         if as_json:
             print(json.dumps(found))
@@ -35,13 +43,25 @@ def inspect(
             _print(found)
 
 
+def _bytes(text: str) -> int:
+    from squawq.errors import ConfigError
+    from squawq.serve.flags import scaled
+
+    if (count := scaled(text)) < 1:
+        raise ConfigError(f"--device-memory is {text!r}; it must be a number of bytes, such as 24G or 24g")
+    return count
+
+
 def _print(found: dict[str, Any]) -> None:
     from squawq.compatibility import ENGINES
     from squawq.progress import output
 
     console = output()
-    for table in (_model(found), _sizes(found), _memory(found)):
+    forms = [form for form in ("fp16", "int4") if found["devices"] is not None and found["devices"].get(form)]
+    for table in (_model(found), _sizes(found), _memory(found), *(_devices(found, form) for form in forms)):
         console.print(table, soft_wrap=False)
+    if found["devices"] is not None and not forms:
+        console.print("squawq's decoder does not run this model, on GPUs or elsewhere")
     for gpu in found["gpus"]:
         console.print(f"{gpu['name']}: {size(gpu['free'])} of {size(gpu['total'])} are free")
     if found["kept_in_16_bits"]:
@@ -112,6 +132,22 @@ def _memory(found: dict[str, Any]) -> Any:
         table.add_row(label, size(memory["fp16"][part]), size(memory["int4"][part]))
     table.add_section()
     table.add_row("all", size(memory["fp16"]["total"]), size(memory["int4"]["total"]))
+    return table
+
+
+def _devices(found: dict[str, Any], form: str) -> Any:
+    """A row for each number of GPUs that can share the model."""
+    from squawq.engine.capacity import gib
+
+    devices, memory, label = found["devices"], found["memory"], {"fp16": "16-bit", "int4": "INT4"}[form]
+    rows, wanted = devices[form], f"{memory['batch']} x {memory['context']:,} tokens"
+    fewest = next((row["size"] for row in rows if row["fits"]), None)
+    need = f"needs {fewest} for {wanted}" if fewest else f"has no room for {wanted}"
+    title = f"{label} on GPUs of {size(devices['memory'])}, of which {devices['share']:.0%} are used: {need}"
+    table = _table(title, "GPUs", "weights of each", "steps", "keys and values", "tokens", "")
+    for row in rows:
+        parts = (gib(row[part]) for part in ("weights", "steps", "room"))
+        table.add_row(str(row["size"]), *parts, f"{row['tokens']:,}", "the fewest" if row["size"] == fewest else "")
     return table
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from squawq.backends import backend_class
 from squawq.backends.base import FP8, PAGE
 from squawq.config import ModelConfig
 from squawq.engine.config import EngineConfig
 from squawq.errors import ConfigError
 from squawq.nn.cache import Cache
 from squawq.nn.loader import OpenModel
+from squawq.nn.shard import Shard
 
 CACHE_SHARE = 0.25  # of a CPU's free memory, for keys and values, by default
 GPU_SHARE = 0.9  # of a GPU's memory, for weights, buffers and KV cache together, by default (vLLM's)
@@ -82,6 +86,52 @@ def check_room(model: OpenModel, config: EngineConfig, free: int, total: int) ->
         f"{gib(working)} for steps, {gib(cache)} for a KV cache of {tokens:,} tokens), and {gib(max(0, room))} can be "
         f"used ({gib(free)} of {gib(total)} are free); one of these would fit: {', '.join(remedies)}"
     )
+
+
+@dataclass(frozen=True)
+class GpuShare:
+    """What each of `size` GPUs holds, in bytes.
+
+    Attributes:
+        weights: Of the GPU that has most.
+        steps: Buffers and activations.
+        room: What GPU_SHARE of the memory leaves for keys and values.
+        tokens: In the KV cache, as a server has it by default.
+        fits: A server starts, and there is room for the sequences that were asked for.
+    """
+
+    size: int
+    weights: int
+    steps: int
+    room: int
+    tokens: int
+    fits: bool
+
+
+def gpu_share(
+    whole: ModelConfig, size: int, memory: int, rank_weights: Callable[[Shard], int], context: int, batch: int
+) -> GpuShare:
+    """A model on `size` GPUs, with a server's default settings, before there is any GPU.
+
+    Args:
+        memory: Bytes of a GPU.
+        rank_weights: Bytes of a rank's weights.
+        context, batch: Tokens of a sequence, and sequences at once.
+    """
+    weights, rank = max((rank_weights(Shard(rank, size)), rank) for rank in range(size))
+    config = Shard(rank, size).config(whole)
+    default = EngineConfig(device="cuda")
+    settings = EngineConfig(device="cuda", max_num_seqs=max(default.max_num_seqs, batch))
+    rows, each = settings.max_num_seqs, Cache.token_bytes(config)
+    steps = backend_class("cuda").step_bytes(config, rows, settings.step_tokens, size)
+    room = max(0, int(GPU_SHARE * memory) - weights - steps)
+    try:
+        free = memory - weights
+        tokens = shared_kv_tokens(config, each, steps, GPU_SHARE, free, memory, max(rows, MAX_CONTEXTS))
+    except ConfigError:
+        tokens = 0
+    needed = max(batch * -(-context // PAGE) * PAGE, min(whole.max_positions, ENOUGH_TOKENS))
+    return GpuShare(size, weights, steps, room, tokens, room >= needed * each)
 
 
 def gib(count: int) -> str:

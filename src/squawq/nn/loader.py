@@ -6,7 +6,7 @@ memory (DeviceReader). Nothing stays mapped from the files, which may change whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -234,6 +234,45 @@ def int4_bytes(out: int, in_: int, group: int) -> int:
     return out * (64 * -(-in_ // 128) + 4 * (in_ // group))
 
 
+def rank_bytes(
+    whole: ModelConfig,
+    shard: Shard,
+    head: str,
+    group_of: Callable[[str, int], int | None],
+    embedding: int,
+    same_dtype: bool,
+    itemsize: int = 2,
+) -> int:
+    """Bytes of a rank's weights on a GPU, without norms and biases.
+
+    Args:
+        whole: The whole model's config.
+        head: Format of the output head, one of HEADS.
+        group_of: The quantization group of a linear, by its full name and number of inputs; None: it is not quantized.
+        embedding: Bytes of the whole embedding as stored.
+        same_dtype: It is stored in the activations' dtype, so a tied head needs no copy of it.
+        itemsize: Bytes of an activation.
+    """
+    config, family, tokens = shard.config(whole), family_of(whole.model_type), shard.vocabulary(whole)
+    count = tokens.stop - tokens.start
+
+    def linear(name: str, out: int, in_: int) -> int:
+        group = group_of(name, in_)
+        return out * in_ * itemsize if group is None else int4_bytes(out, in_, group)
+
+    total: int = embedding * count // whole.vocab_size
+    if head == "int4":
+        total += int4_bytes(count, whole.hidden_size, HEAD_GROUP)
+    elif head == "int8":
+        total += count * whole.hidden_size + 4 * count
+    elif not (whole.tied_embeddings and same_dtype):
+        total += linear(family.embedding if whole.tied_embeddings else family.head, count, whole.hidden_size)
+    shapes = linear_shapes(config)
+    for index in range(config.num_layers):
+        total += sum(linear(f"{family.layer(index)}.{name}", *shape) for name, shape in shapes.items())
+    return total
+
+
 @dataclass(frozen=True)
 class OpenModel:
     """A checkpoint that can be run, not yet loaded.
@@ -266,30 +305,14 @@ class OpenModel:
 
         head: Instead of `self.head`.
         """
-        config, family, tokens = self.config, self.family, self.shard.vocabulary(self.checkpoint.config)
-        count = tokens.stop - tokens.start
-        embedding: int = self.checkpoint.info(f"{family.embedding}.weight").nbytes * count // config.vocab_size
-        total = embedding + self._head_bytes(head or self.head, count)
-        for index in range(config.num_layers):
-            for name, (out, in_) in linear_shapes(config).items():
-                total += self._linear_bytes(f"{family.layer(index)}.{name}", out, in_)
-        return total
+        checkpoint, dtype = self.checkpoint, self.backend.activation_dtype
+        embedding = checkpoint.info(f"{self.family.embedding}.weight")
 
-    def _linear_bytes(self, name: str, out: int, in_: int) -> int:
-        if self.checkpoint.is_quantized(name):
-            return int4_bytes(out, in_, self.checkpoint.group_of(in_))
-        return out * in_ * self.backend.activation_dtype.itemsize
+        def group_of(name: str, in_: int) -> int | None:
+            return checkpoint.group_of(in_) if checkpoint.is_quantized(name) else None
 
-    def _head_bytes(self, kind: str, out: int) -> int:
-        name, config = _head_name(self.checkpoint, self.family), self.checkpoint.config
-        in_ = config.hidden_size
-        if kind == "int4":
-            return int4_bytes(out, in_, HEAD_GROUP)
-        if kind == "int8":
-            return out * in_ + 4 * out
-        if config.tied_embeddings and self.checkpoint.info(f"{name}.weight").dtype == self.backend.activation_dtype:
-            return 0
-        return self._linear_bytes(name, out, in_)
+        sizes = embedding.nbytes, embedding.dtype == dtype, dtype.itemsize
+        return rank_bytes(checkpoint.config, self.shard, head or self.head, group_of, *sizes)
 
     def load(self) -> Decoder:
         """Load this process's part. Raises CheckpointError for a folder that cannot be run."""

@@ -49,12 +49,17 @@ def whole(least: int) -> Reader:
     return read
 
 
+def scaled(text: str) -> int:
+    """A number as vLLM writes it: 4096, 4k (4000), 4K (4096), 1.5k (1500); 0 for any other text."""
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9}(?=[kmg]))?)([kmgKMG]?)", text)
+    return int(Decimal(match[1]) * SCALES[match[2]]) if match else 0
+
+
 def tokens(text: str) -> int | None:
-    """A number of tokens as vLLM writes it: 4096, 4k (4000), 4K (4096), 1.5k (1500); None for auto and -1."""
+    """A number of tokens, `scaled`; None for auto and -1."""
     if text in ("auto", "-1"):
         return None
-    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9}(?=[kmg]))?)([kmgKMG]?)", text)
-    count = int(Decimal(match[1]) * SCALES[match[2]]) if match else 0
+    count = scaled(text)
     if count < 1:
         raise ConfigError("it must be a whole number of at least 1, such as 4096, 4K (4096), 4k (4000) or 1.5k (1500)")
     return count

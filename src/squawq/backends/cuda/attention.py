@@ -11,8 +11,6 @@ import triton.language as tl
 
 from squawq.backends.cuda.elementwise import await_inputs
 
-CHUNKS = 32  # most parts of a sequence, in decode
-
 
 @triton.jit
 def _parts(position, window, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WINDOWED: tl.constexpr):

@@ -136,19 +136,20 @@ class CudaBackend(Reference):
         """Keys and values, [kv_heads, 16, head_dim]."""
         return (kv_heads, self.page_size, head_dim), (kv_heads, self.page_size, head_dim)
 
-    def working_bytes(self, config: ModelConfig, rows: int, tokens: int) -> int:
+    @classmethod
+    def step_bytes(cls, config: ModelConfig, rows: int, tokens: int, ranks: int = 1) -> int:
         """Buffers of DecodeGraphs, activations and one dequantized weight for prompts, and OVERHEAD."""
-        from squawq.backends.cuda import attention, launch
+        from squawq.backends.cuda import tiles
 
         query, kv, dim = config.heads
         hidden, inner = config.hidden_size, config.intermediate_size
         linears = ((query + 2 * kv) * dim, hidden), (hidden, query * dim), (2 * inner, hidden), (hidden, inner)
         wide, narrow = max(out for out, _ in linears), max(in_ for _, in_ in linears)
-        sums = max(out * launch.split_count(out, -(-in_ // 64)) for out, in_ in linears)
-        attended = query * attention.CHUNKS * (dim + 2)
-        pages = -(-config.max_positions // self.page_size)
+        sums = max(out * tiles.split_count(out, -(-in_ // 64)) for out, in_ in linears)
+        attended = query * tiles.CHUNKS * (dim + 2)
+        pages = -(-config.max_positions // cls.page_size)
         sampled = 2 * config.vocab_size + config.vocab_size // 2 + config.vocab_size // 32  # logits, and sampling's
-        exchanged = 0 if self.group is None else 3 * self.group.size * hidden + config.vocab_size
+        exchanged = 0 if ranks == 1 else 3 * ranks * hidden + config.vocab_size
         numbers = hidden + 2 * sums + sampled + attended + dim + pages + exchanged  # of 4 bytes
         row = 4 * numbers + 2 * (2 * hidden + narrow + query * dim)
         row += 8 * config.vocab_size  # logits after prompts, and a copy

@@ -17,9 +17,6 @@ from torch import Tensor
 from squawq.backends.cuda import attention, dense, elementwise, exchange, int4, rounding, sampling, tiles
 from squawq.backends.layer_ops import Packed
 
-ENOUGH = 512  # programs that keep a large card busy
-MIN_BLOCKS = 2  # of a split
-
 
 @dataclass
 class DenseWeight(Packed):
@@ -59,14 +56,7 @@ class Sums:
 
 def splits(weight: Weight) -> int:
     """Into how many parts the inputs are cut, so that there are enough programs: by the weight's shape alone."""
-    return split_count(weight.shape[0], _blocks(weight))
-
-
-def split_count(out: int, blocks: int) -> int:
-    wanted = 1
-    while wanted < 16 and triton.cdiv(out, 64) * wanted < ENOUGH and blocks // (2 * wanted) >= MIN_BLOCKS:
-        wanted *= 2
-    return int(triton.cdiv(blocks, triton.cdiv(blocks, wanted)))
+    return tiles.split_count(weight.shape[0], _blocks(weight))
 
 
 def _blocks(weight: Weight) -> int:
@@ -167,7 +157,7 @@ class DecodeSpace:
 
 
 def decode_space(rows: int, heads: tuple[int, int, int], device: torch.device) -> DecodeSpace:
-    shape = (rows, heads[0], attention.CHUNKS)
+    shape = (rows, heads[0], tiles.CHUNKS)
     return DecodeSpace(
         torch.empty(*shape, heads[2], device=device, dtype=torch.float32),
         torch.empty(*shape, 2, device=device, dtype=torch.float32),
@@ -181,16 +171,16 @@ def decode_attention(
     """One query of each sequence. tables int32 [rows, pages]; positions int64 [rows], -1 for a row of padding."""
     (query, kv, dim), (keys, values), rows = heads, pages, queries.shape[0]
     programs = 2 if int4.INTERPRETED else 1024
-    lanes = max(1, min(attention.CHUNKS, programs // (rows * kv)))
+    lanes = max(1, min(tiles.CHUNKS, programs // (rows * kv)))
     block = 64 if dim <= 128 else 32
     width, sharing = triton.next_power_of_2(dim), max(16, triton.next_power_of_2(query // kv))
     attention.decode_kernel[(rows, kv, lanes)](
         queries, keys, values, tables, positions, space.sums, space.stats, math.log2(math.e) / math.sqrt(dim),
-        tables.stride(0), window or 0, query, kv, sharing, dim, width, keys.shape[2], block, attention.CHUNKS,
+        tables.stride(0), window or 0, query, kv, sharing, dim, width, keys.shape[2], block, tiles.CHUNKS,
         window is not None, dependent, num_warps=4, num_stages=2, **pdl(dependent),
     )  # fmt: skip
     attention.combine_kernel[(rows, query)](
-        space.sums, space.stats, positions, out, window or 0, query, dim, width, block, attention.CHUNKS,
+        space.sums, space.stats, positions, out, window or 0, query, dim, width, block, tiles.CHUNKS,
         window is not None, dependent, num_warps=1, **pdl(dependent),
     )  # fmt: skip
 

@@ -1,4 +1,8 @@
-"""Tile sizes of the INT4 products for each kind of card. They change the time, and no bit of the results."""
+"""Tile sizes of the INT4 products for each kind of card, and what is split into how many parts.
+
+Tiles change the time, and no bit of the results. Numbers of parts change the order of sums: they are the same on all
+cards.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+CHUNKS = 32  # most parts of a sequence, in decode attention
+ENOUGH = 512  # programs that keep a large card busy
+MIN_BLOCKS = 2  # of a split
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,14 @@ def tile(rows: int, out: int, device: torch.device) -> Tile:
     table = TABLES.get(_capability(device), DEFAULT)
     tokens = next((tokens for tokens in table if tokens >= rows), max(table))
     return table[tokens][out > WIDE]
+
+
+def split_count(out: int, blocks: int) -> int:
+    """How many parts a product's inputs, blocks of 64, are split into."""
+    wanted = 1
+    while wanted < 16 and -(-out // 64) * wanted < ENOUGH and blocks // (2 * wanted) >= MIN_BLOCKS:
+        wanted *= 2
+    return -(-blocks // -(-blocks // wanted))
 
 
 @cache
