@@ -16,6 +16,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,helm]'
 	$(BIN)/python -m pytest -n auto --durations 20
 
 # The kernels under sanitizers; needs cmake and g++, and some minutes.

@@ -110,7 +110,7 @@ def tokens_input(ids: list[int], *, cache_salt: str | None = None) -> dict[str, 
 @contextmanager
 def installed() -> Iterator[type[AsyncLLM]]:
     """While open, `import vllm` finds this."""
-    modules = {
+    modules: dict[str, dict[str, Any]] = {
         "vllm": {"AsyncEngineArgs": AsyncEngineArgs, "SamplingParams": SamplingParams},
         "vllm.sampling_params": {
             "RequestOutputKind": RequestOutputKind,
