@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +109,29 @@ async def run(job: dict[str, Any]) -> dict[str, Any]:
     found = await asyncio.gather(*(send(job["port"], job["path"], body, start) for body in job["bodies"]))
     first, last, events = zip(*found, strict=True)
     return {"seconds": max(last), "first": first, "events": sum(events)}
+
+
+class Client:
+    """This program in a process of its own, beside a server on this port."""
+
+    def __init__(self, port: int) -> None:
+        command = [sys.executable, __file__]
+        self._port = port
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, bodies: Sequence[Any]) -> dict[str, Any]:
+        """The answer for these requests, to /v1/completions."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        job = {"port": self._port, "path": "/v1/completions", "bodies": bodies}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        found: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate(timeout=10)
 
 
 def main() -> None:

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from common import print_table
 from engine import serve
+from http_client import Client
 from llamacpp import run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -49,29 +47,6 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-
-
-class Client:
-    """The client process."""
-
-    def __init__(self, port: int) -> None:
-        command = [sys.executable, str(Path(__file__).parent / "http_client.py")]
-        self._port = port
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, bodies: Sequence[Any]) -> dict[str, Any]:
-        """http_client.py's answer for these requests."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        job = {"port": self._port, "path": "/v1/completions", "bodies": bodies}
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        found: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate(timeout=10)
 
 
 def bare(served: Served, prompts: Sequence[list[int]], new_tokens: int) -> tuple[float, float]:

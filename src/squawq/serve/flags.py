@@ -191,7 +191,7 @@ class Flag:
 
     @property
     def setting(self) -> str:
-        return self.to or (self.key if self.key in SETTINGS else "")
+        return "" if self.noted else self.to or (self.key if self.key in SETTINGS else "")
 
     @property
     def kind(self) -> str:
