@@ -1,6 +1,6 @@
 """Tensor parallelism over GPUs of one host: the sums and gathers of prompts, by NCCL (`peers.py`: of decode steps).
 
-NVLink multicast (NVLS) stays off, in NCCL and in torch's symmetric memory: its sums have no fixed order.
+NVLink multicast (NVLS) stays off: its sums have no fixed order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ C10D: Any = torch.distributed  # its stubs lack most of what this module uses
 TIMEOUT = timedelta(seconds=60)  # for all ranks to arrive where they exchange addresses
 QUIET = {
     "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else a rank that has ended takes the whole process with it
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
 }

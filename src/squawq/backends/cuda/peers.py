@@ -111,9 +111,8 @@ class PeerExchange:
     """
 
     def __init__(self, group: CudaGroup, vocabulary: Vocabulary, rows: int, hidden: int) -> None:
-        self._group, self._vocabulary, self._hidden = group, vocabulary, hidden
+        self._group, self._vocabulary, self._rows = group, vocabulary, rows
         shares = (rows * hidden * group.size,) * 3
-        self._rows = rows
         sizes = (*shares, rows, rows * sum(vocabulary.each))
         self._starts = [sum(sizes[:place]) for place in Place]
         self.peers = open_peers(group, sum(sizes), len(Place) * rows)
