@@ -171,7 +171,7 @@ def test_commands_and_their_options_exist(index: int) -> None:
         elif words[:1] == ["make"]:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         else:
-            assert words[0] in ("pip", "curl", "pytest"), line
+            assert words[0] in ("pip", "curl", "pytest", "vllm"), line
 
 
 def test_readme_lists_the_extras_and_begins_with_the_installation() -> None:
