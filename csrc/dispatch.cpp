@@ -220,6 +220,12 @@ EXPORT int squawq_set_isa(const char* name) {
 EXPORT int squawq_set_threads(int count) {
     return locked([=] { set_threads(count); });
 }
+// 1 without an OpenMP library in this process.
+EXPORT int squawq_use_openmp(int count) {
+    bool found = false;
+    const int result = locked([&] { found = use_openmp(count); });
+    return result != 0 ? result : !found;
+}
 EXPORT int squawq_threads() { return threads(); }
 
 EXPORT int squawq_pack_gemm(const int32_t* qweight, const int32_t* qzeros, const uint16_t* scales, int64_t out, int64_t in,

@@ -4,6 +4,8 @@
 // then sleep, so that an idle process uses no CPU and other libraries' threads find the cores free.
 #include "pool.h"
 
+#include <dlfcn.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <exception>
@@ -65,10 +67,33 @@ void worker(Pool& p) {
     }
 }
 
+// What a compiler calls for `#pragma omp parallel` (libgomp's ABI, which LLVM's and Intel's libraries have as well): runs
+// function(data) on `count` threads, the caller among them, and returns when all have ended.
+using OpenMP = void (*)(void (*function)(void*), void* data, unsigned count, unsigned flags);
+OpenMP openmp = nullptr;  // used instead of the pool's workers
+int openmp_count = 0;
+
+struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t units;
+    Unit unit;
+    void* context;
+};
+
+void share(void* data) {
+    Shared& job = *static_cast<Shared*>(data);
+    for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.units;) job.unit(job.context, i);
+}
+
 }  // namespace
 
 void parallel(int64_t units, Unit unit, void* context) {
     Pool& p = pool();
+    if (openmp != nullptr && units > 1) {
+        Shared job{.units = units, .unit = unit, .context = context};
+        openmp(share, &job, unsigned(openmp_count), 0);
+        return;
+    }
     if (units <= 1 || p.workers.empty()) {
         for (int64_t i = 0; i < units; ++i) unit(context, i);
         return;
@@ -94,7 +119,8 @@ void parallel(int64_t units, Unit unit, void* context) {
 
 void set_threads(int threads) {
     Pool& p = pool();
-    if (threads == squawq::threads()) return;
+    if (threads == squawq::threads() && openmp == nullptr) return;
+    openmp = nullptr;
     p.stop.store(true, std::memory_order_release);
     p.epoch.fetch_add(1);
     p.epoch.notify_all();
@@ -107,7 +133,16 @@ void set_threads(int threads) {
     }
 }
 
-int threads() { return int(pool().workers.size()) + 1; }
+bool use_openmp(int threads) {
+    const auto found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (found == nullptr) return false;
+    set_threads(1);
+    openmp = threads > 1 ? found : nullptr;
+    openmp_count = threads;
+    return true;
+}
+
+int threads() { return openmp != nullptr ? openmp_count : int(pool().workers.size()) + 1; }
 
 void* scratch(int slot, size_t bytes) {
     static void* memory[SLOTS] = {};

@@ -30,6 +30,8 @@ void parallel_for(int64_t units, Function function) {
 }
 
 void set_threads(int threads);
+// Runs units on so many threads of the OpenMP library that the process has loaded, until set_threads; false without one.
+bool use_openmp(int threads);
 int threads();
 
 // Grow-only, aligned to 64 bytes; the contents are undefined. Throws std::bad_alloc.

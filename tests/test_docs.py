@@ -187,7 +187,7 @@ def test_commands_and_their_options_exist(index: int) -> None:
             for before, word in pairwise(words):
                 assert before != "--set" or is_value(ROOT / words[3] / "values.yaml", word.partition("=")[0]), line
         else:
-            assert words[0] in ("pip", "curl", "pytest"), line
+            assert words[0] in ("pip", "curl", "pytest", "vllm"), line
 
 
 def test_readme_lists_the_extras_and_begins_with_the_installation() -> None:

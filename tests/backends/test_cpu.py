@@ -296,8 +296,13 @@ def test_threads_change_nothing() -> None:
             library.set_threads(count)
             assert library.threads() == count
             results.extend(times(weight, x) for _ in range(20))
+        for count in (1, 2, 3):
+            assert library.use_openmp(count)  # torch's
+            assert library.threads() == count
+            results.extend(times(weight, x) for _ in range(20))
     finally:
         library.set_threads(before)
+    assert library.threads() == before
     assert all(torch.equal(r, results[0]) for r in results)
 
 

@@ -357,6 +357,10 @@ class Backend(ABC):
     def set_threads(self, count: int) -> None:  # noqa: B027 (most devices have none)
         """Set the number of host threads. Raises ConfigError unless it is 1 to 1024."""
 
+    def use_openmp(self, count: int) -> bool:  # noqa: ARG002
+        """Run on so many of this process's OpenMP threads (torch's) instead of its own; whether that is possible."""
+        return False
+
     def describe(self) -> dict[str, object]:
         """Facts about the device for logs."""
         return {}

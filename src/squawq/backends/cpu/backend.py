@@ -163,6 +163,9 @@ class CpuBackend(Reference):
     def set_threads(self, count: int) -> None:
         library.set_threads(count)
 
+    def use_openmp(self, count: int) -> bool:
+        return library.use_openmp(count)
+
     def describe(self) -> dict[str, object]:
         return {"threads": library.threads(), "instructions": library.isa()}
 

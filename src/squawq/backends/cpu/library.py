@@ -30,6 +30,7 @@ POINTER, SIZE, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctype
 _SIGNATURES = {
     "squawq_set_isa": (ctypes.c_char_p,),
     "squawq_set_threads": (INT,),
+    "squawq_use_openmp": (INT,),
     "squawq_pack_gemm": (POINTER,) * 3 + (SIZE,) * 5 + (POINTER,) * 3,
     "squawq_pack_dense": (POINTER, SIZE, SIZE, SIZE, SIZE, POINTER),
     "squawq_pack_int8": (POINTER, INT, SIZE, SIZE, POINTER, POINTER),
@@ -172,6 +173,21 @@ def set_threads(count: int) -> None:
         check(library.squawq_set_threads(count))
         if threads() != count:
             raise ConfigError(f"threads is {count}; only {threads()} could be started here")
+
+
+def use_openmp(count: int) -> bool:
+    """Run the kernels on the OpenMP threads of this process (torch's) instead of their own, until `set_threads`.
+
+    For programs whose other operations run on those threads, bound to cores: two sets of threads would compete. Every
+    call should then come from one thread, since OpenMP has a team of threads for each, and none from a forked child.
+
+    Args:
+        count: Number of threads; the first ones of the team, where it has more.
+
+    Returns:
+        Whether the process has an OpenMP library; if not, nothing is changed.
+    """
+    return bool(required().squawq_use_openmp(count) == 0)
 
 
 def check(code: int) -> None:
