@@ -77,7 +77,7 @@ DOORS = {
     "gguf": ("export.gguf",),
     "prompt_toolkit": ("commands.chat",),
     "triton": ("backends.cuda.",),
-    "vllm": ("integrations.vllm", "integrations.vllm_kernel"),
+    "vllm": ("engine.vllm", "integrations.vllm", "integrations.vllm_kernel"),
 }
 
 

@@ -124,9 +124,8 @@ OURS, THEIRS, OTHER = "SquawqInt4LinearKernel", "CPUWNA16LinearKernel", "Zentorc
 
 def test_the_package_names_the_plugin() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["entry-points"]["vllm.general_plugins"] == {
-        "squawq": f"{plugin.__name__}:{plugin.register.__name__}"
-    }
+    entry_points = project["entry-points"]["vllm.general_plugins"]
+    assert entry_points["squawq"] == f"{plugin.__name__}:{plugin.register.__name__}"
     code = f"import sys, {plugin.__name__}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
