@@ -206,6 +206,9 @@ def test_refused_arguments() -> None:
         config = EngineConfig(device="cpu", engine="vllm", engine_args={"no_such": 1})
         with pytest.raises(ConfigError, match="engine_args has 'no_such'"):
             VllmEngine(demo_model(), config, model)
+        second = EngineConfig(device="cuda:1", engine="vllm")
+        with pytest.raises(ConfigError, match=r"device is 'cuda:1', but .*CUDA_VISIBLE_DEVICES"):
+            VllmEngine(demo_model(), second, model)
         refused = EngineConfig(device="cpu", engine="vllm", engine_args={"model": "refused"})
         with pytest.raises(ConfigError, match=r"vLLM cannot run .*: no such architecture"):
             VllmEngine(demo_model(), refused, model)

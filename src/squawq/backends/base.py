@@ -90,7 +90,7 @@ class Model:
 class NextTokens:
     """What the other ranks must know of a step that runs the next token of sequences. All on the CPU."""
 
-    inputs: Tensor  # int64 [4, rows], see `cuda.decode.DecodeGraphs`; no rows: nothing runs
+    inputs: Tensor  # int64 [4, rows], see `cuda.decode.DecodeGraphs`
     rows: Tensor  # int64 [n]: that have new page tables
     tables: Tensor  # int32 [n, pages]
 

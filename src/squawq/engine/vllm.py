@@ -7,7 +7,6 @@ machines that our decoder does not run, and for several hosts.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import random
@@ -16,9 +15,9 @@ import signal
 import sys
 import threading
 from collections import abc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ from squawq.engine.config import EngineConfig
 from squawq.engine.engine import outputs_of, short_message
 from squawq.engine.grammar import GrammarCompiler
 from squawq.engine.protocol import InferenceEngine, Stats
-from squawq.engine.request import FinishReason, Grammar, Output, Request, SamplingParams, Sink, TokenLogprob
-from squawq.engine.schema import close_objects
+from squawq.engine.request import FinishReason, Output, Request, Sink
 from squawq.engine.sequence import RequestState, SequenceState
+from squawq.engine.vllm_params import token_logprob, vllm_params
 from squawq.engine.vllm_process import OWNER
 from squawq.errors import ConfigError, EngineClosed, QueueFull
 from squawq.text.tokenizer import Tokenizer
@@ -64,6 +63,11 @@ def arguments(folder: Path, config: EngineConfig) -> dict[str, Any]:
         raise ConfigError(
             f"engine is 'vllm', but vLLM cannot be imported ({error}); install it, or leave engine out"
         ) from error
+    if config.device.startswith("cuda:"):
+        raise ConfigError(
+            f"device is {config.device!r}, but vLLM takes the first GPUs that it sees; choose cuda, and set "
+            "CUDA_VISIBLE_DEVICES for others"
+        )
     found = {name: getattr(config, name) for name in SHARED if getattr(config, name) is not None}
     found |= {"model": str(folder), "enable_prefix_caching": config.prefix_caching, **config.engine_args}
     found["structured_outputs_config"] = {**STRUCTURED, **found.get("structured_outputs_config", {})}
@@ -357,7 +361,13 @@ class VllmEngine(InferenceEngine):
         params, prompt = vllm_params(request.request.params, state, self._seed is not None), request.request.prompt
         salt = "\0".join(filter(None, (request.request.tenant, request.request.cache_salt)))
         given = tokens_input(list(prompt), cache_salt=salt or None)
-        stream: AsyncIterator[Any] = self._llm.generate(given, params, f"{request.id}-{state.index}")
+        stream: AsyncGenerator[Any] = self._llm.generate(given, params, f"{request.id}-{state.index}")
+        async with aclosing(stream):
+            await self._read(request, state, stream)
+
+    async def _read(self, request: RequestState, state: SequenceState, stream: AsyncGenerator[Any]) -> None:
+        """Take vLLM's outputs until the sequence has ended, for vLLM or for us."""
+        prompt = request.request.prompt
         async for found in stream:
             if not request.started:
                 with self._changed:
@@ -366,16 +376,16 @@ class VllmEngine(InferenceEngine):
             if found.prompt_logprobs is not None and state.sequence.score:
                 top = request.request.params.prompt_logprobs or 0
                 scored = zip(prompt, found.prompt_logprobs, strict=False)
-                state.score(0, [_logprob(token, scores, top) for token, scores in scored if scores])
+                state.score(0, [token_logprob(token, scores, top) for token, scores in scored if scores])
             completion = found.outputs[0]
             for at, token in enumerate(completion.token_ids):
                 scores = None if completion.logprobs is None else completion.logprobs[at]
                 top = state.sampling.logprobs or 0
-                output = state.step(token, None if scores is None else _logprob(token, scores, top))
+                output = state.step(token, None if scores is None else token_logprob(token, scores, top))
                 self._generated += 1
                 self._deliver(request, output, last=request.ended)
                 if state.finish is not None:
-                    return  # closes the stream, which aborts the rest
+                    return
             if found.finished and state.finish is None:
                 output = state.end(FinishReason.LENGTH)
                 self._deliver(request, output, last=request.ended)
@@ -407,54 +417,3 @@ class VllmEngine(InferenceEngine):
 
 class _SinkError(Exception):
     """A request's sink raised: it is aborted."""
-
-
-def vllm_params(params: SamplingParams, state: SequenceState, seeded: bool) -> Any:
-    """One sequence's parameters for vLLM. Text is made here, so that stop strings are not among them.
-
-    seeded: Requests without a seed have one, too.
-    """
-    from vllm import SamplingParams as VllmParams
-    from vllm.sampling_params import RequestOutputKind
-
-    sampling = state.sampling
-    found = VllmParams(
-        max_tokens=state.sequence.limit - len(sampling.prompt),
-        min_tokens=params.min_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        frequency_penalty=params.frequency_penalty,
-        presence_penalty=params.presence_penalty,
-        logit_bias=None if params.logit_bias is None else dict(params.logit_bias),
-        allowed_token_ids=None if params.allowed_ids is None else list(params.allowed_ids),
-        seed=(sampling.seed + state.index) % 2**63 if params.seed is not None or seeded else None,
-        stop_token_ids=list(sampling.ending),
-        ignore_eos=True,  # the end tokens are among stop_token_ids
-        logprobs=sampling.logprobs,
-        prompt_logprobs=params.prompt_logprobs if state.index == 0 else None,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-        structured_outputs=None if params.grammar is None else _structured(params.grammar),
-    )
-    if params.bad_ids:
-        found._bad_words_token_ids = [list(ids) for ids in params.bad_ids]  # vLLM itself makes them of words
-    return found
-
-
-def _structured(grammar: Grammar) -> Any:
-    from vllm.sampling_params import StructuredOutputsParams
-
-    if grammar.kind == "json_schema":
-        return StructuredOutputsParams(json=json.dumps(close_objects(json.loads(grammar.text))))
-    if grammar.kind == "regex":
-        return StructuredOutputsParams(regex=grammar.text)
-    return StructuredOutputsParams(grammar=grammar.text)
-
-
-def _logprob(token: int, found: abc.Mapping[int, Any], top: int) -> TokenLogprob:
-    """vLLM's entries {token: log probability and rank}: the token's own, and those of the `top` likeliest."""
-    ranked = sorted(found.items(), key=lambda item: item[1].rank)[:top]
-    return TokenLogprob(token, float(found[token].logprob), tuple((other, float(one.logprob)) for other, one in ranked))

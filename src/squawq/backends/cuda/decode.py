@@ -125,7 +125,7 @@ class DecodeGraphs:
             self._graphs[size] = graph, logits
 
     def _alone(self) -> AbstractContextManager[None]:
-        """Wait for no other rank while this is open, and for all at its end."""
+        """See `Exchange.alone`."""
         return nullcontext() if self._exchange is None else self._exchange.alone()
 
     @torch.inference_mode()

@@ -22,7 +22,7 @@ from squawq.errors import KernelError
 
 C10D: Any = torch.distributed  # its stubs lack most of what this module uses
 TIMEOUT = timedelta(seconds=60)  # for all ranks to arrive where they exchange addresses
-QUIET = {
+ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else a rank that has ended takes the whole process with it
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
@@ -42,7 +42,7 @@ class CudaGroup:
     """
 
     def __init__(self, rank: int, size: int, memory: int, device: torch.device) -> None:
-        for name, value in QUIET.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if device.type == "cuda":
             device = torch.device("cuda", device.index or 0)

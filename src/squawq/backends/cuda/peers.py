@@ -39,7 +39,7 @@ class Exchange(Protocol):
     """The exchanges of one decode step; every rank makes the same calls in the same order."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Wait for no other rank while this is open, whatever comes of it, and for all at its end."""
+        """While this is open nothing waits for other ranks, and results mean nothing; at its end all ranks are here."""
 
     def tokens(self, tokens: Tensor | None, rows: int, dependent: bool) -> Tensor:
         """Rank 0's `tokens`, int32 [rows]."""
