@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from squawq.serve.model import Served
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 EXACT = Options(exact=True)
 MakeModel = Callable[..., Path]
 
@@ -180,3 +182,17 @@ def tgi_server() -> Iterator[Running]:
 
     with running(dialect="tgi") as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, by Playwright; the tests are skipped where it is not installed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with playwright.sync_playwright() as running:
+        if path is None and not Path(running.chromium.executable_path).exists():
+            pytest.skip("needs Chromium, which is not on this machine")
+        root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium has no sandbox for root
+        opened = running.chromium.launch(executable_path=path, chromium_sandbox=not root)
+        yield opened
+        opened.close()

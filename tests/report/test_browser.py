@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ from reports import evaluation, report
 
 from squawq.report.page import render
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZES = """() => [...document.querySelectorAll("figure")].map(f => {
   const inside = f.querySelector("svg.inside").getBoundingClientRect();
   const shapes = [...f.querySelectorAll("svg.inside path, svg.inside circle, svg.inside rect:not(.frame)")].map(
@@ -29,19 +25,6 @@ CUT = """() => [...document.querySelectorAll("svg text")].filter(t => {
 OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 LIGHT = """() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color].map(
   c => c.match(/\\d+/g).map(Number).reduce((a, b) => a + b))"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    with playwright.sync_playwright() as running:
-        if path is None and not Path(running.chromium.executable_path).exists():
-            pytest.skip("needs Chromium, which is not on this machine")
-        root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium has no sandbox for root
-        opened = running.chromium.launch(executable_path=path, chromium_sandbox=not root)
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("layers", [1, 8, 80])

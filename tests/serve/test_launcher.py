@@ -81,6 +81,8 @@ FLAGS = {
     "--api-key=-k": ("api_keys", ("-k",)),
     "--allowed-origins http://a http://b": ("allowed_origins", ("http://a", "http://b")),
     '--allowed-origins ["http://a","*"]': ("allowed_origins", ("http://a", "*")),
+    "--web": ("web", True),
+    "--no-web": ("web", False),
     "--max-connections 9000": ("max_connections", 9000),
     "--max-queue-bytes 10": ("max_queue_bytes", 10),
     "--min-body-rate 11": ("min_body_rate", 11),

@@ -45,6 +45,7 @@ from squawq.serve.openai.completions import (
 )
 from squawq.serve.runtime import Call, Disconnected, Parse, Runtime
 from squawq.serve.tgi import generate as tgi
+from squawq.serve.web.pages import FILES, PAGES, page, wants_page, web_files
 
 logger = logging.getLogger("squawq.serve")
 Schema = dict[str, Any]
@@ -62,7 +63,9 @@ class Api:
         self._paths: dict[str, list[str]] = {}  # a path's methods
         for method, path in map(str.split, ROUTES):
             self._paths.setdefault(path, []).append(method)
-        self.metrics = Metrics(served.name, self._stats, map(_template, self._paths))
+        self._files = web_files() if self.settings.web else {}
+        labels = {*map(_template, self._paths), *map(_file_label, self._files)}
+        self.metrics = Metrics(served.name, self._stats, labels)
         self.runtime = Runtime(served, self.metrics)
 
     def _stats(self) -> Stats:
@@ -72,13 +75,16 @@ class Api:
 
     def app(self) -> ASGIApp:
         inner = Starlette(
-            routes=[self._route(path, methods) for path, methods in self._paths.items()],
+            routes=[
+                *(self._route(path, methods) for path, methods in self._paths.items()),
+                *(_file(path, name) for path, name in self._files.items()),
+            ],
             middleware=[Middleware(ExceptionMiddleware, handlers={Exception: self._failed})],
             exception_handlers={ApiError: self._refused, HTTPException: self._no_route, Disconnected: _nothing},
             lifespan=self._lifespan,
         )
         inner.router.redirect_slashes = False
-        guarded: ASGIApp = Guard(inner, self.settings, self.metrics, TGI_PATHS)
+        guarded: ASGIApp = Guard(inner, self.settings, self.metrics, TGI_PATHS, self._files)
         if self.settings.prometheus_port is not None:
             guarded = _metrics_alone(guarded, self.settings.prometheus_port)
         if not self.settings.allowed_origins:
@@ -121,6 +127,10 @@ class Api:
             raise ApiError("unhealthy", "unhealthy")
         return Response(headers={"content-type": "text/plain"})
 
+    async def root(self, request: Request) -> Response:
+        """The chat page for a browser; for others liveness, as TGI has it."""
+        return page(request, PAGES["/chat"]) if self._files and wants_page(request) else await self.health(request)
+
     async def ready(self, request: Request) -> Response:
         """Readiness: after a 503, send no new requests for now."""
         if self.runtime.draining or self.runtime.admission.full:
@@ -152,6 +162,21 @@ class Api:
 def _template(path: str) -> str:
     """A path as Starlette has it: a model's name may hold slashes."""
     return path.replace("{model}", "{model:path}")
+
+
+def _file(path: str, name: str) -> Route:
+    """The route of a page or of one of its files."""
+
+    async def endpoint(request: Request) -> Response:
+        request.scope["route_template"] = _file_label(path)
+        return page(request, name)
+
+    return Route(path, endpoint, methods=["GET"])
+
+
+def _file_label(path: str) -> str:
+    """The label of a page in the metrics; all scripts and styles have one."""
+    return FILES if path.startswith(f"{FILES}/") else path
 
 
 async def _nothing(*_: object) -> Any:
@@ -257,6 +282,7 @@ INFO = _object(model_id=TEXT, max_input_tokens=WHOLE, max_total_tokens=WHOLE, ro
 ERROR = _object(error={"anyOf": [TEXT, _object(message=TEXT, type=TEXT, code=WHOLE)]}, error_type=TEXT)
 CHAT, COMPLETION = _choices("chat.completion", message=MESSAGE), _choices("text_completion", text=TEXT)
 PLAIN: Schema = {"text/plain": {}}
+HTML: Schema = {"text/html": {}}
 EVENTS: Schema = {"text/event-stream": {}}
 ANY_REFUSES = (400, 401, 431, 503)  # the head, the key, a server that is full or closing
 BODY_REFUSES = (404, 408, 413, 415, 422, 424, 429)
@@ -320,7 +346,7 @@ ROUTES = {
         (*TGI_BODY, ChatBody, CompletionBody),
     ),
     "GET /info": RouteRow(_show(lambda api: tgi.info(api.served)), "TGI: the model and the limits", _json(INFO)),
-    "GET /": LIVES,
+    "GET /": RouteRow(Api.root, "The chat page for a browser; for others whether the engine lives", {**PLAIN, **HTML}),
     "GET /health": LIVES,
     "GET /ping": LIVES,
     "POST /ping": LIVES,

@@ -166,13 +166,22 @@ _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 class Guard:
     """ASGI middleware before every route: API key, limits and framing of the headers, request id, log line, metrics.
 
-    Every route but PUBLIC needs a key. Paths are compared as received; the Host header has no effect."""
+    Every route but PUBLIC and the web files needs a key. Paths are compared as received; the Host header has no effect.
+    """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, tgi_paths: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        metrics: Metrics,
+        tgi_paths: Collection[str],
+        web_files: Collection[str],
+    ) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
         self._tgi_paths = frozenset(tgi_paths)
+        self._public = PUBLIC | {(method, path) for method in ("GET", "HEAD") for path in web_files}
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -203,7 +212,7 @@ class Guard:
             self._metrics.http(scope.get("route_template", path), method, status)
             fields = {"id": scope["request_id"], "method": method, "path": path, "status": status}
             seconds = round(time.perf_counter() - began, 4)
-            level = logging.DEBUG if (method, path) in PUBLIC or path == "/metrics" else logging.INFO
+            level = logging.DEBUG if (method, path) in self._public or path == "/metrics" else logging.INFO
             keyless = bool(refusal) or not self._keys  # sent without a valid key
             event(logger, level, "http", **fields, seconds=seconds, limited=keyless and status >= 400)
 
@@ -215,7 +224,7 @@ class Guard:
             return ApiError("headers", f"the headers have more than {settings.max_header_bytes} bytes")
         if _ambiguous(scope):
             return ApiError("framing", "send HTTP/1.1, with a Content-Length or a Transfer-Encoding, not both")
-        if not self._keys or (scope["method"], scope["path"]) in PUBLIC:
+        if not self._keys or (scope["method"], scope["path"]) in self._public:
             return None
         given = [value for key, value in headers if key == b"authorization"]
         scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")

@@ -179,6 +179,7 @@ TABLE: dict[str, list[Flag]] = {
         Flag("ssl_certfile", "TLS: the certificate (PEM)"),
         Flag("api_key", "One or several; or VLLM_API_KEY", "api_keys", variables=("VLLM_API_KEY",)),
         Flag("allowed_origins", "CORS: origins, or a JSON list of them; without it none", read=listed),
+        Flag("web", "Pages for browsers: chat at / and /chat, /status, /docs; on", switch="no"),
         Flag("prometheus_port", "Serve /metrics on this port, too; without it on the server's alone"),
     ],
     "Limits": [

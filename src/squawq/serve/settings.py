@@ -60,6 +60,7 @@ class ServerSettings(EngineConfig):
     ssl_keyfile: Path | None = None
     ssl_certfile: Path | None = None
     allowed_origins: tuple[str, ...] = ()
+    web: bool = True
     api_keys: tuple[str, ...] = ()
 
     max_connections: OptionalCount = None
