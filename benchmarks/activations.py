@@ -2,7 +2,7 @@
 
     python benchmarks/activations.py [MODEL] [--text FILE] [--tokens 16384] [--window 512]
 
-MODEL is a 16-bit folder (default: the bundled demo model), which is quantized here with default settings. The INT4
+MODEL is a 16-bit folder (default: the demo model), which is quantized here with default settings. The INT4
 folder is run over the same windows with each runtime setting. KL (nats) and top-1 agreement are given for the INT4
 folder in float32 against the 16-bit model (the cost of quantization), and for every other setting against the INT4
 folder in float32. The column "of quantizing" is a KL divided by the former one. Memory: two models and the logits of

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_parallel [--ranks 2] [--only sums large] [--json gpu-parallel.json]
 
 Models have random weights, built in the GPUs' memory. Each workload runs on one GPU, then on all by peers' memory, then
-on all by NCCL alone. Sums are timed as replays of one CUDA graph. `text` compares greedy text of the bundled model;
+on all by NCCL alone. Sums are timed as replays of one CUDA graph. `text` compares greedy text of the demo model;
 `ends` kills a rank during a generation. The exit status is 1 if a part fails, or texts differ.
 """
 
@@ -197,7 +197,7 @@ def quantized_demo() -> Iterator[Path]:
 
 
 def text(ranks: int) -> Iterator[dict[str, Any]]:
-    """Greedy text of the bundled model."""
+    """Greedy text of the demo model."""
     with quantized_demo() as folder:
         texts = {}
         for way in (ONE, PEERS, NCCL):

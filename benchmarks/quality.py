@@ -11,7 +11,7 @@ skipped. FOLDER keeps the peers' results and figures by model and tokens. A seco
 marks the kept figures with a star; --fresh measures everything again, for times from one run. Every result is
 evaluated by `squawq.evaluate` on text that is not in the calibration. The format has no 3 bits, so there the peers
 write dequantized weights, and squawq's are integers 0..7 stored in 4 bits. All models but the mixed one are calibrated
-on the stories in --data, or on the built-in set. The bundled model, its twin and the mixed one were trained on their
+on the stories in --data, or on the built-in set. The demo model, its twin and the mixed one were trained on their
 calibration text.
 
 --real measures a pretrained model of any family instead, by `texts.py`'s kinds of text: every calibration with every

@@ -4,7 +4,7 @@
     python benchmarks/quantize_time.py layer --peer PYTHON [--shape llama-3.1-8b] [--tokens 8192] [--patience 8]
 
 growth: squawq with more and more tokens. A profile splits its time into the passes over all tokens, which gather the
-statistics, and the rest, which should not grow. The model is the bundled one unless a shape is given.
+statistics, and the rest, which should not grow. The model is the demo model unless a shape is given.
 layer: one decoder layer of the shape with random weights and a small vocabulary, quantized by squawq and then by
 AutoAWQ 0.2.9 (PYTHON is the interpreter of its environment, peers/README.md). Prints the ratio and the projected time
 for all layers of the model. With --patience 8, AutoAWQ is stopped after eight times squawq's time.

@@ -3,7 +3,7 @@
     python benchmarks/serve_load.py [MODEL] [--only hang-ups connections soak shutdown grammars] [--threads 2]
         [--clients 200] [--connections 1000] [--requests 5000] [--at-once 32] [--schemas 2000] [--streams 16]
 
-MODEL is a folder; default: the bundled demo model. The server runs in its own process; the clients run in this one, on
+MODEL is a folder; default: the demo model. The server runs in its own process; the clients run in this one, on
 loopback. Each row has a result and its target; the exit code is 1 if one was missed. After a load, pages, sequences,
 sockets and threads must be back at their initial numbers. Memory is compared with that after an earlier load of the
 same kind, because the first load touches cache pages and fills pools. The soak's requests are in serve_soak.py.

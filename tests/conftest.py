@@ -143,7 +143,7 @@ def rows() -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def awq_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model, quantized with little search: a folder that tests read and leave as it is."""
+    """The demo model, quantized with little search: a folder that tests read and leave as it is."""
     from squawq.demo import demo_model
     from squawq.quant_config import QuantConfig
     from squawq.quantization.pipeline import quantize
@@ -155,7 +155,7 @@ def awq_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[Served]:
-    """The bundled model as it is served, without a server."""
+    """The demo model as it is served, without a server."""
     from running import DEFAULTS
 
     from squawq.serve.model import Served

@@ -98,7 +98,7 @@ def _take_terminal() -> None:
 
 @pytest.fixture
 def endless(tmp_path: Path) -> Path:
-    """The bundled model without an end of its texts: an answer is under way until it is stopped."""
+    """The demo model without an end of its texts: an answer is under way until it is stopped."""
     folder = Path(shutil.copytree(demo_model(), tmp_path / "demo_model"))
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((folder / name).read_text())

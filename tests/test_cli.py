@@ -254,3 +254,12 @@ cli.main()
     ):
         assert words in done.stdout, words
     assert (out / "squawq_report.json").is_file()
+
+
+def test_demo_without_its_model(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['squawq_demo'] = None; from squawq.cli import entry; entry()"  # as if not installed
+    done = programs.run(["-c", code, "demo", "--out", tmp_path / "demo"])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "squawq: error: the demo model is not installed: pip install 'squawq[demo]'\n"
+    assert not list(tmp_path.iterdir())

@@ -88,7 +88,7 @@ def hidden(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model's first layer with a short context: a whole quantization of it takes seconds."""
+    """The demo model's first layer with a short context: a whole quantization of it takes seconds."""
     folder = tmp_path_factory.mktemp("docs") / "model"
     shutil.copytree(demo_model(), folder, ignore=shutil.ignore_patterns("*.safetensors", "held_back.txt"))
     config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Every script of examples/ on the bundled model, in a process of its own, with no network."""
+"""Every script of examples/ on the demo model, in a process of its own, with no network."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_no_script_is_forgotten() -> None:
 
 
 def test_quantize(tmp_path: Path) -> None:
-    """On the bundled model's first layer: the script takes the whole calibration set."""
+    """On the demo model's first layer: the script takes the whole calibration set."""
     model = tmp_path / "model"
     shutil.copytree(demo_model(), model)
     config = json.loads((model / "config.json").read_text())

@@ -69,6 +69,7 @@ DOORS = {
     "typer": ("cli", "commands.", "serve.flags", "serve.launcher", "serve.tgi_launcher"),
     "yaml": ("serve.launcher",),
     "datasets": ("quantization.calibration",),
+    "squawq_demo": ("demo",),
     "markupsafe": ("report.page",),
     "matplotlib": ("evaluation.plots",),
     "huggingface_hub": ("hub.", "publish."),

@@ -1,4 +1,4 @@
-"""Train the bundled demo model: a small Llama with everything Llama 3.1 has, on TinyStories.
+"""Train the demo model: a small Llama with everything Llama 3.1 has, on TinyStories.
 
 Two stages. A wider teacher with heavy dropout learns the stories; the demo model then learns from the text
 and, with a small weight, from the teacher's distribution: 2 MiB of text are few, and this kept the loss on
@@ -6,7 +6,7 @@ held-back stories at 3.03 nats per token where training on the text alone ended 
 renders each story anew: as plain text, or as a chat whose request is made from the story's own words. The last
 128 KiB of the text are never trained on.
 
-    python tools/train_demo_model.py --stories tinystories_train_2MiB.txt --out src/squawq/demo_model
+    python tools/train_demo_model.py --stories tinystories_train_2MiB.txt --out packages/demo/squawq_demo/demo_model
 
 The shipped model came from the default arguments on one H100 GPU (3.5 minutes); a CPU works too, slower.
 """

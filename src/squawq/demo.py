@@ -1,9 +1,8 @@
-"""`squawq demo`: the main job on the bundled model, in front of the user."""
+"""`squawq demo`: the main job on the demo model, in front of the user."""
 
 from __future__ import annotations
 
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from squawq.engine.request import SamplingParams
+from squawq.errors import DependencyError
 from squawq.evaluation.run import evaluate
 from squawq.format.reader import Checkpoint
 from squawq.llm import LLM
@@ -25,14 +25,22 @@ EVALUATED_TOKENS = 16_384
 
 
 def demo_model() -> Path:
-    """The folder of the bundled 16-bit model."""
-    return Path(str(files("squawq") / "demo_model"))
+    """The folder of the 16-bit demo model, from the package squawq-demo.
+
+    Raises:
+        DependencyError: squawq-demo is not installed.
+    """
+    try:
+        from squawq_demo import FOLDER
+    except ModuleNotFoundError as error:
+        raise DependencyError("the demo model is not installed: pip install 'squawq[demo]'") from error
+    return FOLDER
 
 
 def run(out: Path, console: Console) -> dict[str, Any]:
-    """Quantize the bundled model into `out`, measure both, let both answer; returns what was measured."""
+    """Quantize the demo model into `out`, measure both, let both answer; returns what was measured."""
     model = demo_model()
-    console.print(f"1. Quantizing the bundled model (7.3 M parameters, TinyStories) into {out}", style="bold")
+    console.print(f"1. Quantizing the demo model (7.3 M parameters, TinyStories) into {out}", style="bold")
     started = time.monotonic()
     with LayerProgress() as observer:
         quantize(model, out, QuantConfig(samples=CALIBRATION_BLOCKS), observer=observer)

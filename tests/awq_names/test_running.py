@@ -32,7 +32,7 @@ LLAMA3 = {
 
 @pytest.fixture
 def folder(make_model: MakeModel, tmp_path: Path) -> Path:
-    """A tiny AWQ model with Llama 3.1's rope and the bundled model's tokenizer."""
+    """A tiny AWQ model with Llama 3.1's rope and the demo model's tokenizer."""
     source = make_model(vocab_size=4096, rope_scaling=LLAMA3, pad_token_id=7)
     AutoTokenizer.from_pretrained(demo_model()).save_pretrained(source)
     squawq.quantize(source, tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))

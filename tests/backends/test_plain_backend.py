@@ -1,24 +1,22 @@
-"""The face is enough: a backend written from `base.py` alone runs the bundled model as the reference does."""
+"""The face is enough: a backend written from `base.py` alone runs the demo model as the reference does."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from plain_backend import PlainBackend
 
-import squawq
 from squawq.backends import BACKENDS
 from squawq.backends.sampling import Chunk, Sampling, StepOutput
+from squawq.demo import demo_model
 from squawq.engine.request import SamplingParams
 from squawq.engine.runner import DecoderRunner
 from squawq.nn.loader import Options, load
 
-MODEL = Path(squawq.__file__).parent / "demo_model"
+MODEL = demo_model()
 
 
-def test_it_runs_the_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "plain", "plain_backend:PlainBackend")
     ids, found = list(range(5, 45)), []
     for name in ("plain", "reference"):

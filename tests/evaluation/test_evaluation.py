@@ -100,7 +100,7 @@ def test_known_perplexity_of_babyllama() -> None:
 
 
 def test_demo_model_has_not_changed() -> None:
-    """The bundled model's perplexity on its held-back stories."""
+    """The demo model's perplexity on its held-back stories."""
     found = evaluate(demo_model(), text=demo_model() / "held_back.txt", window=256, stride=256, max_tokens=4096)
     assert found["perplexity"] == pytest.approx(DEMO_PERPLEXITY, rel=2e-3)
 

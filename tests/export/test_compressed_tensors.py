@@ -186,7 +186,7 @@ def test_their_decompression(case: str, make_model: MakeModel, tmp_path: Path) -
 
 
 def test_the_same_as_their_converter(awq_demo: Path, tmp_path: Path) -> None:
-    """Bit for bit what their AutoAWQ converter makes of the bundled model."""
+    """Bit for bit what their AutoAWQ converter makes of the demo model."""
     convert = pytest.importorskip("compressed_tensors.entrypoints.convert", reason="needs compressed-tensors")
     converter = convert.AutoAWQConverter.from_pretrained(str(awq_demo))
     theirs: dict[str, Tensor] = {}

@@ -33,7 +33,7 @@ class Proof:
     """A peer. pip: commands that make its environment, in this order. versions: the packages to name in the title.
 
     cases: by name, by how much logits may differ. prepare: makes what the cases read in the folder of the models, which
-    holds "awq", the bundled model quantized, and the inputs.
+    holds "awq", the demo model quantized, and the inputs.
     """
 
     name: str
@@ -158,7 +158,7 @@ def _models(proof: Proof, models: Path) -> None:
 
     np = _numpy()
     models.mkdir()
-    print("quantizing the bundled model", flush=True)
+    print("quantizing the demo model", flush=True)
     quantize(demo_model(), models / "awq")
     text = (demo_model() / "held_back.txt").read_text(encoding="utf-8")
     ids = np.array(Tokenizer(demo_model()).encode(text[:20_000])[: WINDOWS * TOKENS + PROMPTS * PROMPT_TOKENS])

