@@ -76,7 +76,8 @@ DOORS = {
     "jinja2": ("text.chat_template", "report.page", "publish.usage"),
     "llguidance": ("engine.grammar",),
     "gguf": ("export.gguf",),
-    "prompt_toolkit": ("commands.chat",),
+    "prompt_toolkit": ("commands.editor",),
+    "markdown_it": ("commands.markdown",),
     "triton": ("backends.cuda.",),
     "vllm": ("engine.vllm", "integrations.vllm", "integrations.vllm_kernel"),
 }

@@ -17,6 +17,7 @@ Device = Annotated[
 Temperature = Annotated[
     float | None, typer.Option(help="Sampling temperature, 0: greedy; default: from generation_config.json")
 ]
+TopP = Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")]
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of new tokens")]
 Seed = Annotated[int | None, typer.Option(help="Random seed of sampling")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels; default: all available cores", min=1)]
