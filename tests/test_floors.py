@@ -58,6 +58,7 @@ FLOORS: dict[str, float] = {
     "serve.tgi": 9.3,
     "serve.web": 9,
     "serve.app": 9.5,
+    "serve.welcome": 9.3,
     "serve.server": 9.6,
     "serve.launcher": 9.7,
     "serve.tgi_launcher": 9.7,
