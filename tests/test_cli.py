@@ -222,6 +222,7 @@ def test_help_has_examples() -> None:
         "inspect",
         "push",
         "models",
+        "run",
     ):
         done = run(command, "-h")
         assert done.returncode == 0

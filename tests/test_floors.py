@@ -42,6 +42,7 @@ FLOORS: dict[str, float] = {
     "quantization.tuning": 7.2,
     "local_models": 7.2,
     "inspection": 7.5,
+    "fitting": 7.6,
     "publish": 8,
     "evaluation": 8,
     "evaluation.metrics": 2,

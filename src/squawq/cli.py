@@ -24,6 +24,7 @@ from squawq.commands.inspect import inspect
 from squawq.commands.models import models
 from squawq.commands.push import push
 from squawq.commands.quantize import quantize
+from squawq.commands.run import run
 from squawq.commands.stopping import AGAIN, Stopped
 from squawq.serve.flags import HELP, Command, finish
 from squawq.serve.launcher import serve
@@ -52,6 +53,7 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)
+app.command()(run)
 app.command()(bench)
 app.command()(demo)
 app.command(cls=Command)(serve)
