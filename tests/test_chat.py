@@ -7,6 +7,7 @@ import os
 import re
 import select
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -17,8 +18,10 @@ from pathlib import Path
 import pytest
 
 from squawq import cli
-from squawq.commands import chat
+from squawq.commands import chat, talk
+from squawq.commands.conversation import Conversation
 from squawq.demo import demo_model
+from squawq.engine.request import FinishReason, Output, SamplingParams
 
 PROMPT = rb"\x1b\[\?2004h[^>]*\x1b\[0m>"  # a new one, as prompt_toolkit draws it
 UP, LEFT, BACKSPACE, CTRL_C, CTRL_D, CTRL_U = b"\x1b[A", b"\x1b[D", b"\x7f", b"\x03", b"\x04", b"\x15"
@@ -64,7 +67,7 @@ class Terminal:
 
 
 @contextmanager
-def talking(model: Path, *options: str) -> Iterator[Terminal]:
+def talking(model: Path, state: Path, *options: str) -> Iterator[Terminal]:
     master, slave = os.openpty()
     child = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "squawq", "chat", str(model), *options],
@@ -73,7 +76,7 @@ def talking(model: Path, *options: str) -> Iterator[Terminal]:
         stdout=subprocess.PIPE,
         start_new_session=True,
         preexec_fn=_take_terminal,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40", "XDG_STATE_HOME": str(state)},
     )
     os.close(slave)
     try:
@@ -106,8 +109,9 @@ def endless(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_conversation_on_a_terminal(endless: Path) -> None:
-    with talking(endless, "--max-tokens", "2000", "--temperature", "0", "--threads", "1") as terminal:
+def test_a_conversation_on_a_terminal(endless: Path, tmp_path: Path) -> None:
+    options = ("--max-tokens", "2000", "--temperature", "0", "--threads", "1")
+    with talking(endless, tmp_path, *options) as terminal:
         banner = terminal.wait(PROMPT)
         for words in (b"demo_model", b"context of 4,096 tokens", b"Ctrl-C stops an answer", b"/exit or Ctrl-D ends"):
             assert words in banner
@@ -119,13 +123,20 @@ def test_a_conversation_on_a_terminal(endless: Path) -> None:
         terminal.type(b"Tell me a stoy." + LEFT + LEFT + b"r" + b"\r")  # the arrow moves, and prints no ^[[D
         terminal.wait(b"Once upon a time", answer=True)
         terminal.type(CTRL_C)
-        assert b"(stopped)" in terminal.wait(PROMPT)
+        ended = rb"\d+ tokens, [\d.,]+ tokens/s, context [\d,]+ of 4,096, stopped by Ctrl-C"
+        assert re.search(ended, terminal.wait(PROMPT))
         terminal.wait(b"\n", answer=True)
 
         terminal.type(UP)
         assert b"Tell me a story." in terminal.wait(rb"Tell me a story\.")
+        terminal.type(CTRL_U + b"/und\t")
+        terminal.wait(b"/undo")
+        terminal.type(b"\r")  # the question is back in the editor
+        terminal.wait(rb"taken back: Tell me a story\.[^>]*" + PROMPT + rb"[^>]*Tell me a story\.")
         terminal.type(CTRL_U + b"/new\r")
-        terminal.wait(PROMPT)
+        assert b"/new is no command; choose one of /help, /system" in terminal.wait(b"is no command[^>]*" + PROMPT)
+        terminal.type(b"/reset\r")
+        terminal.wait(b"starts over[^>]*" + PROMPT)
 
         terminal.paste("Tell me a story\nabout a cat\nnamed Tom.")
         terminal.type(b"\r")
@@ -140,12 +151,20 @@ def test_a_conversation_on_a_terminal(endless: Path) -> None:
 
         terminal.paste("The cat sat. " * 3700)  # 48,100 characters
         terminal.type(b"\r")
-        said = re.search(rb"the prompt has (\d+) tokens", terminal.wait(b"/new starts over" + b"[^>]*" + PROMPT))
+        said = re.search(rb"the prompt has (\d+) tokens", terminal.wait(b"/reset starts over[^>]*" + PROMPT))
         assert said is not None
         assert int(said[1]) > 3700 * 4
 
         terminal.type(CTRL_D)
         assert terminal.child.wait(60) == 0
+
+    kept = tmp_path / "squawq" / "chat_history"
+    assert "Tell me a story." in kept.read_text()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    with talking(endless, tmp_path, *options) as terminal:
+        terminal.wait(PROMPT)
+        terminal.type(UP + UP)
+        terminal.wait(b"about a cat")
 
 
 @pytest.mark.parametrize(
@@ -167,19 +186,40 @@ def test_only_what_goes_on_says_to_run_it_again(
     assert capsys.readouterr().err.lstrip() == message
 
 
+class Stopping:
+    """A model whose first answer is stopped, with reasoning before it."""
+
+    context = 100
+    tokenizer: Stopping
+
+    def __init__(self) -> None:
+        self.asked: list[list[dict[str, str]]] = []
+        self.tokenizer = self
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        self.asked.append(messages)
+        return "a prompt"
+
+    def encode(self, _: str, special: bool) -> list[int]:
+        assert not special
+        return [1, 2, 3]
+
+    def stream_outputs(self, ids: list[int], _: object) -> Iterator[Output]:
+        yield Output("r", 0, (7, 8), "<think>hm</think>\n\none")
+        if len(self.asked) == 1:
+            raise KeyboardInterrupt
+        yield Output("r", 0, (9,), " two", finish=FinishReason.STOP)
+
+
 def test_a_stopped_answer_stays_as_far_as_it_came(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = []
-
-    class Stopping:
-        def stream_chat(self, messages: list[dict[str, str]], _: object) -> Iterator[str]:
-            asked.append(messages)
-            yield "one"
-            if len(asked) == 1:
-                raise KeyboardInterrupt
-            yield " two"
-
-    chat._talk(Stopping(), None, [], ["a", "b"])
-    assert [message["content"] for message in asked[1]] == ["a", "one", "b"]
+    typed = iter(["a", "/nope", "//b", "/undo", "c", "/exit"])
+    llm = Stopping()
+    talk.talk(llm, Conversation(SamplingParams()), lambda _: next(typed), plain=False, interactive=False)
+    assert [message["content"] for message in llm.asked[1]] == ["a", "one", "/b"]  # without the reasoning
+    assert [message["content"] for message in llm.asked[2]] == ["a", "one", "c"]
     captured = capsys.readouterr()
-    assert captured.out == "one\none two\n"
-    assert captured.err == "(stopped)\n"
+    assert captured.out == "<think>hm</think>\n\none\n" + 2 * "<think>hm</think>\n\none two\n"
+    said = captured.err.splitlines()
+    assert [said[0], said[2]] == ["(stopped)", "taken back: /b"]
+    assert said[1].startswith("/nope is no command; choose one of /help")
+    assert len(said) == 3

@@ -210,7 +210,20 @@ def test_chat_needs_a_template(make_model: MakeModel) -> None:
 
 def test_help_has_examples() -> None:
     assert "quantize" in run("--help").stdout
-    for command in ("quantize", "eval", "generate", "chat", "bench", "demo", "serve", "export", "inspect", "push"):
+    for command in (
+        "quantize",
+        "eval",
+        "generate",
+        "chat",
+        "bench",
+        "demo",
+        "serve",
+        "export",
+        "inspect",
+        "push",
+        "models",
+        "run",
+    ):
         done = run(command, "-h")
         assert done.returncode == 0
         assert done.stdout == run(command, "--help").stdout

@@ -21,15 +21,16 @@ from squawq.commands.evaluate import evaluate
 from squawq.commands.export import export
 from squawq.commands.generate import generate
 from squawq.commands.inspect import inspect
+from squawq.commands.models import models
 from squawq.commands.push import push
 from squawq.commands.quantize import quantize
+from squawq.commands.run import run
 from squawq.commands.stopping import AGAIN, Stopped
 from squawq.serve.flags import HELP, Command, finish
 from squawq.serve.launcher import serve
 
 RESUMABLE = ("quantize", "export", "push")
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings=HELP,
@@ -52,11 +53,13 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)
+app.command()(run)
 app.command()(bench)
 app.command()(demo)
 app.command(cls=Command)(serve)
 app.command()(export)
 app.command()(inspect)
+app.command()(models)
 app.command()(push)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
-from squawq.families import FAMILIES
-from squawq.nn.loader import check_decoder
+from squawq.families import FAMILIES, check_decoder
 from squawq.quant_config import QuantConfig
 
 ENGINES = {

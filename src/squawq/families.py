@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from squawq.config import ROPE_TYPES, ModelConfig
 from squawq.errors import ConfigError
 
 
@@ -275,3 +276,23 @@ def family_of(model_type: str) -> Family:
             "squawq/families.py: docs/adding-a-family.md"
         )
     return FAMILIES[model_type]
+
+
+def check_decoder(config: ModelConfig) -> None:
+    """Raise ConfigError, saying what runs it, for a model that our decoder does not run."""
+    unlike = []
+    if config.activation not in ("silu", "swish"):
+        unlike.append(f"hidden_act is {config.activation!r}, and it has silu")
+    if config.rope.type not in ROPE_TYPES:
+        unlike.append(f"rope type is {config.rope.type!r}, and it has {', '.join(ROPE_TYPES)}")
+    if config.rope.partial != 1:
+        unlike.append(f"partial_rotary_factor is {config.rope.partial}, and it rotates whole heads")
+    if others := set(config.layer_types) - {"full_attention", "sliding_attention"}:
+        unlike.append(f"a layer's attention is {sorted(others)[0]!r}")
+    if not family_of(config.model_type).decoder:
+        unlike = [f"model_type is {config.model_type!r}"]
+    if unlike:
+        raise ConfigError(
+            f"our decoder does not run this model yet ({unlike[0]}); load it with transformers: import "
+            "squawq.transformers, then AutoModelForCausalLM.from_pretrained"
+        )

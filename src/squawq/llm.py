@@ -135,6 +135,19 @@ class LLM:
         """Yield the text of `chat` as it comes."""
         return self._pieces(self._encode_chat(messages), self._params(params, settings))
 
+    def stream_outputs(self, ids: Sequence[int], params: SamplingParams | None = None) -> Generator[Output]:
+        """Yield the outputs of one sequence as they come: new ids, text, and in the last one the finish reason.
+
+        Args:
+            ids: The prompt, such as `tokenizer.encode_chat(messages)`.
+            params: Sampling parameters; n is taken as 1.
+
+        Raises:
+            ConfigError: The request can never be run.
+            GenerationError: It failed.
+        """
+        return self._outputs([ids], replace(self._params(params, {}), n=1))
+
     def generate_ids(self, ids: Sequence[int], params: SamplingParams | None = None, **settings: Any) -> Generator[int]:
         """Yield new token ids, without the end token.
 
@@ -215,11 +228,11 @@ class LLM:
             raise ConfigError(f"a prompt must be a text or whole numbers, token ids: {error}") from error
         return [Request(f"llm-{next(self._request_numbers)}", ids, params) for ids in whole]
 
-    def _outputs(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Output]:
+    def _outputs(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Generator[Output]:
         """Yield outputs as they come; raises GenerationError for a failed one."""
         return self._run(self.engine.generate(self._requests(prompts, params)))
 
-    def _run(self, outputs: Iterator[Output]) -> Iterator[Output]:
+    def _run(self, outputs: Iterator[Output]) -> Generator[Output]:
         """`_checked` outputs. Not a function: `self` keeps the model alive while a stream is open."""
         for output in outputs:
             yield _checked(output)

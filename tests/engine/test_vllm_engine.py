@@ -30,7 +30,7 @@ from squawq.engine.config import EngineConfig
 from squawq.engine.request import FinishReason, Grammar, Output, Request, SamplingParams
 from squawq.engine.vllm import VllmEngine
 from squawq.errors import ConfigError, EngineClosed, QueueFull
-from squawq.format.reader import read_config
+from squawq.format.files import read_config
 from squawq.serve.settings import ServerSettings
 from squawq.text.tokenizer import Tokenizer
 

@@ -16,8 +16,8 @@ from awq.models._config import AwqConfig
 from squawq.config import CODE, ModelConfig, without
 from squawq.errors import ConfigError, FusionError
 from squawq.families import FAMILIES
-from squawq.format.files import has_file, read_json
-from squawq.format.reader import Checkpoint, read_config
+from squawq.format.files import has_file, read_config, read_json
+from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.layerwise.meta_model import transformers_config
 

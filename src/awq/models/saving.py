@@ -10,8 +10,18 @@ from typing import Any
 
 from awq.models._config import AwqConfig
 from squawq.errors import CheckpointError, ConfigError, OutputError
-from squawq.format.files import beside, clear_temporary, copy_file, has_file, locked, read_json, write_json
-from squawq.format.reader import COMPANIONS, LEGACY, read_config
+from squawq.format.files import (
+    LEGACY,
+    beside,
+    clear_temporary,
+    copy_file,
+    has_file,
+    locked,
+    read_config,
+    read_json,
+    write_json,
+)
+from squawq.format.reader import COMPANIONS
 from squawq.format.shards import INDEX
 from squawq.report.files import PAGE, REPORT
 

@@ -8,12 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from squawq.progress import console, counting
+from squawq.serve.flags import complete_model
 
 Formats = Literal["compressed-tensors", "gguf", "dense"]  # export.run.FORMATS, without importing torch
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="An AWQ folder, or a Hub id of one")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="An AWQ folder, or a Hub id of one", autocompletion=complete_model),
+    ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The folder (GGUF: file) to create; it appears when the work is done")
     ],

@@ -1,4 +1,4 @@
-"""`squawq generate`: text to stdout as it comes, everything else to stderr; and what chat.py shares with it."""
+"""`squawq generate`: text to stdout as it comes, everything else to stderr; and what `squawq chat` shares with it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from squawq.commands.options import (
     Temperature,
     TensorParallelSize,
     Threads,
+    TopP,
 )
 from squawq.errors import printable
 from squawq.progress import console
@@ -32,7 +33,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt")],
     max_tokens: MaxTokens = 256,
     temperature: Temperature = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")] = None,
+    top_p: TopP = None,
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,

@@ -8,10 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from squawq.commands.output import results
+from squawq.serve.flags import complete_model
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a config.json, or a Hub id")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model folder, a config.json, or a Hub id", autocompletion=complete_model
+        ),
+    ],
     context: Annotated[
         int | None, typer.Option(help="Sequence length; default: 8192, or the model's positions")
     ] = None,

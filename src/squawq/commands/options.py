@@ -6,17 +6,29 @@ from typing import Annotated, Literal
 
 import typer
 
+from squawq.serve.flags import complete_model, completed_by
+
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A model folder, or a Hub id such as meta-llama/Llama-3.1-8B-Instruct"),
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, or a Hub id such as meta-llama/Llama-3.1-8B-Instruct",
+        autocompletion=complete_model,
+    ),
 ]
 DEVICES = "cpu|cuda|cuda:N"
 Device = Annotated[
-    str, typer.Option(metavar=f"auto|{DEVICES}", help="Where to run; auto: an NVIDIA GPU that can, else the CPU")
+    str,
+    typer.Option(
+        metavar=f"auto|{DEVICES}",
+        help="Where to run; auto: an NVIDIA GPU that can, else the CPU",
+        autocompletion=completed_by(f"auto|{DEVICES}"),
+    ),
 ]
 Temperature = Annotated[
     float | None, typer.Option(help="Sampling temperature, 0: greedy; default: from generation_config.json")
 ]
+TopP = Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")]
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of new tokens")]
 Seed = Annotated[int | None, typer.Option(help="Random seed of sampling")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels; default: all available cores", min=1)]

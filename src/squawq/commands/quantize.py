@@ -13,6 +13,7 @@ from squawq.commands.options import DEVICES, Model
 from squawq.commands.stopping import StoppableProgress
 from squawq.progress import console
 from squawq.quant_config import DTYPES, METHODS, Dtype, GroupSize, Method, QuantConfig
+from squawq.serve.flags import completed_by
 
 
 def quantize(
@@ -82,7 +83,12 @@ def quantize(
         typer.Option("--stream", help="Download a Hub model's files one by one, and keep only those in use"),
     ] = False,
     device: Annotated[
-        str, typer.Option(metavar=f"{DEVICES}|mps", help="Device; cuda: all visible GPUs, one process for each")
+        str,
+        typer.Option(
+            metavar=f"{DEVICES}|mps",
+            help="Device; cuda: all visible GPUs, one process for each",
+            autocompletion=completed_by(f"{DEVICES}|mps"),
+        ),
     ] = "cpu",
     devices: Annotated[
         int | None,

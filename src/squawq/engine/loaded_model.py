@@ -14,8 +14,7 @@ from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import SamplingParams
 from squawq.engine.runner import load_runner
 from squawq.errors import ConfigError
-from squawq.format.files import has_file, read_text
-from squawq.format.reader import read_config
+from squawq.format.files import has_file, read_config, read_text
 from squawq.hub.download import resolve, resolve_small
 from squawq.nn.cache import Cache
 from squawq.text.template_process import TIMEOUT_S, TemplateProcess

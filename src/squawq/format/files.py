@@ -33,6 +33,7 @@ MAX_FILE = 64 * 2**20  # bytes of a file that is read whole
 MAX_VALUES = 2**22  # brackets, colons and commas of a JSON file: each value takes up to a hundred bytes in memory
 MAX_DEPTH = 64
 TEMPORARY = ".squawq-tmp-"
+LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -144,6 +145,23 @@ def _contents(item: Any, surrogates: bool) -> list[Any]:
         shown = item if isinstance(item, float) and not math.isfinite(item) else f"of {len(str(item))} digits"
         raise ValueError(f"a number is {shown}; it must be finite")
     return []
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, with the `quantization_config` of an older form's file where it has none itself.
+
+    Raises CheckpointError where there is no config.json, or a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such model folder")
+    if not has_file(folder / "config.json"):
+        raise CheckpointError(f"{folder}: has no config.json, so it is not a model folder")
+    raw = read_json(folder / "config.json")
+    if raw.get("quantization_config") is None:
+        for name, method in LEGACY.items():
+            if has_file(folder / name):
+                raw["quantization_config"] = {"quant_method": method, **read_json(folder / name)}
+    return raw
 
 
 def is_temporary(name: str) -> bool:

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError
-from squawq.format.files import MAX_FILE, has_file, read_json
+from squawq.format.files import MAX_FILE, has_file, read_config, read_json
 from squawq.format.groupwise import GroupwiseTensor, from_gemm
 from squawq.format.layouts import LAYOUTS, Gemm, gemm_cuts, regroup
 from squawq.format.shards import INDEX, FolderShards, ReadTensor, Shards, TensorInfo, read_tensor
@@ -35,24 +34,6 @@ AHEAD = 2**20  # bytes read ahead at a time
 PIECE = 2**24  # bytes of whole rows, of which some columns are kept
 Part = tuple[slice, slice]  # (outputs, inputs) of a linear
 WHOLE: Part = slice(None), slice(None)
-LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older forms, and the method where none is named
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, with the `quantization_config` of an older form's file where it has none itself.
-
-    Raises CheckpointError where there is no config.json, or a file cannot be read.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such model folder")
-    if not has_file(folder / "config.json"):
-        raise CheckpointError(f"{folder}: has no config.json, so it is not a model folder")
-    raw = read_json(folder / "config.json")
-    if raw.get("quantization_config") is None:
-        for name, method in LEGACY.items():
-            if has_file(folder / name):
-                raw["quantization_config"] = {"quant_method": method, **read_json(folder / name)}
-    return raw
 
 
 class Checkpoint:

@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_file
 from squawq.backends.sampling import Chunk
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError, FusionError
-from squawq.families import FAMILIES
+from squawq.families import FAMILIES, check_decoder
 from squawq.format.reader import Checkpoint
 from squawq.integrations.fused_cache import FusedCache, Runners, check_length
 from squawq.integrations.fused_inputs import (
@@ -38,7 +38,7 @@ from squawq.integrations.fused_inputs import (
 )
 from squawq.integrations.fused_threads import one_thread
 from squawq.integrations.linear import AwqLinear
-from squawq.nn.loader import Options, check_decoder, load
+from squawq.nn.loader import Options, load
 
 STEP_TOKENS = 512  # of a prompt at once
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # before 5.24

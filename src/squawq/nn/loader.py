@@ -17,9 +17,9 @@ from torch import Tensor
 from squawq.backends import backend_for
 from squawq.backends.base import Backend, Vocabulary
 from squawq.backends.layer_ops import Operation, Packed
-from squawq.config import ROPE_TYPES, ModelConfig
+from squawq.config import ModelConfig
 from squawq.errors import ConfigError
-from squawq.families import FAMILIES, Family, family_of
+from squawq.families import FAMILIES, Family, check_decoder, family_of
 from squawq.format.layouts import part_group
 from squawq.format.reader import WHOLE, Checkpoint, Part
 from squawq.format.shards import DeviceReader, read_tensor
@@ -54,26 +54,6 @@ class Options:
     def __post_init__(self) -> None:
         if self.head is not None and self.head not in HEADS:
             raise ConfigError(f"head is {self.head!r}; choose one of {', '.join(HEADS)}")
-
-
-def check_decoder(config: ModelConfig) -> None:
-    """Raise ConfigError, saying what runs it, for a model that our decoder does not run."""
-    unlike = []
-    if config.activation not in ("silu", "swish"):
-        unlike.append(f"hidden_act is {config.activation!r}, and it has silu")
-    if config.rope.type not in ROPE_TYPES:
-        unlike.append(f"rope type is {config.rope.type!r}, and it has {', '.join(ROPE_TYPES)}")
-    if config.rope.partial != 1:
-        unlike.append(f"partial_rotary_factor is {config.rope.partial}, and it rotates whole heads")
-    if others := set(config.layer_types) - {"full_attention", "sliding_attention"}:
-        unlike.append(f"a layer's attention is {sorted(others)[0]!r}")
-    if not family_of(config.model_type).decoder:
-        unlike = [f"model_type is {config.model_type!r}"]
-    if unlike:
-        raise ConfigError(
-            f"our decoder does not run this model yet ({unlike[0]}); load it with transformers: import "
-            "squawq.transformers, then AutoModelForCausalLM.from_pretrained"
-        )
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -151,6 +151,19 @@ KINDS: dict[str, tuple[Reader, str]] = {  # by a setting's type: how its text is
 }
 
 
+def completed_by(metavar: str) -> Callable[[str], list[str]]:
+    """A completion for the shell: the words of a metavar such as auto|cpu|FILE that stand for themselves."""
+    words = [word for word in metavar.split("|") if word == word.lower()] if "|" in metavar else []
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """A completion for the shell: the models on this machine."""
+    from squawq.local_models import complete
+
+    return complete(incomplete)
+
+
 @dataclass(frozen=True)
 class FromFile:
     """A flag's value in the file of --config."""
@@ -171,7 +184,8 @@ class Flag:
         variables: Environment variables. Without the flag, the first that is set is read.
         default: If it is not the setting's.
         noted: It has no effect; the log gives its help text as the reason.
-        metavar: The value's name in the help, if not the reader's.
+        metavar: The value's name in the help, if not the reader's. The shell completes its lower-case words.
+        is_model: The shell completes the models on this machine.
     """
 
     key: str
@@ -184,6 +198,7 @@ class Flag:
     default: object = None
     noted: bool = False
     metavar: str = ""
+    is_model: bool = False
 
     @property
     def name(self) -> str:
@@ -202,12 +217,14 @@ class Flag:
         """The parameter for typer: texts and switches."""
         default = self.default or (SETTINGS[self.setting].default if self.setting else None)
         shown = not isinstance(default, bool) and isinstance(default, str | int | float)
+        metavar = self.metavar or getattr(self.read, "metavar", KINDS[self.kind][1])
         option = typer.Option(
             f"{self.name}/--no-{self.name[2:]}" if self.switch == "no" else self.name,
             *self.names,
             help=f"{self.help} (default: {default})" if shown else self.help,
             rich_help_panel=panel,
-            metavar=None if self.switch else self.metavar or getattr(self.read, "metavar", KINDS[self.kind][1]),
+            metavar=None if self.switch else metavar,
+            autocompletion=complete_model if self.is_model else completed_by(metavar),
         )
         kind: Any = bool if self.switch else list[str] if self.kind.startswith("tuple") else str
         annotation = Annotated[kind | None, option]

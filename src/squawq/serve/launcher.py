@@ -25,6 +25,7 @@ from squawq.serve.flags import (
     Only,
     among,
     arguments,
+    complete_model,
     listed,
     parse,
     share,
@@ -104,7 +105,7 @@ ACCEPTED = [
 ]
 TABLE: dict[str, list[Flag]] = {
     "Model": [
-        Flag("model", "The same as MODEL"),
+        Flag("model", "The same as MODEL", is_model=True),
         Flag("config", "A YAML file with these flags by their names; flags and variables win", metavar="FILE"),
         Flag("served_model_name", "What replies call the model, then aliases; one or several", "served_names"),
         Flag("strict_model_name", "404 for any other `model`; without it all names are taken", switch=True),
@@ -237,7 +238,10 @@ FLAGS = FlagTable(
     host="HOST",
 )
 MODEL = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="A model folder or a Hub id", rich_help_panel="Model")
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="A model folder or a Hub id", rich_help_panel="Model", autocompletion=complete_model
+    ),
 ]
 
 

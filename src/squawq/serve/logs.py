@@ -167,6 +167,11 @@ def event(logger: logging.Logger, level: int, name: str, /, *, limited: bool = F
     logger.log(level, "%s", name, extra={"fields": fields, "limited": limited})
 
 
+def lines(logger: logging.Logger, text: str) -> None:
+    """Write lines for people as they are, in the order of the log. Only for text that no request has part in."""
+    logger.info("%s", text, extra={"as_it_is": True})
+
+
 class Handler(logging.Handler):
     """Formats records in the calling thread, so that their arguments are not kept, and queues the lines."""
 
@@ -192,6 +197,8 @@ class Formatter(logging.Formatter):
         self._json = form == "json"
 
     def format(self, record: logging.LogRecord) -> str:
+        if getattr(record, "as_it_is", False) and not self._json:
+            return record.getMessage()
         head: dict[str, _Value] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname,

@@ -35,6 +35,7 @@ from squawq.serve.app import Api
 from squawq.serve.http import http_protocol
 from squawq.serve.model import Served
 from squawq.serve.settings import ServerSettings
+from squawq.serve.welcome import welcome
 
 logger = logging.getLogger("squawq.serve")
 TICK = 0.05
@@ -120,6 +121,8 @@ class Server(uvicorn.Server):
         logs.event(
             logger, logging.INFO, "serving", model=served.name, at=at, context=served.max_len, **served.device_info()
         )
+        if settings.log_format == "text" and console.is_terminal:
+            logs.lines(logger, welcome(served, at))
 
     async def main_loop(self) -> None:
         """Serve until `stop`, then drain; or until the model cannot run any more."""

@@ -60,7 +60,7 @@ def log_level(text: str) -> str:
 
 TABLE: dict[str, list[Flag]] = {
     "Model": [
-        Flag("model_id", "A model folder or a Hub id; it must be given", "model"),
+        Flag("model_id", "A model folder or a Hub id; it must be given", "model", is_model=True),
         Flag("revision", "A branch, tag or commit of the Hub"),
         Flag("quantize", "awq; without it as the checkpoint says", "quantization", Choice({"awq": "awq"})),
         Flag(
@@ -125,7 +125,7 @@ FLAGS = FlagTable(
     {section: [replace(flag, variables=(flag.key.upper(),)) for flag in rows] for section, rows in TABLE.items()},
     host="HOSTNAME",  # TGI binds to it all the same
 )
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
 
 
 @app.command(cls=Command)
