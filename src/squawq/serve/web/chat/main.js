@@ -330,6 +330,14 @@ document.addEventListener("keydown", (event) => {
   else return;
   event.preventDefault();
 });
+addEventListener("pagehide", () => {
+  for (const conversation of conversations) {
+    const answer = answers.get(conversation.id);
+    if (!answer) continue;
+    answer.stop();
+    store.put(conversation);
+  }
+});
 store.onchange(async (id) => {
   if (answers.has(id)) return;
   const changed = await store.get(id);

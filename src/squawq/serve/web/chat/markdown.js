@@ -14,6 +14,7 @@ const TAGS =
 const SANITIZING = {
   ALLOWED_TAGS: TAGS.split(" "),
   ALLOWED_ATTR: ["align", "data-language", "href", "start", "title"],
+  ADD_URI_SAFE_ATTR: ["align", "data-language", "start"], // all other attributes' values must be links
   ALLOWED_URI_REGEXP: SAFE_LINK,
   ALLOW_ARIA_ATTR: false,
   ALLOW_DATA_ATTR: false,

@@ -42,7 +42,10 @@ function databaseStore(database) {
     all: () => result(objects("readonly").getAll()),
     get: (id) => result(objects("readonly").get(id)),
     put: async (conversation) => {
-      await result(objects("readwrite").put(conversation));
+      const objectStore = objects("readwrite");
+      const request = objectStore.put(conversation);
+      objectStore.transaction.commit(); // at once: the page may be about to close
+      await result(request);
       channel.postMessage(conversation.id);
     },
     remove: async (id) => {
