@@ -65,7 +65,8 @@ class Api:
             self._paths.setdefault(path, []).append(method)
         self._files = web_files() if self.settings.web else {}
         labels = {*map(_template, self._paths), *map(_file_label, self._files)}
-        self.metrics = Metrics(served.name, self._stats, labels)
+        facts = {"version": __version__, "engine": self.settings.engine, **served.device_info()}
+        self.metrics = Metrics(served.name, self._stats, labels, facts)
         self.runtime = Runtime(served, self.metrics)
 
     def _stats(self) -> Stats:
