@@ -55,6 +55,7 @@ FLOORS: dict[str, float] = {
     "serve.openai": 9.3,
     "serve.tgi": 9.3,
     "serve.web": 9,
+    "serve.openapi_document": 9.4,
     "serve.app": 9.5,
     "serve.server": 9.6,
     "serve.launcher": 9.7,
