@@ -48,6 +48,10 @@ class Package:
         return f"{self.folder}-{self.version}.tgz"
 
 
+LANGUAGES = (
+    *("bash", "c", "cpp", "csharp", "css", "diff", "dockerfile", "go", "ini", "java", "javascript", "json"),
+    *("php", "python", "ruby", "rust", "shell", "sql", "typescript", "xml", "yaml"),
+)
 PACKAGES = (
     Package("marked", "18.2.1", "MIT", {"marked.esm.js": "lib/marked.esm.js", "LICENSE": "LICENSE"}),
     Package(
@@ -60,7 +64,11 @@ PACKAGES = (
         "@highlightjs/cdn-assets",
         "11.12.0",
         "BSD-3-Clause",
-        {"highlight.min.js": "es/highlight.min.js", "LICENSE": "LICENSE"},
+        {
+            "core.min.js": "es/core.min.js",
+            **{f"languages/{name}.min.js": f"es/languages/{name}.min.js" for name in LANGUAGES},
+            "LICENSE": "LICENSE",
+        },
     ),
 )
 

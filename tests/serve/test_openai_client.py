@@ -233,6 +233,7 @@ def test_best_of(complete: Any) -> None:
 def test_models(server: Running, client: Any) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.object, model.max_model_len) == ("demo_model", "model", 4096)
+    assert model.sampling_defaults == server.served.sampling_defaults()
     assert client.models.retrieve("demo_model") == model
     with pytest.raises(openai.NotFoundError, match="The model `other/one` does not exist"):
         client.models.retrieve("other/one")

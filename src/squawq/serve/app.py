@@ -130,8 +130,16 @@ class Api:
     def models(self) -> dict[str, Any]:
         served = self.served
         created, owner = (0, served.name) if self.settings.tgi else (served.started, "squawq")
-        common = {"object": "model", "created": created, "owned_by": owner, "root": served.name}
-        data = [{"id": name, **common, "parent": None, "max_model_len": served.max_len} for name in served.names]
+        common = {
+            "object": "model",
+            "created": created,
+            "owned_by": owner,
+            "root": served.name,
+            "parent": None,
+            "max_model_len": served.max_len,
+            "sampling_defaults": served.sampling_defaults(),
+        }
+        data = [{"id": name, **common} for name in served.names]
         return {"object": "list", "data": data}
 
     async def model(self, request: Request) -> Response:

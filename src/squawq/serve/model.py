@@ -13,7 +13,7 @@ from typing import Any
 from squawq.backends import backend_for
 from squawq.engine.loaded_model import LoadedModel
 from squawq.engine.protocol import InferenceEngine
-from squawq.engine.request import Grammar
+from squawq.engine.request import Grammar, SamplingParams
 from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
 from squawq.serve.settings import ServerSettings
@@ -23,6 +23,7 @@ from squawq.text.tokenizer import Tokenizer
 
 MAX_LISTED = 2**17  # tokens in a reply's list, up to a hundred bytes each
 MARGIN = 4  # NFC composes four characters into one at most
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")  # set by models
 _BYTES = 256
 
 
@@ -61,7 +62,7 @@ class Served:
         self.max_len = self._length(self.engine.max_positions, self.engine.cache_tokens)
         self.max_input = min(settings.max_input_tokens or self.max_len, self.max_len - 1)
         self.prompt_limits = PromptLimits(self.tokenizer, self.max_len, self.max_input)
-        self.defaults = self.model.sampling_defaults()
+        self.defaults = SamplingParams(temperature=1.0) if settings.tgi else self.model.sampling_defaults()
         if self.defaults.temperature == 0:  # OpenAI's default, where the model asks for nothing
             self.defaults = replace(self.defaults, temperature=1.0)
         tool_template = self.model.tool_template or self.template
@@ -76,6 +77,10 @@ class Served:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    def sampling_defaults(self) -> dict[str, float]:
+        """Sampling parameters of an OpenAI request that sets none."""
+        return {name: getattr(self.defaults, name) for name in SAMPLING_DEFAULTS}
 
     def device_info(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"device": self.settings.device}

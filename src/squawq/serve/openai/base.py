@@ -17,13 +17,12 @@ from squawq.errors import ConfigError
 from squawq.serve.errors import ApiError
 from squawq.serve.fields import Body, Count, Many, TokenId
 from squawq.serve.http import LazyList, finite_logprob
-from squawq.serve.model import Served
+from squawq.serve.model import SAMPLING_DEFAULTS, Served
 from squawq.serve.tools.grammar import response_grammar
 from squawq.text.tokenizer import Tokenizer
 
 DONE = "[DONE]"
-_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
-_SAME = (*_DEFAULTED, "frequency_penalty", "presence_penalty")
+_SAME = (*SAMPLING_DEFAULTS, "frequency_penalty", "presence_penalty")
 
 
 class StreamOptions(Body):
@@ -144,20 +143,18 @@ class SamplingFields(Body):
     ) -> SamplingParams:
         """The engine's sampling parameters. Raises ApiError for values out of range."""
         tgi = served.settings.tgi
-        base = SamplingParams(temperature=1.0) if tgi else served.defaults
         given = {name: getattr(self, name) for name in _SAME if getattr(self, name) is not None}
         if tgi and self.presence_penalty is not None:  # what TGI's router makes of it
             given["repetition_penalty"] = self.presence_penalty + 2.0
             del given["presence_penalty"]
         if given.get("top_k") == -1:
             given["top_k"] = 0
-        sampling = {name: getattr(base, name) for name in _DEFAULTED}
         wanted = max((value for value in (logprobs, prompt_logprobs) if value is not None), default=0)
         if wanted > served.settings.max_logprobs:
             raise ApiError("invalid", f"logprobs is {wanted}; at most {served.settings.max_logprobs} are given")
         try:
             return SamplingParams(
-                **{**sampling, **given},
+                **{**served.sampling_defaults(), **given},
                 max_tokens=max_tokens,
                 n=self.n,
                 best_of=best_of,

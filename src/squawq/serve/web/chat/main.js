@@ -1,0 +1,355 @@
+// The chat page: its state, and what each action does to it.
+
+import { Answer } from "./answer.js";
+import { Composer } from "./composer.js";
+import { Connection } from "./connection.js";
+import { newConversation, setTitle } from "./conversation.js";
+import { showExport, showKeys } from "./dialogs.js";
+import { byId, element, icon } from "./dom.js";
+import { count } from "./message.js";
+import { announce, notify } from "./notices.js";
+import { splitReasoning } from "./reasoning.js";
+import { firstProblem, sampling } from "./sampling.js";
+import { showSettings } from "./settings.js";
+import { openDrawer, Sidebar } from "./sidebar.js";
+import { keep, openStore, recall } from "./store.js";
+import { Thread, welcome } from "./thread.js";
+import { download, exportJson, exportMarkdown, fileName, importJson } from "./transfer.js";
+
+/**
+ * @typedef {import("./conversation.js").Conversation} Conversation
+ * @typedef {import("./conversation.js").Message} Message
+ */
+
+const SAVE_EVERY_MS = 2000; // while an answer is being made
+const ANNOUNCED = 500; // characters of an answer that are read to screen readers
+
+const store = await openStore();
+/** @type {Conversation[]} */
+let conversations = (await store.all()).sort((a, b) => b.updated - a.updated);
+let current = conversations.find(({ id }) => id === recall("open", "")) ?? newConversation();
+/** @type {Map<string, Answer>} */
+const answers = new Map(); // those that are being made, by conversation
+/** @type {import("./api.js").Model[]} */
+let models = [];
+/** @type {Record<string, string>} */
+let written = recall("sampling", {}); // what the user wrote in the settings
+let probabilities = recall("probabilities", false);
+
+const thread = new Thread((message) => ({
+  regenerate: () => regenerate(message),
+  proceed: () => start({ continued: true }),
+  remove: () => removeMessage(message),
+  change: (text, send) => change(message, text, send),
+}));
+const composer = new Composer({ send, stop: () => answers.get(current.id)?.stop(), editLast });
+const sidebar = new Sidebar({ open, rename, remove: removeConversation });
+const connection = new Connection((found) => {
+  models = found;
+  showModels();
+  draw();
+});
+
+// Messages and answers
+
+/** @param {string} text @returns {boolean} Whether it was sent. */
+function send(text) {
+  if (!ready()) return false;
+  current.messages.push({ role: "user", content: text });
+  return answer();
+}
+
+/** Adds an answer to the current conversation and has the model make it. */
+function answer() {
+  current.messages.push({ role: "assistant", content: "" });
+  thread.following = true;
+  start({ continued: false });
+  return true;
+}
+
+/** @returns {boolean} Whether a request may be sent: no answer is being made here, and the settings are valid. */
+function ready() {
+  const wrong = firstProblem(written);
+  composer.complain(wrong, wrong ? openSettings : undefined);
+  return !wrong && !answers.has(current.id);
+}
+
+/** @param {{continued: boolean}} options Whether the model continues the last message. */
+function start({ continued }) {
+  if (!ready()) return;
+  const conversation = current;
+  const message = /** @type {Message} */ (conversation.messages.at(-1));
+  const scored = probabilities && (!message.content || Boolean(message.tokens));
+  if (!scored) delete message.tokens;
+  let saved = Date.now();
+  const options = { model: byId("model").value, sampling: sampling(written), probabilities: scored, continued };
+  const made = new Answer(conversation, options, () => {
+    if (conversation === current) thread.changed();
+    if (Date.now() - saved < SAVE_EVERY_MS || !conversations.includes(conversation)) return;
+    saved = Date.now();
+    save(conversation);
+  });
+  answers.set(conversation.id, made);
+  setTitle(conversation);
+  save(conversation);
+  draw();
+  made.done.then(() => finish(conversation, made));
+}
+
+/** @param {Conversation} conversation @param {Answer} made */
+function finish(conversation, made) {
+  answers.delete(conversation.id);
+  if (conversations.includes(conversation)) save(conversation);
+  if (made.unreachable) connection.lost("The server does not answer.");
+  const { error } = made.message;
+  announce(error ? `The answer failed. ${error}` : `Answer: ${splitReasoning(made.message).answer.slice(0, ANNOUNCED)}`);
+  draw();
+}
+
+/** @param {Message} message An answer; it and what follows are replaced. */
+function regenerate(message) {
+  if (!ready()) return;
+  const undo = undoing(message.content ? "The answer is made again." : "");
+  current.messages.splice(current.messages.indexOf(message));
+  answer();
+  undo();
+}
+
+/** @param {Message} message @param {string} text @param {boolean} again Whether to send it again: what follows is replaced. */
+function change(message, text, again) {
+  if (again && !ready()) return;
+  const followed = current.messages.at(-1) !== message;
+  const undo = undoing(again && followed ? "The conversation goes on from the edited message." : "");
+  const edited = { role: message.role, content: text };
+  const at = current.messages.indexOf(message);
+  current.messages.splice(at, again ? Infinity : 1, edited);
+  if (again) answer();
+  else save(current);
+  draw();
+  undo();
+}
+
+/** @param {Message} message */
+function removeMessage(message) {
+  answers.get(current.id)?.stop();
+  const undo = undoing("Message deleted.");
+  current.messages.splice(current.messages.indexOf(message), 1);
+  save(current);
+  draw();
+  undo();
+  composer.focus();
+}
+
+/**
+ * Remembers the current messages.
+ *
+ * @param {string} text What the notice says; empty: no notice.
+ * @returns {() => void} Shows the notice, whose button brings those messages back.
+ */
+function undoing(text) {
+  const conversation = current;
+  const before = [...conversation.messages];
+  return () =>
+    text &&
+    notify(text, async () => {
+      const running = answers.get(conversation.id);
+      running?.stop();
+      await running?.done;
+      conversation.messages = before;
+      save(conversation);
+      draw();
+    });
+}
+
+function editLast() {
+  const last = current.messages.findLast((message) => message.role === "user");
+  if (last && !answers.has(current.id)) thread.view(last)?.edit();
+}
+
+// Conversations
+
+/** @param {Conversation} conversation */
+function open(conversation) {
+  current = conversation;
+  keep("open", current.id);
+  thread.clear();
+  draw();
+  composer.complain("");
+  composer.focus();
+}
+
+/** @param {Conversation} conversation */
+async function save(conversation) {
+  conversation.updated = Date.now();
+  conversations = [conversation, ...conversations.filter((one) => one !== conversation)];
+  if (conversation === current) keep("open", conversation.id);
+  try {
+    await store.put(conversation);
+  } catch (error) {
+    notify(`The browser could not keep the conversation: ${error instanceof Error ? error.message : error}`);
+  }
+}
+
+/** @param {Conversation} conversation @param {string} title */
+function rename(conversation, title) {
+  Object.assign(conversation, { title, named: true });
+  store.put(conversation);
+  draw();
+}
+
+/** @param {Conversation} conversation */
+async function removeConversation(conversation) {
+  answers.get(conversation.id)?.stop();
+  const at = conversations.indexOf(conversation);
+  conversations.splice(at, 1);
+  if (conversation === current) open(newConversation());
+  draw();
+  await store.remove(conversation.id);
+  notify(`"${conversation.title}" is deleted.`, () => {
+    conversations.splice(at, 0, conversation);
+    store.put(conversation);
+    open(conversation);
+  });
+}
+
+/** @param {File} file */
+async function importFile(file) {
+  try {
+    const imported = await importJson(file);
+    for (const conversation of imported.reverse()) await save(conversation);
+    open(conversations[0]);
+    notify(imported.length === 1 ? "1 conversation imported." : `${imported.length} conversations imported.`);
+  } catch (error) {
+    notify(error instanceof Error ? error.message : String(error));
+  }
+}
+
+function exportDialog() {
+  /** @type {[string, () => void][]} */
+  const choices = [];
+  if (current.messages.length) {
+    const name = fileName(current.title);
+    choices.push(["This conversation as JSON", () => download(`${name}.json`, exportJson([current]), "application/json")]);
+    choices.push(["This conversation as Markdown", () => download(`${name}.md`, exportMarkdown(current), "text/markdown")]);
+  }
+  if (conversations.length) {
+    choices.push(["All conversations as JSON", () => download("conversations.json", exportJson(conversations), "application/json")]);
+  }
+  if (choices.length) showExport(choices);
+  else notify("There is no conversation to export yet.");
+}
+
+// What the page shows
+
+function draw() {
+  const running = answers.get(current.id);
+  sidebar.show(conversations, current.id);
+  thread.probabilities = probabilities;
+  thread.show(current.messages, running?.message ?? null, welcome(byId("model").value, (text) => composer.write(text)));
+  composer.show(Boolean(running));
+  byId("probabilities").setAttribute("aria-pressed", String(probabilities));
+  document.title = current.messages.length ? `${current.title} · squawq` : "squawq chat";
+  const usage = current.messages.findLast((message) => message.usage)?.usage;
+  const most = models.find(({ id }) => id === byId("model").value)?.max_model_len;
+  byId("context").hidden = !usage || !most;
+  if (!usage || !most) return;
+  const used = usage.prompt + usage.completion;
+  Object.assign(byId("context-meter"), { max: most, high: most * 0.8, optimum: 0, value: used });
+  byId("context-text").textContent = `${count(used)} of ${count(most)} tokens`;
+}
+
+function showModels() {
+  const select = byId("model");
+  const chosen = select.value || recall("model", "");
+  select.replaceChildren(...models.map(({ id }) => element("option", { value: id, text: id })));
+  select.value = models.some(({ id }) => id === chosen) ? chosen : (models[0]?.id ?? "");
+  select.hidden = models.length < 2;
+  byId("model-name").hidden = models.length > 1;
+  byId("model-name").textContent = models[0]?.id ?? "";
+}
+
+function openSettings() {
+  const conversation = current;
+  showSettings({
+    system: conversation.system,
+    written,
+    defaults: models.find(({ id }) => id === byId("model").value)?.sampling_defaults ?? {},
+    onsystem: (text) => {
+      conversation.system = text;
+      if (conversations.includes(conversation)) store.put(conversation);
+    },
+    onwritten: (changed) => {
+      written = changed;
+      keep("sampling", written);
+      composer.complain("");
+    },
+  });
+}
+
+function newChat() {
+  openDrawer(false);
+  open(newConversation());
+}
+
+// Buttons and keys
+
+byId("new-chat").prepend(icon("plus"));
+byId("drawer").append(icon("menu"));
+byId("settings").prepend(icon("sliders"));
+byId("probabilities").prepend(icon("bars"));
+byId("to-end").prepend(icon("down"));
+byId("new-chat").addEventListener("click", newChat);
+byId("settings").addEventListener("click", openSettings);
+byId("keys").addEventListener("click", showKeys);
+byId("export").addEventListener("click", exportDialog);
+byId("import").addEventListener("click", () => byId("import-file").click());
+byId("import-file").addEventListener("change", async (/** @type {any} */ event) => {
+  const [file] = event.target.files;
+  if (file) await importFile(file);
+  event.target.value = ""; // the same file may be chosen again
+});
+byId("model").addEventListener("change", () => {
+  keep("model", byId("model").value);
+  draw();
+});
+byId("probabilities").addEventListener("click", () => {
+  probabilities = !probabilities;
+  keep("probabilities", probabilities);
+  draw();
+});
+document.addEventListener("keydown", (event) => {
+  if (document.querySelector("dialog[open]")) return;
+  const command = event.ctrlKey || event.metaKey;
+  const key = event.key.toLowerCase();
+  if (key === "escape" && answers.has(current.id)) answers.get(current.id)?.stop();
+  else if (command && event.shiftKey && key === "o") newChat();
+  else if (command && key === "k") {
+    openDrawer(true);
+    byId("search").select();
+  } else if (command && key === "/") showKeys();
+  else return;
+  event.preventDefault();
+});
+addEventListener("pagehide", () => {
+  for (const conversation of conversations) {
+    const answer = answers.get(conversation.id);
+    if (!answer) continue;
+    answer.stop();
+    store.put(conversation);
+  }
+});
+store.onchange(async (id) => {
+  if (answers.has(id)) return;
+  const changed = await store.get(id);
+  conversations = conversations.filter((one) => one.id !== id);
+  if (changed) conversations = [changed, ...conversations];
+  if (id === current.id) {
+    current = changed ?? newConversation();
+    thread.clear();
+  }
+  draw();
+});
+
+draw();
+connection.check();
+if (!store.lasting) notify("This browser keeps no data here: conversations end with this tab.");
