@@ -58,6 +58,7 @@ FLOORS: dict[str, float] = {
     "serve.openai": 9.3,
     "serve.tgi": 9.3,
     "serve.web": 9,
+    "serve.openapi_document": 9.4,
     "serve.app": 9.5,
     "serve.welcome": 9.3,
     "serve.server": 9.6,

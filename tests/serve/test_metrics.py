@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import replace
 
@@ -65,10 +66,10 @@ def families(metrics: Metrics, accept: str = "") -> dict[str, Metric]:
 
 
 def samples(metrics: Metrics, accept: str = "") -> dict[tuple[str, Labels], float]:
-    """Each sample as it is written, the model's label left out."""
+    """Each sample as it is written, the model's label left out; none of the process', which change at any time."""
     found = {}
     for line in lines(metrics, accept):
-        if line.startswith("#"):
+        if line.startswith(("#", "process_")):
             continue
         [family] = parse_text(line)
         [sample] = family.samples
@@ -235,6 +236,18 @@ def test_http_requests_are_counted_by_fixed_labels() -> None:
     metrics.http("/etc/passwd", "BREW", 99)
     assert value(metrics, "http_requests_total", handler="/generate", method="POST", status="2xx") == 2
     assert value(metrics, "http_requests_total", handler="other", method="other", status="other") == 1
+
+
+def test_facts_about_the_server_are_labels() -> None:
+    metrics = Metrics("m", lambda: STATS, facts={"version": "1.2", "threads": 8})
+    assert value(metrics, "squawq_info", version="1.2", threads="8") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the process' figures are read from /proc")
+def test_the_process_has_figures() -> None:
+    text = "\n".join(lines(make()))
+    for name in ("process_start_time_seconds", "process_resident_memory_bytes", "process_cpu_seconds_total"):
+        assert f"\n{name} " in text
 
 
 def test_tgis_counters_keep_their_names_and_type() -> None:

@@ -1,20 +1,17 @@
 """The routes: one table with what each path does and how the OpenAPI document describes it, and the application.
 
-The dialects (openai/, tgi/) read bodies and write replies; runtime.py runs requests. A reply's schema has the fields
-that are always present.
+The dialects (openai/, tgi/) read bodies and write replies; runtime.py runs requests; openapi_document.py writes the
+document.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from http import HTTPStatus
+from dataclasses import replace
 from typing import Any
 
-from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -28,7 +25,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from squawq import __version__
 from squawq.engine.protocol import Stats
 from squawq.serve.errors import ApiError
-from squawq.serve.fields import Body
 from squawq.serve.http import Guard, JsonReply, error_reply
 from squawq.serve.metrics import Metrics
 from squawq.serve.model import Served
@@ -43,12 +39,36 @@ from squawq.serve.openai.completions import (
     tokenize,
     tokenizer_info,
 )
+from squawq.serve.openapi_document import (
+    ANY,
+    CHAT,
+    CHAT_TOKENS,
+    COMPLETION,
+    EVENTS,
+    GENERATED,
+    HTML,
+    INFO,
+    MODEL,
+    OPENAI,
+    OPERATIONS,
+    PLAIN,
+    SAGEMAKER,
+    TEXT,
+    TGI,
+    TOKEN,
+    TOKENS,
+    VLLM,
+    RouteRow,
+    document,
+    json_content,
+    list_of,
+    object_of,
+)
 from squawq.serve.runtime import Call, Disconnected, Parse, Runtime
 from squawq.serve.tgi import generate as tgi
 from squawq.serve.web.pages import FILES, PAGES, page, wants_page, web_files
 
 logger = logging.getLogger("squawq.serve")
-Schema = dict[str, Any]
 # TGI's own routes, whose errors are TGI's in either dialect.
 TGI_PATHS = frozenset(("/", "/v1", "/generate", "/generate_stream", "/info", "/chat_tokenize"))
 EMBEDDINGS = "/v1/embeddings is not supported: this server generates text; embed with an encoder model's server"
@@ -65,7 +85,8 @@ class Api:
             self._paths.setdefault(path, []).append(method)
         self._files = web_files() if self.settings.web else {}
         labels = {*map(_template, self._paths), *map(_file_label, self._files)}
-        self.metrics = Metrics(served.name, self._stats, labels)
+        facts = {"version": __version__, "engine": self.settings.engine, **served.device_info()}
+        self.metrics = Metrics(served.name, self._stats, labels, facts)
         self.runtime = Runtime(served, self.metrics)
 
     def _stats(self) -> Stats:
@@ -261,153 +282,68 @@ def _chat_tokenize(raw: Mapping[str, Any], served: Served) -> dict[str, Any]:
     return {"tokenize_response": tgi.chat_tokens(text, served), "templated_text": text}
 
 
-def _object(**properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": [*properties]}
-
-
-def _list(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def _choices(kind: str, **content: Schema) -> Schema:
-    choice = _object(index=WHOLE, finish_reason=TEXT, logprobs={"type": ["object", "null"]}, **content)
-    return _object(id=TEXT, object={"const": kind}, created=WHOLE, model=TEXT, choices=_list(choice), usage=USAGE)
-
-
-def _json(schema: Schema) -> Schema:
-    return {"application/json": {"schema": schema}}
-
-
-TEXT, WHOLE, ANY = {"type": "string"}, {"type": "integer"}, {"type": "object"}
-USAGE = _object(prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE)
-MODEL = _object(id=TEXT, object={"const": "model"}, created=WHOLE, owned_by=TEXT)
-MESSAGE = _object(role={"const": "assistant"}, content={"type": ["string", "null"]})
-GENERATED = _object(generated_text=TEXT)
-TOKEN = _object(id=WHOLE, text=TEXT, start=WHOLE, stop=WHOLE)
-TOKENS = _object(count=WHOLE, max_model_len=WHOLE, tokens=_list(WHOLE))
-CHAT_TOKENS = _object(tokenize_response=_list(TOKEN), templated_text=TEXT)
-INFO = _object(model_id=TEXT, max_input_tokens=WHOLE, max_total_tokens=WHOLE, router=TEXT, version=TEXT)
-ERROR = _object(error={"anyOf": [TEXT, _object(message=TEXT, type=TEXT, code=WHOLE)]}, error_type=TEXT)
-CHAT, COMPLETION = _choices("chat.completion", message=MESSAGE), _choices("text_completion", text=TEXT)
-PLAIN: Schema = {"text/plain": {}}
-HTML: Schema = {"text/html": {}}
-EVENTS: Schema = {"text/event-stream": {}}
-ANY_REFUSES = (400, 401, 431, 503)  # the head, the key, a server that is full or closing
-BODY_REFUSES = (404, 408, 413, 415, 422, 424, 429)
-PROMPT = "Once upon a time"
-EXAMPLES: dict[type[Body], Schema] = {
-    ChatBody: {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 20},
-    CompletionBody: {"prompt": PROMPT, "max_tokens": 20},
-    tgi.GenerateBody: {"inputs": PROMPT, "parameters": {"max_new_tokens": 20}},
-    TokenizeBody: {"prompt": PROMPT},
-    TokenizeChatBody: {"messages": [{"role": "user", "content": "Tell me a story."}]},
-    DetokenizeBody: {"tokens": [1, 2, 3]},
-}
-
-
-@dataclass(frozen=True)
-class RouteRow:
-    """A route. content: its reply by media type; empty if the route is not supported."""
-
-    handle: Handler
-    summary: str
-    content: Schema
-    bodies: tuple[type[Body], ...] = ()
-
-
-LIVES = RouteRow(Api.health, "Whether the engine lives", PLAIN)
-GOES_ON, TGI_BODY = "TGI: go on with a text", (tgi.GenerateBody,)
-COMPAT = RouteRow(_tgi(compat=True), GOES_ON, {**_json(_list(GENERATED)), **EVENTS}, TGI_BODY)
-ROUTES = {
-    "POST /v1/chat/completions": RouteRow(_generate(chat), "Answer a chat", {**_json(CHAT), **EVENTS}, (ChatBody,)),
+LIVES = RouteRow(Api.health, OPERATIONS, "Whether the engine is alive", PLAIN)
+GENERATE, TGI_BODY = "Continue a text", (tgi.GenerateBody,)
+COMPAT = RouteRow(_tgi(compat=True), TGI, GENERATE, {**json_content(list_of(GENERATED)), **EVENTS}, TGI_BODY)
+ROUTES: dict[str, RouteRow] = {
+    "POST /v1/chat/completions": RouteRow(
+        _generate(chat), OPENAI, "Answer a chat", {**json_content(CHAT), **EVENTS}, (ChatBody,)
+    ),
     "POST /v1/completions": RouteRow(
-        _generate(completion), "Go on with a text", {**_json(COMPLETION), **EVENTS}, (CompletionBody,)
+        _generate(completion), OPENAI, GENERATE, {**json_content(COMPLETION), **EVENTS}, (CompletionBody,)
     ),
-    "POST /v1/embeddings": RouteRow(_embeddings, "Not supported", {}),
+    "POST /v1/embeddings": RouteRow(_embeddings, OPENAI, "Not supported", {}),
     "GET /v1/models": RouteRow(
-        _show(Api.models), "The model's names", _json(_object(object={"const": "list"}, data=_list(MODEL)))
+        _show(Api.models),
+        OPENAI,
+        "The model's names",
+        json_content(object_of(object={"const": "list"}, data=list_of(MODEL))),
     ),
-    "GET /v1/models/{model}": RouteRow(Api.model, "The model, by one of its names", _json(MODEL)),
+    "GET /v1/models/{model}": RouteRow(Api.model, OPENAI, "The model, by one of its names", json_content(MODEL)),
     "POST /tokenize": RouteRow(
         _compute(_tokenize),
+        VLLM,
         "Tokens of a text or chat",
-        _json({"anyOf": [TOKENS, _list(TOKEN)]}),
+        json_content({"anyOf": [TOKENS, list_of(TOKEN)]}),
         (TokenizeBody, TokenizeChatBody, *TGI_BODY),
     ),
     "POST /detokenize": RouteRow(
-        _compute(detokenize), "Text of tokens", _json(_object(prompt=TEXT)), (DetokenizeBody,)
+        _compute(detokenize), VLLM, "Text of tokens", json_content(object_of(prompt=TEXT)), (DetokenizeBody,)
     ),
     "GET /tokenizer_info": RouteRow(
-        _show(lambda api: tokenizer_info(api.served)), "The tokenizer's settings and chat template", _json(ANY)
+        _show(lambda api: tokenizer_info(api.served)),
+        VLLM,
+        "The tokenizer's settings and chat template",
+        json_content(ANY),
     ),
     "POST /": COMPAT,
     "POST /v1": COMPAT,  # a client's base_url may end so
-    "POST /generate": RouteRow(_tgi(), GOES_ON, _json(GENERATED), TGI_BODY),
-    "POST /generate_stream": RouteRow(_tgi(stream=True), f"{GOES_ON}, in events", EVENTS, TGI_BODY),
+    "POST /generate": RouteRow(_tgi(), TGI, GENERATE, json_content(GENERATED), TGI_BODY),
+    "POST /generate_stream": RouteRow(_tgi(stream=True), TGI, f"{GENERATE}, as a stream of events", EVENTS, TGI_BODY),
     "POST /chat_tokenize": RouteRow(
-        _compute(_chat_tokenize), "TGI: a chat as text and tokens", _json(CHAT_TOKENS), (ChatBody,)
+        _compute(_chat_tokenize), TGI, "A chat as text and tokens", json_content(CHAT_TOKENS), (ChatBody,)
     ),
     "POST /invocations": RouteRow(
         _generate(_invocation),
-        "SageMaker: what to do shows in the body",
-        {**_json({"anyOf": [_list(GENERATED), CHAT, COMPLETION]}), **EVENTS},
+        SAGEMAKER,
+        "Generate; the body's fields say how: inputs (TGI), messages (chat) or prompt (completion)",
+        {**json_content({"anyOf": [list_of(GENERATED), CHAT, COMPLETION]}), **EVENTS},
         (*TGI_BODY, ChatBody, CompletionBody),
     ),
-    "GET /info": RouteRow(_show(lambda api: tgi.info(api.served)), "TGI: the model and the limits", _json(INFO)),
-    "GET /": RouteRow(Api.root, "The chat page for a browser; for others whether the engine lives", {**PLAIN, **HTML}),
+    "GET /info": RouteRow(_show(lambda api: tgi.info(api.served)), TGI, "The model and the limits", json_content(INFO)),
+    "GET /": RouteRow(
+        Api.root, OPERATIONS, "The chat page for a browser; else whether the engine is alive", {**PLAIN, **HTML}
+    ),
     "GET /health": LIVES,
     "GET /ping": LIVES,
     "POST /ping": LIVES,
     "GET /livez": LIVES,
-    "GET /readyz": RouteRow(Api.ready, "Whether requests are taken", PLAIN),
-    "GET /metrics": RouteRow(Api.scrape, "Metrics for Prometheus", {**PLAIN, "application/openmetrics-text": {}}),
-    "GET /version": RouteRow(
-        _show(lambda _: {"version": __version__}), "The server's version", _json(_object(version=TEXT))
+    "GET /readyz": RouteRow(Api.ready, OPERATIONS, "Whether new requests are accepted", PLAIN),
+    "GET /metrics": RouteRow(
+        Api.scrape, OPERATIONS, "Metrics for Prometheus", {**PLAIN, "application/openmetrics-text": {}}
     ),
-    "GET /openapi.json": RouteRow(_show(lambda _: document()), "This document", _json(ANY)),
+    "GET /version": RouteRow(
+        _show(lambda _: {"version": __version__}), VLLM, "The server's version", json_content(object_of(version=TEXT))
+    ),
+    "GET /openapi.json": RouteRow(_show(lambda _: document(ROUTES)), OPERATIONS, "This document", json_content(ANY)),
 }
-
-
-def document() -> Schema:
-    names, shared = models_json_schema(
-        [(model, "validation") for model in EXAMPLES], ref_template="#/components/schemas/{model}"
-    )
-    bodies = {model: names[model, "validation"] for model in EXAMPLES}
-    paths: Schema = {}
-    for key, row in ROUTES.items():
-        method, path = key.split()
-        paths.setdefault(path, {})[method.lower()] = _operation(method, path, row, bodies)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "squawq", "version": __version__},
-        "paths": paths,
-        "components": {
-            "schemas": {**shared.get("$defs", {}), "Error": ERROR},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
-        "security": [{}, {"key": []}],  # a server without keys asks for none
-    }
-
-
-def _operation(method: str, path: str, row: RouteRow, bodies: dict[type[Body], Any]) -> Schema:
-    operation: Schema = {
-        "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").rstrip("_"),
-        "summary": row.summary,
-        "responses": _responses(path, row),
-    }
-    if row.bodies:
-        schemas = [bodies[model] for model in row.bodies]
-        examples = {model.__name__: {"value": EXAMPLES[model]} for model in row.bodies}
-        content = {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}, "examples": examples}
-        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
-    if given := re.findall(r"{(\w+)}", path):
-        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in given]
-    return operation
-
-
-def _responses(path: str, row: RouteRow) -> Schema:
-    codes = {*ANY_REFUSES, *(BODY_REFUSES if row.bodies else ()), *((404,) if "{" in path else ())}
-    codes |= set() if row.content else {501}
-    error = _json({"$ref": "#/components/schemas/Error"})
-    refusals = {str(code): {"description": HTTPStatus(code).phrase, "content": error} for code in sorted(codes)}
-    return {**({"200": {"description": "OK", "content": row.content}} if row.content else {}), **refusals}

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -89,12 +89,25 @@ class Timing:
 
 
 class Metrics:
-    """The metrics of one server. Thread-safe. `stats` is called at each scrape; `routes` are counted by name."""
+    """The metrics of one server. Thread-safe.
 
-    def __init__(self, model_name: str, stats: Callable[[], Stats], routes: Iterable[str] = ()) -> None:
+    Args:
+        stats: Called at each scrape.
+        routes: Requests are counted by these names; all others together.
+        facts: Labels of squawq_info, such as the version and the device.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        stats: Callable[[], Stats],
+        routes: Iterable[str] = (),
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
         self._model = model_name.encode("utf-8", "replace").decode("utf-8")  # a path may hold what UTF-8 does not
         self._stats = stats
         self._routes = frozenset(routes)
+        self._facts = {name: str(value) for name, value in (facts or {}).items()}
         self._registry = registry = CollectorRegistry()
         self._histograms = {
             name: Histogram(f"vllm:{name}", text, ["model_name"], registry=registry, buckets=buckets)
@@ -120,6 +133,7 @@ class Metrics:
         for err in (*ADMISSION, "validation"):
             self._rejected.labels(err)
         registry.register(self)
+        ProcessCollector(registry=registry)  # memory, CPU time and start of the process, on Linux
 
     def observe(self, request: Timing) -> None:
         """Count a request at its end. Histograms of durations and tokens only take complete ones."""
@@ -180,6 +194,11 @@ class Metrics:
             logger.exception("the engine's figures could not be read")
         else:
             yield from self._engine(stats)
+        info = GaugeMetricFamily(
+            "squawq_info", "What runs, in its labels; always 1.", labels=["model_name", *self._facts]
+        )
+        info.add_metric([self._model, *self._facts.values()], 1)
+        yield info
         yield from self._tgi()
 
     def _engine(self, stats: Stats) -> Iterator[Metric]:
