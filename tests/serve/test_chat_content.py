@@ -71,6 +71,12 @@ def test_links_open_in_a_new_tab_and_images_are_links(chat: Chat) -> None:
     assert chat.page.locator(".message img").count() == 0
 
 
+def test_a_link_is_defined_after_its_use(chat: Chat) -> None:
+    chat.answer_with("See [the page][1].", "\n\nMore.", "\n\n[1]: https://example.com/page")
+    chat.send("one")
+    assert chat.page.get_by_role("link", name="the page").get_attribute("href") == "https://example.com/page"
+
+
 def harmless(chat: Chat) -> None:
     """Check that nothing of a model's text ran, or became more than text."""
     chat.page.wait_for_timeout(100)

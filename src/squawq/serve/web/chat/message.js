@@ -83,10 +83,10 @@ export class MessageView {
       if (!this.tokens || (this.tokens.shown > (this.message.tokens?.length ?? 0))) this.tokens = new TokenView(this.text);
       this.tokens.show(this.message.tokens ?? []);
     } else {
-      if (!this.markdown || !running) this.text.replaceChildren(); // at the end all is drawn again: links defined later
-      if (!this.markdown || !running) this.markdown = new MarkdownView(this.text);
+      if (!this.markdown) this.text.replaceChildren();
+      this.markdown ??= new MarkdownView(this.text);
       this.tokens = null;
-      this.markdown.show(answer);
+      this.markdown.show(answer, running);
     }
   }
 
