@@ -89,7 +89,6 @@ function report(problem) {
   const text = problem ? `${problem}${last} ${next}` : "";
   if (note.textContent !== text) note.textContent = text; // else a screen reader says it each time
   note.hidden = !problem;
-  document.body.classList.toggle("stale", Boolean(problem));
   if (!problem) byId("updated").textContent = `Updated ${clock(history.newest.time)}`;
 }
 
