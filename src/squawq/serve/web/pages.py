@@ -31,7 +31,6 @@ POLICY = {
     "form-action": "'none'",
     "frame-ancestors": "'none'",
 }
-POLICIES = {"docs.html": {**POLICY, "style-src": "'self' 'unsafe-inline'"}}  # Swagger UI sets styles on elements
 
 
 def web_files() -> dict[str, str]:
@@ -58,7 +57,7 @@ def page(request: Request, name: str) -> Response:
         "cache-control": "no-cache",  # the browser asks each time, and gets 304 if nothing changed
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
-        "content-security-policy": file.policy,
+        "content-security-policy": "; ".join(f"{key} {value}" for key, value in POLICY.items()),
         "vary": "Accept",
     }
     if request.headers.get("if-none-match") == file.tag:
@@ -75,13 +74,11 @@ def wants_page(request: Request) -> bool:
 class _File:
     content: bytes
     media_type: str
-    policy: str
     tag: str
 
 
 @cache
 def _read(name: str) -> _File:
     content = files(__package__).joinpath(name).read_bytes()
-    policy = "; ".join(f"{key} {value}" for key, value in POLICIES.get(name, POLICY).items())
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    return _File(content, MEDIA_TYPES[PurePosixPath(name).suffix], policy, tag)
+    return _File(content, MEDIA_TYPES[PurePosixPath(name).suffix], tag)
