@@ -5,19 +5,25 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE  # else each of the tests' many processes compiles the sources anew
 
-.PHONY: demo test check sanitize fuzz format clean
+.PHONY: demo test lint check wheel sanitize fuzz format clean
 demo: $(READY)
 	$(BIN)/squawq demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --durations 20
 
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,helm]'
 	$(BIN)/python -m pytest -n auto --durations 20
+
+# The wheels as users get them: built, installed into a new environment, tried and tested there. TESTS: files of tests.
+wheel:
+	tools/check_wheel.sh $(PYTHON) $(TESTS)
 
 # The kernels under sanitizers; needs cmake and g++, and some minutes.
 sanitize: $(READY)
