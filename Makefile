@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE  # else each of the tests' many processes compiles the sources anew
 
-.PHONY: demo test check sanitize fuzz format clean
+.PHONY: demo test check docs docs-serve sanitize fuzz format clean
 demo: $(READY)
 	$(BIN)/squawq demo
 
@@ -18,6 +18,15 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,helm]'
 	$(BIN)/python -m pytest -n auto --durations 20
+
+# The documentation site, in site/: reference pages from the code, then the pages; a warning or broken link is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python tools/docs_reference.py docs/reference
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: docs
+	$(BIN)/mkdocs serve
 
 # The kernels under sanitizers; needs cmake and g++, and some minutes.
 sanitize: $(READY)
