@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE  # else each of the tests' many processes compiles the sources anew
 
-.PHONY: demo test lint check wheel sanitize fuzz format clean
+.PHONY: demo test lint check docs docs-serve wheel sanitize fuzz format clean
 demo: $(READY)
 	$(BIN)/squawq demo
 
@@ -24,6 +24,15 @@ check: lint
 # The wheels as users get them: built, installed into a new environment, tried and tested there. TESTS: files of tests.
 wheel:
 	tools/check_wheel.sh $(PYTHON) $(TESTS)
+
+# The documentation site, in site/: reference pages from the code, then the pages; a warning or broken link is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python tools/docs_reference.py docs/reference
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: docs
+	$(BIN)/mkdocs serve
 
 # The kernels under sanitizers; needs cmake and g++, and some minutes.
 sanitize: $(READY)

@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoints.py llama-3.2-1b FOLDER [--layers 4] [--dense]
 
-Tensors, layout and config.json are those of a real checkpoint (docs/format.md); the weights are noise with standard
-deviation 0.02. There is no tokenizer. One shard per layer; at most one layer (or the embedding) is in memory.
+Tensors, layout and config.json are those of a real checkpoint (docs/explanation/format.md); the weights are noise with
+standard deviation 0.02. There is no tokenizer. One shard per layer; at most one layer (or the embedding) is in memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checks and measures the CUDA backend on an NVIDIA GPU, beside torch and other INT4 kernels, in one run.
 
     python -m benchmarks.gpu [--only products streams] [--json gpu.json] [--folder DIR] [--limit 460]
-    python -m benchmarks.gpu --plot gpu.json        draws docs/gpu-roofline.svg; needs matplotlib, and no GPU
+    python -m benchmarks.gpu --plot gpu.json        draws docs/pictures/gpu-roofline.svg; needs matplotlib, and no GPU
     python -m benchmarks.gpu --markdown gpu.json    prints the tables for docs/benchmarks.md
 
 Parts run in the order of PARTS, and each prints its results as they come. A part that fails is reported, and one that

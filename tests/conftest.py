@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,6 +140,22 @@ def rows() -> list[list[int]]:
     """Calibration rows of token ids for the tiny models."""
     generator = torch.Generator().manual_seed(5)
     return torch.randint(2, 160, (8, 32), generator=generator).tolist()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's first layer with a short context: a whole quantization of it takes seconds."""
+    from squawq.demo import demo_model
+    from squawq.format.reader import Checkpoint
+
+    folder = tmp_path_factory.mktemp("small") / "model"
+    shutil.copytree(demo_model(), folder, ignore=shutil.ignore_patterns("*.safetensors", "held_back.txt"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1, "max_position_embeddings": 96}))
+    source = Checkpoint(demo_model())
+    kept = [name for name in source.tensors if not re.match(r"model\.layers\.[1-9]", name)]
+    save_file({name: source.read(name) for name in kept}, folder / "model.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")

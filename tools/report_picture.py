@@ -1,6 +1,6 @@
 """Draws the main charts of a report as one SVG file, for README.md.
 
-    squawq demo && python tools/report_picture.py squawq-demo docs/report.svg
+    squawq demo && python tools/report_picture.py squawq-demo docs/pictures/report.svg
 
 FOLDER is a quantized folder that has been evaluated. The SVG uses the report's own styles, follows dark mode and has no
 script.

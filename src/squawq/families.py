@@ -1,7 +1,7 @@
 """One row per model_type: a decoder layer's linears, and which of them share a scale. No code per family.
 
 `quantization/` builds transformers' own layers and finds what a row names in them; `nn/` runs the families that say so.
-docs/adding-a-family.md explains a row. Knows names and no tensors.
+docs/contributing/adding-a-family.md explains a row. Knows names and no tensors.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ConfigError(
             f"model_type is {model_type!r}; squawq knows {', '.join(sorted(FAMILIES))}. Another one takes a row in "
-            "squawq/families.py: docs/adding-a-family.md"
+            "squawq/families.py: docs/contributing/adding-a-family.md"
         )
     return FAMILIES[model_type]
 

@@ -41,7 +41,7 @@ def awq(make_model: MakeModel, tmp_path: Path, case: str) -> Path:
 
 
 def reference(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights by the formula of docs/format.md, in float64, rounded once."""
+    """Weights by the formula of docs/explanation/format.md, in float64, rounded once."""
     checkpoint, weights = Checkpoint(folder), {}
     for name, info in checkpoint.tensors.items():
         linear, _, kind = name.rpartition(".")

@@ -104,7 +104,7 @@ def _print_scores(scores: dict[str, Any]) -> None:
         table.add_row("top-1 agreement", f"{scores['top1_agreement']:.2%}")
     console.print(table, soft_wrap=False)
     if "kl_mean" in scores:
-        console.print(f"{verdict(scores['kl_mean'])} (docs/evaluation.md says what the words mean)")
+        console.print(f"{verdict(scores['kl_mean'])} (docs/explanation/evaluation.md says what the words mean)")
     own = scores.get("reference_perplexity", scores["perplexity"])
     if own > UNLIKE:
         console.print(

@@ -20,7 +20,7 @@ VERDICTS = ((0.01, "hardly any difference"), (0.05, "small"), (0.2, "noticeable"
 
 
 def verdict(kl: float) -> str:
-    """A mean KL to the 16-bit model (nats) in words; docs/evaluation.md has the reasons."""
+    """A mean KL to the 16-bit model (nats) in words; docs/explanation/evaluation.md has the reasons."""
     return f"KL {number(kl)}: {next(words for limit, words in VERDICTS if kl < limit or limit == float('inf'))}"
 
 
