@@ -25,9 +25,10 @@ from squawq.engine.protocol import Stats
 from squawq.engine.request import Output, TokenLogprob
 from squawq.quant_config import QuantConfig
 from squawq.serve import launcher, tgi_launcher
-from squawq.serve.app import document
+from squawq.serve.app import ROUTES
 from squawq.serve.flags import Flag, FlagTable
 from squawq.serve.metrics import Metrics
+from squawq.serve.openapi_document import document
 
 Schema = Mapping[str, Any]
 
@@ -113,7 +114,7 @@ def flag_row(flag: Flag) -> tuple[str, str]:
 
 def http_page() -> str:
     """The routes of the OpenAPI document, and the fields of their bodies."""
-    found = document()
+    found = document(ROUTES)
     schemas, paths = found["components"]["schemas"], found["paths"]
     parts = [
         "# HTTP API\n",
