@@ -50,7 +50,7 @@ class Chat:
     def answer_with(self, *deltas: dict[str, Any] | str, **last: Any) -> None:
         """Have chats answered with these deltas instead of by the model; texts are content."""
         made = [{"content": delta} if isinstance(delta, str) else delta for delta in deltas]
-        chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in made]
+        chunks: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": delta}]} for delta in made]
         chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], **last})
         body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
         self.page.unroute(CHAT_ROUTE)

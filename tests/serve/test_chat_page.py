@@ -64,10 +64,10 @@ def test_answers_stream_and_are_announced_once(chat: Chat) -> None:
 def test_figures_and_the_context_used(chat: Chat) -> None:
     chat.send("Tell me a story.")
     figures = chat.page.locator(".message.last .figures").inner_text()
-    assert " tokens/s · first token after " in figures
+    assert "\u00a0tokens/s · first token after " in figures
     assert chat.page.inner_text("#context-text").endswith(" of 4,096 tokens")
     used = int(chat.page.inner_text("#context-text").split()[0].replace(",", ""))
-    assert used > int(figures.split()[0])
+    assert used > int(figures.split()[0].replace(",", ""))
     assert chat.page.locator("#context-meter").evaluate("meter => [meter.value, meter.max]") == [used, 4096]
 
 
@@ -114,6 +114,19 @@ def test_a_message_is_edited_and_sent_again(chat: Chat) -> None:
     assert chat.texts() == ["three", "second"]
     chat.undo()
     assert chat.texts() == ["one", "first", "two", "first"]
+
+
+def test_a_message_is_edited_while_its_answer_is_made(chat: Chat) -> None:
+    chat.change_requests(**LONG)
+    chat.send("one", wait=False)
+    chat.started()
+    chat.page.locator(".message.user").hover()
+    chat.page.locator(".message.user").get_by_label("Edit message").click()
+    chat.answer_with("second")
+    chat.page.locator(".editor textarea").fill("two")
+    chat.page.locator(".editor textarea").press("Enter")
+    chat.page.get_by_text("second", exact=True).wait_for()
+    assert chat.texts() == ["two", "second"]
 
 
 def test_arrow_up_edits_the_last_message_and_escape_leaves_it(chat: Chat) -> None:
@@ -178,26 +191,23 @@ def test_settings_are_sent_and_the_models_defaults_are_shown(chat: Chat, server:
     assert chat.page.input_value("#field-seed") == ""
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "why"),
-    [
+def test_invalid_settings_are_said_before_a_message_is_sent(chat: Chat) -> None:
+    chat.page.click("#settings")
+    for name, value, why in (
         ("temperature", "3", "Temperature must be from 0, at most 2."),
         ("top_p", "0", "Top p must be greater than 0, at most 1."),
         ("seed", "1.5", "Seed must be a whole number from 0"),
         ("max_tokens", "many", "Max tokens is not a number: write one from 1."),
-    ],
-)
-def test_invalid_settings_are_said_before_a_message_is_sent(name: str, value: str, why: str, chat: Chat) -> None:
-    chat.page.click("#settings")
-    chat.page.fill(f"#field-{name}", value)
-    assert chat.page.inner_text(f"#field-{name}-problem").startswith(why)
+    ):
+        chat.page.fill(f"#field-{name}", value)
+        assert chat.page.inner_text(f"#field-{name}-problem").startswith(why)
     chat.page.keyboard.press("Escape")
     chat.send("one", wait=False)
-    assert chat.page.inner_text("#composer-problem").startswith(why)
+    assert chat.page.inner_text("#composer-problem").startswith("Temperature must be from 0, at most 2.")
     assert chat.page.input_value("#input") == "one"
     assert not chat.bodies
     chat.page.get_by_text("Open settings").click()
-    chat.page.fill(f"#field-{name}", "1")
+    chat.page.get_by_role("button", name="Use the model's defaults").click()
     chat.page.get_by_role("button", name="Done").click()
     chat.answer_with("first")
     chat.page.press("#input", "Enter")
@@ -280,7 +290,7 @@ def test_the_page_chats_with_tgis_dialect_too(open_chat: Open, tgi_server: Runni
     chat = open_chat(tgi_server.url)
     chat.send("Tell me a story.")
     assert chat.texts()[1]
-    assert " tokens/s" in chat.page.locator(".message.last .figures").inner_text()
+    assert "\u00a0tokens/s" in chat.page.locator(".message.last .figures").inner_text()
 
 
 def test_all_files_together_are_small() -> None:

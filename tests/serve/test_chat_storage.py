@@ -134,23 +134,23 @@ def test_messages_alone_and_lists_are_imported_too(chat: Chat, tmp_path: Path) -
     assert titles(chat) == ["How many days has a week?", "How many days has a week?", "a b"]
 
 
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        ("{", "chat.json is no JSON."),
-        ("[]", "chat.json has no conversation."),
-        ("null", 'chat.json has no list "messages".'),
-        ({"messages": {}}, 'chat.json has no list "messages".'),
-        ([{"messages": []}, {}], 'conversation 2 of chat.json has no list "messages".'),
-        ({"messages": [{"role": "user", "content": 3}]}, "message 1 of chat.json has no text as its content."),
-        ({"messages": [None]}, "message 1 of chat.json has no text as its content."),
-        (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            'message 1 of chat.json has the role "tool"; choose one of system, user, assistant.',
-        ),
-    ],
-)
-def test_other_files_are_refused_in_words(content: object, why: str, chat: Chat, tmp_path: Path) -> None:
-    load(chat, tmp_path, content)
-    assert chat.page.locator(".toast").inner_text() == why
+REFUSED: list[tuple[object, str]] = [
+    ("{", "chat.json is no JSON."),
+    ("[]", "chat.json has no conversation."),
+    ("null", 'chat.json has no list "messages".'),
+    ({"messages": {}}, 'chat.json has no list "messages".'),
+    ([{"messages": []}, {}], 'conversation 2 of chat.json has no list "messages".'),
+    ({"messages": [{"role": "user", "content": 3}]}, "message 1 of chat.json has no text as its content."),
+    ({"messages": [None]}, "message 1 of chat.json has no text as its content."),
+    (
+        {"messages": [{"role": "tool", "content": "x"}]},
+        'message 1 of chat.json has the role "tool"; choose one of system, user, assistant.',
+    ),
+]
+
+
+def test_other_files_are_refused_in_words(chat: Chat, tmp_path: Path) -> None:
+    for content, why in REFUSED:
+        load(chat, tmp_path, content)
+        assert chat.page.locator(".toast").inner_text() == why
     assert not titles(chat)

@@ -16,7 +16,7 @@ const ALTERNATIVES = 5; // tokens beside each chosen one
 export class Answer {
   /**
    * @param {Conversation} conversation Its last message becomes the answer.
-   * @param {{model: string, sampling: object, probabilities: boolean, continued: boolean}} options
+   * @param {{model: string | undefined, sampling: object, probabilities: boolean, continued: boolean}} options
    * @param {() => void} onchange Called after each change of the message.
    */
   constructor(conversation, options, onchange) {

@@ -1,6 +1,10 @@
 // Dialogs that only show or choose: the list of keys, and what to export.
 
 import { element } from "./dom.js";
+import { notify } from "./notices.js";
+import { download, exportJson, exportMarkdown, fileName } from "./transfer.js";
+
+/** @typedef {import("./conversation.js").Conversation} Conversation */
 
 const KEYS = [
   ["Enter", "Send the message"],
@@ -42,18 +46,33 @@ export function showKeys() {
   show("keys-dialog", "Keys", element("dl", { class: "keys" }, ...rows));
 }
 
-/** @param {[string, () => void][]} choices Labels, and what each does. */
-export function showExport(choices) {
-  const buttons = choices.map(([label, action]) =>
-    element("button", {
-      type: "button",
-      class: "button",
-      text: label,
-      onclick: () => {
-        dialog.close();
-        action();
-      },
-    }),
-  );
+/**
+ * Shows what can be exported.
+ *
+ * @param {Conversation} current
+ * @param {Conversation[]} all
+ */
+export function showExport(current, all) {
+  const name = fileName(current.title);
+  /** @type {[string, () => void][]} */
+  const choices = [];
+  if (current.messages.length) {
+    choices.push(["This conversation as JSON", () => download(`${name}.json`, exportJson([current]), "application/json")]);
+    choices.push(["This conversation as Markdown", () => download(`${name}.md`, exportMarkdown(current), "text/markdown")]);
+  }
+  if (all.length) {
+    choices.push(["All conversations as JSON", () => download("conversations.json", exportJson(all), "application/json")]);
+  }
+  if (!choices.length) {
+    notify("There is no conversation to export yet.");
+    return;
+  }
+  const buttons = choices.map(([text, action]) => {
+    const onclick = () => {
+      dialog.close();
+      action();
+    };
+    return element("button", { type: "button", class: "button", text, onclick });
+  });
   const dialog = show("export-dialog", "Export", element("div", { class: "choices" }, ...buttons));
 }

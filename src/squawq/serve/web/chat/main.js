@@ -5,8 +5,8 @@ import { Composer } from "./composer.js";
 import { Connection } from "./connection.js";
 import { newConversation, setTitle } from "./conversation.js";
 import { showExport, showKeys } from "./dialogs.js";
-import { byId, element, icon } from "./dom.js";
-import { count } from "./message.js";
+import { byId, icon } from "./dom.js";
+import { listenToKeys } from "./keys.js";
 import { announce, notify } from "./notices.js";
 import { splitReasoning } from "./reasoning.js";
 import { firstProblem, sampling } from "./sampling.js";
@@ -14,7 +14,8 @@ import { showSettings } from "./settings.js";
 import { openDrawer, Sidebar } from "./sidebar.js";
 import { keep, openStore, recall } from "./store.js";
 import { Thread, welcome } from "./thread.js";
-import { download, exportJson, exportMarkdown, fileName, importJson } from "./transfer.js";
+import { chosenModel, showContext, showModels } from "./toolbar.js";
+import { importJson } from "./transfer.js";
 
 /**
  * @typedef {import("./conversation.js").Conversation} Conversation
@@ -30,8 +31,6 @@ let conversations = (await store.all()).sort((a, b) => b.updated - a.updated);
 let current = conversations.find(({ id }) => id === recall("open", "")) ?? newConversation();
 /** @type {Map<string, Answer>} */
 const answers = new Map(); // those that are being made, by conversation
-/** @type {import("./api.js").Model[]} */
-let models = [];
 /** @type {Record<string, string>} */
 let written = recall("sampling", {}); // what the user wrote in the settings
 let probabilities = recall("probabilities", false);
@@ -42,11 +41,10 @@ const thread = new Thread((message) => ({
   remove: () => removeMessage(message),
   change: (text, send) => change(message, text, send),
 }));
-const composer = new Composer({ send, stop: () => answers.get(current.id)?.stop(), editLast });
+const composer = new Composer({ send, stop, editLast });
 const sidebar = new Sidebar({ open, rename, remove: removeConversation });
-const connection = new Connection((found) => {
-  models = found;
-  showModels();
+const connection = new Connection((models) => {
+  showModels(models, draw);
   draw();
 });
 
@@ -67,11 +65,30 @@ function answer() {
   return true;
 }
 
-/** @returns {boolean} Whether a request may be sent: no answer is being made here, and the settings are valid. */
+/** @returns {boolean} Whether a request may be sent: the settings are valid, and no answer is being made here. */
 function ready() {
+  return valid() && !answers.has(current.id);
+}
+
+/** @returns {boolean} Whether the settings are valid; says so if they are not. */
+function valid() {
   const wrong = firstProblem(written);
   composer.complain(wrong, wrong ? openSettings : undefined);
-  return !wrong && !answers.has(current.id);
+  return !wrong;
+}
+
+/** @returns {boolean} Whether an answer was being made. */
+function stop() {
+  answers.get(current.id)?.stop();
+  return answers.has(current.id);
+}
+
+/** Stops the answer that is being made. @returns {Promise<boolean>} Whether the conversation is still on the page then. */
+async function halt() {
+  const conversation = current;
+  stop();
+  await answers.get(current.id)?.done;
+  return conversation === current;
 }
 
 /** @param {{continued: boolean}} options Whether the model continues the last message. */
@@ -82,7 +99,7 @@ function start({ continued }) {
   const scored = probabilities && (!message.content || Boolean(message.tokens));
   if (!scored) delete message.tokens;
   let saved = Date.now();
-  const options = { model: byId("model").value, sampling: sampling(written), probabilities: scored, continued };
+  const options = { model: chosenModel()?.id, sampling: sampling(written), probabilities: scored, continued };
   const made = new Answer(conversation, options, () => {
     if (conversation === current) thread.changed();
     if (Date.now() - saved < SAVE_EVERY_MS || !conversations.includes(conversation)) return;
@@ -107,31 +124,41 @@ function finish(conversation, made) {
 }
 
 /** @param {Message} message An answer; it and what follows are replaced. */
-function regenerate(message) {
-  if (!ready()) return;
+async function regenerate(message) {
+  if (!(await halt()) || !ready()) return;
   const undo = undoing(message.content ? "The answer is made again." : "");
   current.messages.splice(current.messages.indexOf(message));
   answer();
   undo();
 }
 
-/** @param {Message} message @param {string} text @param {boolean} again Whether to send it again: what follows is replaced. */
+/**
+ * Takes an edited message.
+ *
+ * @param {Message} message
+ * @param {string} text
+ * @param {boolean} again Whether to send it again: what follows is replaced.
+ * @returns {boolean} Whether it was taken.
+ */
 function change(message, text, again) {
-  if (again && !ready()) return;
-  const followed = current.messages.at(-1) !== message;
-  const undo = undoing(again && followed ? "The conversation goes on from the edited message." : "");
-  const edited = { role: message.role, content: text };
-  const at = current.messages.indexOf(message);
-  current.messages.splice(at, again ? Infinity : 1, edited);
-  if (again) answer();
-  else save(current);
-  draw();
-  undo();
+  if (again && !valid()) return false;
+  halt().then((here) => {
+    if (!here) return;
+    const followed = current.messages.at(-1) !== message;
+    const undo = undoing(again && followed ? "The conversation goes on from the edited message." : "");
+    const at = current.messages.indexOf(message);
+    current.messages.splice(at, again ? Infinity : 1, { role: message.role, content: text });
+    if (again) answer();
+    else save(current);
+    draw();
+    undo();
+  });
+  return true;
 }
 
 /** @param {Message} message */
-function removeMessage(message) {
-  answers.get(current.id)?.stop();
+async function removeMessage(message) {
+  if (!(await halt())) return;
   const undo = undoing("Message deleted.");
   current.messages.splice(current.messages.indexOf(message), 1);
   save(current);
@@ -152,9 +179,7 @@ function undoing(text) {
   return () =>
     text &&
     notify(text, async () => {
-      const running = answers.get(conversation.id);
-      running?.stop();
-      await running?.done;
+      if (conversation === current) await halt();
       conversation.messages = before;
       save(conversation);
       draw();
@@ -224,48 +249,17 @@ async function importFile(file) {
   }
 }
 
-function exportDialog() {
-  /** @type {[string, () => void][]} */
-  const choices = [];
-  if (current.messages.length) {
-    const name = fileName(current.title);
-    choices.push(["This conversation as JSON", () => download(`${name}.json`, exportJson([current]), "application/json")]);
-    choices.push(["This conversation as Markdown", () => download(`${name}.md`, exportMarkdown(current), "text/markdown")]);
-  }
-  if (conversations.length) {
-    choices.push(["All conversations as JSON", () => download("conversations.json", exportJson(conversations), "application/json")]);
-  }
-  if (choices.length) showExport(choices);
-  else notify("There is no conversation to export yet.");
-}
-
 // What the page shows
 
 function draw() {
   const running = answers.get(current.id);
   sidebar.show(conversations, current.id);
   thread.probabilities = probabilities;
-  thread.show(current.messages, running?.message ?? null, welcome(byId("model").value, (text) => composer.write(text)));
+  thread.show(current.messages, running?.message ?? null, welcome(chosenModel()?.id ?? "", (text) => composer.write(text)));
   composer.show(Boolean(running));
   byId("probabilities").setAttribute("aria-pressed", String(probabilities));
   document.title = current.messages.length ? `${current.title} · squawq` : "squawq chat";
-  const usage = current.messages.findLast((message) => message.usage)?.usage;
-  const most = models.find(({ id }) => id === byId("model").value)?.max_model_len;
-  byId("context").hidden = !usage || !most;
-  if (!usage || !most) return;
-  const used = usage.prompt + usage.completion;
-  Object.assign(byId("context-meter"), { max: most, high: most * 0.8, optimum: 0, value: used });
-  byId("context-text").textContent = `${count(used)} of ${count(most)} tokens`;
-}
-
-function showModels() {
-  const select = byId("model");
-  const chosen = select.value || recall("model", "");
-  select.replaceChildren(...models.map(({ id }) => element("option", { value: id, text: id })));
-  select.value = models.some(({ id }) => id === chosen) ? chosen : (models[0]?.id ?? "");
-  select.hidden = models.length < 2;
-  byId("model-name").hidden = models.length > 1;
-  byId("model-name").textContent = models[0]?.id ?? "";
+  showContext(current);
 }
 
 function openSettings() {
@@ -273,7 +267,7 @@ function openSettings() {
   showSettings({
     system: conversation.system,
     written,
-    defaults: models.find(({ id }) => id === byId("model").value)?.sampling_defaults ?? {},
+    defaults: chosenModel()?.sampling_defaults ?? {},
     onsystem: (text) => {
       conversation.system = text;
       if (conversations.includes(conversation)) store.put(conversation);
@@ -301,34 +295,26 @@ byId("to-end").prepend(icon("down"));
 byId("new-chat").addEventListener("click", newChat);
 byId("settings").addEventListener("click", openSettings);
 byId("keys").addEventListener("click", showKeys);
-byId("export").addEventListener("click", exportDialog);
+byId("export").addEventListener("click", () => showExport(current, conversations));
 byId("import").addEventListener("click", () => byId("import-file").click());
 byId("import-file").addEventListener("change", async (/** @type {any} */ event) => {
   const [file] = event.target.files;
   if (file) await importFile(file);
   event.target.value = ""; // the same file may be chosen again
 });
-byId("model").addEventListener("change", () => {
-  keep("model", byId("model").value);
-  draw();
-});
 byId("probabilities").addEventListener("click", () => {
   probabilities = !probabilities;
   keep("probabilities", probabilities);
   draw();
 });
-document.addEventListener("keydown", (event) => {
-  if (document.querySelector("dialog[open]")) return;
-  const command = event.ctrlKey || event.metaKey;
-  const key = event.key.toLowerCase();
-  if (key === "escape" && answers.has(current.id)) answers.get(current.id)?.stop();
-  else if (command && event.shiftKey && key === "o") newChat();
-  else if (command && key === "k") {
+listenToKeys({
+  stop,
+  newChat,
+  help: showKeys,
+  search: () => {
     openDrawer(true);
     byId("search").select();
-  } else if (command && key === "/") showKeys();
-  else return;
-  event.preventDefault();
+  },
 });
 addEventListener("pagehide", () => {
   for (const conversation of conversations) {

@@ -8,6 +8,7 @@ import { element } from "./dom.js";
 
 const MOST = 200_000; // characters that are shown as markdown; longer texts are shown as they are
 const PLAIN_HTML = /^<\/?(?:br|sub|sup|kbd|mark)\s*\/?>$/i; // HTML that models write into tables and formulas
+const DEFINITION = /^ {0,3}\[[^\]\n]+\]:/m; // of a link, for [text][name]
 const SAFE_LINK = /^(?:https?:|mailto:)/i;
 const TAGS =
   "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr kbd li mark ol p pre strong sub sup table tbody td th thead tr ul";
@@ -44,9 +45,10 @@ export class MarkdownView {
     this.blocks = []; // the markdown of each block that is shown
   }
 
-  /** @param {string} text */
-  show(text) {
+  /** @param {string} text @param {boolean} [grows] Whether it is not complete yet. */
+  show(text, grows = false) {
     const blocks = text.length > MOST ? null : lex(text);
+    if (!grows && DEFINITION.test(text)) this.blocks = []; // earlier blocks may have links that later ones define
     if (blocks === null) {
       this.blocks = [];
       this.container.replaceChildren(element("div", { class: "plain", text }));

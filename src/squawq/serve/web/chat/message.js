@@ -8,8 +8,8 @@ import { TokenView } from "./tokens.js";
 /**
  * @typedef {import("./conversation.js").Message} Message
  * @typedef {{
- *   regenerate: () => void, proceed: () => void, remove: () => void, change: (text: string, send: boolean) => void
- * }} Actions `change`: the user edited the message; `send`: and sends it again.
+ *   regenerate: () => void, proceed: () => void, remove: () => void, change: (text: string, send: boolean) => boolean
+ * }} Actions `change`: the user edited the message, and sends it again (`send`); it tells whether that was taken.
  */
 
 /** A message on the page. */
@@ -83,10 +83,10 @@ export class MessageView {
       if (!this.tokens || (this.tokens.shown > (this.message.tokens?.length ?? 0))) this.tokens = new TokenView(this.text);
       this.tokens.show(this.message.tokens ?? []);
     } else {
-      if (!this.markdown || !running) this.text.replaceChildren(); // at the end all is drawn again: links defined later
-      if (!this.markdown || !running) this.markdown = new MarkdownView(this.text);
+      if (!this.markdown) this.text.replaceChildren();
+      this.markdown ??= new MarkdownView(this.text);
       this.tokens = null;
-      this.markdown.show(answer);
+      this.markdown.show(answer, running);
     }
   }
 
@@ -95,7 +95,7 @@ export class MessageView {
     this.thought.hidden = !thought;
     if (!thought) return;
     const seconds = this.message.thoughtSeconds;
-    const ended = seconds === undefined ? "Thought" : `Thought for ${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
+    const ended = seconds === undefined ? "Thought" : `Thought for ${duration(seconds)}`;
     this.thoughtLabel.textContent = thinking && running ? "Thinking…" : ended;
     this.showThought(thought);
   }
@@ -119,7 +119,7 @@ export class MessageView {
     if (this.answers) buttons.append(iconButton("refresh", "Answer again", actions.regenerate));
     if (this.answers && last && message.content) buttons.append(iconButton("forward", "Continue this answer", actions.proceed));
     buttons.append(iconButton("edit", "Edit message", () => this.edit()), iconButton("trash", "Delete message", actions.remove));
-    this.foot.append(element("div", { class: "message-line" }, buttons, element("span", { class: "figures", text: note })));
+    this.foot.append(element("div", { class: "message-line" }, element("span", { class: "figures", text: note }), buttons));
   }
 
   plainText() {
@@ -138,9 +138,7 @@ export class MessageView {
     };
     const save = () => {
       const text = area.value;
-      if (!text.trim()) return;
-      end();
-      this.actions.change(text, !this.answers);
+      if (text.trim() && this.actions.change(text, !this.answers)) end();
     };
     area.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       if (event.key === "Escape") end();
@@ -168,17 +166,23 @@ export class MessageView {
 }
 
 /** @param {Message} message @returns {string} The answer's length and speed, and why it ended. */
-function figures({ usage, finish }) {
+function figures({ usage, finish, error }) {
   const parts = [];
   if (usage) {
-    parts.push(`${count(usage.completion)} ${usage.completion === 1 ? "token" : "tokens"}`);
+    parts.push(`${count(usage.completion)}\u00a0${usage.completion === 1 ? "token" : "tokens"}`);
     const seconds = usage.seconds - usage.firstToken;
-    if (usage.completion > 1 && seconds > 0) parts.push(`${((usage.completion - 1) / seconds).toFixed(1)} tokens/s`);
-    parts.push(`first token after ${usage.firstToken.toFixed(2)} s`);
+    if (usage.completion > 1 && seconds > 0) parts.push(`${((usage.completion - 1) / seconds).toFixed(1)}\u00a0tokens/s`);
+    parts.push(`first token after ${usage.firstToken.toFixed(2)}\u00a0s`);
   }
   if (finish === "length") parts.push("ended at the limit of tokens");
-  if (finish === "stopped") parts.push("stopped");
+  if (finish === "stopped" && !error) parts.push("stopped");
   return parts.join(" · ");
+}
+
+/** @param {number} seconds */
+function duration(seconds) {
+  if (seconds < 0.1) return "less than 0.1 s";
+  return `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
 }
 
 /** @param {number} value */

@@ -28,10 +28,10 @@ export class Sidebar {
     search.addEventListener("input", () => this.draw());
     opener.addEventListener("click", () => openDrawer(true));
     backdrop.addEventListener("click", () => openDrawer(false));
-    sidebar.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+    document.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       if (event.key === "Escape" && opener.getAttribute("aria-expanded") === "true") {
         openDrawer(false);
-        event.stopPropagation();
+        event.stopImmediatePropagation(); // it does not stop an answer, too
       }
     });
   }
