@@ -79,7 +79,7 @@ def opener(browser: Any) -> Iterator[Open]:
 
     def open_chat(url: str, *, noise: tuple[str, ...] = (), path: str = "/chat", **options: Any) -> Chat:
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 760}, **options})
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(60_000)
         page = context.new_page()
         chat = Chat(page, url)
         opened.append((context, chat, noise))

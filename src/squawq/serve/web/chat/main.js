@@ -7,12 +7,13 @@ import { newConversation, setTitle } from "./conversation.js";
 import { showExport, showKeys } from "./dialogs.js";
 import { byId, icon } from "./dom.js";
 import { listenToKeys } from "./keys.js";
+import { openLibrary } from "./library.js";
 import { announce, notify } from "./notices.js";
 import { splitReasoning } from "./reasoning.js";
 import { firstProblem, sampling } from "./sampling.js";
 import { showSettings } from "./settings.js";
 import { openDrawer, Sidebar } from "./sidebar.js";
-import { keep, openStore, recall } from "./store.js";
+import { keep, recall } from "./store.js";
 import { Thread, welcome } from "./thread.js";
 import { chosenModel, showContext, showModels } from "./toolbar.js";
 import { importJson } from "./transfer.js";
@@ -25,10 +26,8 @@ import { importJson } from "./transfer.js";
 const SAVE_EVERY_MS = 2000; // while an answer is being made
 const ANNOUNCED = 500; // characters of an answer that are read to screen readers
 
-const store = await openStore();
-/** @type {Conversation[]} */
-let conversations = (await store.all()).sort((a, b) => b.updated - a.updated);
-let current = conversations.find(({ id }) => id === recall("open", "")) ?? newConversation();
+const library = await openLibrary();
+let current = library.all.find(({ id }) => id === recall("open", "")) ?? newConversation();
 /** @type {Map<string, Answer>} */
 const answers = new Map(); // those that are being made, by conversation
 /** @type {Record<string, string>} */
@@ -102,7 +101,7 @@ function start({ continued }) {
   const options = { model: chosenModel()?.id, sampling: sampling(written), probabilities: scored, continued };
   const made = new Answer(conversation, options, () => {
     if (conversation === current) thread.changed();
-    if (Date.now() - saved < SAVE_EVERY_MS || !conversations.includes(conversation)) return;
+    if (Date.now() - saved < SAVE_EVERY_MS || !library.has(conversation)) return;
     saved = Date.now();
     save(conversation);
   });
@@ -116,7 +115,7 @@ function start({ continued }) {
 /** @param {Conversation} conversation @param {Answer} made */
 function finish(conversation, made) {
   answers.delete(conversation.id);
-  if (conversations.includes(conversation)) save(conversation);
+  if (library.has(conversation)) save(conversation);
   if (made.unreachable) connection.lost("The server does not answer.");
   const { error } = made.message;
   announce(error ? `The answer failed. ${error}` : `Answer: ${splitReasoning(made.message).answer.slice(0, ANNOUNCED)}`);
@@ -204,35 +203,26 @@ function open(conversation) {
 }
 
 /** @param {Conversation} conversation */
-async function save(conversation) {
-  conversation.updated = Date.now();
-  conversations = [conversation, ...conversations.filter((one) => one !== conversation)];
+function save(conversation) {
   if (conversation === current) keep("open", conversation.id);
-  try {
-    await store.put(conversation);
-  } catch (error) {
-    notify(`The browser could not keep the conversation: ${error instanceof Error ? error.message : error}`);
-  }
+  return library.save(conversation);
 }
 
 /** @param {Conversation} conversation @param {string} title */
 function rename(conversation, title) {
   Object.assign(conversation, { title, named: true });
-  store.put(conversation);
+  library.write(conversation);
   draw();
 }
 
 /** @param {Conversation} conversation */
-async function removeConversation(conversation) {
+function removeConversation(conversation) {
   answers.get(conversation.id)?.stop();
-  const at = conversations.indexOf(conversation);
-  conversations.splice(at, 1);
+  const restore = library.remove(conversation);
   if (conversation === current) open(newConversation());
   draw();
-  await store.remove(conversation.id);
   notify(`"${conversation.title}" is deleted.`, () => {
-    conversations.splice(at, 0, conversation);
-    store.put(conversation);
+    restore();
     open(conversation);
   });
 }
@@ -242,7 +232,7 @@ async function importFile(file) {
   try {
     const imported = await importJson(file);
     for (const conversation of imported.reverse()) await save(conversation);
-    open(conversations[0]);
+    open(library.all[0]);
     notify(imported.length === 1 ? "1 conversation imported." : `${imported.length} conversations imported.`);
   } catch (error) {
     notify(error instanceof Error ? error.message : String(error));
@@ -253,7 +243,7 @@ async function importFile(file) {
 
 function draw() {
   const running = answers.get(current.id);
-  sidebar.show(conversations, current.id);
+  sidebar.show(library.all, current.id);
   thread.probabilities = probabilities;
   thread.show(current.messages, running?.message ?? null, welcome(chosenModel()?.id ?? "", (text) => composer.write(text)));
   composer.show(Boolean(running));
@@ -270,7 +260,7 @@ function openSettings() {
     defaults: chosenModel()?.sampling_defaults ?? {},
     onsystem: (text) => {
       conversation.system = text;
-      if (conversations.includes(conversation)) store.put(conversation);
+      library.write(conversation);
     },
     onwritten: (changed) => {
       written = changed;
@@ -295,7 +285,7 @@ byId("to-end").prepend(icon("down"));
 byId("new-chat").addEventListener("click", newChat);
 byId("settings").addEventListener("click", openSettings);
 byId("keys").addEventListener("click", showKeys);
-byId("export").addEventListener("click", () => showExport(current, conversations));
+byId("export").addEventListener("click", () => showExport(current, library.all));
 byId("import").addEventListener("click", () => byId("import-file").click());
 byId("import-file").addEventListener("change", async (/** @type {any} */ event) => {
   const [file] = event.target.files;
@@ -317,18 +307,14 @@ listenToKeys({
   },
 });
 addEventListener("pagehide", () => {
-  for (const conversation of conversations) {
+  for (const conversation of library.all) {
     const answer = answers.get(conversation.id);
     if (!answer) continue;
     answer.stop();
-    store.put(conversation);
+    library.write(conversation);
   }
 });
-store.onchange(async (id) => {
-  if (answers.has(id)) return;
-  const changed = await store.get(id);
-  conversations = conversations.filter((one) => one.id !== id);
-  if (changed) conversations = [changed, ...conversations];
+library.follow((id) => answers.has(id), (id, changed) => {
   if (id === current.id) {
     current = changed ?? newConversation();
     thread.clear();
@@ -338,4 +324,3 @@ store.onchange(async (id) => {
 
 draw();
 connection.check();
-if (!store.lasting) notify("This browser keeps no data here: conversations end with this tab.");

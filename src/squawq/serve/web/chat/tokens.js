@@ -73,7 +73,7 @@ export class TokenView {
 function showBox(token, [text, logprob, top]) {
   const box = document.getElementById("token-box") ?? element("div", { id: "token-box", class: "token-box", role: "tooltip" });
   const row = (/** @type {string} */ name, /** @type {number} */ value, /** @type {boolean} */ chosen) => {
-    const bar = element("span", { class: "token-bar" }, element("span"));
+    const bar = element("span", { class: "bar" }, element("span"));
     bar.firstElementChild.style.width = `${Math.exp(value) * 100}%`; // by script: the policy forbids the attribute alone
     return element(
       "tr",

@@ -6,6 +6,7 @@ import { keep, recall } from "./store.js";
 
 /** @typedef {import("./api.js").Model} Model */
 
+const NEARLY_FULL = 0.8; // of the context
 const select = byId("model");
 const name = byId("model-name");
 /** @type {Model[]} */
@@ -38,6 +39,10 @@ export function showContext(conversation) {
   byId("context").hidden = !usage || !most;
   if (!usage || !most) return;
   const used = usage.prompt + usage.completion;
-  Object.assign(byId("context-meter"), { max: most, high: most * 0.8, optimum: 0, value: used });
+  const meter = byId("context-meter");
+  meter.setAttribute("aria-valuemax", most);
+  meter.setAttribute("aria-valuenow", used);
+  meter.classList.toggle("nearly-full", used > NEARLY_FULL * most);
+  meter.firstElementChild.style.width = `${(used / most) * 100}%`;
   byId("context-text").textContent = `${count(used)} of ${count(most)} tokens`;
 }
