@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,helm]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,helm,docs]'
 	$(BIN)/python -m pytest -n auto --durations 20
 
 # The wheels as users get them: built, installed into a new environment, tried and tested there. TESTS: files of tests.
@@ -26,13 +26,16 @@ wheel:
 	tools/check_wheel.sh $(PYTHON) $(TESTS)
 
 # The documentation site, in site/: reference pages from the code, then the pages; a warning or broken link is an error.
-docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+docs: $(VENV)/.docs
 	$(BIN)/python tools/docs_reference.py docs/reference
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs-serve: docs
 	$(BIN)/mkdocs serve
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 # The kernels under sanitizers; needs cmake and g++, and some minutes.
 sanitize: $(READY)

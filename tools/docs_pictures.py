@@ -191,7 +191,7 @@ def pages() -> Figure:
     boxes(axes, ["3", "0", "5"], 2.4, 3.8, [shared, shared, a])
     axes.text(2.2, 3.1, "sequence B", ha="right", va="center")
     boxes(axes, ["3", "0", "6", "1"], 2.4, 2.7, [shared, shared, b, b])
-    axes.text(0.1, 1.9, "KV cache", va="center")
+    axes.text(2.2, 1.4, "KV cache", ha="right", va="center")
     owners = [shared, b, free, shared, free, a, b, free, free]
     boxes(axes, [str(n) for n in range(9)], 2.4, 1.0, owners)
     axes.text(2.4, 0.5, "pages 3 and 0 hold the common prompt once", color=shared, va="center")
