@@ -24,7 +24,11 @@ def guarded() -> Iterator[Running]:
 def test_files_need_no_key_and_are_asked_for_again_only_if_they_changed(path: str, guarded: Running) -> None:
     reply = guarded.get(path)
     assert reply.status_code == 200
-    assert reply.content == files("squawq.serve.web").joinpath(web_files()[path]).read_bytes()
+    content = files("squawq.serve.web").joinpath(web_files()[path]).read_bytes()
+    assert reply.headers["content-encoding"] == "gzip"
+    assert reply.content == content  # which the client has unpacked
+    plain = guarded.get(path, headers={"accept-encoding": "identity"})
+    assert (plain.content, "content-encoding" in plain.headers) == (content, False)
     assert reply.headers["x-content-type-options"] == "nosniff"
     assert "default-src 'none'; script-src 'self'; " in reply.headers["content-security-policy"]
     again = guarded.get(path, headers={"if-none-match": reply.headers["etag"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from dataclasses import dataclass
 from functools import cache
@@ -58,11 +59,14 @@ def page(request: Request, name: str) -> Response:
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
         "content-security-policy": "; ".join(f"{key} {value}" for key, value in POLICY.items()),
-        "vary": "Accept",
+        "vary": "Accept, Accept-Encoding",
     }
     if request.headers.get("if-none-match") == file.tag:
         return Response(status_code=304, headers=headers)
-    return Response(file.content, headers={**headers, "content-type": file.media_type})
+    headers["content-type"] = file.media_type
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(file.gzipped, headers={**headers, "content-encoding": "gzip"})
+    return Response(file.content, headers=headers)
 
 
 def wants_page(request: Request) -> bool:
@@ -73,12 +77,13 @@ def wants_page(request: Request) -> bool:
 @dataclass(frozen=True)
 class _File:
     content: bytes
+    gzipped: bytes
     media_type: str
-    tag: str
+    tag: str  # weak: the same for both encodings
 
 
 @cache
 def _read(name: str) -> _File:
     content = files(__package__).joinpath(name).read_bytes()
-    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    return _File(content, MEDIA_TYPES[PurePosixPath(name).suffix], tag)
+    tag = f'W/"{hashlib.sha256(content).hexdigest()[:32]}"'
+    return _File(content, gzip.compress(content), MEDIA_TYPES[PurePosixPath(name).suffix], tag)
