@@ -50,7 +50,7 @@ class Package:
 
 LANGUAGES = (
     *("bash", "c", "cpp", "csharp", "css", "diff", "dockerfile", "go", "ini", "java", "javascript", "json"),
-    *("php", "python", "ruby", "rust", "shell", "sql", "typescript", "xml", "yaml"),
+    *("python", "ruby", "rust", "shell", "sql", "typescript", "xml", "yaml"),
 )
 PACKAGES = (
     Package("marked", "18.2.1", "MIT", {"marked.esm.js": "lib/marked.esm.js", "LICENSE": "LICENSE"}),

@@ -6,7 +6,7 @@ const MOST = 50_000; // characters that are coloured
 const LIBRARY = "../vendor/highlightjs-cdn-assets";
 const LANGUAGES = new Set(
   (
-    "bash c cpp csharp css diff dockerfile go ini java javascript json php python ruby rust shell sql " +
+    "bash c cpp csharp css diff dockerfile go ini java javascript json python ruby rust shell sql " +
     "typescript xml yaml"
   ).split(" "),
 );

@@ -303,7 +303,7 @@ listenToKeys({
   help: showKeys,
   search: () => {
     openDrawer(true);
-    byId("search").select();
+    byId("search").focus();
   },
 });
 addEventListener("pagehide", () => {

@@ -105,12 +105,13 @@ export class Sidebar {
   }
 }
 
-/** @param {boolean} open On a phone; elsewhere the list is always there. */
+/** @param {boolean} open Only on a narrow screen; elsewhere the list is always there. */
 export function openDrawer(open) {
+  if (open && getComputedStyle(opener).display === "none") return;
   const was = opener.getAttribute("aria-expanded") === "true";
   sidebar.classList.toggle("open", open);
   backdrop.hidden = !open;
   opener.setAttribute("aria-expanded", String(open));
-  if (open) search.focus();
+  if (open) byId("new-chat").focus();
   else if (was) opener.focus();
 }
