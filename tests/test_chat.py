@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from squawq import cli
-from squawq.commands import chat, talk
-from squawq.commands.conversation import Conversation
+from squawq.commands import chat
+from squawq.commands.chatting import talk
+from squawq.commands.chatting.conversation import Conversation
 from squawq.demo import demo_model
 from squawq.engine.request import FinishReason, Output, SamplingParams
 

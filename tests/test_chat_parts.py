@@ -13,13 +13,13 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from rich.console import Console
 
-from squawq.commands import markdown
-from squawq.commands.answer import Answer, TerminalView
-from squawq.commands.conversation import SETTINGS, Conversation
-from squawq.commands.editor import CommandCompleter, history
-from squawq.commands.markdown import Block, MarkdownStream, finished_blocks
-from squawq.commands.reasoning import ReasoningSplitter
-from squawq.commands.slash import COMMANDS, run_command
+from squawq.commands.chatting import markdown
+from squawq.commands.chatting.answer import Answer, TerminalView
+from squawq.commands.chatting.conversation import SETTINGS, Conversation
+from squawq.commands.chatting.editor import CommandCompleter, history
+from squawq.commands.chatting.markdown import Block, MarkdownStream, finished_blocks
+from squawq.commands.chatting.reasoning import ReasoningSplitter
+from squawq.commands.chatting.slash import COMMANDS, run_command
 from squawq.engine.request import SamplingParams
 from squawq.errors import SquawqError
 

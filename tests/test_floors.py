@@ -65,6 +65,7 @@ FLOORS: dict[str, float] = {
     "serve.launcher": 9.7,
     "serve.tgi_launcher": 9.7,
     "commands": 10,
+    "commands.chatting": 9.9,
     "cli": 11,
     "__main__": 12,
 }
@@ -82,8 +83,8 @@ DOORS = {
     "jinja2": ("text.chat_template", "report.page", "publish.usage"),
     "llguidance": ("engine.grammar",),
     "gguf": ("export.gguf",),
-    "prompt_toolkit": ("commands.editor",),
-    "markdown_it": ("commands.markdown",),
+    "prompt_toolkit": ("commands.chatting.editor",),
+    "markdown_it": ("commands.chatting.markdown",),
     "triton": ("backends.cuda.",),
     "vllm": ("engine.vllm", "integrations.vllm", "integrations.vllm_kernel"),
 }

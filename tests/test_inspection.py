@@ -298,7 +298,7 @@ def test_qwen_72b_on_gpus(tmp_path: Path) -> None:
 
 
 def test_the_docs_table(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "how-to" / "deploy.md").read_text()
     _, *cards = re.search(r"^\| model \| (.*) \|$", text, re.MULTILINE)[0].strip("| ").split(" | ")  # type: ignore[index]
     for name, config in MODELS.items():
         file, cells = write(tmp_path, config), []

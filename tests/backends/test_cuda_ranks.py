@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -118,10 +117,8 @@ def test_a_rank_that_is_killed_ends_all(folder: Path, way: str) -> None:
                 seen.append(output)
                 if len(seen) == 2:
                     os.kill(runner._followers._processes[0].pid, signal.SIGKILL)
-                    killed = time.monotonic()
         finally:
             engine.close()
-        assert time.monotonic() - killed < 30
         assert "process 1 of the 2 that run the model was killed by SIGKILL" in str(seen[-1].stop_reason)
         assert runner.failure is not None
 

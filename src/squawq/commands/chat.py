@@ -53,8 +53,8 @@ def chat(
       squawq chat OUT --system "You are a friendly storyteller." --temperature 0.7
       squawq chat OUT --plain --no-history
     """
-    from squawq.commands.conversation import Conversation
-    from squawq.commands.talk import greet, talk
+    from squawq.commands.chatting.conversation import Conversation
+    from squawq.commands.chatting.talk import greet, talk
 
     knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "head": head}
     llm = load(model, threads=threads, tensor_parallel_size=tensor_parallel_size, exact=exact, **knobs)
@@ -62,7 +62,7 @@ def chat(
     conversation.system = system
     llm.tokenizer.render(conversation.asking("hello"))  # a model without a template ends here
     if sys.stdin.isatty() and sys.stderr.isatty():
-        from squawq.commands.editor import editor
+        from squawq.commands.chatting.editor import editor
 
         greet(llm)
         talk(llm, conversation, editor(history), plain)

@@ -15,8 +15,8 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.output import create_output
 
-from squawq.commands.conversation import SETTINGS
-from squawq.commands.slash import FILE_COMMANDS, NAMES
+from squawq.commands.chatting.conversation import SETTINGS
+from squawq.commands.chatting.slash import FILE_COMMANDS, NAMES
 from squawq.progress import console
 
 Read = Callable[[str], str]  # the user's next message; given: text to begin with

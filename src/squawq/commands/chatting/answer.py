@@ -11,8 +11,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.text import Text
 
-from squawq.commands.markdown import MarkdownStream
-from squawq.commands.reasoning import Part, ReasoningSplitter
+from squawq.commands.chatting.markdown import MarkdownStream
+from squawq.commands.chatting.reasoning import Part, ReasoningSplitter
 from squawq.engine.request import FinishReason, Output
 from squawq.errors import printable
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from squawq.commands.answer import print_answer, view
-from squawq.commands.conversation import Conversation
-from squawq.commands.reasoning import OPEN
-from squawq.commands.slash import EXIT, is_command, run_command
+from squawq.commands.chatting.answer import print_answer, view
+from squawq.commands.chatting.conversation import Conversation
+from squawq.commands.chatting.reasoning import OPEN
+from squawq.commands.chatting.slash import EXIT, is_command, run_command
 from squawq.errors import CheckpointError, ConfigError, OutputError
 from squawq.progress import console
 
 if TYPE_CHECKING:
-    from squawq.commands.editor import Read
+    from squawq.commands.chatting.editor import Read
 
 KEYS = "Enter sends, Alt-Enter begins a new line, arrows edit and go back in the history, Tab completes commands."
 LEAVING = f"/help lists commands; {EXIT} or Ctrl-D ends."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from squawq.commands.conversation import Conversation
+from squawq.commands.chatting.conversation import Conversation
 from squawq.errors import ConfigError
 
 EXIT = "/exit"

@@ -1,0 +1,1 @@
+"""The parts of `squawq chat`: talk.py has the loop."""
