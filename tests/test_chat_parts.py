@@ -65,8 +65,10 @@ def test_a_conversation_is_saved_and_loaded(conversation: Conversation, tmp_path
     assert "5 messages" in run_command(f"/load {path}", other)
     assert (other.messages, other.params) == (conversation.messages, conversation.params)
     conversation.reset()
-    conversation.save(path)  # over a conversation
+    run_command(f"/save {path}", conversation)  # over a file of this session
     assert json.loads(path.read_text())["messages"] == [{"role": "system", "content": "system 0"}]
+    other.save(path)  # which it was loaded from
+    assert json.loads(path.read_text()) == body
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -94,12 +96,13 @@ def test_a_bad_file_changes_nothing(
     assert (conversation.messages, conversation.params) == before
 
 
-def test_no_other_file_is_overwritten(conversation: Conversation, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', '{"messages": []}'])
+def test_no_other_file_is_overwritten(content: str, conversation: Conversation, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    path.write_text('{"model_type": "llama"}')
-    with pytest.raises(SquawqError, match="holds no conversation; choose another name"):
+    path.write_text(content)
+    with pytest.raises(SquawqError, match="neither saved nor loaded in this session; nothing was written; choose anot"):
         run_command(f"/save {path}", conversation)
-    assert path.read_text() == '{"model_type": "llama"}'
+    assert path.read_text() == content
 
 
 def test_commands_change_the_conversation(conversation: Conversation) -> None:

@@ -106,6 +106,7 @@ def test_chat_reads_until_the_end(quantized: Path) -> None:
     first, second = done.stdout.strip().splitlines()
     assert first == second
     assert first.startswith("Once upon a time")
+    assert ">" not in done.stderr  # no prompt where nobody types
 
 
 def test_bench_measures_a_folder_without_a_tokenizer(make_model: MakeModel) -> None:

@@ -124,11 +124,19 @@ def test_the_hubs_cache_is_listed_and_completed(tmp_path: Path, monkeypatch: pyt
             assert rows[0]["broken"] == (patterns is not None)
     assert rows[0]["runs_in"] == ["squawq", "transformers"]
     assert rows[0]["bytes"] == len(files["model.safetensors"])
+    card = cache / "models--me--card" / "snapshots" / "01"  # the card alone, as huggingface_hub's RepoCard leaves it
+    card.mkdir(parents=True)
+    (card / "README.md").write_text("# A card\n")
     (cache / "models--me--damaged").mkdir()
     broken, _ = listed(cwd=tmp_path, HF_HUB_CACHE=str(cache))
     assert (broken["name"], broken["broken"]) == ("me/damaged", True)
     shutil.copytree(demo_model(), tmp_path / "media")
-    assert completed("squawq chat me", HF_HUB_CACHE=str(cache), cwd=tmp_path) == ["me/damaged", "me/demo", "media"]
+    assert completed("squawq chat me", HF_HUB_CACHE=str(cache), cwd=tmp_path) == [
+        "me/card",
+        "me/damaged",
+        "me/demo",
+        "media",
+    ]
     assert completed("squawq serve ./me", HF_HUB_CACHE=str(cache), cwd=tmp_path) == ["./media"]
     launcher = "text-generation-launcher --model-id me/de"
     assert completed(launcher, HF_HUB_CACHE=str(cache), cwd=tmp_path) == ["me/demo"]

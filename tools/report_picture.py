@@ -84,7 +84,7 @@ def picture(folder: Path) -> str:
             f"<title>Report of {escape(str(report.model))}</title><style>{style}</style>",
             f'<rect width="{WIDTH}" height="{height}" style="fill: var(--page)"/>',
             text(MARGIN, 36, str(report.model), "fill: var(--text); font-size: 20px; font-weight: 600"),
-            text(MARGIN, 58, headline(report)[0], "fill: var(--text); font-size: 13px"),
+            text(MARGIN, 58, headline(report, folder.resolve().name)[0], "fill: var(--text); font-size: 13px"),
             text(MARGIN, 76, sizes(report), "font-size: 13px"),
             draw(layers, MARGIN, head, half),
             draw(linears, MARGIN + half + GAP, head, half),

@@ -55,12 +55,15 @@ def quantized_models() -> Path:
 
 
 def local_models(folders: Iterable[Path]) -> list[LocalModel]:
-    """The models of both caches, and those in these folders, two levels deep. Damaged ones are among them."""
+    """The models of both caches, and those in these folders, two levels deep. Damaged ones are among them.
+
+    An entry of the Hub's cache with neither config.json nor weights is none: a program has read a model card there.
+    """
     found = []
     for cached in cached_models():
         if cached.folder is None:
             found.append(LocalModel(cached.name, "", "", "broken", 0, note=cached.problem, broken=True))
-        else:
+        elif (cached.folder / "config.json").exists() or _files(cached.folder):
             found.append(describe(cached.name, cached.folder))
     for folder in (quantized_models(), *folders):
         found += [describe(str(place), place) for place in _model_places(folder, DEPTH)]

@@ -87,7 +87,7 @@ COMMANDS: dict[str, list[Reader]] = {
     "model.safetensors.index.json": [_tensors],
     "model.safetensors": [_tensors],
     "squawq_report.json": [
-        lambda folder: render(read_json(folder / "squawq_report.json")),
+        lambda folder: render(read_json(folder / "squawq_report.json"), "OUT"),
         lambda folder: model_card(folder, "me/model"),
     ],
     "README.md": [lambda folder: front_matter(Origin(source=str(folder)))],

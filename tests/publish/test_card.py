@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError, OutputError
+from squawq.evaluation.run import BUILT_IN
 from squawq.format.shards import write_index
 from squawq.publish.card import Origin, front_matter, is_ours, model_card, outdated, write_card
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
+from squawq.report.files import add_evaluation
 
 REPO = "me/demo-AWQ"
 SCORES = {
@@ -109,8 +112,10 @@ def test_measured(awq_demo: Path, tmp_path: Path) -> None:
     assert "secret" not in card
     report = json.loads((awq_demo / "squawq_report.json").read_text())
     ratios = sorted(layer["loss"] / layer["loss_rounded"] for layer in report["layers"])
-    middle = (ratios[3] + ratios[4]) / 2 - 1
-    assert f"median over 8 layers: {middle:+.0%} against plain rounding" in card
+    said = f"on calibration text is {(ratios[3] + ratios[4]) / 2:.0%} of plain rounding's in the median layer."
+    assert said in card
+    page = html.unescape((awq_demo / "report.html").read_text(encoding="utf-8"))
+    assert said in page  # one fact in one form
     assert f"on {report['calibration_tokens']:,} tokens of text" in card
     assert "`report.html` draws them" in card
     assert f"on {report['read_back']['tokens']} tokens (calibration text): mean KL" in card
@@ -119,6 +124,52 @@ def test_measured(awq_demo: Path, tmp_path: Path) -> None:
     shutil.copytree(awq_demo, copied)
     (copied / "squawq_report.json").write_text(json.dumps({**report, "tuning": tuned}))
     assert "Tuning scales lowered the mean KL on 2 rows held back from 0.2 to 0.1 nats" in model_card(copied, REPO)
+
+
+def evaluated(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Put an evaluation into the folder's report."""
+    stored = {key: value for key, value in SCORES.items() if key != "model"} | {"text": "mine.txt", **changes}
+    add_evaluation(folder, "owner/16-bit", stored)
+    return stored
+
+
+def test_the_evaluation_in_the_report_is_quoted(folder: Path, tmp_path: Path) -> None:
+    assert "## Measured" in model_card(folder, REPO)  # the comparison that quantize makes
+    assert "perplexity" not in model_card(folder, REPO)
+    evaluated(folder, perplexity=24.5)
+    card = model_card(folder, REPO)
+    assert "| perplexity | 24.5000 | 22.8061 |" in card
+    assert "| KL to 16 bits, mean and 99th percentile (nats) | 0.03791, 0.22110 | |" in card
+    assert "| top-1 agreement | 90.12% | |" in card
+    assert "On 2,047 tokens of mine.txt, window 1024, stride 512 (`squawq eval`)." in card
+    (tmp_path / "eval.json").write_text(json.dumps({**SCORES, "text": BUILT_IN}))
+    card = model_card(folder, REPO, Origin(evaluation=tmp_path / "eval.json"))
+    assert "| perplexity | 23.0567 | 22.8061 |" in card
+    assert "On 2,047 tokens of the built-in text (general prose in eight languages), window" in card
+
+
+@pytest.mark.parametrize("changes", [{"kl_p99": None}, {"window": None}, {"perplexity": None}])
+def test_an_evaluation_in_the_report_that_lacks_a_figure(folder: Path, changes: dict[str, Any]) -> None:
+    evaluated(folder, **changes)
+    assert "squawq eval" not in model_card(folder, REPO)
+
+
+def test_a_text_that_tries_to_leave_its_place(folder: Path) -> None:
+    evaluated(folder, text="a`\n# other --> <img> [x](http://evil)")
+    card = model_card(folder, REPO)
+    assert "tokens of a_ other --_ _img_ _x_(http_//evil), window" in card
+
+
+def test_the_16_bit_model_is_named(folder: Path, tmp_path: Path) -> None:
+    def opening(origin: Origin | None = None) -> str:
+        return next(line for line in model_card(folder, REPO, origin).splitlines() if "linear layers" in line)
+
+    assert opening().startswith("The 16-bit model `demo_model`, its linear layers quantized to 4 bits")
+    (tmp_path / "my model").mkdir()
+    assert opening(Origin(source=str(tmp_path / "my model"))).startswith("The 16-bit model `my model`, its")
+    assert opening(Origin(base_model="me/demo")).startswith("[me/demo](https://huggingface.co/me/demo), its")
+    (folder / "squawq_report.json").unlink()
+    assert opening().startswith("A 16-bit model, its linear layers")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +299,59 @@ def test_a_card_is_ours_until_it_is_changed(folder: Path) -> None:
     assert path.read_text() == changed
     assert is_ours(write_card(folder, REPO, force=True).read_text())
     assert not list(folder.glob(".*"))
+
+
+def test_a_card_that_is_written_again_keeps_what_options_gave_it(folder: Path, tmp_path: Path) -> None:
+    (folder / "squawq_report.json").unlink()
+    (tmp_path / "eval.json").write_text(json.dumps({**SCORES, "text": "mine.txt"}))
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [de]\n---\n")
+    said: list[str] = []
+    source = str(tmp_path / "source")
+    path = write_card(folder, REPO, Origin(None, "mit", "me/demo", tmp_path / "eval.json"), say=said.append)
+    first = path.read_text()
+    write_card(folder, REPO, say=said.append)
+    assert path.read_text() == first
+    assert said == [f"{path}: written", f"{path}: kept as it is"]
+    write_card(folder, "me/other", Origin(source=source), say=said.append)
+    card = path.read_text()
+    found = matter_of(card)
+    assert (found["license"], found["base_model"], found["language"]) == ("mit", "me/demo", ["de"])
+    assert "| perplexity | 23.0567 | 22.8061 |" in card
+    assert "tokens of mine.txt" in card
+    kept = "written; kept from the card before"
+    assert said[2:] == [f"{path}: {kept}: license, base_model, evaluation (remove it to begin anew)"]
+    write_card(folder, "me/other", Origin(license="cc0-1.0"), say=said.append)
+    assert matter_of(path.read_text())["license"] == "cc0-1.0"
+    assert said[3:] == [f"{path}: {kept}: language, base_model, evaluation (remove it to begin anew)"]
+    flip(folder)
+    write_card(folder, REPO, Origin(license="mit"), say=said.append)
+    assert "base_model" not in matter_of(path.read_text())
+    assert "perplexity" not in path.read_text()
+    assert said[4:] == [f"{path}: written", f"{path} has no base_model; --base-model sets it"]
+
+
+def test_the_sources_name_is_kept(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "my model").mkdir()
+    write_card(folder, REPO, Origin(source=str(tmp_path / "my model")))
+    assert "The 16-bit model `my model`, its" in write_card(folder, REPO).read_text()
+
+
+def test_a_newer_evaluation_gets_into_the_card(folder: Path) -> None:
+    path = write_card(folder, REPO, Origin(license="mit"))
+    evaluated(folder)
+    said: list[str] = []
+    write_card(folder, REPO, say=said.append)
+    assert "| perplexity | 23.0567 | 22.8061 |" in path.read_text()
+    assert matter_of(path.read_text())["license"] == "mit"
+    assert said[0] == f"{path}: written; kept from the card before: license (remove it to begin anew)"
+
+
+def test_what_a_card_lacks_is_said(folder: Path) -> None:
+    said: list[str] = []
+    path = write_card(folder, REPO, say=said.append)
+    lacking = "no license and no base_model; --license and --base-model set them"
+    assert said == [f"{path}: written", f"{path} has {lacking}"]
 
 
 def test_what_another_is_writing_stays(folder: Path) -> None:

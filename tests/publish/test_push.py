@@ -157,6 +157,30 @@ def test_a_repository_with_something_else(hub: Hub, folder: Path, name: str, rea
     assert ("mine" in hub.repos[REPO].branches["main"][name].decode()) == (name != "README.md")
 
 
+def test_a_card_keeps_what_it_was_given(hub: Hub, folder: Path) -> None:
+    assert push(hub, folder, REPO, "--license", "mit", "--base-model", "me/demo", "--card-only").returncode == 0
+    done = push(hub, folder, REPO, "--source", str(demo_model()))
+    assert done.returncode == 0, done.stderr
+    path = folder / "README.md"
+    kept = "kept from the card before: license, base_model (remove it to begin anew)"
+    assert f"{path}: written; {kept}" in done.stderr.splitlines()
+    card = hub.repos[REPO].branches["main"]["README.md"].decode()
+    assert "license: mit\n" in card
+    assert "base_model: me/demo\n" in card
+    assert f"{path}: kept as it is" in push(hub, folder).stderr.splitlines()
+
+
+def test_the_cache_is_left_alone(hub: Hub, folder: Path) -> None:
+    """What a push reads of the repository would be listed there as a broken model."""
+    assert push(hub, folder).returncode == 0
+    flip(folder)
+    done = push(hub, folder, REPO, "--license", "mit")  # reads the card and the report that are there
+    assert done.returncode == 0, done.stderr
+    read = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
+    assert read == {"README.md", "squawq_report.json"}
+    assert not list((folder.parent / "home").rglob("models--*"))
+
+
 def test_other_weights_under_the_same_names(hub: Hub, folder: Path) -> None:
     """Goes on where the report names the same 16-bit model, and only there."""
     (folder / "README.md").write_text("# mine\n")
@@ -204,7 +228,9 @@ def test_a_readme_of_ones_own_stays(hub: Hub, folder: Path) -> None:
     (folder / "README.md").write_text("# mine\n")
     with pytest.raises(OutputError, match="not as squawq wrote it"):
         write_card(folder, REPO)
-    assert push(hub, folder).returncode == 0
+    done = push(hub, folder)
+    assert done.returncode == 0
+    assert f"{folder / 'README.md'}: kept as it is; it is not as squawq wrote it" in done.stderr.splitlines()
     assert hub.repos[REPO].branches["main"]["README.md"] == b"# mine\n"
     assert push(hub, folder, REPO, "--license", "mit").returncode == 2
 

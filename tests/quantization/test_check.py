@@ -57,6 +57,8 @@ def test_the_sources_dtype_is_kept(
     name = str(stored).removeprefix("torch.")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == name
     assert report["job"]["config"]["dtype"] == report["stored_dtype"]["dtype"] == name  # the same job as if asked for
+    default = torch.bfloat16 if source == torch.bfloat16 else torch.float16
+    assert report["stored_dtype"]["by_default"] == str(default).removeprefix("torch.")
     assert 0 < report["stored_dtype"]["logits_error"] < 0.05
 
 

@@ -95,4 +95,6 @@ def test_a_real_layer_has_them_all(method: str, make_model: MakeModel, rows: lis
             assert ("clip" in row) == clipped
             assert not clipped or 0.5 < row["clip"][0] <= row["clip"][4] == 1
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h1>out</h1>" in page  # not out.partial, as it was called until then
+    assert "--dtype" not in page
     assert page.count("<figure") == 1 + 1 + 3 + 1 + 2

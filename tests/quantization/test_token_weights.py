@@ -112,8 +112,8 @@ def test_they_reach_the_right_linears(make_model: MakeModel, tmp_path: Path, mon
         assert found is not None
         assert torch.equal(found, wanted[weights_key(index, module)])
     assert report["job"]["config"]["token_weights"] is True
-    assert "--seed 3" in command(Report.read(report))
-    assert "--token-weights" in command(Report.read(report))
+    assert "--seed 3" in command(Report.read(report), "out")
+    assert "--token-weights" in command(Report.read(report), "out")
 
 
 def test_a_killed_run_goes_on(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

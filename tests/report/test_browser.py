@@ -33,7 +33,7 @@ def test_page_in_a_browser(layers: int, width: int, scheme: str, browser: Any, t
     path = tmp_path / "report.html"
     found = report(layers, model="a" * 90, evaluation=evaluation())
     found["layers"][0]["linears"][-1]["name"] = "language_model.block_sparse_moe.kv_a_proj_with_mqa"
-    path.write_text(render(found), encoding="utf-8")
+    path.write_text(render(found, "b" * 90), encoding="utf-8")
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     heard: list[str] = []
     page.on("console", lambda message: heard.append(message.text))
@@ -53,7 +53,7 @@ def test_page_in_a_browser(layers: int, width: int, scheme: str, browser: Any, t
 
 def test_table_is_sorted_by_a_heading(browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    path.write_text(render(report(12)), encoding="utf-8")
+    path.write_text(render(report(12), "OUT"), encoding="utf-8")
     page = browser.new_page()
     page.goto(path.as_uri())
 

@@ -17,12 +17,21 @@ from squawq.errors import CheckpointError
 from squawq.quant_config import QuantConfig
 from squawq.report.charts import Axis, column_ticks, lines
 from squawq.report.files import PAGE, REPORT, add_evaluation, public_name, write_report
-from squawq.report.page import render
+from squawq.report.page import render as render_page
 from squawq.report.schema import Report
-from squawq.report.words import command, headline, verdict
+from squawq.report.words import command as command_line
+from squawq.report.words import headline, verdict
 
 VOID = {"meta", "link"}
 HOSTILE = "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>{{ 7 * 7 }}"
+
+
+def render(found: dict[str, Any]) -> str:
+    return render_page(found, "OUT")
+
+
+def command(found: Report) -> str:
+    return command_line(found, "OUT")
 
 
 class Page(HTMLParser):
@@ -164,7 +173,7 @@ def test_a_report_that_is_none(found: dict[str, Any]) -> None:
 
 
 def test_an_evaluation_is_added_to_both_files(tmp_path: Path) -> None:
-    write_report(tmp_path, report())
+    write_report(tmp_path, report(), "OUT")
     before = (tmp_path / PAGE).read_text(encoding="utf-8")
     scores = {key: value for key, value in evaluation().items() if key != "reference"}
     add_evaluation(tmp_path, tmp_path / "somewhere" / ".." / "16-bit", scores)
@@ -176,7 +185,7 @@ def test_an_evaluation_is_added_to_both_files(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_that_does_not_fit_changes_no_file(tmp_path: Path) -> None:
-    write_report(tmp_path, report())
+    write_report(tmp_path, report(), "OUT")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(CheckpointError, match="kl_mean"):
         add_evaluation(tmp_path, "model", {**evaluation(), "kl_mean": -1.0})
@@ -214,7 +223,8 @@ def test_the_top_says_what_it_is_how_good_and_what_next() -> None:
         record |= {"relative_error": 0.0123, "relative_error_rounded": 0.05}
     header = render(found).partition("</header>")[0]
     for words in (
-        "<h1>tiny-llama</h1>",
+        "<h1>OUT</h1>",
+        "<dt>16-bit model</dt><dd>tiny-llama</dd>",
         "2026-01-02 03:04 UTC",
         "squawq quantize tiny-llama OUT --calibration &#39;my chats.jsonl&#39; --method awq",
         "off by 1.23% on calibration text",
@@ -292,5 +302,28 @@ def test_the_command_has_what_differs_from_the_defaults_and_is_read_again() -> N
         assert command(Report.read(found)).endswith(f"--dtype bfloat16 --device {device}")
 
 
+def test_a_dtype_that_is_the_default_is_not_in_the_command() -> None:
+    found = report(1)
+    found["job"]["config"] = QuantConfig(method="awq", dtype="bfloat16").to_dict()
+    for by_default, shown in (("bfloat16", False), ("float16", True)):
+        found["stored_dtype"] = {"dtype": "bfloat16", "by_default": by_default, "logits_error": 0.01}
+        assert ("--dtype bfloat16" in command(Report.read(found))) == shown
+
+
 def test_the_next_step_can_be_pasted() -> None:
-    assert headline(Report.read(report(1, model="my model; rm -rf x")))[1].endswith("--reference 'my model; rm -rf x'")
+    found = report(1, model="my model; rm -rf x")
+    said = headline(Report.read(found), "my result")[1]
+    assert said == "Next: squawq eval 'my result' --reference 'my model; rm -rf x'"
+    measured = headline(Report.read({**found, "evaluation": evaluation()}), "my result")[1]
+    assert measured.startswith("Next: squawq generate 'my result' -p ")
+
+
+def test_the_page_names_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-awq"
+    folder.mkdir()
+    write_report(folder, report(), folder.name)
+    assert "<title>tiny-awq: what quantization did</title>" in (folder / PAGE).read_text(encoding="utf-8")
+    add_evaluation(folder, "model", evaluation())
+    page = (folder / PAGE).read_text(encoding="utf-8")
+    assert "Next: squawq generate tiny-awq -p" in page
+    assert "squawq quantize tiny-llama tiny-awq" in page

@@ -67,4 +67,5 @@ def chat(
         greet(llm)
         talk(llm, conversation, editor(history), plain)
     else:
-        talk(llm, conversation, lambda _: console.input("[bold]> [/bold]"), plain, interactive=False)
+        prompt = "[bold]> [/bold]" if sys.stdin.isatty() else ""  # a pipe needs none
+        talk(llm, conversation, lambda _: console.input(prompt), plain, interactive=False)

@@ -20,7 +20,10 @@ def push(
     ] = None,
     license_: Annotated[str | None, typer.Option("--license", help="For the card, as the Hub writes it: mit")] = None,
     base_model: Annotated[str | None, typer.Option(help="For the card: the original's Hub id")] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="For the card: what squawq eval --json printed")] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="For the card: what squawq eval --json printed; default: the evaluation in FOLDER's report"),
+    ] = None,
     card_only: Annotated[bool, typer.Option("--card-only", help="Write FOLDER/README.md and send nothing")] = False,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository")] = False,
     revision: Annotated[str, typer.Option(help="Branch, created if it does not exist")] = "main",
@@ -52,7 +55,7 @@ def push(
         given = {"--private": private, "--revision": revision != "main", "--token-file": token_file is not None}
         if unused := [option for option, value in given.items() if value]:
             raise ConfigError(f"--card-only sends nothing, so {unused[0]} cannot be meant; leave one of them out")
-        print(write_card(folder, repo, origin, force=force))
+        print(write_card(folder, repo, origin, force=force, say=console.print))
         return
     done = run(
         folder,

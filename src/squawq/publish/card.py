@@ -1,17 +1,19 @@
 """Writes the model card (README.md) of a quantized folder: front matter, measured figures, usage for each engine.
 
 It says only what the folder, its report and an evaluation say: no licence and no original is guessed. Its last line is
-a checksum that tells whether a person changed the card, and for which repository and model it was written.
+a checksum that tells whether a person changed the card, and for which repository and model it was written. A card that
+is written again keeps what earlier options gave it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError
@@ -19,19 +21,19 @@ from squawq.format.files import clear_temporary, has_file, locked, parse_json, r
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import find_hub_file
 from squawq.inspection import inspect
+from squawq.publish.scores import Scores, figures, plain, read_scores, stored_scores
 from squawq.publish.usage import usage
 from squawq.quant_config import METHODS, QuantConfig
 from squawq.quantization.job import identity
-from squawq.report.files import PAGE, REPORT
+from squawq.report.files import PAGE, REPORT, public_name
 from squawq.report.schema import Report
-from squawq.report.words import read_back, size, tuned
+from squawq.report.words import errors, read_back, size, tuned
 
 README = "README.md"
 TAGS = ["awq", "int4", "4-bit", "quantized", "squawq"]
 FROM_SOURCE = ("license", "license_name", "license_link", "language")
-SCORES = ("tokens", "window", "stride", "perplexity")
 MAX_MATTER = 2**16  # characters of a card in which its front matter must end
-COMPARED = ("reference_perplexity", "kl_mean", "kl_p99", "top1_agreement")  # with --reference, all of them
+_KEPT = re.compile(r"<!-- squawq push (\{.*\}) -->\n\Z")
 _MARK = re.compile(r"<!-- squawq card of (\S+), model ([0-9a-f]{64}): [0-9a-f]{64} -->\n\Z")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
@@ -44,11 +46,20 @@ class Origin:
     source: str | None = None  # the 16-bit model, folder or Hub id: its licence, languages and Hub id
     license: str | None = None  # instead of the source's
     base_model: str | None = None  # instead of the source's Hub id
-    evaluation: Path | None = None  # a file that `squawq eval --json` printed
+    evaluation: Path | None = None  # a file that `squawq eval --json` printed; instead of the report's evaluation
 
     @property
     def given(self) -> bool:
         return any(value is not None for value in (self.source, self.license, self.base_model, self.evaluation))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What options gave an earlier card of the same model, which the next one keeps where no option replaces it."""
+
+    matter: dict[str, Any] = field(default_factory=dict)  # FROM_SOURCE and base_model
+    source: str | None = None  # the 16-bit model's name
+    evaluation: Scores | None = None
 
 
 def check_id(name: str, what: str) -> None:
@@ -63,8 +74,8 @@ def check_gemm(folder: Path, layout: str) -> None:
         raise ConfigError(f"{folder}: has the layout {layout!r}; squawq publishes AWQ folders in 'gemm' alone")
 
 
-def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> str:
-    """The text of the card of a folder to be published as the Hub id `repo`.
+def model_card(folder: str | Path, repo: str, origin: Origin | None = None, kept: Kept | None = None) -> str:
+    """The text of the card of a folder to be published as the Hub id `repo`. kept: from an earlier card.
 
     Raises:
         ConfigError: The folder is not quantized in the GEMM layout, or the evaluation is of another model.
@@ -72,50 +83,98 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None) -> s
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    folder, origin = Path(folder), origin or Origin()
+    folder, origin, kept = Path(folder), origin or Origin(), kept or Kept()
     check_id(repo, "the repository")
     found = inspect(folder)
     if found["quantization"] is None:
         raise ConfigError(f"{folder}: is not quantized; squawq writes cards for AWQ folders")
     check_gemm(folder, found["quantization"]["format"])
     report = _report(folder / REPORT)
-    losses = [(row.loss_rounded, row.loss) for row in report.layers] if report else []
-    ratios = [after / before for before, after in losses if before and after is not None]
-    matter = front_matter(origin)
+    matter = front_matter(origin, kept.matter)
+    source = public_name(origin.source) if origin.source else kept.source
+    name = source or (report.model if report else None)
+    given = kept.evaluation if origin.evaluation is None else read_scores(origin.evaluation, folder, repo)
+    scores = given or stored_scores(report)
     card = ModelCard.from_template(
         ModelCardData(**matter),
         template_str=(files("squawq") / "publish" / "card.md").read_text(encoding="utf-8"),
         title=repo.partition("/")[2],
         base_model=matter.get("base_model"),
+        name=plain(name) if name else None,
         found=found,
         quant=found["quantization"],
         memory=found["memory"],
         kept=len(found["kept_in_16_bits"]),
         size=size,
         report=report,
-        scores=None if origin.evaluation is None else _scores(origin.evaluation, folder, repo),
+        scores=scores,
         read_back=read_back(report.read_back) if report and report.read_back else None,
         tuned=tuned(report.tuning) if report and report.tuning else None,
-        ratios=ratios,
-        median=median(ratios) if ratios else None,
+        errors=errors(report) if report else [],
         method=_method(report) if report else "",
         drawn=has_file(folder / PAGE),
         usage=usage(repo, has_template(folder), found["runs_in"]),
     )
-    text = f"{card}\n\n"
+    text = f"{card}\n\n{_keeping(source, given)}"
     return text + _mark(text, repo, _fingerprint(folder))
 
 
-def write_card(folder: Path, repo: str, origin: Origin | None = None, *, force: bool = False) -> Path:
-    """Write `folder`/README.md. Raises OutputError over a card that a person wrote or changed, unless `force`."""
-    path = folder / README
-    text = model_card(folder, repo, origin)
+def write_card(
+    folder: Path,
+    repo: str,
+    origin: Origin | None = None,
+    *,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Write `folder`/README.md. A card of ours that is there hands on what options gave it, unless the model changed.
+
+    say: hears what was done, and which option adds what the card lacks.
+    Raises OutputError over a card that a person wrote or changed, unless `force`.
+    """
+    path, origin = folder / README, origin or Origin()
+    kept = _kept(path, folder)
+    text = model_card(folder, repo, origin, kept)
     with locked(folder, wait=True):
         clear_temporary(folder)
-        if path.exists() and not force and not is_ours(_read(path)):
+        before = _read(path) if path.exists() else None
+        if before is not None and not force and not is_ours(before):
             raise OutputError(f"{path} is not as squawq wrote it; edit it by hand, or give --force to write it anew")
-        write_text(path, text)
+        if text != before:
+            write_text(path, text)
+    say(f"{path}: {'kept as it is' if text == before else _written(origin, kept)}")
+    matter = _matter(text, path)
+    if lost := [key for key in ("license", "base_model") if key not in matter]:
+        flags = " and ".join(f"--{key.replace('_', '-')}" for key in lost)
+        say(f"{path} has no {' and no '.join(lost)}; {flags} {'set them' if len(lost) > 1 else 'sets it'}")
     return path
+
+
+def _written(origin: Origin, kept: Kept) -> str:
+    """What was done, and what of the card before is still in it."""
+    replaced = {"license": origin.license, "base_model": origin.base_model, "evaluation": origin.evaluation}
+    names = [*kept.matter, *(["evaluation"] if kept.evaluation else [])]
+    names = [name for name in names if replaced.get(name) is None and not name.startswith("license_")]
+    return f"written; kept from the card before: {', '.join(names)} (remove it to begin anew)" if names else "written"
+
+
+def _keeping(source: str | None, evaluation: Scores | None) -> str:
+    """The line of a card that keeps what its front matter does not."""
+    values = {"source": plain(source) if source else None, "evaluation": evaluation}
+    known = {key: value for key, value in values.items() if value is not None}
+    return f"<!-- squawq push {json.dumps(known)} -->\n" if known else ""
+
+
+def _kept(path: Path, folder: Path) -> Kept:
+    """What the card that is there keeps: nothing, if it is not ours or of another model."""
+    text = _read(path) if has_file(path) else ""
+    written = _written_for(text)
+    if written is None or written[1] != _fingerprint(folder):
+        return Kept()
+    line = _KEPT.search(_MARK.sub("", text))
+    values = parse_json(line[1].encode()) if line else {}
+    source = values.get("source")
+    return Kept(_matter(text, path), source if isinstance(source, str) else None, figures(values.get("evaluation")))
 
 
 def is_ours(text: str) -> bool:
@@ -159,17 +218,21 @@ def has_template(folder: Path) -> bool:
     return has_file(folder / "chat_template.jinja") or (has_file(config) and "chat_template" in read_json(config))
 
 
-def front_matter(origin: Origin) -> dict[str, Any]:
-    """The card's metadata as the Hub wants it."""
-    known = _source_matter(origin.source) if origin.source else {}
-    matter: dict[str, Any] = dict(known)
+def front_matter(origin: Origin, kept: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The card's metadata as the Hub wants it: of the options, then of an earlier card (`kept`), then of the source."""
+    matter = _replaced(_source_matter(origin.source) if origin.source else {}, kept or {})
     if origin.license is not None:
-        matter = {"license": origin.license} | {k: v for k, v in matter.items() if not k.startswith("license")}
-    base = origin.base_model or (_hub_id(origin.source) if origin.source else None)
+        matter = _replaced(matter, {"license": origin.license})
+    base = origin.base_model or matter.get("base_model") or (_hub_id(origin.source) if origin.source else None)
     if base is not None:
         check_id(base, "base_model")
         matter |= {"base_model": base, "base_model_relation": "quantized"}
     return matter | {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
+
+
+def _replaced(matter: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    """Front matter with other values; a licence goes with its name and link."""
+    return {k: v for k, v in matter.items() if "license" not in by or not k.startswith("license")} | by
 
 
 def _hub_id(source: str) -> str | None:
@@ -182,12 +245,17 @@ def _hub_id(source: str) -> str | None:
 
 def _source_matter(source: str) -> dict[str, Any]:
     """Keys that a card takes over from the source's front matter."""
-    from huggingface_hub import RepoCard
-
     path = Path(source) / README if Path(source).is_dir() else find_hub_file(source, README)
     if path is None or not has_file(path):
         return {}
-    text = _read(path).removeprefix("\ufeff")[:MAX_MATTER]
+    return {key: value for key, value in _matter(_read(path), path).items() if key in FROM_SOURCE}
+
+
+def _matter(text: str, path: Path) -> dict[str, Any]:
+    """FROM_SOURCE and base_model of a card's front matter. Raises CheckpointError, naming `path`."""
+    from huggingface_hub import RepoCard
+
+    text = text.removeprefix("\ufeff")[:MAX_MATTER]
     if not text.startswith("---"):
         return {}
     try:
@@ -198,7 +266,8 @@ def _source_matter(source: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its front matter cannot be read: {error!s:.200}") from error
     if bad := next((key for key in FROM_SOURCE if not _is_plain(known.get(key))), None):
         raise CheckpointError(f"{path}: its front matter has a {bad} that is no text; quote it there")
-    return {key: known[key] for key in FROM_SOURCE if known.get(key)}
+    base = known.get("base_model")
+    return {key: known[key] for key in FROM_SOURCE if known.get(key)} | ({"base_model": base} if base else {})
 
 
 def _is_plain(value: object) -> bool:
@@ -215,26 +284,6 @@ def _report(path: Path) -> Report | None:
     if not re.fullmatch(r"[\w.+-]+", report.squawq, re.ASCII) or report.method not in METHODS:
         raise CheckpointError(f"{path} is not as squawq quantize writes it; write it again, or remove it")
     return report
-
-
-def _scores(path: Path, folder: Path, repo: str) -> dict[str, Any]:
-    """An evaluation, checked: its figures, and that the model it names is called as this one."""
-    try:
-        read = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not what `squawq eval --json` prints: {error}") from error
-    scores: dict[str, Any] = read if isinstance(read, dict) else {}
-    needed = (*SCORES, *(COMPARED if any(key in scores for key in COMPARED) else ()))
-    if not isinstance(scores.get("model"), str) or not all(_is_number(scores.get(key)) for key in needed):
-        raise ConfigError(f"{path} is not what `squawq eval --json` prints: it needs model, {', '.join(needed)}")
-    names = (folder.resolve().name, repo.partition("/")[2])
-    if Path(scores["model"]).resolve().name not in names:
-        raise ConfigError(f"{path} is of {scores['model']!r}; it must be of {' or '.join(dict.fromkeys(names))}")
-    return scores
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _method(report: Report) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from squawq.errors import CheckpointError, ConfigError, OutputError, SquawqError
@@ -54,10 +56,10 @@ def push(
 ) -> Upload:
     """Upload `folder` to the model repository `repo`, which is made if it is not there.
 
-    The token is that of `token_file`, else HF_TOKEN's or a login's. revision: a branch, made if need be. A missing card
-    is written; one of squawq's is written anew when `origin` says something. force: write over a README.md, here or
-    there, that squawq did not write or wrote of another model, and go on in a repository with other weights. say: hears
-    a line before the upload.
+    The token is that of `token_file`, else HF_TOKEN's or a login's. revision: a branch, made if need be. A card that is
+    missing is written, one of squawq's is brought up to date (`write_card`), and one that a person wrote or changed is
+    kept. force: write over a README.md, here or there, that squawq did not write or wrote of another model, and go on
+    in a repository with other weights. say: hears what is done.
     Raises ConfigError, CheckpointError or OutputError before anything is sent, OutputError for an upload that failed.
     """
     folder, origin = Path(folder), origin or Origin()
@@ -69,9 +71,11 @@ def push(
         raise OutputError(
             f"{folder / README} {old}; remove it, or say --source and what else it had again, and it is written anew"
         )
-    if origin.given or old or not (folder / README).exists():
-        write_card(folder, repo, origin, force=force)
+    if origin.given or README not in files or is_ours(read_bytes(folder / README).decode(errors="replace")):
+        write_card(folder, repo, origin, force=force, say=say)
         files = check_folder(folder)
+    else:
+        say(f"{folder / README}: kept as it is; it is not as squawq wrote it")
     size = sum((folder / name).stat().st_size for name in files)
     try:
         api = _login(token)
@@ -175,12 +179,19 @@ def _prepare(api: HfApi, folder: Path, files: list[str], repo: str, private: boo
     if others:
         raise OutputError(f"{repo} has other weights ({others[0]}); choose another repository, or --force")
     if README in there:
-        path = Path(api.hf_hub_download(repo, README, revision=revision))
-        there_too = read_bytes(path)
+        with _fetched(api, repo, README, revision) as path:
+            there_too = read_bytes(path)
         if there_too != read_bytes(folder / README) and not is_ours(there_too.decode(errors="replace")):
             raise OutputError(
                 f"{repo} has a README.md that squawq did not write; put it into {folder} to keep it, or --force"
             )
+
+
+@contextmanager
+def _fetched(api: HfApi, repo: str, name: str, revision: str) -> Iterator[Path]:
+    """A small file of the repository, outside the Hub's cache, where it would look like a part of a model."""
+    with TemporaryDirectory(prefix="squawq-push-") as folder:
+        yield Path(api.hf_hub_download(repo, name, revision=revision, local_dir=folder))
 
 
 def _is_there(path: Path, found: RepoFile) -> bool:
@@ -195,7 +206,8 @@ def _same_source(api: HfApi, folder: Path, reported: bool, repo: str, revision: 
     """Whether both reports name one 16-bit model: its weights may be quantized anew and put over the old."""
     if not reported or not has_file(folder / REPORT):
         return False
-    ours, theirs = read_json(folder / REPORT), read_json(Path(api.hf_hub_download(repo, REPORT, revision=revision)))
+    with _fetched(api, repo, REPORT, revision) as path:
+        ours, theirs = read_json(folder / REPORT), read_json(path)
     return _source(ours) is not None and _source(ours) == _source(theirs)
 
 

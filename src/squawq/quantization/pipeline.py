@@ -36,7 +36,7 @@ from squawq.quantization.check import DTYPE_TOKENS, DtypeCheck, ReadBack, Rows
 from squawq.quantization.job import Job
 from squawq.quantization.layer import LayerResult, quantize_layer, round_layer
 from squawq.quantization.precision import float32_products
-from squawq.quantization.prepare import Work, prepare
+from squawq.quantization.prepare import Work, default_dtype, prepare
 from squawq.quantization.states import Streams, default_states_memory
 from squawq.quantization.token_weights import token_weights
 from squawq.quantization.tuning import tune
@@ -317,13 +317,17 @@ def _finish(work: Work, job: Job, checks: _Checks | None, observer: Observer) ->
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
         "kept_in_16_bits": kept,
         "notes": notes,
-        "stored_dtype": {"dtype": config.dtype, "logits_error": round(logits_error, 6)},
+        "stored_dtype": {
+            "dtype": config.dtype,
+            "by_default": default_dtype(blocks),
+            "logits_error": round(logits_error, 6),
+        },
         "read_back": read_back.to_dict(),
         "layers": records,
         "tuning": tuning,
         "job": job.identity,
     }
     report = Report.read(report).to_dict()
-    write_report(job.partial, report)
+    write_report(job.partial, report, work.out.name)
     job.finish()
     return report

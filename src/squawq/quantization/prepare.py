@@ -91,7 +91,8 @@ def prepare(
     checkpoint.companions()  # raises now rather than when all else is done
     blocks = Blocks(checkpoint, family, device)
     blocks.check()
-    config = replace(config, dtype=_stored_dtype(config, blocks))
+    if config.dtype == "auto":
+        config = replace(config, dtype=default_dtype(blocks))
     plans = _plans(blocks, config)
     asked = config
     config, calibration = _settled(config, calibration, checkpoint, device, stream)
@@ -217,10 +218,8 @@ def _group_size(config: QuantConfig, model: ModelConfig) -> int:
     )
 
 
-def _stored_dtype(config: QuantConfig, blocks: Blocks) -> str:
-    """The dtype asked for; for "auto" the source's, since bfloat16 holds values that float16 cannot."""
-    if config.dtype != "auto":
-        return config.dtype
+def default_dtype(blocks: Blocks) -> str:
+    """What "auto" means: bfloat16 for a bfloat16 source, since it holds values that float16 cannot; else float16."""
     info = blocks.checkpoint.info(blocks.names.stored_name(f"{blocks.family.embedding}.weight"))
     return "bfloat16" if info.dtype == torch.bfloat16 else "float16"
 

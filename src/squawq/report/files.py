@@ -13,9 +13,12 @@ REPORT = "squawq_report.json"
 PAGE = "report.html"
 
 
-def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write both files. Raises CheckpointError, with nothing written, for a report that is none."""
-    page = render(report)
+def write_report(folder: Path, report: Mapping[str, Any], name: str) -> None:
+    """Write both files. Raises CheckpointError, with nothing written, for a report that is none.
+
+    name: Of the folder once it is finished, for the page.
+    """
+    page = render(report, name)
     write_json(folder / REPORT, report)
     write_text(folder / PAGE, page)
 
@@ -28,7 +31,7 @@ def add_evaluation(folder: Path, reference: str | Path, scores: Mapping[str, Any
     evaluation = {"reference": public_name(reference), **scores}
     with locked(folder, wait=True):
         clear_temporary(folder)
-        write_report(folder, {**read_json(folder / REPORT), "evaluation": evaluation})
+        write_report(folder, {**read_json(folder / REPORT), "evaluation": evaluation}, public_name(folder))
 
 
 def public_name(model: str | Path) -> str:

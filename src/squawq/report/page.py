@@ -22,15 +22,18 @@ from squawq.report.schema import Report
 from squawq.report.words import HEADINGS, facts, headline, summary, table
 
 
-def render(report: Mapping[str, Any]) -> str:
-    """The page of a report as squawq_report.json has it. Raises CheckpointError for one that is none."""
+def render(report: Mapping[str, Any], name: str) -> str:
+    """The page of a report as squawq_report.json has it. Raises CheckpointError for one that is none.
+
+    name: Of the folder that the report is of.
+    """
     found = Report.read(report)
     style, script = _read("page.css"), _read("page.js")
     try:
         return _template().render(
-            model=found.model or "A quantized model",
-            headline=headline(found),
-            facts=facts(found),
+            name=name,
+            headline=headline(found, name),
+            facts=facts(found, name),
             summary=summary(found),
             sections=sections(found),
             headings=HEADINGS,

@@ -9,7 +9,7 @@ from statistics import median
 from squawq.quant_config import QuantConfig
 from squawq.report.charts import number
 from squawq.report.drawings import column, loss_ratio
-from squawq.report.schema import Evaluation, ReadBackRow, Report, TuningRow
+from squawq.report.schema import Evaluation, LayerRow, ReadBackRow, Report, TuningRow
 
 METHODS = {
     "squawq": "squawq: AWQ scales, QEP correction, rounding with error feedback (GPTQ)",
@@ -24,18 +24,18 @@ def verdict(kl: float) -> str:
     return f"KL {number(kl)}: {next(words for limit, words in VERDICTS if kl < limit or limit == float('inf'))}"
 
 
-def headline(report: Report) -> list[str]:
-    """What to know first: how good the result is, and what to do next."""
-    scores, model = report.evaluation, shlex.quote(report.model or "MODEL")
+def headline(report: Report, name: str) -> list[str]:
+    """What to know first: how good the result in the folder `name` is, and what to do next."""
+    scores, model, out = report.evaluation, shlex.quote(report.model or "MODEL"), shlex.quote(name)
     if scores is None or scores.kl_mean is None:
-        return [_compared(report), f"Next: squawq eval OUT --reference {model}"]
+        return [_compared(report), f"Next: squawq eval {out} --reference {model}"]
     said = [f"{verdict(scores.kl_mean)}, top-1 agreement {scores.top1_agreement or 0:.1%}."]
     if scores.kl_mean >= VERDICTS[-2][0]:
         said.append("Next: a smaller --group-size, or calibration text of the kind that the model is used for.")
     elif "squawq" in report.runs_in:
-        said.append('Next: squawq generate OUT -p "Once upon a time", or squawq serve OUT')
+        said.append(f'Next: squawq generate {out} -p "Once upon a time", or squawq serve {out}')
     else:
-        said.append("Next: load OUT in transformers, after import squawq.transformers")
+        said.append(f"Next: load {name} in transformers, after import squawq.transformers")
     return said
 
 
@@ -66,10 +66,10 @@ def tuned(row: TuningRow) -> str:
     )
 
 
-def command(report: Report) -> str:
-    """The command line that makes this result, without the ways to its folders."""
+def command(report: Report, name: str) -> str:
+    """The command line that makes this result in the folder `name`, without the ways to its folders."""
     config, default = report.job.config, QuantConfig()
-    words = ["squawq quantize", shlex.quote(report.model or "MODEL"), "OUT"]
+    words = ["squawq quantize", shlex.quote(report.model or "MODEL"), shlex.quote(name)]
     if report.calibration:
         words += ["--calibration", shlex.quote(report.calibration)]
     values: dict[str, object] = {"samples": None, "seqlen": 512, "group_size": default.group_size}
@@ -82,11 +82,12 @@ def command(report: Report) -> str:
     switches = ("clip", "compensate", "act_order", "sequential") if config.method == "squawq" else ("clip",)
     words += [f"--no{_flag(key)[1:]}" for key in switches if not given.get(key, True)]
     words += [f"--skip {shlex.quote(name)}" for name in config.modules_to_not_convert]
-    words += [f"--dtype {config.dtype}"] if config.dtype else []
-    by_default = report.job.device == "cuda" and config.method == "squawq"
+    by_default = (report.stored_dtype or {}).get("by_default")  # unknown in earlier reports
+    words += [f"--dtype {config.dtype}"] if config.dtype and config.dtype != by_default else []
+    on_gpu = report.job.device == "cuda" and config.method == "squawq"
     weighted = config.token_weights if config.sequential is not False else None  # else there are none
     for key, chosen in (("token_weights", weighted), ("tune", config.tune)):
-        if chosen is not None and chosen != by_default:
+        if chosen is not None and chosen != on_gpu:
             words += [_flag(key) if chosen else f"--no{_flag(key)[1:]}"]
     words += [f"--device {report.job.device}"] if report.job.device != "cpu" else []
     return " ".join(words)
@@ -107,14 +108,15 @@ def sizes(report: Report) -> str:
     return f"{text}: {size(round(quantized))} of 4-bit linears, {size(round(rest))} stay in 16 bits{inside}"
 
 
-def facts(report: Report) -> list[tuple[str, str]]:
+def facts(report: Report, name: str) -> list[tuple[str, str]]:
     """Names and values at the head."""
     config, job = report.job.config, report.job
     group = "a whole row" if config.group_size == -1 else f"{config.group_size:,}"
     tokens = report.calibration_tokens
     found = [
         *([("date", report.date)] if report.date else []),
-        ("command", command(report)),
+        *([("16-bit model", report.model)] if report.model else []),
+        ("command", command(report, name)),
         ("method", METHODS.get(report.method, report.method)),
         ("weights", f"{config.bits} bits, groups of {group}, {'zero point' if config.zero_point else 'symmetric'}"),
         ("bits a weight", _bits(report)),
@@ -166,15 +168,12 @@ def size(count: int) -> str:
 
 def summary(report: Report) -> list[str]:
     """Sentences: what was gained, where it is worst, what fell back, what stays in 16 bits, what an evaluation said."""
-    layers = report.layers
-    judged = [(loss_ratio([record]), record) for record in layers]
-    ratios = [(ratio, record) for ratio, record in judged if ratio is not None]
+    layers, ratios = report.layers, _ratios(report)
     said = []
     if ratios:
-        half = median(ratio for ratio, _ in ratios)
         worst, record = max(ratios, key=lambda pair: pair[0])
         largest = max((record for _, record in ratios), key=lambda record: record.loss or 0)
-        said.append(f"The error of a layer's output is {half:.0%} of plain rounding's in the median layer.")
+        said += errors(report)
         off = largest.relative_error
         said.append(
             f"Least was gained in layer {column(record)} ({worst:.0%}); the largest error is layer {column(largest)}'s "
@@ -196,6 +195,21 @@ def summary(report: Report) -> list[str]:
     if report.read_back is not None and evaluated:  # else it is the headline
         said.append(read_back(report.read_back))
     return said + evaluated
+
+
+def errors(report: Report) -> list[str]:
+    """The median layer's error against plain rounding's; nothing where it was not measured."""
+    ratios = [ratio for ratio, _ in _ratios(report)]
+    if not ratios:
+        return []
+    half = median(ratios)
+    return [f"The error of a layer's output on calibration text is {half:.0%} of plain rounding's in the median layer."]
+
+
+def _ratios(report: Report) -> list[tuple[float, LayerRow]]:
+    """Each layer whose error was measured, and the error as a share of plain rounding's."""
+    judged = [(loss_ratio([record]), record) for record in report.layers]
+    return [(ratio, record) for ratio, record in judged if ratio is not None]
 
 
 def _evaluated(scores: Evaluation | None) -> list[str]:

@@ -6,6 +6,7 @@ The file is the body of a chat request in OpenAI's API: `messages`, and settings
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from squawq.engine.request import SamplingParams
-from squawq.errors import ConfigError, SquawqError
+from squawq.errors import ConfigError
 from squawq.format.files import read_json, write_json
 from squawq.text.tokenizer import check_messages
 
@@ -31,11 +32,13 @@ class Conversation:
     Attributes:
         messages: {"role", "content"}; a system message, if there is one, comes first.
         draft: A text for the editor: the question that `undo` took back.
+        files: Files that this conversation was saved to or loaded from; it may overwrite these alone.
     """
 
     params: SamplingParams
     messages: Messages = field(default_factory=list)
     draft: str = ""
+    files: set[Path] = field(default_factory=set)
 
     @property
     def system(self) -> str | None:
@@ -79,13 +82,14 @@ class Conversation:
         return {name: getattr(self.params, name) for name in SETTINGS}
 
     def save(self, path: Path) -> None:
-        """Write the file. Raises OutputError, and ConfigError for a file that is there and holds no conversation."""
-        if path.exists():
-            try:
-                read_messages(read_json(path), path)
-            except SquawqError as error:
-                raise ConfigError(f"{path} is there and holds no conversation; choose another name") from error
+        """Write the file. Raises OutputError, and ConfigError for one that exists and is not of this session."""
+        if path.resolve() not in self.files and os.path.lexists(path):
+            raise ConfigError(
+                f"{path} exists and was neither saved nor loaded in this session; nothing was written; choose another "
+                "name"
+            )
         write_json(path, {"messages": self.messages, **{k: v for k, v in self.settings().items() if v is not None}})
+        self.files.add(path.resolve())
 
     def load(self, path: Path) -> None:
         """Take messages and settings from a file. Raises SquawqError, and changes nothing, if it is not one."""
@@ -99,6 +103,7 @@ class Conversation:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
         self.messages, self.params = messages, params
+        self.files.add(path.resolve())
 
 
 def read_messages(values: Mapping[str, Any], path: Path) -> Messages:

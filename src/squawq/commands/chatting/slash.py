@@ -14,7 +14,7 @@ COMMANDS = {
     "/set [NAME VALUE]": "show or set how answers are sampled, as in /set temperature 0.7",
     "/undo": "take back the last question and its answer",
     "/reset": "start over; the system message stays",
-    "/save FILE": "write messages and settings to a JSON file",
+    "/save FILE": "write messages and settings to a new JSON file, or one of this session",
     "/load FILE": "read them from a file",
     EXIT: "end (or Ctrl-D)",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from squawq.commands.chatting.answer import print_answer, view
@@ -59,7 +60,8 @@ def _next_message(read: Read, conversation: Conversation, interactive: bool) -> 
     try:
         return read(draft).strip()
     except EOFError:
-        console.print()
+        if sys.stdin.isatty():  # the prompt's line ends
+            console.print()
         return EXIT
     except KeyboardInterrupt:
         if not interactive:
