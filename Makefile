@@ -25,10 +25,11 @@ check: lint
 wheel:
 	tools/check_wheel.sh $(PYTHON) $(TESTS)
 
-# The documentation site, in site/: reference pages from the code, then the pages; a warning or broken link is an error.
+# The documentation site, in site/: reference pages from the code, then the pages; a warning or broken link is an error,
+# which --quiet would hide.
 docs: $(VENV)/.docs
 	$(BIN)/python tools/docs_reference.py docs/reference
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: docs
 	$(BIN)/mkdocs serve

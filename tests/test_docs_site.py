@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import squawq
 from squawq.cli import app
 from squawq.serve import launcher, tgi_launcher
 from squawq.serve.app import ROUTES
+from squawq.serve.openapi_document import EXAMPLES
 
 FILES = re.compile(r"`((?:src|tests|benchmarks|tools|deploy|examples|csrc|docs)/[\w./-]+|[A-Z]+\.md|compose\.yaml)`")
 QUOTED = re.compile(r"^### `(.*)`$", re.MULTILINE)
@@ -52,6 +54,21 @@ def test_reference_has_everything(reference: dict[str, str]) -> None:
         assert f"| `{metric}` |" in reference["metrics.md"]
 
 
+def test_tables_have_no_empty_columns() -> None:
+    assert docs_reference.table(("a", "b", "c"), [("1", "", "x"), ("2", "", "")]) == (
+        "| a | c |\n|---|---|\n| 1 | x |\n| 2 |  |\n"
+    )
+    assert docs_reference.table(("a", "b"), []) == ""
+
+
+def test_bodies_have_their_examples(reference: dict[str, str]) -> None:
+    sections = dict(section.split("\n", 1) for section in reference["http.md"].split("\n## ")[1:])
+    for body, (_, value) in EXAMPLES.items():
+        (example,) = re.findall(r"Example:\n\n```json\n(.*?)```", sections[body.__name__], re.DOTALL)
+        assert body.model_validate(json.loads(example))
+        assert json.loads(example) == value
+
+
 def test_tables_have_equal_rows(reference: dict[str, str]) -> None:
     for name, text in reference.items():
         for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
@@ -62,10 +79,12 @@ def test_tables_have_equal_rows(reference: dict[str, str]) -> None:
 
 @cache
 def texts_of_source() -> tuple[str, ...]:
-    """Every text in src/, with … for what is filled in."""
+    """Every text in src/ that is no docstring, with … for what is filled in."""
     found = []
     for path in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        for node in (node for node in nodes if node not in docstrings):
             if isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
                 found.append("".join(map(str, parts)))
@@ -84,6 +103,10 @@ def test_quoted_messages_are_squawqs() -> None:
     assert len(messages) >= 35
     assert [message for message in messages if not is_message(message)] == []
     assert not is_message("model_type is …; squawq has never heard of it")
+
+
+def test_messages_name_no_page_that_an_installed_squawq_lacks() -> None:
+    assert [text for text in texts_of_source() if re.search(r"docs/[\w/-]+\.md", text)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -108,15 +131,21 @@ def test_pictures_are_shown_and_described() -> None:
     assert all(len(text) > 40 for text in shown.values())
 
 
-class Loaded(HTMLParser):
-    """Collects what a page loads by itself when it is shown."""
+class BuiltPage(HTMLParser):
+    """A page of the site: what it loads by itself when it is shown, its links, and its anchors."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.links: list[str] = []
+        self.anchors: set[str] = {""}
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
+        self.anchors |= {values.get("id") or ""}
+        if tag == "a":
+            self.links.append(values.get("href") or "")
         if tag in ("script", "img", "iframe", "source", "video") and values.get("src"):
             self.found.append(values["src"] or "")
         if tag == "link" and values.get("rel") not in ("canonical", "prev", "next"):
@@ -127,18 +156,23 @@ class Loaded(HTMLParser):
 def test_site_is_built_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     docs_reference.main(DOCS / "reference")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    pages = list((tmp_path / "site").rglob("*.html"))
+    pages = {path: BuiltPage(path) for path in (tmp_path / "site").rglob("*.html")}
     assert len(pages) >= 40
-    for page in pages:
-        loaded = Loaded()
-        loaded.feed(page.read_text(encoding="utf-8"))
-        assert not [address for address in loaded.found if urlsplit(address).netloc], page
+    for path, page in pages.items():
+        assert not [address for address in page.found if urlsplit(address).netloc], path
+        for link in map(urlsplit, page.links):
+            target = (path.parent / link.path).resolve() if link.path else path
+            if not link.netloc and target in pages and path.name != "404.html":
+                assert link.fragment in pages[target].anchors, (path, link.geturl())
+    index = json.loads((tmp_path / "site" / "search" / "search_index.json").read_text(encoding="utf-8"))
+    boosts = {entry["location"]: entry.get("boost", 1) for entry in index["docs"]}
+    assert boosts["start/run.html"] > boosts["explanation/inference.html"] > boosts["reference/http.html"]
     for sheet in (tmp_path / "site").rglob("*.css"):
         assert not re.search(r"url\(['\"]?https?:|@import", sheet.read_text(encoding="utf-8")), sheet
 

@@ -28,16 +28,16 @@ from squawq.serve import launcher, tgi_launcher
 from squawq.serve.app import ROUTES
 from squawq.serve.flags import Flag, FlagTable
 from squawq.serve.metrics import Metrics
-from squawq.serve.openapi_document import document
+from squawq.serve.openapi_document import EXAMPLES, document
 
 Schema = Mapping[str, Any]
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; empty if there are no rows."""
-    names = list(head)
-    lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
-    return "\n".join([f"| {' | '.join(names)} |", "|" + "---|" * len(names), *lines, ""]) if lines else ""
+    """A Markdown table without columns that have no text; empty if there are no rows."""
+    columns = [column for column in zip(head, *rows, strict=True) if any(column[1:])]
+    names, *lines = [f"| {' | '.join(map(cell, row))} |" for row in zip(*columns, strict=True)] or [""]
+    return "\n".join([names, "|" + "---|" * len(columns), *lines, ""]) if lines else ""
 
 
 def cell(text: str) -> str:
@@ -141,21 +141,12 @@ def http_page() -> str:
             ),
         ),
     ]
+    examples = {model.__name__: value for model, (_, value) in EXAMPLES.items()}
     bodies = dict.fromkeys(name for _, row in rows for name in body_names(row))
     inner = dict.fromkeys(name for body in bodies for name in referenced(schemas[body], schemas))
     for name in [*bodies, *(name for name in inner if name not in bodies)]:
         parts += [f"## {name}\n", fields_table(schemas[name])]
-    examples = {
-        name: example["value"]
-        for _, row in rows
-        for name, example in row.get("requestBody", {})
-        .get("content", {})
-        .get("application/json", {})
-        .get("examples", {})
-        .items()
-    }
-    parts.append("## Examples of bodies\n")
-    parts += [f"{link(name)}:\n\n" + fenced(json.dumps(value, indent=2), "json") for name, value in examples.items()]
+        parts += ["Example:\n", fenced(json.dumps(examples[name], indent=2), "json")] if name in examples else []
     return "\n".join(parts)
 
 

@@ -273,7 +273,7 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ConfigError(
             f"model_type is {model_type!r}; squawq knows {', '.join(sorted(FAMILIES))}. Another one takes a row in "
-            "squawq/families.py: docs/contributing/adding-a-family.md"
+            "squawq/families.py"
         )
     return FAMILIES[model_type]
 

@@ -9,7 +9,7 @@ import torch
 from conftest import MakeModel
 
 from squawq.cli import main
-from squawq.errors import ConfigError, OutputError
+from squawq.errors import CheckpointError, ConfigError, OutputError
 from squawq.export.run import FORMATS, export
 from squawq.quant_config import QuantConfig
 from squawq.quantization.job import Job
@@ -55,14 +55,18 @@ def test_misuse_is_one_line(source: Path, tmp_path: Path, capsys: pytest.Capture
     assert "--format" in capsys.readouterr().err
 
 
-def test_the_same_again_and_another(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("format_", "other"), [("dense", "compressed-tensors"), ("compressed-tensors", "dense")])
+def test_the_same_again_and_another(format_: str, other: str, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = export(source, out, "dense")
+    report = export(source, out, format_)
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert export(source, out, "dense") == report
+    assert export(source, out, format_) == report
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
-    with pytest.raises(OutputError, match="another"):
-        export(source, out, "compressed-tensors")
+    with pytest.raises(OutputError, match="another format"):
+        export(source, out, other)
+    next(out.glob("*-00002-*")).unlink()
+    with pytest.raises(CheckpointError, match="it is missing"):
+        export(source, out, format_)
 
 
 def test_what_is_not_ours_stays(source: Path, tmp_path: Path) -> None:
@@ -114,5 +118,7 @@ def test_gguf_is_one_file(awq_demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "model.gguf"
     assert export(awq_demo, out, "gguf")["bytes"] == out.stat().st_size > 5_000_000
     assert [path.name for path in out.parent.iterdir()] == ["model.gguf"]
-    with pytest.raises(OutputError, match="exists; name a file that does not"):
+    with pytest.raises(OutputError, match=r"model.gguf exists; remove it, or name another file"):
         export(awq_demo, out, "gguf")
+    with pytest.raises(OutputError, match=r"deep exists and is a folder; a GGUF file needs a name of its own"):
+        export(awq_demo, out.parent, "gguf")

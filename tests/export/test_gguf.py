@@ -327,7 +327,7 @@ def touch(path: Path) -> None:
 def test_a_name_that_another_takes_meanwhile(awq_demo: Path, tmp_path: Path) -> None:
     """As a second export that started at the same time: what it made used to be replaced."""
     out = tmp_path / "model.gguf"
-    with pytest.raises(OutputError, match=r"model.gguf exists; name a file that does not"):
+    with pytest.raises(OutputError, match=r"model.gguf exists; remove it, or name another file"):
         export_gguf(awq_demo, out, progress=lambda *_: touch(out))
     assert out.read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [out]

@@ -258,7 +258,7 @@ def test_quantized_source_and_unknown_family(make_model: MakeModel, rows: Rows, 
         quantize(tmp_path / "out", tmp_path / "again", rows)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    with pytest.raises(ConfigError, match=r"'gpt2'; squawq knows .*llama, .*adding-a-family"):
+    with pytest.raises(ConfigError, match=r"'gpt2'; squawq knows .*llama, .*takes a row in squawq/families.py"):
         quantize(folder, tmp_path / "other", rows)
 
 

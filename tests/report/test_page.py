@@ -20,7 +20,7 @@ from squawq.report.files import PAGE, REPORT, add_evaluation, public_name, write
 from squawq.report.page import render as render_page
 from squawq.report.schema import Report
 from squawq.report.words import command as command_line
-from squawq.report.words import headline, verdict
+from squawq.report.words import headline, limits, verdict
 
 VOID = {"meta", "link"}
 HOSTILE = "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>{{ 7 * 7 }}"
@@ -270,6 +270,7 @@ def test_tuned_scales() -> None:
 )
 def test_a_verdict_in_words(kl: float, words: str) -> None:
     assert verdict(kl) == f"KL {kl:.3g}: {words}"
+    assert limits() == "hardly any difference below 0.01, small below 0.05, noticeable below 0.2, otherwise large"
 
 
 def test_the_command_has_what_differs_from_the_defaults_and_is_read_again() -> None:

@@ -114,6 +114,14 @@ def test_a_phone_shows_all_without_scrolling_sideways(open_chat: Open, server: R
     assert chat.page.locator("#settings-dialog").evaluate("dialog => dialog.scrollWidth - dialog.clientWidth") <= 0
 
 
+@pytest.mark.parametrize("look", ["light", "phone"])
+def test_the_header_is_named(look: str, open_chat: Open, server: Running) -> None:
+    page = open_chat(server.url, **LOOKS[look]).page
+    assert page.locator(".site-name").get_attribute("aria-label") == "squawq"
+    page.get_by_role("button", name="Keyboard shortcuts", exact=True).click()
+    page.get_by_role("dialog", name="Keyboard shortcuts", exact=True).wait_for()
+
+
 def test_dark_follows_the_system_until_the_user_switches(open_chat: Open, server: Running) -> None:
     chat = open_chat(server.url, color_scheme="dark")
     dark = chat.page.evaluate(BACKGROUND)

@@ -284,7 +284,34 @@ def test_the_key_stays_in_the_browser_if_the_user_wants(open_chat: Open, guarded
 def test_without_a_key_the_page_says_that_it_needs_one(open_chat: Open, guarded: Running) -> None:
     chat = open_chat(guarded.url, noise=("status of 401",))
     chat.page.get_by_role("button", name="Cancel").click()
-    chat.page.get_by_text("The server needs a valid API key.").wait_for()
+    banner = chat.page.locator("#banner")
+    banner.get_by_text("The server needs an API key.").wait_for()
+    assert "Trying again" not in banner.inner_text()
+    banner.get_by_role("button", name="Enter key").click()
+    chat.page.fill("#key", "wrong")
+    chat.page.get_by_text("Use this key").click()
+    chat.page.get_by_text("The server refused this key.").wait_for()
+    chat.page.get_by_role("button", name="Cancel").click()
+    banner.get_by_role("button", name="Enter key").click()
+    chat.page.fill("#key", "secret")
+    chat.page.get_by_text("Use this key").click()
+    chat.page.wait_for_selector("#banner", state="hidden")
+    chat.send("Tell me a story.")
+    assert chat.texts()[1]
+
+
+def test_a_message_without_a_key_asks_for_one_again(open_chat: Open, guarded: Running) -> None:
+    chat = open_chat(guarded.url, noise=("status of 401",))
+    chat.page.get_by_role("button", name="Cancel").click()
+    chat.send("Tell me a story.", wait=False)
+    chat.page.get_by_role("button", name="Cancel").click()
+    chat.page.get_by_text("The server needs a valid API key.", exact=True).wait_for()
+    assert chat.page.locator("#banner").is_visible()
+    chat.page.get_by_text("Try again").click()
+    chat.page.fill("#key", "secret")
+    chat.page.get_by_text("Use this key").click()
+    chat.page.wait_for_selector("#banner", state="hidden")
+    chat.page.wait_for_selector(".message.last .figures:not(:empty)")
 
 
 def test_the_page_chats_with_tgis_dialect_too(open_chat: Open, tgi_server: Running) -> None:

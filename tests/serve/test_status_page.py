@@ -117,6 +117,15 @@ def test_each_figure_is_shown(server: Running, browser: Any) -> None:
         assert "cuda, NVIDIA H200" in text(page, "#model")
 
 
+def test_latencies_of_the_last_minutes_begin_with_the_page(server: Running, browser: Any) -> None:
+    with opened(browser, server.url) as page:
+        shown(page, server.url, scrape(STATS, requests=3))
+        cells = page.locator("#latency tr:first-child td").all_inner_texts()
+        assert cells[:2] == ["–", "–"]
+        assert cells[2].endswith(" ms")
+        assert "begin when this page is opened" in text(page, "section:has(#latency) .about")
+
+
 def test_a_restarted_server_begins_new_charts(server: Running, browser: Any) -> None:
     with opened(browser, server.url) as page:
         shown(page, server.url, scrape(STATS), scrape(replace(STATS, tokens_generated=5)))

@@ -14,7 +14,7 @@ from squawq.commands.options import Device, Model
 from squawq.commands.output import do_all, results
 from squawq.errors import ConfigError, OutputError
 from squawq.progress import console, counting, output
-from squawq.report.words import verdict
+from squawq.report.words import limits, verdict
 
 UNLIKE = 200  # perplexity; language models have 5 to 50 on text that they know
 
@@ -104,7 +104,7 @@ def _print_scores(scores: dict[str, Any]) -> None:
         table.add_row("top-1 agreement", f"{scores['top1_agreement']:.2%}")
     console.print(table, soft_wrap=False)
     if "kl_mean" in scores:
-        console.print(f"{verdict(scores['kl_mean'])} (docs/explanation/evaluation.md says what the words mean)")
+        console.print(f"{verdict(scores['kl_mean'])} ({limits()})")
     own = scores.get("reference_perplexity", scores["perplexity"])
     if own > UNLIKE:
         console.print(

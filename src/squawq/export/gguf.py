@@ -253,7 +253,9 @@ def export_gguf(folder: Path, out: Path, *, progress: Progress | None = None) ->
 
 
 def _taken(out: Path) -> OutputError:
-    return OutputError(f"{out} exists; name a file that does not, such as model.gguf")
+    if out.is_dir():
+        return OutputError(f"{out} exists and is a folder; a GGUF file needs a name of its own, such as model.gguf")
+    return OutputError(f"{out} exists; remove it, or name another file")
 
 
 def _name(partial: Path, out: Path) -> None:

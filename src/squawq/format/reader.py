@@ -52,38 +52,7 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors by name."""
-        found: dict[str, TensorInfo] = {}
-        files, promised = self._files()
-        for file in files:
-            header = self.shards.header(file)
-            if twice := next((n for n in header if n in found), None):
-                raise CheckpointError(f"{header[twice].file}: tensor {twice!r} is also in {found[twice].file.name}")
-            found.update(header)
-        for name, shard in promised.items():
-            if name not in found or found[name].file.name != shard:
-                raise CheckpointError(f"{self.folder / INDEX}: promises tensor {name!r} in {shard}, where it is not")
-        return found
-
-    def _files(self) -> tuple[list[str], dict[str, str]]:
-        """The names of the safetensors files, and what the index (if any) promises of them."""
-        there = self.shards.names()
-        if has_file(self.folder / INDEX):
-            promised = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(promised, dict) or not all(isinstance(f, str) for f in promised.values()):
-                raise CheckpointError(f"{self.folder / INDEX}: weight_map must map tensor names to file names")
-            names = sorted(set(promised.values()))
-        else:
-            promised, names = {}, [name for name in there if name.startswith("model")] or there
-        if not names:
-            other = sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-            hint = f" It has {other[0]}, which squawq does not read; convert it to safetensors first." if other else ""
-            raise CheckpointError(f"{self.folder}: has no *.safetensors file.{hint}")
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{self.folder / INDEX}: {name!r} is not the name of a safetensors file here")
-            if name not in there:
-                raise CheckpointError(f"{self.folder / name}: the index names this file, and it is missing")
-        return names, promised
+        return read_headers(self.folder, self.shards)
 
     def info(self, name: str) -> TensorInfo:
         """Raises CheckpointError when there is no such tensor."""
@@ -239,3 +208,40 @@ class Checkpoint:
         """
         named = (path for path in sorted(self.folder.iterdir()) if COMPANIONS.fullmatch(path.name))
         return [path for path in named if has_file(path) and path.stat().st_size <= MAX_FILE]
+
+
+def read_headers(folder: Path, shards: Shards) -> dict[str, TensorInfo]:
+    """All tensors of a checkpoint by name. Raises CheckpointError for files that are missing, damaged or disagree."""
+    found: dict[str, TensorInfo] = {}
+    files, promised = _listed(folder, shards)
+    for file in files:
+        header = shards.header(file)
+        if twice := next((n for n in header if n in found), None):
+            raise CheckpointError(f"{header[twice].file}: tensor {twice!r} is also in {found[twice].file.name}")
+        found.update(header)
+    for name, shard in promised.items():
+        if name not in found or found[name].file.name != shard:
+            raise CheckpointError(f"{folder / INDEX}: promises tensor {name!r} in {shard}, where it is not")
+    return found
+
+
+def _listed(folder: Path, shards: Shards) -> tuple[list[str], dict[str, str]]:
+    """The names of the safetensors files, and what the index (if any) promises of them."""
+    there = shards.names()
+    if has_file(folder / INDEX):
+        promised = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(promised, dict) or not all(isinstance(f, str) for f in promised.values()):
+            raise CheckpointError(f"{folder / INDEX}: weight_map must map tensor names to file names")
+        names = sorted(set(promised.values()))
+    else:
+        promised, names = {}, [name for name in there if name.startswith("model")] or there
+    if not names:
+        other = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        hint = f" It has {other[0]}, which squawq does not read; convert it to safetensors first." if other else ""
+        raise CheckpointError(f"{folder}: has no *.safetensors file.{hint}")
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX}: {name!r} is not the name of a safetensors file here")
+        if name not in there:
+            raise CheckpointError(f"{folder / name}: the index names this file, and it is missing")
+    return names, promised

@@ -78,7 +78,7 @@ class MetaModel:
             if isinstance(module, nn.Linear) and name not in known:
                 raise ConfigError(
                     f"{self.family.layer(index)}.{name}: the row of {self.family.model_type} in squawq/families.py "
-                    "does not say what to do with this linear: docs/contributing/adding-a-family.md"
+                    "does not say what to do with this linear"
                 )
         return groups
 

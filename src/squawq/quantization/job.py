@@ -25,12 +25,13 @@ from squawq.format.files import (
     is_temporary,
     locked,
     read_bytes,
+    read_config,
     read_json,
     refuse_link,
     write_json,
 )
-from squawq.format.reader import Checkpoint
-from squawq.format.shards import read_header, read_shard, shard_name, write_shard
+from squawq.format.reader import Checkpoint, read_headers
+from squawq.format.shards import FolderShards, read_header, read_shard, shard_name, write_shard
 from squawq.quant_config import QuantConfig
 from squawq.quantization.self_calibration import SelfCalibration
 from squawq.report.files import REPORT
@@ -151,7 +152,8 @@ class Job:
                 f"{self.out} holds the result of another run, with another {other}; choose another folder, or remove "
                 "it first"
             )
-        _ = Checkpoint(self.out).tensors  # reads all headers: raises where a file has gone or is damaged
+        read_config(self.out)  # raises where it has gone; squawq need not read what an export says there
+        read_headers(self.out, FolderShards(self.out))  # raises where a file has gone or is damaged
         self._tidy()  # of what a run killed at its last moment left
         return True
 

@@ -24,6 +24,12 @@ def verdict(kl: float) -> str:
     return f"KL {number(kl)}: {next(words for limit, words in VERDICTS if kl < limit or limit == float('inf'))}"
 
 
+def limits() -> str:
+    """The mean KL (nats) up to which each of VERDICTS holds."""
+    *bounded, (_, last) = VERDICTS
+    return f"{', '.join(f'{words} below {limit}' for limit, words in bounded)}, otherwise {last}"
+
+
 def headline(report: Report, name: str) -> list[str]:
     """What to know first: how good the result in the folder `name` is, and what to do next."""
     scores, model, out = report.evaluation, shlex.quote(report.model or "MODEL"), shlex.quote(name)

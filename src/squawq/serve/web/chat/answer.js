@@ -23,6 +23,7 @@ export class Answer {
     this.message = /** @type {Message} */ (conversation.messages.at(-1));
     this.onchange = onchange;
     this.unreachable = false;
+    this.keyless = false;
     this.controller = new AbortController();
     this.began = performance.now();
     this.firstToken = 0;
@@ -53,8 +54,8 @@ export class Answer {
       message.finish = "stopped";
       if (!this.controller.signal.aborted) {
         message.error = error instanceof ServerError ? error.message : "The page could not read the answer.";
-        this.unreachable = error instanceof ServerError && error.unreachable;
-        if (!(error instanceof ServerError)) console.error(error);
+        if (error instanceof ServerError) ({ unreachable: this.unreachable, keyless: this.keyless } = error);
+        else console.error(error);
       }
     }
     this.timeThought(true);

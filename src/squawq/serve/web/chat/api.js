@@ -10,11 +10,13 @@ import { ask } from "../key.js";
 export class ServerError extends Error {
   /**
    * @param {string} message
-   * @param {boolean} [unreachable] Whether the server did not answer at all.
+   * @param {{unreachable?: boolean, keyless?: boolean}} [why] Whether the server did not answer at all, or refused for
+   *   want of a valid API key.
    */
-  constructor(message, unreachable = false) {
+  constructor(message, { unreachable = false, keyless = false } = {}) {
     super(message);
     this.unreachable = unreachable;
+    this.keyless = keyless;
   }
 }
 
@@ -47,7 +49,7 @@ export async function* streamChat(body, signal) {
     }
   } catch (error) {
     if (error instanceof ServerError || signal.aborted) throw error;
-    throw new ServerError("The connection broke before the answer ended.", error instanceof TypeError);
+    throw new ServerError("The connection broke before the answer ended.", { unreachable: error instanceof TypeError });
   }
   throw new ServerError("The connection ended before the answer did.");
 }
@@ -62,11 +64,11 @@ async function send(path, options) {
     response = await ask(path, options);
   } catch (error) {
     if (options.signal?.aborted) throw error;
-    throw new ServerError("The server does not answer.", true);
+    throw new ServerError("The server does not answer.", { unreachable: true });
   }
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
-  throw new ServerError(words(body, response.status));
+  throw new ServerError(words(body, response.status), { keyless: response.status === 401 });
 }
 
 /**

@@ -1,6 +1,6 @@
-// Whether the server answers: its models, and a banner with a retry while it does not.
+// Whether the server answers: its models, and a banner with a retry while it does not, or lacks a key.
 
-import { listModels } from "./api.js";
+import { listModels, ServerError } from "./api.js";
 import { byId, element } from "./dom.js";
 
 const FIRST_WAIT_S = 2;
@@ -25,17 +25,34 @@ export class Connection {
       this.wait = FIRST_WAIT_S;
       banner.hidden = true;
     } catch (error) {
-      this.lost(error instanceof Error ? error.message : String(error));
+      if (error instanceof ServerError && error.keyless) this.refused();
+      else this.lost(error instanceof Error ? error.message : String(error));
     }
+  }
+
+  /** Takes note that the server has answered a chat. */
+  reached() {
+    if (!banner.hidden) this.check();
   }
 
   /** Says that the server is not reached, and asks again later. @param {string} why */
   lost(why) {
     clearTimeout(this.timer);
-    const again = element("button", { type: "button", class: "button", text: "Try now", onclick: () => this.check() });
-    banner.replaceChildren(element("span", { text: `${why} Trying again every few seconds.` }), again);
-    banner.hidden = false;
+    this.say(`${why} Trying again every few seconds.`, "Try now");
     this.timer = setTimeout(() => this.check(), this.wait * 1000);
     this.wait = Math.min(this.wait * 2, LONGEST_WAIT_S);
+  }
+
+  /** Says that the server needs a key, and asks again when the user wants to enter one. */
+  refused() {
+    clearTimeout(this.timer);
+    this.say("The server needs an API key.", "Enter key");
+  }
+
+  /** @param {string} text @param {string} label Of the button that asks now. */
+  say(text, label) {
+    const button = element("button", { type: "button", class: "button", text: label, onclick: () => this.check() });
+    banner.replaceChildren(element("span", { text }), button);
+    banner.hidden = false;
   }
 }

@@ -1,4 +1,4 @@
-// Dialogs that only show or choose: the list of keys, and what to export.
+// Dialogs that only show or choose: the keyboard shortcuts, and what to export.
 
 import { element } from "./dom.js";
 import { notify } from "./notices.js";
@@ -13,7 +13,7 @@ const KEYS = [
   ["↑", "Edit your last message (in an empty field)"],
   ["Ctrl+Shift+O", "New chat"],
   ["Ctrl+K", "Search conversations"],
-  ["Ctrl+/", "Show these keys"],
+  ["Ctrl+/", "Show these shortcuts"],
   ["← →", "Move through an answer's tokens"],
 ];
 
@@ -40,10 +40,10 @@ function show(id, title, ...children) {
   return dialog;
 }
 
-/** Shows the list of keys. */
+/** Shows the keyboard shortcuts. */
 export function showKeys() {
   const rows = KEYS.map(([keys, what]) => element("div", {}, element("dt", {}, element("kbd", { text: keys })), element("dd", { text: what })));
-  show("keys-dialog", "Keys", element("dl", { class: "keys" }, ...rows));
+  show("keys-dialog", "Keyboard shortcuts", element("dl", { class: "keys" }, ...rows));
 }
 
 /**

@@ -117,6 +117,8 @@ function finish(conversation, made) {
   answers.delete(conversation.id);
   if (library.has(conversation)) save(conversation);
   if (made.unreachable) connection.lost("The server does not answer.");
+  else if (made.keyless) connection.refused();
+  else connection.reached();
   const { error } = made.message;
   announce(error ? `The answer failed. ${error}` : `Answer: ${splitReasoning(made.message).answer.slice(0, ANNOUNCED)}`);
   draw();
