@@ -64,6 +64,12 @@ def test_a_conversation_is_saved_and_loaded(conversation: Conversation, tmp_path
     other = Conversation(SamplingParams())
     assert "5 messages" in run_command(f"/load {path}", other)
     assert (other.messages, other.params) == (conversation.messages, conversation.params)
+    run_command("/set frequency_penalty 1", other)
+    path.write_text(json.dumps({key: value for key, value in body.items() if key != "seed"}))
+    run_command(f"/load {path}", other)  # what the file does not have is as at the start
+    assert (other.params.seed, other.params.frequency_penalty) == (None, 0)
+    path.write_text(json.dumps(body))
+    run_command(f"/load {path}", other)
     conversation.reset()
     run_command(f"/save {path}", conversation)  # over a file of this session
     assert json.loads(path.read_text())["messages"] == [{"role": "system", "content": "system 0"}]
@@ -94,6 +100,12 @@ def test_a_bad_file_changes_nothing(
     with pytest.raises(SquawqError, match=message):
         run_command(f"/load {path}", conversation)
     assert (conversation.messages, conversation.params) == before
+
+
+@pytest.mark.parametrize("command", ["/save ~nobody-here/x.json", "/load ~nobody-here/x.json"])
+def test_a_home_of_nobody_is_an_error(command: str, conversation: Conversation) -> None:
+    with pytest.raises(SquawqError, match="~nobody-here"):
+        run_command(command, conversation)
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "llama"}', '{"messages": []}'])

@@ -109,6 +109,7 @@ def test_an_awq_model_runs_as_it_is(awq_demo: Path, tmp_path: Path) -> None:
         ({}, [], 1000, f"me/demo in INT4 needs {INT4} with 4,096 tokens, and 0.0 MB are free (cpu)"),
         ({}, ["--no-quantize"], NEEDED.dense.needed - 1, f"me/demo in 16 bits needs {DENSE} with"),
         ({}, ["--device", "gpu"], 0, "device 'gpu' is not there"),
+        ({}, ["--top-p", "2"], 1, "top_p is 2"),
         ({"tokenizer": None}, [], 0, "has no tokenizer.json"),
         ({"chat_template": None}, [], 0, "has no chat template"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def local_models(folders: Iterable[Path]) -> list[LocalModel]:
 def complete(incomplete: str) -> list[str]:
     """For the shell: Hub ids in the cache, and model folders, that begin with this."""
     parent, _, beginning = incomplete.rpartition("/")
-    place = Path(parent or ("/" if incomplete.startswith("/") else ".")).expanduser()
+    place = Path(parent or ("/" if incomplete.startswith("/") else "."))
+    with suppress(RuntimeError):  # ~NAME of nobody
+        place = place.expanduser()
     start = incomplete[: len(incomplete) - len(beginning)]
     inside = [start + path.name for path in _folders(place) if (path / "config.json").exists()]
     return [name for name in (*cached_names(), *inside) if name.startswith(incomplete)]

@@ -392,3 +392,12 @@ def test_a_repository_that_is_none(folder: Path, repo: str) -> None:
 def test_a_16_bit_folder_gets_no_card() -> None:
     with pytest.raises(ConfigError, match="not quantized"):
         model_card(demo_model(), REPO)
+
+
+def test_another_source_replaces_what_the_first_one_gave(folder: Path, tmp_path: Path) -> None:
+    for name, licence in (("first", "mit"), ("second", "apache-2.0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+        card = write_card(folder, REPO, Origin(source=str(tmp_path / name))).read_text()
+        assert matter_of(card)["license"] == licence
+        assert f"The 16-bit model `{name}`" in card

@@ -11,12 +11,12 @@ import typer
 
 
 def demo(out: Annotated[Path, typer.Option(help="Where the quantized demo model goes")] = Path("squawq-demo")) -> None:
-    """Quantize the demo model, measure it, and let both versions answer the same question.
+    """Quantize the demo model, evaluate it, and generate a story with the 16-bit and the INT4 model.
 
     The model is a package of its own: pip install 'squawq[demo]'.
 
     \b
-    Example:
+    Examples:
       squawq demo
     """
     from squawq.demo import run

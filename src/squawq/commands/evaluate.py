@@ -32,7 +32,7 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: loss per layer, KL per position")] = None,
     device: Device = "cpu",
 ) -> None:
-    """Measure a model: perplexity, and with --reference how far it is from its 16-bit original (added to its report).
+    """Compute perplexity; with --reference also KL and top-1 agreement with the 16-bit model, added to the report.
 
     \b
     Examples:

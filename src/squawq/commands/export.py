@@ -25,7 +25,7 @@ def export(
         Formats, typer.Option(help="compressed-tensors (vLLM), gguf (llama.cpp) or dense (16-bit weights)")
     ],
 ) -> None:
-    """Write a quantized model in another format: the same integers and scales, one layer in memory at a time.
+    """Convert a quantized model to another format without quantizing again, one layer in memory at a time.
 
     \b
     Examples:

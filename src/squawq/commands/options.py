@@ -35,21 +35,31 @@ Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels; d
 TensorParallelSize = Annotated[
     int,
     typer.Option(
-        "--tensor-parallel-size", "-tp", help="Processes that share the model, on a CPU; each has --threads", min=1
+        "--tensor-parallel-size",
+        "-tp",
+        help="Processes that share the model; each has a GPU, or --threads of a CPU",
+        min=1,
     ),
 ]
 Heads = Literal["int8", "int4", "16-bit"]  # nn.loader.HEADS, without importing torch
 Head = Annotated[
     Heads | None,
     typer.Option(
-        help="The output layer: int8 (a CPU's default), int4 (smaller, less exact), 16-bit (CUDA's, --exact's)"
+        help="LM head: int8 (default on a CPU), int4 (smaller, less exact) or 16-bit (default on CUDA and with --exact)"
     ),
 ]
 Dtype = Annotated[
-    Literal["auto", "float16", "bfloat16"], typer.Option(help="Activations on CUDA; auto: float16 (a CPU: float32)")
+    Literal["auto", "float16", "bfloat16"],
+    typer.Option(help="Of activations on CUDA; auto: float16. A CPU takes only auto"),
 ]
 KvCacheDtype = Annotated[
     Literal["auto", "float16", "fp8", "fp8_e4m3"],
     typer.Option(help="KV cache; fp8: half the memory, CUDA from compute capability 8.9"),
 ]
-Exact = Annotated[bool, typer.Option("--exact", help="32-bit activations: slower, for comparison")]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Float32 activations (a GPU: plain torch); slower, for comparison",
+    ),
+]

@@ -30,7 +30,8 @@ def quantize(
         int | None, typer.Option(help="Calibration sequences; default: up to 128, with self on a GPU up to 1,536")
     ] = None,
     seqlen: Annotated[
-        int | None, typer.Option(help="Their length in tokens; default: 512, or the model's context")
+        int | None,
+        typer.Option(help="Tokens per calibration sequence; default: 512, or the context if shorter"),
     ] = None,
     seed: Annotated[
         int, typer.Option(help="Random seed of --calibration self, --token-weights and --tune", min=0)
@@ -38,7 +39,10 @@ def quantize(
     group_size: Annotated[GroupSize, typer.Option(help="Weights per scale; -1: a whole row")] = 128,
     for_tensor_parallel: Annotated[
         int | None,
-        typer.Option(help="GPUs that will share the result: takes a smaller group size where they need it", min=1),
+        typer.Option(
+            help="GPUs that will share the result: smaller groups where one would span two GPUs",
+            min=1,
+        ),
     ] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric quantization, without zero points")] = False,
     method: Annotated[
@@ -68,15 +72,16 @@ def quantize(
     tune: Annotated[
         bool | None,
         typer.Option(
-            help="After the layers, tune all scales to the 16-bit model's predictions",
-            show_default="tune on a GPU, up to 16e9 parameters",
+            help="After all layers are quantized, train all scales to lower the KL divergence from the 16-bit model",
+            show_default="tune on a GPU that holds the model, up to 16e9 parameters",
         ),
     ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Keep linears whose name contains this in 16 bits; repeatable")
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Dtype of all other tensors; auto: the source's, and float16 for float32")
+        Dtype,
+        typer.Option(help="Of tensors that are not quantized; auto: bfloat16 for a bfloat16 source, else float16"),
     ] = DTYPES[0],
     stream: Annotated[
         bool,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from squawq.fitting import Fitting
 
 SETTINGS = QuantConfig()
+COPIES = 1  # raise it when quantization's result changes: INT4 copies of earlier versions are then not used again
 QUANTIZE = Annotated[
     bool | None,
     typer.Option(
@@ -34,8 +35,8 @@ QUANTIZE = Annotated[
 def run(model: str, quantize: bool | None, **options: Any) -> None:
     """Fetch a model, quantize it to INT4 if it is too large for this machine in 16 bits, and talk to it.
 
-    The INT4 copy is kept in squawq's cache folder (XDG_CACHE_HOME) and used again. A run that was stopped resumes. The
-    other options are those of squawq chat.
+    The INT4 copy is kept in squawq's cache folder (XDG_CACHE_HOME) and reused. Run the command again to resume an
+    interrupted quantization. The other options are those of squawq chat.
 
     \b
     Examples:
@@ -48,6 +49,7 @@ def run(model: str, quantize: bool | None, **options: Any) -> None:
     from squawq.format.files import read_config
     from squawq.hub.download import resolve, resolve_small
 
+    _check_options(options)
     with console.status(escape(printable(f"looking at {model}"))):
         small = resolve_small(model)
         config = ModelConfig.from_dict(read_config(small), model)
@@ -80,6 +82,18 @@ def _signature() -> inspect.Signature:
 
 
 run.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise ConfigError for options of the chat that cannot be, before anything is fetched."""
+    from squawq.engine.config import EngineConfig
+    from squawq.engine.request import SamplingParams
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names if options[name] is not None}
+
+    SamplingParams(**given("max_tokens", "temperature", "top_p", "seed"))
+    EngineConfig(**given("device", "threads", "tensor_parallel_size", "exact", "head", "dtype", "kv_cache_dtype"))
 
 
 def _check_text(model: str, folder: Path) -> None:
@@ -130,7 +144,6 @@ def _quantized(model: str, small: Path, room: Fitting, why: str) -> Path:
 
 def _place(model: str, small: Path, device: str) -> Path:
     """The copy's folder, named by the model, its version, the settings and the kind of device."""
-    from squawq import __version__
     from squawq.local_models import quantized_models
     from squawq.report.files import public_name
 
@@ -140,6 +153,6 @@ def _place(model: str, small: Path, device: str) -> Path:
         version = [str(small.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
     else:
         version = [name, small.name]  # the snapshot's commit
-    same = json.dumps([version, SETTINGS.to_dict(), device.partition(":")[0], __version__])
+    same = json.dumps([version, SETTINGS.to_dict(), device.partition(":")[0], COPIES])
     key = hashlib.sha256(same.encode()).hexdigest()[:12]
     return quantized_models() / f"{name.replace('/', '--')}-{key}"

@@ -90,8 +90,9 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None, kept
         raise ConfigError(f"{folder}: is not quantized; squawq writes cards for AWQ folders")
     check_gemm(folder, found["quantization"]["format"])
     report = _report(folder / REPORT)
-    matter = front_matter(origin, kept.matter)
     source = public_name(origin.source) if origin.source else kept.source
+    other = origin.source is not None and kept.source not in (None, plain(source or ""))  # the card was of another one
+    matter = front_matter(origin, {} if other else kept.matter)
     name = source or (report.model if report else None)
     given = kept.evaluation if origin.evaluation is None else read_scores(origin.evaluation, folder, repo)
     scores = given or stored_scores(report)

@@ -37,7 +37,7 @@ from squawq.serve.settings import DIALECTS, LOG_FORMATS, LOG_LEVELS, TOOL_PARSER
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16"}
 LEVELS = {level: level for level in LOG_LEVELS} | {"critical": "error", "trace": "debug"}  # uvicorn's further ones
 AWQ = Choice({"awq": "awq", "auto_awq": "awq", "awq_marlin": "awq"})
-ONE = Only(1, whole(1), "it must be 1: one process serves a model here for now")
+ONE = Only(1, whole(1), "it must be 1: only tensor parallelism is supported")
 NO_CODE = "no code of a model is ever run"
 STEPS = "every step takes prompts in chunks and running answers together"
 CACHE = among(("auto", "float16", "fp8", "fp8_e4m3"))
@@ -64,7 +64,7 @@ VALUES = {
     "weights are not offloaded": ("cpu_offload_gb",),
     "a page of the cache holds 16 tokens": ("block_size",),
     "the prefix cache has one hash": ("prefix_caching_hash_algo",),
-    "nothing is captured": ("max_seq_len_to_capture",),
+    "a CUDA graph is captured for each batch size": ("max_seq_len_to_capture",),
     "nothing is compiled": ("compilation_config",),
     "there is one": ("attention_backend",),
     STEPS: (
@@ -120,7 +120,7 @@ TABLE: dict[str, list[Flag]] = {
             "auto: sampling defaults are the model's; vllm: none; or a folder whose generation_config.json has them",
             metavar="auto|vllm|FOLDER",
         ),
-        Flag("dtype", "Activations on CUDA; auto: float16. On a CPU they are float32", read=Choice(DTYPES)),
+        Flag("dtype", "Dtype of activations on CUDA; auto: float16. A CPU takes only auto", read=Choice(DTYPES)),
         Flag("quantization", "Without it as the checkpoint says", read=AWQ, names=("-q",)),
         Flag("max_model_len", "Tokens of a prompt and its answer: 4096, 4K (4096), 4k (4000), auto", read=tokens),
         Flag("max_input_tokens", "Tokens of a prompt alone", read=tokens),
@@ -141,10 +141,15 @@ TABLE: dict[str, list[Flag]] = {
         Flag("kv_tokens", "Tokens that the cache holds", read=tokens),
         Flag("gpu_memory_utilization", "CUDA: the share of the GPU's memory to use; 0.9", read=share),
         Flag("kv_cache_dtype", "fp8 (or fp8_e4m3): half the memory, CUDA from compute capability 8.9", read=CACHE),
-        Flag("seed", "Draws the seeds of requests that have none, in order of arrival", read=whole(0)),
-        Flag("max_num_seqs", "Sequences under way together; 64 on a CPU, 256 on CUDA"),
+        Flag("seed", "Random seed from which requests without a seed get theirs, in order of arrival", read=whole(0)),
+        Flag("max_num_seqs", "Largest number of sequences in one batch; 64 on a CPU, 256 on CUDA"),
         Flag("max_num_batched_tokens", "Tokens of a step; 512 on a CPU, 2048 on CUDA", read=tokens),
-        Flag("enable_prefix_caching", "Reuse the cache of equal beginnings; on", "prefix_caching", switch="no"),
+        Flag(
+            "enable_prefix_caching",
+            "Reuse the KV cache of common prefixes; on",
+            "prefix_caching",
+            switch="no",
+        ),
         Flag(
             "tensor_parallel_size",
             "Processes that share the model, each with a GPU, or on a CPU with --threads",
@@ -161,7 +166,7 @@ TABLE: dict[str, list[Flag]] = {
             read=among(("mp", "ray", "uni")),
         ),
         Flag("nnodes", "Hosts that share the model", names=("-n",)),
-        Flag("node_rank", "Which of them this is", read=whole(0), names=("-r",)),
+        Flag("node_rank", "Rank of this host among --nnodes hosts, from 0", read=whole(0), names=("-r",)),
         Flag("master_addr", "The address of host 0"),
         Flag("master_port", "Its port"),
         Flag("headless", "Only run a part of the model, on a host that is not host 0", switch=True),
@@ -194,7 +199,7 @@ TABLE: dict[str, list[Flag]] = {
         Flag("body_timeout", "For a request's body to arrive"),
         Flag("min_body_rate", "Bytes a second at which a body of more than 64 KiB has to arrive"),
         Flag("idle_timeout", "A connection without a request is closed after it"),
-        Flag("write_timeout", "A client that reads nothing is hung up on after it"),
+        Flag("write_timeout", "Close the connection of a client that reads nothing for this long"),
         Flag("queue_timeout", "For a request to wait for its turn"),
         Flag("generation_timeout", "For an answer to be generated, its waiting included"),
         Flag("template_timeout", "For a chat template to be rendered"),
@@ -246,7 +251,7 @@ MODEL = Annotated[
 
 
 def serve(path: str | None, **given: Any) -> None:
-    """Serve a model: the routes of OpenAI and vLLM and those of TGI on one port. The flags are vLLM's.
+    """Serve a model: the routes of OpenAI and vLLM and those of TGI on one port. The flags are vLLM's and squawq's own.
 
     Each flag is an environment variable too: SQUAWQ_MAX_MODEL_LEN for --max-model-len. Flags win over variables, and
     variables over the file of --config.

@@ -38,6 +38,11 @@ class Conversation:
     params: SamplingParams
     messages: Messages = field(default_factory=list)
     draft: str = ""
+    initial: SamplingParams = field(init=False)  # for settings that a file does not have
+
+    def __post_init__(self) -> None:
+        self.initial = self.params
+
     files: set[Path] = field(default_factory=set)
 
     @property
@@ -99,7 +104,7 @@ class Conversation:
         if unknown := sorted(set(found) - set(SETTINGS)):
             raise ConfigError(f"{path}: the key {unknown[0]!r:.80} is unknown; there may be {', '.join(SETTINGS)}")
         try:
-            params = replace(self.params, **found)
+            params = replace(self.initial, **found)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
         self.messages, self.params = messages, params

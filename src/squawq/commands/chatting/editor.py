@@ -1,4 +1,4 @@
-"""The prompt of `squawq chat`: line editing, several lines, a history that lasts, completion of commands and files."""
+"""The prompt of `squawq chat`: several lines, a history kept between sessions, completion of commands and files."""
 
 from __future__ import annotations
 

@@ -84,4 +84,7 @@ def _set(text: str, conversation: Conversation) -> str:
 def _path(name: str, text: str) -> Path:
     if not text:
         raise ConfigError(f"{name} needs the name of a file")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~NAME of nobody
+        raise ConfigError(f"{text:.200}: {error}") from error

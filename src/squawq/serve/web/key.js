@@ -27,14 +27,9 @@ export async function ask(path, options = {}) {
 }
 
 /** Forgets the key, here and in the browser's storage. */
-export function forgetKey() {
+function forgetKey() {
   key = null;
   for (const storage of [sessionStorageOrNull(), localStorageOrNull()]) storage?.removeItem(NAME);
-}
-
-/** @returns {boolean} Whether a key is sent. */
-export function hasKey() {
-  return key !== null;
 }
 
 /**
@@ -78,7 +73,11 @@ function askUser(refused) {
       forgetKey();
       key = text;
       const storage = find("#key-remember").checked ? localStorageOrNull() : sessionStorageOrNull();
-      storage?.setItem(NAME, text);
+      try {
+        storage?.setItem(NAME, text);
+      } catch {
+        // the browser has no room: the key is kept until the page is closed
+      }
       given = true;
       dialog.close();
     });

@@ -8,7 +8,7 @@ import { openStore } from "./store.js";
 /** @returns {Promise<Library>} */
 export async function openLibrary() {
   const store = await openStore();
-  if (!store.lasting) notify("This browser keeps no data here: conversations end with this tab.");
+  if (!store.persistent) notify("This browser keeps no data here: conversations end with this tab.");
   return new Library(store, await store.all());
 }
 
@@ -68,8 +68,10 @@ class Library {
     this.store.onchange(async (id) => {
       const changed = await this.store.get(id);
       if (ignored(id)) return;
-      this.all = this.all.filter((one) => one.id !== id);
-      if (changed) this.all.push(changed);
+      const known = this.all.find((one) => one.id === id);
+      if (known && changed) Object.assign(known, changed); // the page holds on to the object
+      else if (changed) this.all.push(changed);
+      else this.all = this.all.filter((one) => one.id !== id);
       this.sort();
       onchange(id, changed);
     });

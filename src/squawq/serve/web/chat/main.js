@@ -127,8 +127,11 @@ function finish(conversation, made) {
 /** @param {Message} message An answer; it and what follows are replaced. */
 async function regenerate(message) {
   if (!(await halt()) || !ready()) return;
-  const undo = undoing(message.content ? "The answer is made again." : "");
-  current.messages.splice(current.messages.indexOf(message));
+  const at = current.messages.indexOf(message);
+  if (at < 0) return;
+  const followed = at < current.messages.length - 1;
+  const undo = undoing(message.content || followed ? "The answer is made again." : "");
+  current.messages.splice(at);
   answer();
   undo();
 }
@@ -145,9 +148,10 @@ function change(message, text, again) {
   if (again && !valid()) return false;
   halt().then((here) => {
     if (!here) return;
-    const followed = current.messages.at(-1) !== message;
-    const undo = undoing(again && followed ? "The conversation goes on from the edited message." : "");
     const at = current.messages.indexOf(message);
+    if (at < 0) return;
+    const followed = at < current.messages.length - 1;
+    const undo = undoing(again && followed ? "The conversation goes on from the edited message." : "");
     current.messages.splice(at, again ? Infinity : 1, { role: message.role, content: text });
     if (again) answer();
     else save(current);
@@ -160,8 +164,10 @@ function change(message, text, again) {
 /** @param {Message} message */
 async function removeMessage(message) {
   if (!(await halt())) return;
+  const at = current.messages.indexOf(message);
+  if (at < 0) return;
   const undo = undoing("Message deleted.");
-  current.messages.splice(current.messages.indexOf(message), 1);
+  current.messages.splice(at, 1);
   save(current);
   draw();
   undo();
@@ -317,8 +323,8 @@ addEventListener("pagehide", () => {
   }
 });
 library.follow((id) => answers.has(id), (id, changed) => {
-  if (id === current.id) {
-    current = changed ?? newConversation();
+  if (id === current.id && !changed) {
+    current = newConversation();
     thread.clear();
   }
   draw();

@@ -128,6 +128,7 @@ export class MessageView {
 
   /** Lets the user edit the message in its place. */
   edit() {
+    if (this.editor) return this.editor.querySelector("textarea").focus();
     const area = element("textarea", { class: "input", "aria-label": "Edit message", rows: "3" });
     area.value = this.message.content;
     const end = () => {

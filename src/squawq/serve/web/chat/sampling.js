@@ -9,13 +9,13 @@
 
 /** @type {Field[]} */
 export const FIELDS = [
-  { name: "temperature", label: "Temperature", least: 0, most: 2, otherwise: "1", hint: "0 takes the likeliest token each time" },
-  { name: "top_p", label: "Top p", above: 0, most: 1, otherwise: "1", hint: "The likeliest tokens up to this share" },
-  { name: "top_k", label: "Top k", least: 0, most: 2 ** 31 - 1, whole: true, otherwise: "0", hint: "So many of the likeliest tokens; 0: all" },
-  { name: "min_p", label: "Min p", least: 0, most: 1, otherwise: "0", hint: "Least share of the likeliest token's probability" },
-  { name: "repetition_penalty", label: "Repetition penalty", above: 0, most: 100, otherwise: "1", hint: "Above 1: fewer tokens that were there before" },
-  { name: "presence_penalty", label: "Presence penalty", least: -2, most: 2, otherwise: "0", hint: "Above 0: fewer tokens that the answer has" },
-  { name: "frequency_penalty", label: "Frequency penalty", least: -2, most: 2, otherwise: "0", hint: "The same, for each time a token was there" },
+  { name: "temperature", label: "Temperature", least: 0, most: 2, otherwise: "1", hint: "0 takes the most likely token each time" },
+  { name: "top_p", label: "Top p", above: 0, most: 1, otherwise: "1", hint: "Sample from the most likely tokens with this total probability" },
+  { name: "top_k", label: "Top k", least: 0, most: 2 ** 31 - 1, whole: true, otherwise: "0", hint: "Sample from the k most likely tokens; 0: all" },
+  { name: "min_p", label: "Min p", least: 0, most: 1, otherwise: "0", hint: "Least probability, relative to the most likely token's" },
+  { name: "repetition_penalty", label: "Repetition penalty", above: 0, most: 100, otherwise: "1", hint: "Above 1: less repetition of prompt and answer" },
+  { name: "presence_penalty", label: "Presence penalty", least: -2, most: 2, otherwise: "0", hint: "Above 0: less repetition of tokens in the answer" },
+  { name: "frequency_penalty", label: "Frequency penalty", least: -2, most: 2, otherwise: "0", hint: "The same, in proportion to how often a token occurred" },
   { name: "max_tokens", label: "Max tokens", least: 1, most: 2 ** 31 - 1, whole: true, otherwise: "all that fit", hint: "The longest answer, in tokens" },
   { name: "seed", label: "Seed", least: 0, most: Number.MAX_SAFE_INTEGER, whole: true, otherwise: "random", hint: "The same seed gives the same answer" },
   { name: "stop", label: "Stop strings", text: true, otherwise: "none", hint: "One a line; \\n is a line break" },

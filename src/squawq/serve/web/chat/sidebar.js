@@ -68,7 +68,6 @@ export class Sidebar {
           openDrawer(false);
           this.actions.open(conversation);
         },
-        ondblclick: () => this.rename(row, conversation),
       }),
       iconButton("edit", `Rename ${conversation.title}`, () => this.rename(row, conversation)),
       iconButton("trash", `Delete ${conversation.title}`, () => this.actions.remove(conversation)),

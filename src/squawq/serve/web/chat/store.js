@@ -7,7 +7,7 @@ const CONVERSATIONS = "conversations";
 
 /**
  * @typedef {{
- *   lasting: boolean,
+ *   persistent: boolean,
  *   all: () => Promise<Conversation[]>,
  *   get: (id: string) => Promise<Conversation | undefined>,
  *   put: (conversation: Conversation) => Promise<void>,
@@ -16,7 +16,7 @@ const CONVERSATIONS = "conversations";
  * }} Store `onchange` tells of changes in other tabs.
  */
 
-/** @returns {Promise<Store>} Without IndexedDB (some private windows), one that forgets: `lasting` is false. */
+/** @returns {Promise<Store>} Without IndexedDB (some private windows), one that forgets: `persistent` is false. */
 export async function openStore() {
   try {
     return databaseStore(await openDatabase());
@@ -38,7 +38,7 @@ function databaseStore(database) {
   const objects = (/** @type {IDBTransactionMode} */ mode) =>
     database.transaction(CONVERSATIONS, mode).objectStore(CONVERSATIONS);
   return {
-    lasting: true,
+    persistent: true,
     all: () => result(objects("readonly").getAll()),
     get: (id) => result(objects("readonly").get(id)),
     put: async (conversation) => {
@@ -61,7 +61,7 @@ function memoryStore() {
   /** @type {Map<string, Conversation>} */
   const kept = new Map();
   return {
-    lasting: false,
+    persistent: false,
     all: async () => [...kept.values()],
     get: async (id) => kept.get(id),
     put: async (conversation) => void kept.set(conversation.id, conversation),

@@ -15,11 +15,13 @@ export class History {
   /** @type {Scrape[]} */
   scrapes = [];
 
-  /** @param {Scrape} scrape */
+  /** @param {Scrape} scrape @returns {boolean} Whether the server has restarted: the history begins anew. */
   add(scrape) {
-    if (this.newest && restarted(this.newest.samples, scrape.samples)) this.scrapes = [];
+    const anew = this.newest !== undefined && restarted(this.newest.samples, scrape.samples);
+    if (anew) this.scrapes = [];
     this.scrapes.push(scrape);
     while (scrape.time - this.scrapes[0].time > WINDOW * 1000) this.scrapes.shift();
+    return anew;
   }
 
   get newest() {

@@ -38,11 +38,11 @@ async function update() {
   if (busy || keyless || document.hidden) return;
   busy = true;
   try {
-    about ??= { models: (await json("/v1/models")).data, info: await json("/info") };
     const response = await get("/metrics");
     const samples = parse(await response.text());
     const time = Date.now();
-    history.add({ time, samples });
+    const restarted = history.add({ time, samples });
+    if (restarted || !about) about = { models: (await json("/v1/models")).data, info: await json("/info") };
     show(samples, serverTime(response) ?? time);
     report(null);
   } catch (error) {
@@ -198,7 +198,7 @@ function showServer(samples, facts, time) {
     Uptime: start && duration(time / 1000 - start),
     Memory: memory && `${bytes(memory)} resident in the server's process`,
     CPU: cpu === undefined ? undefined : `${percent(cpu)} of one core, over the last seconds`,
-    Preemptions: `${whole(value(samples, "vllm:num_preemptions_total"))} sequences gave way to others`,
+    Preemptions: `${whole(value(samples, "vllm:num_preemptions_total"))} preempted sequences`,
     "Model busy": busyShare === undefined ? undefined : `${percent(busyShare)} of the time, over the last seconds`,
   });
 }
