@@ -201,7 +201,7 @@ def tgi_server() -> Iterator[Running]:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright's event loop runs meanwhile: other modules could not use asyncio.run
 def browser() -> Iterator[Any]:
     """Chromium without a window, by Playwright; the tests are skipped where it is not installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")

@@ -109,7 +109,7 @@ def test_a_report_that_cannot_be_written(
     out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model in the Hub's cache, say: the figures are what was asked for."""
-    monkeypatch.setattr("squawq.report.files.render", lambda _: "")
+    monkeypatch.setattr("squawq.report.files.render", lambda *_: "")
     monkeypatch.setattr("squawq.format.files.TemporaryDirectory", lambda **_: FULL.joinpath("x").open())
     assert main(["eval", str(out), "--reference", "model", "--json"]) == 0
     printed = capsys.readouterr()

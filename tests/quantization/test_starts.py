@@ -207,7 +207,7 @@ def finished(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("squawq.report.files.render", lambda report: "")
+    monkeypatch.setattr("squawq.report.files.render", lambda *_: "")
 
 
 @pytest.mark.usefixtures("no_page")
