@@ -135,6 +135,15 @@ void run_experts(const Ops& ops, const Experts& experts, int64_t rows, int64_t h
     }
 }
 
+// The columns of x [rows][width] in another order (GPTQ's activation order); x itself where there is none.
+const float* ordered(const float* x, int64_t rows, int64_t width, const int64_t* order) {
+    if (order == nullptr) return x;
+    float* found = static_cast<float*>(scratch(4, sizeof(float) * size_t(rows * width)));
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < width; ++j) found[i * width + j] = x[i * width + order[j]];
+    return found;
+}
+
 // hidden [rows][widths[HIDDEN]] goes through the operations in place; the same as Backend.prepare in backends/base.py.
 void run_layers(const Ops& ops, const Operation* list, int64_t number, const Step& step, float* hidden) {
     const int64_t rows = step.rows, width = step.widths[HIDDEN];
@@ -153,7 +162,8 @@ void run_layers(const Ops& ops, const Operation* list, int64_t number, const Ste
                              buffers[o->target]);
                 break;
             case Code::matmul:
-                matmul(ops, buffers[o->source], rows, {Kind(o->option), o->weight}, buffers[o->target]);
+                matmul(ops, ordered(buffers[o->source], rows, o->width, static_cast<const int64_t*>(o->other)), rows,
+                       {Kind(o->option), o->weight}, buffers[o->target]);
                 break;
             case Code::rotate_and_store:
                 ops.rotate_and_store(buffers[WIDE], rows, step.heads, step.rotated, step.cos, step.sin, weight,
@@ -207,7 +217,7 @@ int locked(Function function) {
 
 using namespace squawq;
 
-EXPORT int squawq_abi() { return 7; }
+EXPORT int squawq_abi() { return 8; }
 EXPORT const char* squawq_isa() { return current->name; }
 
 // -1: not built in or not on this machine.

@@ -29,9 +29,9 @@ struct Operation {
     Code code;
     Buffer source, target;       // norm, matmul; all_reduce: source
     int64_t option;              // norm: add DELTA first; matmul: Kind; attention: window; activation_mul: Activation
-    int64_t width;               // norm, activation_mul, all_reduce
+    int64_t width;               // norm, activation_mul, all_reduce; matmul: inputs
     const void *weight, *other;  // norm, matmul; experts: Experts; rotate_and_store: norms of queries and keys, or null;
-                                 // all_reduce: Group
+                                 // all_reduce: Group; matmul: int64 [width], the order of its inputs, or null
     uint16_t *keys, *values;
 };
 

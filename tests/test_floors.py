@@ -16,6 +16,7 @@ FLOORS: dict[str, float] = {
     "strict": 0.5,
     "config": 2,
     "quant_config": 1,
+    "stored_quant": 1.5,
     "progress": 2,
     "memory": 2,
     "format": 3,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from squawq.errors import CheckpointError
-from squawq.quant_config import LAYOUTS, QuantConfig, stated_layout
+from squawq.quant_config import QuantConfig
+from squawq.stored_quant import read_quantization
 
 MAX_LAYERS = 1024
 MAX_SIZES = {  # of what determines memory; MAX_SIZE for anything else
@@ -103,8 +104,8 @@ class ModelConfig:
 
     @property
     def layout(self) -> str:
-        """How the quantized linears lie on disk: one of LAYOUTS."""
-        return str(stated_layout(self.raw.get("quantization_config") or {}))
+        """How the quantized linears lie on disk: a key of `format.layouts.LAYOUTS`."""
+        return read_quantization(self.raw.get("quantization_config") or {}, "config.json")[1]
 
     def window(self, layer: int) -> int | None:
         """The layer's sliding window in tokens; None for full attention."""
@@ -151,7 +152,7 @@ class ModelConfig:
             sliding_window=window,
             layer_types=_layer_types(raw, layers, window, where),
             activation=str(raw.get("hidden_act") or raw.get("hidden_activation") or "silu"),
-            quant=None if quant is None else QuantConfig.from_quantization_config(quant, where, LAYOUTS),
+            quant=None if quant is None else read_quantization(quant, where)[0],
             raw=whole,
         )
 

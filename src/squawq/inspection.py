@@ -21,13 +21,13 @@ from squawq.engine.capacity import GPU_SHARE, gpu_share
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import expert_of, family_of
 from squawq.format.files import has_file, read_json
-from squawq.format.layouts import LAYOUTS
+from squawq.format.layouts import Layout
 from squawq.format.reader import Checkpoint
 from squawq.format.shards import INDEX, TensorInfo
 from squawq.hub.download import hub_file
 from squawq.layerwise.meta_model import MetaModel
 from squawq.layerwise.plan import LayerPlan
-from squawq.layerwise.tensor_names import FUSED, INTEGERS, TensorNames
+from squawq.layerwise.tensor_names import FUSED, TensorNames
 from squawq.nn.cache import Cache
 from squawq.nn.loader import rank_bytes
 from squawq.nn.shard import Shard, sizes, splits_groups
@@ -35,6 +35,7 @@ from squawq.quant_config import QuantConfig
 
 STEP_TOKENS = 512  # that run through the model at once: the engine's chunk of a prompt
 DEFAULT_CONTEXT = 8192
+INTEGERS = ("qweight", "scales", "qzeros", "g_idx", "sizes")  # in place of a linear's weight, whatever the layout
 KINDS = {
     "quantized_linears": "linears in INT4, with scales and zeros",
     "dense_linears": "linears that are not quantized",
@@ -167,12 +168,12 @@ def missing(checkpoint: Checkpoint) -> list[str]:
     """Names of tensors that the checkpoint should have and lacks."""
     meta_model = _meta_model(checkpoint.config, str(checkpoint.folder))
     names, quant = TensorNames(checkpoint, meta_model), checkpoint.config.quant
-    zeros = (LAYOUTS[checkpoint.config.layout].zeros,) if quant is not None and quant.zero_point else ()
+    layout = checkpoint.layout
+    kinds = (layout.integers, layout.scales, *((layout.zeros,) if quant is not None and quant.zero_point else ()))
     lost = []
     for name in expected(checkpoint.config, None, meta_model):
         base = name.removesuffix("weight")
-        if f"{base}qweight" in names.on_disk:
-            kinds = ("qweight", "scales", *zeros)
+        if f"{base}{layout.integers}" in names.on_disk:
             lost += [names.stored_name(base + kind) for kind in kinds if base + kind not in names.on_disk]
         elif not names.has(name):
             lost.append(names.stored_name(name))
@@ -224,8 +225,15 @@ def _open(model: str | Path) -> tuple[ModelConfig, MetaModel, dict[str, Stored] 
         return checkpoint.config, meta_model, None
     names = TensorNames(checkpoint, meta_model)
     stored = {**names.on_disk, **{name: name for name in names.other_tensors}}
-    tensors = {name: _from_header(name, checkpoint.info(own)) for name, own in stored.items()}
-    return checkpoint.config, meta_model, tensors
+    named = ((_in_gemm(name, checkpoint.layout), checkpoint.info(own)) for name, own in stored.items())
+    return checkpoint.config, meta_model, {name: _from_header(name, info) for name, info in named}
+
+
+def _in_gemm(name: str, layout: Layout) -> str:
+    """The tensor's name with the part that INTEGERS has for it."""
+    owner, _, kind = name.rpartition(".")
+    parts = (layout.integers, layout.scales, layout.zeros, layout.groups, layout.sizes)
+    return f"{owner}.{INTEGERS[parts.index(kind)]}" if kind in parts else name
 
 
 def _from_header(name: str, info: TensorInfo) -> Stored:
@@ -258,7 +266,7 @@ def _quantization(config: ModelConfig) -> dict[str, Any] | None:
     if quant is None:
         return None
     return {
-        "method": "awq",
+        "method": str((config.raw.get("quantization_config") or {}).get("quant_method", "awq")),
         "format": config.layout,
         "bits": quant.bits,
         "group_size": quant.group_size,

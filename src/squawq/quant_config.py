@@ -18,7 +18,7 @@ Method = Literal["squawq", "awq", "rtn"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Dtype = Literal["auto", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
+AWQ_LAYOUTS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 
 
 Switch = Annotated[bool, Field(description="true or false")]
@@ -165,9 +165,7 @@ class QuantConfig:
         """
         method = values.get("quant_method", "awq")
         if method != "awq":
-            raise CheckpointError(
-                f"{where}: quant_method is {method!r}; squawq reads 'awq' and unquantized checkpoints"
-            )
+            raise CheckpointError(f"{where}: quant_method is {method!r:.100}; 'awq' is needed here")
         names = ("bits", "w_bit", "group_size", "q_group_size", "zero_point", "modules_to_not_convert")
         try:
             _check_layout(stated_layout(values), layouts)
@@ -188,5 +186,5 @@ def stated_layout(values: Mapping[str, Any]) -> object:
 def _check_layout(stated: object, layouts: tuple[str, ...]) -> None:
     name = stated.lower() if isinstance(stated, str) else ""
     if name not in map(str.lower, layouts):
-        elsewhere = " (squawq.LLM and `squawq serve` read the others)" if name in LAYOUTS else ""
+        elsewhere = " (squawq.LLM and `squawq serve` read the others)" if name in AWQ_LAYOUTS else ""
         raise ConfigError(f"version is {stated!r}; choose one of {', '.join(map(repr, layouts))}{elsewhere}")

@@ -1,8 +1,9 @@
-"""Tiny checkpoints in each of AWQ's layouts, packed one integer at a time from the description, not by squawq."""
+"""Tiny checkpoints in each layout, packed one integer at a time from the description, not by squawq."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from squawq.nn.loader import linear_shapes
 
 CONFIG = tiny_config(intermediate_size=128)
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+NATURAL = tuple(range(8))
 
 
 def words(rows: Any, order: tuple[int, ...], kind: str) -> Tensor:
@@ -59,14 +61,21 @@ def padded(values: Any, to: int) -> Any:
 def packed(tensor: GroupwiseTensor, layout: str, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     """The tensors of a linear in `layout`."""
     q, zeros, scales = tensor.q.numpy(), tensor.zeros.numpy(), tensor.scales
-    if layout == "gemm":
+    if layout in ("gptq", "gptq_v2"):
+        below = zeros.astype(int) - (layout == "gptq")
+        assert below.min() >= 0, "the first version has no zeros of 0"
+        integers = words(q, NATURAL, "4").T
+        found = {"qweight": integers, "qzeros": words(below.T, NATURAL, "4"), "scales": scales.T.to(dtype)}
+    elif layout == "pack-quantized":
+        found = {"weight_packed": words(q, NATURAL, "4"), "weight_zero_point": words(zeros.T, NATURAL, "4").T}
+        found |= {"weight_scale": scales.to(dtype), "weight_shape": torch.tensor(q.shape)}
+    elif layout == "gemm":
         found = {"qweight": words(q.T, ORDER, "4"), "qzeros": words(zeros.T, ORDER, "4"), "scales": scales.T}
     else:
         to = width(q.shape[1], q.shape[1] // scales.shape[1])
         own = torch.from_numpy(padded(scales, to)).to(dtype)
         if layout == "gemv":
-            natural = tuple(range(8))
-            found = {"qweight": words(q, natural, "4"), "qzeros": words(padded(zeros, to), natural, "4"), "scales": own}
+            found = {"qweight": words(q, NATURAL, "4"), "qzeros": words(padded(zeros, to), NATURAL, "4"), "scales": own}
         else:
             below = -(own.float() * torch.from_numpy(padded(zeros, to))).to(dtype)
             name = "qzeros" if layout == "gemv_fast" else "scaled_zeros"
@@ -74,22 +83,57 @@ def packed(tensor: GroupwiseTensor, layout: str, dtype: torch.dtype = torch.floa
     return {name: part.contiguous() for name, part in found.items()}
 
 
+def stated(layout: str, group: int, zero_point: bool = True, **changes: Any) -> dict[str, Any]:
+    """`quantization_config` of a layout."""
+    if layout in ("gptq", "gptq_v2"):
+        own = {"quant_method": "gptq", "checkpoint_format": layout, "desc_act": True, "sym": not zero_point}
+        return {"bits": 4, "group_size": group, **own, **changes}
+    if layout == "pack-quantized":
+        strategy: dict[str, Any] = {"strategy": "channel" if group == -1 else "group"}
+        strategy["group_size"] = None if group == -1 else group
+        weights = {"num_bits": 4, "type": "int", "symmetric": not zero_point, "dynamic": False, **strategy, **changes}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+        return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "ignore": ["lm_head"]}
+    own = {"quant_method": "awq", "zero_point": zero_point, "version": layout}
+    return {"bits": 4, "group_size": group, **own, **changes}
+
+
+def scattered(tensors: dict[str, Tensor], group: int, seed: int = 0) -> dict[str, Tensor]:
+    """GPTQ's or compressed-tensors' tensors with the inputs' groups drawn at random (activation order)."""
+    name = "weight_g_idx" if "weight_packed" in tensors else "g_idx"
+    inputs = 8 * (tensors["weight_packed"].shape[1] if name[0] == "w" else tensors["qweight"].shape[0])
+    order = torch.randperm(inputs, generator=torch.Generator().manual_seed(seed))
+    return {**tensors, name: (order // group).to(torch.int32)}
+
+
+def dequantized(tensors: dict[str, Tensor]) -> Tensor:
+    """float32 [out, in] of a linear of GPTQ's second version: (q - zero) * scale, those of each input's group."""
+    q = torch.stack([tensors["qweight"] >> 4 * i & 15 for i in range(8)], 1).flatten(0, 1)
+    zeros = torch.stack([tensors["qzeros"] >> 4 * i & 15 for i in range(8)], 2).flatten(1)
+    groups = tensors["g_idx"].long()
+    return ((q - zeros[groups]) * tensors["scales"].float()[groups]).T
+
+
 def integers(group: int, zero_point: bool = True, seed: int = 0) -> dict[str, GroupwiseTensor]:
-    """Random integers for every linear of the tiny model."""
+    """Random integers for every linear of the tiny model; no zero is 0."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for index in range(CONFIG["num_hidden_layers"]):
         for name, shape in linear_shapes(ModelConfig.from_dict(CONFIG)).items():
             weight = torch.randn(shape, generator=generator) * 0.2
             size = shape[1] if group == -1 else group
-            found[f"model.layers.{index}.{name}"] = quantize(weight, size, zero_point)
+            made = quantize(weight, size, zero_point)
+            found[f"model.layers.{index}.{name}"] = replace(made, zeros=made.zeros.clamp(min=1))
     return found
 
 
 def folder_of(
     folder: Path, layout: str, linears: dict[str, GroupwiseTensor], settings: dict[str, Any], *,
-    drop: tuple[str, ...] = (), dtype: torch.dtype = torch.float16,
+    drop: tuple[str, ...] = (), dtype: torch.dtype = torch.float16, order: int = 0,
 ) -> Path:  # fmt: skip
-    """A checkpoint of the tiny model with these linears. drop: endings of tensors that are left out."""
+    """A checkpoint of the tiny model with these linears. drop: endings of tensors that are left out.
+
+    order: the group size of a random activation order, the same for linears with the same input; 0: none.
+    """
     generator, hidden = torch.Generator().manual_seed(1), CONFIG["hidden_size"]
     tensors = {
         n: torch.randn(160, hidden, generator=generator) for n in ("model.embed_tokens.weight", "lm_head.weight")
@@ -97,7 +141,9 @@ def folder_of(
     norms = [f"model.layers.{i}.{n}_layernorm" for i in range(2) for n in ("input", "post_attention")]
     tensors |= {f"{n}.weight": torch.rand(hidden, generator=generator) + 0.5 for n in (*norms, "model.norm")}
     for linear, tensor in linears.items():
-        tensors |= {f"{linear}.{n}": t for n, t in packed(tensor, layout, dtype).items() if n not in drop}
+        own = packed(tensor, layout, dtype)
+        own = scattered(own, order, seed=tensor.q.shape[1]) if order else own
+        tensors |= {f"{linear}.{n}": t for n, t in own.items() if n not in drop}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": settings}))
     save_file(tensors, folder / "model.safetensors")

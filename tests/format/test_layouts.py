@@ -1,15 +1,16 @@
-"""AWQ's other layouts: the same integers and logits as their GEMM twin; what does not fit is refused by its header."""
+"""Other layouts: the same integers and logits as their GEMM twin; what does not fit is refused by its header."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import logits
-from other_layouts import CONFIG, folder_of, integers, packed, woven
+from other_layouts import CONFIG, folder_of, integers, packed, stated, woven
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,10 +25,6 @@ from squawq.inspection import inspect, missing
 OTHER = [name for name in LAYOUTS if name != "gemm"]
 PARTS = ("qweight", "scales", "qzeros")
 DOWN = "model.layers.0.mlp.down_proj"
-
-
-def stated(layout: str, group: int, zero_point: bool = True) -> dict[str, Any]:
-    return {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": zero_point, "version": layout}
 
 
 @pytest.mark.parametrize("group", [32, 64, -1])
@@ -60,7 +57,8 @@ def test_part_of_a_linear(layout: str, tmp_path: Path, monkeypatch: pytest.Monke
     part = checkpoint.read_quantized(DOWN, 128, 64, (slice(16, 48), slice(32, 96)))
     assert torch.equal(part.dequantize(), linears[DOWN].dequantize()[16:48, 32:96])
     assert part.scales.shape == (32, 2)
-    stored = sum(checkpoint.info(f"{DOWN}.{name}").nbytes for name in ("qweight", "scales", LAYOUTS[layout].zeros))
+    kind = LAYOUTS[layout]
+    stored = sum(checkpoint.info(f"{DOWN}.{name}").nbytes for name in (kind.integers, kind.scales, kind.zeros))
     assert (sum(read) < stored) == (layout == "gemm")
 
 
@@ -68,7 +66,7 @@ def test_part_of_a_linear(layout: str, tmp_path: Path, monkeypatch: pytest.Monke
 def test_symmetric_without_zeros(layout: str, tmp_path: Path) -> None:
     linears = integers(32, zero_point=False)
     settings = stated(layout, 32, zero_point=False)
-    folder = folder_of(tmp_path / "m", layout, linears, settings, drop=("qzeros", "scaled_zeros"))
+    folder = folder_of(tmp_path / "m", layout, linears, settings, drop=("qzeros", "scaled_zeros", "weight_zero_point"))
     found = Checkpoint(folder).read_quantized(DOWN, 128, 64)
     assert torch.equal(found.q, linears[DOWN].q)
     assert torch.equal(found.zeros, torch.full_like(found.zeros, 8))
@@ -79,12 +77,13 @@ def test_symmetric_without_zeros(layout: str, tmp_path: Path) -> None:
 def test_shapes(layout: str, inputs: int, out: int, group: int) -> None:
     """More groups than a word has zeros, and numbers of them that fill no word."""
     weight = torch.randn(out, inputs, generator=torch.Generator().manual_seed(inputs))
-    tensor, kind = quantize(weight, group, zero_point=True), LAYOUTS[layout]
+    made, kind = quantize(weight, group, zero_point=True), LAYOUTS[layout]
+    tensor = replace(made, zeros=made.zeros.clamp(min=1))
     theirs = packed(tensor, layout)
     if group >= 32:  # a smaller one has no padding that is described anywhere
-        shapes = [tuple(theirs[name].shape) for name in ("qweight", "scales", kind.zeros)]
+        shapes = [tuple(theirs[name].shape) for name in (kind.integers, kind.scales, kind.zeros)]
         assert list(kind.shapes(inputs, out, group)) == shapes
-    found = kind.to_gemm(theirs["qweight"], theirs["scales"], theirs[kind.zeros], inputs // group)
+    found = kind.to_gemm(theirs[kind.integers], theirs[kind.scales], theirs[kind.zeros], inputs // group)
     for name, part in zip(PARTS, found, strict=True):
         assert part is not None
         assert torch.equal(part, to_gemm(tensor)[name]), name
@@ -110,15 +109,16 @@ def test_the_weave_is_autoawqs() -> None:
 
 
 def in_wider_words(tensors: dict[str, Tensor], kind: str) -> None:
-    tensors[f"{DOWN}.qweight"] = tensors[f"{DOWN}.qweight"].to(torch.int64 if kind == "gemv" else torch.int32)
+    name, wide = f"{DOWN}.{LAYOUTS[kind].integers}", LAYOUTS[kind].words == torch.int32
+    tensors[name] = tensors[name].to(torch.int64 if wide else torch.int32)
 
 
-def whole_scales(tensors: dict[str, Tensor], _: str) -> None:
-    tensors[f"{DOWN}.scales"] = tensors[f"{DOWN}.scales"].to(torch.int32)
+def whole_scales(tensors: dict[str, Tensor], kind: str) -> None:
+    tensors[f"{DOWN}.{LAYOUTS[kind].scales}"] = tensors[f"{DOWN}.{LAYOUTS[kind].scales}"].to(torch.int32)
 
 
-def cut(tensors: dict[str, Tensor], _: str) -> None:
-    tensors[f"{DOWN}.qweight"] = tensors[f"{DOWN}.qweight"][:-4].contiguous()
+def cut(tensors: dict[str, Tensor], kind: str) -> None:
+    tensors[f"{DOWN}.{LAYOUTS[kind].integers}"] = tensors[f"{DOWN}.{LAYOUTS[kind].integers}"][:-4].contiguous()
 
 
 def without_zeros(tensors: dict[str, Tensor], kind: str) -> None:
@@ -128,10 +128,10 @@ def without_zeros(tensors: dict[str, Tensor], kind: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (in_wider_words, "qweight' is torch.int(64|32); torch.int(32|16) is needed"),
-        (whole_scales, "scales' is torch.int32; floating point is needed"),
-        (cut, r"qweight' has shape .* is needed"),
-        (without_zeros, "zeros' is missing"),
+        (in_wider_words, "(qweight|weight_packed)' is torch.int(64|32); torch.int(32|16) is needed"),
+        (whole_scales, "scales?' is torch.int32; floating point is needed"),
+        (cut, r"(qweight|weight_packed)' has shape .* is needed"),
+        (without_zeros, "(zeros|zero_point)' is missing"),
     ],
 )
 @pytest.mark.parametrize("layout", OTHER)
@@ -154,7 +154,7 @@ def test_a_layout_under_another_name(layout: str, tmp_path: Path) -> None:
     """GEMM's tensors where config.json says otherwise: the square ones too, whose qweight has the same shape."""
     folder = folder_of(tmp_path / "m", "gemm", integers(32), stated(layout, 32))
     for linear, inputs in ((DOWN, 128), ("model.layers.0.self_attn.q_proj", 64)):
-        with pytest.raises(CheckpointError, match=f"{linear}.* is needed|zeros' is missing"):
+        with pytest.raises(CheckpointError, match=f"{linear}.* is needed|' is missing"):
             Checkpoint(folder).read_gemm(linear, inputs, 64)
 
 
@@ -220,7 +220,7 @@ def test_a_quantized_head(tmp_path: Path) -> None:
 def test_exported_and_counted_as_the_twin(layout: str, tmp_path: Path) -> None:
     theirs = folder_of(tmp_path / "theirs", layout, integers(32), stated(layout, 32))
     twin = folder_of(tmp_path / "twin", "gemm", integers(32), stated("gemm", 32))
-    for form in ("compressed-tensors", "dense"):
+    for form in ("awq", "gptq", "compressed-tensors", "dense"):
         made = []
         for folder in (theirs, twin):
             export(folder, tmp_path / form / folder.name, form)
@@ -229,7 +229,7 @@ def test_exported_and_counted_as_the_twin(layout: str, tmp_path: Path) -> None:
         assert made[0].keys() == made[1].keys()
         assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
     assert inspect(theirs)["parameters"] == inspect(twin)["parameters"]
-    parts = ("qweight", "zeros", "scales")
+    parts = ("qweight", "zeros", "scales", "_packed", "_scale", "_point", "_shape")
     stored = sum(info.nbytes for name, info in Checkpoint(theirs).tensors.items() if name.endswith(parts))
     assert inspect(theirs)["bytes"]["quantized_linears"] == stored
     assert missing(Checkpoint(theirs)) == []

@@ -432,7 +432,7 @@ class Backend(ABC):
                 delta = buffers[Buffer.DELTA] if add else None
                 buffers[target] = self.add_rms_norm(buffers[source], delta, weight, layers.eps)
             case Matmul(weight, source, target):
-                buffers[target] = self.layer_matmul(buffers[source], weight)
+                buffers[target] = self.layer_matmul(weight.ordered(buffers[source]), weight)
             case RotateAndStore(layer, query_norm, key_norm):
                 norms = query_norm, key_norm
                 qkv = buffers[Buffer.WIDE]

@@ -12,9 +12,18 @@ from torch import Tensor
 
 
 class Packed:
-    """A weight [out, in] and its bias, in the layout of the backend that packed it."""
+    """A weight [out, in] and its bias, in the layout of the backend that packed it.
+
+    order: int64 [in] on the backend's device: the weight's input i is order[i] of the activations (GPTQ's activation
+    order), which `Matmul` applies and `Backend.matmul` does not; None: they are in order.
+    """
 
     shape: tuple[int, int]
+    order: Tensor | None = None
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """Activations [..., in] in the weight's order."""
+        return x if self.order is None else x[..., self.order]
 
 
 class Buffer(IntEnum):
@@ -39,7 +48,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Matmul:
-    """target = source @ weight.T + bias."""
+    """target = source @ weight.T + bias, the inputs of source in the weight's order."""
 
     weight: Packed
     source: Buffer

@@ -10,19 +10,23 @@ import typer
 from squawq.progress import console, counting
 from squawq.serve.flags import complete_model
 
-Formats = Literal["compressed-tensors", "gguf", "dense"]  # export.run.FORMATS, without importing torch
+Formats = Literal["awq", "gptq", "compressed-tensors", "gguf", "dense"]  # export.run.FORMATS, without importing torch
 
 
 def export(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="An AWQ folder, or a Hub id of one", autocompletion=complete_model),
+        typer.Argument(
+            metavar="MODEL",
+            help="A 4-bit folder (AWQ, GPTQ, compressed-tensors), or a Hub id",
+            autocompletion=complete_model,
+        ),
     ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The folder (GGUF: file) to create; it appears when the work is done")
     ],
     format: Annotated[  # noqa: A002 (the flag's name)
-        Formats, typer.Option(help="compressed-tensors (vLLM), gguf (llama.cpp) or dense (16-bit weights)")
+        Formats, typer.Option(help="awq, gptq, compressed-tensors (vLLM), gguf (llama.cpp) or dense (16-bit weights)")
     ],
 ) -> None:
     """Convert a quantized model to another format without quantizing again, one layer in memory at a time.
@@ -30,6 +34,7 @@ def export(
     \b
     Examples:
       squawq export Llama-3.1-8B-AWQ Llama-3.1-8B-W4A16 --format compressed-tensors
+      squawq export Llama-3.1-8B-GPTQ Llama-3.1-8B-AWQ --format awq
       squawq export Llama-3.1-8B-AWQ llama-3.1-8b.gguf --format gguf
     """
     from squawq.export.run import export as run

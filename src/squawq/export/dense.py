@@ -23,6 +23,7 @@ class Dense:
     """Turns linears into weights of `dtype`, one of SIXTEEN_BITS."""
 
     dtype: torch.dtype
+    settings_file: None = None
 
     @classmethod
     def like(cls, dtype: torch.dtype) -> Dense:

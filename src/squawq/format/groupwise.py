@@ -24,22 +24,36 @@ PACKED = ("qweight", "scales", "qzeros")  # tensors that replace a linear's weig
 
 @dataclass(frozen=True)
 class GroupwiseTensor:
-    """q uint8 [out, in] and zeros uint8 [out, groups], 0..15; scales [out, groups], float16 unless loaded otherwise."""
+    """q uint8 [out, in] and zeros uint8 [out, groups], 0..15; scales [out, groups], float16 unless loaded otherwise.
+
+    order: int64 [in]: column i of q is input order[i] of the linear (activation order); None: they are in order.
+    """
 
     q: Tensor
     scales: Tensor
     zeros: Tensor
+    order: Tensor | None = None
 
     def rows(self, part: slice) -> GroupwiseTensor:
         """Some of the output channels."""
-        return GroupwiseTensor(self.q[part], self.scales[part], self.zeros[part])
+        return GroupwiseTensor(self.q[part], self.scales[part], self.zeros[part], self.order)
+
+    def in_own_order(self) -> tuple[Tensor, Tensor]:
+        """q with the linear's inputs in their own order, and the group of each, int32 [in] (g_idx)."""
+        in_features = self.q.shape[1]
+        groups = torch.arange(in_features, dtype=torch.int32) // (in_features // self.scales.shape[1])
+        if self.order is None:
+            return self.q, groups
+        own = self.order.argsort()
+        return self.q[:, own], groups[own]
 
     def dequantize(self) -> Tensor:
         """The weight, float32 [out, in]."""
         out, groups = self.scales.shape
         weight = self.q.reshape(out, groups, -1).float()
         weight.sub_(self.zeros[..., None].float()).mul_(self.scales[..., None].float())  # in place: these are large
-        return weight.view(out, -1)
+        weight = weight.view(out, -1)
+        return weight if self.order is None else weight[:, self.order.argsort()]
 
 
 def scale_and_zero(low: Tensor, high: Tensor, zero_point: bool) -> tuple[Tensor, Tensor]:

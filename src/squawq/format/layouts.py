@@ -1,7 +1,10 @@
-"""AWQ's layouts on disk: which tensors a linear has in each, of what shape, and how they become GEMM's.
+"""Layouts of 4-bit linears on disk: which tensors a linear has in each, of what shape, and how they become AWQ GEMM's.
 
 GEMV has whole words of neighbouring inputs. GEMV_FAST, and llm-awq's second version under another name, weave four rows
-into blocks of 64 inputs and keep -zero * scale in place of a zero. Knows no files; `reader` reads them.
+into blocks of 64 inputs and keep -zero * scale in place of a zero. GPTQ's words (AutoGPTQ's and GPTQModel's) run along
+the inputs, its zeros along the outputs, and its first version stores zeros minus one; so do compressed-tensors' words
+(pack-quantized), transposed. Both may name the group of each input (activation order, g_idx). Knows no files; `reader`
+reads them.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from squawq.errors import CheckpointError
-from squawq.format.groupwise import PER_WORD, pack
+from squawq.format.groupwise import LEVELS, PER_WORD, pack
 
 Shapes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 Gemm = tuple[Tensor, Tensor, Tensor | None]
@@ -55,10 +58,12 @@ def regroup(gemm: Gemm, inputs: slice, in_features: int, group: int) -> Gemm:
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout. words: dtype of qweight. zeros: the name of the tensor that has them, and whether it has words.
+    """One layout. words: dtype of the integers. zeros: the name of the tensor that has them, and whether it has words.
 
-    inputs, outputs: what in_features and out_features must be multiples of. shapes: (in, out, group) -> those of
-    qweight, scales and zeros. to_gemm: those tensors and the number of groups -> GEMM's qweight, scales and qzeros.
+    inputs, outputs: what in_features and out_features must be multiples of. shapes: (in, out, group) -> those of the
+    integers, scales and zeros. to_gemm: those tensors and the number of groups -> GEMM's qweight, scales and qzeros.
+    features: the shape of the integers -> (out, in). integers, scales: the names of these tensors. groups: of the one
+    with the group of each input, int32 [in], which a linear may have; sizes: of one that repeats [out, in].
     """
 
     words: torch.dtype
@@ -68,6 +73,16 @@ class Layout:
     outputs: int
     shapes: Callable[[int, int, int], Shapes]
     to_gemm: Callable[[Tensor, Tensor, Tensor | None, int], Gemm]
+    features: Callable[[int, int], tuple[int, int]]
+    integers: str = "qweight"
+    scales: str = "scales"
+    groups: str = ""
+    sizes: str = ""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All that may stand in place of a linear's weight."""
+        return tuple(filter(None, (self.integers, self.scales, self.zeros, self.groups, self.sizes)))
 
 
 def padded_words(in_features: int, group: int) -> int:
@@ -131,9 +146,85 @@ def _whole(scaled: Tensor, scales: Tensor) -> Tensor:
     return whole.to(torch.uint8)
 
 
+def input_order(groups: Tensor, group: int) -> Tensor | None:
+    """The order of inputs in which the members of each group are neighbours, int64 [in]; None: they are already.
+
+    Args:
+        groups: Of any integer dtype [in], on the CPU: the group of each input. compressed-tensors has -1 throughout for
+            groups of neighbours.
+
+    Raises:
+        CheckpointError: A group does not exist or has not `group` members.
+    """
+    groups, count = groups.long(), len(groups) // group
+    if bool((groups == -1).all()):
+        return None
+    if bad := groups[(groups < 0) | (groups >= count)].tolist()[:1]:
+        raise CheckpointError(f"an input is in group {bad[0]}; there are {count}")
+    sizes = torch.bincount(groups, minlength=count)
+    if bad := torch.nonzero(sizes != group).flatten().tolist()[:1]:
+        raise CheckpointError(f"group {bad[0]} has {int(sizes[bad[0]])} inputs; {group} are needed")
+    order = groups.argsort(stable=True)
+    return None if torch.equal(order, torch.arange(len(order))) else order
+
+
+def _gptq_shapes(inputs: int, out: int, group: int) -> Shapes:
+    groups = inputs // group
+    return (inputs // PER_WORD, out), (groups, out), (groups, out // PER_WORD)
+
+
+def _packed_shapes(inputs: int, out: int, group: int) -> Shapes:
+    groups = inputs // group
+    return (out, inputs // PER_WORD), (out, groups), (out // PER_WORD, groups)
+
+
+def _across(out: int, words: int) -> tuple[int, int]:
+    return out, words * PER_WORD
+
+
+def _down(words: int, out: int) -> tuple[int, int]:
+    return out, words * PER_WORD
+
+
+def _gptq_integers(words: Tensor) -> Tensor:
+    """Nibble i of a column's word c has input 8c + i."""
+    return _spread(words[:, None], PER_WORD).flatten(0, 2)
+
+
+def _reordered(words: Tensor, add: int = 0) -> Tensor:
+    """int32 [rows, n] whose nibbles are neighbours -> in GEMM's order. Raises CheckpointError for a sum beyond 15."""
+    values = torch.stack([(words >> (4 * i)) & 15 for i in range(PER_WORD)], -1).flatten(1) + add
+    if add and bool((values > LEVELS).any()):
+        raise CheckpointError(
+            f"a zero is {LEVELS + add} (GPTQ's first version stores it less one); squawq reads zeros from 0 to {LEVELS}"
+        )
+    return pack(values)
+
+
+def _from_gptq(add: int) -> Callable[[Tensor, Tensor, Tensor | None, int], Gemm]:
+    def to_gemm(qweight: Tensor, scales: Tensor, zeros: Tensor | None, _groups: int) -> Gemm:
+        return _gptq_integers(qweight), scales, None if zeros is None else _reordered(zeros, add)
+
+    return to_gemm
+
+
+def _from_packed(packed: Tensor, scales: Tensor, zeros: Tensor | None, _groups: int) -> Gemm:
+    zeros = None if zeros is None else _reordered(zeros.T)
+    return _gptq_integers(packed.T), scales.T.contiguous(), zeros
+
+
 LAYOUTS = {
-    "gemm": Layout(torch.int32, "qzeros", True, 1, 8, _gemm_shapes, _same),
-    "gemv": Layout(torch.int32, "qzeros", True, 8, 8, _gemv_shapes, _from_gemv),
-    "gemv_fast": Layout(torch.int16, "qzeros", False, 64, 8, _fast_shapes, _from_fast),
-    "llm-awq": Layout(torch.int16, "scaled_zeros", False, 64, 8, _fast_shapes, _from_fast),
+    "gemm": Layout(torch.int32, "qzeros", True, 1, 8, _gemm_shapes, _same, lambda a, b: (b * PER_WORD, a)),
+    "gemv": Layout(torch.int32, "qzeros", True, 8, 8, _gemv_shapes, _from_gemv, _across),
+    "gemv_fast": Layout(torch.int16, "qzeros", False, 64, 8, _fast_shapes, _from_fast, lambda a, b: (a * 4, b)),
+    "llm-awq": Layout(torch.int16, "scaled_zeros", False, 64, 8, _fast_shapes, _from_fast, lambda a, b: (a * 4, b)),
+    "gptq": Layout(torch.int32, "qzeros", True, 8, 8, _gptq_shapes, _from_gptq(1), _down, groups="g_idx"),
+    "gptq_v2": Layout(torch.int32, "qzeros", True, 8, 8, _gptq_shapes, _from_gptq(0), _down, groups="g_idx"),
+    "pack-quantized": Layout(
+        *(torch.int32, "weight_zero_point", True, 8, 8, _packed_shapes, _from_packed, _across),
+        integers="weight_packed",
+        scales="weight_scale",
+        groups="weight_g_idx",
+        sizes="weight_shape",
+    ),
 }

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Event, Thread
@@ -22,7 +23,7 @@ from squawq.config import ModelConfig
 from squawq.errors import CheckpointError
 from squawq.format.files import MAX_FILE, has_file, read_config, read_json
 from squawq.format.groupwise import GroupwiseTensor, from_gemm
-from squawq.format.layouts import LAYOUTS, Gemm, gemm_cuts, regroup
+from squawq.format.layouts import LAYOUTS, Gemm, Layout, Shapes, gemm_cuts, input_order, regroup
 from squawq.format.shards import INDEX, FolderShards, ReadTensor, Shards, TensorInfo, read_tensor
 
 COMPANIONS = re.compile(
@@ -141,9 +142,28 @@ class Checkpoint:
         except SafetensorError as error:
             raise CheckpointError(f"{info.file}: cannot be read as safetensors: {error}") from error
 
+    @cached_property
+    def layout(self) -> Layout:
+        """How the quantized linears lie on disk."""
+        return LAYOUTS[self.config.layout]
+
     def is_quantized(self, linear: str) -> bool:
-        """Whether this linear (full name) is stored as AWQ integers."""
-        return f"{linear}.qweight" in self.tensors
+        """Whether this linear (full name) is stored as 4-bit integers."""
+        return f"{linear}.{self.layout.integers}" in self.tensors
+
+    def quantized_linears(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of every linear that is stored as 4-bit integers, by full name, from the headers.
+
+        Raises CheckpointError for integers that have not two dimensions.
+        """
+        found, ending = {}, f".{self.layout.integers}"
+        for name, info in self.tensors.items():
+            if name.endswith(ending):
+                if len(info.shape) != 2:
+                    what = f"tensor {name!r} has shape {list(info.shape)}; two dimensions are needed"
+                    raise CheckpointError(f"{info.file}: {what}")
+                found[name.removesuffix(ending)] = self.layout.features(*info.shape)
+        return found
 
     def group_of(self, in_features: int) -> int:
         """The group size of quantized linears with this many inputs. Raises CheckpointError where none is stated."""
@@ -151,40 +171,76 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: has quantized tensors, but config.json has no quantization_config")
         return self.config.quant.group_of(in_features)
 
-    def read_gemm(self, linear: str, in_features: int, out_features: int, part: Part = WHOLE) -> Gemm:
+    def input_order(self, linear: str, in_features: int) -> Tensor | None:
+        """The inputs' order in `read_gemm` (activation order), int64 [in]: see `layouts.input_order`; None: their own.
+
+        Raises CheckpointError naming file and tensor for groups that cannot be.
+        """
+        name = f"{linear}.{self.layout.groups}"
+        if not self.layout.groups or name not in self.tensors:
+            return None
+        self._check_dtype(name, torch.int32)
+        groups = self.read(name, (in_features,)).cpu()
+        try:
+            return input_order(groups, self.group_of(in_features))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.info(name).file}: tensor {name!r}: {error}") from error
+
+    def read_gemm(
+        self, linear: str, in_features: int, out_features: int, part: Part = WHOLE, *, ordered: bool = False
+    ) -> Gemm:
         """qweight, scales and qzeros (None: 8 is meant) of one linear in GEMM's layout, in which they may be stored.
 
         Args:
             part: Only these (outputs, inputs), in groups of `part_group`; outputs are cut at multiples of 8. Of other
                 layouts the whole linear is read.
+            ordered: The caller takes inputs in `input_order`; without, a linear that has one is an error.
 
         Raises:
             CheckpointError: What headers tell before anything is read; names file and tensor.
         """
-        group, layout = self.group_of(in_features), LAYOUTS[self.config.layout]
+        group, layout = self.group_of(in_features), self.layout
         if in_features % math.lcm(group, layout.inputs) or out_features % layout.outputs:
             what = f"groups of {group}" if in_features % group else f"the layout {self.config.layout!r}"
             raise CheckpointError(f"{self.folder}: {linear} [{out_features}, {in_features}] cannot have {what}")
-        names = [f"{linear}.{part}" for part in ("qweight", "scales", layout.zeros)]
-        needs_zeros = self.config.quant is not None and self.config.quant.zero_point
-        if not needs_zeros and names[2] not in self.tensors:
-            names.pop()
-        wanted = layout.words, None, layout.words if layout.packed_zeros else None
-        for name, dtype in zip(names, wanted, strict=False):
-            self._check_dtype(name, dtype)
-        named = list(zip(names, layout.shapes(in_features, out_features, group), strict=False))
+        named = self._named(linear, layout.shapes(in_features, out_features, group))
+        order = self.input_order(linear, in_features)
+        if order is not None and (not ordered or part[1].indices(in_features) != (0, in_features, 1)):
+            what = "cannot be cut among processes" if ordered else "is not supported here"
+            raise CheckpointError(f"{self.folder}: {linear} has groups in activation order (g_idx), which {what}")
         cuts = gemm_cuts(part, in_features, out_features, group)
         if self.config.layout == "gemm":
             found = [self.read_part(*one, *cut) for one, cut in zip(named, cuts, strict=False)]
         else:
+            self._check_sizes(linear, (out_features, in_features))
             qweight, scales, *zeros = [self.read(name, shape) for name, shape in named]
             try:
                 whole = layout.to_gemm(qweight, scales, zeros[0] if zeros else None, in_features // group)
             except CheckpointError as error:
-                raise CheckpointError(f"{self.info(names[-1]).file}: tensor {names[-1]!r}: {error}") from error
+                raise CheckpointError(f"{self.info(named[-1][0]).file}: tensor {named[-1][0]!r}: {error}") from error
             found = [tensor[cut] for tensor, cut in zip(whole, cuts, strict=True) if tensor is not None]
         qweight, scales, *zeros = found
+        qweight = qweight if order is None else qweight[order.to(qweight.device)]
         return regroup((qweight, scales, zeros[0] if zeros else None), part[1], in_features, group)
+
+    def _named(self, linear: str, shapes: Shapes) -> list[tuple[str, tuple[int, int]]]:
+        """Names and shapes of integers, scales and zeros, if there are any. Their dtypes and shapes are checked."""
+        layout, quant = self.layout, self.config.quant
+        names = [f"{linear}.{part}" for part in (layout.integers, layout.scales, layout.zeros)]
+        if not (quant is not None and quant.zero_point) and names[2] not in self.tensors:
+            names.pop()
+        wanted = layout.words, None, layout.words if layout.packed_zeros else None
+        named = list(zip(names, shapes, strict=False))
+        for (name, shape), dtype in zip(named, wanted, strict=False):
+            self._check_dtype(name, dtype)
+            self.check_shape(name, shape)
+        return named
+
+    def _check_sizes(self, linear: str, sizes: tuple[int, int]) -> None:
+        """Raise CheckpointError where a tensor that repeats [out, in] says otherwise."""
+        name = f"{linear}.{self.layout.sizes}"
+        if self.layout.sizes and name in self.tensors and self.read(name, (2,)).tolist() != list(sizes):
+            raise CheckpointError(f"{self.info(name).file}: tensor {name!r} is not {list(sizes)}, the weight's shape")
 
     def _check_dtype(self, name: str, dtype: torch.dtype | None) -> None:
         """dtype None: any of floating point."""
@@ -193,9 +249,20 @@ class Checkpoint:
             needed = dtype or "floating point"
             raise CheckpointError(f"{info.file}: tensor {name!r} is {info.dtype}; {needed} is needed")
 
-    def read_quantized(self, linear: str, in_features: int, out_features: int, part: Part = WHOLE) -> GroupwiseTensor:
-        """The integers of one linear. Raises CheckpointError naming file and tensor when they do not fit."""
-        return from_gemm(*self.read_gemm(linear, in_features, out_features, part))
+    def read_quantized(
+        self, linear: str, in_features: int, out_features: int, part: Part = WHOLE, *, ordered: bool = False
+    ) -> GroupwiseTensor:
+        """The integers of one linear. ordered: with an `order` where they have one, see `read_gemm`.
+
+        Raises CheckpointError naming file and tensor when they do not fit.
+        """
+        found = from_gemm(*self.read_gemm(linear, in_features, out_features, part, ordered=ordered))
+        order = self.input_order(linear, in_features) if ordered else None
+        return found if order is None else replace(found, order=order.to(found.q.device))
+
+    def read_weight(self, linear: str, in_features: int, out_features: int, part: Part = WHOLE) -> Tensor:
+        """The dequantized weight of one linear, float32 [out, in]. Raises CheckpointError, see `read_gemm`."""
+        return self.read_quantized(linear, in_features, out_features, part, ordered=True).dequantize()
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""

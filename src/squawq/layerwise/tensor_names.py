@@ -1,7 +1,7 @@
 """Maps the model's tensor names to the checkpoint's, and reads a tensor however it is stored.
 
-Checkpoints often use older names than transformers. A weight is stored as it is, as AWQ integers, or as a slice of one
-parameter that stacks all experts.
+Checkpoints often use older names than transformers. A weight is stored as it is, as 4-bit integers, or as a slice of
+one parameter that stacks all experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from squawq.layerwise.meta_model import MetaModel
 
 LANGUAGE_MODEL = re.compile(r"^(model\.language_model|language_model\.model)\.")
 LANGUAGE_HEAD = re.compile(r"^(model\.)?language_model\.(?=lm_head\.)")
-INTEGERS = ("qweight", "scales", "qzeros", "scaled_zeros")
 FUSED = ("gate_up_proj", "down_proj")  # parameters that stack all experts of a layer; gate before up
 
 
@@ -37,6 +36,7 @@ class TensorNames:
 
     def __init__(self, checkpoint: Checkpoint, meta_model: MetaModel) -> None:
         self.checkpoint, self.family, self.transposed = checkpoint, meta_model.family, meta_model.transposed
+        self._integers = checkpoint.layout.integers
         self.on_disk: dict[str, str] = {}
         self.other_tensors: list[str] = []
         self.ignored: list[str] = []
@@ -64,11 +64,11 @@ class TensorNames:
                 raise CheckpointError(f"{info.file}: tensor {stored!r} does not belong to a {family.model_type} model")
 
     def stored_name(self, name: str) -> str:
-        """Name in the checkpoint of a tensor of the model, or of one that only quantized linears have (qweight)."""
+        """Name in the checkpoint of a tensor of the model, or of one that only quantized linears have."""
         if name in self.on_disk:
             return self.on_disk[name]
         owner, _, kind = name.rpartition(".")
-        for own in ("weight", "qweight"):
+        for own in ("weight", self._integers):
             if f"{owner}.{own}" in self.on_disk:
                 return self.on_disk[f"{owner}.{own}"].removesuffix(own) + kind
         experts = _experts_of(name)
@@ -103,7 +103,7 @@ class TensorNames:
     def has(self, name: str) -> bool:
         """Whether the checkpoint stores a tensor of the model, in whatever form."""
         owner = name.rpartition(".")[0]
-        return bool({name, f"{owner}.qweight", f"{_experts_of(name)}.{FUSED[0]}"} & self.on_disk.keys())
+        return bool({name, f"{owner}.{self._integers}", f"{_experts_of(name)}.{FUSED[0]}"} & self.on_disk.keys())
 
     def check(self, expected: Collection[str], index: int | None = None) -> None:
         """Raise CheckpointError for a missing tensor, and for one of layer `index` that is not expected."""
@@ -112,7 +112,7 @@ class TensorNames:
                 self.checkpoint.info(self.stored_name(name))  # raises
         for name in self._of_layer.get(index, ()) if index is not None else ():
             owner, _, kind = name.rpartition(".")
-            whole = f"{owner}.weight" if kind in INTEGERS else name
+            whole = f"{owner}.weight" if kind in self.checkpoint.layout.tensors else name
             if whole not in expected and not (kind in FUSED and owner.endswith(".experts")):
                 stored = self.on_disk[name]
                 file = self.checkpoint.info(stored).file
@@ -132,10 +132,10 @@ class TensorNames:
             CheckpointError: It is missing, has another shape, or holds NaN or infinity; names file and tensor.
         """
         owner, _, kind = name.rpartition(".")
-        if kind == "weight" and f"{owner}.qweight" in self.on_disk:
+        if kind == "weight" and f"{owner}.{self._integers}" in self.on_disk:
             out, inputs = shape
-            stored = self.on_disk[f"{owner}.qweight"].removesuffix(".qweight")
-            return self.checkpoint.read_quantized(stored, inputs, out).dequantize()
+            stored = self.on_disk[f"{owner}.{self._integers}"].removesuffix(f".{self._integers}")
+            return self.checkpoint.read_weight(stored, inputs, out)
         fused = f"{_experts_of(name)}.{FUSED[0]}"
         if name not in self.on_disk and fused in self.on_disk:
             return self._slice(name, shape)

@@ -6,10 +6,12 @@ memory (DeviceReader). Nothing stays mapped from the files, which may change whi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from squawq.nn.decoder import Decoder
 from squawq.nn.layers import DOWN, GATE_UP, OUT, QKV, layer_operations, norm_sizes
 from squawq.nn.shard import ALONE, Shard
 
+logger = logging.getLogger("squawq")
 HEADS = ("int8", "int4", "16-bit")
 HEAD_GROUP = 32  # of an int4 head: finer than the layers', since nothing was searched for it
 
@@ -101,24 +104,44 @@ class Linear:
         return self.part[1].indices(self.in_)[0] == 0
 
 
-def load_linear(checkpoint: Checkpoint, linears: Sequence[Linear], backend: Backend) -> Packed:
-    """Linears with the same input, stacked to one weight."""
+def load_linear(
+    checkpoint: Checkpoint, linears: Sequence[Linear], backend: Backend, *, ordered: bool = False
+) -> Packed:
+    """Linears with the same input, stacked to one weight.
+
+    ordered: What runs the weight applies its `order` (`Matmul` does). Without, and where linears have different orders,
+    they are dequantized.
+    """
     quantized = [checkpoint.is_quantized(linear.name) for linear in linears]
     bias = _bias(checkpoint, linears, backend.device)
-    if all(quantized):
-        gemms = (checkpoint.read_gemm(linear.name, linear.in_, linear.out, linear.part) for linear in linears)
+    if all(quantized) and (order := _common_order(checkpoint, linears, ordered)) is not False:
+        gemms = (checkpoint.read_gemm(each.name, each.in_, each.out, each.part, ordered=True) for each in linears)
         first, inputs = linears[0], linears[0].shape[1]
         group = part_group(first.part[1], first.in_, checkpoint.group_of(first.in_))
-        return backend.pack_int4(sum(linear.shape[0] for linear in linears), inputs, group, gemms, bias)
+        packed = backend.pack_int4(sum(linear.shape[0] for linear in linears), inputs, group, gemms, bias)
+        packed.order = None if order is None else order.to(backend.device)
+        return packed
     weights = [_dense(checkpoint, linear) for linear in linears]
     if any(quantized):  # a checkpoint with some of them quantized
         weights = [weight.float() for weight in weights]
     return backend.pack_dense(weights, bias)
 
 
+def _common_order(checkpoint: Checkpoint, linears: Sequence[Linear], ordered: bool) -> Tensor | Literal[False] | None:
+    """The activation order of linears with the same input, None for none; False if they cannot be stacked for it."""
+    first, *others = [checkpoint.input_order(linear.name, linear.in_) for linear in linears]
+    if first is None and all(other is None for other in others):
+        return None
+    if ordered and first is not None and all(other is not None and torch.equal(first, other) for other in others):
+        return first
+    names = ", ".join(linear.name for linear in linears)
+    logger.warning("%s: dequantized, since activation orders (g_idx) differ or cannot be applied here", names)
+    return False
+
+
 def _dense(checkpoint: Checkpoint, linear: Linear) -> Tensor:
     if checkpoint.is_quantized(linear.name):
-        return checkpoint.read_quantized(linear.name, linear.in_, linear.out, linear.part).dequantize()
+        return checkpoint.read_weight(linear.name, linear.in_, linear.out, linear.part)
     return checkpoint.read_part(f"{linear.name}.weight", (linear.out, linear.in_), *linear.part)
 
 
@@ -146,7 +169,10 @@ def load_layer(checkpoint: Checkpoint, index: int, backend: Backend, shard: Shar
     def linear(name: str) -> Linear:
         return Linear(f"{prefix}.{name}", *shapes[name], shard.part(name, config) if shard.size > 1 else WHOLE)
 
-    linears = {fused: load_linear(checkpoint, list(map(linear, names)), backend) for fused, names in FUSED.items()}
+    linears = {
+        fused: load_linear(checkpoint, list(map(linear, names)), backend, ordered=True)
+        for fused, names in FUSED.items()
+    }
     sizes = norm_sizes(config, family)
     norms = {name: _norm(checkpoint, f"{prefix}.{name}", size, backend.device) for name, size in sizes.items()}
     return layer_operations(config, family, index, linears, norms, shared=shard.size > 1)

@@ -255,7 +255,8 @@ class LayerStack:
                 matrix = self._matrix(weight)
                 self._check_width(source, weight.shape[1])
                 self._set_width(target, weight.shape[0])
-                return _Operation(MATMUL, source, target, matrix.kind, 0, matrix.weight)
+                order = address(weight.order)
+                return _Operation(MATMUL, source, target, matrix.kind, weight.shape[1], matrix.weight, order)
             case RotateAndStore(layer, query_norm, key_norm):
                 self._check_width(Buffer.WIDE, (query + 2 * kv) * dim)
                 norms = map(address, (query_norm, key_norm))

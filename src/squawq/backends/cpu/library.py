@@ -21,7 +21,7 @@ from torch import Tensor
 from squawq.errors import ConfigError, KernelError, RankError
 
 logger = logging.getLogger("squawq")
-ABI = 7  # that squawq_abi() of a matching library returns
+ABI = 8  # that squawq_abi() of a matching library returns
 LANES = 16  # values of a vector, output rows of a packed block, tokens of a page
 ENDED = -2  # a result: see csrc/dispatch.cpp
 ISAS = ("avx512", "avx2", "neon", "scalar", "torch")

@@ -224,7 +224,7 @@ class DecodeGraphs:
     def _matmul(x: Tensor, packed: Packed, flat: Tensor, dependent: bool) -> Sums:
         weight = _weight(packed)
         shape = launch.splits(weight), len(x), weight.shape[0]
-        return launch.matmul(x, weight, flat[: math.prod(shape)].view(shape), dependent)
+        return launch.matmul(packed.ordered(x), weight, flat[: math.prod(shape)].view(shape), dependent)
 
 
 def next_logits(graphs: DecodeGraphs) -> NextLogits:
