@@ -26,27 +26,22 @@ def pack_rows(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """Converts linears of a checkpoint quantized with `quant`. ordered: some have their groups in activation order."""
+    """Converts linears of a checkpoint quantized with `quant`."""
 
     quant: QuantConfig
-    ordered: bool = False
     settings_file: None = None
 
     def linear(self, name: str, tensor: GroupwiseTensor) -> dict[str, Tensor]:
         """weight_packed int32 [out, in/8], weight_scale [out, groups] as stored, weight_shape int64 [2], and where the
-        checkpoint has zero points weight_zero_point int32 [out/8, groups], packed along out; with activation order
-        weight_g_idx int32 [in], the group of each input.
+        checkpoint has zero points weight_zero_point int32 [out/8, groups], packed along out.
 
         Raises CheckpointError where the configuration says symmetric and a zero says otherwise.
         """
-        q, groups = tensor.in_own_order()
         tensors = {
-            "weight_packed": pack_rows(q),
+            "weight_packed": pack_rows(tensor.q),
             "weight_scale": tensor.scales,
             "weight_shape": torch.tensor(tensor.q.shape),
         }
-        if tensor.order is not None:
-            tensors["weight_g_idx"] = groups
         if self.quant.zero_point:
             tensors["weight_zero_point"] = pack_rows(tensor.zeros.T).T
         elif (tensor.zeros != SYMMETRIC_ZERO).any():
@@ -66,7 +61,6 @@ class CompressedTensors:
             "group_size": None if row else self.quant.group_size,
             "strategy": "channel" if row else "group",
             "dynamic": False,
-            **({"actorder": "group"} if self.ordered else {}),
         }
         group = {
             "targets": list(targets),

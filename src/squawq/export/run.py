@@ -106,12 +106,13 @@ def _writer(checkpoint: Checkpoint, plan: Plan, quant: QuantConfig, format: str)
     if format == "dense":
         return Dense.like(checkpoint.info(plan.embedding).dtype)
     ordered = [name for name, (_, in_) in plan.shapes.items() if checkpoint.input_order(name, in_) is not None]
-    if format == "awq":
-        if ordered:
-            raise Awq.activation_order(ordered[0])
-        return Awq(quant)
-    if format == "compressed-tensors":
-        return CompressedTensors(quant, bool(ordered))
+    if format != "gptq" and ordered:  # compressed-tensors 0.19 has dropped it
+        raise CheckpointError(
+            f"{checkpoint.folder}: {ordered[0]} has its groups in activation order (desc_act), which {format} does not "
+            "have; export the model as gptq, or as dense and quantize that"
+        )
+    if format != "gptq":
+        return Awq(quant) if format == "awq" else CompressedTensors(quant)
     linears = (checkpoint.read_quantized(name, in_, out, ordered=True) for name, (out, in_) in plan.shapes.items())
     without = quant.zero_point and any((linear.zeros == 0).any() for linear in linears)
     return Gptq(quant, first=not without, ordered=bool(ordered))

@@ -34,6 +34,8 @@ class AwqLinear(nn.Module):
 
     If a tensor changes (loading, `to`, a shard of tensor parallelism), the next forward packs again.
 
+    order: int64 [in], the activations' order (GPTQ's activation order), or None.
+
     Args:
         zeros: Whether there are qzeros.
         bias, scales: dtypes; None for no bias.
@@ -62,6 +64,7 @@ class AwqLinear(nn.Module):
         self.scales = _frozen(groups, out_features, dtype=scales)
         self.qzeros = _frozen(groups, words, dtype=torch.int32) if zeros else None
         self.bias = None if bias is None else _frozen(out_features, dtype=bias)
+        self.register_buffer("order", None, persistent=False)
         self.backend = backend
         self._plain = [kind for kind in ("cpu", "cuda", "mps", "xpu") if backend_for(kind, backend).traceable]
         self._adopt()
@@ -83,6 +86,7 @@ class AwqLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, group={self.group}, bias={self.bias is not None}"
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.order is None else x[..., self.order]
         tensors = self.qweight, self.scales, self.qzeros, self.bias
         if x.device.type in self._plain or x.dtype not in FLOATS or _offloaded(self):
             return plain(x, *tensors)

@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from squawq.backends import REFERENCE
 from squawq.errors import CheckpointError, ConfigError
+from squawq.format.layouts import LAYOUTS
 from squawq.format.shards import TensorInfo, read_header
 from squawq.integrations.linear import AwqLinear
 from squawq.nn.experts import Expert, Experts, expert_names, is_stacked, stacked_sizes
@@ -117,6 +118,7 @@ def register() -> None:
 class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads AWQ checkpoints; `squawq.quantize` makes them."""
 
+    layout = LAYOUTS["gemm"]
     requires_calibration = True
     is_compileable = True
     is_trainable = False
@@ -159,20 +161,20 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
         self._folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
-                if f"{path}.qweight" in stored:
+                if f"{path}.{self.layout.integers}" in stored:
                     model.set_submodule(path, self._layer(path, stored, module.in_features, module.out_features))
                 elif f"{path}.weight" not in stored and re.search(r"\.\d+\.", path):
-                    raise CheckpointError(f"the checkpoint has neither {path}.qweight nor {path}.weight")
+                    raise CheckpointError(f"the checkpoint has neither {path}.{self.layout.integers} nor {path}.weight")
             elif is_stacked(module):
                 self._replace_experts(model, path, module, stored)
-            elif f"{path}.qweight" in stored:
+            elif f"{path}.{self.layout.integers}" in stored:
                 kind = type(module).__name__
                 raise CheckpointError(f"{path} is quantized in the checkpoint, and no linear layer but a {kind} here")
         return model
 
     def _replace_experts(self, model: Any, path: str, module: Any, stored: Mapping[str, TensorInfo]) -> None:
         count, hidden, inner = stacked_sizes(module)
-        names = expert_names(path, count, stored)
+        names = expert_names(path, count, stored, self.layout.integers)
         if names is None:
             return
         shapes = dict(zip(names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True))
@@ -189,7 +191,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
         if in_features % group or out_features % 8:
             raise CheckpointError(f"{path} [{out_features}, {in_features}] has no groups of {group}")
         zeros = self.settings.zero_point or f"{path}.qzeros" in stored
-        bias, scales = stored.get(f"{path}.bias"), _find(stored, f"{path}.scales")
+        bias, scales = stored.get(f"{path}.bias"), find_tensor(stored, f"{path}.scales")
         if not scales.dtype.is_floating_point:
             raise CheckpointError(f"{scales.file}: tensor '{path}.scales' is {scales.dtype}; it must be floating point")
         with torch.device("meta"):
@@ -202,7 +204,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
                 backend=self.backend,
             )
         for name, tensor in layer.named_parameters():
-            info = _find(stored, f"{path}.{name}")
+            info = find_tensor(stored, f"{path}.{name}")
             if (info.dtype, info.shape) != (tensor.dtype, tuple(tensor.shape)):
                 raise CheckpointError(
                     f"{info.file}: tensor '{path}.{name}' is {info.dtype} {list(info.shape)}; "
@@ -257,7 +259,7 @@ def check_cuts(model: Any, plan: Mapping[str, str], processes: int) -> None:
                 )
 
 
-def _find(stored: Mapping[str, TensorInfo], name: str) -> TensorInfo:
+def find_tensor(stored: Mapping[str, TensorInfo], name: str) -> TensorInfo:
     if name not in stored:
         raise CheckpointError(f"tensor {name!r} is missing in the checkpoint")
     return stored[name]

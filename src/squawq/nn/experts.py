@@ -91,13 +91,17 @@ class Experts(nn.ModuleList):
         return torch.cat(found)
 
 
-def expert_names(path: str, experts: int, stored: Collection[str]) -> tuple[str, str, str] | None:
+def expert_names(
+    path: str, experts: int, stored: Collection[str], integers: str = "qweight"
+) -> tuple[str, str, str] | None:
     """Names of the gate, up and down projections of the quantized experts under `path`; None if they are unquantized.
+
+    integers: The tensor that tells a quantized linear.
 
     Raises CheckpointError, naming the first missing tensor, if some or all experts are missing.
     """
     for names in SPELLINGS:
-        needed = [f"{path}.{e}.{name}.qweight" for e in range(experts) for name in names]
+        needed = [f"{path}.{e}.{name}.{integers}" for e in range(experts) for name in names]
         missing = [name for name in needed if name not in stored]
         if len(missing) < len(needed):
             if missing:
