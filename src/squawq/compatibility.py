@@ -21,6 +21,7 @@ ENGINES = {
 }
 TGI_IMAGE = "ghcr.io/huggingface/text-generation-inference"
 VLLM_GROUPS = (-1, 32, 64, 128)  # of its Marlin kernels
+OTHER_LAYOUTS = ("gptq", "gptq_v2", "pack-quantized")  # that transformers and vLLM read beside AWQ's
 VLLM = (  # families of ours whose architecture is in vLLM's registry
     *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "deepseek_v2"),
     *("deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "flex_olmo"),
@@ -38,14 +39,14 @@ TGI = (  # those in TGI's list of supported models
 
 
 def compatible_engines(config: ModelConfig, quant: QuantConfig | None = None) -> list[str]:
-    """Keys of ENGINES that run this model in AWQ, ours first. `quant`: how it will be quantized, if it is not yet."""
+    """Keys of ENGINES that run this model in 4 bits, ours first. `quant`: how it will be quantized, if it is not."""
     quant = config.quant or quant or QuantConfig()
-    family, gemm = config.model_type, config.layout == "gemm"
+    family, gemm, other = config.model_type, config.layout == "gemm", config.layout in OTHER_LAYOUTS
     ours = why_not_squawq(config) is None
     found = {
         "squawq": ours,
-        "transformers": gemm and family in FAMILIES,
-        "vllm": gemm and family in VLLM and quant.group_size in VLLM_GROUPS,
+        "transformers": (gemm or other) and family in FAMILIES,
+        "vllm": (gemm or other) and family in VLLM and quant.group_size in VLLM_GROUPS,
         "tgi": gemm
         and quant.group_size in VLLM_GROUPS
         and quant.zero_point

@@ -8,7 +8,7 @@ from typing import Any
 
 from squawq.errors import CheckpointError
 from squawq.quant_config import QuantConfig
-from squawq.stored_quant import read_quantization
+from squawq.stored_quant import method_of, read_quantization
 
 MAX_LAYERS = 1024
 MAX_SIZES = {  # of what determines memory; MAX_SIZE for anything else
@@ -106,6 +106,11 @@ class ModelConfig:
     def layout(self) -> str:
         """How the quantized linears lie on disk: a key of `format.layouts.LAYOUTS`."""
         return read_quantization(self.raw.get("quantization_config") or {}, "config.json")[1]
+
+    @property
+    def quant_method(self) -> str:
+        """The method that a quantized checkpoint names, as in "gptq"."""
+        return method_of(self.raw.get("quantization_config") or {})
 
     def window(self, layer: int) -> int | None:
         """The layer's sliding window in tokens; None for full attention."""

@@ -266,7 +266,7 @@ def _quantization(config: ModelConfig) -> dict[str, Any] | None:
     if quant is None:
         return None
     return {
-        "method": str((config.raw.get("quantization_config") or {}).get("quant_method", "awq")),
+        "method": config.quant_method,
         "format": config.layout,
         "bits": quant.bits,
         "group_size": quant.group_size,

@@ -18,11 +18,12 @@ from squawq.errors import SquawqError
 from squawq.families import FAMILIES
 from squawq.format.files import read_config, read_json
 from squawq.hub.cache import cached_models, cached_names
+from squawq.stored_quant import NAMES as METHOD_NAMES
 
 DEPTH = 2  # levels of folders below a given one
 WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth")
 NAMES = {"squawq": "squawq", "transformers": "transformers", "vllm": "vLLM", "tgi": "TGI"}  # of engines
-METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
+METHODS = {**METHOD_NAMES, "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,13 @@ AUTOROUND = {  # packing_format, without auto_round: before and a kernel after i
     **dict.fromkeys(("auto_awq", "awq"), "gemm"),
 }
 PACKED = "pack-quantized"
+NAMES = {  # of methods, for people
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "auto-round": "AutoRound",
+    "intel/auto-round": "AutoRound",
+    "compressed-tensors": "compressed-tensors",
+}
 
 
 def read_quantization(values: Mapping[str, Any], where: str) -> tuple[QuantConfig, str]:
@@ -25,15 +32,20 @@ def read_quantization(values: Mapping[str, Any], where: str) -> tuple[QuantConfi
 
     Raises CheckpointError naming `where` for another method, number of bits or storage than squawq reads.
     """
-    method = values.get("quant_method", "awq")
+    method = method_of(values)
     if method == "awq":
         return QuantConfig.from_quantization_config(values, where, AWQ_LAYOUTS), str(stated_layout(values))
-    if not isinstance(method, str) or method not in _READERS:
+    if method not in _READERS:
         raise CheckpointError(f"{where}: quant_method is {method!r:.100}; squawq reads awq, {', '.join(_READERS)}")
     try:
         return _READERS[method](values)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def method_of(values: Mapping[str, Any]) -> str:
+    """The method that a `quantization_config` names; where it names none, AWQ is meant."""
+    return str(values.get("quant_method", "awq"))
 
 
 def _settings(bits: object, group: object, symmetric: object) -> QuantConfig:

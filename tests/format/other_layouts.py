@@ -61,14 +61,15 @@ def padded(values: Any, to: int) -> Any:
 def packed(tensor: GroupwiseTensor, layout: str, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     """The tensors of a linear in `layout`."""
     q, zeros, scales = tensor.q.numpy(), tensor.zeros.numpy(), tensor.scales
+    found: dict[str, Tensor]
     if layout in ("gptq", "gptq_v2"):
-        below = zeros.astype(int) - (layout == "gptq")
-        assert below.min() >= 0, "the first version has no zeros of 0"
+        less = zeros.astype(int) - (layout == "gptq")
+        assert less.min() >= 0, "the first version has no zeros of 0"
         integers = words(q, NATURAL, "4").T
-        found = {"qweight": integers, "qzeros": words(below.T, NATURAL, "4"), "scales": scales.T.to(dtype)}
+        found = {"qweight": integers, "qzeros": words(less.T, NATURAL, "4"), "scales": scales.T.to(dtype)}
     elif layout == "pack-quantized":
-        found = {"weight_packed": words(q, NATURAL, "4"), "weight_zero_point": words(zeros.T, NATURAL, "4").T}
-        found |= {"weight_scale": scales.to(dtype), "weight_shape": torch.tensor(q.shape)}
+        found = {"weight_packed": words(q, NATURAL, "4"), "weight_shape": torch.tensor(q.shape)}
+        found |= {"weight_scale": scales.to(dtype), "weight_zero_point": words(zeros.T, NATURAL, "4").T}
     elif layout == "gemm":
         found = {"qweight": words(q.T, ORDER, "4"), "qzeros": words(zeros.T, ORDER, "4"), "scales": scales.T}
     else:

@@ -44,11 +44,12 @@ class Gptq:
     def config(self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:
         """The new config.json. kept: linears in 16 bits, the head last; `dynamic` names all others of them."""
         head = targets[1:] or kept[-1:]
-        written = {
+        written: dict[str, Any] = {
             "bits": self.quant.bits,
             "checkpoint_format": "gptq" if self.first else "gptq_v2",
             "desc_act": self.ordered,
             "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept if name not in head},
+            "format": "gptq" if self.first else "gptq_v2",
             "group_size": self.quant.group_size,
             "lm_head": bool(targets[1:]),
             "meta": {"quantizer": [f"squawq:{__version__}"]},

@@ -43,6 +43,7 @@ class AwqLinear(nn.Module):
         backend: A name in `squawq.backends.BACKENDS`; None chooses by the input's device.
     """
 
+    order: Tensor | None
     _hf_quantized_needs_local_tp = True  # transformers' tensor parallelism hands `forward` local shards
 
     def __init__(

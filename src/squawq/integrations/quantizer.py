@@ -185,7 +185,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
             experts.append(Expert(linears, module.act_fn))
         model.set_submodule(path, Experts(experts))
 
-    def _layer(self, path: str, stored: Mapping[str, TensorInfo], in_features: int, out_features: int) -> AwqLinear:
+    def _layer(self, path: str, stored: Mapping[str, TensorInfo], in_features: int, out_features: int) -> nn.Module:
         """The layer, without its tensors, whose shapes and dtypes are checked here."""
         group = self.settings.group_of(in_features)
         if in_features % group or out_features % 8:

@@ -66,9 +66,8 @@ class StoredLinear(nn.Module):
         qweight, scales, zeros = layout.to_gemm(integers, scales, zeros, in_features // self.group)
         qweight = qweight if order is None else qweight[order.to(qweight.device)]
         bias = tensors.get("bias")
-        kinds = {"bias": None if bias is None else bias.dtype, "scales": scales.dtype}
         with torch.device("meta"):
-            made = AwqLinear(in_features, out, self.group, zeros=zeros is not None, exact=self.exact, **kinds)
+            made = AwqLinear(in_features, out, self.group, zeros=zeros is not None, exact=self.exact)
         for name, tensor in (("qweight", qweight), ("scales", scales), ("qzeros", zeros), ("bias", bias)):
             if tensor is not None:
                 setattr(made, name, nn.Parameter(tensor, requires_grad=False))

@@ -71,7 +71,10 @@ def check_id(name: str, what: str) -> None:
 def check_gemm(folder: Path, layout: str) -> None:
     """Raise ConfigError for a layout other than GEMM, the one that all engines run."""
     if layout != "gemm":
-        raise ConfigError(f"{folder}: has the layout {layout!r}; squawq publishes AWQ folders in 'gemm' alone")
+        raise ConfigError(
+            f"{folder}: has the layout {layout!r}; squawq publishes AWQ folders in 'gemm' alone, "
+            "which squawq export --format awq makes"
+        )
 
 
 def model_card(folder: str | Path, repo: str, origin: Origin | None = None, kept: Kept | None = None) -> str:

@@ -77,7 +77,10 @@ def prepare(
         checkpoint = Checkpoint(resolve(model))
     family, positions = family_of(checkpoint.config.model_type), checkpoint.config.max_positions
     if checkpoint.config.quant is not None:
-        raise CheckpointError(f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint")
+        raise CheckpointError(
+            f"{checkpoint.folder}: is quantized already; give the 16-bit checkpoint, or make 16 bits of this one with "
+            "squawq export --format dense"
+        )
     folder = target_path(out, checkpoint.folder)
     if config.seqlen is not None and config.seqlen > positions:
         raise ConfigError(f"seqlen is {config.seqlen}; the model has {positions} positions")

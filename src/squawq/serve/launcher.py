@@ -36,7 +36,13 @@ from squawq.serve.settings import DIALECTS, LOG_FORMATS, LOG_LEVELS, TOOL_PARSER
 
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16"}
 LEVELS = {level: level for level in LOG_LEVELS} | {"critical": "error", "trace": "debug"}  # uvicorn's further ones
-AWQ = Choice({"awq": "awq", "auto_awq": "awq", "awq_marlin": "awq"})
+METHODS = Choice(
+    {
+        **dict.fromkeys(("awq", "auto_awq", "awq_marlin"), "awq"),
+        **dict.fromkeys(("gptq", "gptq_marlin"), "gptq"),
+        **{method: method for method in ("compressed-tensors", "auto-round")},
+    }
+)
 ONE = Only(1, whole(1), "it must be 1: only tensor parallelism is supported")
 NO_CODE = "no code of a model is ever run"
 STEPS = "every step takes prompts in chunks and running answers together"
@@ -121,7 +127,7 @@ TABLE: dict[str, list[Flag]] = {
             metavar="auto|vllm|FOLDER",
         ),
         Flag("dtype", "Dtype of activations on CUDA; auto: float16. A CPU takes only auto", read=Choice(DTYPES)),
-        Flag("quantization", "Without it as the checkpoint says", read=AWQ, names=("-q",)),
+        Flag("quantization", "Without it as the checkpoint says", read=METHODS, names=("-q",)),
         Flag("max_model_len", "Tokens of a prompt and its answer: 4096, 4K (4096), 4k (4000), auto", read=tokens),
         Flag("max_input_tokens", "Tokens of a prompt alone", read=tokens),
         Flag("chat_template", "A jinja file in place of the model's own template"),

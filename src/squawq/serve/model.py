@@ -220,6 +220,11 @@ class Served:
             raise ConfigError(
                 f"quantization is {self.settings.quantization!r}, but {self.folder} is a 16-bit model; leave it out"
             )
+        if self.settings.quantization not in (None, self.config.quant_method):
+            raise ConfigError(
+                f"quantization is {self.settings.quantization!r}, but {self.folder} says {self.config.quant_method!r}; "
+                "leave it out"
+            )
         stored = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float16"
         quantized = self.config.quant is not None  # there vLLM and TGI mean the activations: float32 on a CPU
         if self._float32 and self.settings.dtype not in ("auto", stored) and not quantized:

@@ -38,6 +38,7 @@ ABSENT = {
     "there are no adapters": ("lora_adapters",),
     NO_TUNNEL: ("ngrok_authtoken", "ngrok_edge"),
 }
+QUANTIZED = Choice({method: method for method in ("awq", "gptq", "compressed-tensors")})
 OFF = Choice({"true": False, "1": False, "false": True, "0": True})  # of a switch that turns something off
 
 
@@ -62,7 +63,7 @@ TABLE: dict[str, list[Flag]] = {
     "Model": [
         Flag("model_id", "A model folder or a Hub id; it must be given", "model", is_model=True),
         Flag("revision", "A branch, tag or commit of the Hub"),
-        Flag("quantize", "awq; without it as the checkpoint says", "quantization", Choice({"awq": "awq"})),
+        Flag("quantize", "Without it as the checkpoint says", "quantization", QUANTIZED),
         Flag(
             "dtype",
             "Activations on CUDA; default: float16",

@@ -10,6 +10,7 @@ from typing import Any
 from squawq.errors import printable
 from squawq.serve.model import Served
 from squawq.serve.settings import ServerSettings
+from squawq.stored_quant import NAMES
 
 MESSAGE = "Tell me a story."
 
@@ -62,7 +63,7 @@ def _model(served: Served) -> str:
     if quant is None:
         return f"{names} ({served.config.model_type}, 16-bit)"
     group = "whole rows" if quant.group_size == -1 else f"groups of {quant.group_size}"
-    return f"{names} ({served.config.model_type}, AWQ INT{quant.bits}, {group})"
+    return f"{names} ({served.config.model_type}, {NAMES[served.config.quant_method]} INT{quant.bits}, {group})"
 
 
 def _device(served: Served) -> str:
