@@ -23,7 +23,13 @@ class Awq:
         """qweight, qzeros, and scales in their own dtype."""
         return to_gemm(tensor)
 
-    def config(self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002
+    def config(
+        self,
+        raw: dict[str, Any],
+        kept: Sequence[str],
+        targets: Sequence[str],
+        beside: Sequence[str] = (),  # noqa: ARG002
+    ) -> dict[str, Any]:
         """The new config.json. Zeros are stored in any case, so that engines without symmetric AWQ read it, too."""
-        written = replace(self.quant, zero_point=True).to_quantization_config(list(kept))
+        written = replace(self.quant, zero_point=True).to_quantization_config([*kept, *beside])
         return {**raw, "quantization_config": written}

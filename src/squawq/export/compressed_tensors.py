@@ -6,6 +6,7 @@ are signed there and stored plus 8, so that the nibbles are q and zero themselve
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +52,10 @@ class CompressedTensors:
             )
         return tensors
 
-    def config(self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:
-        """The new config.json. kept: linears in 16 bits, by full name. targets: what is quantized, by class or name."""
+    def config(
+        self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str], beside: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """The new config.json. kept, targets, beside: see Plan."""
         row = self.quant.group_size == -1
         weights = {
             "num_bits": self.quant.bits,
@@ -76,7 +79,7 @@ class CompressedTensors:
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "ignore": list(kept),
+            "ignore": [*kept, *(f"re:.*{re.escape(part)}.*" for part in beside)],
             "moe_sparsity_config": None,
         }
         return {**raw, "quantization_config": quantization}

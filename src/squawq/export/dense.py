@@ -37,7 +37,13 @@ class Dense:
             raise CheckpointError(f"{name}: its scales give weights beyond {SIXTEEN_BITS[self.dtype]}")
         return {"weight": weight}
 
-    def config(self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002
+    def config(
+        self,
+        raw: dict[str, Any],
+        kept: Sequence[str],
+        targets: Sequence[str],
+        beside: Sequence[str] = (),  # noqa: ARG002
+    ) -> dict[str, Any]:
         """The new config.json, without quantization."""
         dropped = ("dtype", "torch_dtype", "quantization_config")
         return {**{k: v for k, v in raw.items() if k not in dropped}, "torch_dtype": SIXTEEN_BITS[self.dtype]}

@@ -41,14 +41,18 @@ class Gptq:
             "g_idx": groups,
         }
 
-    def config(self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:
-        """The new config.json. kept: linears in 16 bits, the head last; `dynamic` names all others of them."""
+    def config(
+        self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str], beside: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """The new config.json. kept, targets, beside: see Plan; `dynamic` names what stays in 16 bits beside the head."""
         head = targets[1:] or kept[-1:]
+        dense = [f"-:^{re.escape(name)}$" for name in kept if name not in head]
+        dense += [f"-:.*{re.escape(part)}.*" for part in beside]
         written: dict[str, Any] = {
             "bits": self.quant.bits,
             "checkpoint_format": "gptq" if self.first else "gptq_v2",
             "desc_act": self.ordered,
-            "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept if name not in head},
+            **({"dynamic": {pattern: {} for pattern in dense}} if dense else {}),
             "format": "gptq" if self.first else "gptq_v2",
             "group_size": self.quant.group_size,
             "lm_head": bool(targets[1:]),
@@ -57,6 +61,4 @@ class Gptq:
             "quant_method": "gptq",
             "sym": not self.quant.zero_point,
         }
-        if not written["dynamic"]:
-            del written["dynamic"]
         return {**raw, "quantization_config": written}

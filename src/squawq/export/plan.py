@@ -23,8 +23,8 @@ class Plan:
     Attributes:
         parts: Tensors of each shard: what stands before the layers, every layer, the final norm and head.
         shapes: (out_features, in_features) of every quantized linear.
-        kept: Linears in 16 bits, the output head last; among them modules that are no linears (such as positions of a
-            vision tower), which engines do not look up.
+        kept: Linears of the text model in 16 bits, the output head last.
+        beside: Names of parts beside the text model, such as vision_tower.
         targets: What is quantized, by class or full name.
         embedding: The tensor of the embedding.
     """
@@ -32,6 +32,7 @@ class Plan:
     parts: list[list[str]]
     shapes: dict[str, tuple[int, int]]
     kept: list[str]
+    beside: list[str]
     targets: list[str]
     embedding: str
 
@@ -54,12 +55,13 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
     head, placed = names.stored_module(family.head), ends | set(chain(*layers))
     dropped = {name for name in ends if config.tied_embeddings and name.rpartition(".")[0] == head}
     first = [name for name in (*names.stored_names, *names.ignored) if name not in placed]
-    matrices = [name for name in chain(*layers, names.other_tensors, names.ignored) if _is_matrix(checkpoint, name)]
+    matrices = [name for name in chain(*layers, names.ignored) if _is_matrix(checkpoint, name)]
     kept = [name.removesuffix(".weight") for name in matrices]
     targets = ["Linear", *([head] if head in shapes else [])]
     last = [name for name in names.on_disk.values() if name in ends - dropped]
     kept += [] if head in shapes else [head]
-    return Plan([first, *layers, last], shapes, kept, targets, names.stored_name(f"{family.embedding}.weight"))
+    embedding = names.stored_name(f"{family.embedding}.weight")
+    return Plan([first, *layers, last], shapes, kept, names.other_parts, targets, embedding)
 
 
 def _is_matrix(checkpoint: Checkpoint, name: str) -> bool:

@@ -42,8 +42,10 @@ class Writer(Protocol):
     def linear(self, name: str, tensor: GroupwiseTensor) -> dict[str, Tensor]:
         """The tensors of one linear by the last part of their names."""
 
-    def config(self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str]) -> dict[str, Any]:
-        """The new config.json; kept: linears in 16 bits, targets: what is quantized, by class or full name."""
+    def config(
+        self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str], beside: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """The new config.json. kept, targets, beside: see Plan."""
 
 
 def export(
@@ -147,7 +149,7 @@ def _finish(checkpoint: Checkpoint, plan: Plan, writer: Writer, job: Job, report
     for path in checkpoint.companions():
         copy_file(path, job.partial / path.name)
     report |= {"bytes": write_index(job.partial), "job": job.identity}
-    config = writer.config(dict(checkpoint.config.raw), plan.kept, plan.targets)
+    config = writer.config(dict(checkpoint.config.raw), plan.kept, plan.targets, plan.beside)
     write_json(job.partial / "config.json", config)
     if writer.settings_file is not None:
         write_json(job.partial / writer.settings_file, config["quantization_config"])
