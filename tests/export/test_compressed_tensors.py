@@ -16,6 +16,7 @@ from torch import Tensor
 
 from squawq.errors import CheckpointError
 from squawq.export.compressed_tensors import CompressedTensors, pack_rows
+from squawq.export.plan import Plan
 from squawq.export.run import export
 from squawq.format.files import read_json, write_json
 from squawq.format.groupwise import GroupwiseTensor, pack
@@ -157,7 +158,9 @@ def test_config_is_theirs(make_model: MakeModel, tmp_path: Path) -> None:
     for case in ("skipped", "symmetric", "whole rows"):
         _, _, changes = CASES[case]
         quant = QuantConfig(**changes)
-        written = CompressedTensors(quant).config({}, ["a", "lm_head"], ["Linear"])["quantization_config"]
+        written = CompressedTensors(quant).config({}, Plan([], {}, ["a", "lm_head"], [], ["Linear"], ""))[
+            "quantization_config"
+        ]
         parsed = quantization.QuantizationConfig.model_validate(json.loads(json.dumps(written)))
         assert parsed.model_dump(mode="json") == written
 

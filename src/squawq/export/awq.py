@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from squawq.export.plan import Plan
 from squawq.format.groupwise import GroupwiseTensor, to_gemm
 from squawq.quant_config import QuantConfig
 
@@ -23,13 +23,7 @@ class Awq:
         """qweight, qzeros, and scales in their own dtype."""
         return to_gemm(tensor)
 
-    def config(
-        self,
-        raw: dict[str, Any],
-        kept: Sequence[str],
-        targets: Sequence[str],
-        beside: Sequence[str] = (),  # noqa: ARG002
-    ) -> dict[str, Any]:
+    def config(self, raw: dict[str, Any], plan: Plan) -> dict[str, Any]:
         """The new config.json. Zeros are stored in any case, so that engines without symmetric AWQ read it, too."""
-        written = replace(self.quant, zero_point=True).to_quantization_config([*kept, *beside])
+        written = replace(self.quant, zero_point=True).to_quantization_config([*plan.kept, *plan.beside])
         return {**raw, "quantization_config": written}

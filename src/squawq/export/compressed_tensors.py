@@ -7,7 +7,6 @@ are signed there and stored plus 8, so that the nibbles are q and zero themselve
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squawq.errors import CheckpointError
+from squawq.export.plan import Plan
 from squawq.format.groupwise import PER_WORD, SYMMETRIC_ZERO, GroupwiseTensor, pack
 from squawq.quant_config import QuantConfig
 
@@ -52,10 +52,8 @@ class CompressedTensors:
             )
         return tensors
 
-    def config(
-        self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str], beside: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """The new config.json. kept, targets, beside: see Plan."""
+    def config(self, raw: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """The new config.json."""
         row = self.quant.group_size == -1
         weights = {
             "num_bits": self.quant.bits,
@@ -66,7 +64,7 @@ class CompressedTensors:
             "dynamic": False,
         }
         group = {
-            "targets": list(targets),
+            "targets": list(plan.targets),
             "weights": weights,
             "input_activations": None,
             "output_activations": None,
@@ -79,7 +77,7 @@ class CompressedTensors:
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "ignore": [*kept, *(f"re:.*{re.escape(part)}.*" for part in beside)],
+            "ignore": [*plan.kept, *(f"re:.*{re.escape(part)}.*" for part in plan.beside)],
             "moe_sparsity_config": None,
         }
         return {**raw, "quantization_config": quantization}

@@ -5,7 +5,6 @@ Knows one linear at a time, no files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from squawq.errors import CheckpointError
+from squawq.export.plan import Plan
 from squawq.format.groupwise import GroupwiseTensor
 
 SIXTEEN_BITS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -37,13 +37,7 @@ class Dense:
             raise CheckpointError(f"{name}: its scales give weights beyond {SIXTEEN_BITS[self.dtype]}")
         return {"weight": weight}
 
-    def config(
-        self,
-        raw: dict[str, Any],
-        kept: Sequence[str],
-        targets: Sequence[str],
-        beside: Sequence[str] = (),  # noqa: ARG002
-    ) -> dict[str, Any]:
+    def config(self, raw: dict[str, Any], plan: Plan) -> dict[str, Any]:  # noqa: ARG002
         """The new config.json, without quantization."""
         dropped = ("dtype", "torch_dtype", "quantization_config")
         return {**{k: v for k, v in raw.items() if k not in dropped}, "torch_dtype": SIXTEEN_BITS[self.dtype]}

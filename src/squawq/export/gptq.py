@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from squawq import __version__
 from squawq.export.compressed_tensors import pack_rows
+from squawq.export.plan import Plan
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.quant_config import QuantConfig
 
@@ -41,13 +41,11 @@ class Gptq:
             "g_idx": groups,
         }
 
-    def config(
-        self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str], beside: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """The new config.json. kept, targets, beside: see Plan; `dynamic` names what stays in 16 bits beside the head."""
-        head = targets[1:] or kept[-1:]
-        dense = [f"-:^{re.escape(name)}$" for name in kept if name not in head]
-        dense += [f"-:.*{re.escape(part)}.*" for part in beside]
+    def config(self, raw: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """The new config.json. `dynamic` names what stays in 16 bits beside the head."""
+        head = plan.targets[1:] or plan.kept[-1:]
+        dense = [f"-:^{re.escape(name)}$" for name in plan.kept if name not in head]
+        dense += [f"-:.*{re.escape(part)}.*" for part in plan.beside]
         written: dict[str, Any] = {
             "bits": self.quant.bits,
             "checkpoint_format": "gptq" if self.first else "gptq_v2",
@@ -55,7 +53,7 @@ class Gptq:
             **({"dynamic": {pattern: {} for pattern in dense}} if dense else {}),
             "format": "gptq" if self.first else "gptq_v2",
             "group_size": self.quant.group_size,
-            "lm_head": bool(targets[1:]),
+            "lm_head": bool(plan.targets[1:]),
             "meta": {"quantizer": [f"squawq:{__version__}"]},
             "pack_dtype": "int32",
             "quant_method": "gptq",

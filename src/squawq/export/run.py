@@ -7,7 +7,7 @@ Peak memory: one decoder layer in the new format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,10 +42,8 @@ class Writer(Protocol):
     def linear(self, name: str, tensor: GroupwiseTensor) -> dict[str, Tensor]:
         """The tensors of one linear by the last part of their names."""
 
-    def config(
-        self, raw: dict[str, Any], kept: Sequence[str], targets: Sequence[str], beside: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """The new config.json. kept, targets, beside: see Plan."""
+    def config(self, raw: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """The new config.json."""
 
 
 def export(
@@ -149,7 +147,7 @@ def _finish(checkpoint: Checkpoint, plan: Plan, writer: Writer, job: Job, report
     for path in checkpoint.companions():
         copy_file(path, job.partial / path.name)
     report |= {"bytes": write_index(job.partial), "job": job.identity}
-    config = writer.config(dict(checkpoint.config.raw), plan.kept, plan.targets, plan.beside)
+    config = writer.config(dict(checkpoint.config.raw), plan)
     write_json(job.partial / "config.json", config)
     if writer.settings_file is not None:
         write_json(job.partial / writer.settings_file, config["quantization_config"])
