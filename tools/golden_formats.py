@@ -117,7 +117,7 @@ def gptqmodel(work: Path) -> Made:
         model = GPTQModel.load(str(source), QuantizeConfig(bits=4, group_size=32, **settings))
         model.quantize(calibration(), batch_size=1)
         model.save(str(work / name))
-        again = GPTQModel.load(str(work / name), backend=BACKEND.TORCH, device="cpu")
+        again = GPTQModel.load(str(work / name), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
         yield f"gptqmodel-{name}", work / name, by_forward(again.model)
 
 

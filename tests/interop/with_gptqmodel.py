@@ -22,7 +22,7 @@ def theirs(models: Path, case: str) -> Arrays:
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
     windows, _ = inputs(models)
-    model = GPTQModel.load(str(models / "gptq"), backend=BACKEND.TORCH, device="cpu").model
+    model = GPTQModel.load(str(models / "gptq"), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
     linears = [module for _, module in sorted(model.named_modules()) if isinstance(module, BaseQuantLinear)]
     with torch.no_grad():
         weights = [linear(torch.eye(linear.in_features, dtype=torch.float16)).T.flatten() for linear in linears]
