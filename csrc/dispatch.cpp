@@ -32,12 +32,14 @@ struct Ops {
     decltype(&scalar::activation_mul) activation_mul;
     decltype(&scalar::rotate_and_store) rotate_and_store;
     decltype(&scalar::attention) attention;
+    decltype(&scalar::output_gate) output_gate;
+    decltype(&scalar::gated_delta_rule) gated_delta_rule;
     decltype(&scalar::round_columns) round_columns;
 };
 
 #define TABLE(ISA)                                                                                              \
     {#ISA, ISA::int4_matmul, ISA::int4_matmul_exact, ISA::int8_matmul, ISA::dense_matmul, ISA::rms_norm,         \
-     ISA::activation_mul, ISA::rotate_and_store, ISA::attention, ISA::round_columns}
+     ISA::activation_mul, ISA::rotate_and_store, ISA::attention, ISA::output_gate, ISA::gated_delta_rule, ISA::round_columns}
 
 // Best first.
 const Ops TABLES[] = {
@@ -173,6 +175,13 @@ void run_layers(const Ops& ops, const Operation* list, int64_t number, const Ste
             case Code::add_residual:
                 for (int64_t i = 0; i < rows * width; ++i) hidden[i] += buffers[DELTA][i];
                 break;
+            case Code::output_gate:
+                ops.output_gate(buffers[NARROW], buffers[GATES], rows * o->width);
+                break;
+            case Code::delta_rule:
+                ops.gated_delta_rule(buffers[WIDE], buffers[GATES], *static_cast<const DeltaRule*>(o->weight), step.sequences,
+                                     step.places, step.count, step.eps, buffers[NARROW]);
+                break;
             case Code::all_reduce:
                 all_reduce(*static_cast<Group*>(const_cast<void*>(o->weight)), buffers[o->source], rows * o->width);
         }
@@ -207,7 +216,7 @@ int locked(Function function) {
 
 using namespace squawq;
 
-EXPORT int squawq_abi() { return 7; }
+EXPORT int squawq_abi() { return 8; }
 EXPORT const char* squawq_isa() { return current->name; }
 
 // -1: not built in or not on this machine.
@@ -287,13 +296,27 @@ EXPORT int squawq_attention(const float* qkv, int64_t query_heads, int64_t kv_he
     });
 }
 
+EXPORT int squawq_output_gate(float* x, const float* gates, int64_t n) {
+    return locked([=] { current->output_gate(x, gates, n); });
+}
+
+// wide [m][channels + values] and gates [m][2 * value_heads] are overwritten; sequences [count][4], places [count].
+EXPORT int squawq_gated_delta_rule(float* wide, float* gates, const DeltaRule* rule, const int64_t* sequences,
+                                   const int64_t* places, int64_t count, float eps, float* y) {
+    return locked([=] {
+        static const int32_t no_pages = 0;
+        current->gated_delta_rule(wide, gates, *rule, sequence_list(sequences, count, &no_pages), places, count, eps, y);
+    });
+}
+
 EXPORT int squawq_layers(const Operation* list, int64_t number, float* hidden, int64_t rows, const int64_t* widths,
                          int64_t query_heads, int64_t kv_heads, int64_t dim, int64_t rotated, float eps, const float* cos,
-                         const float* sin, const int64_t* slots, const int64_t* sequences, int64_t count, const int32_t* pages) {
+                         const float* sin, const int64_t* slots, const int64_t* sequences, int64_t count, const int32_t* pages,
+                         const int64_t* places) {
     return locked([=] {
         const Sequence* sequence = sequence_list(sequences, count, pages);
         const Heads heads{query_heads, kv_heads, dim};
-        const Step step{rows, widths, rotated, heads, eps, cos, sin, slots, sequence, count};
+        const Step step{rows, widths, rotated, heads, eps, cos, sin, slots, sequence, count, places};
         run_layers(*current, list, number, step, hidden);
     });
 }

@@ -59,6 +59,15 @@ void activate(const float* gate_up, int64_t m, int64_t n, float* y) {
 
 }  // namespace
 
+// x *= sigmoid(gates), n values; a multiple of 16.
+void output_gate(float* x, const float* gates, int64_t n) {
+    const F one = set1(1.f);
+    for_rows(n / LANES, LANES, [=](int64_t i) {
+        const int64_t at = i * LANES;
+        store(x + at, div(load(x + at), add(one, exp(sub(set1(0.f), load(gates + at))))));
+    });
+}
+
 // gate_up [m][2n]: y = activation(gate) * up. n is a multiple of 16.
 void activation_mul(const float* gate_up, int64_t m, int64_t n, Activation activation, float* y) {
     if (activation == Activation::silu) return activate<Activation::silu>(gate_up, m, n, y);

@@ -14,8 +14,8 @@ struct Matrix {
     const void* weight;  // Int4, Int8 or DenseWeight
 };
 
-enum class Code : int64_t { norm, matmul, rotate_and_store, attention, activation_mul, experts, add_residual, all_reduce };
-enum Buffer : int64_t { HIDDEN = 0, NORMED = 1, DELTA = 2, WIDE = 3, NARROW = 4, BUFFERS = 5 };
+enum class Code : int64_t { norm, matmul, rotate_and_store, attention, activation_mul, experts, add_residual, all_reduce, output_gate, delta_rule };
+enum Buffer : int64_t { HIDDEN = 0, NORMED = 1, DELTA = 2, WIDE = 3, NARROW = 4, GATES = 5, BUFFERS = 6 };
 
 // softmax(router(x)), of which each row takes its `chosen` largest; gate_up and down: [count].
 struct Experts {
@@ -29,9 +29,9 @@ struct Operation {
     Code code;
     Buffer source, target;       // norm, matmul; all_reduce: source
     int64_t option;              // norm: add DELTA first; matmul: Kind; attention: window; activation_mul: Activation
-    int64_t width;               // norm, activation_mul, all_reduce
+    int64_t width;               // norm, activation_mul, all_reduce, output_gate
     const void *weight, *other;  // norm, matmul; experts: Experts; rotate_and_store: norms of queries and keys, or null;
-                                 // all_reduce: Group
+                                 // all_reduce: Group; delta_rule: DeltaRule
     uint16_t *keys, *values;
 };
 
@@ -45,6 +45,7 @@ struct Step {
     const int64_t* slots;
     const Sequence* sequences;
     int64_t count;
+    const int64_t* places;  // [count]: each sequence's place among the states of delta rules
 };
 
 }  // namespace squawq

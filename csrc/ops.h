@@ -66,6 +66,15 @@ struct Columns {
     float highest;          // integers are 0 .. highest
 };
 
+constexpr int64_t MOST_DELTA_DIM = 256, MOST_DELTA_KERNEL = 16;
+
+// A gated delta rule's sizes, weights and states. Heads' dims are multiples of 16.
+struct DeltaRule {
+    int64_t key_heads, value_heads, key_dim, value_dim, kernel;
+    const float *convolution, *rate, *bias, *norm;  // [kernel][channels], [value_heads] twice, [value_dim]
+    float *inputs, *memory;  // a place: [kernel - 1][channels]; [value_heads][key_dim][value_dim]
+};
+
 #define SQUAWQ_OPS(ISA)                                                                                                \
     namespace ISA {                                                                                                    \
     void int4_matmul(const float* x, int64_t m, const Int4& w, float* y);                                              \
@@ -79,6 +88,9 @@ struct Columns {
                           uint16_t* values);                                                                           \
     void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, int64_t window,            \
                    const uint16_t* keys, const uint16_t* values, float* y);                                            \
+    void output_gate(float* x, const float* gates, int64_t n);                                                         \
+    void gated_delta_rule(float* wide, float* gates, const DeltaRule& rule, const Sequence* sequences,                 \
+                          const int64_t* places, int64_t count, float eps, float* y);                                  \
     void round_columns(const Columns& c, float* levels, float* errors);                                                \
     }
 

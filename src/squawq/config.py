@@ -17,6 +17,9 @@ MAX_SIZES = {  # of what determines memory; MAX_SIZE for anything else
     "num_key_value_heads": 2**14,
     "head_dim": 2**14,
     "vocab_size": 2**24,
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2**10),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 2**10),
+    "linear_conv_kernel_dim": 16,
 }
 MAX_SIZE = 2**31 - 1
 MAX_REAL = 1e30  # within float32's range
@@ -26,6 +29,7 @@ CODE = (  # keys that name code that transformers would fetch or run
     *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
+DELTA_RULE = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")  # families whose layers have one
 TIED = (  # where config.json does not say
     *("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "granite_swa", "minicpm3"),
     *("smollm3", "starcoder2", "vaultgemma", "youtu"),
@@ -65,6 +69,35 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class DeltaRuleConfig:
+    """Sizes of a gated delta rule (Yang et al., arXiv 2412.06464), the attention of `linear_attention` layers.
+
+    `kernel`: tokens of the causal convolution over queries, keys and values.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values of all heads."""
+        return 2 * self.key_heads * self.key_dim + self.values
+
+    @property
+    def values(self) -> int:
+        """Values of all heads."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What a layer keeps of a sequence: the convolution's latest inputs, and each head's recurrent state."""
+        return (self.kernel - 1, self.channels), (self.value_heads, self.key_dim, self.value_dim)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder's config.json, or the `text_config` in a multimodal model's.
 
@@ -87,6 +120,7 @@ class ModelConfig:
     sliding_window: int | None
     layer_types: tuple[str, ...]
     activation: str
+    delta_rule: DeltaRuleConfig | None
     quant: QuantConfig | None
     raw: Mapping[str, Any]
 
@@ -151,6 +185,7 @@ class ModelConfig:
             sliding_window=window,
             layer_types=_layer_types(raw, layers, window, where),
             activation=str(raw.get("hidden_act") or raw.get("hidden_activation") or "silu"),
+            delta_rule=_delta_rule(raw, where),
             quant=None if quant is None else QuantConfig.from_quantization_config(quant, where, LAYOUTS),
             raw=whole,
         )
@@ -206,6 +241,18 @@ def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
         high_freq_factor=_number(values, "high_freq_factor", 4.0, where),
         original_max_position_embeddings=min(MAX_SIZE, int(original)),
     )
+
+
+def _delta_rule(raw: Mapping[str, Any], where: str) -> DeltaRuleConfig | None:
+    """Of Qwen's hybrids, with transformers' defaults."""
+    if raw.get("model_type") not in DELTA_RULE:
+        return None
+    names = ("num_key_heads", 16), ("num_value_heads", 32), ("key_head_dim", 128), ("value_head_dim", 128)
+    keys = {f"linear_{name}": default for name, default in (*names, ("conv_kernel_dim", 4))}
+    found = DeltaRuleConfig(*(_whole(key, raw.get(key, default), 1, where) for key, default in keys.items()))
+    if found.value_heads % found.key_heads:
+        raise CheckpointError(f"{where}: {found.value_heads} value heads cannot share {found.key_heads} key heads")
+    return found
 
 
 def _sliding_window(raw: Mapping[str, Any], where: str) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -20,10 +20,12 @@ from squawq.backends.layer_ops import (
     AllReduce,
     Attention,
     Buffer,
+    GatedDeltaRule,
     Matmul,
     MixtureOfExperts,
     Norm,
     Operation,
+    OutputGate,
     Packed,
     RotateAndStore,
 )
@@ -40,6 +42,9 @@ Heads = tuple[int, int, int]  # query heads, key-value heads, head_dim
 Rotary = tuple[Tensor, Tensor]  # cos and sin, float32 [rows, rotary_dim / 2]
 Norms = tuple[Tensor | None, Tensor | None]  # weights of q_norm and k_norm, float32 [head_dim]
 Pages = tuple[Tensor, Tensor]  # keys and values of one layer: [num_pages, *shape], shapes by Backend.page_shapes
+# What a layer with a delta rule has instead: float32 [places, *shape], shapes by DeltaRuleConfig.state_shapes
+States = tuple[Tensor, Tensor]
+LayerCache = Pages | States
 # AWQ tensors of n outputs: qweight int32 [in, n / 8], scales [groups, n], qzeros int32 [groups, n / 8] or None (all 8)
 Gemm = tuple[Tensor, Tensor, Tensor | None]
 
@@ -55,6 +60,8 @@ class Batch:
     sequences: Tensor
     pages: Tensor  # int32 [entries]; all page tables (vLLM's block tables), one after another
     outputs: Tensor  # [outputs]; rows whose logits are needed
+    # [sequences], on the CPU: each sequence's place in States; empty for models without them
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -276,6 +283,30 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def output_gate(self, x: Tensor, gates: Tensor) -> Tensor:
+        """x * sigmoid(gates), both [rows, n]."""
+
+    @abstractmethod
+    def gated_delta_rule(
+        self,
+        wide: Tensor,
+        gates: Tensor,
+        rule: GatedDeltaRule,
+        eps: float,
+        sequences: Tensor,
+        places: Tensor,
+        states: States,
+    ) -> Tensor:
+        """See `GatedDeltaRule` -> [rows, value_heads * value_dim]; updates the states of the sequences.
+
+        A sequence that starts at position 0 starts with zeros, whatever is in its place.
+
+        Args:
+            eps: Of the norm.
+            sequences, places: `Batch.sequences` and `Batch.places`.
+        """
+
+    @abstractmethod
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         """gate_up [rows, 2n], gate first -> activation(gate) * up [rows, n]. See `reference.ACTIVATIONS`."""
 
@@ -366,8 +397,8 @@ class Backend(ABC):
         return {}
 
     # A whole step: one native call, a captured graph, or by default one operation after another.
-    def prepare(self, layers: Layers, cache: Sequence[Pages]) -> RunLayers:
-        """Return a function that runs all layers on this KV cache (one Pages per layer)."""
+    def prepare(self, layers: Layers, cache: Sequence[LayerCache]) -> RunLayers:
+        """Return a function that runs all layers on this cache (Pages or States of each layer)."""
 
         def run(hidden: Tensor, rotary: Rotary, batch: Batch) -> None:
             buffers = {Buffer.HIDDEN: hidden}
@@ -379,7 +410,7 @@ class Backend(ABC):
     def prepare_steps(
         self,
         model: Model,  # noqa: ARG002
-        cache: Sequence[Pages],  # noqa: ARG002
+        cache: Sequence[LayerCache],  # noqa: ARG002
         rows: int,  # noqa: ARG002
         pages: int,  # noqa: ARG002
         tell: Tell | None = None,  # noqa: ARG002
@@ -396,7 +427,7 @@ class Backend(ABC):
     def follow_steps(
         self,
         model: Model,  # noqa: ARG002
-        cache: Sequence[Pages],  # noqa: ARG002
+        cache: Sequence[LayerCache],  # noqa: ARG002
         rows: int,  # noqa: ARG002
         pages: int,  # noqa: ARG002
     ) -> Follow | None:
@@ -406,7 +437,7 @@ class Backend(ABC):
     def prepare_next_logits(
         self,
         model: Model,  # noqa: ARG002
-        cache: Sequence[Pages],  # noqa: ARG002
+        cache: Sequence[LayerCache],  # noqa: ARG002
         rows: int,  # noqa: ARG002
         pages: int,  # noqa: ARG002
     ) -> NextLogits | None:
@@ -425,7 +456,7 @@ class Backend(ABC):
         buffers: dict[Buffer, Tensor],
         rotary: Rotary,
         batch: Batch,
-        cache: Sequence[Pages],
+        cache: Sequence[LayerCache],
     ) -> None:
         match operation:
             case Norm(weight, source, target, add):
@@ -440,6 +471,12 @@ class Backend(ABC):
             case Attention(layer, window):
                 sequences = batch.sequences, batch.pages
                 found = self.attention(buffers[Buffer.WIDE], layers.heads, *sequences, window, cache[layer])
+                buffers[Buffer.NARROW] = found
+            case OutputGate():
+                buffers[Buffer.NARROW] = self.output_gate(buffers[Buffer.NARROW], buffers[Buffer.GATES])
+            case GatedDeltaRule(layer):
+                inputs, where = (buffers[Buffer.WIDE], buffers[Buffer.GATES]), (batch.sequences, batch.places)
+                found = self.gated_delta_rule(*inputs, operation, layers.eps, *where, cache[layer])
                 buffers[Buffer.NARROW] = found
             case ActivationMul(activation):
                 buffers[Buffer.NARROW] = self.activation_mul(buffers[Buffer.WIDE], activation)

@@ -10,6 +10,8 @@ from enum import IntEnum
 
 from torch import Tensor
 
+from squawq.config import DeltaRuleConfig
+
 
 class Packed:
     """A weight [out, in] and its bias, in the layout of the backend that packed it."""
@@ -25,6 +27,7 @@ class Buffer(IntEnum):
     DELTA = 2  # [rows, hidden_size]: output of attention or MLP, to be added to HIDDEN
     WIDE = 3  # qkv [rows, (query + 2 kv heads) * head_dim]; then gate and up [rows, 2 * intermediate_size]
     NARROW = 4  # attention output [rows, query heads * head_dim]; then activation(gate) * up
+    GATES = 5  # of the attention output [rows, query heads * head_dim]; or of a delta rule [rows, 2 * value heads]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,34 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class OutputGate:
+    """NARROW *= sigmoid(GATES)."""
+
+
+@dataclass(frozen=True)
+class GatedDeltaRule:
+    """NARROW = gated delta rule of WIDE over the sequence's state, normed and gated. See `delta_rule.gated_delta_rule`.
+
+    WIDE is queries, keys, values and z (the gate of the output); GATES is beta and the decay, before their activations.
+
+    Attributes:
+        layer: Whose place of the cache has the states.
+        convolution: float32 [kernel, channels]; its last row is the current token's.
+        rate: float32 [value_heads]; the decay is exp(rate * softplus(gate + bias)). Below 0: minus the exponential of
+            A_log.
+        bias: float32 [value_heads], dt_bias.
+        norm: float32 [value_dim], weight of the RMS norm of each head's output.
+    """
+
+    layer: int
+    sizes: DeltaRuleConfig
+    convolution: Tensor
+    rate: Tensor
+    bias: Tensor
+    norm: Tensor
+
+
+@dataclass(frozen=True)
 class ActivationMul:
     """NARROW = activation(gate) * up, where WIDE is [gate, up]. activation: one of `reference.ACTIVATIONS`."""
 
@@ -96,4 +127,15 @@ class AllReduce:
     """Tensor parallelism: DELTA becomes its sum over all ranks."""
 
 
-Operation = Norm | Matmul | RotateAndStore | Attention | ActivationMul | MixtureOfExperts | AddResidual | AllReduce
+Operation = (
+    Norm
+    | Matmul
+    | RotateAndStore
+    | Attention
+    | OutputGate
+    | GatedDeltaRule
+    | ActivationMul
+    | MixtureOfExperts
+    | AddResidual
+    | AllReduce
+)

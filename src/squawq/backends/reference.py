@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squawq.backends.base import Backend, Gemm, Heads, Norms, Pages, Rotary
-from squawq.backends.layer_ops import Packed
+from squawq.backends.base import Backend, Gemm, Heads, Norms, Pages, Rotary, States
+from squawq.backends.delta_rule import convolve, delta_gates, gated_delta_rule, split_delta
+from squawq.backends.layer_ops import GatedDeltaRule, Packed
 from squawq.errors import ConfigError, KernelError
 from squawq.format.groupwise import PER_WORD, from_gemm
 
@@ -172,6 +173,36 @@ class Reference(Backend):
             k, v = (t.transpose(0, 1)[None] for t in (k, v))
             y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=True)
             out[first : first + rows] = y[0].transpose(0, 1).reshape(rows, -1)
+        return out
+
+    def output_gate(self, x: Tensor, gates: Tensor) -> Tensor:
+        return x * gates.sigmoid()
+
+    def gated_delta_rule(
+        self,
+        wide: Tensor,
+        gates: Tensor,
+        rule: GatedDeltaRule,
+        eps: float,
+        sequences: Tensor,
+        places: Tensor,
+        states: States,
+    ) -> Tensor:
+        """In float32; only the output is in the dtype of `wide`."""
+        sizes = rule.sizes
+        out = wide.new_empty(wide.shape[0], sizes.values)
+        for (first, rows, start, _), place in zip(sequences.tolist(), places.tolist(), strict=True):
+            inputs, memory = (state[place] for state in states)
+            if start == 0:
+                inputs.zero_()
+                memory.zero_()
+            here = slice(first, first + rows)
+            x, z = wide[here].float().split((sizes.channels, sizes.values), 1)
+            queries, keys, values = split_delta(convolve(x, inputs, rule.convolution), sizes)
+            beta, decay = delta_gates(gates[here].float(), rule)
+            y = gated_delta_rule(queries, keys, values, beta, decay, memory)
+            y = rms_norm(y, rule.norm, eps) * F.silu(z.view(y.shape))
+            out[here] = y.flatten(1).to(out.dtype)
         return out
 
     def set_threads(self, count: int) -> None:

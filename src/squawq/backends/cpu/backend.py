@@ -11,7 +11,19 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Batch, Gemm, Group, Heads, Layers, Norms, Pages, Rotary, RunLayers
+from squawq.backends.base import (
+    Batch,
+    Gemm,
+    Group,
+    Heads,
+    LayerCache,
+    Layers,
+    Norms,
+    Pages,
+    Rotary,
+    RunLayers,
+    States,
+)
 from squawq.backends.cpu import library
 from squawq.backends.cpu.group import SharedGroup, new_shared_memory
 from squawq.backends.cpu.library import LANES, POINTER, SIZE, address, check, required
@@ -22,10 +34,12 @@ from squawq.backends.layer_ops import (
     AllReduce,
     Attention,
     Buffer,
+    GatedDeltaRule,
     Matmul,
     MixtureOfExperts,
     Norm,
     Operation,
+    OutputGate,
     Packed,
     RotateAndStore,
 )
@@ -37,6 +51,8 @@ MAX_SHARED_HEADS = 16  # query heads per key-value head
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # `Activation` in csrc/ops.h
 # `Code` in csrc/layers.h
 NORM, MATMUL, ROTATE_AND_STORE, ATTENTION, ACTIVATION_MUL, EXPERTS, ADD_RESIDUAL, ALL_REDUCE = range(8)
+OUTPUT_GATE, DELTA_RULE = range(8, 10)
+MAX_DELTA_DIM, MAX_DELTA_KERNEL = 256, 16  # of a head, of the convolution: csrc/ops.h
 
 
 class CpuBackend(Reference):
@@ -133,6 +149,36 @@ class CpuBackend(Reference):
         check(required().squawq_attention(qkv.data_ptr(), *heads, *batch, *map(address, (*pages, y))))
         return y
 
+    def output_gate(self, x: Tensor, gates: Tensor) -> Tensor:
+        if not _native(x, x.shape[-1]) or not _native(gates, x.shape[-1]):
+            return super().output_gate(x, gates)
+        y = x.clone()
+        check(required().squawq_output_gate(y.data_ptr(), gates.data_ptr(), y.numel()))
+        return y
+
+    def gated_delta_rule(
+        self,
+        wide: Tensor,
+        gates: Tensor,
+        rule: GatedDeltaRule,
+        eps: float,
+        sequences: Tensor,
+        places: Tensor,
+        states: States,
+    ) -> Tensor:
+        struct = _delta_rule(rule, states)
+        if struct is None or not _native(wide, LANES):
+            return super().gated_delta_rule(wide, gates, rule, eps, sequences, places, states)
+        y = wide.new_empty(wide.shape[0], rule.sizes.values)
+        inputs = wide.clone(), gates.clone()
+        batch = sequences.data_ptr(), places.data_ptr(), len(sequences)
+        check(
+            required().squawq_gated_delta_rule(
+                *map(address, inputs), ctypes.addressof(struct), *batch, eps, y.data_ptr()
+            )
+        )
+        return y
+
     def round_columns(
         self, wanted: Tensor, base: Tensor, feedback: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
     ) -> tuple[Tensor, Tensor]:
@@ -169,7 +215,7 @@ class CpuBackend(Reference):
     def describe(self) -> dict[str, object]:
         return {"threads": library.threads(), "instructions": library.isa()}
 
-    def prepare(self, layers: Layers, cache: Sequence[Pages]) -> RunLayers:
+    def prepare(self, layers: Layers, cache: Sequence[LayerCache]) -> RunLayers:
         try:
             return LayerStack(layers, cache, self.group)
         except KernelError:
@@ -187,6 +233,28 @@ def _native(x: Tensor, width: int) -> bool:
 def _native_attention(qkv: Tensor, heads: Heads, pages: Pages) -> bool:
     grouped = heads[0] // heads[1] <= MAX_SHARED_HEADS
     return grouped and pages[0].dtype == torch.float16 and _native(qkv, heads[2])
+
+
+class _DeltaRule(ctypes.Structure):  # of csrc/ops.h
+    _fields_ = (
+        *((name, SIZE) for name in ("key_heads", "value_heads", "key_dim", "value_dim", "kernel")),
+        *((name, POINTER) for name in ("convolution", "rate", "bias", "norm", "inputs", "memory")),
+    )
+
+
+def _delta_rule(rule: GatedDeltaRule, states: States) -> _DeltaRule | None:
+    """None where the kernel does not take these sizes."""
+    sizes, weights = rule.sizes, (rule.convolution, rule.rate, rule.bias, rule.norm)
+    heads = sizes.value_heads, sizes.value_heads, sizes.value_dim
+    shapes = (sizes.kernel, sizes.channels), *((count,) for count in heads)
+    wrong = any(t.shape != shape for t, shape in zip(weights, shapes, strict=True))
+    wrong |= any(t.shape[1:] != shape for t, shape in zip(states, sizes.state_shapes, strict=True))
+    wrong |= any(t.dtype != torch.float32 or not t.is_contiguous() for t in (*weights, *states))
+    dims = sizes.key_dim, sizes.value_dim
+    if wrong or sizes.kernel > MAX_DELTA_KERNEL or any(dim % LANES or dim > MAX_DELTA_DIM for dim in dims):
+        return None
+    numbers = sizes.key_heads, sizes.value_heads, *dims, sizes.kernel
+    return _DeltaRule(*numbers, *map(address, (*weights, *states)))
 
 
 class _Matrix(ctypes.Structure):  # these three are structs of csrc/layers.h
@@ -215,9 +283,10 @@ class LayerStack:
         KernelError: The library does not run one of the operations.
     """
 
-    def __init__(self, layers: Layers, cache: Sequence[Pages], group: Group | None = None) -> None:
+    def __init__(self, layers: Layers, cache: Sequence[LayerCache], group: Group | None = None) -> None:
         query, kv, dim = layers.heads
-        if dim % LANES or query > kv * MAX_SHARED_HEADS or any(keys.dtype != torch.float16 for keys, _ in cache):
+        pages = [cache[op.layer] for op in layers.operations if isinstance(op, Attention)]
+        if dim % LANES or query > kv * MAX_SHARED_HEADS or any(keys.dtype != torch.float16 for keys, _ in pages):
             raise KernelError(f"no native attention for heads {layers.heads}")
         self._heads, self._eps, self._cache, self._group = layers.heads, layers.eps, cache, group
         self._kept: list[object] = [layers]  # keeps alive what the C structures point to
@@ -231,7 +300,7 @@ class LayerStack:
         layers = (ctypes.addressof(self._structs), len(self._structs))
         sizes = (hidden.shape[0], ctypes.addressof(self._widths), *self._heads, rotary[0].shape[1])
         addresses = map(address, (*rotary, batch.slots, batch.sequences))
-        sequences = (batch.sequences.shape[0], batch.pages.data_ptr())
+        sequences = (batch.sequences.shape[0], batch.pages.data_ptr(), batch.places.data_ptr())
         check(required().squawq_layers(*layers, hidden.data_ptr(), *sizes, self._eps, *addresses, *sequences))
 
     def _set_width(self, buffer: Buffer, width: int) -> None:
@@ -264,6 +333,19 @@ class LayerStack:
                 self._check_width(Buffer.WIDE, (query + 2 * kv) * dim)
                 self._set_width(Buffer.NARROW, query * dim)
                 return _Operation(ATTENTION, 0, 0, window or 0, 0, None, None, *map(address, self._cache[layer]))
+            case OutputGate():
+                width = self._width.get(Buffer.NARROW, 0)
+                self._check_width(Buffer.GATES, width, LANES)
+                return _Operation(OUTPUT_GATE, 0, 0, 0, width)
+            case GatedDeltaRule(layer, sizes):
+                struct = _delta_rule(operation, self._cache[layer])
+                if struct is None:
+                    raise KernelError(f"no native delta rule of {sizes}")
+                self._check_width(Buffer.WIDE, sizes.channels + sizes.values)
+                self._check_width(Buffer.GATES, 2 * sizes.value_heads)
+                self._set_width(Buffer.NARROW, sizes.values)
+                self._kept.append(struct)
+                return _Operation(DELTA_RULE, 0, 0, 0, 0, ctypes.addressof(struct))
             case ActivationMul(activation):
                 inner = self._width[Buffer.WIDE] // 2
                 self._check_width(Buffer.WIDE, 2 * inner, 2 * LANES)

@@ -22,6 +22,7 @@ from squawq.backends.base import (
     Gemm,
     Group,
     Heads,
+    LayerCache,
     Model,
     NextLogits,
     Norms,
@@ -233,20 +234,20 @@ class CudaBackend(Reference):
             super().prepare_sampling(sampling)
 
     def prepare_steps(
-        self, model: Model, cache: Sequence[Pages], rows: int, pages: int, tell: Tell | None = None
+        self, model: Model, cache: Sequence[LayerCache], rows: int, pages: int, tell: Tell | None = None
     ) -> Steps | None:
         from squawq.backends.cuda import steps
 
         graphs = self._graphs(model, cache, rows, pages)
         return None if graphs is None else steps.CudaSteps(graphs, tell)
 
-    def follow_steps(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> Follow | None:
+    def follow_steps(self, model: Model, cache: Sequence[LayerCache], rows: int, pages: int) -> Follow | None:
         from squawq.backends.cuda import steps
 
         graphs = self._graphs(model, cache, rows, pages)
         return None if graphs is None else steps.follow(graphs)
 
-    def _graphs(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> DecodeGraphs | None:
+    def _graphs(self, model: Model, cache: Sequence[LayerCache], rows: int, pages: int) -> DecodeGraphs | None:
         from squawq.backends.cuda import decode
 
         declined = decode.declines(model) is not None
@@ -254,7 +255,9 @@ class CudaBackend(Reference):
             return None
         return decode.DecodeGraphs(model, cache, self.activation_dtype, rows, pages, self.group)
 
-    def prepare_next_logits(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> NextLogits | None:
+    def prepare_next_logits(
+        self, model: Model, cache: Sequence[LayerCache], rows: int, pages: int
+    ) -> NextLogits | None:
         from squawq.backends.cuda import decode
 
         graphs = self._graphs(model, cache, rows, pages)

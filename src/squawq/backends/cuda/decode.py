@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Model, NextLogits, Pages
+from squawq.backends.base import LayerCache, Model, NextLogits
 from squawq.backends.cuda import int4, launch
 from squawq.backends.cuda.group import CudaGroup
 from squawq.backends.cuda.launch import Sums
@@ -64,7 +64,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: Model,
-        cache: Sequence[Pages],
+        cache: Sequence[LayerCache],
         dtype: torch.dtype,
         rows: int,
         pages: int,
