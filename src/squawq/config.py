@@ -29,6 +29,7 @@ CODE = (  # keys that name code that transformers would fetch or run
     *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
+LINEAR = "linear_attention"  # the layer type with a delta rule
 DELTA_RULE = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")  # families whose layers have one
 TIED = (  # where config.json does not say
     *("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "granite_swa", "minicpm3"),
@@ -87,6 +88,11 @@ class DeltaRuleConfig:
         return 2 * self.key_heads * self.key_dim + self.values
 
     @property
+    def dims(self) -> tuple[int, int]:
+        """Of a key and of a value."""
+        return self.key_dim, self.value_dim
+
+    @property
     def values(self) -> int:
         """Values of all heads."""
         return self.value_heads * self.value_dim
@@ -139,6 +145,11 @@ class ModelConfig:
     def layout(self) -> str:
         """How the quantized linears lie on disk: one of LAYOUTS."""
         return str(stated_layout(self.raw.get("quantization_config") or {}))
+
+    @property
+    def kv_layers(self) -> int:
+        """Layers that have keys and values, not a state."""
+        return sum(kind != LINEAR for kind in self.layer_types)
 
     def window(self, layer: int) -> int | None:
         """The layer's sliding window in tokens; None for full attention."""
@@ -228,7 +239,7 @@ def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
         return RopeConfig(type="by layer type")
     values.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     kind = values.get("rope_type", values.get("type", "default"))
-    partial = raw.get(PARTIAL, values.get(PARTIAL, 1.0))
+    partial = raw.get(PARTIAL, values.get(PARTIAL, 0.25 if raw.get("model_type") in DELTA_RULE else 1.0))
     if kind not in ROPE_TYPES:
         values = {"rope_theta": values["rope_theta"]}
     original = _number(values, "original_max_position_embeddings", 8192, where)
@@ -267,6 +278,9 @@ def _sliding_window(raw: Mapping[str, Any], where: str) -> int | None:
 
 def _layer_types(raw: Mapping[str, Any], layers: int, window: int | None, where: str) -> tuple[str, ...]:
     types = raw.get("layer_types")
+    if types is None and raw.get("model_type") in DELTA_RULE:
+        every = _whole("full_attention_interval", raw.get("full_attention_interval", 4), 1, where)
+        return tuple(LINEAR if (i + 1) % every else "full_attention" for i in range(layers))
     if types is None:
         if window is None or raw.get("model_type") == "llama":
             return ("full_attention",) * layers

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from squawq.config import ROPE_TYPES, ModelConfig
+from squawq.config import LINEAR, ROPE_TYPES, ModelConfig
 from squawq.errors import ConfigError
 
 
@@ -53,6 +53,8 @@ class Traits:
         rope_first: They come after RoPE, not before.
         interleaved: RoPE turns neighbours (2i, 2i + 1) instead of a head's two halves.
         wide: Activations exceed float16's range, so that "auto" means bfloat16 where a backend has it.
+        gated: Each head of q_proj has a query and a gate of the head's output.
+        by_key_heads: The inputs of a delta rule are two linears, whose outputs are ordered by key heads.
     """
 
     norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
@@ -61,6 +63,8 @@ class Traits:
     rope_first: bool = False
     interleaved: bool = False
     wide: bool = False
+    gated: bool = False
+    by_key_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,9 @@ FAMILIES = {
     **_rows("dots1 ernie4_5_moe exaone_moe glm4_moe olmoe qwen3_moe solar_open", _attention() + _DENSE_OR_MOE),
     **_rows("qwen2_moe", _attention() + _QWEN_MOE),
     **_rows("qwen3_next", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
-    **_rows("qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0),
+    **_rows(
+        "qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0, decoder=Traits(qk_norm="head", gated=True)
+    ),
     **_rows("qwen3_5_moe_text", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
     **_rows("mixtral minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
     **_rows("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
@@ -312,10 +318,11 @@ def check_decoder(config: ModelConfig) -> None:
         unlike.append(f"hidden_act is {config.activation!r}, and it has silu")
     if config.rope.type not in ROPE_TYPES:
         unlike.append(f"rope type is {config.rope.type!r}, and it has {', '.join(ROPE_TYPES)}")
-    if config.rope.partial != 1:
-        unlike.append(f"partial_rotary_factor is {config.rope.partial}, and it rotates whole heads")
-    if others := set(config.layer_types) - {"full_attention", "sliding_attention"}:
+    known = {"full_attention", "sliding_attention", *([LINEAR] if config.delta_rule else [])}
+    if others := set(config.layer_types) - known:
         unlike.append(f"a layer's attention is {sorted(others)[0]!r}")
+    if config.delta_rule and (odd := [dim for dim in (config.head_dim, *config.delta_rule.dims) if dim % 8]):
+        unlike.append(f"a head has {odd[0]} dimensions, which is no multiple of 8")
     if not family_of(config.model_type).decoder:
         unlike = [f"model_type is {config.model_type!r}"]
     if unlike:

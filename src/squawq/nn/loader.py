@@ -20,12 +20,14 @@ from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import Family, check_decoder, family_of, traits_of
-from squawq.format.layouts import part_group
+from squawq.format.groupwise import PER_WORD, from_gemm
+from squawq.format.layouts import Gemm, part_group
 from squawq.format.reader import WHOLE, Checkpoint, Part
 from squawq.format.shards import DeviceReader, read_tensor
 from squawq.memory import give_memory_back
 from squawq.nn.decoder import Decoder
-from squawq.nn.layers import DOWN, GATE_UP, OUT, QKV, layer_operations, norm_sizes
+from squawq.nn.delta_rule import Piece, by_heads, delta_pieces, delta_shapes, load_delta_rule
+from squawq.nn.layers import DOWN, GATE, GATE_UP, OUT, QKV, is_linear, layer_operations, norm_sizes
 from squawq.nn.shard import ALONE, Shard
 
 HEADS = ("int8", "int4", "16-bit")
@@ -56,16 +58,18 @@ class Options:
             raise ConfigError(f"head is {self.head!r}; choose one of {', '.join(HEADS)}")
 
 
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+def linear_shapes(config: ModelConfig, index: int = 0) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every linear in a layer. Raises ConfigError for families unlike Llama."""
-    traits_of(family_of(config.model_type))
+    traits = traits_of(family_of(config.model_type))
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "self_attn.q_proj": (query, hidden),
+    attention = {
+        "self_attn.q_proj": (2 * query if traits.gated else query, hidden),
         "self_attn.k_proj": (key, hidden),
         "self_attn.v_proj": (key, hidden),
         "self_attn.o_proj": (hidden, query),
+    }
+    return (delta_shapes(config, traits.by_key_heads) if is_linear(config, index) else attention) | {
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
@@ -80,20 +84,39 @@ FUSED = {
 }
 
 
+def layer_pieces(config: ModelConfig, family: Family, index: int) -> dict[str, tuple[Piece, ...]]:
+    """The pieces that make up each packed weight of a layer."""
+    traits = traits_of(family)
+    pieces: dict[str, tuple[Piece, ...]] = {
+        name: tuple((linear, None) for linear in linears) for name, linears in FUSED.items()
+    }
+    if is_linear(config, index):
+        return delta_pieces(config, traits.by_key_heads) | {name: pieces[name] for name in (GATE_UP, DOWN)}
+    if traits.gated:
+        (query, _), *others = pieces[QKV]
+        queries, gates = by_heads(config.num_heads, (config.head_dim, config.head_dim))
+        pieces |= {QKV: ((query, queries), *others), GATE: ((query, gates),)}
+    return pieces
+
+
 @dataclass(frozen=True)
 class Linear:
-    """A linear in a checkpoint, by its full name, and which (outputs, inputs) of it are loaded."""
+    """A linear in a checkpoint, by its full name, and which (outputs, inputs) of it are loaded.
+
+    order: int64; outputs of the part, in eights that are neighbours, in the order in which they are wanted. None: all.
+    """
 
     name: str
     out: int
     in_: int
     part: Part = WHOLE
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features) of the part."""
         (first, last, _), (start, stop, _) = self.part[0].indices(self.out), self.part[1].indices(self.in_)
-        return last - first, stop - start
+        return last - first if self.order is None else len(self.order), stop - start
 
     @property
     def has_bias(self) -> bool:
@@ -106,7 +129,7 @@ def load_linear(checkpoint: Checkpoint, linears: Sequence[Linear], backend: Back
     quantized = [checkpoint.is_quantized(linear.name) for linear in linears]
     bias = _bias(checkpoint, linears, backend.device)
     if all(quantized):
-        gemms = (checkpoint.read_gemm(linear.name, linear.in_, linear.out, linear.part) for linear in linears)
+        gemms = (_ordered(_gemm(checkpoint, linear), linear.order) for linear in linears)
         first, inputs = linears[0], linears[0].shape[1]
         group = part_group(first.part[1], first.in_, checkpoint.group_of(first.in_))
         return backend.pack_int4(sum(linear.shape[0] for linear in linears), inputs, group, gemms, bias)
@@ -116,10 +139,23 @@ def load_linear(checkpoint: Checkpoint, linears: Sequence[Linear], backend: Back
     return backend.pack_dense(weights, bias)
 
 
+def _gemm(checkpoint: Checkpoint, linear: Linear) -> Gemm:
+    return checkpoint.read_gemm(linear.name, linear.in_, linear.out, linear.part)
+
+
+def _ordered(gemm: Gemm, order: Tensor | None) -> Gemm:
+    """The outputs of a linear in another order, of which a word has eight."""
+    if order is None:
+        return gemm
+    (qweight, scales, qzeros), words = gemm, order[::PER_WORD] // PER_WORD
+    return qweight[:, words], scales[:, order], None if qzeros is None else qzeros[:, words]
+
+
 def _dense(checkpoint: Checkpoint, linear: Linear) -> Tensor:
     if checkpoint.is_quantized(linear.name):
-        return checkpoint.read_quantized(linear.name, linear.in_, linear.out, linear.part).dequantize()
-    return checkpoint.read_part(f"{linear.name}.weight", (linear.out, linear.in_), *linear.part)
+        return from_gemm(*_ordered(_gemm(checkpoint, linear), linear.order)).dequantize()
+    weight = checkpoint.read_part(f"{linear.name}.weight", (linear.out, linear.in_), *linear.part)
+    return weight if linear.order is None else weight[linear.order]
 
 
 def _bias(checkpoint: Checkpoint, linears: Sequence[Linear], device: torch.device) -> Tensor | None:
@@ -129,27 +165,35 @@ def _bias(checkpoint: Checkpoint, linears: Sequence[Linear], device: torch.devic
     for linear in linears:
         known, outputs = f"{linear.name}.bias" in checkpoint.tensors, linear.part[0]
         bias = checkpoint.read_part(f"{linear.name}.bias", (linear.out,), outputs) if known else None
+        bias = bias if bias is None or linear.order is None else bias[linear.order]
         biases.append(torch.zeros(linear.shape[0]) if bias is None else bias.to(device, torch.float32))
     return torch.cat([bias.to(device) for bias in biases])
 
 
-def _norm(checkpoint: Checkpoint, name: str, size: int, device: torch.device) -> Tensor:
-    return checkpoint.read(f"{name}.weight", (size,)).to(device, torch.float32)
+def _norm(checkpoint: Checkpoint, name: str, size: int, family: Family, device: torch.device) -> Tensor:
+    return checkpoint.read(f"{name}.weight", (size,)).to(device, torch.float32) + family.norm_offset
 
 
 def load_layer(checkpoint: Checkpoint, index: int, backend: Backend, shard: Shard = ALONE) -> list[Operation]:
     """One decoder layer, or a rank's part of it."""
     config = checkpoint.config
     family = family_of(config.model_type)
-    prefix, shapes = family.layer(index), linear_shapes(config)
+    prefix, shapes, device = family.layer(index), linear_shapes(config, index), backend.device
 
-    def linear(name: str) -> Linear:
-        return Linear(f"{prefix}.{name}", *shapes[name], shard.part(name, config) if shard.size > 1 else WHOLE)
+    def linear(name: str, order: Tensor | None) -> Linear:
+        part = shard.part(name, config) if shard.size > 1 else WHOLE
+        return Linear(f"{prefix}.{name}", *shapes[name], part, order)
 
-    linears = {fused: load_linear(checkpoint, list(map(linear, names)), backend) for fused, names in FUSED.items()}
-    sizes = norm_sizes(config, family)
-    norms = {name: _norm(checkpoint, f"{prefix}.{name}", size, backend.device) for name, size in sizes.items()}
-    return layer_operations(config, family, index, linears, norms, shared=shard.size > 1)
+    linears = {
+        name: load_linear(checkpoint, [linear(*piece) for piece in pieces], backend)
+        for name, pieces in layer_pieces(config, family, index).items()
+    }
+    norms = {
+        name: _norm(checkpoint, f"{prefix}.{name}", size, family, device)
+        for name, size in norm_sizes(config, family, index).items()
+    }
+    rule = load_delta_rule(checkpoint, prefix, index, device) if is_linear(config, index) else None
+    return layer_operations(config, family, index, linears, norms, shard.size > 1, rule)
 
 
 def load_embedding(checkpoint: Checkpoint, family: Family, shard: Shard = ALONE) -> Tensor:
@@ -193,7 +237,7 @@ def load_head(
     """
     config, name = checkpoint.config, _head_name(checkpoint, family)
     shape, tokens = (config.vocab_size, config.hidden_size), shard.vocabulary(config)
-    norm = _norm(checkpoint, family.norm, config.hidden_size, backend.device)
+    norm = _norm(checkpoint, family.norm, config.hidden_size, family, backend.device)
     tied = name == family.embedding
     if kind == "16-bit" and tied:
         return norm, backend.pack_dense([embedding])
@@ -245,9 +289,9 @@ def rank_bytes(
         total += count * whole.hidden_size + 4 * count
     elif not (whole.tied_embeddings and same_dtype):
         total += linear(family.embedding if whole.tied_embeddings else family.head, count, whole.hidden_size)
-    shapes = linear_shapes(config)
     for index in range(config.num_layers):
-        total += sum(linear(f"{family.layer(index)}.{name}", *shape) for name, shape in shapes.items())
+        shapes = linear_shapes(config, index).items()
+        total += sum(linear(f"{family.layer(index)}.{name}", *shape) for name, shape in shapes)
     return total
 
 

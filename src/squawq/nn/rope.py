@@ -11,12 +11,13 @@ from squawq.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """float32 [head_dim / 2], in radians per position.
+    """float32 [rotated pairs], in radians per position.
 
     "linear" divides all frequencies by `factor`. "llama3" (Llama 3.1's reference code) divides those with wavelengths
     above original / low_freq_factor, keeps those below original / high_freq_factor, and interpolates between.
     """
-    frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    dim = int(head_dim * rope.partial) // 2 * 2
+    frequencies = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if rope.type == "default":
         return frequencies
     if rope.type == "linear":

@@ -85,6 +85,8 @@ def refused(whole: ModelConfig, size: int) -> str | None:
     heads, kv = whole.num_heads, whole.num_kv_heads
     if not 1 <= size <= MOST:
         return f"1 to {MOST} processes can share a model"
+    if size > 1 and whole.delta_rule is not None:
+        return "its linear attention cannot be split yet"
     if heads % size:
         return f"its {heads} attention heads do not divide by that"
     if kv % size and size % kv:
