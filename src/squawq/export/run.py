@@ -117,7 +117,11 @@ def _plan(checkpoint: Checkpoint, family: Family) -> _Plan:
     """
     config = checkpoint.config
     layers = [family.layer(index) for index in range(config.num_layers)]
-    shapes = {f"{layer}.{name}": shape for layer in layers for name, shape in linear_shapes(config).items()}
+    shapes = {
+        f"{layer}.{name}": shape
+        for index, layer in enumerate(layers)
+        for name, shape in linear_shapes(config, index).items()
+    }
     if not config.tied_embeddings:
         shapes[family.head] = (config.vocab_size, config.hidden_size)
     kept = [name for name in shapes if not checkpoint.is_quantized(name)]

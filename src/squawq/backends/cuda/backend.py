@@ -28,10 +28,11 @@ from squawq.backends.base import (
     Norms,
     Pages,
     Rotary,
+    States,
     Steps,
     Tell,
 )
-from squawq.backends.layer_ops import Packed
+from squawq.backends.layer_ops import GatedDeltaRule, Packed
 from squawq.backends.reference import Reference, round_int8
 from squawq.backends.sampling import Sampling
 from squawq.config import ModelConfig
@@ -40,6 +41,7 @@ from squawq.format.groupwise import check_gemm
 
 if TYPE_CHECKING:
     from squawq.backends.cuda.decode import DecodeGraphs
+    from squawq.backends.cuda.delta_rule import Rows
     from squawq.backends.cuda.group import CudaGroup
     from squawq.backends.cuda.launch import Weight
 
@@ -66,6 +68,7 @@ class CudaBackend(Reference):
         super().__init__(device, exact=exact, **dtypes)
         self._scratch = torch.empty(0)
         self._blocks: tuple[Tensor, Tensor] | None = None  # for the latest `sequences`
+        self._owners: tuple[Tensor, Rows] | None = None  # the same
 
     @classmethod
     def declines(cls, device: torch.device) -> str | None:
@@ -144,17 +147,23 @@ class CudaBackend(Reference):
 
         query, kv, dim = config.heads
         hidden, inner = config.hidden_size, config.intermediate_size
-        linears = ((query + 2 * kv) * dim, hidden), (hidden, query * dim), (2 * inner, hidden), (hidden, inner)
+        linears = [((query + 2 * kv) * dim, hidden), (hidden, query * dim), (2 * inner, hidden), (hidden, inner)]
+        mixed = 0  # between the kernels of a delta rule
+        if rule := config.delta_rule:
+            linears += [(rule.channels + rule.values, hidden), (hidden, rule.values), (query * dim, hidden)]
+            mixed = rule.channels + rule.values
         wide, narrow = max(out for out, _ in linears), max(in_ for _, in_ in linears)
         sums = max(out * tiles.split_count(out, -(-in_ // 64)) for out, in_ in linears)
         attended = query * tiles.CHUNKS * (dim + 2)
         pages = -(-config.max_positions // cls.page_size)
         sampled = 2 * config.vocab_size + config.vocab_size // 2 + config.vocab_size // 32  # logits, and sampling's
         exchanged = 0 if ranks == 1 else 3 * ranks * hidden + config.vocab_size
-        numbers = hidden + 2 * sums + sampled + attended + dim + pages + exchanged  # of 4 bytes
+        numbers = (
+            hidden + (3 if rule else 2) * sums + mixed + sampled + attended + dim + pages + exchanged
+        )  # of 4 bytes
         row = 4 * numbers + 2 * (2 * hidden + narrow + query * dim)
         row += 8 * config.vocab_size  # logits after prompts, and a copy
-        token = 4 * hidden + 2 * (2 * hidden + 2 * wide + narrow)
+        token = 4 * (hidden + mixed) + 2 * (2 * hidden + 2 * wide + narrow)
         dense = 2 * max(out * in_ for out, in_ in linears)
         return rows * row + max(tokens, MIN_ROWS) * token + dense + OVERHEAD
 
@@ -316,6 +325,38 @@ class CudaBackend(Reference):
             self._blocks = sequences, torch.tensor(blocks, dtype=torch.int32).to(self.device, non_blocking=True)
         out = qkv.new_empty(qkv.shape[0], heads[0] * heads[2])
         launch.prefill_attention(qkv, heads, pages, self._blocks[1], tables, window, out, QUERIES)
+        return out
+
+    def output_gate(self, x: Tensor, gates: Tensor) -> Tensor:
+        from squawq.backends.cuda import launch
+
+        y = x.clone()
+        launch.output_gate(launch.Sums(gates[None]), y)
+        return y
+
+    def gated_delta_rule(
+        self,
+        wide: Tensor,
+        gates: Tensor,
+        rule: GatedDeltaRule,
+        eps: float,
+        sequences: Tensor,
+        places: Tensor,
+        states: States,
+    ) -> Tensor:
+        from squawq.backends.cuda import delta_rule, launch
+
+        if self._owners is None or self._owners[0] is not sequences:
+            first, count, start, _ = sequences.unbind(1)
+            firsts, at, starts = (each.repeat_interleave(count) for each in (first, places, start))
+            positions = starts + torch.arange(len(firsts)) - firsts
+            listed = torch.stack((first, count, start, places), 1)
+            rows = [each.to(self.device, non_blocking=True) for each in (firsts, at, positions, listed)]
+            self._owners = sequences, delta_rule.Rows(*rows)
+        between = delta_rule.space(len(wide), rule.sizes, self.device)
+        out = wide.new_empty(len(wide), rule.sizes.values)
+        sums = launch.Sums(wide[None]), launch.Sums(gates[None])
+        delta_rule.gated_delta_rule(*sums, rule, eps, self._owners[1], states, between, out)
         return out
 
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:

@@ -204,6 +204,30 @@ def activation_mul_kernel(
 
 
 @triton.jit
+def output_gate_kernel(
+    partial,  # [splits, rows, N]
+    bias,
+    x,  # [rows, N], changed in place
+    rows,
+    N,
+    SPLITS: tl.constexpr,
+    BIASED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """x *= sigmoid(gate)."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    here = n < N
+    await_inputs(DEPENDENT)
+    gate = sum_parts(partial, row * N + n, rows * N, SPLITS, here)
+    if BIASED:
+        gate += tl.load(bias + n, mask=here, other=0.0)
+    y = tl.load(x + row * N + n, mask=here, other=0.0).to(tl.float32) * tl.sigmoid(gate)
+    tl.store(x + row * N + n, y.to(x.dtype.element_ty), mask=here)
+
+
+@triton.jit
 def embed_kernel(
     ids,  # int64 [rows]; < 0: what is in `sampled`
     positions,  # int64 [rows]; < 0: a row of padding

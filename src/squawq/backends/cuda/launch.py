@@ -148,6 +148,16 @@ def activation_mul(sums: Sums, activation: str, out: Tensor, dependent: bool = F
     )  # fmt: skip
 
 
+def output_gate(sums: Sums, x: Tensor, dependent: bool = False) -> None:
+    """x [rows, n] *= sigmoid(sums)."""
+    rows, n = x.shape
+    width = min(1024, triton.next_power_of_2(n))
+    elementwise.output_gate_kernel[(rows, triton.cdiv(n, width))](
+        sums.parts, sums.parts if sums.bias is None else sums.bias, x, rows, n, sums.parts.shape[0],
+        sums.bias is not None, width, dependent, num_warps=4, **pdl(dependent),
+    )  # fmt: skip
+
+
 @dataclass
 class DecodeSpace:
     """Where decode attention keeps the parts of each sequence: float32 [rows, heads, CHUNKS, head_dim], [..., 2]."""
