@@ -21,7 +21,7 @@ from torch import Tensor
 from squawq.errors import ConfigError, KernelError, RankError
 
 logger = logging.getLogger("squawq")
-ABI = 7  # that squawq_abi() of a matching library returns
+ABI = 8  # that squawq_abi() of a matching library returns
 LANES = 16  # values of a vector, output rows of a packed block, tokens of a page
 ENDED = -2  # a result: see csrc/dispatch.cpp
 ISAS = ("avx512", "avx2", "neon", "scalar", "torch")
@@ -36,6 +36,7 @@ _SIGNATURES = {
     "squawq_pack_int8": (POINTER, INT, SIZE, SIZE, POINTER, POINTER),
     "squawq_matmul": (POINTER, SIZE, SIZE, POINTER, POINTER),
     "squawq_rms_norm": (POINTER, POINTER, POINTER, FLOAT, SIZE, SIZE, POINTER),
+    "squawq_experts": (POINTER, POINTER, SIZE, SIZE, POINTER),
     "squawq_activation_mul": (POINTER, SIZE, SIZE, SIZE, POINTER),
     "squawq_rotary": (POINTER, SIZE, POINTER, SIZE, POINTER, POINTER),
     "squawq_rotate_and_store": (POINTER, *(SIZE,) * 5, *(POINTER,) * 4, FLOAT, *(POINTER,) * 3),
