@@ -14,7 +14,7 @@ constexpr float LEAST_SUM = 1e-20f;  // as in DeepSeek-V3's reference code
 
 // The scores of all experts, in place of their logits.
 void score(float* row, const Routing& r) {
-    if (r.scoring == Scoring::sigmoid) {
+    if (r.scores == Scores::sigmoid) {
         for (int64_t e = 0; e < r.experts; ++e) row[e] = 1.f / (1.f + std::exp(-row[e]));
         return;
     }

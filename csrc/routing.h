@@ -5,12 +5,12 @@
 
 namespace squawq {
 
-enum class Scoring : int64_t { softmax = 0, sigmoid = 1 };
+enum class Scores : int64_t { softmax = 0, sigmoid = 1 };
 
 // `Routing` of src/squawq/backends/layer_ops.py. bias: [experts] or null, added to the scores that experts are chosen by.
 struct Routing {
     int64_t experts, chosen, renormalize, groups, chosen_groups;
-    Scoring scoring;
+    Scores scores;
     float scale;
     const float* bias;
 };

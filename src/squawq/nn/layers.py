@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -38,6 +38,7 @@ def layer_operations(
     index: int,
     linears: Mapping[str, Packed],
     norms: Mapping[str, Tensor],
+    mlp: Sequence[Operation] | None = None,
     shared: bool = False,
 ) -> list[Operation]:
     """The operations of one layer. Every residual addition but the model's last is part of the norm that follows it.
@@ -45,6 +46,7 @@ def layer_operations(
     Args:
         linears: Packed weights, by the names QKV, OUT, GATE_UP and DOWN.
         norms: float32 weights, by the names of `norm_sizes`.
+        mlp: From NORMED to DELTA, in place of GATE_UP and DOWN.
         shared: Other ranks have the rest of the linears (tensor parallelism).
     """
     summed = [AllReduce()] if shared else []
@@ -60,12 +62,19 @@ def layer_operations(
         *summed,
         *_after(after_attention, norms),
         Norm(norms[before_mlp]),
-        Matmul(linears[GATE_UP], Buffer.NORMED, Buffer.WIDE),
-        ActivationMul(ACTIVATIONS[config.activation]),
-        Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
+        *(_gated(config, linears) if mlp is None else mlp),
         *summed,
         *_after(after_mlp, norms),
         *([AddResidual()] if index == config.num_layers - 1 else []),
+    ]
+
+
+def _gated(config: ModelConfig, linears: Mapping[str, Packed]) -> list[Operation]:
+    """down(activation(gate) * up)."""
+    return [
+        Matmul(linears[GATE_UP], Buffer.NORMED, Buffer.WIDE),
+        ActivationMul(ACTIVATIONS[config.activation]),
+        Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
     ]
 
 

@@ -9,7 +9,7 @@ from squawq.backends.cpu.packed import NativePacked, PackedInt8
 from squawq.backends.layer_ops import MixtureOfExperts, Packed
 from squawq.errors import KernelError
 
-SCORINGS = {"softmax": 0, "sigmoid": 1}  # `Scoring` in csrc/routing.h
+SCORINGS = {"softmax": 0, "sigmoid": 1}  # `Scores` in csrc/routing.h
 SHARED = {"": 0, "added": 1, "gated": 2}  # `Shared` in csrc/layers.h
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # `Activation` in csrc/ops.h
 
@@ -20,7 +20,7 @@ class Matrix(ctypes.Structure):  # the structs of csrc/layers.h and routing.h
 
 class _Routing(ctypes.Structure):
     _fields_ = (
-        *((name, SIZE) for name in ("experts", "chosen", "renormalize", "groups", "chosen_groups", "scoring")),
+        *((name, SIZE) for name in ("experts", "chosen", "renormalize", "groups", "chosen_groups", "scores")),
         *(("scale", FLOAT), ("bias", POINTER)),
     )
 
