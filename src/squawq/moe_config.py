@@ -11,16 +11,48 @@ from squawq.errors import CheckpointError
 
 MAX_EXPERTS = 2**14
 MAX_INNER = 2**22
-SIGMOID = ("dots1", "glm4_moe", "minimax_m2")  # as DeepSeek-V3 (arXiv 2412.19437); the others have softmax
-BIASED = (*SIGMOID, "ernie4_5_moe")
-GATED = ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text")
-MOE_FAMILIES = ("mixtral", "olmoe", "qwen3_moe", *BIASED, *GATED)
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "moe_k")
-RENORMALIZED = ("ernie4_5_moe", "minimax_m2", "mixtral", "qwen3_5_moe_text")  # always; the others by norm_topk_prob
-RENORMALIZED_BY_DEFAULT = ("glm4_moe", "qwen3_next")
-SHARED_EXPERTS = {"glm4_moe": 1, "ernie4_5_moe": 2}  # where config.json does not say
-FIRST_LAYER = {"glm4_moe": 1, "ernie4_5_moe": 1}
+SHARED = ("n_shared_experts", "moe_num_shared_experts")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A family's router, and what transformers, or the published model, has where config.json does not say.
+
+    Attributes:
+        inner: 0: experts have `intermediate_size`.
+        deepseek: Sigmoid scores, groups and a factor, as DeepSeek-V3 (arXiv 2412.19437).
+        always: Weights are renormalized whatever norm_topk_prob says.
+        shared: Shared experts as large as the others, for "added"; inner features of the shared expert, for "gated".
+        first: The first layer with experts.
+    """
+
+    experts: int
+    top_k: int
+    inner: int = 0
+    deepseek: bool = False
+    sigmoid: bool = False
+    biased: bool = False
+    renormalize: bool = False
+    always: bool = False
+    gated: bool = False
+    shared: int | None = None
+    first: int = 0
+
+
+MOE_FAMILIES = {
+    "mixtral": _Kind(8, 2, always=True),
+    "olmoe": _Kind(64, 8),
+    "minimax_m2": _Kind(256, 8, sigmoid=True, biased=True, always=True),
+    "qwen3_moe": _Kind(128, 8, 768),
+    "qwen2_moe": _Kind(60, 4, 1408, gated=True, shared=5632),
+    "qwen3_next": _Kind(512, 10, 512, renormalize=True, gated=True, shared=512),
+    "qwen3_5_moe_text": _Kind(256, 8, 512, always=True, gated=True, shared=512),
+    "ernie4_5_moe": _Kind(64, 6, 1536, biased=True, always=True, shared=2, first=1),
+    "glm4_moe": _Kind(128, 8, 1408, deepseek=True, sigmoid=True, biased=True, renormalize=True, shared=1, first=1),
+    "dots1": _Kind(128, 6, 1408, deepseek=True, sigmoid=True, biased=True, shared=0),
+}
 
 
 @dataclass(frozen=True)
@@ -52,66 +84,67 @@ class MoeConfig:
 
 def read_moe(raw: Mapping[str, Any], layers: int, where: str) -> MoeConfig | None:
     """The experts of a model of MOE_FAMILIES; None for others. Raises CheckpointError naming `where` and the key."""
-    kind = str(raw.get("model_type"))
-    if kind not in MOE_FAMILIES:
+    kind = MOE_FAMILIES.get(str(raw.get("model_type")))
+    if kind is None:
         return None
 
-    def size(keys: tuple[str, ...], least: int = 1, most: int = MAX_EXPERTS, default: int | None = None) -> int:
-        key = next((key for key in keys if raw.get(key) is not None), keys[0])
-        value = raw.get(key)
+    def size(keys: tuple[str, ...], default: int, least: int = 1, most: int = MAX_EXPERTS) -> int:
+        key, value = _first(raw, keys)
         found = whole(key, default if value is None else value, least, where)
         if found > most:
             raise CheckpointError(f"{where}: {key} is {found}; it must be at most {most}")
         return found
 
-    experts, top_k = size(EXPERTS), size(TOP_K)
+    experts, top_k = size(EXPERTS, kind.experts), size(TOP_K, kind.top_k)
     if top_k > experts:
         raise CheckpointError(f"{where}: a token cannot take {top_k} of {experts} experts")
-    inner = size(("moe_intermediate_size", "intermediate_size"), most=MAX_INNER)
-    grouped = kind in ("dots1", "glm4_moe")
-    groups = size(("n_group",), default=1) if grouped else 1
-    top_groups = size(("topk_group",), default=1) if grouped else 1
+    groups, top_groups = (size((key,), 1) if kind.deepseek else 1 for key in ("n_group", "topk_group"))
     if experts % groups or top_groups > groups or top_k > experts // groups * top_groups:
         raise CheckpointError(
             f"{where}: a token cannot take {top_k} experts from {top_groups} of {groups} groups of {experts} experts"
         )
-    shared_inner = 0
-    if kind in GATED:
-        shared_inner = size(("shared_expert_intermediate_size",), most=MAX_INNER)
-    elif kind in ("dots1", "glm4_moe", "ernie4_5_moe"):
-        keys = ("n_shared_experts", "moe_num_shared_experts")
-        shared_inner = inner * size(keys, least=0, default=SHARED_EXPERTS.get(kind, 0))
-    renormalize = raw.get("norm_topk_prob", kind in RENORMALIZED_BY_DEFAULT)
+    key = "moe_intermediate_size" if kind.inner else "intermediate_size"
+    inner = size((key,), kind.inner, most=MAX_INNER)
+    if kind.gated:
+        shared_inner = size(("shared_expert_intermediate_size",), kind.shared or 0, most=MAX_INNER)
+    else:
+        shared_inner = 0 if kind.shared is None else inner * size(SHARED, kind.shared, least=0)
+    renormalize = raw.get("norm_topk_prob", kind.renormalize)
     if not isinstance(renormalize, bool):
         raise CheckpointError(f"{where}: norm_topk_prob is {renormalize!r:.100}; it must be true or false")
     return MoeConfig(
         experts=experts,
         top_k=top_k,
         inner=inner,
-        scoring="sigmoid" if kind in SIGMOID else "softmax",
-        renormalize=renormalize or kind in RENORMALIZED,
-        biased=kind in BIASED,
+        scoring="sigmoid" if kind.sigmoid else "softmax",
+        renormalize=renormalize or kind.always,
+        biased=kind.biased,
         groups=groups,
         top_groups=top_groups,
-        scale=number(raw, "routed_scaling_factor", 1.0, where) if grouped else 1.0,
-        shared="" if not shared_inner else "gated" if kind in GATED else "added",
+        scale=number(raw, "routed_scaling_factor", 1.0, where) if kind.deepseek else 1.0,
+        shared="" if not shared_inner else "gated" if kind.gated else "added",
         shared_inner=shared_inner,
-        layers=_sparse_layers(raw, kind, layers, where),
+        layers=_sparse_layers(raw, kind.first, layers, where),
     )
 
 
-def _sparse_layers(raw: Mapping[str, Any], kind: str, layers: int, where: str) -> tuple[bool, ...]:
+def _first(raw: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any]:
+    """The first of these keys that has a value."""
+    key = next((key for key in keys if raw.get(key) is not None), keys[0])
+    return key, raw.get(key)
+
+
+def _sparse_layers(raw: Mapping[str, Any], first: int, layers: int, where: str) -> tuple[bool, ...]:
     """Which layers have experts."""
-    dense = raw.get("mlp_only_layers") or []
+    dense = [] if raw.get("mlp_only_layers") is None else raw["mlp_only_layers"]
     if not isinstance(dense, list) or not all(isinstance(index, int) for index in dense):
         raise CheckpointError(f"{where}: mlp_only_layers must list numbers of layers")
 
     def index(keys: tuple[str, ...], default: int, least: int = 0) -> int:
-        key = next((key for key in keys if raw.get(key) is not None), keys[0])
-        value = raw.get(key)
+        key, value = _first(raw, keys)
         return default if value is None or value == -1 else whole(key, value, least, where)
 
     every = index(("decoder_sparse_step", "moe_layer_interval"), 1, 1)
-    first = index(("first_k_dense_replace", "moe_layer_start_index"), FIRST_LAYER.get(kind, 0))
+    first = index(("first_k_dense_replace", "moe_layer_start_index"), first)
     last = index(("moe_layer_end_index",), layers - 1)
     return tuple(first <= i <= last and (i + 1) % every == 0 and i not in dense for i in range(layers))

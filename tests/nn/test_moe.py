@@ -19,7 +19,7 @@ from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import FAMILIES
 from squawq.format.groupwise import from_gemm
-from squawq.moe_config import MOE_FAMILIES
+from squawq.moe_config import EXPERTS, MOE_FAMILIES
 from squawq.nn.loader import Options, load
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
@@ -145,7 +145,6 @@ def config_of(case: str, **changes: Any) -> ModelConfig:
     [
         ("qwen3_moe", {"num_experts": 0}, "num_experts is 0; it must be a positive whole number"),
         ("qwen3_moe", {"num_experts": 10**6}, "num_experts is 1000000; it must be at most 16384"),
-        ("qwen3_moe", {"num_experts": None}, "num_experts is None"),
         ("qwen3_moe", {"num_experts_per_tok": 7}, "a token cannot take 7 of 6 experts"),
         ("qwen3_moe", {"num_experts_per_tok": True}, "num_experts_per_tok is True"),
         ("qwen3_moe", {"moe_intermediate_size": -3}, "moe_intermediate_size is -3"),
@@ -179,6 +178,25 @@ def test_which_layers_have_experts() -> None:
     assert layers("qwen3_moe, every second layer") == (False, True, False, True)
     assert layers("qwen3_moe, a dense layer") == (True, False, True, True)
     assert layers("dots1") == (False, True, True, True)
+
+
+def test_numbers_that_config_json_leaves_out() -> None:
+    """transformers' defaults."""
+    from conftest import tiny_config
+    from transformers import AutoConfig
+
+    for family in MOE_FAMILIES:
+        if family in ("dots1", "qwen3_next", "qwen3_5_moe_text"):  # no default, or hybrids
+            continue
+        theirs = AutoConfig.for_model(family)
+        raw = {**tiny_config(family), "intermediate_size": theirs.intermediate_size}
+        moe = ModelConfig.from_dict(raw).moe
+        assert moe is not None
+        top_k = getattr(theirs, "moe_k", None) or theirs.num_experts_per_tok
+        experts = {getattr(theirs, key, moe.experts) for key in EXPERTS}
+        assert (experts, moe.top_k) == ({moe.experts}, top_k), family
+        assert moe.inner == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size), family
+        assert moe.renormalize in (getattr(theirs, "norm_topk_prob", True), True), family
 
 
 def test_every_family_with_experts_that_we_run_has_its_numbers_read() -> None:
