@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from squawq.errors import CheckpointError
+from squawq.moe_config import MoeConfig, read_moe
 from squawq.quant_config import LAYOUTS, QuantConfig, stated_layout
 
 MAX_LAYERS = 1024
@@ -35,6 +36,7 @@ TIED = (  # where config.json does not say
     *("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "granite_swa", "minicpm3"),
     *("smollm3", "starcoder2", "vaultgemma", "youtu"),
 )
+SWITCHED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")  # that have windows only where use_sliding_window is true
 LEFT_OUT = {
     "gemma3_text": {
         "num_attention_heads": 8,
@@ -108,7 +110,7 @@ class ModelConfig:
     """A decoder's config.json, or the `text_config` in a multimodal model's.
 
     `raw` is the whole file; `quant` is None for a 16-bit checkpoint. Families that our decoder does not run are refused
-    by `nn/loader.py`, not here.
+    by `nn/loader.py`, not here. `moe`: the experts of a family whose router that decoder computes.
     """
 
     model_type: str
@@ -127,6 +129,7 @@ class ModelConfig:
     layer_types: tuple[str, ...]
     activation: str
     delta_rule: DeltaRuleConfig | None
+    moe: MoeConfig | None
     quant: QuantConfig | None
     raw: Mapping[str, Any]
 
@@ -197,6 +200,7 @@ class ModelConfig:
             layer_types=_layer_types(raw, layers, window, where),
             activation=str(raw.get("hidden_act") or raw.get("hidden_activation") or "silu"),
             delta_rule=_delta_rule(raw, where),
+            moe=read_moe(raw, layers, where),
             quant=None if quant is None else QuantConfig.from_quantization_config(quant, where, LAYOUTS),
             raw=whole,
         )
@@ -271,7 +275,9 @@ def _sliding_window(raw: Mapping[str, Any], where: str) -> int | None:
     window = raw.get("sliding_window")
     if window is None or raw.get("use_sliding_window") is False:
         return None
-    if raw.get("model_type") in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
+    if raw.get("model_type") in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe") and not raw.get(
+        "use_sliding_window", False
+    ):
         return None
     return _whole("sliding_window", window, 1, where)
 

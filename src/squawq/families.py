@@ -226,6 +226,7 @@ _GEMMA = _attention(adds=False) + _gated("pre_feedforward_layernorm", adds=False
 _DENSE_OR_MOE = _gated() + _moe("gate")  # the first layers of these have no experts
 _QWEN_MOE = _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert")
 _GRANITE_MOE = _moe("router", block="block_sparse_moe", names=_W123)
+_GATED_ATTENTION = Traits(qk_norm="head", gated=True)
 _COHERE = (_parallel(_within("mlp", "gate_proj", "up_proj")), *_MULTIPLIED[1:2], *_MULTIPLIED[3:])
 
 
@@ -268,14 +269,20 @@ FAMILIES = {
     **_rows("minicpm3", _latent_attention() + _gated(adds=False)),
     **_rows("youtu", _latent_attention() + _gated()),
     **_rows("deepseek_v2 deepseek_v3 glm4_moe_lite", _latent_attention() + _DENSE_OR_MOE),
-    **_rows("dots1 ernie4_5_moe exaone_moe glm4_moe olmoe qwen3_moe solar_open", _attention() + _DENSE_OR_MOE),
-    **_rows("qwen2_moe", _attention() + _QWEN_MOE),
-    **_rows("qwen3_next", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
+    **_rows("qwen3_moe", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head")),
+    **_rows("dots1", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head")),
+    **_rows("ernie4_5_moe exaone_moe glm4_moe olmoe solar_open", _attention() + _DENSE_OR_MOE),
+    **_rows("qwen2_moe", _attention() + _QWEN_MOE, decoder=Traits()),
     **_rows(
-        "qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0, decoder=Traits(qk_norm="head", gated=True)
+        "qwen3_next",
+        _delta_or_attention() + _QWEN_MOE,
+        norm_offset=1.0,
+        decoder=replace(_GATED_ATTENTION, by_key_heads=True),
     ),
-    **_rows("qwen3_5_moe_text", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
-    **_rows("mixtral minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
+    **_rows("qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0, decoder=_GATED_ATTENTION),
+    **_rows("qwen3_5_moe_text", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0, decoder=_GATED_ATTENTION),
+    **_rows("mixtral", _attention() + _moe("gate", names=_W123), experts=_W123, decoder=Traits()),
+    **_rows("minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
     **_rows("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
     **_rows("flex_olmo", _attention("") + _moe("gate", norm="")),
     **_rows("hunyuan_v1_moe", _attention() + _moe("gate.wg", shared="shared_mlp")),
@@ -323,6 +330,8 @@ def check_decoder(config: ModelConfig) -> None:
         unlike.append(f"a layer's attention is {sorted(others)[0]!r}")
     if config.delta_rule and (odd := [dim for dim in (config.head_dim, *config.delta_rule.dims) if dim % 8]):
         unlike.append(f"a head has {odd[0]} dimensions, which is no multiple of 8")
+    if config.model_type in ("qwen2_moe", "qwen3_moe") and config.sliding_window is not None:
+        unlike.append("use_sliding_window is true, and it has no windows of this family")
     if not family_of(config.model_type).decoder:
         unlike = [f"model_type is {config.model_type!r}"]
     if unlike:

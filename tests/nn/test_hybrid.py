@@ -27,7 +27,7 @@ from squawq.nn.shard import ALONE, Shard
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
-FAMILIES = ("qwen3_5_text",)
+FAMILIES = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 SHARED_HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_value_head_dim": 32}
 TOKENS = 70
 WAYS = {"torch": Options(backend="reference"), "native": Options(exact=True)}
@@ -79,8 +79,8 @@ def test_quantized(family: str, tmp_path: Path) -> None:
         found = in_chunks(tmp_path / "awq", options, 33)
         assert (found - expected).abs().max() < FLOAT16_CACHE
     if library.load() is not None:
-        rounded = in_chunks(tmp_path / "awq", Options(), 33)  # int8 activations and head
-        assert (rounded - expected).abs().max() < 0.2 * float(expected.abs().max())
+        rounded = in_chunks(tmp_path / "awq", Options(), 33)  # int8 activations and head: some tokens change experts
+        assert (rounded - expected).abs().mean() < 0.1 * float(expected.abs().mean())
 
 
 @pytest.mark.parametrize("quantized", [False, True])

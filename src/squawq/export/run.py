@@ -23,7 +23,7 @@ from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
 from squawq.format.shards import write_index
 from squawq.hub.download import resolve
-from squawq.nn.loader import linear_shapes
+from squawq.nn.loader import layer_shapes
 from squawq.quant_config import QuantConfig
 from squawq.quantization.job import Job, identity, target_path
 from squawq.report.files import REPORT
@@ -120,7 +120,7 @@ def _plan(checkpoint: Checkpoint, family: Family) -> _Plan:
     shapes = {
         f"{layer}.{name}": shape
         for index, layer in enumerate(layers)
-        for name, shape in linear_shapes(config, index).items()
+        for name, shape in layer_shapes(config, index).items()
     }
     if not config.tied_embeddings:
         shapes[family.head] = (config.vocab_size, config.hidden_size)

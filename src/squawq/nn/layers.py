@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -49,6 +49,7 @@ def layer_operations(
     index: int,
     linears: Mapping[str, Packed],
     norms: Mapping[str, Tensor],
+    mlp: Sequence[Operation] | None = None,
     shared: bool = False,
     rule: GatedDeltaRule | None = None,
 ) -> list[Operation]:
@@ -57,6 +58,7 @@ def layer_operations(
     Args:
         linears: Packed weights, by the names QKV, GATE, OUT, GATE_UP and DOWN, and those of `delta_rule`.
         norms: float32 weights, by the names of `norm_sizes`.
+        mlp: From NORMED to DELTA, in place of GATE_UP and DOWN.
         shared: Other ranks have the rest of the linears (tensor parallelism).
         rule: Of a layer with linear attention.
     """
@@ -70,9 +72,7 @@ def layer_operations(
         *summed,
         *_after(after_attention, norms),
         Norm(norms[before_mlp]),
-        Matmul(linears[GATE_UP], Buffer.NORMED, Buffer.WIDE),
-        ActivationMul(ACTIVATIONS[config.activation]),
-        Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
+        *(_gated(config, linears) if mlp is None else mlp),
         *summed,
         *_after(after_mlp, norms),
         *([AddResidual()] if index == config.num_layers - 1 else []),
@@ -101,6 +101,15 @@ def linear_attention(rule: GatedDeltaRule, linears: Mapping[str, Packed]) -> lis
         Matmul(linears[delta_rule.GATES], Buffer.NORMED, Buffer.GATES),
         rule,
         Matmul(linears[delta_rule.OUT], Buffer.NARROW, Buffer.DELTA),
+    ]
+
+
+def _gated(config: ModelConfig, linears: Mapping[str, Packed]) -> list[Operation]:
+    """down(activation(gate) * up)."""
+    return [
+        Matmul(linears[GATE_UP], Buffer.NORMED, Buffer.WIDE),
+        ActivationMul(ACTIVATIONS[config.activation]),
+        Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
     ]
 
 

@@ -6,7 +6,7 @@ memory (DeviceReader). Nothing stays mapped from the files, which may change whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,14 +20,14 @@ from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import Family, check_decoder, family_of, traits_of
-from squawq.format.groupwise import PER_WORD, from_gemm
-from squawq.format.layouts import Gemm, part_group
-from squawq.format.reader import WHOLE, Checkpoint, Part
+from squawq.format.reader import WHOLE, Checkpoint
 from squawq.format.shards import DeviceReader, read_tensor
 from squawq.memory import give_memory_back
 from squawq.nn.decoder import Decoder
 from squawq.nn.delta_rule import Piece, by_heads, delta_pieces, delta_shapes, load_delta_rule
 from squawq.nn.layers import DOWN, GATE, GATE_UP, OUT, QKV, is_linear, layer_operations, norm_sizes
+from squawq.nn.linears import Linear, load_linear
+from squawq.nn.moe import block_of, load_experts, moe_shapes
 from squawq.nn.shard import ALONE, Shard
 
 HEADS = ("int8", "int4", "16-bit")
@@ -58,22 +58,35 @@ class Options:
             raise ConfigError(f"head is {self.head!r}; choose one of {', '.join(HEADS)}")
 
 
-def linear_shapes(config: ModelConfig, index: int = 0) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every linear in a layer. Raises ConfigError for families unlike Llama."""
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear in a layer with attention and one MLP.
+
+    Raises ConfigError for families unlike Llama.
+    """
     traits = traits_of(family_of(config.model_type))
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = {
+    return {
         "self_attn.q_proj": (2 * query if traits.gated else query, hidden),
         "self_attn.k_proj": (key, hidden),
         "self_attn.v_proj": (key, hidden),
         "self_attn.o_proj": (hidden, query),
-    }
-    return (delta_shapes(config, traits.by_key_heads) if is_linear(config, index) else attention) | {
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
+
+
+def layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear in this layer, router and experts included."""
+    family, shapes = family_of(config.model_type), linear_shapes(config)
+    mlp = {name: shape for name, shape in shapes.items() if name.startswith("mlp.")}
+    mixer = {name: shape for name, shape in shapes.items() if name not in mlp}
+    if is_linear(config, index):
+        mixer = delta_shapes(config, traits_of(family).by_key_heads)
+    if config.moe is not None and config.moe.layers[index]:
+        mlp = moe_shapes(config.moe, config.hidden_size, family.experts)
+    return mixer | mlp
 
 
 FUSED = {
@@ -85,89 +98,24 @@ FUSED = {
 
 
 def layer_pieces(config: ModelConfig, family: Family, index: int) -> dict[str, tuple[Piece, ...]]:
-    """The pieces that make up each packed weight of a layer."""
+    """The pieces that make up each packed weight of a layer, without experts."""
     traits = traits_of(family)
     pieces: dict[str, tuple[Piece, ...]] = {
         name: tuple((linear, None) for linear in linears) for name, linears in FUSED.items()
     }
     if is_linear(config, index):
-        return delta_pieces(config, traits.by_key_heads) | {name: pieces[name] for name in (GATE_UP, DOWN)}
-    if traits.gated:
+        mlp = {name: pieces[name] for name in (GATE_UP, DOWN)}
+        pieces = delta_pieces(config, traits.by_key_heads) | mlp
+    elif traits.gated:
         (query, _), *others = pieces[QKV]
         queries, gates = by_heads(config.num_heads, (config.head_dim, config.head_dim))
         pieces |= {QKV: ((query, queries), *others), GATE: ((query, gates),)}
-    return pieces
+    return {name: found for name, found in pieces.items() if not (is_sparse(config, index) and name in (GATE_UP, DOWN))}
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A linear in a checkpoint, by its full name, and which (outputs, inputs) of it are loaded.
-
-    order: int64; outputs of the part, in eights that are neighbours, in the order in which they are wanted. None: all.
-    """
-
-    name: str
-    out: int
-    in_: int
-    part: Part = WHOLE
-    order: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of the part."""
-        (first, last, _), (start, stop, _) = self.part[0].indices(self.out), self.part[1].indices(self.in_)
-        return last - first if self.order is None else len(self.order), stop - start
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the part adds the bias: of parts with other inputs, only the first does."""
-        return self.part[1].indices(self.in_)[0] == 0
-
-
-def load_linear(checkpoint: Checkpoint, linears: Sequence[Linear], backend: Backend) -> Packed:
-    """Linears with the same input, stacked to one weight."""
-    quantized = [checkpoint.is_quantized(linear.name) for linear in linears]
-    bias = _bias(checkpoint, linears, backend.device)
-    if all(quantized):
-        gemms = (_ordered(_gemm(checkpoint, linear), linear.order) for linear in linears)
-        first, inputs = linears[0], linears[0].shape[1]
-        group = part_group(first.part[1], first.in_, checkpoint.group_of(first.in_))
-        return backend.pack_int4(sum(linear.shape[0] for linear in linears), inputs, group, gemms, bias)
-    weights = [_dense(checkpoint, linear) for linear in linears]
-    if any(quantized):  # a checkpoint with some of them quantized
-        weights = [weight.float() for weight in weights]
-    return backend.pack_dense(weights, bias)
-
-
-def _gemm(checkpoint: Checkpoint, linear: Linear) -> Gemm:
-    return checkpoint.read_gemm(linear.name, linear.in_, linear.out, linear.part)
-
-
-def _ordered(gemm: Gemm, order: Tensor | None) -> Gemm:
-    """The outputs of a linear in another order, of which a word has eight."""
-    if order is None:
-        return gemm
-    (qweight, scales, qzeros), words = gemm, order[::PER_WORD] // PER_WORD
-    return qweight[:, words], scales[:, order], None if qzeros is None else qzeros[:, words]
-
-
-def _dense(checkpoint: Checkpoint, linear: Linear) -> Tensor:
-    if checkpoint.is_quantized(linear.name):
-        return from_gemm(*_ordered(_gemm(checkpoint, linear), linear.order)).dequantize()
-    weight = checkpoint.read_part(f"{linear.name}.weight", (linear.out, linear.in_), *linear.part)
-    return weight if linear.order is None else weight[linear.order]
-
-
-def _bias(checkpoint: Checkpoint, linears: Sequence[Linear], device: torch.device) -> Tensor | None:
-    if not any(f"{linear.name}.bias" in checkpoint.tensors and linear.has_bias for linear in linears):
-        return None
-    biases = []
-    for linear in linears:
-        known, outputs = f"{linear.name}.bias" in checkpoint.tensors, linear.part[0]
-        bias = checkpoint.read_part(f"{linear.name}.bias", (linear.out,), outputs) if known else None
-        bias = bias if bias is None or linear.order is None else bias[linear.order]
-        biases.append(torch.zeros(linear.shape[0]) if bias is None else bias.to(device, torch.float32))
-    return torch.cat([bias.to(device) for bias in biases])
+def is_sparse(config: ModelConfig, index: int) -> bool:
+    """Whether a layer has experts."""
+    return config.moe is not None and config.moe.layers[index]
 
 
 def _norm(checkpoint: Checkpoint, name: str, size: int, family: Family, device: torch.device) -> Tensor:
@@ -178,7 +126,7 @@ def load_layer(checkpoint: Checkpoint, index: int, backend: Backend, shard: Shar
     """One decoder layer, or a rank's part of it."""
     config = checkpoint.config
     family = family_of(config.model_type)
-    prefix, shapes, device = family.layer(index), linear_shapes(config, index), backend.device
+    prefix, shapes, device = family.layer(index), layer_shapes(config, index), backend.device
 
     def linear(name: str, order: Tensor | None) -> Linear:
         part = shard.part(name, config) if shard.size > 1 else WHOLE
@@ -193,7 +141,8 @@ def load_layer(checkpoint: Checkpoint, index: int, backend: Backend, shard: Shar
         for name, size in norm_sizes(config, family, index).items()
     }
     rule = load_delta_rule(checkpoint, prefix, index, device) if is_linear(config, index) else None
-    return layer_operations(config, family, index, linears, norms, shard.size > 1, rule)
+    mlp = load_experts(checkpoint, prefix, backend, shard) if is_sparse(config, index) else None
+    return layer_operations(config, family, index, linears, norms, mlp, shard.size > 1, rule)
 
 
 def load_embedding(checkpoint: Checkpoint, family: Family, shard: Shard = ALONE) -> Tensor:
@@ -290,8 +239,8 @@ def rank_bytes(
     elif not (whole.tied_embeddings and same_dtype):
         total += linear(family.embedding if whole.tied_embeddings else family.head, count, whole.hidden_size)
     for index in range(config.num_layers):
-        shapes = linear_shapes(config, index).items()
-        total += sum(linear(f"{family.layer(index)}.{name}", *shape) for name, shape in shapes)
+        shapes = layer_shapes(config, index)
+        total += sum(linear(f"{family.layer(index)}.{name}", *shape) for name, shape in shapes.items())
     return total
 
 
@@ -328,10 +277,12 @@ class OpenModel:
         head: Instead of `self.head`.
         """
         checkpoint, dtype = self.checkpoint, self.backend.activation_dtype
-        embedding = checkpoint.info(f"{self.family.embedding}.weight")
+        family, block = self.family, block_of(checkpoint, self.family)
+        embedding = checkpoint.info(f"{family.embedding}.weight")
 
         def group_of(name: str, in_: int) -> int | None:
-            return checkpoint.group_of(in_) if checkpoint.is_quantized(name) else None
+            stored = name.replace(".mlp.experts.", f".{block}.experts.")
+            return checkpoint.group_of(in_) if checkpoint.is_quantized(stored) else None
 
         sizes = embedding.nbytes, embedding.dtype == dtype, dtype.itemsize
         return rank_bytes(checkpoint.config, self.shard, head or self.head, group_of, *sizes)

@@ -36,6 +36,7 @@ _SIGNATURES = {
     "squawq_pack_int8": (POINTER, INT, SIZE, SIZE, POINTER, POINTER),
     "squawq_matmul": (POINTER, SIZE, SIZE, POINTER, POINTER),
     "squawq_rms_norm": (POINTER, POINTER, POINTER, FLOAT, SIZE, SIZE, POINTER),
+    "squawq_experts": (POINTER, POINTER, SIZE, SIZE, POINTER),
     "squawq_activation_mul": (POINTER, SIZE, SIZE, SIZE, POINTER),
     "squawq_rotary": (POINTER, SIZE, POINTER, SIZE, POINTER, POINTER),
     "squawq_rotate_and_store": (POINTER, *(SIZE,) * 5, *(POINTER,) * 4, FLOAT, *(POINTER,) * 3),
