@@ -207,7 +207,7 @@ class Reference(Backend):
                 inputs.zero_()
                 memory.zero_()
             here = slice(first, first + rows)
-            x, z = wide[here].float().split((sizes.channels, sizes.values), 1)
+            x, z = torch.split(wide[here].float(), (sizes.channels, sizes.values), 1)
             queries, keys, values = split_delta(convolve(x, inputs, rule.convolution), sizes)
             beta, decay = delta_gates(gates[here].float(), rule)
             y = gated_delta_rule(queries, keys, values, beta, decay, memory)

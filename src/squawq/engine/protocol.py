@@ -101,7 +101,10 @@ class Runner(Protocol):
     # Whether pages hold all that a sequence needs of its past. If not, the rest is kept by `Chunk.slot` and begins anew
     # with a chunk at position 0; the engine then has no prefix cache.
     shares_prefixes: bool
-    max_sequences: int | None  # that it has room for beside what pages hold; None: no limit of its own
+
+    @property
+    def max_sequences(self) -> int | None:
+        """Sequences that it has room for beside what pages hold; None: no limit of its own."""
 
     @property
     def failure(self) -> str | None:
