@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from squawq.backends.sampling import Chunk
 from squawq.engine.runner import DecoderRunner
+from squawq.families import FAMILIES
 from squawq.nn.loader import Options, load
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def make_model(tmp_path: Path) -> MakeModel:
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 spread = 0.2 if parameter.dim() == 2 else 0.1
-                mean = 1.0 if "norm" in parameter_name else 0.0
+                mean = 1 - FAMILIES[model_type].norm_offset if "norm" in parameter_name else 0.0
                 parameter.normal_(mean, spread)
         state = {k: v.contiguous() for k, v in model.state_dict().items()}
         if raw["tie_word_embeddings"]:
