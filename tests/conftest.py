@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 EXACT = Options(exact=True)
+# Families that our decoder runs, and that have a class of their own for text alone
+DECODED = sorted(name for name, row in FAMILIES.items() if row.decoder and not name.endswith("_vl_text"))
 MakeModel = Callable[..., Path]
 
 
@@ -94,6 +96,7 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "eos_token_id": 1,
+        "pad_token_id": 0,
         "hidden_act": "silu",
     }
     return {**config, **changes}

@@ -324,7 +324,7 @@ def test_a_whole_model(
 ) -> None:
     """Prompts, then decode steps that replay what a graph would hold: logits and greedy tokens of the reference."""
     model_type, changes = {**PLAIN, **CASES}[case]
-    source = make_model(model_type, pad_token_id=0, **changes)
+    source = make_model(model_type, **changes)
     quantize_model(source, tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
     monkeypatch.setattr(CudaBackend, "declines", classmethod(lambda *_: None))
     multiply_bfloat16(monkeypatch)
