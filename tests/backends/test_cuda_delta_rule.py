@@ -11,7 +11,7 @@ from squawq.backends import backend_for
 from squawq.backends.base import States
 from squawq.backends.cuda.backend import CudaBackend
 from squawq.backends.layer_ops import GatedDeltaRule
-from squawq.config import DeltaRuleConfig
+from squawq.delta_config import DeltaRuleConfig
 
 pytest.importorskip("triton")
 

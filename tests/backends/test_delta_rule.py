@@ -12,7 +12,7 @@ from squawq.backends import backend_for
 from squawq.backends.base import Backend, States
 from squawq.backends.cpu import library
 from squawq.backends.layer_ops import GatedDeltaRule
-from squawq.config import DeltaRuleConfig
+from squawq.delta_config import DeltaRuleConfig
 from squawq.errors import SquawqError
 
 SIZES = {
@@ -85,7 +85,7 @@ def by_transformers(rule: GatedDeltaRule, rows: int) -> Tensor:
     )
     module = Qwen3_5GatedDeltaNet(config, 0)
     every = torch.eye(config.hidden_size)
-    parts = every.split((sizes.channels, sizes.values, sizes.value_heads, sizes.value_heads))
+    parts = torch.split(every, [sizes.channels, sizes.values, sizes.value_heads, sizes.value_heads])
     linears = module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a
     with torch.no_grad():
         for linear, part in zip(linears, parts, strict=True):

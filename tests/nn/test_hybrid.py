@@ -14,7 +14,8 @@ from torch import Tensor
 
 from squawq.backends.cpu import library
 from squawq.backends.sampling import Chunk
-from squawq.config import LINEAR, ModelConfig
+from squawq.config import ModelConfig
+from squawq.delta_config import LINEAR
 from squawq.engine.capacity import states_that_fit
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squawq.backends.layer_ops import GatedDeltaRule
-from squawq.config import DeltaRuleConfig
+from squawq.delta_config import DeltaRuleConfig
 
 L2_EPS = 1e-6  # of the norms of queries and keys
 
@@ -34,7 +34,7 @@ def split_delta(x: Tensor, sizes: DeltaRuleConfig) -> tuple[Tensor, Tensor, Tens
     Neighbouring value heads share a query and key head.
     """
     keys = sizes.key_heads * sizes.key_dim
-    q, k, v = torch.split(x, (keys, keys, sizes.values), 1)
+    q, k, v = torch.split(x, [keys, keys, sizes.values], 1)
     q, k = (t.view(len(x), sizes.key_heads, sizes.key_dim) for t in (q, k))
     q, k = (t * torch.rsqrt(t.pow(2).sum(-1, keepdim=True) + L2_EPS) for t in (q, k))
     share = sizes.value_heads // sizes.key_heads

@@ -22,7 +22,8 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import cached_file
 
 from squawq.backends.sampling import Chunk
-from squawq.config import DELTA_RULE, ModelConfig
+from squawq.config import ModelConfig
+from squawq.delta_config import DELTA_RULE
 from squawq.errors import CheckpointError, ConfigError, FusionError
 from squawq.families import FAMILIES, check_decoder
 from squawq.format.reader import Checkpoint

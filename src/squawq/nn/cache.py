@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from squawq.backends.base import Backend, LayerCache
-from squawq.config import LINEAR, ModelConfig
+from squawq.config import ModelConfig
+from squawq.delta_config import LINEAR
 
 
 class Cache:

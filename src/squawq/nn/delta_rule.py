@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from squawq.backends.layer_ops import GatedDeltaRule
-from squawq.config import DeltaRuleConfig, ModelConfig
+from squawq.config import ModelConfig
+from squawq.delta_config import DeltaRuleConfig
 from squawq.format.reader import Checkpoint
 
 IN, GATES, OUT = "linear_attn.in_proj", "linear_attn.gates", "linear_attn.out_proj"  # packed weights
@@ -36,9 +37,10 @@ def delta_pieces(config: ModelConfig, interleaved: bool) -> dict[str, tuple[Piec
     """The pieces that make up each packed weight of linear attention."""
     if not interleaved:
         parts = {IN: ("qkv", "z"), GATES: ("b", "a")}
-        return {
-            name: tuple((f"linear_attn.in_proj_{part}", None) for part in found) for name, found in parts.items()
-        } | {OUT: ((OUT, None),)}
+        pieces: dict[str, tuple[Piece, ...]] = {OUT: ((OUT, None),)}
+        for name, found in parts.items():
+            pieces[name] = tuple((f"linear_attn.in_proj_{part}", None) for part in found)
+        return pieces
     sizes = _sizes(config)
     share = sizes.value_heads // sizes.key_heads
     values = share * sizes.value_dim
@@ -53,7 +55,7 @@ def delta_pieces(config: ModelConfig, interleaved: bool) -> dict[str, tuple[Piec
 def by_heads(heads: int, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Outputs of a linear whose every head has parts of these sizes: int64, of each part those of all heads."""
     outputs = torch.arange(heads * sum(sizes)).view(heads, sum(sizes))
-    return tuple(part.flatten() for part in outputs.split(sizes, 1))
+    return tuple(part.flatten() for part in torch.split(outputs, list(sizes), 1))
 
 
 def load_delta_rule(checkpoint: Checkpoint, prefix: str, layer: int, device: torch.device) -> GatedDeltaRule:

@@ -14,7 +14,7 @@ from squawq.backends.cuda.int4 import INTERPRETED
 from squawq.backends.cuda.launch import Sums, pdl
 from squawq.backends.delta_rule import L2_EPS
 from squawq.backends.layer_ops import GatedDeltaRule
-from squawq.config import DeltaRuleConfig
+from squawq.delta_config import DeltaRuleConfig
 
 COLUMNS = 64 if INTERPRETED else 8  # of a state, in a program
 
