@@ -26,17 +26,17 @@ WINDOWLESS = (  # that have none, whatever config.json says
     *("llama", "gemma", "granite", "olmo2", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "qwen3_vl_text"),
     *("arcee", "internlm3", "iquestcoder", "seed_oss"),
 )
-# that have one only where use_sliding_window is true
+# that have windows only where use_sliding_window is true
 SWITCHED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_5_vl_text", "smollm3")
 WINDOWS = {"gemma2": 4096, "gemma3_text": 4096, "cwm": 8192}  # where config.json does not say
-PATTERNS = {
+PATTERNS = {  # one layer of so many is full
     "gemma2": 2,
     "gemma3_text": 6,
     "olmo3": 4,
     "exaone4": 4,
     "cohere2": 4,
     "cwm": 4,
-}  # one layer of so many is full
+}
 TEXT_OF = {"qwen2_5_vl": "qwen2_5_vl_text"}  # multimodal models whose config.json may have all on one level
 LEFT_OUT = {
     "gemma3_text": {

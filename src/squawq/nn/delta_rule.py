@@ -6,6 +6,9 @@ They are loaded in the order of the operations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,10 +16,9 @@ from squawq.backends.layer_ops import GatedDeltaRule
 from squawq.config import ModelConfig
 from squawq.delta_config import DeltaRuleConfig
 from squawq.format.reader import Checkpoint
+from squawq.nn.linears import Linear
 
 IN, GATES, OUT = "linear_attn.in_proj", "linear_attn.gates", "linear_attn.out_proj"  # packed weights
-# A checkpoint's linear, and which of its outputs in which order; None: all as they are
-Piece = tuple[str, Tensor | None]
 
 
 def delta_shapes(config: ModelConfig, interleaved: bool) -> dict[str, tuple[int, int]]:
@@ -33,23 +35,35 @@ def delta_shapes(config: ModelConfig, interleaved: bool) -> dict[str, tuple[int,
     }
 
 
-def delta_pieces(config: ModelConfig, interleaved: bool) -> dict[str, tuple[Piece, ...]]:
-    """The pieces that make up each packed weight of linear attention."""
+def delta_linears(config: ModelConfig, layer: str, interleaved: bool) -> dict[str, list[Linear]]:
+    """The linears that make up each packed weight of linear attention in `layer`, a full name."""
+    shapes = delta_shapes(config, interleaved)
+
+    def linear(name: str, order: Tensor | None = None) -> Linear:
+        return Linear(f"{layer}.{name}", *shapes[name], order=order)
+
+    def inputs(*names: str) -> list[Linear]:
+        return [linear(f"linear_attn.in_proj_{name}") for name in names]
+
     if not interleaved:
-        parts = {IN: ("qkv", "z"), GATES: ("b", "a")}
-        pieces: dict[str, tuple[Piece, ...]] = {OUT: ((OUT, None),)}
-        for name, found in parts.items():
-            pieces[name] = tuple((f"linear_attn.in_proj_{part}", None) for part in found)
-        return pieces
+        return {IN: inputs("qkv", "z"), GATES: inputs("b", "a"), OUT: [linear(OUT)]}
     sizes = _sizes(config)
     share = sizes.value_heads // sizes.key_heads
     values = share * sizes.value_dim
-    inputs = by_heads(sizes.key_heads, (sizes.key_dim, sizes.key_dim, values, values))
+    qkvz = torch.cat(by_heads(sizes.key_heads, (sizes.key_dim, sizes.key_dim, values, values)))
+    ba = torch.cat(by_heads(sizes.key_heads, (share, share)))
     return {
-        IN: (("linear_attn.in_proj_qkvz", torch.cat(inputs)),),
-        GATES: (("linear_attn.in_proj_ba", torch.cat(by_heads(sizes.key_heads, (share, share)))),),
-        OUT: ((OUT, None),),
+        IN: [linear("linear_attn.in_proj_qkvz", qkvz)],
+        GATES: [linear("linear_attn.in_proj_ba", ba)],
+        OUT: [linear(OUT)],
     }
+
+
+def without_gates(config: ModelConfig, linears: Sequence[Linear]) -> tuple[list[Linear], list[Linear]]:
+    """The queries of q_proj beside the other linears of attention, and its gates."""
+    query, *others = linears
+    queries, gates = by_heads(config.num_heads, (config.head_dim, config.head_dim))
+    return [replace(query, order=queries), *others], [replace(query, order=gates)]
 
 
 def by_heads(heads: int, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:

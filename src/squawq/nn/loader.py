@@ -24,7 +24,7 @@ from squawq.format.reader import WHOLE, Checkpoint
 from squawq.format.shards import DeviceReader, read_tensor
 from squawq.memory import give_memory_back
 from squawq.nn.decoder import Decoder
-from squawq.nn.delta_rule import Piece, by_heads, delta_pieces, delta_shapes, load_delta_rule
+from squawq.nn.delta_rule import delta_linears, delta_shapes, load_delta_rule, without_gates
 from squawq.nn.layers import DOWN, GATE, GATE_UP, OUT, QKV, is_linear, layer_operations, norm_sizes
 from squawq.nn.linears import Linear, load_linear
 from squawq.nn.moe import block_of, load_experts, moe_shapes
@@ -65,10 +65,16 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     Raises ConfigError for families unlike Llama.
     """
     family = family_of(config.model_type)
-    traits = traits_of(family)
+    traits_of(family)
+    return {name: shape for name, shape in _every_shape(config).items() if name in family.linears}
+
+
+def _every_shape(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """With separate linears, and with those that some families have in their place."""
+    traits = traits_of(family_of(config.model_type))
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {
+    return {
         QKV: (query + 2 * key, hidden),
         "self_attn.q_proj": (2 * query if traits.gated else query, hidden),
         "self_attn.k_proj": (key, hidden),
@@ -79,7 +85,6 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    return {name: shape for name, shape in shapes.items() if name in family.linears}
 
 
 def layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, int]]:
@@ -100,27 +105,7 @@ FUSED = {
     GATE_UP: ("mlp.gate_proj", "mlp.up_proj"),
     DOWN: ("mlp.down_proj",),
 }
-
-
-def parts_of(family: Family, packed: str) -> tuple[str, ...]:
-    """The checkpoint's linears that make up one of FUSED: several, or one that is stored so."""
-    return (packed,) if packed in family.linears else FUSED[packed]
-
-
-def layer_pieces(config: ModelConfig, family: Family, index: int) -> dict[str, tuple[Piece, ...]]:
-    """The pieces that make up each packed weight of a layer, without experts."""
-    traits = traits_of(family)
-    pieces: dict[str, tuple[Piece, ...]] = {
-        name: tuple((linear, None) for linear in parts_of(family, name)) for name in FUSED
-    }
-    if is_linear(config, index):
-        mlp = {name: pieces[name] for name in (GATE_UP, DOWN)}
-        pieces = delta_pieces(config, traits.by_key_heads) | mlp
-    elif traits.gated:
-        (query, _), *others = pieces[QKV]
-        queries, gates = by_heads(config.num_heads, (config.head_dim, config.head_dim))
-        pieces |= {QKV: ((query, queries), *others), GATE: ((query, gates),)}
-    return {name: found for name, found in pieces.items() if not (is_sparse(config, index) and name in (GATE_UP, DOWN))}
+MLP = (GATE_UP, DOWN)
 
 
 def stored_family(checkpoint: Checkpoint) -> Family:
@@ -141,11 +126,6 @@ def stored_family(checkpoint: Checkpoint) -> Family:
     return replace(family, **names, head=next(filter(stored, heads), family.head))
 
 
-def is_sparse(config: ModelConfig, index: int) -> bool:
-    """Whether a layer has experts."""
-    return config.moe is not None and config.moe.layers[index]
-
-
 def _norm(checkpoint: Checkpoint, name: str, size: int, family: Family, device: torch.device) -> Tensor:
     return checkpoint.read(f"{name}.weight", (size,)).to(device, torch.float32) + family.norm_offset
 
@@ -154,22 +134,37 @@ def load_layer(checkpoint: Checkpoint, index: int, backend: Backend, shard: Shar
     """One decoder layer, or a rank's part of it."""
     config = checkpoint.config
     family = stored_family(checkpoint)
-    prefix, shapes, device = family.layer(index), layer_shapes(config, index), backend.device
+    prefix, shapes, device = family.layer(index), _every_shape(config), backend.device
 
-    def linear(name: str, order: Tensor | None) -> Linear:
-        part = shard.part(name, config) if shard.size > 1 else WHOLE
-        return Linear(f"{prefix}.{name}", *shapes[name], part, order)
+    def parts(packed: str) -> list[Linear]:
+        """Linears that make up one of FUSED: several, or as many parts of one."""
+        found, first = [], 0
+        for name in FUSED[packed]:
+            outputs, inputs = shard.part(name, config) if shard.size > 1 else WHOLE
+            if packed not in family.linears:
+                found.append(Linear(f"{prefix}.{name}", *shapes[name], (outputs, inputs)))
+                continue
+            start, stop, _ = outputs.indices(shapes[name][0])
+            found.append(Linear(f"{prefix}.{packed}", *shapes[packed], (slice(first + start, first + stop), inputs)))
+            first += shapes[name][0]
+        return found
 
-    linears = {
-        name: load_linear(checkpoint, [linear(*piece) for piece in pieces], backend)
-        for name, pieces in layer_pieces(config, family, index).items()
-    }
+    traits, linear = traits_of(family), is_linear(config, index)
+    sparse = config.moe is not None and config.moe.layers[index]
+    if linear:
+        named = delta_linears(config, prefix, traits.by_key_heads)
+    else:
+        named = {name: parts(name) for name in (QKV, OUT)}
+        if traits.gated:
+            named[QKV], named[GATE] = without_gates(config, named[QKV])
+    named |= {name: parts(name) for name in MLP if not sparse}
+    linears = {name: load_linear(checkpoint, found, backend) for name, found in named.items()}
+    mlp = load_experts(checkpoint, prefix, backend, shard) if sparse else None
+    rule = load_delta_rule(checkpoint, prefix, index, device) if linear else None
     norms = {
         name: _norm(checkpoint, f"{prefix}.{name}", size, family, device)
         for name, size in norm_sizes(config, family, index).items()
     }
-    rule = load_delta_rule(checkpoint, prefix, index, device) if is_linear(config, index) else None
-    mlp = load_experts(checkpoint, prefix, backend, shard) if is_sparse(config, index) else None
     return layer_operations(config, family, index, linears, norms, mlp, shard.size > 1, rule)
 
 
