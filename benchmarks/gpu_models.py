@@ -350,7 +350,7 @@ def random_decoder(shape: Shape, device: str = "cuda", shard: Shard = ALONE) -> 
         for name, parts in FUSED.items():
             out, in_ = sum(sizes[part][0] for part in parts), sizes[parts[0]][1]
             linears[name] = backend.pack_int4(out, in_, GROUP, [random_gemm(out, in_, device)])
-        norms = {name: torch.ones(size, device=device) for name, size in norm_sizes(config, family).items()}
+        norms = {name: torch.ones(size, device=device) for name, size in norm_sizes(config, family, index).items()}
         operations.append(layer_operations(config, family, index, linears, norms, shared=shard.size > 1))
     head = backend.pack_dense([matrix().mul_(LOGITS_STD / math.sqrt(shape.hidden))])
     norm = torch.ones(shape.hidden, device=device)

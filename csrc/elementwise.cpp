@@ -38,17 +38,6 @@ void rms_norm(float* x, const float* delta, const float* weight, float eps, int6
 namespace {
 
 template <Activation A>
-SIMD F activated(F x) {
-    const F one = set1(1.f);
-    if constexpr (A == Activation::silu) {
-        return div(x, add(one, exp(sub(set1(0.f), x))));
-    } else {  // 0.5 x (1 + tanh(u)) is x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-        const F u = mul(x, fma(mul(x, x), set1(0.044715f), one));
-        return div(x, add(one, exp(mul(u, set1(-1.5957691216f)))));
-    }
-}
-
-template <Activation A>
 void activate(const float* gate_up, int64_t m, int64_t n, float* y) {
     for_rows(m, n, [=](int64_t i) {
         const float* gate = gate_up + i * 2 * n;
@@ -59,10 +48,36 @@ void activate(const float* gate_up, int64_t m, int64_t n, float* y) {
 
 }  // namespace
 
+// x *= sigmoid(gates), n values; a multiple of 16.
+void output_gate(float* x, const float* gates, int64_t n) {
+    const F one = set1(1.f);
+    for_rows(n / LANES, LANES, [=](int64_t i) {
+        const int64_t at = i * LANES;
+        store(x + at, div(load(x + at), add(one, exp(sub(set1(0.f), load(gates + at))))));
+    });
+}
+
 // gate_up [m][2n]: y = activation(gate) * up. n is a multiple of 16.
 void activation_mul(const float* gate_up, int64_t m, int64_t n, Activation activation, float* y) {
     if (activation == Activation::silu) return activate<Activation::silu>(gate_up, m, n, y);
     activate<Activation::gelu_tanh>(gate_up, m, n, y);
+}
+
+// x [n] = cap * tanh(x / cap).
+void soft_cap(float* x, int64_t n, float cap) {
+    constexpr int64_t PIECE = 4096;
+    parallel_for(ceil_div(n, PIECE), [=](int64_t u) {
+        float* from = x + u * PIECE;
+        const int64_t count = n - u * PIECE < PIECE ? n - u * PIECE : PIECE;
+        const F twice = set1(2.f / cap), most = set1(cap);
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) store(from + i, capped(load(from + i), twice, most));
+        if (i < count) {
+            alignas(64) float rest[LANES] = {};
+            std::memcpy(rest, from + i, sizeof(float) * size_t(count - i));
+            store_part(from + i, capped(load(rest), twice, most), count - i);
+        }
+    });
 }
 
 }  // namespace squawq::SQUAWQ_ISA

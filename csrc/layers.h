@@ -14,37 +14,43 @@ struct Matrix {
     const void* weight;  // Int4, Int8 or DenseWeight
 };
 
-enum class Code : int64_t { norm, matmul, rotate_and_store, attention, activation_mul, experts, add_residual, all_reduce };
-enum Buffer : int64_t { HIDDEN = 0, NORMED = 1, DELTA = 2, WIDE = 3, NARROW = 4, BUFFERS = 5 };
+enum class Code : int64_t { norm, matmul, rotate_and_store, attention, activation_mul, experts, add_residual, all_reduce, output_gate, delta_rule };
+enum Buffer : int64_t { HIDDEN = 0, NORMED = 1, DELTA = 2, WIDE = 3, NARROW = 4, GATES = 5, BUFFERS = 6 };
 
-// softmax(router(x)), of which each row takes its `chosen` largest; gate_up and down: [count].
+// What DELTA holds before: nothing, the shared expert's output, or that, to be multiplied by sigmoid of the router's last
+// logit.
+enum class Shared : int64_t { none = 0, added = 1, gated = 2 };
+
+// The weights hold all experts, one after another along the outputs, as in ExpertWeights.
 struct Experts {
-    int64_t count, chosen, normalize, inner;
+    Routing routing;
+    int64_t inner;
     Activation activation;
-    Matrix router;
-    const Matrix *gate_up, *down;
+    Shared shared;
+    Matrix router, gate_up, down;
 };
 
 struct Operation {
     Code code;
     Buffer source, target;       // norm, matmul; all_reduce: source
-    int64_t option;              // norm: add DELTA first; matmul: Kind; attention: window; activation_mul: Activation
-    int64_t width;               // norm, activation_mul, all_reduce; matmul: inputs
-    const void *weight, *other;  // norm, matmul; experts: Experts; rotate_and_store: norms of queries and keys, or null;
-                                 // all_reduce: Group; matmul: int64 [width], the order of its inputs, or null
+    int64_t option;              // norm: add DELTA first; matmul: Kind; activation_mul: Activation
+    int64_t width;               // norm, activation_mul, all_reduce, output_gate; matmul: inputs
+    const void* weight;          // norm, matmul; experts: Experts; rotate_and_store: Rotation; attention: Scoring;
+                                 // all_reduce: Group; delta_rule: DeltaRule
     uint16_t *keys, *values;
+    const int64_t* order;        // matmul: the order of its inputs, [width], or null
 };
 
 struct Step {
     int64_t rows;
     const int64_t* widths;  // [BUFFERS]: floats of a row; multiples of 16
-    int64_t rotated;        // rotated pairs of a head
     Heads heads;
     float eps;
-    const float *cos, *sin;
+    Rotary rotary;
     const int64_t* slots;
     const Sequence* sequences;
     int64_t count;
+    const int64_t* places;  // [count]: each sequence's place among the states of delta rules
 };
 
 }  // namespace squawq

@@ -14,6 +14,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "routing.h"
+
 namespace squawq {
 
 constexpr int LANES = 16;  // rows of a block, tokens of a page
@@ -50,8 +52,38 @@ struct Sequence {
 
 enum class Activation : int64_t { silu = 0, gelu_tanh = 1 };
 
+// All experts of a layer, one after another along the outputs: gate_up [experts * 2 * inner][hidden], an expert's gate before
+// its up; down [experts * hidden][inner]. Without biases.
+struct ExpertWeights {
+    const Int4 *gate_up, *down;
+    int64_t inner;  // multiple of 16
+    Activation activation;
+};
+
 struct Heads {
     int64_t query, kv, dim;
+};
+
+// cos and sin of a step's rows, `stride` floats a row; those of a layer's rotated pairs begin at a row's first.
+struct Rotary {
+    const float *cos, *sin;
+    int64_t stride;
+};
+
+// What happens to queries and keys before attention (RotateAndStore in backends/layer_ops.py).
+struct Rotation {
+    int64_t first, pairs;  // this layer's columns of Rotary; pairs -1: all from the first on
+    int64_t interleaved;   // a pair are neighbours; else it is half of the rotated part apart
+    int64_t whole;         // the norms are of all heads together
+    int64_t rope_first;    // the norms come after the rotation
+    const float *q_norm, *k_norm;
+};
+
+// How scores become weights (Attention in backends/layer_ops.py).
+struct Scoring {
+    int64_t window;  // 0: all tokens
+    float scale, cap, beta;
+    int64_t original;
 };
 
 constexpr int MOST_COLUMNS = 128;
@@ -66,19 +98,32 @@ struct Columns {
     float highest;          // integers are 0 .. highest
 };
 
+constexpr int64_t MOST_DELTA_DIM = 256, MOST_DELTA_KERNEL = 16;
+
+// A gated delta rule's sizes, weights and states. Heads' dims are multiples of 16.
+struct DeltaRule {
+    int64_t key_heads, value_heads, key_dim, value_dim, kernel;
+    const float *convolution, *rate, *bias, *norm;  // [kernel][channels], [value_heads] twice, [value_dim]
+    float *inputs, *memory;  // a place: [kernel - 1][channels]; [value_heads][key_dim][value_dim]
+};
+
 #define SQUAWQ_OPS(ISA)                                                                                                \
     namespace ISA {                                                                                                    \
     void int4_matmul(const float* x, int64_t m, const Int4& w, float* y);                                              \
     void int4_matmul_exact(const float* x, int64_t m, const Int4& w, float* y);                                        \
     void int8_matmul(const float* x, int64_t m, const Int8& w, float* y);                                              \
     void dense_matmul(const float* x, int64_t m, const DenseWeight& w, float* y);                                      \
+    void int4_experts(const float* x, int64_t rows, const Routed& routed, const ExpertWeights& w, float* y);           \
     void rms_norm(float* x, const float* delta, const float* weight, float eps, int64_t m, int64_t n, float* y);       \
     void activation_mul(const float* gate_up, int64_t m, int64_t n, Activation activation, float* y);                  \
-    void rotate_and_store(float* qkv, int64_t m, Heads heads, int64_t rotated, const float* cos, const float* sin,     \
-                          const float* q_norm, const float* k_norm, float eps, const int64_t* slots, uint16_t* keys,   \
-                          uint16_t* values);                                                                           \
-    void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, int64_t window,            \
+    void soft_cap(float* x, int64_t n, float cap);                                                                     \
+    void rotate_and_store(float* qkv, int64_t m, Heads heads, const Rotary& rotary, const Rotation& rotation,          \
+                          float eps, const int64_t* slots, uint16_t* keys, uint16_t* values);                          \
+    void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, const Scoring& scoring,    \
                    const uint16_t* keys, const uint16_t* values, float* y);                                            \
+    void output_gate(float* x, const float* gates, int64_t n);                                                         \
+    void gated_delta_rule(float* wide, float* gates, const DeltaRule& rule, const Sequence* sequences,                 \
+                          const int64_t* places, int64_t count, float eps, float* y);                                  \
     void round_columns(const Columns& c, float* levels, float* errors);                                                \
     }
 

@@ -44,7 +44,13 @@ def test_what_runs_a_model(awq_demo: Path) -> None:
     ("config", "file", "form", "runs_in", "note"),
     [
         ({"quantization_config": GPTQ}, "model.safetensors", "GPTQ INT4 g128", ("squawq", "transformers", "vLLM"), ""),
-        ({"quantization_config": PACKED}, "model.safetensors", "compressed-tensors pack-quantized", (), "no config_groups"),
+        (
+            {"quantization_config": PACKED},
+            "model.safetensors",
+            f"compressed-tensors {PACKED['format']}",
+            (),
+            "no config_groups",
+        ),
         (
             {"model_type": "gemma3_text"},
             "model.safetensors",

@@ -95,6 +95,7 @@ def inspect(
     own = _total(tensors)
     weights = {"fp16": _total(dense), "int4": own if config.quant else _total(small)}
     cache = -(-context // PAGE) * PAGE * batch * Cache.token_bytes(config)
+    cache += batch * Cache.state_bytes(config)
     work = _workspace(config, batch)
     devices: dict[str, Any] | None = None
     if device_memory is not None:

@@ -81,6 +81,7 @@ class FakeRunner(HostRunner):
         self.max_positions = max_positions
         self.page_size = page_size
         self.cache_outputs = self.shares_prefixes = True
+        self.max_sequences: int | None = None
         self.num_pages = num_pages
         self.steps: list[list[Chunk]] = []
         self.fail: Callable[[Sequence[Chunk]], None] = lambda batch: None

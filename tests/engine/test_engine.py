@@ -342,6 +342,7 @@ class Letters(HostRunner):
 
     vocab_size, max_positions, page_size, num_pages = 4100, 256, 16, 32
     cache_outputs = shares_prefixes = True
+    max_sequences = None
 
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         rows = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -20,12 +20,15 @@ from squawq.backends.layer_ops import (
     AllReduce,
     Attention,
     Buffer,
+    GatedDeltaRule,
     Matmul,
     MixtureOfExperts,
     Norm,
     Operation,
+    OutputGate,
     Packed,
     RotateAndStore,
+    Routing,
 )
 from squawq.backends.sampling import Chunk, Sampling, StartedStep, StepOutput, sample, sampler
 from squawq.config import ModelConfig
@@ -37,9 +40,11 @@ FP8 = torch.float8_e4m3fn  # of a KV cache, by choice
 ROUNDED_ROWS = 4096  # that round_int4 quantizes at a time
 
 Heads = tuple[int, int, int]  # query heads, key-value heads, head_dim
-Rotary = tuple[Tensor, Tensor]  # cos and sin, float32 [rows, rotary_dim / 2]
-Norms = tuple[Tensor | None, Tensor | None]  # weights of q_norm and k_norm, float32 [head_dim]
+Rotary = tuple[Tensor, Tensor]  # cos and sin, float32 [rows, columns]: the rotated pairs of each kind of layer
 Pages = tuple[Tensor, Tensor]  # keys and values of one layer: [num_pages, *shape], shapes by Backend.page_shapes
+# What a layer with a delta rule has instead: float32 [places, *shape], shapes by DeltaRuleConfig.state_shapes
+States = tuple[Tensor, Tensor]
+LayerCache = Pages | States
 # AWQ tensors of n outputs: qweight int32 [in, n / 8], scales [groups, n], qzeros int32 [groups, n / 8] or None (all 8)
 Gemm = tuple[Tensor, Tensor, Tensor | None]
 
@@ -55,6 +60,8 @@ class Batch:
     sequences: Tensor
     pages: Tensor  # int32 [entries]; all page tables (vLLM's block tables), one after another
     outputs: Tensor  # [outputs]; rows whose logits are needed
+    # [sequences], on the CPU: each sequence's place in States; empty for models without them
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class Model:
     norm: Tensor
     head: Packed
     vocabulary: Vocabulary | None = None
+    embedding_scale: float = 1.0
+    logits_cap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -244,52 +253,109 @@ class Backend(ABC):
         """The output head: x [rows, hidden] -> float32 [rows, vocab]."""
         return self.matmul(x, head).float()
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """Rows `ids` (int64 [rows]) of weight [vocab, hidden], in activation_dtype."""
-        return weight[ids.to(weight.device)].to(self.device, self.activation_dtype)
+    def embedding(self, ids: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """Rows `ids` (int64 [rows]) of weight [vocab, hidden] times scale, in the dtype of the residual stream."""
+        rows = weight[ids.to(weight.device)].to(self.device, self.residual_dtype)
+        return rows if scale == 1 else rows.mul_(scale)
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        return self.activation_dtype
 
     @abstractmethod
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Add delta to hidden [rows, n] in place, if given; return the RMS norm of the sum, times weight [n]."""
 
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        """cap * tanh(logits / cap), in place; float32 [rows, vocab]."""
+        return logits.div_(cap).tanh_().mul_(cap)
+
     def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
-        """cos and sin of positions (int64 [rows]) times frequencies (float32 [rotary_dim / 2])."""
-        angles = positions.float()[:, None] * frequencies[None, :]
-        return angles.cos(), angles.sin()
+        """cos and sin of positions (int64 [rows]) times frequencies, times a magnitude.
+
+        frequencies: float32 [2, columns]: radians per position, and magnitudes.
+        """
+        angles = positions.float()[:, None] * frequencies[0]
+        return angles.cos() * frequencies[1], angles.sin() * frequencies[1]
 
     @abstractmethod
     def rotate_and_store(
-        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        operation: RotateAndStore,
+        rotary: Rotary,
+        eps: float,
+        slots: Tensor,
+        pages: Pages,
     ) -> None:
         """Norm and rotate the queries and keys of qkv [rows, (query + 2 kv) * head_dim] in place, then write keys and
         values to their slots in the cache."""
 
     @abstractmethod
     def attention(
-        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
+        self, qkv: Tensor, heads: Heads, operation: Attention, sequences: Tensor, tables: Tensor, pages: Pages
     ) -> Tensor:
         """Causal attention over the paged cache -> [rows, query heads * head_dim].
 
+        sequences, tables: `Batch.sequences` and `Batch.pages`.
+        """
+
+    @abstractmethod
+    def output_gate(self, x: Tensor, gates: Tensor) -> Tensor:
+        """x * sigmoid(gates), both [rows, n]."""
+
+    @abstractmethod
+    def gated_delta_rule(
+        self,
+        wide: Tensor,
+        gates: Tensor,
+        rule: GatedDeltaRule,
+        eps: float,
+        sequences: Tensor,
+        places: Tensor,
+        states: States,
+    ) -> Tensor:
+        """See `GatedDeltaRule` -> [rows, value_heads * value_dim]; updates the states of the sequences.
+
+        A sequence that starts at position 0 starts with zeros, whatever is in its place.
+
         Args:
-            sequences, tables: `Batch.sequences` and `Batch.pages`.
-            window: Sliding window in tokens; None for full attention.
+            eps: Of the norm.
+            sequences, places: `Batch.sequences` and `Batch.places`.
         """
 
     @abstractmethod
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         """gate_up [rows, 2n], gate first -> activation(gate) * up [rows, n]. See `reference.ACTIVATIONS`."""
 
-    def experts(self, x: Tensor, layer: MixtureOfExperts) -> Tensor:
-        """A mixture-of-experts MLP, [rows, hidden] -> [rows, hidden]; sums in float32, in the order of the experts."""
-        topk_weights, topk_ids = self.matmul(x, layer.router).float().softmax(-1).topk(layer.top_k)
-        if layer.renormalize:
-            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
-        total = torch.zeros_like(x, dtype=torch.float32)
+    def experts_declines(self, layer: MixtureOfExperts) -> str | None:  # noqa: ARG002
+        """Why `experts` does not run a layer."""
+        return None
+
+    def part(self, weight: Packed, first: int, out: int) -> Packed:  # noqa: ARG002
+        """Outputs [first, first + out) of a packed weight. Raises KernelError where the layout cannot be cut so."""
+        raise KernelError(f"the {self.name} backend has no experts")
+
+    def experts(self, x: Tensor, layer: MixtureOfExperts, shared: Tensor | None) -> Tensor:
+        """A mixture-of-experts MLP, [rows, hidden] -> [rows, hidden]; sums in float32, in the order of the experts.
+
+        shared: The shared expert's output, if `layer` has one.
+        """
+        routing, hidden = layer.routing, x.shape[1]
+        inner = layer.down.shape[1]
+        logits = self.layer_matmul(x, layer.router).float()
+        topk_weights, topk_ids = route(logits[:, : routing.experts], routing)
+        total = torch.zeros_like(x, dtype=torch.float32) if shared is None else shared.float()
+        if layer.shared == "gated":
+            total = total * logits[:, -1:].sigmoid()
         for index in sorted(set(topk_ids.flatten().tolist())):
             row, rank = torch.where(topk_ids == index)
-            inner = self.activation_mul(self.matmul(x[row], layer.gate_up[index]), layer.activation)
-            y = self.matmul(inner, layer.down[index])
-            total.index_add_(0, row, y.float() * topk_weights[row, rank, None])
+            gate_up = self.part(layer.gate_up, 2 * inner * index, 2 * inner)
+            y = self.activation_mul(self.layer_matmul(x[row], gate_up), layer.activation)
+            y = self.layer_matmul(y, self.part(layer.down, hidden * index, hidden))
+            total = total.index_add(0, row, y.float() * topk_weights[row, rank, None])
         return total.to(x.dtype)
 
     def round_columns(
@@ -366,8 +432,8 @@ class Backend(ABC):
         return {}
 
     # A whole step: one native call, a captured graph, or by default one operation after another.
-    def prepare(self, layers: Layers, cache: Sequence[Pages]) -> RunLayers:
-        """Return a function that runs all layers on this KV cache (one Pages per layer)."""
+    def prepare(self, layers: Layers, cache: Sequence[LayerCache]) -> RunLayers:
+        """Return a function that runs all layers on this cache (Pages or States of each layer)."""
 
         def run(hidden: Tensor, rotary: Rotary, batch: Batch) -> None:
             buffers = {Buffer.HIDDEN: hidden}
@@ -379,7 +445,7 @@ class Backend(ABC):
     def prepare_steps(
         self,
         model: Model,  # noqa: ARG002
-        cache: Sequence[Pages],  # noqa: ARG002
+        cache: Sequence[LayerCache],  # noqa: ARG002
         rows: int,  # noqa: ARG002
         pages: int,  # noqa: ARG002
         tell: Tell | None = None,  # noqa: ARG002
@@ -396,7 +462,7 @@ class Backend(ABC):
     def follow_steps(
         self,
         model: Model,  # noqa: ARG002
-        cache: Sequence[Pages],  # noqa: ARG002
+        cache: Sequence[LayerCache],  # noqa: ARG002
         rows: int,  # noqa: ARG002
         pages: int,  # noqa: ARG002
     ) -> Follow | None:
@@ -406,7 +472,7 @@ class Backend(ABC):
     def prepare_next_logits(
         self,
         model: Model,  # noqa: ARG002
-        cache: Sequence[Pages],  # noqa: ARG002
+        cache: Sequence[LayerCache],  # noqa: ARG002
         rows: int,  # noqa: ARG002
         pages: int,  # noqa: ARG002
     ) -> NextLogits | None:
@@ -425,7 +491,7 @@ class Backend(ABC):
         buffers: dict[Buffer, Tensor],
         rotary: Rotary,
         batch: Batch,
-        cache: Sequence[Pages],
+        cache: Sequence[LayerCache],
     ) -> None:
         match operation:
             case Norm(weight, source, target, add):
@@ -433,20 +499,45 @@ class Backend(ABC):
                 buffers[target] = self.add_rms_norm(buffers[source], delta, weight, layers.eps)
             case Matmul(weight, source, target):
                 buffers[target] = self.layer_matmul(weight.ordered(buffers[source]), weight)
-            case RotateAndStore(layer, query_norm, key_norm):
-                norms = query_norm, key_norm
+            case RotateAndStore(layer):
                 qkv = buffers[Buffer.WIDE]
-                self.rotate_and_store(qkv, layers.heads, rotary, norms, layers.eps, batch.slots, cache[layer])
-            case Attention(layer, window):
+                self.rotate_and_store(qkv, layers.heads, operation, rotary, layers.eps, batch.slots, cache[layer])
+            case Attention(layer):
                 sequences = batch.sequences, batch.pages
-                found = self.attention(buffers[Buffer.WIDE], layers.heads, *sequences, window, cache[layer])
+                found = self.attention(buffers[Buffer.WIDE], layers.heads, operation, *sequences, cache[layer])
+                buffers[Buffer.NARROW] = found
+            case OutputGate():
+                buffers[Buffer.NARROW] = self.output_gate(buffers[Buffer.NARROW], buffers[Buffer.GATES])
+            case GatedDeltaRule(layer):
+                inputs, where = (buffers[Buffer.WIDE], buffers[Buffer.GATES]), (batch.sequences, batch.places)
+                found = self.gated_delta_rule(*inputs, operation, layers.eps, *where, cache[layer])
                 buffers[Buffer.NARROW] = found
             case ActivationMul(activation):
                 buffers[Buffer.NARROW] = self.activation_mul(buffers[Buffer.WIDE], activation)
             case MixtureOfExperts():
-                buffers[Buffer.DELTA] = self.experts(buffers[Buffer.NORMED], operation)
+                shared = buffers[Buffer.DELTA] if operation.shared else None
+                buffers[Buffer.DELTA] = self.experts(buffers[Buffer.NORMED], operation, shared)
             case AddResidual():
                 buffers[Buffer.HIDDEN] += buffers[Buffer.DELTA]
             case AllReduce():
                 assert self.group is not None
                 self.group.all_reduce(buffers[Buffer.DELTA])
+
+
+def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Weights, float32 [rows, top_k], and numbers, int64 [rows, top_k], of the experts of each row.
+
+    logits: float32 [rows, experts].
+    """
+    scores = logits.sigmoid() if routing.scoring == "sigmoid" else logits.softmax(-1)
+    keys = scores if routing.bias is None else scores + routing.bias
+    if routing.groups > 1:
+        grouped = keys.view(len(keys), routing.groups, -1)
+        sums = grouped.topk(min(2, grouped.shape[2])).values.sum(-1)
+        kept = torch.zeros_like(sums, dtype=torch.bool).scatter(1, sums.topk(routing.top_groups).indices, True)
+        keys = grouped.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
+    topk_ids = keys.topk(routing.top_k).indices
+    topk_weights = scores.gather(1, topk_ids)
+    if routing.renormalize:
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
+    return topk_weights * routing.scale, topk_ids

@@ -19,10 +19,28 @@ from squawq.nn.loader import OpenModel
 from squawq.nn.shard import Shard
 
 CACHE_SHARE = 0.25  # of a CPU's free memory, for keys and values, by default
+STATE_SHARE = 0.5  # of the free memory, for the states of sequences, at most
 GPU_SHARE = 0.9  # of a GPU's memory, for weights, buffers and KV cache together, by default (vLLM's)
 MAX_CONTEXTS = 16  # whole contexts, beyond which more cache is of little use
 ENOUGH_TOKENS = 4096  # that a GPU must have room for, or the model's context if that is shorter
 FEW_ROWS = 8  # sequences: the max_num_seqs that an error suggests
+
+
+def states_that_fit(config: ModelConfig, rows: int, free: int) -> int:
+    """Of how many sequences the states of layers with linear attention take at most half of the free bytes.
+
+    All `rows` for a model without such layers. Raises ConfigError where there is no room for one.
+    """
+    each = Cache.state_bytes(config)
+    if each == 0:
+        return rows
+    fitting = min(rows, int(free * STATE_SHARE) // each)
+    if fitting < 1:
+        raise ConfigError(
+            f"a sequence's state takes {gib(each)}, and {gib(max(0, free))} of memory are free, of which half may be "
+            "used for states: free some, or choose a smaller model"
+        )
+    return fitting
 
 
 def default_kv_tokens(config: ModelConfig, token_bytes: int, free: int) -> int:
@@ -65,6 +83,9 @@ def check_room(model: OpenModel, config: EngineConfig, free: int, total: int) ->
     each = Cache.token_bytes(shape, backend.cache_dtype)
     rows, steps = config.max_num_seqs, config.step_tokens
     weights, working, cache = model.weight_bytes(), backend.working_bytes(shape, rows, steps), tokens * each
+    if Cache.state_bytes(shape):
+        rows = states_that_fit(shape, rows, room - weights - working)
+        working += rows * Cache.state_bytes(shape)
     excess = weights + working + cache - room
     if excess <= 0:
         return
@@ -94,7 +115,7 @@ class GpuShare:
 
     Attributes:
         weights: Of the GPU that has most.
-        steps: Buffers and activations.
+        steps: Buffers and activations, and states of linear attention.
         room: What GPU_SHARE of the memory leaves for keys and values.
         tokens: In the KV cache, as a server has it by default.
         fits: A server starts, and there is room for the sequences that were asked for.
@@ -124,6 +145,9 @@ def gpu_share(
     settings = EngineConfig(device="cuda", max_num_seqs=max(default.max_num_seqs, batch))
     rows, each = settings.max_num_seqs, Cache.token_bytes(config)
     steps = backend_class("cuda").step_bytes(config, rows, settings.step_tokens, size)
+    if state := Cache.state_bytes(config):  # of as many sequences as `states_that_fit` leaves, and those asked for
+        fitting = int((memory - weights - steps) * STATE_SHARE) // state
+        steps += max(batch, min(rows, fitting)) * state
     room = max(0, int(GPU_SHARE * memory) - weights - steps)
     try:
         free = memory - weights

@@ -57,7 +57,7 @@ class Loop:
         self.scheduler = Scheduler(
             self.pool,
             config.step_tokens,
-            config.max_num_seqs,
+            min(config.max_num_seqs, runner.max_sequences or config.max_num_seqs),
             config.prefix_caching and runner.shares_prefixes,
             cache_outputs=runner.cache_outputs,
         )

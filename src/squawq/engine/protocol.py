@@ -103,6 +103,10 @@ class Runner(Protocol):
     shares_prefixes: bool
 
     @property
+    def max_sequences(self) -> int | None:
+        """Sequences that it has room for beside what pages hold; None: no limit of its own."""
+
+    @property
     def failure(self) -> str | None:
         """Why it can run no more steps; None while it can."""
 

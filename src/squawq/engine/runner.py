@@ -5,6 +5,7 @@ With the native kernels a row's logits are the same bits in any batch, in any ch
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,7 +25,9 @@ from squawq.engine.capacity import (
     check_room,
     default_kv_tokens,
     free_memory,
+    free_on,
     shared_kv_tokens,
+    states_that_fit,
 )
 from squawq.engine.config import EngineConfig
 from squawq.engine.followers import Followers
@@ -34,9 +37,14 @@ from squawq.nn.decoder import Decoder
 from squawq.nn.loader import Options, open_model
 from squawq.nn.shard import Shard
 
+logger = logging.getLogger("squawq")
+
 
 class DecoderRunner:
-    """A loaded decoder and its KV cache. Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used.
+    """A loaded decoder and its cache.
+
+    Memory: the decoder's, and kv_tokens * Cache.token_bytes as pages are used; of a model with linear attention also
+    max_sequences * Cache.state_bytes.
 
     Args:
         kv_tokens: Capacity of the KV cache; None: a share of the free memory, on a GPU up to `gpu_share` of all of it.
@@ -48,9 +56,10 @@ class DecoderRunner:
 
     Raises:
         ConfigError: kv_tokens is less than a page, or there is no room for it.
-    """
 
-    shares_prefixes = True
+    Attributes:
+        max_sequences: Sequences that run at once, `rows` unless there is no room for their states.
+    """
 
     def __init__(
         self,
@@ -67,16 +76,21 @@ class DecoderRunner:
         self.max_positions = self.config.max_positions
         self.page_size = decoder.backend.page_size
         self.token_bytes = Cache.token_bytes(decoder.config, decoder.backend.cache_dtype)  # of this process
+        self.shares_prefixes = decoder.config.delta_rule is None
         device, tokens = decoder.backend.device, kv_tokens
-        if tokens is None and device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.empty_cache()  # what loading has freed
-            working = decoder.backend.working_bytes(decoder.config, rows or 0, step_tokens)
+        self.max_sequences = self._places(decoder, rows, step_tokens)
+        rows = rows and self.max_sequences
+        states = self.max_sequences * Cache.state_bytes(decoder.config)
+        if tokens is None and device.type == "cuda":
+            working = decoder.backend.working_bytes(decoder.config, rows or 0, step_tokens) + states
             (free, total), contexts = torch.cuda.mem_get_info(device), max(rows or 0, MAX_CONTEXTS)
             free = free if followers is None else min(free, followers.free)
             tokens = shared_kv_tokens(self.config, self.token_bytes, working, gpu_share, free, total, contexts)
         elif tokens is None:
             ranks = 1 if followers is None else followers.size
-            tokens = default_kv_tokens(self.config, self.token_bytes, free_memory() // ranks)
+            tokens = default_kv_tokens(self.config, self.token_bytes, free_memory() // ranks - states)
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < self.page_size:
             raise ConfigError(
                 f"kv_tokens is {tokens!r}; it must be a whole number, at least one page of {self.page_size} tokens"
@@ -85,7 +99,7 @@ class DecoderRunner:
         self._decoder, self._device = decoder, device
         self._thread = 0
         try:
-            self._cache = Cache(decoder.config, self.num_pages, decoder.backend)
+            self._cache = Cache(decoder.config, self.num_pages, decoder.backend, self.max_sequences)
         except (MemoryError, RuntimeError, ValueError) as error:
             raise ConfigError(f"kv_tokens is {tokens}; the machine has no room for so many: {error}") from error
         self._followers, self._threads, self._own_threads = followers, threads, decoder.backend.threads()
@@ -98,11 +112,28 @@ class DecoderRunner:
             followers.wait()
         self.cache_outputs = self._steps is None
 
+    @staticmethod
+    def _places(decoder: Decoder, rows: int | None, step_tokens: int) -> int:
+        """`max_sequences`, with a warning where it is less than `rows`."""
+        device, wanted = decoder.backend.device, rows or MAX_CONTEXTS
+        working = decoder.backend.working_bytes(decoder.config, wanted, step_tokens)
+        free = free_on(device) - working if device.type == "cuda" else free_memory()
+        found = states_that_fit(decoder.config, wanted, free)
+        if found < wanted:
+            each = Cache.state_bytes(decoder.config) / 2**20
+            logger.warning(
+                "max_num_seqs is %d, and memory has room for the states of %d sequences (%.0f MiB each): no more run "
+                "at the same time",
+                *(wanted, found, each),
+            )
+        return found
+
     @property
     def cache_bytes(self) -> int:
-        """Of the whole KV cache, on all ranks."""
+        """Of the whole KV cache and all states, on all ranks."""
         ranks = 1 if self._followers is None else self._followers.size
-        return self.num_pages * self.page_size * self.token_bytes * ranks
+        states = self.max_sequences * Cache.state_bytes(self.config)
+        return self.num_pages * self.page_size * self.token_bytes * ranks + states
 
     @property
     def failure(self) -> str | None:
@@ -169,6 +200,7 @@ class DecoderRunner:
             sequences=torch.as_tensor(sequences, dtype=torch.int64),
             pages=self._tensor(pages).int(),
             outputs=self._tensor(outputs),
+            places=torch.as_tensor([] if self.shares_prefixes else [chunk.slot for chunk in batch], dtype=torch.int64),
         )
         if self._followers is not None:
             self._followers.tell(step)

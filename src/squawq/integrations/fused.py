@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 
 from squawq.backends.sampling import Chunk
 from squawq.config import ModelConfig
+from squawq.delta_config import DELTA_RULE
 from squawq.errors import CheckpointError, ConfigError, FusionError
 from squawq.families import FAMILIES, check_decoder
 from squawq.format.reader import Checkpoint
@@ -86,7 +87,7 @@ def fuse(model: Any, max_seq_len: int, folder: str | Path | None = None) -> None
     if isinstance(model, FusedCausalLM):
         model._fused.max_seq_len = max_seq_len
         return
-    takes = sorted(family.model_type for family in FAMILIES.values() if family.decoder)
+    takes = sorted(name for name, family in FAMILIES.items() if family.decoder and name not in DELTA_RULE)
     if (kind := model.config.model_type) not in takes:
         raise FusionError(f"model_type is {kind!r}; do_fuse takes {', '.join(takes)}")
     if not hasattr(model, "lm_head"):

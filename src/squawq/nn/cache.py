@@ -1,40 +1,54 @@
-"""The paged key-value cache of all layers."""
+"""The paged key-value cache of all layers, and the states of sequences in layers with linear attention."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from squawq.backends.base import Backend, Pages
+from squawq.backends.base import Backend, LayerCache
 from squawq.config import ModelConfig
+from squawq.delta_config import LINEAR
 
 
 class Cache:
     """Pages of all layers, zero at first, in the backend's layout.
 
-    Memory: pages * backend.page_size * token_bytes(config, backend.cache_dtype); on the CPU only of the pages that were
-    written.
+    Memory: pages * backend.page_size * token_bytes(config, backend.cache_dtype), and places * state_bytes(config); on
+    the CPU only of what was written.
+
+    Args:
+        places: Sequences whose states have a place.
     """
 
-    def __init__(self, config: ModelConfig, pages: int, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, pages: int, backend: Backend, places: int = 1) -> None:
         _, kv, dim = config.heads
-        shapes = backend.page_shapes(kv, dim)
-        shape = (config.num_layers, 2, pages, math.prod(shapes[0]))
-        if backend.device.type == "cpu":  # numpy's zeros take no memory until they are written, torch's do
-            bits = {1: np.int8, 2: np.int16, 4: np.int32}[backend.cache_dtype.itemsize]
-            self._store = torch.from_numpy(np.zeros(shape, bits)).view(backend.cache_dtype)
-        else:
-            self._store = torch.zeros(shape, dtype=backend.cache_dtype, device=backend.device)
-        key, value = shapes
-        self.layers: list[Pages] = [(k.view(pages, *key), v.view(pages, *value)) for k, v in self._store]
+        key, value = backend.page_shapes(kv, dim)
+        self._store = _zeros((config.kv_layers, 2, pages, math.prod(key)), backend.cache_dtype, backend.device)
+        held: Iterator[LayerCache] = ((k.view(pages, *key), v.view(pages, *value)) for k, v in self._store)
+
+        def states() -> LayerCache:
+            assert config.delta_rule is not None
+            first, second = config.delta_rule.state_shapes
+            kind, device = torch.float32, backend.device
+            return _zeros((places, *first), kind, device), _zeros((places, *second), kind, device)
+
+        self.layers: list[LayerCache] = [states() if kind == LINEAR else next(held) for kind in config.layer_types]
 
     @staticmethod
     def token_bytes(config: ModelConfig, dtype: torch.dtype = torch.float16) -> int:
         """Bytes of one token's keys and values in all layers."""
-        return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+        return config.kv_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+    @staticmethod
+    def state_bytes(config: ModelConfig) -> int:
+        """Bytes of one sequence's states in all layers; 0 where none has any."""
+        if config.delta_rule is None:
+            return 0
+        layers = config.num_layers - config.kv_layers
+        return layers * torch.float32.itemsize * sum(map(math.prod, config.delta_rule.state_shapes))
 
     def copy(self, source: int, target: int) -> None:
         """Copy one page to another, in every layer."""
@@ -44,3 +58,11 @@ class Cache:
         """Copy these pages from `other`, a cache of the same shape, one at a time: together they may be gigabytes."""
         for page in pages:
             self._store[:, :, page] = other._store[:, :, page]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU numpy's, which take no memory until they are written; torch's do."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    bits = {1: np.int8, 2: np.int16, 4: np.int32}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, bits)).view(dtype)

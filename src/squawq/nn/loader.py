@@ -6,12 +6,10 @@ memory (DeviceReader). Nothing stays mapped from the files, which may change whi
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,15 +20,17 @@ from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import Family, check_decoder, family_of, traits_of
-from squawq.format.layouts import part_group
-from squawq.format.reader import WHOLE, Checkpoint, Part
+from squawq.format.reader import WHOLE, Checkpoint
 from squawq.format.shards import DeviceReader, read_tensor
 from squawq.memory import give_memory_back
 from squawq.nn.decoder import Decoder
-from squawq.nn.layers import DOWN, GATE_UP, OUT, QKV, layer_operations, norm_sizes
+from squawq.nn.delta_rule import delta_linears, delta_shapes, load_delta_rule, without_gates
+from squawq.nn.layers import DOWN, GATE, GATE_UP, OUT, QKV, is_linear, layer_operations, norm_sizes
+from squawq.nn.linears import Linear, load_linear
+from squawq.nn.moe import block_of, load_experts, moe_shapes
 from squawq.nn.shard import ALONE, Shard
 
-logger = logging.getLogger("squawq")
+BODIES = ("model.language_model", "language_model.model")  # where multimodal models have the text model
 HEADS = ("int8", "int4", "16-bit")
 HEAD_GROUP = 32  # of an int4 head: finer than the layers', since nothing was searched for it
 
@@ -60,19 +60,43 @@ class Options:
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every linear in a layer. Raises ConfigError for families unlike Llama."""
-    traits_of(family_of(config.model_type))
+    """(out_features, in_features) of every linear in a layer with attention and one MLP.
+
+    Raises ConfigError for families unlike Llama.
+    """
+    family = family_of(config.model_type)
+    traits_of(family)
+    return {name: shape for name, shape in _every_shape(config).items() if name in family.linears}
+
+
+def _every_shape(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """With separate linears, and with those that some families have in their place."""
+    traits = traits_of(family_of(config.model_type))
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
-        "self_attn.q_proj": (query, hidden),
+        QKV: (query + 2 * key, hidden),
+        "self_attn.q_proj": (2 * query if traits.gated else query, hidden),
         "self_attn.k_proj": (key, hidden),
         "self_attn.v_proj": (key, hidden),
         "self_attn.o_proj": (hidden, query),
+        GATE_UP: (2 * inner, hidden),
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
+
+
+def layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear in this layer, router and experts included."""
+    family, shapes = family_of(config.model_type), linear_shapes(config)
+    mlp = {name: shape for name, shape in shapes.items() if name.startswith("mlp.")}
+    mixer = {name: shape for name, shape in shapes.items() if name not in mlp}
+    if is_linear(config, index):
+        mixer = delta_shapes(config, traits_of(family).by_key_heads)
+    if config.moe is not None and config.moe.layers[index]:
+        mlp = moe_shapes(config.moe, config.hidden_size, family.experts)
+    return mixer | mlp
 
 
 FUSED = {
@@ -81,101 +105,67 @@ FUSED = {
     GATE_UP: ("mlp.gate_proj", "mlp.up_proj"),
     DOWN: ("mlp.down_proj",),
 }
+MLP = (GATE_UP, DOWN)
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A linear in a checkpoint, by its full name, and which (outputs, inputs) of it are loaded."""
+def stored_family(checkpoint: Checkpoint) -> Family:
+    """The row of the checkpoint's text model, with the names that this checkpoint gives its modules.
 
-    name: str
-    out: int
-    in_: int
-    part: Part = WHOLE
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of the part."""
-        (first, last, _), (start, stop, _) = self.part[0].indices(self.out), self.part[1].indices(self.in_)
-        return last - first, stop - start
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the part adds the bias: of parts with other inputs, only the first does."""
-        return self.part[1].indices(self.in_)[0] == 0
-
-
-def load_linear(
-    checkpoint: Checkpoint, linears: Sequence[Linear], backend: Backend, *, ordered: bool = False
-) -> Packed:
-    """Linears with the same input, stacked to one weight.
-
-    ordered: What runs the weight applies its `order` (`Matmul` does). Without, and where linears have different orders,
-    they are dequantized.
+    Multimodal models have the text model within another module, under one of the two names of `BODIES`.
     """
-    quantized = [checkpoint.is_quantized(linear.name) for linear in linears]
-    bias = _bias(checkpoint, linears, backend.device)
-    if all(quantized) and (order := _common_order(checkpoint, linears, ordered)) is not False:
-        gemms = (checkpoint.read_gemm(each.name, each.in_, each.out, each.part, ordered=True) for each in linears)
-        first, inputs = linears[0], linears[0].shape[1]
-        group = part_group(first.part[1], first.in_, checkpoint.group_of(first.in_))
-        packed = backend.pack_int4(sum(linear.shape[0] for linear in linears), inputs, group, gemms, bias)
-        packed.order = None if order is None else order.to(backend.device)
-        return packed
-    weights = [_dense(checkpoint, linear) for linear in linears]
-    if any(quantized):  # a checkpoint with some of them quantized
-        weights = [weight.float() for weight in weights]
-    return backend.pack_dense(weights, bias)
+    family, tensors = family_of(checkpoint.config.model_type), checkpoint.tensors
+
+    def stored(name: str) -> bool:
+        return f"{name}.weight" in tensors or checkpoint.is_quantized(name)
+
+    if stored(family.embedding) or family.embedding != "model.embed_tokens":
+        return family
+    body = next((body for body in BODIES if stored(f"{body}.embed_tokens")), "model")
+    heads = (f"{prefix}{family.head}" for prefix in ("", "language_model.", "model.language_model."))
+    names = {name: body + getattr(family, name).removeprefix("model") for name in ("layers", "embedding", "norm")}
+    return replace(family, **names, head=next(filter(stored, heads), family.head))
 
 
-def _common_order(checkpoint: Checkpoint, linears: Sequence[Linear], ordered: bool) -> Tensor | Literal[False] | None:
-    """The activation order of linears with the same input, None for none; False if they cannot be stacked for it."""
-    first, *others = [checkpoint.input_order(linear.name, linear.in_) for linear in linears]
-    if first is None and all(other is None for other in others):
-        return None
-    if ordered and first is not None and all(other is not None and torch.equal(first, other) for other in others):
-        return first
-    names = ", ".join(linear.name for linear in linears)
-    logger.warning("%s: dequantized, since activation orders (g_idx) differ or cannot be applied here", names)
-    return False
-
-
-def _dense(checkpoint: Checkpoint, linear: Linear) -> Tensor:
-    if checkpoint.is_quantized(linear.name):
-        return checkpoint.read_weight(linear.name, linear.in_, linear.out, linear.part)
-    return checkpoint.read_part(f"{linear.name}.weight", (linear.out, linear.in_), *linear.part)
-
-
-def _bias(checkpoint: Checkpoint, linears: Sequence[Linear], device: torch.device) -> Tensor | None:
-    if not any(f"{linear.name}.bias" in checkpoint.tensors and linear.has_bias for linear in linears):
-        return None
-    biases = []
-    for linear in linears:
-        known, outputs = f"{linear.name}.bias" in checkpoint.tensors, linear.part[0]
-        bias = checkpoint.read_part(f"{linear.name}.bias", (linear.out,), outputs) if known else None
-        biases.append(torch.zeros(linear.shape[0]) if bias is None else bias.to(device, torch.float32))
-    return torch.cat([bias.to(device) for bias in biases])
-
-
-def _norm(checkpoint: Checkpoint, name: str, size: int, device: torch.device) -> Tensor:
-    return checkpoint.read(f"{name}.weight", (size,)).to(device, torch.float32)
+def _norm(checkpoint: Checkpoint, name: str, size: int, family: Family, device: torch.device) -> Tensor:
+    return checkpoint.read(f"{name}.weight", (size,)).to(device, torch.float32) + family.norm_offset
 
 
 def load_layer(checkpoint: Checkpoint, index: int, backend: Backend, shard: Shard = ALONE) -> list[Operation]:
     """One decoder layer, or a rank's part of it."""
     config = checkpoint.config
-    family = family_of(config.model_type)
-    prefix, shapes = family.layer(index), linear_shapes(config)
+    family = stored_family(checkpoint)
+    prefix, shapes, device = family.layer(index), _every_shape(config), backend.device
 
-    def linear(name: str) -> Linear:
-        return Linear(f"{prefix}.{name}", *shapes[name], shard.part(name, config) if shard.size > 1 else WHOLE)
+    def parts(packed: str) -> list[Linear]:
+        """Linears that make up one of FUSED: several, or as many parts of one."""
+        found, first = [], 0
+        for name in FUSED[packed]:
+            outputs, inputs = shard.part(name, config) if shard.size > 1 else WHOLE
+            if packed not in family.linears:
+                found.append(Linear(f"{prefix}.{name}", *shapes[name], (outputs, inputs)))
+                continue
+            start, stop, _ = outputs.indices(shapes[name][0])
+            found.append(Linear(f"{prefix}.{packed}", *shapes[packed], (slice(first + start, first + stop), inputs)))
+            first += shapes[name][0]
+        return found
 
-    linears = {
-        fused: load_linear(checkpoint, list(map(linear, names)), backend, ordered=True)
-        for fused, names in FUSED.items()
+    traits, linear = traits_of(family), is_linear(config, index)
+    sparse = config.moe is not None and config.moe.layers[index]
+    if linear:
+        named = delta_linears(config, prefix, traits.by_key_heads)
+    else:
+        named = {name: parts(name) for name in (QKV, OUT)}
+        if traits.gated:
+            named[QKV], named[GATE] = without_gates(config, named[QKV])
+    named |= {name: parts(name) for name in MLP if not sparse}
+    linears = {name: load_linear(checkpoint, found, backend, ordered=True) for name, found in named.items()}
+    mlp = load_experts(checkpoint, prefix, backend, shard) if sparse else None
+    rule = load_delta_rule(checkpoint, prefix, index, device) if linear else None
+    norms = {
+        name: _norm(checkpoint, f"{prefix}.{name}", size, family, device)
+        for name, size in norm_sizes(config, family, index).items()
     }
-    sizes = norm_sizes(config, family)
-    norms = {name: _norm(checkpoint, f"{prefix}.{name}", size, backend.device) for name, size in sizes.items()}
-    return layer_operations(config, family, index, linears, norms, shared=shard.size > 1)
+    return layer_operations(config, family, index, linears, norms, mlp, shard.size > 1, rule)
 
 
 def load_embedding(checkpoint: Checkpoint, family: Family, shard: Shard = ALONE) -> Tensor:
@@ -219,7 +209,7 @@ def load_head(
     """
     config, name = checkpoint.config, _head_name(checkpoint, family)
     shape, tokens = (config.vocab_size, config.hidden_size), shard.vocabulary(config)
-    norm = _norm(checkpoint, family.norm, config.hidden_size, backend.device)
+    norm = _norm(checkpoint, family.norm, config.hidden_size, family, backend.device) * config.scales.logits
     tied = name == family.embedding
     if kind == "16-bit" and tied:
         return norm, backend.pack_dense([embedding])
@@ -271,8 +261,8 @@ def rank_bytes(
         total += count * whole.hidden_size + 4 * count
     elif not (whole.tied_embeddings and same_dtype):
         total += linear(family.embedding if whole.tied_embeddings else family.head, count, whole.hidden_size)
-    shapes = linear_shapes(config)
     for index in range(config.num_layers):
+        shapes = layer_shapes(config, index)
         total += sum(linear(f"{family.layer(index)}.{name}", *shape) for name, shape in shapes.items())
     return total
 
@@ -298,7 +288,8 @@ class OpenModel:
 
     @property
     def family(self) -> Family:
-        return family_of(self.checkpoint.config.model_type)
+        """With the names that the checkpoint has."""
+        return stored_family(self.checkpoint)
 
     def head_declines(self, kind: str) -> str | None:
         """Why the output head cannot be rounded to "int8" or "int4"."""
@@ -310,10 +301,12 @@ class OpenModel:
         head: Instead of `self.head`.
         """
         checkpoint, dtype = self.checkpoint, self.backend.activation_dtype
-        embedding = checkpoint.info(f"{self.family.embedding}.weight")
+        family, block = self.family, block_of(checkpoint, self.family)
+        embedding = checkpoint.info(f"{family.embedding}.weight")
 
         def group_of(name: str, in_: int) -> int | None:
-            return checkpoint.group_of(in_) if checkpoint.is_quantized(name) else None
+            stored = name.replace(".mlp.experts.", f".{block}.experts.")
+            return checkpoint.group_of(in_) if checkpoint.is_quantized(stored) else None
 
         sizes = embedding.nbytes, embedding.dtype == dtype, dtype.itemsize
         return rank_bytes(checkpoint.config, self.shard, head or self.head, group_of, *sizes)
@@ -339,9 +332,12 @@ def open_model(folder: str | Path, options: Options | None = None) -> OpenModel:
     device = torch.device(options.device)
     checkpoint = Checkpoint(folder, read_data=DeviceReader(device) if device.type == "cuda" else read_tensor)
     check_decoder(checkpoint.config)
+    family = stored_family(checkpoint)
     dtypes = {"dtype": options.dtype, "kv_cache_dtype": options.kv_cache_dtype}
     backend = backend_for(device, options.backend, exact=options.exact, **dtypes)
-    family = family_of(checkpoint.config.model_type)
+    if options.dtype == "auto" and traits_of(family).wide and backend.dtype_declines() is None:
+        dtypes["dtype"] = "bfloat16"
+        backend = backend_for(device, options.backend, exact=options.exact, **dtypes)
     options.shard.config(checkpoint.config)  # raises if the model cannot be split so
     return OpenModel(checkpoint, backend, head_kind(checkpoint, family, options, backend), options.shard)
 

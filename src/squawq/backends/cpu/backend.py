@@ -11,10 +11,23 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Batch, Gemm, Group, Heads, Layers, Norms, Pages, Rotary, RunLayers
+from squawq.backends.base import (
+    Batch,
+    Gemm,
+    Group,
+    Heads,
+    LayerCache,
+    Layers,
+    Pages,
+    Rotary,
+    RunLayers,
+    States,
+)
 from squawq.backends.cpu import library
+from squawq.backends.cpu.experts import ACTIVATIONS, matrix, native_experts
+from squawq.backends.cpu.experts import activation as activation_code
 from squawq.backends.cpu.group import SharedGroup, new_shared_memory
-from squawq.backends.cpu.library import LANES, POINTER, SIZE, address, check, required
+from squawq.backends.cpu.library import FLOAT, LANES, POINTER, SIZE, address, check, required
 from squawq.backends.cpu.packed import DENSE_TYPES, NativePacked, PackedDense, PackedInt4, PackedInt8, kernel_group
 from squawq.backends.layer_ops import (
     ActivationMul,
@@ -22,10 +35,12 @@ from squawq.backends.layer_ops import (
     AllReduce,
     Attention,
     Buffer,
+    GatedDeltaRule,
     Matmul,
     MixtureOfExperts,
     Norm,
     Operation,
+    OutputGate,
     Packed,
     RotateAndStore,
 )
@@ -34,9 +49,10 @@ from squawq.errors import KernelError
 
 MAX_COLUMNS = 128  # that round_columns rounds in one native call
 MAX_SHARED_HEADS = 16  # query heads per key-value head
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # `Activation` in csrc/ops.h
 # `Code` in csrc/layers.h
 NORM, MATMUL, ROTATE_AND_STORE, ATTENTION, ACTIVATION_MUL, EXPERTS, ADD_RESIDUAL, ALL_REDUCE = range(8)
+OUTPUT_GATE, DELTA_RULE = range(8, 10)
+MAX_DELTA_DIM, MAX_DELTA_KERNEL = 256, 16  # of a head, of the convolution: csrc/ops.h
 
 
 class CpuBackend(Reference):
@@ -105,32 +121,88 @@ class CpuBackend(Reference):
         check(required().squawq_activation_mul(gate_up.data_ptr(), rows, n, ACTIVATIONS[activation], y.data_ptr()))
         return y
 
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        check(required().squawq_soft_cap(logits.data_ptr(), logits.numel(), cap))
+        return logits
+
+    def experts_declines(self, layer: MixtureOfExperts) -> str | None:
+        try:
+            native_experts(layer)
+        except KernelError as error:
+            return str(error)
+        return None
+
+    def experts(self, x: Tensor, layer: MixtureOfExperts, shared: Tensor | None) -> Tensor:
+        struct, rows = native_experts(layer), x.float().contiguous()
+        y = torch.empty_like(rows) if shared is None else shared.to(torch.float32, copy=True)
+        if rows.shape != (len(rows), layer.router.shape[1]) or y.shape != rows.shape:
+            raise KernelError(f"activations {list(x.shape)} do not fit experts of {layer.router.shape[1]} inputs")
+        check(required().squawq_experts(ctypes.addressof(struct), rows.data_ptr(), *rows.shape, y.data_ptr()))
+        return y.to(x.dtype)
+
     def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
-        rows, half = positions.shape[0], frequencies.shape[0]
-        cos, sin = torch.empty(rows, half), torch.empty(rows, half)
+        rows, columns = positions.shape[0], frequencies.shape[1]
+        cos, sin = torch.empty(rows, columns), torch.empty(rows, columns)
         addresses = map(address, (cos, sin))
-        check(required().squawq_rotary(positions.data_ptr(), rows, frequencies.data_ptr(), half, *addresses))
+        check(required().squawq_rotary(positions.data_ptr(), rows, frequencies.data_ptr(), columns, *addresses))
         return cos, sin
 
     def rotate_and_store(
-        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        operation: RotateAndStore,
+        rotary: Rotary,
+        eps: float,
+        slots: Tensor,
+        pages: Pages,
     ) -> None:
         if not _native_attention(qkv, heads, pages):
-            return super().rotate_and_store(qkv, heads, rotary, norms, eps, slots, pages)
-        sizes = (*heads, rotary[0].shape[1])
-        sources = map(address, (*rotary, *norms))
-        targets = map(address, (slots, *pages))
-        check(required().squawq_rotate_and_store(qkv.data_ptr(), qkv.shape[0], *sizes, *sources, eps, *targets))
+            return super().rotate_and_store(qkv, heads, operation, rotary, eps, slots, pages)
+        rotation, tables = _rotation(operation, heads), map(address, rotary)
+        sizes = (qkv.shape[0], *heads, *tables, rotary[0].shape[1], ctypes.addressof(rotation))
+        check(required().squawq_rotate_and_store(qkv.data_ptr(), *sizes, eps, *map(address, (slots, *pages))))
         return None
 
     def attention(
-        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
+        self, qkv: Tensor, heads: Heads, operation: Attention, sequences: Tensor, tables: Tensor, pages: Pages
     ) -> Tensor:
         if not _native_attention(qkv, heads, pages):
-            return super().attention(qkv, heads, sequences, tables, window, pages)
+            return super().attention(qkv, heads, operation, sequences, tables, pages)
         y = qkv.new_empty(qkv.shape[0], heads[0] * heads[2])
-        batch = (sequences.data_ptr(), sequences.shape[0], tables.data_ptr(), window or 0)
+        scoring = _scoring(operation, heads[2])
+        batch = (sequences.data_ptr(), sequences.shape[0], tables.data_ptr(), ctypes.addressof(scoring))
         check(required().squawq_attention(qkv.data_ptr(), *heads, *batch, *map(address, (*pages, y))))
+        return y
+
+    def output_gate(self, x: Tensor, gates: Tensor) -> Tensor:
+        if not _native(x, x.shape[-1]) or not _native(gates, x.shape[-1]):
+            return super().output_gate(x, gates)
+        y = x.clone()
+        check(required().squawq_output_gate(y.data_ptr(), gates.data_ptr(), y.numel()))
+        return y
+
+    def gated_delta_rule(
+        self,
+        wide: Tensor,
+        gates: Tensor,
+        rule: GatedDeltaRule,
+        eps: float,
+        sequences: Tensor,
+        places: Tensor,
+        states: States,
+    ) -> Tensor:
+        struct = _delta_rule(rule, states)
+        if struct is None or not _native(wide, LANES):
+            return super().gated_delta_rule(wide, gates, rule, eps, sequences, places, states)
+        y = wide.new_empty(wide.shape[0], rule.sizes.values)
+        inputs = wide.clone(), gates.clone()
+        batch = sequences.data_ptr(), places.data_ptr(), len(sequences)
+        check(
+            required().squawq_gated_delta_rule(
+                *map(address, inputs), ctypes.addressof(struct), *batch, eps, y.data_ptr()
+            )
+        )
         return y
 
     def round_columns(
@@ -169,7 +241,7 @@ class CpuBackend(Reference):
     def describe(self) -> dict[str, object]:
         return {"threads": library.threads(), "instructions": library.isa()}
 
-    def prepare(self, layers: Layers, cache: Sequence[Pages]) -> RunLayers:
+    def prepare(self, layers: Layers, cache: Sequence[LayerCache]) -> RunLayers:
         try:
             return LayerStack(layers, cache, self.group)
         except KernelError:
@@ -189,22 +261,61 @@ def _native_attention(qkv: Tensor, heads: Heads, pages: Pages) -> bool:
     return grouped and pages[0].dtype == torch.float16 and _native(qkv, heads[2])
 
 
-class _Matrix(ctypes.Structure):  # these three are structs of csrc/layers.h
-    _fields_ = (("kind", SIZE), ("weight", POINTER))
-
-
-class _Experts(ctypes.Structure):
+class _Rotation(ctypes.Structure):  # these two are structs of csrc/ops.h
     _fields_ = (
-        *((name, SIZE) for name in ("count", "chosen", "normalize", "inner", "activation")),
-        ("router", _Matrix),
-        *((name, POINTER) for name in ("gate_up", "down")),
+        *((name, SIZE) for name in ("first", "pairs", "interleaved", "whole", "rope_first")),
+        *((name, POINTER) for name in ("q_norm", "k_norm")),
     )
 
 
-class _Operation(ctypes.Structure):
+class _Scoring(ctypes.Structure):
+    _fields_ = (("window", SIZE), *((name, FLOAT) for name in ("scale", "cap", "beta")), ("original", SIZE))
+
+
+def _rotation(operation: RotateAndStore, heads: Heads) -> _Rotation:
+    """Raises KernelError for norms or pairs of another size."""
+    query, kv, dim = heads
+    for norm, count in ((operation.query_norm, query), (operation.key_norm, kv)):
+        if norm is not None and len(norm) != (count * dim if operation.whole else dim):
+            raise KernelError(f"a norm of {len(norm)} weights does not fit heads {heads}")
+    pairs = -1 if operation.pairs is None else operation.pairs
+    if 2 * pairs > dim:
+        raise KernelError(f"{pairs} pairs do not fit heads {heads}")
+    flags = operation.interleaved, operation.whole, operation.rope_first
+    return _Rotation(operation.first, pairs, *flags, address(operation.query_norm), address(operation.key_norm))
+
+
+def _scoring(operation: Attention, dim: int) -> _Scoring:
+    numbers = operation.scale_of(dim), operation.cap, operation.beta
+    return _Scoring(operation.window or 0, *numbers, operation.original)
+
+
+class _DeltaRule(ctypes.Structure):  # of csrc/ops.h
+    _fields_ = (
+        *((name, SIZE) for name in ("key_heads", "value_heads", "key_dim", "value_dim", "kernel")),
+        *((name, POINTER) for name in ("convolution", "rate", "bias", "norm", "inputs", "memory")),
+    )
+
+
+def _delta_rule(rule: GatedDeltaRule, states: States) -> _DeltaRule | None:
+    """None where the kernel does not take these sizes."""
+    sizes, weights = rule.sizes, (rule.convolution, rule.rate, rule.bias, rule.norm)
+    heads = sizes.value_heads, sizes.value_heads, sizes.value_dim
+    shapes = (sizes.kernel, sizes.channels), *((count,) for count in heads)
+    wrong = any(t.shape != shape for t, shape in zip(weights, shapes, strict=True))
+    wrong |= any(t.shape[1:] != shape for t, shape in zip(states, sizes.state_shapes, strict=True))
+    wrong |= any(t.dtype != torch.float32 or not t.is_contiguous() for t in (*weights, *states))
+    dims = sizes.key_dim, sizes.value_dim
+    if wrong or sizes.kernel > MAX_DELTA_KERNEL or any(dim % LANES or dim > MAX_DELTA_DIM for dim in dims):
+        return None
+    numbers = sizes.key_heads, sizes.value_heads, *dims, sizes.kernel
+    return _DeltaRule(*numbers, *map(address, (*weights, *states)))
+
+
+class _Operation(ctypes.Structure):  # of csrc/layers.h
     _fields_ = (
         *((name, SIZE) for name in ("code", "source", "target", "option", "width")),
-        *((name, POINTER) for name in ("weight", "other", "keys", "values")),
+        *((name, POINTER) for name in ("weight", "keys", "values", "order")),
     )
 
 
@@ -215,9 +326,10 @@ class LayerStack:
         KernelError: The library does not run one of the operations.
     """
 
-    def __init__(self, layers: Layers, cache: Sequence[Pages], group: Group | None = None) -> None:
+    def __init__(self, layers: Layers, cache: Sequence[LayerCache], group: Group | None = None) -> None:
         query, kv, dim = layers.heads
-        if dim % LANES or query > kv * MAX_SHARED_HEADS or any(keys.dtype != torch.float16 for keys, _ in cache):
+        pages = [cache[op.layer] for op in layers.operations if isinstance(op, Attention)]
+        if dim % LANES or query > kv * MAX_SHARED_HEADS or any(keys.dtype != torch.float16 for keys, _ in pages):
             raise KernelError(f"no native attention for heads {layers.heads}")
         self._heads, self._eps, self._cache, self._group = layers.heads, layers.eps, cache, group
         self._kept: list[object] = [layers]  # keeps alive what the C structures point to
@@ -231,11 +343,16 @@ class LayerStack:
         layers = (ctypes.addressof(self._structs), len(self._structs))
         sizes = (hidden.shape[0], ctypes.addressof(self._widths), *self._heads, rotary[0].shape[1])
         addresses = map(address, (*rotary, batch.slots, batch.sequences))
-        sequences = (batch.sequences.shape[0], batch.pages.data_ptr())
+        sequences = (batch.sequences.shape[0], batch.pages.data_ptr(), batch.places.data_ptr())
         check(required().squawq_layers(*layers, hidden.data_ptr(), *sizes, self._eps, *addresses, *sequences))
 
     def _set_width(self, buffer: Buffer, width: int) -> None:
         self._width[buffer], self._max_width[buffer] = width, max(width, self._max_width[buffer])
+
+    def _first_width(self, source: Buffer, width: int) -> None:
+        """The first operation says how wide the residual stream is."""
+        if source == Buffer.HIDDEN and not self._width[source]:
+            self._set_width(source, width)
 
     def _check_width(self, buffer: Buffer, width: int, multiple: int = 1) -> None:
         if self._width.get(buffer) != width or width % multiple:
@@ -245,31 +362,44 @@ class LayerStack:
         query, kv, dim = self._heads
         match operation:
             case Norm(weight, source, target, add):
-                if source == Buffer.HIDDEN and not self._width[source]:
-                    self._set_width(source, len(weight))
+                self._first_width(source, len(weight))
                 for buffer in (source, *([Buffer.DELTA] if add else [])):
                     self._check_width(buffer, len(weight), LANES)
                 self._set_width(target, len(weight))
                 return _Operation(NORM, source, target, add, len(weight), address(weight))
             case Matmul(weight, source, target):
-                matrix = self._matrix(weight)
+                found = matrix(weight)
+                self._first_width(source, weight.shape[1])
                 self._check_width(source, weight.shape[1])
                 self._set_width(target, weight.shape[0])
-                order = address(weight.order)
-                return _Operation(MATMUL, source, target, matrix.kind, weight.shape[1], matrix.weight, order)
-            case RotateAndStore(layer, query_norm, key_norm):
+                sizes = found.kind, weight.shape[1], found.weight
+                return _Operation(MATMUL, source, target, *sizes, None, None, address(weight.order))
+            case RotateAndStore(layer):
                 self._check_width(Buffer.WIDE, (query + 2 * kv) * dim)
-                norms = map(address, (query_norm, key_norm))
-                return _Operation(ROTATE_AND_STORE, 0, 0, 0, 0, *norms, *map(address, self._cache[layer]))
-            case Attention(layer, window):
+                rotation = self._keep(_rotation(operation, self._heads))
+                return _Operation(ROTATE_AND_STORE, 0, 0, 0, 0, rotation, *map(address, self._cache[layer]))
+            case Attention(layer):
                 self._check_width(Buffer.WIDE, (query + 2 * kv) * dim)
                 self._set_width(Buffer.NARROW, query * dim)
-                return _Operation(ATTENTION, 0, 0, window or 0, 0, None, None, *map(address, self._cache[layer]))
+                scoring = self._keep(_scoring(operation, dim))
+                return _Operation(ATTENTION, 0, 0, 0, 0, scoring, *map(address, self._cache[layer]))
+            case OutputGate():
+                width = self._width.get(Buffer.NARROW, 0)
+                self._check_width(Buffer.GATES, width, LANES)
+                return _Operation(OUTPUT_GATE, 0, 0, 0, width)
+            case GatedDeltaRule(layer, sizes):
+                struct = _delta_rule(operation, self._cache[layer])
+                if struct is None:
+                    raise KernelError(f"no native delta rule of {sizes}")
+                self._check_width(Buffer.WIDE, sizes.channels + sizes.values)
+                self._check_width(Buffer.GATES, 2 * sizes.value_heads)
+                self._set_width(Buffer.NARROW, sizes.values)
+                return _Operation(DELTA_RULE, 0, 0, 0, 0, self._keep(struct))
             case ActivationMul(activation):
                 inner = self._width[Buffer.WIDE] // 2
                 self._check_width(Buffer.WIDE, 2 * inner, 2 * LANES)
                 self._set_width(Buffer.NARROW, inner)
-                return _Operation(ACTIVATION_MUL, 0, 0, _activation(activation), inner)
+                return _Operation(ACTIVATION_MUL, 0, 0, activation_code(activation), inner)
             case MixtureOfExperts():
                 return _Operation(EXPERTS, 0, 0, 0, 0, self._experts(operation))
             case AddResidual():
@@ -282,27 +412,14 @@ class LayerStack:
                 return _Operation(ALL_REDUCE, Buffer.DELTA, 0, 0, width, self._group.pointer)
 
     def _experts(self, layer: MixtureOfExperts) -> int:
-        hidden, inner, count = layer.router.shape[1], layer.down[0].shape[1], len(layer.down)
-        shapes = {*(w.shape for w in layer.gate_up), *(w.shape for w in layer.down), layer.router.shape}
-        if shapes != {(2 * inner, hidden), (hidden, inner), (count, hidden)} or inner % LANES:
-            raise KernelError(f"no native experts of {inner} columns")
+        struct, hidden = native_experts(layer), layer.router.shape[1]
         self._check_width(Buffer.NORMED, hidden, LANES)
-        for buffer, width in ((Buffer.WIDE, 2 * inner), (Buffer.NARROW, inner), (Buffer.DELTA, hidden)):
-            self._set_width(buffer, width)
-        lists = [(_Matrix * count)(*map(self._matrix, weights)) for weights in (layer.gate_up, layer.down)]
-        sizes = (count, layer.top_k, layer.renormalize, inner, _activation(layer.activation))
-        struct = _Experts(*sizes, self._matrix(layer.router), *map(ctypes.addressof, lists))
-        self._kept += [*lists, struct]
+        if layer.shared:
+            self._check_width(Buffer.DELTA, hidden)
+        self._set_width(Buffer.DELTA, hidden)
+        return self._keep(struct)
+
+    def _keep(self, struct: ctypes.Structure) -> int:
+        """Its address, which stays valid."""
+        self._kept.append(struct)
         return ctypes.addressof(struct)
-
-    @staticmethod
-    def _matrix(weight: Packed) -> _Matrix:
-        if not isinstance(weight, NativePacked):
-            raise KernelError(f"a weight {list(weight.shape)} is not packed for the library")
-        return _Matrix(weight.kind, weight.pointer)
-
-
-def _activation(name: str) -> int:
-    if name not in ACTIVATIONS:
-        raise KernelError(f"no native {name}")
-    return ACTIVATIONS[name]

@@ -22,15 +22,16 @@ from squawq.backends.base import (
     Gemm,
     Group,
     Heads,
+    LayerCache,
     Model,
     NextLogits,
-    Norms,
     Pages,
     Rotary,
+    States,
     Steps,
     Tell,
 )
-from squawq.backends.layer_ops import Packed
+from squawq.backends.layer_ops import Attention, GatedDeltaRule, Packed, RotateAndStore
 from squawq.backends.reference import Reference, round_int8
 from squawq.backends.sampling import Sampling
 from squawq.config import ModelConfig
@@ -39,6 +40,7 @@ from squawq.format.groupwise import check_gemm
 
 if TYPE_CHECKING:
     from squawq.backends.cuda.decode import DecodeGraphs
+    from squawq.backends.cuda.delta_rule import Rows
     from squawq.backends.cuda.group import CudaGroup
     from squawq.backends.cuda.launch import Weight
 
@@ -65,6 +67,7 @@ class CudaBackend(Reference):
         super().__init__(device, exact=exact, **dtypes)
         self._scratch = torch.empty(0)
         self._blocks: tuple[Tensor, Tensor] | None = None  # for the latest `sequences`
+        self._owners: tuple[Tensor, Rows] | None = None  # the same
 
     @classmethod
     def declines(cls, device: torch.device) -> str | None:
@@ -143,23 +146,29 @@ class CudaBackend(Reference):
 
         query, kv, dim = config.heads
         hidden, inner = config.hidden_size, config.intermediate_size
-        linears = ((query + 2 * kv) * dim, hidden), (hidden, query * dim), (2 * inner, hidden), (hidden, inner)
+        linears = [((query + 2 * kv) * dim, hidden), (hidden, query * dim), (2 * inner, hidden), (hidden, inner)]
+        mixed = 0  # between the kernels of a delta rule
+        if rule := config.delta_rule:
+            linears += [(rule.channels + rule.values, hidden), (hidden, rule.values), (query * dim, hidden)]
+            mixed = rule.channels + rule.values
         wide, narrow = max(out for out, _ in linears), max(in_ for _, in_ in linears)
         sums = max(out * tiles.split_count(out, -(-in_ // 64)) for out, in_ in linears)
         attended = query * tiles.CHUNKS * (dim + 2)
         pages = -(-config.max_positions // cls.page_size)
         sampled = 2 * config.vocab_size + config.vocab_size // 2 + config.vocab_size // 32  # logits, and sampling's
         exchanged = 0 if ranks == 1 else 3 * ranks * hidden + config.vocab_size
-        numbers = hidden + 2 * sums + sampled + attended + dim + pages + exchanged  # of 4 bytes
+        numbers = (
+            hidden + (3 if rule else 2) * sums + mixed + sampled + attended + dim + pages + exchanged
+        )  # of 4 bytes
         row = 4 * numbers + 2 * (2 * hidden + narrow + query * dim)
         row += 8 * config.vocab_size  # logits after prompts, and a copy
-        token = 4 * hidden + 2 * (2 * hidden + 2 * wide + narrow)
+        token = 4 * (hidden + mixed) + 2 * (2 * hidden + 2 * wide + narrow)
         dense = 2 * max(out * in_ for out, in_ in linears)
         return rows * row + max(tokens, MIN_ROWS) * token + dense + OVERHEAD
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """In float32, as the residual stream is."""
-        return weight[ids.to(weight.device)].to(self.device, torch.float32)
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        return torch.float32
 
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:
         """Few rows by the kernels of decode steps, more by cuBLAS."""
@@ -190,6 +199,9 @@ class CudaBackend(Reference):
         """By cuBLAS whatever the number of rows, so that a prompt's bits do not depend on where it is cut."""
         from squawq.backends.cuda import int4, launch
 
+        if x.dtype == torch.float32:  # the residual stream itself
+            limit = torch.finfo(self.activation_dtype).max
+            x = x.clamp(-limit, limit).to(self.activation_dtype)
         if not isinstance(weight, int4.Int4Weight | launch.DenseWeight):
             return super().matmul(x, weight)
         return self._matmul_many(x, weight)
@@ -233,20 +245,20 @@ class CudaBackend(Reference):
             super().prepare_sampling(sampling)
 
     def prepare_steps(
-        self, model: Model, cache: Sequence[Pages], rows: int, pages: int, tell: Tell | None = None
+        self, model: Model, cache: Sequence[LayerCache], rows: int, pages: int, tell: Tell | None = None
     ) -> Steps | None:
         from squawq.backends.cuda import steps
 
         graphs = self._graphs(model, cache, rows, pages)
         return None if graphs is None else steps.CudaSteps(graphs, tell)
 
-    def follow_steps(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> Follow | None:
+    def follow_steps(self, model: Model, cache: Sequence[LayerCache], rows: int, pages: int) -> Follow | None:
         from squawq.backends.cuda import steps
 
         graphs = self._graphs(model, cache, rows, pages)
         return None if graphs is None else steps.follow(graphs)
 
-    def _graphs(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> DecodeGraphs | None:
+    def _graphs(self, model: Model, cache: Sequence[LayerCache], rows: int, pages: int) -> DecodeGraphs | None:
         from squawq.backends.cuda import decode
 
         declined = decode.declines(model) is not None
@@ -254,7 +266,9 @@ class CudaBackend(Reference):
             return None
         return decode.DecodeGraphs(model, cache, self.activation_dtype, rows, pages, self.group)
 
-    def prepare_next_logits(self, model: Model, cache: Sequence[Pages], rows: int, pages: int) -> NextLogits | None:
+    def prepare_next_logits(
+        self, model: Model, cache: Sequence[LayerCache], rows: int, pages: int
+    ) -> NextLogits | None:
         from squawq.backends.cuda import decode
 
         graphs = self._graphs(model, cache, rows, pages)
@@ -293,14 +307,23 @@ class CudaBackend(Reference):
         return out.view(hidden.shape)
 
     def rotate_and_store(
-        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        operation: RotateAndStore,
+        rotary: Rotary,
+        eps: float,
+        slots: Tensor,
+        pages: Pages,
     ) -> None:
         from squawq.backends.cuda import launch
 
-        launch.rotate_and_store(launch.Sums(qkv[None]), heads, rotary, norms, eps, slots, qkv, pages, HEADS_EACH)
+        scales = torch.empty(len(qkv), 2, device=self.device) if operation.whole else None
+        sums = launch.Sums(qkv[None])
+        launch.rotate_and_store(sums, heads, operation, rotary, eps, slots, qkv, pages, HEADS_EACH, scales)
 
     def attention(
-        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
+        self, qkv: Tensor, heads: Heads, operation: Attention, sequences: Tensor, tables: Tensor, pages: Pages
     ) -> Tensor:
         from squawq.backends.cuda import launch
 
@@ -312,7 +335,39 @@ class CudaBackend(Reference):
             ]
             self._blocks = sequences, torch.tensor(blocks, dtype=torch.int32).to(self.device, non_blocking=True)
         out = qkv.new_empty(qkv.shape[0], heads[0] * heads[2])
-        launch.prefill_attention(qkv, heads, pages, self._blocks[1], tables, window, out, QUERIES)
+        launch.prefill_attention(qkv, heads, operation, pages, self._blocks[1], tables, out, QUERIES)
+        return out
+
+    def output_gate(self, x: Tensor, gates: Tensor) -> Tensor:
+        from squawq.backends.cuda import launch
+
+        y = x.clone()
+        launch.output_gate(launch.Sums(gates[None]), y)
+        return y
+
+    def gated_delta_rule(
+        self,
+        wide: Tensor,
+        gates: Tensor,
+        rule: GatedDeltaRule,
+        eps: float,
+        sequences: Tensor,
+        places: Tensor,
+        states: States,
+    ) -> Tensor:
+        from squawq.backends.cuda import delta_rule, launch
+
+        if self._owners is None or self._owners[0] is not sequences:
+            first, count, start, _ = sequences.unbind(1)
+            firsts, at, starts = (each.repeat_interleave(count) for each in (first, places, start))
+            positions = starts + torch.arange(len(firsts)) - firsts
+            listed = torch.stack((first, count, start, places), 1)
+            rows = [each.to(self.device, non_blocking=True) for each in (firsts, at, positions, listed)]
+            self._owners = sequences, delta_rule.Rows(*rows)
+        between = delta_rule.space(len(wide), rule.sizes, self.device)
+        out = wide.new_empty(len(wide), rule.sizes.values)
+        sums = launch.Sums(wide[None]), launch.Sums(gates[None])
+        delta_rule.gated_delta_rule(*sums, rule, eps, self._owners[1], states, between, out)
         return out
 
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Model, NextLogits, Pages
-from squawq.backends.cuda import int4, launch
+from squawq.backends.base import PAGE, LayerCache, Model, NextLogits
+from squawq.backends.cuda import delta_rule, int4, launch
 from squawq.backends.cuda.group import CudaGroup
 from squawq.backends.cuda.launch import Sums
 from squawq.backends.cuda.peers import Place, exchange_for
@@ -23,9 +23,11 @@ from squawq.backends.layer_ops import (
     AllReduce,
     Attention,
     Buffer,
+    GatedDeltaRule,
     Matmul,
     MixtureOfExperts,
     Norm,
+    OutputGate,
     Packed,
     RotateAndStore,
 )
@@ -58,13 +60,14 @@ class DecodeGraphs:
             below 0 is the one that the row sampled last. A position below 0 is a row of padding.
         tables: int32 [rows, pages]: page tables. A step adds the page of its slot itself.
         space: Parameters and results of sampling; None on ranks that do not sample.
+        states: int64 [rows]: each row's place among the states of delta rules.
         page: Tokens of a page.
     """
 
     def __init__(
         self,
         model: Model,
-        cache: Sequence[Pages],
+        cache: Sequence[LayerCache],
         dtype: torch.dtype,
         rows: int,
         pages: int,
@@ -78,9 +81,13 @@ class DecodeGraphs:
             self._exchange = exchange_for(group, vocabulary, rows, hidden)
         self._first = 0 if vocabulary is None else vocabulary.own.start  # of the embedding's tokens
         self._model, self._cache, self.rows = model, cache, rows
-        self.page = cache[0][0].shape[2]
-        weights = [_weight(op.weight) for op in model.layers.operations if isinstance(op, Matmul)]
-        widths = [weight.shape[0] * launch.splits(weight) for weight in weights]
+        operations = model.layers.operations
+        self.page = next((cache[op.layer][0].shape[2] for op in operations if isinstance(op, Attention)), PAGE)
+        products = [(op.target, _weight(op.weight)) for op in operations if isinstance(op, Matmul)]
+        widths: dict[Buffer, int] = {}
+        for target, weight in products:
+            widths[target] = max(widths.get(target, 0), weight.shape[0] * launch.splits(weight))
+        weights = [weight for _, weight in products]
         narrow = max(weight.shape[1] for weight in weights)
 
         def empty(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
@@ -89,9 +96,11 @@ class DecodeGraphs:
         self._hidden, self._normed = empty(rows, hidden), empty(rows, hidden, kind=dtype)
         self._narrow = empty(rows * narrow, kind=dtype)
         self._queries = empty(rows * heads[0] * heads[2], kind=dtype)
-        self._parts = [empty(rows * max(widths)), empty(rows * max(widths))]  # of WIDE, and of DELTA
+        self._parts = {target: empty(rows * width) for target, width in widths.items()}
         self._delta = empty(rows, hidden, kind=dtype)
-        self._rotary = empty(rows, len(model.frequencies)), empty(rows, len(model.frequencies))
+        columns = model.frequencies.shape[1]
+        self._rotary = empty(rows, columns), empty(rows, columns)
+        self._scales = empty(rows, 2)  # of norms of all heads together
         self._logits = empty(rows * vocab)
         self._attention = launch.decode_space(rows, heads, device)
         self._places = torch.arange(rows, dtype=torch.int32, device=device)
@@ -102,6 +111,10 @@ class DecodeGraphs:
             tokens = vocab if vocabulary is None else sum(vocabulary.each)
             self.space = launch.sampling_space(rows, tokens, device)
         self.inputs[1:] = -1
+        self.states = empty(rows, kind=torch.int64)
+        rules = [op.sizes for op in operations if isinstance(op, GatedDeltaRule)]
+        self._between = delta_rule.space(rows, rules[0], device) if rules else None
+        self._each = torch.arange(rows, device=device)
         self._hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and the logits that it computes
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -157,7 +170,7 @@ class DecodeGraphs:
         sampled = ids if space is None else space.results[0, :size]
         if exchange is not None:
             sampled = exchange.tokens(None if space is None else sampled, size, dependent)
-        embedding = model.embedding, self._first, model.frequencies
+        embedding = model.embedding, self._first, model.frequencies, model.embedding_scale
         launch.embed(ids, positions, slots, sampled, *embedding, hidden, rotary, self.tables, self.page)
         sums: dict[Buffer, Sums | None] = {Buffer.DELTA: None}
         if exchange is not None:
@@ -172,29 +185,45 @@ class DecodeGraphs:
                     launch.add_norm(sums[Buffer.DELTA], hidden, weight, eps, self._delta[:size], False, dependent)
                     sums[Buffer.DELTA] = Sums(self._delta[None, :size])
                 case Matmul(weight, source, target):
-                    x = normed if source == Buffer.NORMED else narrow
-                    sums[target] = self._matmul(x, weight, self._parts[target == Buffer.DELTA], dependent)
-                case RotateAndStore(layer, query_norm, key_norm):
+                    if source == Buffer.HIDDEN:
+                        launch.add_norm(sums[Buffer.DELTA], hidden, None, eps, normed, True, dependent)
+                    x = narrow if source == Buffer.NARROW else normed
+                    sums[target] = self._matmul(x, weight, self._parts[target], dependent)
+                case RotateAndStore(layer):
                     queries = self._queries[: size * heads[0] * heads[2]].view(size, -1)
                     wide = sums[Buffer.WIDE]
                     assert wide is not None
-                    norms = query_norm, key_norm
+                    scales = self._scales[:size] if operation.whole else None
+                    pages = self._cache[layer]
                     launch.rotate_and_store(
-                        wide, heads, rotary, norms, eps, slots, queries, self._cache[layer], 1, dependent
+                        wide, heads, operation, rotary, eps, slots, queries, pages, 1, scales, dependent
                     )
-                case Attention(layer, window):
+                case Attention(layer):
                     narrow = self._narrow[: size * heads[0] * heads[2]].view(size, -1)
                     launch.decode_attention(
                         queries,
                         heads,
+                        operation,
                         self._cache[layer],
                         self.tables[:size],
                         positions,
-                        window,
                         narrow,
                         self._attention,
                         dependent,
                     )
+                case OutputGate():
+                    gates = sums[Buffer.GATES]
+                    assert gates is not None
+                    launch.output_gate(gates, narrow, dependent)
+                case GatedDeltaRule(layer, sizes):
+                    wide, gates, between = sums[Buffer.WIDE], sums[Buffer.GATES], self._between
+                    assert wide is not None
+                    assert gates is not None
+                    assert between is not None
+                    narrow = self._narrow[: size * sizes.values].view(size, -1)
+                    of = delta_rule.Rows(self._each[:size], self.states[:size], positions)
+                    state = self._cache[layer]
+                    delta_rule.gated_delta_rule(wide, gates, operation, eps, of, state, between, narrow, dependent)
                 case ActivationMul(activation):
                     wide = sums[Buffer.WIDE]
                     assert wide is not None
@@ -206,10 +235,12 @@ class DecodeGraphs:
                     assert delta is not None
                     sums[Buffer.DELTA] = exchange.all_reduce(delta, place, dependent)
                 case AddResidual():
-                    pass  # part of the final norm
+                    pass  # part of what reads the residual stream next
         launch.add_norm(sums[Buffer.DELTA], hidden, model.norm, eps, normed, True, dependent)
         logits = self._logits_of(size)
         launch.matmul(normed, _weight(model.head), logits[None], dependent)
+        if model.logits_cap:
+            launch.soft_cap(logits, model.logits_cap, dependent)
         if exchange is not None:
             logits = exchange.gather(logits, dependent)
         if space is not None:

@@ -178,6 +178,8 @@ class CudaSteps:
             self._untold.update({seat.row: table for (_, seat), table in zip(fresh, pages, strict=True)})
         rows = self._to_card([seat.row for _, seat in fresh], torch.int64)
         tables.index_copy_(0, rows, self._to_card(pages, torch.int32))
+        states = self._to_card([chunk.slot for chunk, _ in fresh], torch.int64)
+        self._graphs.states.index_copy_(0, rows, states)
         space.floats.index_copy_(0, rows, self._to_card(floats, torch.float32))
         space.ints.index_copy_(0, rows, self._to_card(ints, torch.int32))
 
