@@ -21,7 +21,7 @@ ENGINES = {
 }
 TGI_IMAGE = "ghcr.io/huggingface/text-generation-inference"
 VLLM_GROUPS = (-1, 32, 64, 128)  # of its Marlin kernels
-OTHER_LAYOUTS = ("gptq", "gptq_v2", "pack-quantized")  # that transformers and vLLM read beside AWQ's
+READ_LAYOUTS = ("gemm", "gptq", "gptq_v2", "pack-quantized")  # by transformers and vLLM
 VLLM = (  # families of ours whose architecture is in vLLM's registry
     *("afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "deepseek_v2"),
     *("deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "flex_olmo"),
@@ -41,13 +41,13 @@ TGI = (  # those in TGI's list of supported models
 def compatible_engines(config: ModelConfig, quant: QuantConfig | None = None) -> list[str]:
     """Keys of ENGINES that run this model in 4 bits, ours first. `quant`: how it will be quantized, if it is not."""
     quant = config.quant or quant or QuantConfig()
-    family, gemm, other = config.model_type, config.layout == "gemm", config.layout in OTHER_LAYOUTS
+    family, read = config.model_type, config.layout in READ_LAYOUTS
     ours = why_not_squawq(config) is None
     found = {
         "squawq": ours,
-        "transformers": (gemm or other) and family in FAMILIES,
-        "vllm": (gemm or other) and family in VLLM and quant.group_size in VLLM_GROUPS,
-        "tgi": gemm
+        "transformers": read and family in FAMILIES,
+        "vllm": read and family in VLLM and quant.group_size in VLLM_GROUPS,
+        "tgi": (config.quant_method, config.layout) == ("awq", "gemm")
         and quant.group_size in VLLM_GROUPS
         and quant.zero_point
         and family in TGI

@@ -168,6 +168,25 @@ def test_zeros_that_are_no_integers(value: float, tmp_path: Path) -> None:
         Checkpoint(folder).read_gemm(DOWN, 128, 64)
 
 
+def test_a_zero_of_16(tmp_path: Path) -> None:
+    """GPTQ's first version could say so; its second, and compressed-tensors, have 15 at most."""
+    folder = folder_of(tmp_path / "m", "gptq", integers(32), stated("gptq", 32))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{DOWN}.qzeros"][1, 2] |= 15 << 8
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{DOWN}.qzeros': a zero is 16.*from 0 to 15"):
+        Checkpoint(folder).read_gemm(DOWN, 128, 64)
+
+
+@pytest.mark.parametrize("sizes", [[128, 64], [64, 120], [0, -1], [2**40, 8]])
+def test_a_shape_that_lies(sizes: list[int], tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m", "pack-quantized", integers(32), stated("pack-quantized", 32))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, f"{DOWN}.weight_shape": torch.tensor(sizes)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{DOWN}.weight_shape' is not \[64, 128\]"):
+        Checkpoint(folder).read_gemm(DOWN, 128, 64)
+
+
 def test_groups_of_zeros_and_padding(tmp_path: Path) -> None:
     """A scale of 0 has a zero of 0; what fills the rows up is not looked at."""
     folder = folder_of(tmp_path / "m", "gemv_fast", integers(32), stated("gemv_fast", 32))

@@ -68,11 +68,11 @@ def check_id(name: str, what: str) -> None:
         raise ConfigError(f"{what} is {name!r}; it must be a Hub id such as 'owner/name'")
 
 
-def check_gemm(folder: Path, layout: str) -> None:
-    """Raise ConfigError for a layout other than GEMM, the one that all engines run."""
-    if layout != "gemm":
+def check_gemm(folder: Path, method: str, layout: str) -> None:
+    """Raise ConfigError for another method or layout than AWQ's GEMM, the one that all engines run."""
+    if (method, layout) != ("awq", "gemm"):
         raise ConfigError(
-            f"{folder}: has the layout {layout!r}; squawq publishes AWQ folders in 'gemm' alone, "
+            f"{folder}: is {method} in the layout {layout!r}; squawq publishes AWQ folders in 'gemm' alone, "
             "which squawq export --format awq makes"
         )
 
@@ -91,7 +91,7 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None, kept
     found = inspect(folder)
     if found["quantization"] is None:
         raise ConfigError(f"{folder}: is not quantized; squawq writes cards for AWQ folders")
-    check_gemm(folder, found["quantization"]["format"])
+    check_gemm(folder, found["quantization"]["method"], found["quantization"]["format"])
     report = _report(folder / REPORT)
     source = public_name(origin.source) if origin.source else kept.source
     other = origin.source is not None and kept.source not in (None, plain(source or ""))  # the card was of another one

@@ -118,7 +118,7 @@ def check_folder(folder: Path) -> list[str]:
     checkpoint = Checkpoint(folder)
     if checkpoint.config.quant is None:
         raise ConfigError(f"{folder}: is not quantized; squawq pushes AWQ folders")
-    check_gemm(folder, checkpoint.config.layout)
+    check_gemm(folder, checkpoint.config.quant_method, checkpoint.config.layout)
     if lost := missing(checkpoint):
         raise CheckpointError(f"{folder}: is incomplete: {len(lost)} tensors are missing, such as {lost[0]}")
     if not any(has_file(folder / name) for name in TOKENIZERS):
