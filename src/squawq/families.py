@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from squawq.config import ROPE_TYPES, ModelConfig
+from squawq.config import ModelConfig
 from squawq.errors import ConfigError
+from squawq.rope_config import ROPE_TYPES
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Traits:
         qk_norm: Norms of queries and keys: "" (none), "head" (of each head, weights [head_dim]) or "whole" (of all
             heads together, weights [heads * head_dim]).
         qk_names: Names of those norms.
+        qk_flag: Key of config.json that is true where a model has them; "": all have.
         rope_first: They come after RoPE, not before.
         interleaved: RoPE turns neighbours (2i, 2i + 1) instead of a head's two halves.
         wide: Activations exceed float16's range, so that "auto" means bfloat16 where a backend has it.
@@ -58,6 +60,7 @@ class Traits:
     norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
     qk_norm: Literal["", "head", "whole"] = ""
     qk_names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    qk_flag: str = ""
     rope_first: bool = False
     interleaved: bool = False
     wide: bool = False
@@ -131,6 +134,13 @@ def expert_of(linear: str) -> str | None:
     return found.group(1) if found else None
 
 
+ACTIVATIONS = {  # hidden_act of config.json, where our decoder has it -> a backend's name
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 Groups = tuple[ScalingGroup, ...]
 _ATTENTION, _MLP = "input_layernorm", "post_attention_layernorm"  # Llama's names for the norms before both
 _W123 = ("w1", "w3", "w2")  # Mixtral's names for gate, up, down
@@ -224,6 +234,12 @@ _QWEN_MOE = _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert"
 _GRANITE_MOE = _moe("router", block="block_sparse_moe", names=_W123)
 _COHERE = (_parallel(_within("mlp", "gate_proj", "up_proj")), *_MULTIPLIED[1:2], *_MULTIPLIED[3:])
 
+# For our decoder: norms before attention, of its output, before the MLP, of its output
+_FOUR_NORMS = (_ATTENTION, "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_NORMS_AFTER = ("", "post_attention_layernorm", "", "post_feedforward_layernorm")
+_GLM4_NORMS = (_ATTENTION, "post_self_attn_layernorm", _MLP, "post_mlp_layernorm")
+_HUNYUAN_NORMS = ("self_attn.query_layernorm", "self_attn.key_layernorm")
+
 
 def _rows(model_types: str, groups: Groups, **settings: Any) -> dict[str, Family]:
     """Equal rows for several model_types."""
@@ -232,12 +248,20 @@ def _rows(model_types: str, groups: Groups, **settings: Any) -> dict[str, Family
 
 FAMILIES = {
     **_rows("llama internlm3 iquestcoder ministral mistral qwen2 seed_oss", _LLAMA, decoder=Traits()),
-    **_rows("qwen3", _LLAMA, decoder=Traits(qk_norm="head")),
-    **_rows("cwm ernie4_5 exaone helium hunyuan_v1_dense ministral3 smollm3", _LLAMA),
-    **_rows("granite granite_swa hyperclovax", _MULTIPLIED),
-    **_rows("gemma", _LLAMA, norm_offset=1.0),
-    **_rows("gemma2 gemma3_text vaultgemma", _GEMMA, norm_offset=1.0),
-    **_rows("olmo olmo2 olmo3 exaone4", _UNSCALED),
+    **_rows("cwm ministral3 qwen2_5_vl_text smollm3", _LLAMA, decoder=Traits()),
+    **_rows("qwen3 qwen3_vl_text", _LLAMA, decoder=Traits(qk_norm="head")),
+    **_rows("ernie4_5 helium", _LLAMA, decoder=Traits(interleaved=True)),
+    **_rows("hunyuan_v1_dense", _LLAMA, decoder=Traits(qk_norm="head", qk_names=_HUNYUAN_NORMS, rope_first=True)),
+    **_rows("exaone", _LLAMA),
+    **_rows("granite", _MULTIPLIED, decoder=Traits()),
+    **_rows("granite_swa hyperclovax", _MULTIPLIED),
+    **_rows("gemma", _LLAMA, norm_offset=1.0, decoder=Traits(wide=True)),
+    **_rows("gemma2", _GEMMA, norm_offset=1.0, decoder=Traits(_FOUR_NORMS, wide=True)),
+    **_rows("gemma3_text", _GEMMA, norm_offset=1.0, decoder=Traits(_FOUR_NORMS, "head", wide=True)),
+    **_rows("vaultgemma", _GEMMA, norm_offset=1.0),
+    **_rows("olmo", _UNSCALED),
+    **_rows("olmo2 olmo3", _UNSCALED, decoder=Traits(_NORMS_AFTER, "whole")),
+    **_rows("exaone4", _UNSCALED, decoder=Traits(_NORMS_AFTER, "head")),
     **_rows("cohere cohere2", _COHERE),
     **_rows("stablelm", _attention("") + _gated()),  # some have no second norm, and the MLP reads the first
     **_rows(
@@ -247,9 +271,10 @@ FAMILIES = {
             ScalingGroup("", ("self_attn.o_proj",)),
             *_fused_gated(),
         ),
+        decoder=Traits(),
     ),
-    **_rows("glm", _attention() + _fused_gated()),
-    **_rows("glm4", _attention(adds=False) + _fused_gated()),
+    **_rows("glm", _attention() + _fused_gated(), decoder=Traits(interleaved=True)),
+    **_rows("glm4", _attention(adds=False) + _fused_gated(), decoder=Traits(_GLM4_NORMS, interleaved=True)),
     **_rows(
         "phi",
         (_parallel(("mlp.fc1",)), *_attention(out="dense", adds=False)[1:], ScalingGroup("", ("mlp.fc2",))),
@@ -266,13 +291,16 @@ FAMILIES = {
     **_rows("deepseek_v2 deepseek_v3 glm4_moe_lite", _latent_attention() + _DENSE_OR_MOE),
     **_rows("qwen3_moe", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head")),
     **_rows("dots1", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head")),
-    **_rows("ernie4_5_moe exaone_moe glm4_moe olmoe solar_open", _attention() + _DENSE_OR_MOE),
+    **_rows("ernie4_5_moe", _attention() + _DENSE_OR_MOE, decoder=Traits(interleaved=True)),
+    **_rows("glm4_moe", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head", qk_flag="use_qk_norm")),
+    **_rows("olmoe", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="whole")),
+    **_rows("exaone_moe solar_open", _attention() + _DENSE_OR_MOE),
     **_rows("qwen2_moe", _attention() + _QWEN_MOE, decoder=Traits()),
     **_rows("qwen3_next", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
     **_rows("qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0),
     **_rows("qwen3_5_moe_text", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
     **_rows("mixtral", _attention() + _moe("gate", names=_W123), experts=_W123, decoder=Traits()),
-    **_rows("minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
+    **_rows("minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123, decoder=Traits(qk_norm="whole")),
     **_rows("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
     **_rows("flex_olmo", _attention("") + _moe("gate", norm="")),
     **_rows("hunyuan_v1_moe", _attention() + _moe("gate.wg", shared="shared_mlp")),
@@ -311,14 +339,17 @@ def traits_of(family: Family) -> Traits:
 def check_decoder(config: ModelConfig) -> None:
     """Raise ConfigError, saying what runs it, for a model that our decoder does not run."""
     unlike = []
-    if config.activation not in ("silu", "swish"):
-        unlike.append(f"hidden_act is {config.activation!r}, and it has silu")
-    if config.rope.type not in ROPE_TYPES:
-        unlike.append(f"rope type is {config.rope.type!r}, and it has {', '.join(ROPE_TYPES)}")
-    if config.rope.partial != 1:
-        unlike.append(f"partial_rotary_factor is {config.rope.partial}, and it rotates whole heads")
+    if config.activation not in ACTIVATIONS:
+        unlike.append(f"hidden_act is {config.activation!r}, and it has {', '.join(ACTIVATIONS)}")
+    for rope in config.ropes:
+        if rope is not None and rope.type not in ROPE_TYPES:
+            unlike.append(f"rope type is {rope.type!r}, and it has {', '.join(ROPE_TYPES)}")
+    if {**config.raw, **(config.raw.get("text_config") or {})}.get("use_bidirectional_attention"):
+        unlike.append("use_bidirectional_attention is set, and its attention is causal")
     if others := set(config.layer_types) - {"full_attention", "sliding_attention"}:
         unlike.append(f"a layer's attention is {sorted(others)[0]!r}")
+    if config.raw.get("clip_qkv") is not None:
+        unlike.append("clip_qkv is set, and it does not clip queries, keys and values")
     if config.model_type in ("qwen2_moe", "qwen3_moe") and config.sliding_window is not None:
         unlike.append("use_sliding_window is true, and it has no windows of this family")
     if not family_of(config.model_type).decoder:

@@ -24,11 +24,10 @@ from squawq.backends.layer_ops import (
 )
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError
-from squawq.families import Family
+from squawq.families import ACTIVATIONS, Family
 from squawq.format.reader import WHOLE, Checkpoint
 from squawq.moe_config import MoeConfig
 from squawq.nn.experts import SPELLINGS
-from squawq.nn.layers import ACTIVATIONS
 from squawq.nn.linears import Linear, load_linear
 from squawq.nn.shard import ALONE, Shard
 
