@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 EXACT = Options(exact=True)
-# Families that our decoder runs, and that have a class of their own for text alone
+# Families that our decoder runs, and for whose text alone transformers has a class
 DECODED = sorted(name for name, row in FAMILIES.items() if row.decoder and not name.endswith("_vl_text"))
 MakeModel = Callable[..., Path]
 

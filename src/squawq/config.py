@@ -25,18 +25,17 @@ WINDOWLESS = (  # that have none, whatever config.json says
     *("llama", "gemma", "granite", "olmo2", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "qwen3_vl_text"),
     *("arcee", "internlm3", "iquestcoder", "seed_oss", "ernie4_5_moe", "glm4_moe", "minimax_m2", "olmoe"),
 )
-SWITCHED = (  # that have one only where use_sliding_window is true
-    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_5_vl_text", "smollm3"),
-)
+# that have windows only where use_sliding_window is true
+SWITCHED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_5_vl_text", "smollm3")
 WINDOWS = {"gemma2": 4096, "gemma3_text": 4096, "cwm": 8192}  # where config.json does not say
-PATTERNS = {
+PATTERNS = {  # one layer of so many is full
     "gemma2": 2,
     "gemma3_text": 6,
     "olmo3": 4,
     "exaone4": 4,
     "cohere2": 4,
     "cwm": 4,
-}  # one layer of so many is full
+}
 TEXT_OF = {"qwen2_5_vl": "qwen2_5_vl_text"}  # multimodal models whose config.json may have all on one level
 LEFT_OUT = {
     "gemma3_text": {
@@ -78,8 +77,8 @@ class ModelConfig:
     """A decoder's config.json, or the `text_config` in a multimodal model's.
 
     `raw` is the whole file; `quant` is None for a 16-bit checkpoint. Families that our decoder does not run are refused
-    by `nn/loader.py`, not here. `ropes`: of each layer, None for a layer without RoPE.
-    `moe`: the experts of a family whose router that decoder computes.
+    by `nn/loader.py`, not here. `ropes`: of each layer, None for a layer without RoPE. `moe`: the experts of a family
+    whose router that decoder computes.
     """
 
     model_type: str

@@ -256,7 +256,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     if not half:
         return x
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    first, second = turned.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
+    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
     cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
     both = first * cos - second * sin, second * cos + first * sin
     return torch.cat((torch.stack(both, -1).flatten(-2) if interleaved else torch.cat(both, -1), rest), -1)

@@ -73,15 +73,6 @@ def layer_operations(
     ]
 
 
-def _gated(config: ModelConfig, linears: Mapping[str, Packed], source: Buffer) -> list[Operation]:
-    """down(activation(gate) * up)."""
-    return [
-        Matmul(linears[GATE_UP], source, Buffer.WIDE),
-        ActivationMul(ACTIVATIONS[config.activation]),
-        Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
-    ]
-
-
 def rotate_and_store(config: ModelConfig, traits: Traits, index: int, norms: Mapping[str, Tensor]) -> RotateAndStore:
     """Norms and RoPE of a layer's queries and keys."""
     rope = config.ropes[index]
@@ -113,6 +104,15 @@ def _before(name: str, norms: Mapping[str, Tensor], pending: bool = True) -> tup
     if name:
         return [Norm(norms[name], add=pending)], Buffer.NORMED
     return [AddResidual()] if pending else [], Buffer.HIDDEN
+
+
+def _gated(config: ModelConfig, linears: Mapping[str, Packed], source: Buffer) -> list[Operation]:
+    """down(activation(gate) * up)."""
+    return [
+        Matmul(linears[GATE_UP], source, Buffer.WIDE),
+        ActivationMul(ACTIVATIONS[config.activation]),
+        Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
+    ]
 
 
 def _after(name: str, norms: Mapping[str, Tensor]) -> list[Operation]:

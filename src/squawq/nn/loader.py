@@ -62,9 +62,14 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every linear in a layer. Raises ConfigError for families unlike Llama."""
     family = family_of(config.model_type)
     traits_of(family)
+    return {name: shape for name, shape in _every_shape(config).items() if name in family.linears}
+
+
+def _every_shape(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """With separate linears, and with those that some families have in their place."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {
+    return {
         QKV: (query + 2 * key, hidden),
         "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (key, hidden),
@@ -75,7 +80,6 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    return {name: shape for name, shape in shapes.items() if name in family.linears}
 
 
 def layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, int]]:
@@ -93,11 +97,7 @@ FUSED = {
     GATE_UP: ("mlp.gate_proj", "mlp.up_proj"),
     DOWN: ("mlp.down_proj",),
 }
-
-
-def parts_of(family: Family, packed: str) -> tuple[str, ...]:
-    """The checkpoint's linears that make up one of FUSED: several, or one that is stored so."""
-    return (packed,) if packed in family.linears else FUSED[packed]
+MLP = (GATE_UP, DOWN)
 
 
 def stored_family(checkpoint: Checkpoint) -> Family:
@@ -126,17 +126,23 @@ def load_layer(checkpoint: Checkpoint, index: int, backend: Backend, shard: Shar
     """One decoder layer, or a rank's part of it."""
     config = checkpoint.config
     family = stored_family(checkpoint)
-    prefix, shapes = family.layer(index), linear_shapes(config)
+    prefix, shapes = family.layer(index), _every_shape(config)
 
-    def linear(name: str) -> Linear:
-        return Linear(f"{prefix}.{name}", *shapes[name], shard.part(name, config) if shard.size > 1 else WHOLE)
+    def parts(packed: str) -> list[Linear]:
+        """Linears that make up one of FUSED: several, or as many parts of one."""
+        found, first = [], 0
+        for name in FUSED[packed]:
+            outputs, inputs = shard.part(name, config) if shard.size > 1 else WHOLE
+            if packed not in family.linears:
+                found.append(Linear(f"{prefix}.{name}", *shapes[name], (outputs, inputs)))
+                continue
+            start, stop, _ = outputs.indices(shapes[name][0])
+            found.append(Linear(f"{prefix}.{packed}", *shapes[packed], (slice(first + start, first + stop), inputs)))
+            first += shapes[name][0]
+        return found
 
     sparse = config.moe is not None and config.moe.layers[index]
-    linears = {
-        name: load_linear(checkpoint, list(map(linear, parts_of(family, name))), backend)
-        for name in FUSED
-        if not (sparse and name in (GATE_UP, DOWN))
-    }
+    linears = {name: load_linear(checkpoint, parts(name), backend) for name in FUSED if not (sparse and name in MLP)}
     mlp = load_experts(checkpoint, prefix, backend, shard) if sparse else None
     norms = {
         name: _norm(checkpoint, f"{prefix}.{name}", size, family, backend.device)

@@ -57,8 +57,7 @@ class Shard:
         return self._part(features, _unit(whole, features, self.size))
 
     def _inner(self, whole: ModelConfig, features: int) -> int:
-        part = self.inner(whole, features)
-        return int(part.stop - part.start)
+        return len(range(features)[self.inner(whole, features)])
 
     def part(self, linear: str, whole: ModelConfig) -> tuple[slice, slice]:
         """This rank's (outputs, inputs) of a linear, by its name in the layer."""

@@ -106,6 +106,10 @@ class CpuBackend(Reference):
         check(required().squawq_activation_mul(gate_up.data_ptr(), rows, n, ACTIVATIONS[activation], y.data_ptr()))
         return y
 
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        check(required().squawq_soft_cap(logits.data_ptr(), logits.numel(), cap))
+        return logits
+
     def experts_declines(self, layer: MixtureOfExperts) -> str | None:
         try:
             native_experts(layer)
@@ -120,10 +124,6 @@ class CpuBackend(Reference):
             raise KernelError(f"activations {list(x.shape)} do not fit experts of {layer.router.shape[1]} inputs")
         check(required().squawq_experts(ctypes.addressof(struct), rows.data_ptr(), *rows.shape, y.data_ptr()))
         return y.to(x.dtype)
-
-    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
-        check(required().squawq_soft_cap(logits.data_ptr(), logits.numel(), cap))
-        return logits
 
     def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
         rows, columns = positions.shape[0], frequencies.shape[1]
