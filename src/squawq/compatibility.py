@@ -66,8 +66,6 @@ def _dtype(config: ModelConfig, quant: QuantConfig) -> str:
 
 def why_not_squawq(config: ModelConfig) -> str | None:
     """Why squawq's own engine does not run the model; None if it does."""
-    if "text_config" in config.raw:
-        return "its text model is part of a larger one"
     try:
         check_decoder(config)
     except ConfigError as error:

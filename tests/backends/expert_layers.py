@@ -51,9 +51,9 @@ def random_weights() -> Weights:
 
 def packed(backend: Backend, weights: Weights, routing: Routing, kind: str, shared: Any = "") -> MixtureOfExperts:
     """The layer in a backend's layout; kind: "int4" or "16-bit"."""
-    gate, up, down = weights.integers
+    gate, up, downs = weights.integers
     stacks = []
-    for parts in ([part for pair in zip(gate, up, strict=True) for part in pair], down):
+    for parts in ([part for pair in zip(gate, up, strict=True) for part in pair], downs):
         out, in_ = sum(len(part.q) for part in parts), parts[0].q.shape[1]
         if kind == "int4":
             gemms = (to_gemm(part) for part in parts)
@@ -62,7 +62,8 @@ def packed(backend: Backend, weights: Weights, routing: Routing, kind: str, shar
         else:
             stacks.append(backend.pack_dense([part.dequantize() for part in parts]))
     router = [weights.router, weights.shared_gate] if shared == "gated" else [weights.router]
-    return MixtureOfExperts(backend.pack_dense(router), *stacks, routing, shared)
+    gate_up, down = stacks
+    return MixtureOfExperts(backend.pack_dense(router), gate_up, down, routing, shared)
 
 
 def chosen(scores: list[float], routing: Routing) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import MakeModel, tiny_config
 from expert_layers import EXPERTS, HIDDEN, INNER, ROUTINGS, chosen, expected, packed, random_weights, rows_of
 from test_cuda import DEVICE, multiply_bfloat16, pytestmark
 
-from squawq.backends.cuda import experts, tiles
+from squawq.backends.cuda import expert_kernels, experts, tiles
 from squawq.backends.cuda.backend import CudaBackend
 from squawq.backends.cuda.steps import CudaSteps
 from squawq.backends.layer_ops import Packed
@@ -70,7 +71,7 @@ def test_tiles_hold_every_pair_once() -> None:
     ids = torch.randint(0, count - 1, (pairs,), generator=generator, dtype=torch.int32).to(DEVICE)
     order, owners = (torch.full((size,), -7, dtype=torch.int32, device=DEVICE) for size in (40 * tokens, 40))
     used = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    experts.group_kernel[(count,)](ids, order, owners, used, pairs, count, tokens, 8, 32, False)
+    expert_kernels.group_kernel[(count,)](ids, order, owners, used, pairs, count, tokens, 8, 32, False)
     found: dict[int, list[int]] = {}
     for tile in range(int(used)):
         found.setdefault(int(owners[tile]), []).extend(order[tile * tokens : (tile + 1) * tokens].tolist())
@@ -88,7 +89,7 @@ def test_experts_in_16_bits_run_one_after_another() -> None:
     assert (GPU.experts(x, layer, None).float().cpu() - wanted).abs().max() < 1e-2 * wanted.abs().max()
 
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "qwen2_moe": {
         "num_experts": 6,

@@ -123,8 +123,9 @@ def test_what_the_library_declines() -> None:
     backend = backend_for("cpu", "cpu")
 
     def layer(hidden: int, inner: int, down: int) -> MixtureOfExperts:
-        matrices = (torch.zeros(*shape) for shape in ((2, hidden), (4 * inner, hidden), (down, inner)))
-        return MixtureOfExperts(*(backend.pack_dense([matrix]) for matrix in matrices), Routing(2, 1))
+        shapes = (2, hidden), (4 * inner, hidden), (down, inner)
+        router, gate_up, downs = (backend.pack_dense([torch.zeros(*shape)]) for shape in shapes)
+        return MixtureOfExperts(router, gate_up, downs, Routing(2, 1))
 
     assert backend.experts_declines(layer(32, 16, 64)) is None
     assert "multiples of 16" in str(backend.experts_declines(layer(32, 24, 64)))
