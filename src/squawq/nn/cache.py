@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from squawq.backends.base import Backend, Pages
 from squawq.config import ModelConfig
@@ -23,11 +24,7 @@ class Cache:
         _, kv, dim = config.heads
         shapes = backend.page_shapes(kv, dim)
         shape = (config.num_layers, 2, pages, math.prod(shapes[0]))
-        if backend.device.type == "cpu":  # numpy's zeros take no memory until they are written, torch's do
-            bits = {1: np.int8, 2: np.int16, 4: np.int32}[backend.cache_dtype.itemsize]
-            self._store = torch.from_numpy(np.zeros(shape, bits)).view(backend.cache_dtype)
-        else:
-            self._store = torch.zeros(shape, dtype=backend.cache_dtype, device=backend.device)
+        self._store = zeros(shape, backend)
         key, value = shapes
         self.layers: list[Pages] = [(k.view(pages, *key), v.view(pages, *value)) for k, v in self._store]
 
@@ -44,3 +41,11 @@ class Cache:
         """Copy these pages from `other`, a cache of the same shape, one at a time: together they may be gigabytes."""
         for page in pages:
             self._store[:, :, page] = other._store[:, :, page]
+
+
+def zeros(shape: Sequence[int], backend: Backend) -> Tensor:
+    """Zeros of the cache's dtype. On the CPU they take no memory until they are written."""
+    if backend.device.type != "cpu":
+        return torch.zeros(*shape, dtype=backend.cache_dtype, device=backend.device)
+    bits = {1: np.int8, 2: np.int16, 4: np.int32}[backend.cache_dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, bits)).view(backend.cache_dtype)  # torch's take memory at once
