@@ -20,23 +20,43 @@ SIMD void norm_head(float* x, const float* weight, float eps, int64_t dim) {
     for (int64_t d = 0; d < dim; d += LANES) store(x + d, mul(mul(load(x + d), scale), load(weight + d)));
 }
 
-// The first 2 * half coordinates of a head turn, its first with its second half (partial rotary leaves the others).
-SIMD void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
-    for (int64_t d = 0; d < half; ++d) {
-        const float first = x[d], second = x[half + d];
+// The first 2 * pairs coordinates of a head turn (partial rotary leaves the others): one half with the other, or neighbours.
+SIMD void rotate_head(float* x, const float* cos, const float* sin, int64_t pairs, bool interleaved) {
+    if (interleaved) {
+        for (int64_t d = 0; d < pairs; ++d) {
+            const float first = x[2 * d], second = x[2 * d + 1];
+            x[2 * d] = first * cos[d] - second * sin[d];
+            x[2 * d + 1] = second * cos[d] + first * sin[d];
+        }
+        return;
+    }
+    for (int64_t d = 0; d < pairs; ++d) {
+        const float first = x[d], second = x[pairs + d];
         x[d] = first * cos[d] - second * sin[d];
-        x[half + d] = second * cos[d] + first * sin[d];
+        x[pairs + d] = second * cos[d] + first * sin[d];
     }
 }
 
 // Infinities become the largest float16. NaN stays (min and max return the second operand), so a broken row is visible.
 SIMD F to_finite_half(F x) { return max(set1(-65504.f), min(set1(65504.f), x)); }
 
+// Norms of a row's queries and keys, if there are any.
+SIMD void norm_heads(float* row, Heads heads, const Rotation& rotation, float eps) {
+    const auto apply = [=](float* from, int64_t count, const float* weight) {
+        if (weight == nullptr) return;
+        if (rotation.whole) return norm_head(from, weight, eps, count * heads.dim);
+        for (int64_t h = 0; h < count; ++h) norm_head(from + h * heads.dim, weight, eps, heads.dim);
+    };
+    apply(row, heads.query, rotation.q_norm);
+    apply(row + heads.query * heads.dim, heads.kv, rotation.k_norm);
+}
+
 struct Job {
     const float* q;  // first query row's q of this kv head's first query head
     int64_t stride;  // floats between tokens
     Heads heads;
-    int64_t tokens, start, window;
+    int64_t tokens, start;
+    Scoring scoring;
     const int32_t* pages;
     int64_t page_size, head_offset;  // halves of a page, offset of the kv head in it
     const uint16_t *keys, *values;
@@ -52,7 +72,7 @@ SIMD void fetch(const uint16_t* page, int64_t dim) {
 // Scores of G queries against one page, [16] each. Even and odd coordinates have separate sums, so that twice as many
 // additions are in flight.
 template <int G>
-SIMD void score_page(const float* const* q, const uint16_t* keys, int64_t dim, float scale, float* const* scores) {
+SIMD void score_page(const float* const* q, const uint16_t* keys, int64_t dim, const float* scale, float* const* scores) {
     F even[G], odd[G];
     for (int r = 0; r < G; ++r) even[r] = odd[r] = set1(0.f);
     for (int64_t d = 0; d < dim; d += 2) {
@@ -60,7 +80,7 @@ SIMD void score_page(const float* const* q, const uint16_t* keys, int64_t dim, f
         for (int r = 0; r < G; ++r) even[r] = fma(set1(q[r][d]), first, even[r]);
         for (int r = 0; r < G; ++r) odd[r] = fma(set1(q[r][d + 1]), second, odd[r]);
     }
-    for (int r = 0; r < G; ++r) store(scores[r], mul(add(even[r], odd[r]), set1(scale)));
+    for (int r = 0; r < G; ++r) store(scores[r], mul(add(even[r], odd[r]), set1(scale[r])));
 }
 
 // y += sum over a page of weight * value, for 16 * B coordinates from d on.
@@ -98,7 +118,8 @@ SIMD void in_groups(int64_t rows, Function function) {
 
 void attend(const Job& job) {
     const int64_t dim = job.heads.dim, share = job.heads.query / job.heads.kv, rows = job.tokens * share;
-    const float scale = 1.f / std::sqrt(float(dim));
+    const Scoring& scoring = job.scoring;
+    float scale[ROWS];
     alignas(64) float scores[ROWS][BLOCK];
     float most[ROWS];
     F weight_sum[ROWS];
@@ -110,7 +131,9 @@ void attend(const Job& job) {
         q[r] = job.q + token * job.stride + head * dim;
         y[r] = job.y + token * job.y_stride + head * dim;
         position[r] = job.start + token;
-        from[r] = job.window > 0 && position[r] >= job.window ? position[r] - job.window + 1 : 0;
+        from[r] = scoring.window > 0 && position[r] >= scoring.window ? position[r] - scoring.window + 1 : 0;
+        scale[r] = scoring.scale;
+        if (scoring.beta != 0.f) scale[r] *= 1.f + scoring.beta * std::log1p(float(position[r] / scoring.original));
         most[r] = LOWEST;
         weight_sum[r] = set1(0.f);
         for (int64_t d = 0; d < dim; d += LANES) store(y[r] + d, set1(0.f));
@@ -129,7 +152,7 @@ void attend(const Job& job) {
                 constexpr int G = decltype(group)::value;
                 float* out[G];
                 for (int i = 0; i < G; ++i) out[i] = scores[r + i] + p * LANES;
-                score_page<G>(q + r, keys, dim, scale, out);
+                score_page<G>(q + r, keys, dim, scale + r, out);
             });
         }
         for (int64_t r = 0; r < rows; ++r) {
@@ -137,7 +160,9 @@ void attend(const Job& job) {
             F peak = lowest;
             for (int64_t p = 0; p < pages; ++p) {
                 const int64_t at = block + p * LANES;
-                const F s = keep(load(scores[r] + p * LANES), lowest, from[r] - at, position[r] + 1 - at);
+                F s = load(scores[r] + p * LANES);
+                if (scoring.cap > 0.f) s = capped(s, set1(2.f / scoring.cap), set1(scoring.cap));
+                s = keep(s, lowest, from[r] - at, position[r] + 1 - at);
                 store(scores[r] + p * LANES, s);
                 peak = max(peak, s);
             }
@@ -172,10 +197,10 @@ void attend(const Job& job) {
 
 }  // namespace
 
-void rotate_and_store(float* qkv, int64_t m, Heads heads, int64_t rotated, const float* cos, const float* sin,
-                      const float* q_norm, const float* k_norm, float eps, const int64_t* slots, uint16_t* keys,
-                      uint16_t* values) {
+void rotate_and_store(float* qkv, int64_t m, Heads heads, const Rotary& rotary, const Rotation& rotation, float eps,
+                      const int64_t* slots, uint16_t* keys, uint16_t* values) {
     const int64_t dim = heads.dim, width = (heads.query + 2 * heads.kv) * dim;
+    const int64_t pairs = rotation.pairs < 0 ? rotary.stride - rotation.first : rotation.pairs;
     // A page's new holder begins at its first place. Masked places count as 0 * value, so what its last holder left must
     // not be NaN.
     for (int64_t i = 0; i < m; ++i) {
@@ -187,11 +212,11 @@ void rotate_and_store(float* qkv, int64_t m, Heads heads, int64_t rotated, const
     }
     const auto token = [=](int64_t i) {
         float* row = qkv + i * width;
-        for (int64_t h = 0; h < heads.query + heads.kv; ++h) {
-            const float* norm = h < heads.query ? q_norm : k_norm;
-            if (norm != nullptr) norm_head(row + h * dim, norm, eps, dim);
-            rotate_head(row + h * dim, cos + i * rotated, sin + i * rotated, rotated);
-        }
+        if (!rotation.rope_first) norm_heads(row, heads, rotation, eps);
+        const float *cos = rotary.cos + i * rotary.stride + rotation.first, *sin = rotary.sin + i * rotary.stride + rotation.first;
+        for (int64_t h = 0; h < heads.query + heads.kv; ++h)
+            rotate_head(row + h * dim, cos, sin, pairs, rotation.interleaved != 0);
+        if (rotation.rope_first) norm_heads(row, heads, rotation, eps);
         const int64_t page = slots[i] / LANES, place = slots[i] % LANES;
         alignas(64) uint16_t halves[LANES];
         for (int64_t h = 0; h < heads.kv; ++h) {
@@ -213,7 +238,7 @@ void rotate_and_store(float* qkv, int64_t m, Heads heads, int64_t rotated, const
     }
 }
 
-void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, int64_t window,
+void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, const Scoring& scoring,
                const uint16_t* keys, const uint16_t* values, float* y) {
     const int64_t share = heads.query / heads.kv, dim = heads.dim;
     const int64_t tile = share < ROWS ? ROWS / share : 1;
@@ -237,7 +262,7 @@ void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t
         const int64_t stride = (heads.query + 2 * heads.kv) * dim;
         const int64_t row = sequence.first_row + token;
         attend({qkv + row * stride + kv * share * dim, stride, heads, least(tile, sequence.rows - token),
-                sequence.start + token, window, sequence.pages, heads.kv * dim * LANES, kv * dim * LANES, keys, values,
+                sequence.start + token, scoring, sequence.pages, heads.kv * dim * LANES, kv * dim * LANES, keys, values,
                 y + row * heads.query * dim + kv * share * dim, heads.query * dim});
     });
 }

@@ -30,6 +30,7 @@ struct Ops {
     decltype(&scalar::dense_matmul) dense_matmul;
     decltype(&scalar::rms_norm) rms_norm;
     decltype(&scalar::activation_mul) activation_mul;
+    decltype(&scalar::soft_cap) soft_cap;
     decltype(&scalar::rotate_and_store) rotate_and_store;
     decltype(&scalar::attention) attention;
     decltype(&scalar::round_columns) round_columns;
@@ -37,7 +38,7 @@ struct Ops {
 
 #define TABLE(ISA)                                                                                              \
     {#ISA, ISA::int4_matmul, ISA::int4_matmul_exact, ISA::int8_matmul, ISA::dense_matmul, ISA::rms_norm,         \
-     ISA::activation_mul, ISA::rotate_and_store, ISA::attention, ISA::round_columns}
+     ISA::activation_mul, ISA::soft_cap, ISA::rotate_and_store, ISA::attention, ISA::round_columns}
 
 // Best first.
 const Ops TABLES[] = {
@@ -156,12 +157,12 @@ void run_layers(const Ops& ops, const Operation* list, int64_t number, const Ste
                 matmul(ops, buffers[o->source], rows, {Kind(o->option), o->weight}, buffers[o->target]);
                 break;
             case Code::rotate_and_store:
-                ops.rotate_and_store(buffers[WIDE], rows, step.heads, step.rotated, step.cos, step.sin, weight,
-                                     static_cast<const float*>(o->other), step.eps, step.slots, o->keys, o->values);
+                ops.rotate_and_store(buffers[WIDE], rows, step.heads, step.rotary, *static_cast<const Rotation*>(o->weight),
+                                     step.eps, step.slots, o->keys, o->values);
                 break;
             case Code::attention:
-                ops.attention(buffers[WIDE], step.heads, step.sequences, step.count, o->option, o->keys, o->values,
-                              buffers[NARROW]);
+                ops.attention(buffers[WIDE], step.heads, step.sequences, step.count, *static_cast<const Scoring*>(o->weight),
+                              o->keys, o->values, buffers[NARROW]);
                 break;
             case Code::activation_mul:
                 ops.activation_mul(buffers[WIDE], rows, o->width, Activation(o->option), buffers[NARROW]);
@@ -207,7 +208,7 @@ int locked(Function function) {
 
 using namespace squawq;
 
-EXPORT int squawq_abi() { return 7; }
+EXPORT int squawq_abi() { return 8; }
 EXPORT const char* squawq_isa() { return current->name; }
 
 // -1: not built in or not on this machine.
@@ -257,43 +258,49 @@ EXPORT int squawq_activation_mul(const float* gate_up, int64_t m, int64_t n, int
     return locked([=] { current->activation_mul(gate_up, m, n, Activation(activation), y); });
 }
 
-// cos and sin [m][half] of position * frequency; the angle is rounded to float32, as transformers does.
-EXPORT int squawq_rotary(const int64_t* positions, int64_t m, const float* frequencies, int64_t half, float* cos, float* sin) {
+// x = cap * tanh(x / cap).
+EXPORT int squawq_soft_cap(float* x, int64_t n, float cap) {
+    return locked([=] { current->soft_cap(x, n, cap); });
+}
+
+// cos and sin [m][columns] of position * frequency, times a magnitude, frequencies and magnitudes [2][columns]; the angle is
+// rounded to float32, as transformers does.
+EXPORT int squawq_rotary(const int64_t* positions, int64_t m, const float* frequencies, int64_t columns, float* cos, float* sin) {
     for (int64_t i = 0; i < m; ++i) {
-        for (int64_t d = 0; d < half; ++d) {
-            const float angle = float(positions[i]) * frequencies[d];
-            cos[i * half + d] = float(std::cos(double(angle)));
-            sin[i * half + d] = float(std::sin(double(angle)));
+        for (int64_t d = 0; d < columns; ++d) {
+            const float angle = float(positions[i]) * frequencies[d], magnitude = frequencies[columns + d];
+            cos[i * columns + d] = float(std::cos(double(angle))) * magnitude;
+            sin[i * columns + d] = float(std::sin(double(angle))) * magnitude;
         }
     }
     return 0;
 }
 
-EXPORT int squawq_rotate_and_store(float* qkv, int64_t m, int64_t query_heads, int64_t kv_heads, int64_t dim, int64_t rotated,
-                                   const float* cos, const float* sin, const float* q_norm, const float* k_norm, float eps,
+EXPORT int squawq_rotate_and_store(float* qkv, int64_t m, int64_t query_heads, int64_t kv_heads, int64_t dim, const float* cos,
+                                   const float* sin, int64_t columns, const Rotation* rotation, float eps,
                                    const int64_t* slots, uint16_t* keys, uint16_t* values) {
     return locked([=] {
         const Heads heads{query_heads, kv_heads, dim};
-        current->rotate_and_store(qkv, m, heads, rotated, cos, sin, q_norm, k_norm, eps, slots, keys, values);
+        current->rotate_and_store(qkv, m, heads, {cos, sin, columns}, *rotation, eps, slots, keys, values);
     });
 }
 
 EXPORT int squawq_attention(const float* qkv, int64_t query_heads, int64_t kv_heads, int64_t dim, const int64_t* sequences,
-                            int64_t count, const int32_t* pages, int64_t window, const uint16_t* keys,
+                            int64_t count, const int32_t* pages, const Scoring* scoring, const uint16_t* keys,
                             const uint16_t* values, float* y) {
     return locked([=] {
         const Sequence* list = sequence_list(sequences, count, pages);
-        current->attention(qkv, {query_heads, kv_heads, dim}, list, count, window, keys, values, y);
+        current->attention(qkv, {query_heads, kv_heads, dim}, list, count, *scoring, keys, values, y);
     });
 }
 
 EXPORT int squawq_layers(const Operation* list, int64_t number, float* hidden, int64_t rows, const int64_t* widths,
-                         int64_t query_heads, int64_t kv_heads, int64_t dim, int64_t rotated, float eps, const float* cos,
+                         int64_t query_heads, int64_t kv_heads, int64_t dim, int64_t columns, float eps, const float* cos,
                          const float* sin, const int64_t* slots, const int64_t* sequences, int64_t count, const int32_t* pages) {
     return locked([=] {
         const Sequence* sequence = sequence_list(sequences, count, pages);
         const Heads heads{query_heads, kv_heads, dim};
-        const Step step{rows, widths, rotated, heads, eps, cos, sin, slots, sequence, count};
+        const Step step{rows, widths, heads, eps, {cos, sin, columns}, slots, sequence, count};
         run_layers(*current, list, number, step, hidden);
     });
 }

@@ -65,4 +65,21 @@ void activation_mul(const float* gate_up, int64_t m, int64_t n, Activation activ
     activate<Activation::gelu_tanh>(gate_up, m, n, y);
 }
 
+// x [n] = cap * tanh(x / cap).
+void soft_cap(float* x, int64_t n, float cap) {
+    constexpr int64_t PIECE = 4096;
+    parallel_for(ceil_div(n, PIECE), [=](int64_t u) {
+        float* from = x + u * PIECE;
+        const int64_t count = n - u * PIECE < PIECE ? n - u * PIECE : PIECE;
+        const F twice = set1(2.f / cap), most = set1(cap);
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) store(from + i, capped(load(from + i), twice, most));
+        if (i < count) {
+            alignas(64) float rest[LANES] = {};
+            std::memcpy(rest, from + i, sizeof(float) * size_t(count - i));
+            store_part(from + i, capped(load(rest), twice, most), count - i);
+        }
+    });
+}
+
 }  // namespace squawq::SQUAWQ_ISA

@@ -28,9 +28,9 @@ struct Experts {
 struct Operation {
     Code code;
     Buffer source, target;       // norm, matmul; all_reduce: source
-    int64_t option;              // norm: add DELTA first; matmul: Kind; attention: window; activation_mul: Activation
+    int64_t option;              // norm: add DELTA first; matmul: Kind; activation_mul: Activation
     int64_t width;               // norm, activation_mul, all_reduce
-    const void *weight, *other;  // norm, matmul; experts: Experts; rotate_and_store: norms of queries and keys, or null;
+    const void* weight;          // norm, matmul; experts: Experts; rotate_and_store: Rotation; attention: Scoring;
                                  // all_reduce: Group
     uint16_t *keys, *values;
 };
@@ -38,10 +38,9 @@ struct Operation {
 struct Step {
     int64_t rows;
     const int64_t* widths;  // [BUFFERS]: floats of a row; multiples of 16
-    int64_t rotated;        // rotated pairs of a head
     Heads heads;
     float eps;
-    const float *cos, *sin;
+    Rotary rotary;
     const int64_t* slots;
     const Sequence* sequences;
     int64_t count;

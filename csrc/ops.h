@@ -54,6 +54,28 @@ struct Heads {
     int64_t query, kv, dim;
 };
 
+// cos and sin of a step's rows, `stride` floats a row; those of a layer's rotated pairs begin at a row's first.
+struct Rotary {
+    const float *cos, *sin;
+    int64_t stride;
+};
+
+// What happens to queries and keys before attention (RotateAndStore in backends/layer_ops.py).
+struct Rotation {
+    int64_t first, pairs;  // this layer's columns of Rotary; pairs -1: all from the first on
+    int64_t interleaved;   // a pair are neighbours; else it is half of the rotated part apart
+    int64_t whole;         // the norms are of all heads together
+    int64_t rope_first;    // the norms come after the rotation
+    const float *q_norm, *k_norm;
+};
+
+// How scores become weights (Attention in backends/layer_ops.py).
+struct Scoring {
+    int64_t window;  // 0: all tokens
+    float scale, cap, beta;
+    int64_t original;
+};
+
 constexpr int MOST_COLUMNS = 128;
 
 // A block of weights to round, [columns][out], the last column first (GPTQ error feedback). wanted: the weights before
@@ -74,10 +96,10 @@ struct Columns {
     void dense_matmul(const float* x, int64_t m, const DenseWeight& w, float* y);                                      \
     void rms_norm(float* x, const float* delta, const float* weight, float eps, int64_t m, int64_t n, float* y);       \
     void activation_mul(const float* gate_up, int64_t m, int64_t n, Activation activation, float* y);                  \
-    void rotate_and_store(float* qkv, int64_t m, Heads heads, int64_t rotated, const float* cos, const float* sin,     \
-                          const float* q_norm, const float* k_norm, float eps, const int64_t* slots, uint16_t* keys,   \
-                          uint16_t* values);                                                                           \
-    void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, int64_t window,            \
+    void soft_cap(float* x, int64_t n, float cap);                                                                     \
+    void rotate_and_store(float* qkv, int64_t m, Heads heads, const Rotary& rotary, const Rotation& rotation,          \
+                          float eps, const int64_t* slots, uint16_t* keys, uint16_t* values);                          \
+    void attention(const float* qkv, Heads heads, const Sequence* sequences, int64_t count, const Scoring& scoring,    \
                    const uint16_t* keys, const uint16_t* values, float* y);                                            \
     void round_columns(const Columns& c, float* levels, float* errors);                                                \
     }

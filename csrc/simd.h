@@ -46,6 +46,14 @@ SIMD F exp(F x) {
     return zero_below(x, low, mul(p, power_of_two(n)));
 }
 
+// cap * tanh(x / cap), x times `twice` = 2 / cap; NaN stays. tanh(u) = 1 - 2 / (exp(2u) + 1).
+SIMD F capped(F x, F twice, F cap) {
+    const F one = set1(1.f);
+    const F y = sub(one, div(set1(2.f), add(exp(mul(x, twice)), one)));
+    const F finite = max(set1(-3e38f), min(set1(3e38f), x));  // or NaN, since both return the second operand then
+    return fma(y, cap, mul(finite, set1(0.f)));
+}
+
 // x, with `other` in the lanes outside [from, to).
 SIMD F keep(F x, F other, int64_t from, int64_t to) {
     if (from <= 0 && to >= LANES) return x;

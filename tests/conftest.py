@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from squawq.backends.sampling import Chunk
 from squawq.engine.runner import DecoderRunner
+from squawq.families import FAMILIES
 from squawq.nn.loader import Options, load
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 EXACT = Options(exact=True)
+# Families that our decoder runs, and that have a class of their own for text alone
+DECODED = sorted(name for name, row in FAMILIES.items() if row.decoder and not name.endswith("_vl_text"))
 MakeModel = Callable[..., Path]
 
 
@@ -93,6 +96,7 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "eos_token_id": 1,
+        "pad_token_id": 0,
         "hidden_act": "silu",
     }
     return {**config, **changes}
@@ -124,7 +128,7 @@ def make_model(tmp_path: Path) -> MakeModel:
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 spread = 0.2 if parameter.dim() == 2 else 0.1
-                mean = 1.0 if "norm" in parameter_name else 0.0
+                mean = 1 - FAMILIES[model_type].norm_offset if "norm" in parameter_name else 0.0
                 parameter.normal_(mean, spread)
         state = {k: v.contiguous() for k, v in model.state_dict().items()}
         if raw["tie_word_embeddings"]:

@@ -15,6 +15,8 @@ FLOORS: dict[str, float] = {
     "distributed": 2,
     "strict": 0.5,
     "config": 2,
+    "config_values": 1,
+    "rope_config": 1.5,
     "quant_config": 1,
     "progress": 2,
     "memory": 2,

@@ -87,7 +87,7 @@ def test_how_many_processes_can_share(tmp_path: Path) -> None:
         file = write(tmp_path, {**qwen, "vocab_size": 152064, "quantization_config": stated})
         found = inspect(file)["tensor_parallel"]
         assert found == {"squawq": [1, 2, 4, 8, 16, 32, 64], "whole_groups": whole}
-    assert inspect(write(tmp_path, tiny_config("gemma3_text")))["tensor_parallel"] == {}
+    assert inspect(write(tmp_path, tiny_config("vaultgemma")))["tensor_parallel"] == {}
 
 
 def test_llama_8b(tmp_path: Path) -> None:

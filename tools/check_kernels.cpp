@@ -32,8 +32,11 @@ int squawq_set_threads(int);
 int squawq_matmul(In, Int, Kind, const void*, float*);
 int squawq_rms_norm(float*, In, In, float, Int, Int, float*);
 int squawq_activation_mul(In, Int, Int, Int, float*);
-int squawq_rotate_and_store(float*, Int, Int, Int, Int, Int, In, In, In, In, float, const Int*, uint16_t*, uint16_t*);
-int squawq_attention(In, Int, Int, Int, const Int*, Int, const int32_t*, Int, const uint16_t*, const uint16_t*, float*);
+int squawq_soft_cap(float*, Int, float);
+int squawq_rotate_and_store(float*, Int, Int, Int, Int, In, In, Int, const squawq::Rotation*, float, const Int*, uint16_t*,
+                            uint16_t*);
+int squawq_attention(In, Int, Int, Int, const Int*, Int, const int32_t*, const squawq::Scoring*, const uint16_t*,
+                     const uint16_t*, float*);
 }
 
 namespace {
@@ -136,6 +139,10 @@ void norms_and_silu() {
             Floats hidden(&x[first * n], &x[first * n] + count * n);
             squawq_rms_norm(hidden.data(), sum ? &delta[first * n] : nullptr, weight.data(), 1e-5f, count, n, y);
         });
+    check("soft_cap", 1e-5, 17, n, [&](Int first, Int count, float* y) {
+        std::copy_n(&x[first * n], count * n, y);
+        squawq_soft_cap(y, count * n, 3.f);
+    });
     for (Int kind : {0, 1}) {
         check(kind ? "gelu_tanh_mul" : "silu_mul", 1e-5, 17, n,
               [&](Int first, Int count, float* y) { squawq_activation_mul(&x[first * 2 * n], count, n, kind, y); });
@@ -148,34 +155,40 @@ constexpr Int ROWS = 70, PAGES = 30;
 
 void attention(const std::string& name, Int query, Int kv, Int dim) {
     const Int width = (query + 2 * kv) * dim, half = dim / 2;
-    const Floats cos = normal(ROWS * half), sin = normal(ROWS * half), norm = normal(dim);
+    const Floats cos = normal(ROWS * half), sin = normal(ROWS * half), norm = normal(query * dim);
     const auto keys = halves(PAGES * kv * dim * 16), values = halves(PAGES * kv * dim * 16);
     Floats qkv = normal(ROWS * width);
     int32_t table[PAGES];
     for (int32_t i = 0; i < PAGES; ++i) table[i] = i * 7 % PAGES;
-    for (Int window : {0, 7})
-        check("attention " + name + (window ? ", window 7" : ""), 1e-5, ROWS, query * dim, [&](Int first, Int count, float* y) {
+    const float scale = 1 / std::sqrt(float(dim));
+    const squawq::Scoring scorings[] = {{0, scale, 0, 0, 1}, {7, scale, 0, 0, 1}, {0, 2 * scale, 3, 0.1f, 40}};
+    const char* names[] = {"", ", window 7", ", capped"};
+    for (int kind : {0, 1, 2})
+        check("attention " + name + names[kind], 1e-5, ROWS, query * dim, [&](Int first, Int count, float* y) {
             std::vector<Int> parts;  // of the sequences, in these rows
             for (const auto& s : SEQUENCES) {
                 const Int from = std::max(s[0], first), to = std::min(s[0] + s[1], first + count);
                 if (from < to) parts.insert(parts.end(), {from - first, to - from, s[2] + from - s[0], s[3]});
             }
-            squawq_attention(&qkv[first * width], query, kv, dim, parts.data(), Int(parts.size()) / 4, table, window, keys.data(),
-                             values.data(), y);
+            squawq_attention(&qkv[first * width], query, kv, dim, parts.data(), Int(parts.size()) / 4, table, &scorings[kind],
+                             keys.data(), values.data(), y);
         });
     Int slots[ROWS];
     for (const auto& s : SEQUENCES)
         for (Int i = 0; i < s[1]; ++i) slots[s[0] + i] = table[s[3] + (s[2] + i) / 16] * 16 + (s[2] + i) % 16;
     for (Int i = 0; i < width; ++i) qkv[i] *= i % 2 ? 1e6f : 1e-7f;  // beyond float16 and below its normal numbers
-    for (bool normed : {false, true}) {  // without norms what is stored is compared, too, and not a bit may differ
+    const squawq::Rotation rotations[] = {{0, half, 0, 0, 0, nullptr, nullptr},
+                                          {0, half, 0, 0, 0, norm.data(), norm.data()},
+                                          {3, half / 2, 1, 1, 1, norm.data(), norm.data()}};
+    const char* kinds[] = {"", ", norms", ", neighbours"};
+    for (int normed : {0, 1, 2}) {  // without norms what is stored is compared, too, and not a bit may differ
         const Int stored = normed ? 0 : kv * dim;
-        const float* weight = normed ? norm.data() : nullptr;
-        const std::string what = "rotate_and_store " + name + (normed ? ", norms" : "");
+        const std::string what = "rotate_and_store " + name + kinds[normed];
         check(what, normed ? 1e-5 : 0, ROWS, width + 2 * stored, [&](Int first, Int count, float* y) {
             Floats rotated(&qkv[first * width], &qkv[first * width] + count * width);
             auto k = keys, v = values;
-            squawq_rotate_and_store(rotated.data(), count, query, kv, dim, half, &cos[first * half], &sin[first * half],
-                                    weight, weight, 1e-5f, slots + first, k.data(), v.data());
+            squawq_rotate_and_store(rotated.data(), count, query, kv, dim, &cos[first * half], &sin[first * half], half,
+                                    &rotations[normed], 1e-5f, slots + first, k.data(), v.data());
             for (Int i = 0; i < count; ++i) {
                 const Int page = slots[first + i] / 16, place = slots[first + i] % 16;
                 y = std::copy_n(&rotated[i * width], width, y);

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from squawq.config_values import MAX_LAYERS, number, optional, whole
 from squawq.errors import CheckpointError
 from squawq.quant_config import LAYOUTS, QuantConfig, stated_layout
+from squawq.rope_config import RopeConfig, layer_ropes
 
-MAX_LAYERS = 1024
-MAX_SIZES = {  # of what determines memory; MAX_SIZE for anything else
-    "hidden_size": 2**20,
-    "intermediate_size": 2**22,
-    "num_attention_heads": 2**14,
-    "num_key_value_heads": 2**14,
-    "head_dim": 2**14,
-    "vocab_size": 2**24,
-}
-MAX_SIZE = 2**31 - 1
-MAX_REAL = 1e30  # within float32's range
-PARTIAL = "partial_rotary_factor"
-ROPE_TYPES = ("default", "linear", "llama3")  # their parameters are read
 CODE = (  # keys that name code that transformers would fetch or run
     *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
@@ -30,6 +20,21 @@ TIED = (  # where config.json does not say
     *("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "granite_swa", "minicpm3"),
     *("smollm3", "starcoder2", "vaultgemma", "youtu"),
 )
+WINDOWLESS = (  # that have none, whatever config.json says
+    *("llama", "gemma", "granite", "olmo2", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "qwen3_vl_text"),
+    *("arcee", "internlm3", "iquestcoder", "seed_oss"),
+)
+SWITCHED = ("qwen2", "qwen3", "qwen2_5_vl_text", "smollm3")  # that have one only where use_sliding_window is true
+WINDOWS = {"gemma2": 4096, "gemma3_text": 4096, "cwm": 8192}  # where config.json does not say
+PATTERNS = {
+    "gemma2": 2,
+    "gemma3_text": 6,
+    "olmo3": 4,
+    "exaone4": 4,
+    "cohere2": 4,
+    "cwm": 4,
+}  # one layer of so many is full
+TEXT_OF = {"qwen2_5_vl": "qwen2_5_vl_text"}  # multimodal models whose config.json may have all on one level
 LEFT_OUT = {
     "gemma3_text": {
         "num_attention_heads": 8,
@@ -49,19 +54,20 @@ def without(config: Any, keys: Collection[str]) -> Any:
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding with base `theta`.
+class Scales:
+    """Factors and soft caps of a model: a cap of c makes c * tanh(x / c) of x; 0 is none.
 
-    `type` is one of ROPE_TYPES, another type by name only, or "by layer type" where layers differ (`ModelConfig.raw`).
+    Attributes:
+        attention: Of scores, 1 / sqrt(head_dim) in most families.
+        residual: Of the outputs of attention and MLP before they are added.
     """
 
-    theta: float = 10000.0
-    type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-    partial: float = 1.0  # rotated share of a head
+    attention: float
+    attention_cap: float = 0.0
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+    logits_cap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class ModelConfig:
     """A decoder's config.json, or the `text_config` in a multimodal model's.
 
     `raw` is the whole file; `quant` is None for a 16-bit checkpoint. Families that our decoder does not run are refused
-    by `nn/loader.py`, not here.
+    by `nn/loader.py`, not here. `ropes`: of each layer, None for a layer without RoPE.
     """
 
     model_type: str
@@ -82,7 +88,8 @@ class ModelConfig:
     vocab_size: int
     max_positions: int
     norm_eps: float
-    rope: RopeConfig
+    ropes: tuple[RopeConfig | None, ...]
+    scales: Scales
     tied_embeddings: bool
     sliding_window: int | None
     layer_types: tuple[str, ...]
@@ -95,6 +102,15 @@ class ModelConfig:
         """The BOS token's id, if config.json has one that the model knows."""
         found = {**self.raw, **(self.raw.get("text_config") or {})}.get("bos_token_id")
         return found if isinstance(found, int) and 0 <= found < self.vocab_size else None
+
+    @property
+    def rope(self) -> RopeConfig:
+        """RoPE of the first layer with full attention, or of the first that has any."""
+        pairs = zip(self.layer_types, self.ropes, strict=True)
+        found = sorted(
+            ((kind != "full_attention", i, rope) for i, (kind, rope) in enumerate(pairs) if rope is not None)
+        )
+        return found[0][2] if found else RopeConfig()
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -113,12 +129,12 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Read config.json in transformers 4's or 5's spelling. Raises CheckpointError naming `where` and the key."""
-        whole, raw = raw, _text_config(raw, where)
+        file, raw = raw, _text_config(raw, where)
 
         def size(key: str, default: int | None = None) -> int:
             value = raw.get(key, default)
             value = default if value is None else value
-            return _whole(key, value, 1, where)
+            return whole(key, value, 1, where)
 
         model_type = raw.get("model_type")
         if not isinstance(model_type, str):
@@ -131,10 +147,11 @@ class ModelConfig:
             raise CheckpointError(f"{where}: {heads} attention heads cannot share {kv_heads} key-value heads")
         if head_dim % 2:
             raise CheckpointError(f"{where}: head_dim is {head_dim}; rotary embedding needs an even one")
-        quant = whole.get("quantization_config")
+        quant = file.get("quantization_config")
         if quant is not None and not isinstance(quant, Mapping):
             raise CheckpointError(f"{where}: quantization_config must be an object")
         window = _sliding_window(raw, where)
+        layer_types = _layer_types(raw, layers, window, where)
         return cls(
             model_type=model_type,
             hidden_size=size("hidden_size"),
@@ -145,14 +162,15 @@ class ModelConfig:
             head_dim=head_dim,
             vocab_size=size("vocab_size"),
             max_positions=size("max_position_embeddings", 2048),
-            norm_eps=_number(raw, "rms_norm_eps", 1e-6, where),
-            rope=_rope(raw, where),
+            norm_eps=number(raw, "rms_norm_eps", 1e-6, where),
+            ropes=layer_ropes(raw, layer_types, window, head_dim, where),
+            scales=_scales(raw, size("hidden_size"), head_dim, where),
             tied_embeddings=bool(raw.get("tie_word_embeddings", model_type in TIED)),
             sliding_window=window,
-            layer_types=_layer_types(raw, layers, window, where),
-            activation=str(raw.get("hidden_act") or raw.get("hidden_activation") or "silu"),
+            layer_types=layer_types,
+            activation=_activation(raw),
             quant=None if quant is None else QuantConfig.from_quantization_config(quant, where, LAYOUTS),
-            raw=whole,
+            raw=file,
         )
 
 
@@ -160,71 +178,78 @@ def _text_config(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The keys of the text model, with what its configs leave out because transformers has it as a default."""
     text = raw.get("text_config")
     if text is None:
-        return raw
+        return {**raw, "model_type": TEXT_OF.get(str(raw.get("model_type")), raw.get("model_type"))}
     if not isinstance(text, Mapping):
         raise CheckpointError(f"{where}: text_config must be an object")
     outer = {key: value for key, value in raw.items() if key != "text_config"}
     return {**LEFT_OUT.get(str(text.get("model_type")), {}), **outer, **text}
 
 
-def _whole(key: str, value: object, least: int, where: str) -> int:
-    """The value, if it is a whole number within its bounds; else raises CheckpointError."""
-    most = MAX_SIZES.get(key, MAX_SIZE)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        kind = "a positive whole number" if least else "a whole number from 0"
-        raise CheckpointError(f"{where}: {key} is {value!r:.100}; it must be {kind} up to {most}")
-    return value
+def _activation(raw: Mapping[str, Any]) -> str:
+    """Gemma 2 and 3 have it as `hidden_activation` alone; the first Gemma means the approximation by tanh."""
+    if raw.get("model_type") in ("gemma2", "gemma3_text"):
+        return str(raw.get("hidden_activation") or "gelu_pytorch_tanh")
+    found = str(raw.get("hidden_act") or raw.get("hidden_activation") or "silu")
+    return "gelu_pytorch_tanh" if raw.get("model_type") == "gemma" and found == "gelu" else found
 
 
-def _number(values: Mapping[str, Any], key: str, default: float, where: str) -> float:
-    value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_REAL:
-        raise CheckpointError(f"{where}: {key} is {value!r:.100}; it must be a positive number up to {MAX_REAL:g}")
-    return float(value)
+def _scales(raw: Mapping[str, Any], hidden: int, head_dim: int, where: str) -> Scales:
+    """The numbers of a family that has them, with transformers' defaults."""
 
+    def cap(key: str, default: float) -> float:
+        return optional({key: raw.get(key, default)}, key, 0.0, where)
 
-def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
-    """transformers 5 keeps all in `rope_parameters`; 4 has `rope_theta` and `rope_scaling` (type or rope_type)."""
-    parts = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(part, Mapping) for part in parts):
-        raise CheckpointError(f"{where}: rope_scaling and rope_parameters must be objects")
-    values = {**parts[0], **parts[1]}
-    if values and all(value is None or isinstance(value, Mapping) for value in values.values()):
-        return RopeConfig(type="by layer type")
-    values.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    kind = values.get("rope_type", values.get("type", "default"))
-    partial = raw.get(PARTIAL, values.get(PARTIAL, 1.0))
-    if kind not in ROPE_TYPES:
-        values = {"rope_theta": values["rope_theta"]}
-    original = _number(values, "original_max_position_embeddings", 8192, where)
-    return RopeConfig(
-        theta=_number(values, "rope_theta", 10000.0, where),
-        type=str(kind),
-        partial=1.0 if partial is None else _number({PARTIAL: partial}, PARTIAL, 1, where),
-        factor=_number(values, "factor", 1.0, where),
-        low_freq_factor=_number(values, "low_freq_factor", 1.0, where),
-        high_freq_factor=_number(values, "high_freq_factor", 4.0, where),
-        original_max_position_embeddings=min(MAX_SIZE, int(original)),
-    )
+    def factor(key: str) -> float:
+        value = number(raw, key, 1.0, where)
+        if not 1e-6 <= value <= 1e6:
+            raise CheckpointError(f"{where}: {key} is {value:g}; it must be from 1e-6 to 1e6")
+        return value
+
+    plain = 1 / math.sqrt(head_dim)
+    match raw.get("model_type"):
+        case "gemma":
+            return Scales(plain, embedding=math.sqrt(hidden))
+        case "gemma2" | "gemma3_text" as kind:
+            caps = (50.0, 30.0) if kind == "gemma2" else (0.0, 0.0)
+            return Scales(
+                1 / math.sqrt(number(raw, "query_pre_attn_scalar", 256, where)),
+                attention_cap=cap("attn_logit_softcapping", caps[0]) if kind == "gemma2" else 0.0,
+                embedding=math.sqrt(hidden),
+                logits_cap=cap("final_logit_softcapping", caps[1]),
+            )
+        case "granite":
+            return Scales(
+                factor("attention_multiplier"),
+                embedding=factor("embedding_multiplier"),
+                residual=factor("residual_multiplier"),
+                logits=1 / factor("logits_scaling"),
+            )
+    return Scales(plain)
 
 
 def _sliding_window(raw: Mapping[str, Any], where: str) -> int | None:
     """Mistral uses its window wherever it is set; Qwen only where `use_sliding_window` says so."""
-    window = raw.get("sliding_window")
-    if window is None or raw.get("use_sliding_window") is False:
+    window, model_type = raw.get("sliding_window"), raw.get("model_type")
+    if window is None and model_type in WINDOWS:
+        window = WINDOWS[model_type]
+    if window is None or raw.get("use_sliding_window") is False or model_type in WINDOWLESS:
         return None
-    if raw.get("model_type") in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
+    if model_type in SWITCHED and not raw.get("use_sliding_window", False):
         return None
-    return _whole("sliding_window", window, 1, where)
+    return whole("sliding_window", window, 1, where)
 
 
 def _layer_types(raw: Mapping[str, Any], layers: int, window: int | None, where: str) -> tuple[str, ...]:
     types = raw.get("layer_types")
     if types is None:
-        if window is None or raw.get("model_type") == "llama":
+        if window is None:
             return ("full_attention",) * layers
+        if (model_type := raw.get("model_type")) in PATTERNS:
+            every = whole("sliding_window_pattern", raw.get("sliding_window_pattern", PATTERNS[model_type]), 1, where)
+            full = 0 if model_type == "cwm" else every - 1  # of so many layers, this one
+            return tuple("full_attention" if i % every == full else "sliding_attention" for i in range(layers))
         given = raw.get("max_window_layers", 28) if "use_sliding_window" in raw else 0
-        first = _whole("max_window_layers", given, 0, where)
+        first = whole("max_window_layers", given, 0, where)
         return tuple("full_attention" if i < first else "sliding_attention" for i in range(layers))
     if not isinstance(types, list) or len(types) != layers or not all(isinstance(t, str) for t in types):
         raise CheckpointError(f"{where}: layer_types must list the attention of {layers} layers")

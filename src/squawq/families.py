@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from squawq.config import ROPE_TYPES, ModelConfig
+from squawq.config import ModelConfig
 from squawq.errors import ConfigError
+from squawq.rope_config import ROPE_TYPES
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,28 @@ class ScalingGroup:
 
 
 @dataclass(frozen=True)
+class Traits:
+    """How our decoder (`nn/`) computes a family's layers, beside what config.json says. The defaults are Llama's.
+
+    Attributes:
+        norms: Names of the norms before attention, of its output, before the MLP, of its output ("": none).
+        qk_norm: Norms of queries and keys: "" (none), "head" (of each head, weights [head_dim]) or "whole" (of all
+            heads together, weights [heads * head_dim]).
+        qk_names: Names of those norms.
+        rope_first: They come after RoPE, not before.
+        interleaved: RoPE turns neighbours (2i, 2i + 1) instead of a head's two halves.
+        wide: Activations exceed float16's range, so that "auto" means bfloat16 where a backend has it.
+    """
+
+    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
+    qk_norm: Literal["", "head", "whole"] = ""
+    qk_names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    rope_first: bool = False
+    interleaved: bool = False
+    wide: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """A model_type's row. Groups are relative to one decoder layer; layers lack what their kind has not."""
 
@@ -50,10 +73,7 @@ class Family:
     never_clip: tuple[str, ...] = ("q_proj", "k_proj", "q_a_proj", "q_b_proj")  # it hurts attention scores (llm-awq)
     norm_offset: float = 0.0  # norms multiply by their weight plus this
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # as checkpoints spell them
-    decoder: bool = False  # whether nn/ runs it
-    qk_norm: bool = False
-    # before attention, of its output, before the MLP, of its output ("": none); for families that nn/ runs
-    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
+    decoder: Traits | None = None  # for nn/, if it runs the family
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -112,6 +132,13 @@ def expert_of(linear: str) -> str | None:
     return found.group(1) if found else None
 
 
+ACTIVATIONS = {  # hidden_act of config.json, where our decoder has it -> a backend's name
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 Groups = tuple[ScalingGroup, ...]
 _ATTENTION, _MLP = "input_layernorm", "post_attention_layernorm"  # Llama's names for the norms before both
 _W123 = ("w1", "w3", "w2")  # Mixtral's names for gate, up, down
@@ -205,6 +232,12 @@ _QWEN_MOE = _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert"
 _GRANITE_MOE = _moe("router", block="block_sparse_moe", names=_W123)
 _COHERE = (_parallel(_within("mlp", "gate_proj", "up_proj")), *_MULTIPLIED[1:2], *_MULTIPLIED[3:])
 
+# For our decoder: norms before attention, of its output, before the MLP, of its output
+_FOUR_NORMS = (_ATTENTION, "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_NORMS_AFTER = ("", "post_attention_layernorm", "", "post_feedforward_layernorm")
+_GLM4_NORMS = (_ATTENTION, "post_self_attn_layernorm", _MLP, "post_mlp_layernorm")
+_HUNYUAN_NORMS = ("self_attn.query_layernorm", "self_attn.key_layernorm")
+
 
 def _rows(model_types: str, groups: Groups, **settings: Any) -> dict[str, Family]:
     """Equal rows for several model_types."""
@@ -212,13 +245,21 @@ def _rows(model_types: str, groups: Groups, **settings: Any) -> dict[str, Family
 
 
 FAMILIES = {
-    **_rows("llama internlm3 iquestcoder ministral mistral qwen2 seed_oss", _LLAMA, decoder=True),
-    **_rows("qwen3", _LLAMA, decoder=True, qk_norm=True),
-    **_rows("cwm ernie4_5 exaone helium hunyuan_v1_dense ministral3 smollm3", _LLAMA),
-    **_rows("granite granite_swa hyperclovax", _MULTIPLIED),
-    **_rows("gemma", _LLAMA, norm_offset=1.0),
-    **_rows("gemma2 gemma3_text vaultgemma", _GEMMA, norm_offset=1.0),
-    **_rows("olmo olmo2 olmo3 exaone4", _UNSCALED),
+    **_rows("llama internlm3 iquestcoder ministral mistral qwen2 seed_oss", _LLAMA, decoder=Traits()),
+    **_rows("cwm ministral3 qwen2_5_vl_text smollm3", _LLAMA, decoder=Traits()),
+    **_rows("qwen3 qwen3_vl_text", _LLAMA, decoder=Traits(qk_norm="head")),
+    **_rows("ernie4_5 helium", _LLAMA, decoder=Traits(interleaved=True)),
+    **_rows("hunyuan_v1_dense", _LLAMA, decoder=Traits(qk_norm="head", qk_names=_HUNYUAN_NORMS, rope_first=True)),
+    **_rows("exaone", _LLAMA),
+    **_rows("granite", _MULTIPLIED, decoder=Traits()),
+    **_rows("granite_swa hyperclovax", _MULTIPLIED),
+    **_rows("gemma", _LLAMA, norm_offset=1.0, decoder=Traits(wide=True)),
+    **_rows("gemma2", _GEMMA, norm_offset=1.0, decoder=Traits(_FOUR_NORMS, wide=True)),
+    **_rows("gemma3_text", _GEMMA, norm_offset=1.0, decoder=Traits(_FOUR_NORMS, "head", wide=True)),
+    **_rows("vaultgemma", _GEMMA, norm_offset=1.0),
+    **_rows("olmo", _UNSCALED),
+    **_rows("olmo2 olmo3", _UNSCALED, decoder=Traits(_NORMS_AFTER, "whole")),
+    **_rows("exaone4", _UNSCALED, decoder=Traits(_NORMS_AFTER, "head")),
     **_rows("cohere cohere2", _COHERE),
     **_rows("stablelm", _attention("") + _gated()),  # some have no second norm, and the MLP reads the first
     **_rows(
@@ -228,9 +269,10 @@ FAMILIES = {
             ScalingGroup("", ("self_attn.o_proj",)),
             *_fused_gated(),
         ),
+        decoder=Traits(),
     ),
-    **_rows("glm", _attention() + _fused_gated()),
-    **_rows("glm4", _attention(adds=False) + _fused_gated()),
+    **_rows("glm", _attention() + _fused_gated(), decoder=Traits(interleaved=True)),
+    **_rows("glm4", _attention(adds=False) + _fused_gated(), decoder=Traits(_GLM4_NORMS, interleaved=True)),
     **_rows(
         "phi",
         (_parallel(("mlp.fc1",)), *_attention(out="dense", adds=False)[1:], ScalingGroup("", ("mlp.fc2",))),
@@ -278,15 +320,24 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def traits_of(family: Family) -> Traits:
+    """How our decoder computes a family. Raises ConfigError for one that it does not run."""
+    if family.decoder is None:
+        known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.decoder))
+        raise ConfigError(f"model_type is {family.model_type!r}; our decoder and export take {known} so far")
+    return family.decoder
+
+
 def decoder_declines(config: ModelConfig) -> str | None:
     """Why our decoder does not run a model; None if it does. Raises ConfigError for a model_type without a row."""
     unlike = []
-    if config.activation not in ("silu", "swish"):
-        unlike.append(f"hidden_act is {config.activation!r}, and it has silu")
-    if config.rope.type not in ROPE_TYPES:
-        unlike.append(f"rope type is {config.rope.type!r}, and it has {', '.join(ROPE_TYPES)}")
-    if config.rope.partial != 1:
-        unlike.append(f"partial_rotary_factor is {config.rope.partial}, and it rotates whole heads")
+    if config.activation not in ACTIVATIONS:
+        unlike.append(f"hidden_act is {config.activation!r}, and it has {', '.join(ACTIVATIONS)}")
+    for rope in config.ropes:
+        if rope is not None and rope.type not in ROPE_TYPES:
+            unlike.append(f"rope type is {rope.type!r}, and it has {', '.join(ROPE_TYPES)}")
+    if {**config.raw, **(config.raw.get("text_config") or {})}.get("use_bidirectional_attention"):
+        unlike.append("use_bidirectional_attention is set, and its attention is causal")
     if others := set(config.layer_types) - {"full_attention", "sliding_attention"}:
         unlike.append(f"a layer's attention is {sorted(others)[0]!r}")
     if not family_of(config.model_type).decoder:

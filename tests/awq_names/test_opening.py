@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import DECODED, MakeModel
 
 from awq import AutoAWQForCausalLM
 from awq.models.loading import check_as_stored
 from squawq.config import CODE
 from squawq.errors import ConfigError
-from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
@@ -81,7 +80,7 @@ def test_weights_that_were_changed_are_refused(make_model: MakeModel, rows: list
 
 
 @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
-@pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if family.decoder))
+@pytest.mark.parametrize("family", DECODED)
 def test_an_unchanged_model_is_as_stored(make_model: MakeModel, family: str, dtype: Any) -> None:
     folder = make_model(family, tie_word_embeddings=True)
     raw = json.loads((folder / "config.json").read_text())

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Backend, Gemm, Heads, Norms, Pages, Rotary
-from squawq.backends.layer_ops import Packed
+from squawq.backends.base import Backend, Gemm, Heads, Pages, Rotary
+from squawq.backends.layer_ops import Attention, Packed, RotateAndStore
 from squawq.format.groupwise import from_gemm
 
 
@@ -44,26 +44,34 @@ class PlainBackend(Backend):
         return hidden / (hidden.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
     def rotate_and_store(
-        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        operation: RotateAndStore,
+        rotary: Rotary,
+        eps: float,
+        slots: Tensor,
+        pages: Pages,
     ) -> None:
         (query, kv, dim), (keys, values) = heads, pages
         rows = qkv.view(len(qkv), -1, dim)
-        cos, sin = (part[:, None] for part in rotary)
-        for part, norm in ((rows[:, :query], norms[0]), (rows[:, query : query + kv], norms[1])):
+        cos, sin = (operation.columns(part)[:, None] for part in rotary)
+        norms = operation.query_norm, operation.key_norm
+        for part, norm in zip((rows[:, :query], rows[:, query : query + kv]), norms, strict=True):
             x = part if norm is None else self.add_rms_norm(part, None, norm, eps)
             first, second = x.chunk(2, -1)
             part.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
         keys[slots // 8, slots % 8], values[slots // 8, slots % 8] = rows[:, query : query + kv], rows[:, query + kv :]
 
     def attention(
-        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
+        self, qkv: Tensor, heads: Heads, operation: Attention, sequences: Tensor, tables: Tensor, pages: Pages
     ) -> Tensor:
         (query, kv, dim), (keys, values) = heads, pages
         out = qkv.new_zeros(len(qkv), query, dim)
         for first, rows, start, place in sequences.tolist():
             for row in range(rows):
                 end = start + row + 1
-                seen = slice(max(0, end - (window or end)), end)
+                seen = slice(max(0, end - (operation.window or end)), end)
                 table = tables[place : place - (-end // 8)].long()
                 k, v = (part[table].flatten(0, 1)[seen].repeat_interleave(query // kv, 1) for part in (keys, values))
                 q = qkv[first + row].view(-1, dim)[:query]

@@ -19,6 +19,7 @@ from squawq.backends import backend_for
 from squawq.backends.base import Backend
 from squawq.backends.cpu import library
 from squawq.backends.cpu.packed import NativePacked, PackedDense, PackedInt4, PackedInt8
+from squawq.backends.layer_ops import Attention, RotateAndStore
 from squawq.errors import ConfigError, KernelError
 from squawq.format.groupwise import GroupwiseTensor, quantize, to_gemm
 
@@ -208,7 +209,8 @@ class Paged:
         self.positions, self.slots = torch.tensor(positions), torch.tensor(slots)
 
     def attend(self, backend: Backend, window: int | None) -> Tensor:
-        return backend.attention(self.qkv, self.heads, self.sequences, self.pages, window, (self.keys, self.values))
+        operation = Attention(0, window)
+        return backend.attention(self.qkv, self.heads, operation, self.sequences, self.pages, (self.keys, self.values))
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 16), (8, 2, 64), (6, 1, 32), (16, 1, 128), (3, 3, 48)])
@@ -235,9 +237,9 @@ def test_attention_of_a_row_is_the_same_in_any_batch(
             alone = CPU.attention(
                 paged.qkv[first + row : first + row + 1].contiguous(),
                 paged.heads,
+                Attention(0, window),
                 torch.tensor([[0, 1, start + row, place]]),
                 paged.pages,
-                window,
                 (paged.keys, paged.values),
             )
             assert torch.equal(alone[0], together[first + row])
@@ -246,14 +248,15 @@ def test_attention_of_a_row_is_the_same_in_any_batch(
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotate_and_store(normed: bool) -> None:
     paged = Paged((4, 2, 32), [(0, 3), (30, 5), (300, 1)])
-    frequencies = 1.0 / 10000 ** (torch.arange(0, 32, 2) / 32)
+    frequencies = torch.stack([1.0 / 10000 ** (torch.arange(0, 32, 2) / 32), torch.ones(16)])
     norms = (1 + 0.1 * random(32), 1 + 0.1 * random(32, seed=1)) if normed else (None, None)
     results = []
     for kernels in (CPU, REFERENCE):
         qkv, keys, values = paged.qkv.clone(), paged.keys.clone(), paged.values.clone()
         qkv[0, -1], qkv[1, -2] = 1e6, -1e6  # beyond float16: kept finite
         rotary = kernels.rotary(paged.positions, frequencies)
-        kernels.rotate_and_store(qkv, paged.heads, rotary, norms, 1e-5, paged.slots, (keys, values))
+        operation = RotateAndStore(0, *norms)
+        kernels.rotate_and_store(qkv, paged.heads, operation, rotary, 1e-5, paged.slots, (keys, values))
         results.append((qkv, keys.float(), values.float()))
     for mine, theirs in zip(*results, strict=True):
         assert torch.allclose(mine, theirs, atol=2e-3, rtol=1e-3)
@@ -328,8 +331,8 @@ def test_nothing_of_a_pages_last_holder_is_left() -> None:
     paged = Paged((4, 2, 32), [(0, 5)])
     paged.keys.fill_(float("nan"))
     paged.values.fill_(float("nan"))
-    rotary = CPU.rotary(paged.positions, torch.ones(16))
-    arguments = (paged.heads, rotary, (None, None), 1e-5, paged.slots, (paged.keys, paged.values))
+    rotary = CPU.rotary(paged.positions, torch.ones(2, 16))
+    arguments = (paged.heads, RotateAndStore(0), rotary, 1e-5, paged.slots, (paged.keys, paged.values))
     CPU.rotate_and_store(paged.qkv, *arguments)
     assert bool(torch.isfinite(paged.attend(CPU, None)).all())
     paged.qkv[1, -1] = float("nan")  # a value of token 1 itself is not hidden from those that look at it

@@ -77,6 +77,7 @@ def test_as_the_reference(kind: str) -> None:
         positions, positions, positions, torch.tensor([[0, rows, 0, 0]]), torch.tensor([0, 1]).int(), positions
     )
     frequencies = 1.0 / 10000 ** (torch.arange(0, 8 if kind == "partial rotary" else 16, 2) / 16)
+    frequencies = torch.stack([frequencies, torch.ones_like(frequencies)])
     for name in ("cpu", "reference"):
         backend = backend_for("cpu", name, exact=True)
         key, value = backend.page_shapes(HEADS[1], HEADS[2])

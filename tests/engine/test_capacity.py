@@ -124,7 +124,7 @@ def test_buffers_of_decode_steps() -> None:
         Matmul(int4.empty(out, in_, 128, torch.float16, meta), *places[i % 2]) for i, (out, in_) in enumerate(shapes)
     ]
     head = launch.DenseWeight(torch.empty(config.vocab_size, 4096, dtype=torch.float16, device=meta))
-    norm, frequencies = torch.empty(4096, device=meta), torch.empty(64, device=meta)
+    norm, frequencies = torch.empty(4096, device=meta), torch.empty(2, 64, device=meta)
     layers = Layers(tuple(operations), config.heads, 1e-5)
     page = torch.empty(1, 8, 16, 128, dtype=torch.float16, device=meta)
     backend = CudaBackend(CPU)

@@ -92,9 +92,12 @@ def check(output: Output, prompt: Sequence[int], model: Any) -> None:
     assert (torch.tensor(found) - expected).abs().max() < TOLERANCE * spread
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(name for name in FAMILIES if not name.endswith("_vl_text")))
 def test_every_family(model_type: str, tmp_path: Path) -> None:
-    """Two sequences at once, the longer beyond every sliding window, and its prompt in several steps."""
+    """Two sequences at once, the longer beyond every sliding window, and its prompt in several steps.
+
+    transformers has the class of a *_vl_text model only as a part of another.
+    """
     model = family_model(model_type, tmp_path, **CHANGES.get(model_type, {}))
     with opened(tmp_path) as engine:
         assert isinstance(runner_of(engine)._steps, Caches if model_type in STATEFUL else Paged)
@@ -225,7 +228,8 @@ def test_which_class_runs_a_model(tmp_path: Path) -> None:
         ("llama", "squawq", "DecoderRunner"),
         ("llama4", "auto", "TransformersRunner"),
     ):
-        loaded = LoadedModel(tmp_path / name, EngineConfig(device="cpu", model_impl=impl, kv_tokens=64), text=False)
+        config = EngineConfig(device="cpu", model_impl=impl, kv_tokens=64)  # type: ignore[arg-type]
+        loaded = LoadedModel(tmp_path / name, config, text=False)
         assert type(loaded._runner).__name__ == kind
         loaded.close()
     with pytest.raises(ConfigError, match="our decoder does not run this model"):

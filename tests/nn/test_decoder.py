@@ -15,7 +15,6 @@ from squawq.backends.base import Backend, Layers, Pages, RunLayers
 from squawq.backends.cpu import library
 from squawq.backends.cpu.backend import CpuBackend, LayerStack
 from squawq.backends.sampling import Chunk
-from squawq.config import RopeConfig
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import family_of
@@ -27,6 +26,7 @@ from squawq.nn.loader import Options, load
 from squawq.nn.rope import inverse_frequencies
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
+from squawq.rope_config import RopeConfig
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -253,8 +253,8 @@ def test_bad_options(make_model: MakeModel) -> None:
         load(make_model(vocab_size=163, name="odd"), Options(head="int4"))
     with pytest.raises(ConfigError, match=r"head is 'int8', which the head of .* cannot be here"):
         load(make_model(name="narrow", hidden_size=24), Options(head="int8"))
-    with pytest.raises(ConfigError, match=r"does not run this model \(rope type is 'yarn'"):
-        load(make_model(name="yarn", rope_scaling={"rope_type": "yarn", "factor": 4.0}))
+    with pytest.raises(ConfigError, match=r"does not run this model \(rope type is 'dynamic'"):
+        load(make_model(name="dynamic", rope_scaling={"rope_type": "dynamic", "factor": 4.0}))
     with pytest.raises(ConfigError, match="kv_tokens is 3"):
         DecoderRunner(load(make_model()), kv_tokens=3)
     with pytest.raises(CheckpointError, match="no such model folder"):

@@ -37,8 +37,7 @@ FP8 = torch.float8_e4m3fn  # of a KV cache, by choice
 ROUNDED_ROWS = 4096  # that round_int4 quantizes at a time
 
 Heads = tuple[int, int, int]  # query heads, key-value heads, head_dim
-Rotary = tuple[Tensor, Tensor]  # cos and sin, float32 [rows, rotary_dim / 2]
-Norms = tuple[Tensor | None, Tensor | None]  # weights of q_norm and k_norm, float32 [head_dim]
+Rotary = tuple[Tensor, Tensor]  # cos and sin, float32 [rows, columns]: the rotated pairs of each kind of layer
 Pages = tuple[Tensor, Tensor]  # keys and values of one layer: [num_pages, *shape], shapes by Backend.page_shapes
 # AWQ tensors of n outputs: qweight int32 [in, n / 8], scales [groups, n], qzeros int32 [groups, n / 8] or None (all 8)
 Gemm = tuple[Tensor, Tensor, Tensor | None]
@@ -84,6 +83,8 @@ class Model:
     norm: Tensor
     head: Packed
     vocabulary: Vocabulary | None = None
+    embedding_scale: float = 1.0
+    logits_cap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -244,35 +245,53 @@ class Backend(ABC):
         """The output head: x [rows, hidden] -> float32 [rows, vocab]."""
         return self.matmul(x, head).float()
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """Rows `ids` (int64 [rows]) of weight [vocab, hidden], in activation_dtype."""
-        return weight[ids.to(weight.device)].to(self.device, self.activation_dtype)
+    def embedding(self, ids: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """Rows `ids` (int64 [rows]) of weight [vocab, hidden] times scale, in the dtype of the residual stream."""
+        rows = weight[ids.to(weight.device)].to(self.device, self.residual_dtype)
+        return rows if scale == 1 else rows.mul_(scale)
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        return self.activation_dtype
 
     @abstractmethod
     def add_rms_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Add delta to hidden [rows, n] in place, if given; return the RMS norm of the sum, times weight [n]."""
 
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        """cap * tanh(logits / cap), in place; float32 [rows, vocab]."""
+        return logits.div_(cap).tanh_().mul_(cap)
+
     def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
-        """cos and sin of positions (int64 [rows]) times frequencies (float32 [rotary_dim / 2])."""
-        angles = positions.float()[:, None] * frequencies[None, :]
-        return angles.cos(), angles.sin()
+        """cos and sin of positions (int64 [rows]) times frequencies, times a magnitude.
+
+        frequencies: float32 [2, columns]: radians per position, and magnitudes.
+        """
+        angles = positions.float()[:, None] * frequencies[0]
+        return angles.cos() * frequencies[1], angles.sin() * frequencies[1]
 
     @abstractmethod
     def rotate_and_store(
-        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        operation: RotateAndStore,
+        rotary: Rotary,
+        eps: float,
+        slots: Tensor,
+        pages: Pages,
     ) -> None:
         """Norm and rotate the queries and keys of qkv [rows, (query + 2 kv) * head_dim] in place, then write keys and
         values to their slots in the cache."""
 
     @abstractmethod
     def attention(
-        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
+        self, qkv: Tensor, heads: Heads, operation: Attention, sequences: Tensor, tables: Tensor, pages: Pages
     ) -> Tensor:
         """Causal attention over the paged cache -> [rows, query heads * head_dim].
 
-        Args:
-            sequences, tables: `Batch.sequences` and `Batch.pages`.
-            window: Sliding window in tokens; None for full attention.
+        sequences, tables: `Batch.sequences` and `Batch.pages`.
         """
 
     @abstractmethod
@@ -433,13 +452,12 @@ class Backend(ABC):
                 buffers[target] = self.add_rms_norm(buffers[source], delta, weight, layers.eps)
             case Matmul(weight, source, target):
                 buffers[target] = self.layer_matmul(buffers[source], weight)
-            case RotateAndStore(layer, query_norm, key_norm):
-                norms = query_norm, key_norm
+            case RotateAndStore(layer):
                 qkv = buffers[Buffer.WIDE]
-                self.rotate_and_store(qkv, layers.heads, rotary, norms, layers.eps, batch.slots, cache[layer])
-            case Attention(layer, window):
+                self.rotate_and_store(qkv, layers.heads, operation, rotary, layers.eps, batch.slots, cache[layer])
+            case Attention(layer):
                 sequences = batch.sequences, batch.pages
-                found = self.attention(buffers[Buffer.WIDE], layers.heads, *sequences, window, cache[layer])
+                found = self.attention(buffers[Buffer.WIDE], layers.heads, operation, *sequences, cache[layer])
                 buffers[Buffer.NARROW] = found
             case ActivationMul(activation):
                 buffers[Buffer.NARROW] = self.activation_mul(buffers[Buffer.WIDE], activation)

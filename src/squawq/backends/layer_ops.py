@@ -5,6 +5,7 @@ A family with norms after attention, another activation or experts needs another
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -48,19 +49,52 @@ class Matmul:
 
 @dataclass(frozen=True)
 class RotateAndStore:
-    """Apply q_norm and k_norm (float32 [head_dim], or None) and RoPE in WIDE; write keys and values to the KV cache."""
+    """Apply q_norm and k_norm and RoPE in WIDE; write keys and values to the KV cache.
+
+    Attributes:
+        query_norm, key_norm: float32 [head_dim], or None.
+        whole: The norms are of all heads together: float32 [heads * head_dim].
+        rope_first: They come after RoPE.
+        first, pairs: Columns of the step's cos and sin that are this layer's: one for each rotated pair of a head. 0
+            pairs: no RoPE (NoPE); None: all columns.
+        interleaved: RoPE turns neighbours (2i, 2i + 1) instead of the two halves of a head's rotated part.
+    """
 
     layer: int
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
+    whole: bool = False
+    rope_first: bool = False
+    first: int = 0
+    pairs: int | None = None
+    interleaved: bool = False
+
+    def columns(self, rotary: Tensor) -> Tensor:
+        """This layer's columns of cos or sin."""
+        return rotary[:, self.first :] if self.pairs is None else rotary[:, self.first : self.first + self.pairs]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """NARROW = causal attention of WIDE's queries over the cache. window: sliding window in tokens, or None."""
+    """NARROW = causal attention of WIDE's queries over the cache.
+
+    Attributes:
+        window: Sliding window in tokens, or None.
+        scale: Of scores; None: 1 / sqrt(head_dim).
+        cap: Scores become cap * tanh(score / cap), as in Gemma 2; 0: they stay.
+        beta, original: Scores are multiplied by 1 + beta * log(1 + floor(position / original)), as in Llama 4.
+    """
 
     layer: int
     window: int | None = None
+    scale: float | None = None
+    cap: float = 0.0
+    beta: float = 0.0
+    original: int = 1
+
+    def scale_of(self, head_dim: int) -> float:
+        """The factor of scores."""
+        return 1 / math.sqrt(head_dim) if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)
@@ -88,7 +122,7 @@ class MixtureOfExperts:
 
 @dataclass(frozen=True)
 class AddResidual:
-    """HIDDEN += DELTA: after the last layer, where no norm follows that would add it."""
+    """HIDDEN += DELTA, where no norm follows that would add it."""
 
 
 @dataclass(frozen=True)

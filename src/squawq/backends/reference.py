@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squawq.backends.base import Backend, Gemm, Heads, Norms, Pages, Rotary
-from squawq.backends.layer_ops import Packed
+from squawq.backends.base import Backend, Gemm, Heads, Pages, Rotary
+from squawq.backends.layer_ops import Attention, Packed, RotateAndStore
 from squawq.errors import ConfigError, KernelError
 from squawq.format.groupwise import PER_WORD, from_gemm
 
@@ -141,15 +141,32 @@ class Reference(Backend):
         return ACTIVATIONS[activation](gate) * up
 
     def rotate_and_store(
-        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        operation: RotateAndStore,
+        rotary: Rotary,
+        eps: float,
+        slots: Tensor,
+        pages: Pages,
     ) -> None:
         """Clears a page when its first slot is written, so that nothing of another sequence stays. Infinities become
         the largest number of the cache's dtype; NaN stays.
         """
         keys, values = pages
         q, k, v = split_heads(qkv, heads)
-        for part, norm in ((q, norms[0]), (k, norms[1])):
-            part.copy_(rotate(part if norm is None else rms_norm(part, norm, eps), *rotary))
+        cos, sin = map(operation.columns, rotary)
+        for part, weight in ((q, operation.query_norm), (k, operation.key_norm)):
+
+            def norm(x: Tensor, weight: Tensor | None = weight) -> Tensor:
+                if weight is None:
+                    return x
+                return rms_norm(x.flatten(-2) if operation.whole else x, weight, eps).view(x.shape)
+
+            if operation.rope_first:
+                part.copy_(norm(rotate(part, cos, sin, operation.interleaved)))
+            else:
+                part.copy_(rotate(norm(part), cos, sin, operation.interleaved))
         page, place = slots // self.page_size, slots % self.page_size
         limit = torch.finfo(keys.dtype).max
         keys[page[place == 0]] = 0
@@ -158,7 +175,7 @@ class Reference(Backend):
         values[page, :, place] = v.clamp(-limit, limit).to(values.dtype)
 
     def attention(
-        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
+        self, qkv: Tensor, heads: Heads, operation: Attention, sequences: Tensor, tables: Tensor, pages: Pages
     ) -> Tensor:
         (query, kv, dim), (keys, values) = heads, pages
         out = qkv.new_empty(qkv.shape[0], query * dim)
@@ -168,9 +185,18 @@ class Reference(Backend):
             k = keys[table].permute(0, 3, 1, 2).reshape(-1, kv, dim)[:tokens].to(qkv.dtype)
             v = values[table].permute(0, 2, 1, 3).reshape(-1, kv, dim)[:tokens].to(qkv.dtype)
             q = split_heads(qkv[first : first + rows], heads)[0]
-            mask = causal_mask(rows, start, window, qkv.device)
-            k, v = (t.transpose(0, 1)[None] for t in (k, v))
-            y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=True)
+            mask = causal_mask(rows, start, operation.window, qkv.device)
+            scale = operation.scale_of(dim)
+            if operation.beta:
+                at = torch.arange(start, tokens, device=qkv.device)
+                q = q * (1 + operation.beta * torch.log1p((at // operation.original).float()))[:, None, None].to(
+                    q.dtype
+                )
+            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+            if operation.cap:
+                y = capped_attention(q, k, v, mask, scale, operation.cap)
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
             out[first : first + rows] = y[0].transpose(0, 1).reshape(rows, -1)
         return out
 
@@ -204,13 +230,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight.to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    """Attention with soft-capped scores (Gemma 2, arXiv 2408.00118), for q [1, heads, rows, dim], k and v [1, kv heads,
+    tokens, dim], mask bool [rows, tokens]."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = (q @ k.transpose(-1, -2) * (scale / cap)).tanh() * cap
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, torch.float32).to(v.dtype) @ v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotary embedding (Su et al., arXiv 2104.09864) of x [..., heads, head_dim] by cos and sin [..., n / 2], where
-    n <= head_dim (partial rotary: the rest stays). The two halves turn together, as in Llama checkpoints on the Hub."""
+    n <= head_dim (partial rotary: the rest stays). The two halves turn together, as in Llama checkpoints on the Hub;
+    interleaved: neighbours, as in the paper."""
     half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    if not half:
+        return x
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = turned.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
     cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+    both = first * cos - second * sin, second * cos + first * sin
+    return torch.cat((torch.stack(both, -1).flatten(-2) if interleaved else torch.cat(both, -1), rest), -1)
 
 
 def split_heads(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:

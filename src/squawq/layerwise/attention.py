@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from squawq.backends import REFERENCE, backend_for
-from squawq.backends.base import PAGE, Backend, Batch, Pages, Rotary
+from squawq.backends.base import PAGE, Backend, Batch, Heads, Pages, Rotary
+from squawq.backends.layer_ops import Attention, RotateAndStore
 from squawq.layerwise.packed_model import PackedModel
 from squawq.nn.cache import zeros
 
 ATTENTION, PROBE = "squawq", "squawq_probe"  # names in transformers' tables of attention functions
 HOLDER = "squawq_attention"  # attribute of a model's config: the object whose `attend` the functions call
+STORE = RotateAndStore(0, pairs=0)  # transformers has rotated queries and keys
 FARTHEST = 2**20  # tokens after which a window is not looked for
 
 
@@ -36,13 +38,13 @@ class AttentionLayer:
         heads: Query heads, key-value heads.
         dims: Of queries and keys, of values.
         window: Sliding window in tokens; None for full attention.
-        plain: The backend's attention computes it; it has no soft cap and no sinks.
+        sinks: Each head has a further score in its softmax, without a value (gpt-oss).
     """
 
     heads: tuple[int, int]
     dims: tuple[int, int]
     window: int | None
-    plain: bool
+    sinks: bool
 
     @property
     def values(self) -> int:
@@ -152,7 +154,7 @@ class _Probe:
             heads=(query.shape[1], key.shape[1]),
             dims=(query.shape[3], value.shape[3]),
             window=_window(function, self._positions),
-            plain=kwargs.get("softcap") is None and kwargs.get("s_aux") is None,
+            sinks=kwargs.get("s_aux") is not None,
         )
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
@@ -183,12 +185,12 @@ class PagedAttention:
     """
 
     def __init__(self, model: PackedModel, layers: Sequence[AttentionLayer], pages: int, backend: Backend) -> None:
-        plain = backend_for(backend.device, REFERENCE)  # whose pages `_attend` reads
+        plain = backend_for(backend.device, REFERENCE)  # whose pages `_attend_with_sinks` reads
         self._layers = layers
-        self._backends = [backend if layer.plain else plain for layer in layers]
+        self._backends = [plain if layer.sinks else backend for layer in layers]
         self._caches = [_pages(layer, pages, own) for layer, own in zip(layers, self._backends, strict=True)]
         self._batch: Batch
-        self._identities: dict[int, Rotary] = {}
+        self._rotary: Rotary
         model.config._attn_implementation = ATTENTION
         setattr(model.config, HOLDER, self)
 
@@ -200,7 +202,7 @@ class PagedAttention:
     def begin(self, batch: Batch) -> None:
         """Set the tokens of the next step."""
         self._batch = batch
-        self._identities = {}
+        self._rotary = (torch.empty(len(batch.ids), 0, device=batch.ids.device),) * 2
 
     def attend(
         self,
@@ -230,24 +232,14 @@ class PagedAttention:
             [1, tokens, query heads, value dim].
         """
         layer, backend, cached, batch = self._layers[index], self._backends[index], self._caches[index], self._batch
-        dim = max(layer.dims)
-        if scaling is not None:  # backends divide by sqrt(dim)
-            query = query * (scaling * math.sqrt(dim))
-        elif dim != layer.dims[0]:
-            query = query * math.sqrt(dim / layer.dims[0])
+        dim, scale = max(layer.dims), layer.dims[0] ** -0.5 if scaling is None else scaling
         parts = (F.pad(part[0].transpose(0, 1), (0, dim - part.shape[-1])) for part in (query, key, value))
         qkv, heads = torch.cat(list(parts), 1).flatten(1), (*layer.heads, dim)
-        backend.rotate_and_store(qkv, heads, self._identity(qkv, dim), (None, None), 0.0, batch.slots, cached)
-        given = heads, batch.sequences, batch.pages, layer.window, cached
-        found = backend.attention(qkv, *given) if layer.plain else _attend(qkv, *given, softcap, s_aux)
+        backend.rotate_and_store(qkv, heads, STORE, self._rotary, 0.0, batch.slots, cached)
+        attention = Attention(index, layer.window, scale, softcap or 0.0)
+        given = qkv, heads, attention, batch.sequences, batch.pages, cached
+        found = backend.attention(*given) if s_aux is None else _attend_with_sinks(*given, s_aux)
         return found.view(1, -1, layer.heads[0], dim)[..., : layer.dims[1]]
-
-    def _identity(self, qkv: Tensor, dim: int) -> Rotary:
-        """A rotation by no angle: transformers has rotated queries and keys."""
-        if dim not in self._identities:
-            shape = len(qkv), dim // 2
-            self._identities[dim] = torch.ones(shape, device=qkv.device), torch.zeros(shape, device=qkv.device)
-        return self._identities[dim]
 
 
 def _pages(layer: AttentionLayer, pages: int, backend: Backend) -> Pages:
@@ -255,18 +247,11 @@ def _pages(layer: AttentionLayer, pages: int, backend: Backend) -> Pages:
     return keys, values
 
 
-def _attend(
-    qkv: Tensor,
-    heads: tuple[int, int, int],
-    sequences: Tensor,
-    tables: Tensor,
-    window: int | None,
-    pages: Pages,
-    softcap: float | None,
-    sinks: Tensor | None,
+def _attend_with_sinks(
+    qkv: Tensor, heads: Heads, operation: Attention, sequences: Tensor, tables: Tensor, pages: Pages, sinks: Tensor
 ) -> Tensor:
-    """`Backend.attention` with a soft cap or sinks, on pages of the reference backend."""
-    (query, kv, dim), (keys, values) = heads, pages
+    """`Backend.attention` where a further score of each head takes part in the softmax, on the reference's pages."""
+    (query, kv, dim), (keys, values), window = heads, pages, operation.window
     out = qkv.new_empty(len(qkv), query, dim)
     for first, rows, start, place in sequences.tolist():
         begin = 0 if window is None else max(0, start - window + 1) // PAGE
@@ -275,16 +260,13 @@ def _attend(
         k = keys[table].permute(1, 2, 0, 3).flatten(2).float()  # [kv, dim, tokens]
         v = values[table].permute(1, 0, 2, 3).flatten(1, 2).float()  # [kv, tokens, dim]
         q = qkv[first : first + rows].view(rows, -1, dim)[:, :query].transpose(0, 1).float().reshape(kv, -1, dim)
-        scores = (q @ k / math.sqrt(dim)).view(query, rows, -1)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = (q @ k * operation.scale_of(dim)).view(query, rows, -1)
+        scores = operation.cap * torch.tanh(scores / operation.cap) if operation.cap else scores
         at = torch.arange(start, start + rows, device=qkv.device)[:, None]
         token = torch.arange(begin * PAGE, end * PAGE, device=qkv.device)
         hidden = token > at if window is None else (token > at) | (token <= at - window)
         scores = scores.masked_fill(hidden, -math.inf)
-        if sinks is not None:
-            scores = torch.cat((scores, sinks.float().view(-1, 1, 1).expand(-1, rows, 1)), -1)
-        weights = scores.softmax(-1)[..., : len(token)]
-        found = (weights.view(kv, -1, len(token)) @ v).view(query, rows, dim)
-        out[first : first + rows] = found.transpose(0, 1).to(out.dtype)
+        scores = torch.cat((scores, sinks.float().view(-1, 1, 1).expand(-1, rows, 1)), -1)
+        weights = scores.softmax(-1)[..., :-1].reshape(kv, -1, len(token))
+        out[first : first + rows] = (weights @ v).view(query, rows, dim).transpose(0, 1).to(out.dtype)
     return out.flatten(1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squawq.config import MAX_LAYERS, MAX_REAL, MAX_SIZE
+from squawq.config_values import MAX_LAYERS, MAX_REAL, MAX_SIZE
 from squawq.errors import CheckpointError, ConfigError, SquawqError
 from squawq.families import Family, ScalingGroup
 from squawq.nn.experts import Expert, Experts, is_stacked, is_transposed, stacked_sizes

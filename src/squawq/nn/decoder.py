@@ -22,7 +22,7 @@ from squawq.backends.base import (
 from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
 from squawq.nn.cache import Cache
-from squawq.nn.rope import inverse_frequencies
+from squawq.nn.rope import RotaryTable
 
 
 @dataclass
@@ -43,15 +43,21 @@ class Decoder:
     norm: Tensor
     head: Packed
     vocabulary: Vocabulary | None = None
-    frequencies: Tensor = field(init=False)  # RoPE's, float32 [rotary_dim / 2]
+    frequencies: Tensor = field(init=False)  # RoPE's: see RotaryTable
     _prepared: tuple[Cache, RunLayers] | None = field(init=False, default=None)  # for the latest cache
 
     def __post_init__(self) -> None:
-        self.frequencies = inverse_frequencies(self.config.rope, self.config.head_dim).to(self.backend.device)
+        table = RotaryTable(self.config.ropes, self.config.head_dim)
+        self.frequencies = table.frequencies.to(self.backend.device)
+        # Divided by the factor of what is added to it, the residual stream takes that as it is; norms do not see the
+        # difference if eps shrinks as the squares do.
+        residual = self.config.scales.residual
+        self._eps = self.config.norm_eps / residual**2
+        self._embedding_scale = self.config.scales.embedding / residual
 
     def _layers(self, cache: Cache) -> RunLayers:
         if self._prepared is None or self._prepared[0] is not cache:
-            layers = Layers(self.operations, self.config.heads, self.config.norm_eps)
+            layers = Layers(self.operations, self.config.heads, self._eps)
             self._prepared = cache, self.backend.prepare(layers, cache.layers)
         return self._prepared[1]
 
@@ -68,8 +74,9 @@ class Decoder:
         return self.backend.prepare_next_logits(self._model(), cache.layers, rows, pages)
 
     def _model(self) -> Model:
-        layers = Layers(self.operations, self.config.heads, self.config.norm_eps)
-        return Model(layers, self.embedding, self.frequencies, self.norm, self.head, self.vocabulary)
+        layers = Layers(self.operations, self.config.heads, self._eps)
+        scales = self._embedding_scale, self.config.scales.logits_cap
+        return Model(layers, self.embedding, self.frequencies, self.norm, self.head, self.vocabulary, *scales)
 
     def native(self, cache: Cache) -> bool:
         """Whether all layers run in one native call on this cache, without torch's threads."""
@@ -87,19 +94,22 @@ class Decoder:
         if not len(batch.outputs):
             return hidden.new_empty(0, self.config.vocab_size)
         rows = hidden if len(batch.outputs) == len(hidden) else hidden[batch.outputs]
-        normed = self.backend.add_rms_norm(rows, None, self.norm, self.config.norm_eps)
+        normed = self.backend.add_rms_norm(rows, None, self.norm, self._eps)
         logits, group = self.backend.logits(normed, self.head), self.backend.group
+        if cap := self.config.scales.logits_cap:
+            logits = self.backend.soft_cap(logits, cap)
         if group is None or self.vocabulary is None:
             return logits
         return group.gather(logits, self.vocabulary.each)
 
     def _embedded(self, ids: Tensor) -> Tensor:
-        """Rows of the embedding; each rank adds those of its tokens, to zeros."""
+        """Rows of the embedding, scaled; each rank adds those of its tokens, to zeros."""
         group, vocabulary = self.backend.group, self.vocabulary
         if group is None or vocabulary is None:
-            return self.backend.embedding(ids, self.embedding)
+            return self.backend.embedding(ids, self.embedding, self._embedding_scale)
         own = (ids >= vocabulary.own.start) & (ids < vocabulary.own.stop)
-        hidden = self.backend.embedding(torch.where(own, ids - vocabulary.own.start, 0), self.embedding)
+        rows = torch.where(own, ids - vocabulary.own.start, 0)
+        hidden = self.backend.embedding(rows, self.embedding, self._embedding_scale)
         hidden.masked_fill_(~own[:, None], 0)
         group.all_reduce(hidden)
         return hidden

@@ -19,17 +19,20 @@ from squawq.backends.layer_ops import (
     RotateAndStore,
 )
 from squawq.config import ModelConfig
-from squawq.families import Family
+from squawq.families import ACTIVATIONS, Family, Traits, traits_of
+from squawq.nn.rope import RotaryTable
 
 QKV, OUT, GATE_UP, DOWN = "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"
-QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
-ACTIVATIONS = {"silu": "silu", "swish": "silu"}  # hidden_act of config.json -> a backend's name
 
 
 def norm_sizes(config: ModelConfig, family: Family) -> dict[str, int]:
     """Names of a layer's norms, and the number of weights of each."""
-    sizes = {name: config.hidden_size for name in family.norms if name}
-    return sizes | (dict.fromkeys((QUERY_NORM, KEY_NORM), config.head_dim) if family.qk_norm else {})
+    traits = traits_of(family)
+    sizes = {name: config.hidden_size for name in traits.norms if name}
+    heads = (config.num_heads, config.num_kv_heads) if traits.qk_norm == "whole" else (1, 1)
+    if traits.qk_norm:
+        sizes |= {name: count * config.head_dim for name, count in zip(traits.qk_names, heads, strict=True)}
+    return sizes
 
 
 def layer_operations(
@@ -47,24 +50,60 @@ def layer_operations(
         norms: float32 weights, by the names of `norm_sizes`.
         shared: Other ranks have the rest of the linears (tensor parallelism).
     """
+    traits = traits_of(family)
     summed = [AllReduce()] if shared else []
-    before_attention, after_attention, before_mlp, after_mlp = family.norms
+    before_attention, after_attention, before_mlp, after_mlp = traits.norms
+    attended, attention_source = _before(before_attention, norms, pending=index > 0)
+    multiplied, mlp_source = _before(before_mlp, norms)
     return [
-        Norm(norms[before_attention], add=index > 0),
-        Matmul(linears[QKV], Buffer.NORMED, Buffer.WIDE),
-        RotateAndStore(index, norms.get(QUERY_NORM), norms.get(KEY_NORM)),
-        Attention(index, config.window(index)),
+        *attended,
+        Matmul(linears[QKV], attention_source, Buffer.WIDE),
+        rotate_and_store(config, traits, index, norms),
+        attention(config, index),
         Matmul(linears[OUT], Buffer.NARROW, Buffer.DELTA),
         *summed,
         *_after(after_attention, norms),
-        Norm(norms[before_mlp]),
-        Matmul(linears[GATE_UP], Buffer.NORMED, Buffer.WIDE),
+        *multiplied,
+        Matmul(linears[GATE_UP], mlp_source, Buffer.WIDE),
         ActivationMul(ACTIVATIONS[config.activation]),
         Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
         *summed,
         *_after(after_mlp, norms),
         *([AddResidual()] if index == config.num_layers - 1 else []),
     ]
+
+
+def rotate_and_store(config: ModelConfig, traits: Traits, index: int, norms: Mapping[str, Tensor]) -> RotateAndStore:
+    """Norms and RoPE of a layer's queries and keys."""
+    rope = config.ropes[index]
+    query_norm, key_norm = map(norms.get, traits.qk_names)
+    return RotateAndStore(
+        index,
+        query_norm,
+        key_norm,
+        whole=traits.qk_norm == "whole",
+        rope_first=traits.rope_first,
+        first=RotaryTable(config.ropes, config.head_dim).first(rope),
+        pairs=0 if rope is None else rope.pairs(config.head_dim),
+        interleaved=traits.interleaved,
+    )
+
+
+def attention(config: ModelConfig, index: int) -> Attention:
+    """A layer's attention over the cache."""
+    rope, scales = config.ropes[index], config.scales
+    beta, original = (0.0, 1) if rope is None else (rope.query_beta, rope.original_max_position_embeddings)
+    return Attention(index, config.window(index), scales.attention, scales.attention_cap, beta, original)
+
+
+def _before(name: str, norms: Mapping[str, Tensor], pending: bool = True) -> tuple[list[Operation], Buffer]:
+    """The norm before attention or the MLP, in families that have one, and the buffer to read then.
+
+    pending: DELTA is still to be added to the residual stream.
+    """
+    if name:
+        return [Norm(norms[name], add=pending)], Buffer.NORMED
+    return [AddResidual()] if pending else [], Buffer.HIDDEN
 
 
 def _after(name: str, norms: Mapping[str, Tensor]) -> list[Operation]:

@@ -7,7 +7,7 @@ memory (DeviceReader). Nothing stays mapped from the files, which may change whi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from squawq.backends.base import Backend, Vocabulary
 from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
-from squawq.families import FAMILIES, Family, check_decoder, family_of
+from squawq.families import Family, check_decoder, family_of, traits_of
 from squawq.format.layouts import part_group
 from squawq.format.reader import WHOLE, Checkpoint, Part
 from squawq.format.shards import DeviceReader, read_tensor
@@ -28,6 +28,7 @@ from squawq.nn.decoder import Decoder
 from squawq.nn.layers import DOWN, GATE_UP, OUT, QKV, layer_operations, norm_sizes
 from squawq.nn.shard import ALONE, Shard
 
+BODIES = ("model.language_model", "language_model.model")  # where multimodal models have the text model
 HEADS = ("int8", "int4", "16-bit")
 HEAD_GROUP = 32  # of an int4 head: finer than the layers', since nothing was searched for it
 
@@ -58,20 +59,22 @@ class Options:
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every linear in a layer. Raises ConfigError for families unlike Llama."""
-    if not family_of(config.model_type).decoder:
-        known = ", ".join(sorted(name for name, family in FAMILIES.items() if family.decoder))
-        raise ConfigError(f"model_type is {config.model_type!r}; our decoder and export take {known} so far")
+    family = family_of(config.model_type)
+    traits_of(family)
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
+    shapes = {
+        QKV: (query + 2 * key, hidden),
         "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (key, hidden),
         "self_attn.v_proj": (key, hidden),
         "self_attn.o_proj": (hidden, query),
+        GATE_UP: (2 * inner, hidden),
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
+    return {name: shape for name, shape in shapes.items() if name in family.linears}
 
 
 FUSED = {
@@ -80,6 +83,29 @@ FUSED = {
     GATE_UP: ("mlp.gate_proj", "mlp.up_proj"),
     DOWN: ("mlp.down_proj",),
 }
+
+
+def parts_of(family: Family, packed: str) -> tuple[str, ...]:
+    """The checkpoint's linears that make up one of FUSED: several, or one that is stored so."""
+    return (packed,) if packed in family.linears else FUSED[packed]
+
+
+def stored_family(checkpoint: Checkpoint) -> Family:
+    """The row of the checkpoint's text model, with the names that this checkpoint gives its modules.
+
+    Multimodal models have the text model within another module, under one of the two names of `BODIES`.
+    """
+    family, tensors = family_of(checkpoint.config.model_type), checkpoint.tensors
+
+    def stored(name: str) -> bool:
+        return f"{name}.weight" in tensors or checkpoint.is_quantized(name)
+
+    if stored(family.embedding) or family.embedding != "model.embed_tokens":
+        return family
+    body = next((body for body in BODIES if stored(f"{body}.embed_tokens")), "model")
+    heads = (f"{prefix}{family.head}" for prefix in ("", "language_model.", "model.language_model."))
+    names = {name: body + getattr(family, name).removeprefix("model") for name in ("layers", "embedding", "norm")}
+    return replace(family, **names, head=next(filter(stored, heads), family.head))
 
 
 @dataclass(frozen=True)
@@ -135,22 +161,24 @@ def _bias(checkpoint: Checkpoint, linears: Sequence[Linear], device: torch.devic
     return torch.cat([bias.to(device) for bias in biases])
 
 
-def _norm(checkpoint: Checkpoint, name: str, size: int, device: torch.device) -> Tensor:
-    return checkpoint.read(f"{name}.weight", (size,)).to(device, torch.float32)
+def _norm(checkpoint: Checkpoint, name: str, size: int, family: Family, device: torch.device) -> Tensor:
+    return checkpoint.read(f"{name}.weight", (size,)).to(device, torch.float32) + family.norm_offset
 
 
 def load_layer(checkpoint: Checkpoint, index: int, backend: Backend, shard: Shard = ALONE) -> list[Operation]:
     """One decoder layer, or a rank's part of it."""
     config = checkpoint.config
-    family = family_of(config.model_type)
+    family = stored_family(checkpoint)
     prefix, shapes = family.layer(index), linear_shapes(config)
 
     def linear(name: str) -> Linear:
         return Linear(f"{prefix}.{name}", *shapes[name], shard.part(name, config) if shard.size > 1 else WHOLE)
 
-    linears = {fused: load_linear(checkpoint, list(map(linear, names)), backend) for fused, names in FUSED.items()}
-    sizes = norm_sizes(config, family)
-    norms = {name: _norm(checkpoint, f"{prefix}.{name}", size, backend.device) for name, size in sizes.items()}
+    linears = {name: load_linear(checkpoint, list(map(linear, parts_of(family, name))), backend) for name in FUSED}
+    norms = {
+        name: _norm(checkpoint, f"{prefix}.{name}", size, family, backend.device)
+        for name, size in norm_sizes(config, family).items()
+    }
     return layer_operations(config, family, index, linears, norms, shared=shard.size > 1)
 
 
@@ -195,7 +223,7 @@ def load_head(
     """
     config, name = checkpoint.config, _head_name(checkpoint, family)
     shape, tokens = (config.vocab_size, config.hidden_size), shard.vocabulary(config)
-    norm = _norm(checkpoint, family.norm, config.hidden_size, backend.device)
+    norm = _norm(checkpoint, family.norm, config.hidden_size, family, backend.device) * config.scales.logits
     tied = name == family.embedding
     if kind == "16-bit" and tied:
         return norm, backend.pack_dense([embedding])
@@ -274,7 +302,8 @@ class OpenModel:
 
     @property
     def family(self) -> Family:
-        return family_of(self.checkpoint.config.model_type)
+        """With the names that the checkpoint has."""
+        return stored_family(self.checkpoint)
 
     def head_declines(self, kind: str) -> str | None:
         """Why the output head cannot be rounded to "int8" or "int4"."""
@@ -315,9 +344,12 @@ def open_model(folder: str | Path, options: Options | None = None) -> OpenModel:
     device = torch.device(options.device)
     checkpoint = Checkpoint(folder, read_data=DeviceReader(device) if device.type == "cuda" else read_tensor)
     check_decoder(checkpoint.config)
+    family = stored_family(checkpoint)
     dtypes = {"dtype": options.dtype, "kv_cache_dtype": options.kv_cache_dtype}
     backend = backend_for(device, options.backend, exact=options.exact, **dtypes)
-    family = family_of(checkpoint.config.model_type)
+    if options.dtype == "auto" and traits_of(family).wide and backend.dtype_declines() is None:
+        dtypes["dtype"] = "bfloat16"
+        backend = backend_for(device, options.backend, exact=options.exact, **dtypes)
     options.shard.config(checkpoint.config)  # raises if the model cannot be split so
     return OpenModel(checkpoint, backend, head_kind(checkpoint, family, options, backend), options.shard)
 

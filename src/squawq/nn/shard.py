@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
+from squawq.families import family_of
 
 UNIT = 16  # features and tokens are split at multiples of this: the kernels' vectors
 MOST = 64  # ranks
@@ -85,6 +86,9 @@ def refused(whole: ModelConfig, size: int) -> str | None:
     heads, kv = whole.num_heads, whole.num_kv_heads
     if not 1 <= size <= MOST:
         return f"1 to {MOST} processes can share a model"
+    traits = family_of(whole.model_type).decoder
+    if size > 1 and traits is not None and traits.qk_norm == "whole":
+        return "its norms of queries and keys are of all heads together"
     if heads % size:
         return f"its {heads} attention heads do not divide by that"
     if kv % size and size % kv:

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from squawq.backends.base import Batch, Gemm, Group, Heads, Layers, Norms, Pages, Rotary, RunLayers
+from squawq.backends.base import Batch, Gemm, Group, Heads, Layers, Pages, Rotary, RunLayers
 from squawq.backends.cpu import library
 from squawq.backends.cpu.group import SharedGroup, new_shared_memory
-from squawq.backends.cpu.library import LANES, POINTER, SIZE, address, check, required
+from squawq.backends.cpu.library import FLOAT, LANES, POINTER, SIZE, address, check, required
 from squawq.backends.cpu.packed import DENSE_TYPES, NativePacked, PackedDense, PackedInt4, PackedInt8, kernel_group
 from squawq.backends.layer_ops import (
     ActivationMul,
@@ -105,31 +105,42 @@ class CpuBackend(Reference):
         check(required().squawq_activation_mul(gate_up.data_ptr(), rows, n, ACTIVATIONS[activation], y.data_ptr()))
         return y
 
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        check(required().squawq_soft_cap(logits.data_ptr(), logits.numel(), cap))
+        return logits
+
     def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
-        rows, half = positions.shape[0], frequencies.shape[0]
-        cos, sin = torch.empty(rows, half), torch.empty(rows, half)
+        rows, columns = positions.shape[0], frequencies.shape[1]
+        cos, sin = torch.empty(rows, columns), torch.empty(rows, columns)
         addresses = map(address, (cos, sin))
-        check(required().squawq_rotary(positions.data_ptr(), rows, frequencies.data_ptr(), half, *addresses))
+        check(required().squawq_rotary(positions.data_ptr(), rows, frequencies.data_ptr(), columns, *addresses))
         return cos, sin
 
     def rotate_and_store(
-        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        operation: RotateAndStore,
+        rotary: Rotary,
+        eps: float,
+        slots: Tensor,
+        pages: Pages,
     ) -> None:
         if not _native_attention(qkv, heads, pages):
-            return super().rotate_and_store(qkv, heads, rotary, norms, eps, slots, pages)
-        sizes = (*heads, rotary[0].shape[1])
-        sources = map(address, (*rotary, *norms))
-        targets = map(address, (slots, *pages))
-        check(required().squawq_rotate_and_store(qkv.data_ptr(), qkv.shape[0], *sizes, *sources, eps, *targets))
+            return super().rotate_and_store(qkv, heads, operation, rotary, eps, slots, pages)
+        rotation, tables = _rotation(operation, heads), map(address, rotary)
+        sizes = (qkv.shape[0], *heads, *tables, rotary[0].shape[1], ctypes.addressof(rotation))
+        check(required().squawq_rotate_and_store(qkv.data_ptr(), *sizes, eps, *map(address, (slots, *pages))))
         return None
 
     def attention(
-        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
+        self, qkv: Tensor, heads: Heads, operation: Attention, sequences: Tensor, tables: Tensor, pages: Pages
     ) -> Tensor:
         if not _native_attention(qkv, heads, pages):
-            return super().attention(qkv, heads, sequences, tables, window, pages)
+            return super().attention(qkv, heads, operation, sequences, tables, pages)
         y = qkv.new_empty(qkv.shape[0], heads[0] * heads[2])
-        batch = (sequences.data_ptr(), sequences.shape[0], tables.data_ptr(), window or 0)
+        scoring = _scoring(operation, heads[2])
+        batch = (sequences.data_ptr(), sequences.shape[0], tables.data_ptr(), ctypes.addressof(scoring))
         check(required().squawq_attention(qkv.data_ptr(), *heads, *batch, *map(address, (*pages, y))))
         return y
 
@@ -189,6 +200,35 @@ def _native_attention(qkv: Tensor, heads: Heads, pages: Pages) -> bool:
     return grouped and pages[0].dtype == torch.float16 and _native(qkv, heads[2])
 
 
+class _Rotation(ctypes.Structure):  # these two are structs of csrc/ops.h
+    _fields_ = (
+        *((name, SIZE) for name in ("first", "pairs", "interleaved", "whole", "rope_first")),
+        *((name, POINTER) for name in ("q_norm", "k_norm")),
+    )
+
+
+class _Scoring(ctypes.Structure):
+    _fields_ = (("window", SIZE), *((name, FLOAT) for name in ("scale", "cap", "beta")), ("original", SIZE))
+
+
+def _rotation(operation: RotateAndStore, heads: Heads) -> _Rotation:
+    """Raises KernelError for norms or pairs of another size."""
+    query, kv, dim = heads
+    for norm, count in ((operation.query_norm, query), (operation.key_norm, kv)):
+        if norm is not None and len(norm) != (count * dim if operation.whole else dim):
+            raise KernelError(f"a norm of {len(norm)} weights does not fit heads {heads}")
+    pairs = -1 if operation.pairs is None else operation.pairs
+    if 2 * pairs > dim:
+        raise KernelError(f"{pairs} pairs do not fit heads {heads}")
+    flags = operation.interleaved, operation.whole, operation.rope_first
+    return _Rotation(operation.first, pairs, *flags, address(operation.query_norm), address(operation.key_norm))
+
+
+def _scoring(operation: Attention, dim: int) -> _Scoring:
+    numbers = operation.scale_of(dim), operation.cap, operation.beta
+    return _Scoring(operation.window or 0, *numbers, operation.original)
+
+
 class _Matrix(ctypes.Structure):  # these three are structs of csrc/layers.h
     _fields_ = (("kind", SIZE), ("weight", POINTER))
 
@@ -204,7 +244,7 @@ class _Experts(ctypes.Structure):
 class _Operation(ctypes.Structure):
     _fields_ = (
         *((name, SIZE) for name in ("code", "source", "target", "option", "width")),
-        *((name, POINTER) for name in ("weight", "other", "keys", "values")),
+        *((name, POINTER) for name in ("weight", "keys", "values")),
     )
 
 
@@ -237,6 +277,11 @@ class LayerStack:
     def _set_width(self, buffer: Buffer, width: int) -> None:
         self._width[buffer], self._max_width[buffer] = width, max(width, self._max_width[buffer])
 
+    def _first_width(self, source: Buffer, width: int) -> None:
+        """The first operation says how wide the residual stream is."""
+        if source == Buffer.HIDDEN and not self._width[source]:
+            self._set_width(source, width)
+
     def _check_width(self, buffer: Buffer, width: int, multiple: int = 1) -> None:
         if self._width.get(buffer) != width or width % multiple:
             raise KernelError(f"{buffer.name} has {self._width.get(buffer)} columns, and {width} are needed")
@@ -245,25 +290,26 @@ class LayerStack:
         query, kv, dim = self._heads
         match operation:
             case Norm(weight, source, target, add):
-                if source == Buffer.HIDDEN and not self._width[source]:
-                    self._set_width(source, len(weight))
+                self._first_width(source, len(weight))
                 for buffer in (source, *([Buffer.DELTA] if add else [])):
                     self._check_width(buffer, len(weight), LANES)
                 self._set_width(target, len(weight))
                 return _Operation(NORM, source, target, add, len(weight), address(weight))
             case Matmul(weight, source, target):
                 matrix = self._matrix(weight)
+                self._first_width(source, weight.shape[1])
                 self._check_width(source, weight.shape[1])
                 self._set_width(target, weight.shape[0])
                 return _Operation(MATMUL, source, target, matrix.kind, 0, matrix.weight)
-            case RotateAndStore(layer, query_norm, key_norm):
+            case RotateAndStore(layer):
                 self._check_width(Buffer.WIDE, (query + 2 * kv) * dim)
-                norms = map(address, (query_norm, key_norm))
-                return _Operation(ROTATE_AND_STORE, 0, 0, 0, 0, *norms, *map(address, self._cache[layer]))
-            case Attention(layer, window):
+                rotation = self._keep(_rotation(operation, self._heads))
+                return _Operation(ROTATE_AND_STORE, 0, 0, 0, 0, rotation, *map(address, self._cache[layer]))
+            case Attention(layer):
                 self._check_width(Buffer.WIDE, (query + 2 * kv) * dim)
                 self._set_width(Buffer.NARROW, query * dim)
-                return _Operation(ATTENTION, 0, 0, window or 0, 0, None, None, *map(address, self._cache[layer]))
+                scoring = self._keep(_scoring(operation, dim))
+                return _Operation(ATTENTION, 0, 0, 0, 0, scoring, *map(address, self._cache[layer]))
             case ActivationMul(activation):
                 inner = self._width[Buffer.WIDE] // 2
                 self._check_width(Buffer.WIDE, 2 * inner, 2 * LANES)
@@ -291,7 +337,12 @@ class LayerStack:
         lists = [(_Matrix * count)(*map(self._matrix, weights)) for weights in (layer.gate_up, layer.down)]
         sizes = (count, layer.top_k, layer.renormalize, inner, _activation(layer.activation))
         struct = _Experts(*sizes, self._matrix(layer.router), *map(ctypes.addressof, lists))
-        self._kept += [*lists, struct]
+        self._kept += lists
+        return self._keep(struct)
+
+    def _keep(self, struct: ctypes.Structure) -> int:
+        """Its address, which stays valid."""
+        self._kept.append(struct)
         return ctypes.addressof(struct)
 
     @staticmethod

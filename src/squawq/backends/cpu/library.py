@@ -21,7 +21,7 @@ from torch import Tensor
 from squawq.errors import ConfigError, KernelError, RankError
 
 logger = logging.getLogger("squawq")
-ABI = 7  # that squawq_abi() of a matching library returns
+ABI = 8  # that squawq_abi() of a matching library returns
 LANES = 16  # values of a vector, output rows of a packed block, tokens of a page
 ENDED = -2  # a result: see csrc/dispatch.cpp
 ISAS = ("avx512", "avx2", "neon", "scalar", "torch")
@@ -37,10 +37,11 @@ _SIGNATURES = {
     "squawq_matmul": (POINTER, SIZE, SIZE, POINTER, POINTER),
     "squawq_rms_norm": (POINTER, POINTER, POINTER, FLOAT, SIZE, SIZE, POINTER),
     "squawq_activation_mul": (POINTER, SIZE, SIZE, SIZE, POINTER),
+    "squawq_soft_cap": (POINTER, SIZE, FLOAT),
     "squawq_rotary": (POINTER, SIZE, POINTER, SIZE, POINTER, POINTER),
-    "squawq_rotate_and_store": (POINTER, *(SIZE,) * 5, *(POINTER,) * 4, FLOAT, *(POINTER,) * 3),
+    "squawq_rotate_and_store": (POINTER, *(SIZE,) * 4, POINTER, POINTER, SIZE, POINTER, FLOAT, *(POINTER,) * 3),
     "squawq_layers": (POINTER, SIZE, POINTER, SIZE, POINTER, *(SIZE,) * 4, FLOAT, *(POINTER,) * 4, SIZE, POINTER),
-    "squawq_attention": (POINTER, *(SIZE,) * 3, POINTER, SIZE, POINTER, SIZE, *(POINTER,) * 3),
+    "squawq_attention": (POINTER, *(SIZE,) * 3, POINTER, SIZE, *(POINTER,) * 5),
     "squawq_group_bytes": (SIZE, SIZE),
     "squawq_all_reduce": (POINTER, POINTER, SIZE),
     "squawq_gather": (POINTER, POINTER, SIZE, POINTER, POINTER),

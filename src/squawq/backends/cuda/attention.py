@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squawq.backends.cuda.elementwise import await_inputs
+from squawq.backends.cuda.elementwise import await_inputs, capped
 
 
 @triton.jit
@@ -26,6 +26,13 @@ def _parts(position, window, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WINDOWED
 
 
 @triton.jit
+def _tempered(q, positions, beta, original):
+    """Queries times 1 + beta * log(1 + floor(position / original)), as Llama 4 does."""
+    factor = 1 + beta * tl.log(1 + (positions // original).to(tl.float32))
+    return (q.to(tl.float32) * factor).to(q.dtype)
+
+
+@triton.jit
 def decode_kernel(
     queries,  # [rows, HEADS * D]
     keys,  # [pages, KV, PAGE, D]
@@ -34,7 +41,10 @@ def decode_kernel(
     positions,  # int64 [rows]; of the query. < 0: a row of padding
     sums,  # float32 [rows, HEADS, CHUNKS, D]: weighted sums of values, not yet divided
     stats,  # float32 [rows, HEADS, CHUNKS, 2]: the largest score, the sum of weights
-    scale,  # 1 / sqrt(head_dim) * log2(e)
+    scale,  # of scores, times log2(e)
+    cap,  # of scores, times log2(e), if CAPPED
+    beta,  # see _tempered, if TEMPERED
+    original,
     stride,
     window,
     HEADS: tl.constexpr,
@@ -46,6 +56,8 @@ def decode_kernel(
     BLOCK: tl.constexpr,  # tokens
     CHUNKS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEMPERED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Flash-decoding (Dao et al., 2023): a program takes every lanes-th part of a sequence, for one head of keys."""
@@ -58,6 +70,8 @@ def decode_kernel(
     tokens, begin, first, end, each, chunks = _parts(tl.load(positions + row), window, BLOCK, CHUNKS, WINDOWED)
     mine = (h < group)[:, None] & (d < D)[None, :]
     q = tl.load(queries + row * HEADS * D + (kv * group + h)[:, None] * D + d[None, :], mask=mine, other=0.0)
+    if TEMPERED:
+        q = _tempered(q, tokens - 1, beta, original)
     table = tables + row.to(tl.int64) * stride
     for chunk in range(lane, chunks, lanes):
         top = tl.full([SHARING], -1e30, tl.float32)
@@ -75,6 +89,8 @@ def decode_kernel(
             k = tl.load(keys + place[:, None] + d[None, :], mask=held, other=0.0)
             v = tl.load(values + place[:, None] + d[None, :], mask=held, other=0.0)
             scores = tl.dot(q, tl.trans(k.to(q.dtype))) * scale
+            if CAPPED:
+                scores = capped(scores, cap)
             scores = tl.where(seen[None, :], scores, -float("inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp2(scores - higher[:, None])
@@ -125,9 +141,12 @@ def combine_kernel(
 
 
 @triton.jit
-def _attend(q, k, v, seen, scale, top, total, acc, MASKED: tl.constexpr):
+def _attend(q, k, v, seen, scale, cap, top, total, acc, MASKED: tl.constexpr, CAPPED: tl.constexpr):
     """One block of keys and values more. The arithmetic is the same with and without a mask, to the bit."""
     scores = tl.dot(q, tl.trans(k.to(q.dtype)))
+    if CAPPED:
+        scores = capped(scores * scale, cap)
+        scale = 1.0
     if MASKED:
         scores = tl.where(seen, scores, -float("inf"))
     higher = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -147,7 +166,10 @@ def prefill_kernel(
     tables,  # int32: page tables, one after another
     out,  # [rows, HEADS * D]
     query_stride,
-    scale,
+    scale,  # these four as in decode_kernel
+    cap,
+    beta,
+    original,
     window,
     HEADS: tl.constexpr,
     KV: tl.constexpr,
@@ -157,6 +179,8 @@ def prefill_kernel(
     QUERIES: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEMPERED: tl.constexpr,
 ):
     """FlashAttention-2 (Dao, arXiv 2307.08691) over pages, for a block of queries of one sequence and one head."""
     described = blocks + tl.program_id(0) * 4
@@ -171,6 +195,8 @@ def prefill_kernel(
     row = (first + i).to(tl.int64)[:, None]
     q = tl.load(queries + row * query_stride + head * D + d[None, :], mask=mine, other=0.0)
     position = start + i
+    if TEMPERED:
+        q = _tempered(q, position[:, None], beta, original)
     top = tl.full([QUERIES], -1e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, WIDTH], tl.float32)
@@ -184,7 +210,7 @@ def prefill_kernel(
         place = ((page * KV + kv) * PAGE + at % PAGE) * D
         k = tl.load(keys + place[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
         v = tl.load(values + place[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
-        top, total, acc = _attend(q, k, v, mine, scale, top, total, acc, False)
+        top, total, acc = _attend(q, k, v, mine, scale, cap, top, total, acc, False, CAPPED)
     for block in range(tl.maximum(begin, seen_by_all), tokens, BLOCK):
         at = block + t
         held = (at < tokens)[:, None] & (d < D)[None, :]
@@ -195,6 +221,6 @@ def prefill_kernel(
         seen = at[None, :] <= position[:, None]
         if WINDOWED:
             seen = seen & (at[None, :] > position[:, None] - window)
-        top, total, acc = _attend(q, k, v, seen, scale, top, total, acc, True)
+        top, total, acc = _attend(q, k, v, seen, scale, cap, top, total, acc, True, CAPPED)
     y = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + row * HEADS * D + head * D + d[None, :], y.to(out.dtype.element_ty), mask=mine)

@@ -24,13 +24,12 @@ from squawq.backends.base import (
     Heads,
     Model,
     NextLogits,
-    Norms,
     Pages,
     Rotary,
     Steps,
     Tell,
 )
-from squawq.backends.layer_ops import Packed
+from squawq.backends.layer_ops import Attention, Packed, RotateAndStore
 from squawq.backends.reference import Reference, round_int8
 from squawq.backends.sampling import Sampling
 from squawq.config import ModelConfig
@@ -157,9 +156,9 @@ class CudaBackend(Reference):
         dense = 2 * max(out * in_ for out, in_ in linears)
         return rows * row + max(tokens, MIN_ROWS) * token + dense + OVERHEAD
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """In float32, as the residual stream is."""
-        return weight[ids.to(weight.device)].to(self.device, torch.float32)
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        return torch.float32
 
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:
         """Few rows by the kernels of decode steps, more by cuBLAS."""
@@ -190,6 +189,9 @@ class CudaBackend(Reference):
         """By cuBLAS whatever the number of rows, so that a prompt's bits do not depend on where it is cut."""
         from squawq.backends.cuda import int4, launch
 
+        if x.dtype == torch.float32:  # the residual stream itself
+            limit = torch.finfo(self.activation_dtype).max
+            x = x.clamp(-limit, limit).to(self.activation_dtype)
         if not isinstance(weight, int4.Int4Weight | launch.DenseWeight):
             return super().matmul(x, weight)
         return self._matmul_many(x, weight)
@@ -293,14 +295,23 @@ class CudaBackend(Reference):
         return out.view(hidden.shape)
 
     def rotate_and_store(
-        self, qkv: Tensor, heads: Heads, rotary: Rotary, norms: Norms, eps: float, slots: Tensor, pages: Pages
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        operation: RotateAndStore,
+        rotary: Rotary,
+        eps: float,
+        slots: Tensor,
+        pages: Pages,
     ) -> None:
         from squawq.backends.cuda import launch
 
-        launch.rotate_and_store(launch.Sums(qkv[None]), heads, rotary, norms, eps, slots, qkv, pages, HEADS_EACH)
+        scales = torch.empty(len(qkv), 2, device=self.device) if operation.whole else None
+        sums = launch.Sums(qkv[None])
+        launch.rotate_and_store(sums, heads, operation, rotary, eps, slots, qkv, pages, HEADS_EACH, scales)
 
     def attention(
-        self, qkv: Tensor, heads: Heads, sequences: Tensor, tables: Tensor, window: int | None, pages: Pages
+        self, qkv: Tensor, heads: Heads, operation: Attention, sequences: Tensor, tables: Tensor, pages: Pages
     ) -> Tensor:
         from squawq.backends.cuda import launch
 
@@ -312,7 +323,7 @@ class CudaBackend(Reference):
             ]
             self._blocks = sequences, torch.tensor(blocks, dtype=torch.int32).to(self.device, non_blocking=True)
         out = qkv.new_empty(qkv.shape[0], heads[0] * heads[2])
-        launch.prefill_attention(qkv, heads, pages, self._blocks[1], tables, window, out, QUERIES)
+        launch.prefill_attention(qkv, heads, operation, pages, self._blocks[1], tables, out, QUERIES)
         return out
 
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:

@@ -91,7 +91,9 @@ class DecodeGraphs:
         self._queries = empty(rows * heads[0] * heads[2], kind=dtype)
         self._parts = [empty(rows * max(widths)), empty(rows * max(widths))]  # of WIDE, and of DELTA
         self._delta = empty(rows, hidden, kind=dtype)
-        self._rotary = empty(rows, len(model.frequencies)), empty(rows, len(model.frequencies))
+        columns = model.frequencies.shape[1]
+        self._rotary = empty(rows, columns), empty(rows, columns)
+        self._scales = empty(rows, 2)  # of norms of all heads together
         self._logits = empty(rows * vocab)
         self._attention = launch.decode_space(rows, heads, device)
         self._places = torch.arange(rows, dtype=torch.int32, device=device)
@@ -157,7 +159,7 @@ class DecodeGraphs:
         sampled = ids if space is None else space.results[0, :size]
         if exchange is not None:
             sampled = exchange.tokens(None if space is None else sampled, size, dependent)
-        embedding = model.embedding, self._first, model.frequencies
+        embedding = model.embedding, self._first, model.frequencies, model.embedding_scale
         launch.embed(ids, positions, slots, sampled, *embedding, hidden, rotary, self.tables, self.page)
         sums: dict[Buffer, Sums | None] = {Buffer.DELTA: None}
         if exchange is not None:
@@ -172,25 +174,28 @@ class DecodeGraphs:
                     launch.add_norm(sums[Buffer.DELTA], hidden, weight, eps, self._delta[:size], False, dependent)
                     sums[Buffer.DELTA] = Sums(self._delta[None, :size])
                 case Matmul(weight, source, target):
-                    x = normed if source == Buffer.NORMED else narrow
+                    if source == Buffer.HIDDEN:
+                        launch.add_norm(sums[Buffer.DELTA], hidden, None, eps, normed, True, dependent)
+                    x = narrow if source == Buffer.NARROW else normed
                     sums[target] = self._matmul(x, weight, self._parts[target == Buffer.DELTA], dependent)
-                case RotateAndStore(layer, query_norm, key_norm):
+                case RotateAndStore(layer):
                     queries = self._queries[: size * heads[0] * heads[2]].view(size, -1)
                     wide = sums[Buffer.WIDE]
                     assert wide is not None
-                    norms = query_norm, key_norm
+                    scales = self._scales[:size] if operation.whole else None
+                    pages = self._cache[layer]
                     launch.rotate_and_store(
-                        wide, heads, rotary, norms, eps, slots, queries, self._cache[layer], 1, dependent
+                        wide, heads, operation, rotary, eps, slots, queries, pages, 1, scales, dependent
                     )
-                case Attention(layer, window):
+                case Attention(layer):
                     narrow = self._narrow[: size * heads[0] * heads[2]].view(size, -1)
                     launch.decode_attention(
                         queries,
                         heads,
+                        operation,
                         self._cache[layer],
                         self.tables[:size],
                         positions,
-                        window,
                         narrow,
                         self._attention,
                         dependent,
@@ -206,10 +211,12 @@ class DecodeGraphs:
                     assert delta is not None
                     sums[Buffer.DELTA] = exchange.all_reduce(delta, place, dependent)
                 case AddResidual():
-                    pass  # part of the final norm
+                    pass  # part of what reads the residual stream next
         launch.add_norm(sums[Buffer.DELTA], hidden, model.norm, eps, normed, True, dependent)
         logits = self._logits_of(size)
         launch.matmul(normed, _weight(model.head), logits[None], dependent)
+        if model.logits_cap:
+            launch.soft_cap(logits, model.logits_cap, dependent)
         if exchange is not None:
             logits = exchange.gather(logits, dependent)
         if space is not None:

@@ -69,6 +69,8 @@ def add_norm_kernel(
     SPLITS: tl.constexpr,
     BIASED: tl.constexpr,
     RESIDUAL: tl.constexpr,  # False: the norm of partial sums + bias alone
+    NORMED: tl.constexpr,  # False: out = hidden
+    LIMIT: tl.constexpr,  # the largest number of out's dtype
     WIDTH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -92,18 +94,54 @@ def add_norm_kernel(
             h += tl.load(bias + n, mask=here, other=0.0)
         if RESIDUAL:
             tl.store(hidden + at, h, mask=here)
-    mean = tl.sum(h * h, 0) / N
-    tl.store(out + at, (h * tl.rsqrt(mean + eps) * scale).to(out.dtype.element_ty), mask=here)
+    if NORMED:
+        mean = tl.sum(h * h, 0) / N
+        h = h * tl.rsqrt(mean + eps) * scale
+    else:
+        h = tl.clamp(h, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + at, h.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def head_scales_kernel(
+    partial,  # [splits, rows, WIDTH]
+    bias,
+    scales,  # float32 [rows, 2]: of queries, of keys
+    rows,
+    eps,
+    SPLITS: tl.constexpr,
+    BIASED: tl.constexpr,
+    QUERY: tl.constexpr,  # numbers of all query heads
+    KEY: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """1 / sqrt(mean of squares + eps) of all queries of a row, and of all keys: for norms that are not of each head."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    await_inputs(DEPENDENT)
+    size = tl.where(part == 0, QUERY, KEY)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        at = part * QUERY + n
+        x = sum_parts(partial, row * WIDTH + at, rows * WIDTH, SPLITS, n < size)
+        if BIASED:
+            x += tl.load(bias + at, mask=n < size, other=0.0)
+        total += x * x
+    tl.store(scales + row * 2 + part, tl.rsqrt(tl.sum(total, 0) / size + eps))
 
 
 @triton.jit
 def rotate_and_store_kernel(
     partial,  # [splits, rows, (HEADS + 2 * KV) * D]
     bias,
-    query_norm,  # float32 [D]
+    query_norm,  # float32 [D]; [HEADS * D] if WHOLE
     key_norm,
-    cosine,  # float32 [rows, D / 2]
+    scales,  # float32 [rows, 2] if WHOLE, see head_scales_kernel
+    cosine,  # float32 [rows, columns], from the layer's first column on
     sine,
+    columns,
     slots,  # int64 [rows]; < 0: a row of padding
     queries,  # [rows, HEADS * D], of this stride
     query_stride,
@@ -114,6 +152,10 @@ def rotate_and_store_kernel(
     SPLITS: tl.constexpr,
     BIASED: tl.constexpr,
     NORMED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROPE_FIRST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,  # rotated ones of a head
     HEADS: tl.constexpr,
     KV: tl.constexpr,
     D: tl.constexpr,
@@ -128,43 +170,59 @@ def rotate_and_store_kernel(
     half: tl.constexpr = D // 2
     i = tl.arange(0, HALF)[None, :]
     here = (i < half) & (head < HEADS + 2 * KV)
+    if INTERLEAVED:
+        one, two = 2 * i, 2 * i + 1
+    elif half == PAIRS:
+        one, two = i, half + i
+    else:  # what is not rotated follows, in pairs of neighbours
+        one, two = tl.where(i < PAIRS, i, 2 * i), tl.where(i < PAIRS, PAIRS + i, 2 * i + 1)
     if BIASED:
-        b0 = tl.load(bias + head * D + i, mask=here, other=0.0)
-        b1 = tl.load(bias + head * D + half + i, mask=here, other=0.0)
+        b0 = tl.load(bias + head * D + one, mask=here, other=0.0)
+        b1 = tl.load(bias + head * D + two, mask=here, other=0.0)
     await_inputs(DEPENDENT)
     width: tl.constexpr = (HEADS + 2 * KV) * D
-    at = row * width + head * D + i
-    first = sum_parts(partial, at, rows * width, SPLITS, here)
-    second = sum_parts(partial, at + half, rows * width, SPLITS, here)
+    at = row * width + head * D
+    first = sum_parts(partial, at + one, rows * width, SPLITS, here)
+    second = sum_parts(partial, at + two, rows * width, SPLITS, here)
     if BIASED:
         first += b0
         second += b1
     rotated = head < HEADS + KV
     if NORMED:
         query, key = here & (head < HEADS), here & (head >= HEADS) & rotated
-        scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)[:, None]
-        w0 = tl.load(query_norm + i, mask=query, other=0.0) + tl.load(key_norm + i, mask=key, other=0.0)
-        w1 = tl.load(query_norm + half + i, mask=query, other=0.0) + tl.load(key_norm + half + i, mask=key, other=0.0)
-        first = tl.where(rotated, first * scale * w0, first)
-        second = tl.where(rotated, second * scale * w1, second)
-    cos = tl.load(cosine + row * half + i, mask=here, other=0.0)
-    sin = tl.load(sine + row * half + i, mask=here, other=0.0)
+        q0, k0 = 0, 0
+        if WHOLE:
+            q0, k0 = head * D, (head - HEADS) * D
+            scale = tl.load(scales + row * 2 + tl.where(head < HEADS, 0, 1))
+        else:
+            scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)[:, None]
+        w0 = tl.load(query_norm + q0 + one, mask=query, other=0.0) + tl.load(key_norm + k0 + one, mask=key, other=0.0)
+        w1 = tl.load(query_norm + q0 + two, mask=query, other=0.0) + tl.load(key_norm + k0 + two, mask=key, other=0.0)
+        if not ROPE_FIRST:
+            first = tl.where(rotated, first * scale * w0, first)
+            second = tl.where(rotated, second * scale * w1, second)
+    turns = here & (i < PAIRS)
+    cos = tl.load(cosine + row * columns + i, mask=turns, other=1.0)
+    sin = tl.load(sine + row * columns + i, mask=turns, other=0.0)
     turned = tl.where(rotated, first * cos - second * sin, first)
     second = tl.where(rotated, second * cos + first * sin, second)
-    to = queries + row.to(tl.int64) * query_stride + head * D + i
-    tl.store(to, turned.to(queries.dtype.element_ty), mask=here & (head < HEADS))
-    tl.store(to + half, second.to(queries.dtype.element_ty), mask=here & (head < HEADS))
+    if NORMED and ROPE_FIRST:  # a rotation leaves the mean of squares as it is
+        turned = tl.where(rotated, turned * scale * w0, turned)
+        second = tl.where(rotated, second * scale * w1, second)
+    to = queries + row.to(tl.int64) * query_stride + head * D
+    tl.store(to + one, turned.to(queries.dtype.element_ty), mask=here & (head < HEADS))
+    tl.store(to + two, second.to(queries.dtype.element_ty), mask=here & (head < HEADS))
     slot = tl.load(slots + row)
     if slot >= 0:
         low = tl.clamp(turned, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(keys.dtype.element_ty)
         high = tl.clamp(second, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(keys.dtype.element_ty)
         kv = head - HEADS - tl.where(rotated, 0, KV)
-        place = ((slot // PAGE * KV + kv) * PAGE + slot % PAGE) * D + i
+        place = ((slot // PAGE * KV + kv) * PAGE + slot % PAGE) * D
         key, value = here & (head >= HEADS) & rotated, here & (head >= HEADS + KV)
-        tl.store(keys + place, low, mask=key)
-        tl.store(keys + place + half, high, mask=key)
-        tl.store(values + place, low, mask=value)
-        tl.store(values + place + half, high, mask=value)
+        tl.store(keys + place + one, low, mask=key)
+        tl.store(keys + place + two, high, mask=key)
+        tl.store(values + place + one, low, mask=value)
+        tl.store(values + place + two, high, mask=value)
 
 
 @triton.jit
@@ -212,7 +270,8 @@ def embed_kernel(
     embedding,  # [tokens, N]
     first,  # of its tokens; others are zeros, other ranks have them
     tokens,
-    frequencies,  # float32 [half]
+    frequencies,  # float32 [2, half]: and magnitudes
+    scale,  # of the embedding
     hidden,  # float32 [rows, N]
     cosine,  # float32 [rows, half]
     sine,
@@ -236,8 +295,24 @@ def embed_kernel(
     token -= first
     own = (token >= 0) & (token < tokens)
     found = tl.load(embedding + token * N + n, mask=(n < N) & own, other=0.0)
-    tl.store(hidden + row * N + n, found.to(tl.float32), mask=n < N)
+    tl.store(hidden + row * N + n, found.to(tl.float32) * scale, mask=n < N)
     i = tl.arange(0, HALF)
     angle = position.to(tl.float32) * tl.load(frequencies + i, mask=i < half, other=0.0)
-    tl.store(cosine + row * half + i, tl.cos(angle), mask=i < half)
-    tl.store(sine + row * half + i, tl.sin(angle), mask=i < half)
+    magnitude = tl.load(frequencies + half + i, mask=i < half, other=0.0)
+    tl.store(cosine + row * half + i, tl.cos(angle) * magnitude, mask=i < half)
+    tl.store(sine + row * half + i, tl.sin(angle) * magnitude, mask=i < half)
+
+
+@triton.jit
+def capped(x, cap):
+    """cap * tanh(x / cap)."""
+    return cap * (2 * tl.sigmoid(2 * x / cap) - 1)
+
+
+@triton.jit
+def soft_cap_kernel(x, N, cap, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr):
+    """x float32 [rows, N] = cap * tanh(x / cap)."""
+    n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    at = tl.program_id(0).to(tl.int64) * N + n
+    await_inputs(DEPENDENT)
+    tl.store(x + at, capped(tl.load(x + at, mask=n < N, other=0.0), cap), mask=n < N)

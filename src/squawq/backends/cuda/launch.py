@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from squawq.backends.cuda import attention, dense, elementwise, exchange, int4, rounding, sampling, tiles
-from squawq.backends.layer_ops import Packed
+from squawq.backends.layer_ops import Attention, Packed, RotateAndStore
 
 
 @dataclass
@@ -100,10 +100,13 @@ def dequantize(weight: int4.Int4Weight, out: Tensor) -> None:
 
 
 def add_norm(
-    sums: Sums | None, hidden: Tensor, weight: Tensor, eps: float, out: Tensor, residual: bool = True,
+    sums: Sums | None, hidden: Tensor, weight: Tensor | None, eps: float, out: Tensor, residual: bool = True,
     dependent: bool = False,
 ) -> None:  # fmt: skip
-    """hidden [rows, n] += sums; out [rows, n] = its RMS norm times weight. residual False: the norm of sums alone."""
+    """hidden [rows, n] += sums; out [rows, n] = its RMS norm times weight, or without a weight hidden itself.
+
+    residual False: the norm of sums alone.
+    """
     rows, n = out.shape
     parts, bias, awaited = (hidden, None, None) if sums is None else (sums.parts, sums.bias, sums.awaited)
     width, none = triton.next_power_of_2(n), hidden
@@ -111,29 +114,41 @@ def add_norm(
         (none, 0, (none, none)) if awaited is None else (awaited.counters, awaited.count, awaited.ended)
     )
     elementwise.add_norm_kernel[(rows,)](
-        parts, weight if bias is None else bias, hidden, weight, out, counters, count, *ended, rows, n, eps,
-        awaited is not None, 0 if sums is None else parts.shape[0], bias is not None, residual, width, dependent,
+        parts, none if bias is None else bias, hidden, none if weight is None else weight, out, counters, count, *ended,
+        rows, n, eps, awaited is not None, 0 if sums is None else parts.shape[0], bias is not None, residual,
+        weight is not None, torch.finfo(out.dtype).max, width, dependent,
         num_warps=min(32, max(1, width // 128)), **pdl(dependent),
     )  # fmt: skip
 
 
 def rotate_and_store(
-    sums: Sums, heads: tuple[int, int, int], rotary: tuple[Tensor, Tensor], norms: tuple[Tensor | None, Tensor | None],
-    eps: float, slots: Tensor, queries: Tensor, pages: tuple[Tensor, Tensor], each: int, dependent: bool = False,
+    sums: Sums, heads: tuple[int, int, int], operation: RotateAndStore, rotary: tuple[Tensor, Tensor], eps: float,
+    slots: Tensor, queries: Tensor, pages: tuple[Tensor, Tensor], each: int, scales: Tensor | None = None,
+    dependent: bool = False,
 ) -> None:  # fmt: skip
     """Queries, rotated, into `queries` [rows, heads * dim] of any stride; keys and values to their slots.
 
-    each: heads of a program; another number may add a head's norm in another order.
+    Args:
+        each: Heads of a program; another number may add a head's norm in another order.
+        scales: Room for float32 [rows, 2], if the operation's norms are of all heads together.
     """
     (query, kv, dim), (keys, values) = heads, pages
-    rows, none = sums.parts.shape[1], rotary[0]
-    query_norm, key_norm = norms
+    (splits, rows, width), none = sums.parts.shape, rotary[0]
+    query_norm, key_norm = operation.query_norm, operation.key_norm
+    cos, sin = map(operation.columns, rotary)
+    biased, bias = sums.bias is not None, none if sums.bias is None else sums.bias
+    if operation.whole:
+        assert scales is not None
+        elementwise.head_scales_kernel[(rows, 2)](
+            sums.parts, bias, scales, rows, eps, splits, biased, query * dim, kv * dim, width, 1024, dependent,
+            num_warps=4, **pdl(dependent),
+        )  # fmt: skip
     elementwise.rotate_and_store_kernel[(rows, triton.cdiv(query + 2 * kv, each))](
-        sums.parts, none if sums.bias is None else sums.bias, none if query_norm is None else query_norm,
-        none if key_norm is None else key_norm, *rotary, slots, queries, queries.stride(0), keys, values, rows, eps,
-        sums.parts.shape[0], sums.bias is not None, query_norm is not None, query, kv, dim,
-        triton.next_power_of_2(dim // 2), keys.shape[2], torch.finfo(keys.dtype).max, each, dependent,
-        num_warps=min(4, each), **pdl(dependent),
+        sums.parts, bias, none if query_norm is None else query_norm, none if key_norm is None else key_norm,
+        none if scales is None else scales, cos, sin, cos.stride(0), slots, queries, queries.stride(0), keys, values,
+        rows, eps, splits, biased, query_norm is not None, operation.whole, operation.rope_first, operation.interleaved,
+        cos.shape[1], query, kv, dim, triton.next_power_of_2(dim // 2), keys.shape[2], torch.finfo(keys.dtype).max,
+        each, dependent, num_warps=min(4, each), **pdl(dependent),
     )  # fmt: skip
 
 
@@ -165,19 +180,21 @@ def decode_space(rows: int, heads: tuple[int, int, int], device: torch.device) -
 
 
 def decode_attention(
-    queries: Tensor, heads: tuple[int, int, int], pages: tuple[Tensor, Tensor], tables: Tensor, positions: Tensor,
-    window: int | None, out: Tensor, space: DecodeSpace, dependent: bool = False,
+    queries: Tensor, heads: tuple[int, int, int], operation: Attention, pages: tuple[Tensor, Tensor], tables: Tensor,
+    positions: Tensor, out: Tensor, space: DecodeSpace, dependent: bool = False,
 ) -> None:  # fmt: skip
     """One query of each sequence. tables int32 [rows, pages]; positions int64 [rows], -1 for a row of padding."""
     (query, kv, dim), (keys, values), rows = heads, pages, queries.shape[0]
+    window = operation.window
     programs = 2 if int4.INTERPRETED else 1024
     lanes = max(1, min(tiles.CHUNKS, programs // (rows * kv)))
     block = 64 if dim <= 128 else 32
     width, sharing = triton.next_power_of_2(dim), max(16, triton.next_power_of_2(query // kv))
     attention.decode_kernel[(rows, kv, lanes)](
-        queries, keys, values, tables, positions, space.sums, space.stats, math.log2(math.e) / math.sqrt(dim),
+        queries, keys, values, tables, positions, space.sums, space.stats, *_scoring(operation, dim),
         tables.stride(0), window or 0, query, kv, sharing, dim, width, keys.shape[2], block, tiles.CHUNKS,
-        window is not None, dependent, num_warps=4, num_stages=2, **pdl(dependent),
+        window is not None, bool(operation.cap), bool(operation.beta), dependent, num_warps=4, num_stages=2,
+        **pdl(dependent),
     )  # fmt: skip
     attention.combine_kernel[(rows, query)](
         space.sums, space.stats, positions, out, window or 0, query, dim, width, block, tiles.CHUNKS,
@@ -185,33 +202,48 @@ def decode_attention(
     )  # fmt: skip
 
 
+def _scoring(operation: Attention, dim: int) -> tuple[float, float, float, int]:
+    """The kernels' scale, cap, beta and original: weights are powers of 2."""
+    base = math.log2(math.e)
+    return operation.scale_of(dim) * base, operation.cap * base, operation.beta, operation.original
+
+
 def prefill_attention(
-    queries: Tensor, heads: tuple[int, int, int], pages: tuple[Tensor, Tensor], blocks: Tensor, tables: Tensor,
-    window: int | None, out: Tensor, size: int,
+    queries: Tensor, heads: tuple[int, int, int], operation: Attention, pages: tuple[Tensor, Tensor], blocks: Tensor,
+    tables: Tensor, out: Tensor, size: int,
 ) -> None:  # fmt: skip
     """Queries [rows, heads * dim] of any stride, in blocks of `size` at most: int32 [blocks, 4], see prefill_kernel."""
-    (query, kv, dim), (keys, values) = heads, pages
+    (query, kv, dim), (keys, values), window = heads, pages, operation.window
     attention.prefill_kernel[(blocks.shape[0], query)](
-        queries, keys, values, blocks, tables, out, queries.stride(0), math.log2(math.e) / math.sqrt(dim), window or 0,
+        queries, keys, values, blocks, tables, out, queries.stride(0), *_scoring(operation, dim), window or 0,
         query, kv, dim, triton.next_power_of_2(dim), keys.shape[2], size, 64 if dim <= 128 else 32,
-        window is not None, num_warps=4 if size <= 64 else 8, num_stages=2,
+        window is not None, bool(operation.cap), bool(operation.beta), num_warps=4 if size <= 64 else 8, num_stages=2,
     )  # fmt: skip
 
 
 def embed(
     ids: Tensor, positions: Tensor, slots: Tensor, sampled: Tensor, embedding: Tensor, first: int, frequencies: Tensor,
-    hidden: Tensor, rotary: tuple[Tensor, Tensor], tables: Tensor, page: int,
+    scale: float, hidden: Tensor, rotary: tuple[Tensor, Tensor], tables: Tensor, page: int,
 ) -> None:  # fmt: skip
     """hidden float32 [rows, n], cos and sin of the positions, and the page of each slot into its row's table.
 
     Where an id is below 0, the row's token is in `sampled`, int32 [rows]. first: of the tokens that `embedding` has;
     others give zeros.
     """
-    n, half = hidden.shape[1], len(frequencies)
+    n, half = hidden.shape[1], frequencies.shape[1]
     elementwise.embed_kernel[(len(ids),)](
-        ids, positions, slots, sampled, embedding, first, len(embedding), frequencies, hidden, *rotary, tables,
+        ids, positions, slots, sampled, embedding, first, len(embedding), frequencies, scale, hidden, *rotary, tables,
         tables.stride(0), n, half, page, triton.next_power_of_2(half), triton.next_power_of_2(n), num_warps=8,
     )  # fmt: skip
+
+
+def soft_cap(logits: Tensor, cap: float, dependent: bool = False) -> None:
+    """logits float32 [rows, vocab] = cap * tanh(logits / cap)."""
+    rows, n = logits.shape
+    width = min(4096, triton.next_power_of_2(n))
+    elementwise.soft_cap_kernel[(rows, triton.cdiv(n, width))](
+        logits, n, cap, width, dependent, num_warps=8, **pdl(dependent)
+    )
 
 
 PUSHED = 1024  # numbers that a program writes

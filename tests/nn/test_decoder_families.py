@@ -1,0 +1,87 @@
+"""Our decoder against transformers for families that are unlike Llama: norms, RoPE, factors, names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DECODED, MakeModel, logits
+from decoder_cases import CASES
+from family_models import dense_folder
+
+from squawq.backends.cpu import library
+from squawq.backends.sampling import Chunk
+from squawq.engine.runner import DecoderRunner
+from squawq.nn.cache import Cache
+from squawq.nn.loader import Options, load
+from squawq.quant_config import QuantConfig
+from squawq.quantization.pipeline import quantize
+
+LIMIT = 3e-2  # keys and values are float16: see test_decoder.py
+WAYS = {"torch": Options(backend="reference"), "native": Options(exact=True)}
+
+
+def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(ids).logits
+    return found
+
+
+def some_ids(rows: int = 2, length: int = 40) -> torch.Tensor:
+    """Longer than the windows and the original contexts above."""
+    return torch.randint(0, 160, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_every_family_has_a_case() -> None:
+    from test_decoder import CASES as LIKE_LLAMA
+
+    tested = {model_type for model_type, _ in (*CASES.values(), *LIKE_LLAMA.values())}
+    assert set(DECODED) == tested
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case: str, make_model: MakeModel) -> None:
+    model_type, changes = CASES[case]
+    folder = make_model(model_type, **changes)
+    expected = transformers_logits(folder, some_ids())
+    assert expected.abs().max() > 1
+    for options in WAYS.values():
+        found = logits(folder, some_ids(), options)
+        assert (found - expected).abs().max() < LIMIT
+        assert (found - expected).abs().mean() < 2e-3
+
+
+@pytest.mark.parametrize("case", ["gemma3", "phi3, long", "olmo2", "glm4", "granite"])
+def test_a_quantized_folder_runs_as_its_dequantized_self(case: str, make_model: MakeModel, tmp_path: Path) -> None:
+    model_type, changes = CASES[case]
+    folder = make_model(model_type, **changes)
+    quantize(folder, tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
+    dense = dense_folder(tmp_path / "awq", folder, tmp_path / "dense")
+    expected = transformers_logits(dense, some_ids(1))
+    for options in WAYS.values():
+        assert (logits(tmp_path / "awq", some_ids(1), options) - expected).abs().max() < LIMIT
+    rounded = logits(tmp_path / "awq", some_ids(1), Options())  # int8 activations and head
+    assert (rounded - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "ministral3", "phi3, long", "olmo2", "glm4", "hunyuan_v1_dense"])
+def test_all_layers_run_in_one_native_call(case: str, make_model: MakeModel) -> None:
+    """And a sequence's bits are the same in one chunk, in several, alone and beside others."""
+    if library.load() is None:
+        pytest.skip("the native kernels are not built on this machine")
+    model_type, changes = CASES[case]
+    decoder = load(make_model(model_type, **changes))
+    runner = DecoderRunner(decoder, kv_tokens=1024)
+    assert decoder.native(Cache(decoder.config, 1, decoder.backend))
+    ids = some_ids(1)[0].tolist()
+    (whole,) = runner.run([Chunk(ids, 0, [5, 2, 9], 40)])
+    pieces = [runner.run([Chunk(ids[:9], 0, [1, 7, 4], 9)])[0], runner.run([Chunk(ids[9:24], 9, [1, 7, 4], 15)])[0]]
+    for at in range(24, 40):
+        other = Chunk(ids[at - 20 : at], 0, [20, 21], 1)
+        pieces.append(runner.run([other, Chunk([ids[at]], at, [1, 7, 4], 1), other])[1])
+    assert (np.concatenate(pieces) == whole).all()
