@@ -34,6 +34,7 @@ from squawq.engine.request import FinishReason, Output
 from squawq.engine.transformers_runner import Caches, Paged, TransformersRunner
 from squawq.errors import ConfigError
 from squawq.families import FAMILIES
+from squawq.nn.cache import Cache
 from squawq.quant_config import QuantConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "quantization"))
@@ -259,3 +260,41 @@ def test_the_head_in_fewer_bits_is_close(tmp_path: Path) -> None:
     errors = [(found[2] - one).abs().max() / spread for one in found]
     assert 0 < errors[0] < 0.1
     assert errors[0] < errors[1] < 1
+
+
+def test_rotary_embeddings_by_length_are_each_sequences_own(tmp_path: Path) -> None:
+    """transformers takes the frequencies from the longest sequence of a batch."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = family_model("llama", tmp_path, rope_parameters=rope, max_position_embeddings=64)
+    with opened(tmp_path) as engine:
+        assert isinstance(runner_of(engine)._steps, Caches)
+        for prompt, output in zip(PROMPTS, outputs(engine, PROMPTS, max_tokens=4), strict=True):
+            check(output, prompt, model)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "llama"])
+def test_the_memory_of_a_token_is_known_from_the_config(model_type: str, tmp_path: Path) -> None:
+    family_model(model_type, tmp_path)
+    with opened(tmp_path) as engine:
+        runner = runner_of(engine)
+        assert runner.token_bytes == Cache.token_bytes(runner.config)
+        assert runner.cache_bytes == engine.cache_tokens * runner.token_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma2", "llama4_text", "mixtral", "phi3", "qwen3_next"])
+def test_on_a_gpu(model_type: str, tmp_path: Path) -> None:
+    """In float16, which random weights of these sizes suit badly: only the likeliest tokens are compared."""
+    model = family_model(model_type, tmp_path)
+    config = EngineConfig(device="cuda", model_impl="transformers", kv_tokens=1024, max_num_seqs=2)
+    loaded = LoadedModel(tmp_path, config, text=False)
+    assert isinstance(loaded.engine, Engine)
+    try:
+        for prompt, output in zip(PROMPTS, outputs(loaded.engine, PROMPTS, max_tokens=12), strict=True):
+            ids = torch.tensor([*prompt, *output.ids])
+            with torch.no_grad():
+                logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
+            chosen = logits.gather(1, torch.tensor(output.ids)[:, None])[:, 0]
+            assert (chosen > logits.amax(-1) - 0.3 * logits.std()).all()
+    finally:
+        loaded.close()

@@ -31,8 +31,10 @@ from squawq.layerwise.attention import AttentionLayer, PagedAttention, Unpaged, 
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.meta_model import refusing
 from squawq.layerwise.packed_model import PackedModel
+from squawq.nn.cache import Cache
 
 logger = logging.getLogger("squawq")
+BY_LENGTH = ("dynamic", "longrope")  # types of rotary embedding
 TRIAL = 4  # tokens by which `Caches` tells whether a prompt can be cut
 
 
@@ -82,7 +84,7 @@ class Caches:
     def __init__(self, model: PackedModel, cache_name: str, config: ModelConfig, backend: Backend) -> None:
         self._model, self._name, self._device = model, cache_name, backend.device
         self._slots: dict[int, Any] = {}
-        self.token_bytes = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4
+        self.token_bytes = Cache.token_bytes(config, backend.activation_dtype)
         self._cuts = self._may_cut()
 
     def open(self, pages: int) -> None:
@@ -125,15 +127,13 @@ class TransformersRunner:
         ConfigError: A setting does not suit the model or the machine.
     """
 
-    cache_outputs = True
+    cache_outputs = True  # to rounding: the bits of a row may depend on the others of its step
     failure = None
 
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
         self.config = checkpoint.config
         self.vocab_size, self.max_positions = self.config.vocab_size, self.config.max_positions
-        self._backend = backend = backend_for(
-            config.device, exact=config.exact, dtype=config.dtype, kv_cache_dtype=config.kv_cache_dtype
-        )
+        self._backend = backend = _backend(self.config, config)
         self.page_size = backend.page_size
         if config.threads is not None:
             backend.set_threads(config.threads)
@@ -178,12 +178,22 @@ class TransformersRunner:
         """Nothing is held beside memory."""
 
 
+def _backend(model: ModelConfig, config: EngineConfig) -> Backend:
+    """On a GPU, activations are by default in the dtype that the checkpoint names, as transformers has them."""
+    dtype, stated = config.dtype, {**model.raw, **(model.raw.get("text_config") or {})}
+    if dtype == "auto" and "bfloat16" in (stated.get("dtype"), stated.get("torch_dtype")):
+        dtype = "bfloat16" if config.device.startswith("cuda") else dtype
+    return backend_for(config.device, exact=config.exact, dtype=dtype, kv_cache_dtype=config.kv_cache_dtype)
+
+
 def _steps(model: PackedModel, config: ModelConfig, backend: Backend) -> Steps:
     known = signature(model.model.forward).parameters
     cache_name = "cache" if "cache" in known else "past_key_values"  # transformers 5.24 has renamed it
     try:
         if "position_ids" not in known:
             raise Unpaged("it takes no positions")
+        if any(rope is not None and rope.type in BY_LENGTH for rope in config.ropes):
+            raise Unpaged("its rotary embedding depends on the sequence's length")
         return Paged(model, attention_layers(model, cache_name, config.max_positions), backend)
     except Unpaged as reason:
         logger.info("sequences run one after another, each with a cache of its own: %s", reason)

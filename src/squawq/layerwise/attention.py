@@ -102,8 +102,7 @@ def attention_layers(model: PackedModel, cache_name: str, positions: int) -> lis
     setattr(model.config, HOLDER, probe)
     hooks = [hook for layer in model.layers for hook in probe.around(layer)]
     try:
-        device = model.model.device
-        one = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         made = Cache(config=model.config)
         found = model(one, one[0], use_cache=True, **{cache_name: made})[cache_name]
     finally:
@@ -243,7 +242,8 @@ class PagedAttention:
 
 
 def _pages(layer: AttentionLayer, pages: int, backend: Backend) -> Pages:
-    keys, values = (zeros((pages, *shape), backend) for shape in backend.page_shapes(layer.heads[1], max(layer.dims)))
+    shapes = backend.page_shapes(layer.heads[1], max(layer.dims))
+    keys, values = (zeros((pages, *shape), backend.cache_dtype, backend.device) for shape in shapes)
     return keys, values
 
 

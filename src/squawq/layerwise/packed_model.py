@@ -69,7 +69,7 @@ class PackedModel:
     def __init__(self, blocks: Blocks, backend: Backend, head: str | None = None) -> None:
         self._blocks, self._backend = blocks, backend
         self.model: Any = blocks.meta_model.model
-        self.config, self.layers = self.model.config, blocks.layers
+        self.config, self.layers, self.device = self.model.config, blocks.layers, backend.device
         self._load_outer(head)
         for index in range(len(blocks.layers)):
             self._load_layer(index)

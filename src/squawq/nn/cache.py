@@ -24,14 +24,14 @@ class Cache:
         _, kv, dim = config.heads
         shapes = backend.page_shapes(kv, dim)
         shape = (config.num_layers, 2, pages, math.prod(shapes[0]))
-        self._store = zeros(shape, backend)
+        self._store = zeros(shape, backend.cache_dtype, backend.device)
         key, value = shapes
         self.layers: list[Pages] = [(k.view(pages, *key), v.view(pages, *value)) for k, v in self._store]
 
     @staticmethod
     def token_bytes(config: ModelConfig, dtype: torch.dtype = torch.float16) -> int:
         """Bytes of one token's keys and values in all layers."""
-        return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+        return config.num_layers * 2 * math.prod(config.cached_heads) * dtype.itemsize
 
     def copy(self, source: int, target: int) -> None:
         """Copy one page to another, in every layer."""
@@ -43,9 +43,9 @@ class Cache:
             self._store[:, :, page] = other._store[:, :, page]
 
 
-def zeros(shape: Sequence[int], backend: Backend) -> Tensor:
-    """Zeros of the cache's dtype. On the CPU they take no memory until they are written."""
-    if backend.device.type != "cpu":
-        return torch.zeros(*shape, dtype=backend.cache_dtype, device=backend.device)
-    bits = {1: np.int8, 2: np.int16, 4: np.int32}[backend.cache_dtype.itemsize]
-    return torch.from_numpy(np.zeros(shape, bits)).view(backend.cache_dtype)  # torch's take memory at once
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU numpy's, which take no memory until they are written; torch's do."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    bits = {1: np.int8, 2: np.int16, 4: np.int32}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, bits)).view(dtype)
