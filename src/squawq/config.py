@@ -14,6 +14,7 @@ from squawq.moe_config import MoeConfig, read_moe
 from squawq.quant_config import LAYOUTS, QuantConfig, stated_layout
 from squawq.rope_config import RopeConfig, layer_ropes
 
+MAX_LATENT = 2**14  # qk_nope_head_dim, qk_rope_head_dim
 CODE = (  # keys that name code that transformers would fetch or run
     *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
@@ -124,14 +125,26 @@ class ModelConfig:
         return self.num_heads, self.num_kv_heads, self.head_dim
 
     @property
+    def cached_heads(self) -> tuple[int, int]:
+        """Key-value heads and their head_dim, as a KV cache holds them.
+
+        Of DeepSeek's latent attention (MLA) that is every head's keys, to which its values are padded.
+        """
+        text = {**self.raw, **(self.raw.get("text_config") or {})}
+        dims = [text.get(name, size) for name, size in (("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64))]
+        if not text.get("kv_lora_rank") or not all(isinstance(dim, int) and 0 <= dim <= MAX_LATENT for dim in dims):
+            return self.num_kv_heads, self.head_dim
+        return self.num_heads, sum(dims)
+
+    @property
     def layout(self) -> str:
         """How the quantized linears lie on disk: one of LAYOUTS."""
         return str(stated_layout(self.raw.get("quantization_config") or {}))
 
     @property
     def kv_layers(self) -> int:
-        """Layers that have keys and values, not a state."""
-        return sum(kind != LINEAR for kind in self.layer_types)
+        """Layers that have keys and values, not a state; 1 if none has any."""
+        return max(1, sum(kind != LINEAR for kind in self.layer_types))
 
     def window(self, layer: int) -> int | None:
         """The layer's sliding window in tokens; None for full attention."""

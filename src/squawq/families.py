@@ -347,8 +347,8 @@ def traits_of(family: Family) -> Traits:
     return family.decoder
 
 
-def check_decoder(config: ModelConfig) -> None:
-    """Raise ConfigError, saying what runs it, for a model that our decoder does not run."""
+def decoder_declines(config: ModelConfig) -> str | None:
+    """Why our decoder does not run a model; None if it does. Raises ConfigError for a model_type without a row."""
     unlike = []
     if config.activation not in ACTIVATIONS:
         unlike.append(f"hidden_act is {config.activation!r}, and it has {', '.join(ACTIVATIONS)}")
@@ -368,8 +368,13 @@ def check_decoder(config: ModelConfig) -> None:
         unlike.append("use_sliding_window is true, and it has no windows of this family")
     if not family_of(config.model_type).decoder:
         unlike = [f"model_type is {config.model_type!r}"]
-    if unlike:
+    return unlike[0] if unlike else None
+
+
+def check_decoder(config: ModelConfig) -> None:
+    """Raise ConfigError for a model that our decoder does not run."""
+    if reason := decoder_declines(config):
         raise ConfigError(
-            f"our decoder does not run this model yet ({unlike[0]}); load it with transformers: import "
-            "squawq.transformers, then AutoModelForCausalLM.from_pretrained"
+            f"our decoder does not run this model ({reason}); squawq serve, generate, chat and LLM run it on "
+            "transformers' model class"
         )

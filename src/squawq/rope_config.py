@@ -22,10 +22,11 @@ THETA = {  # where config.json does not say
     "helium": 1e5,
     "smollm3": 2e6,
 }
+# where config.json does not say
 PARTIALS = {
     **dict.fromkeys(("glm", "glm4", "glm4_moe"), 0.5),
     **dict.fromkeys(DELTA_RULE, 0.25),
-}  # where config.json does not say
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 BY_LAYER_TYPE = ("gemma3_text", "olmo3")  # rope_scaling is that of full attention alone
 ROPE_IN_WINDOWS = ("exaone4", "cohere2")  # where a model has windows, layers without one have no RoPE
