@@ -36,13 +36,13 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, 
     [
         (config(), ALL),
         (config("qwen3"), ["squawq", "transformers", "vllm"]),
-        (config("gemma3_text"), ["transformers", "vllm", "tgi"]),
-        (config("gemma3_text", torch_dtype="bfloat16"), ["transformers", "vllm"]),  # TGI runs AWQ in float16
+        (config("gemma3_text"), ALL),
+        (config("gemma3_text", torch_dtype="bfloat16"), ["squawq", "transformers", "vllm"]),  # TGI runs AWQ in float16
         (config(dtype="bfloat16"), ["squawq", "transformers", "vllm"]),
         (config(dtype="bfloat16", quantization_config=AWQ), ["squawq", "transformers", "vllm"]),
         (config(dtype="float16", quantization_config=AWQ), ALL),
-        (config("vaultgemma"), ["transformers"]),
-        (config(hidden_act="gelu"), ["transformers", "vllm", "tgi"]),
+        (config("vaultgemma"), ["squawq", "transformers"]),
+        (config("bert"), []),
         (config(quantization_config={**AWQ, "version": "gemv"}), ["squawq"]),
         (config(quantization_config={**AWQ, "group_size": 16}), ["squawq", "transformers"]),
         (config(quantization_config={**AWQ, "zero_point": False}), ["squawq", "transformers", "vllm"]),
@@ -54,8 +54,8 @@ def test_by_the_config_alone(found: ModelConfig, expected: list[str]) -> None:
 
 def test_families() -> None:
     assert {*VLLM, *TGI} <= set(FAMILIES)
-    for name, family in FAMILIES.items():
-        assert ("squawq" in compatible_engines(config(name))) == (family.decoder is not None), name
+    for name in FAMILIES:
+        assert {"squawq", "transformers"} <= set(compatible_engines(config(name))), name
 
 
 def test_settings_that_are_still_to_come_count() -> None:
@@ -89,7 +89,7 @@ def test_lines_to_paste_quote_the_folder() -> None:
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_usage_has_what_was_asked_for(chat: bool) -> None:
-    alone = usage("me/x", chat, ["transformers"])
+    alone = usage("me/x", chat, ["transformers"], fused=False)
     assert not [words for words in (*OURS_ALONE, "vllm", "OpenAI", "text-generation-inference") if words in alone]
     assert "import squawq.transformers" in alone
     whole = usage("me/x", chat)
@@ -99,12 +99,12 @@ def test_usage_has_what_was_asked_for(chat: bool) -> None:
 
 def test_a_family_without_a_decoder_of_ours(make_model: MakeModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    squawq.quantize(make_model("gemma2"), out, QuantConfig(method="rtn", group_size=32), progress=False)
+    squawq.quantize(make_model("vaultgemma"), out, QuantConfig(method="rtn", group_size=32), progress=False)
     with pytest.raises(ConfigError, match="does not run this model"):
         load(out)
-    assert inspect(out)["runs_in"] == ["transformers", "vllm", "tgi"]
-    card = model_card(out, "me/x")
-    assert not [words for words in OURS_ALONE if words in card.partition("## Use it")[2]]
+    assert inspect(out)["runs_in"] == ["squawq", "transformers"]
+    use = model_card(out, "me/x").partition("## Use it")[2]
+    assert [words for words in OURS_ALONE if words not in use] == ["do_fuse"]
 
 
 def test_python_shows_progress_unless_told_not_to(

@@ -87,7 +87,7 @@ def test_how_many_processes_can_share(tmp_path: Path) -> None:
         file = write(tmp_path, {**qwen, "vocab_size": 152064, "quantization_config": stated})
         found = inspect(file)["tensor_parallel"]
         assert found == {"squawq": [1, 2, 4, 8, 16, 32, 64], "whole_groups": whole}
-    assert inspect(write(tmp_path, tiny_config("gemma3_text")))["tensor_parallel"] == {}
+    assert inspect(write(tmp_path, tiny_config("vaultgemma")))["tensor_parallel"] == {}
 
 
 def test_llama_8b(tmp_path: Path) -> None:
@@ -327,10 +327,12 @@ def test_a_server_would_say_the_same(awq_demo: Path) -> None:
 def test_gpus_for_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(demo_model())["devices"] is None
     assert fewest(inspect(demo_model(), device_memory=2**30)) == 1
-    config = write(tmp_path, tiny_config("gemma3_text"))
-    assert inspect(config, device_memory=2**30)["devices"]["int4"] == []
+    config = write(tmp_path, tiny_config("vaultgemma"))  # runs on transformers' model class, which takes one
+    found = inspect(config, device_memory=2**30)
+    (row,) = found["devices"]["int4"]
+    assert (row["size"], row["weights"]) == (1, found["memory"]["int4"]["weights"])
     inspect_command(str(config), device_memory="1G")
-    assert "squawq's decoder does not run this model" in capsys.readouterr().out
+    assert "needs 1 for 1 x 256 tokens" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "x").mkdir()
     write(tmp_path / "x", tiny_config())
     save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "x" / "model.safetensors")

@@ -9,8 +9,7 @@ import shlex
 from pathlib import Path
 
 from squawq.config import ModelConfig
-from squawq.errors import ConfigError
-from squawq.families import FAMILIES, check_decoder
+from squawq.families import FAMILIES, decoder_declines
 from squawq.quant_config import QuantConfig
 
 ENGINES = {
@@ -42,9 +41,8 @@ def compatible_engines(config: ModelConfig, quant: QuantConfig | None = None) ->
     """Keys of ENGINES that run this model in 4 bits, ours first. `quant`: how it will be quantized, if it is not."""
     quant = config.quant or quant or QuantConfig()
     family, read = config.model_type, config.layout in READ_LAYOUTS
-    ours = why_not_squawq(config) is None
     found = {
-        "squawq": ours,
+        "squawq": family in FAMILIES,
         "transformers": read and family in FAMILIES,
         "vllm": read and family in VLLM and quant.group_size in VLLM_GROUPS,
         "tgi": (config.quant_method, config.layout) == ("awq", "gemm")
@@ -65,15 +63,9 @@ def _dtype(config: ModelConfig, quant: QuantConfig) -> str:
     return "float16" if config.quant is None and dtype != "bfloat16" else str(dtype)
 
 
-def why_not_squawq(config: ModelConfig) -> str | None:
-    """Why squawq's own engine does not run the model; None if it does."""
-    if "text_config" in config.raw:
-        return "its text model is part of a larger one"
-    try:
-        check_decoder(config)
-    except ConfigError as error:
-        return str(error)
-    return None
+def may_fuse(config: ModelConfig) -> bool:
+    """Whether a fused model in transformers (do_fuse) runs on our decoder."""
+    return config.model_type in FAMILIES and decoder_declines(config) is None and "text_config" not in config.raw
 
 
 def tgi_command(model: str, options: str = "") -> str:

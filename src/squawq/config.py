@@ -15,6 +15,7 @@ from squawq.quant_config import QuantConfig
 from squawq.rope_config import RopeConfig, layer_ropes
 from squawq.stored_quant import method_of, read_quantization
 
+MAX_LATENT = 2**14  # qk_nope_head_dim, qk_rope_head_dim
 CODE = (  # keys that name code that transformers would fetch or run
     *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
@@ -25,7 +26,7 @@ TIED = (  # where config.json does not say
 )
 WINDOWLESS = (  # that have none, whatever config.json says
     *("llama", "gemma", "granite", "olmo2", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "qwen3_vl_text"),
-    *("arcee", "internlm3", "iquestcoder", "seed_oss"),
+    *("arcee", "internlm3", "iquestcoder", "seed_oss", "ernie4_5_moe", "glm4_moe", "minimax_m2", "olmoe"),
 )
 # that have windows only where use_sliding_window is true
 SWITCHED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_5_vl_text", "smollm3")
@@ -125,6 +126,18 @@ class ModelConfig:
         return self.num_heads, self.num_kv_heads, self.head_dim
 
     @property
+    def cached_heads(self) -> tuple[int, int]:
+        """Key-value heads and their head_dim, as a KV cache holds them.
+
+        Of DeepSeek's latent attention (MLA) that is every head's keys, to which its values are padded.
+        """
+        text = {**self.raw, **(self.raw.get("text_config") or {})}
+        dims = [text.get(name, size) for name, size in (("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64))]
+        if not text.get("kv_lora_rank") or not all(isinstance(dim, int) and 0 <= dim <= MAX_LATENT for dim in dims):
+            return self.num_kv_heads, self.head_dim
+        return self.num_heads, sum(dims)
+
+    @property
     def layout(self) -> str:
         """How the quantized linears lie on disk: a key of `format.layouts.LAYOUTS`."""
         return read_quantization(self.raw.get("quantization_config") or {}, "config.json")[1]
@@ -136,8 +149,8 @@ class ModelConfig:
 
     @property
     def kv_layers(self) -> int:
-        """Layers that have keys and values, not a state."""
-        return sum(kind != LINEAR for kind in self.layer_types)
+        """Layers that have keys and values, not a state; 1 if none has any."""
+        return max(1, sum(kind != LINEAR for kind in self.layer_types))
 
     def window(self, layer: int) -> int | None:
         """The layer's sliding window in tokens; None for full attention."""

@@ -52,6 +52,7 @@ class Traits:
         qk_norm: Norms of queries and keys: "" (none), "head" (of each head, weights [head_dim]) or "whole" (of all
             heads together, weights [heads * head_dim]).
         qk_names: Names of those norms.
+        qk_flag: Key of config.json that is true where a model has them; "": all have.
         rope_first: They come after RoPE, not before.
         interleaved: RoPE turns neighbours (2i, 2i + 1) instead of a head's two halves.
         wide: Activations exceed float16's range, so that "auto" means bfloat16 where a backend has it.
@@ -62,6 +63,7 @@ class Traits:
     norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
     qk_norm: Literal["", "head", "whole"] = ""
     qk_names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    qk_flag: str = ""
     rope_first: bool = False
     interleaved: bool = False
     wide: bool = False
@@ -295,7 +297,10 @@ FAMILIES = {
     **_rows("deepseek_v2 deepseek_v3 glm4_moe_lite", _latent_attention() + _DENSE_OR_MOE),
     **_rows("qwen3_moe", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head")),
     **_rows("dots1", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head")),
-    **_rows("ernie4_5_moe exaone_moe glm4_moe olmoe solar_open", _attention() + _DENSE_OR_MOE),
+    **_rows("ernie4_5_moe", _attention() + _DENSE_OR_MOE, decoder=Traits(interleaved=True)),
+    **_rows("glm4_moe", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head", qk_flag="use_qk_norm")),
+    **_rows("olmoe", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="whole")),
+    **_rows("exaone_moe solar_open", _attention() + _DENSE_OR_MOE),
     **_rows("qwen2_moe", _attention() + _QWEN_MOE, decoder=Traits()),
     **_rows(
         "qwen3_next",
@@ -306,7 +311,7 @@ FAMILIES = {
     **_rows("qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0, decoder=_GATED_ATTENTION),
     **_rows("qwen3_5_moe_text", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0, decoder=_GATED_ATTENTION),
     **_rows("mixtral", _attention() + _moe("gate", names=_W123), experts=_W123, decoder=Traits()),
-    **_rows("minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
+    **_rows("minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123, decoder=Traits(qk_norm="whole")),
     **_rows("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
     **_rows("flex_olmo", _attention("") + _moe("gate", norm="")),
     **_rows("hunyuan_v1_moe", _attention() + _moe("gate.wg", shared="shared_mlp")),
@@ -342,8 +347,8 @@ def traits_of(family: Family) -> Traits:
     return family.decoder
 
 
-def check_decoder(config: ModelConfig) -> None:
-    """Raise ConfigError, saying what runs it, for a model that our decoder does not run."""
+def decoder_declines(config: ModelConfig) -> str | None:
+    """Why our decoder does not run a model; None if it does. Raises ConfigError for a model_type without a row."""
     unlike = []
     if config.activation not in ACTIVATIONS:
         unlike.append(f"hidden_act is {config.activation!r}, and it has {', '.join(ACTIVATIONS)}")
@@ -357,12 +362,19 @@ def check_decoder(config: ModelConfig) -> None:
         unlike.append(f"a layer's attention is {sorted(others)[0]!r}")
     if config.delta_rule and (odd := [dim for dim in (config.head_dim, *config.delta_rule.dims) if dim % 8]):
         unlike.append(f"a head has {odd[0]} dimensions, which is no multiple of 8")
+    if config.raw.get("clip_qkv") is not None:
+        unlike.append("clip_qkv is set, and it does not clip queries, keys and values")
     if config.model_type in ("qwen2_moe", "qwen3_moe") and config.sliding_window is not None:
         unlike.append("use_sliding_window is true, and it has no windows of this family")
     if not family_of(config.model_type).decoder:
         unlike = [f"model_type is {config.model_type!r}"]
-    if unlike:
+    return unlike[0] if unlike else None
+
+
+def check_decoder(config: ModelConfig) -> None:
+    """Raise ConfigError for a model that our decoder does not run."""
+    if reason := decoder_declines(config):
         raise ConfigError(
-            f"our decoder does not run this model yet ({unlike[0]}); load it with transformers: import "
-            "squawq.transformers, then AutoModelForCausalLM.from_pretrained"
+            f"our decoder does not run this model ({reason}); squawq serve, generate, chat and LLM run it on "
+            "transformers' model class"
         )

@@ -19,7 +19,7 @@ from squawq.compatibility import compatible_engines
 from squawq.config import ModelConfig
 from squawq.engine.capacity import GPU_SHARE, gpu_share
 from squawq.errors import CheckpointError, ConfigError
-from squawq.families import expert_of, family_of
+from squawq.families import decoder_declines, expert_of, family_of
 from squawq.format.files import has_file, read_json
 from squawq.format.layouts import Layout
 from squawq.format.reader import Checkpoint
@@ -139,10 +139,10 @@ def inspect(
 def _gpu_shares(
     config: ModelConfig, quant: QuantConfig, tensors: Mapping[str, Stored], memory: int, context: int, batch: int
 ) -> list[dict[str, Any]]:
-    """A `GpuShare` for each number of GPUs; none of a model that squawq's decoder does not run."""
+    """A `GpuShare` for each number of GPUs; for one alone if transformers' model class runs the model."""
     family = family_of(config.model_type)
-    if not family.decoder:
-        return []
+    if decoder_declines(config):
+        return [asdict(gpu_share(config, 1, memory, lambda _: _total(tensors), context, batch))]
     embedding = tensors.get(f"{family.embedding}.weight")
     if embedding is None:
         raise CheckpointError(f"the model has no {family.embedding}.weight")
@@ -158,7 +158,7 @@ def _gpu_shares(
 
 def _shares(config: ModelConfig) -> dict[str, list[int]]:
     """How many processes can share the model: in squawq, and in engines that keep groups whole (vLLM, TGI)."""
-    if not family_of(config.model_type).decoder:
+    if decoder_declines(config):
         return {}
     found, quant = sizes(config), config.quant
     whole = [size for size in found if quant is None or not splits_groups(config, size, quant.group_size)]

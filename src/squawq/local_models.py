@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from squawq.compatibility import compatible_engines, why_not_squawq
+from squawq.compatibility import compatible_engines
 from squawq.config import ModelConfig
 from squawq.errors import SquawqError
 from squawq.families import FAMILIES
@@ -130,10 +130,8 @@ def _runs_in(config: ModelConfig) -> tuple[tuple[str, ...], str]:
     engines = compatible_engines(config)
     if config.quant is not None:
         return tuple(NAMES[engine] for engine in engines), "" if engines else "no engine that squawq knows"
-    if why_not_squawq(config) is None:
-        return (NAMES["squawq"], NAMES["transformers"]), ""
     if config.model_type in FAMILIES:
-        return (NAMES["transformers"],), f"squawq quantize makes INT4 for {', '.join(NAMES[e] for e in engines)}"
+        return (NAMES["squawq"], NAMES["transformers"]), ""
     return (), f"squawq does not know the family {config.model_type}"
 
 

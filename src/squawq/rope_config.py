@@ -16,12 +16,17 @@ ORIGINAL = "original_max_position_embeddings"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")  # their parameters are read
 STRETCHED = ("yarn", "longrope")
 THETA = {  # where config.json does not say
-    **dict.fromkeys(("gemma3_text", "cwm", "qwen2_5_vl_text", "ministral3"), 1e6),
-    **dict.fromkeys(("cohere", "ernie4_5", "olmo3", "qwen3_vl_text"), 5e5),
+    **dict.fromkeys(("gemma3_text", "cwm", "qwen2_5_vl_text", "ministral3", "mixtral"), 1e6),
+    **dict.fromkeys(("cohere", "ernie4_5", "ernie4_5_moe", "olmo3", "qwen3_vl_text"), 5e5),
+    "minimax_m2": 5e6,
     "helium": 1e5,
     "smollm3": 2e6,
 }
-PARTIALS = {"glm": 0.5, "glm4": 0.5, **dict.fromkeys(DELTA_RULE, 0.25)}  # where config.json does not say
+# where config.json does not say
+PARTIALS = {
+    **dict.fromkeys(("glm", "glm4", "glm4_moe"), 0.5),
+    **dict.fromkeys(DELTA_RULE, 0.25),
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 BY_LAYER_TYPE = ("gemma3_text", "olmo3")  # rope_scaling is that of full attention alone
 ROPE_IN_WINDOWS = ("exaone4", "cohere2")  # where a model has windows, layers without one have no RoPE
@@ -116,6 +121,8 @@ def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], head_dim: int, wher
     if kind in ("mrope", "axial"):  # Qwen's: text has equal positions on all three axes
         kind = "default"
     partial = raw.get(PARTIAL, values.get(PARTIAL)) or PARTIALS.get(model_type, 1.0)
+    if model_type == "minimax_m2" and raw.get("rotary_dim") is not None:
+        partial = number(raw, "rotary_dim", head_dim, where) / head_dim
     if kind not in ROPE_TYPES:
         values = {}
     context = (raw.get("max_position_embeddings") or 2048) if kind in STRETCHED else 8192

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from family_models import family_model
 from test_delta_rule import EPS, garbage, inputs, weights
 from torch import Tensor
 
@@ -11,11 +14,18 @@ from squawq.backends import backend_for
 from squawq.backends.base import States
 from squawq.backends.cuda.backend import CudaBackend
 from squawq.backends.layer_ops import GatedDeltaRule
+from squawq.backends.sampling import Chunk, Sampling
 from squawq.delta_config import DeltaRuleConfig
+from squawq.engine.request import SamplingParams
+from squawq.engine.runner import DecoderRunner
+from squawq.nn.loader import Options, load
+from squawq.quant_config import QuantConfig
+from squawq.quantization.pipeline import quantize
 
 pytest.importorskip("triton")
 
 from squawq.backends.cuda import delta_rule, launch
+from squawq.backends.cuda.steps import CudaSteps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU, REFERENCE = CudaBackend(DEVICE), backend_for(DEVICE, "reference")
@@ -89,6 +99,36 @@ def test_next_tokens(case: str) -> None:
         delta_rule.gated_delta_rule(sums, gate_sums, rule, EPS, of, kept, between, out)
         assert torch.allclose(out[0].float(), expected[step].float(), atol=4e-3, rtol=4e-3)
     assert all(state[untouched].isnan().all() for state in kept)
+
+
+def test_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, then decode steps that replay what a graph would hold, in places in which other sequences were."""
+    family_model("qwen3_5_text", tmp_path / "model")
+    quantize(tmp_path / "model", tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
+    monkeypatch.setattr(CudaBackend, "declines", classmethod(lambda *_: None))
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name in ("cuda", "reference"):
+        runner = DecoderRunner(load(tmp_path / "awq", Options(str(DEVICE), backend=name)), kv_tokens=64, rows=2)
+        assert isinstance(runner._steps, CudaSteps) == (name == "cuda")
+        runner.run([Chunk([9, 8, 7], 0, [0], 1, slot=0), Chunk([9, 8], 0, [1], 1, slot=1)])
+        prompts = [3, 4], [20, 21, 22, 23, 24]
+        params = SamplingParams(temperature=0)
+        states = [Sampling(params, prompt=prompt, ending=(), seed=0, index=0, logprobs=0) for prompt in prompts]
+        chunks = [Chunk(prompts[i], 0, [2 + i], 1, states[i], slot=1 - i) for i in (0, 1)]
+        ends, found[name] = [len(prompt) for prompt in prompts], []
+        for _ in range(2):
+            results = runner.start(chunks).outputs()
+            tokens = []
+            for result in results:
+                assert result.token is not None
+                assert result.logprob is not None
+                tokens.append(result.token)
+                found[name].append((result.token, result.logprob.logprob))
+            chunks = [Chunk([tokens[i]], ends[i], [2 + i], 1, states[i], slot=1 - i) for i in (0, 1)]
+            ends = [end + 1 for end in ends]
+    (ours, logprobs), (theirs, expected) = (zip(*found[name], strict=True) for name in ("cuda", "reference"))
+    assert ours == theirs
+    assert torch.allclose(torch.tensor(logprobs), torch.tensor(expected), atol=0.02)
 
 
 def test_output_gate() -> None:

@@ -139,7 +139,7 @@ def test_steps_arrive_as_they_were_sent(sequences: list[int], seed: int) -> None
 
 def test_a_follower_that_is_killed_ends_all() -> None:
     llm = LLM(demo_model(), device="cpu", threads=1, tensor_parallel_size=2)
-    assert llm._model._runner is not None
+    assert isinstance(llm._model._runner, DecoderRunner)
     (pid,) = followers_of(llm._model._runner)
     pieces = llm.stream("Once", max_tokens=4000, ignore_eos=True)
     next(pieces)

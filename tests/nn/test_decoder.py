@@ -253,7 +253,7 @@ def test_bad_options(make_model: MakeModel) -> None:
         load(make_model(vocab_size=163, name="odd"), Options(head="int4"))
     with pytest.raises(ConfigError, match=r"head is 'int8', which the head of .* cannot be here"):
         load(make_model(name="narrow", hidden_size=24), Options(head="int8"))
-    with pytest.raises(ConfigError, match=r"does not run this model yet \(rope type is 'dynamic'"):
+    with pytest.raises(ConfigError, match=r"does not run this model \(rope type is 'dynamic'"):
         load(make_model(name="dynamic", rope_scaling={"rope_type": "dynamic", "factor": 4.0}))
     with pytest.raises(ConfigError, match="kv_tokens is 3"):
         DecoderRunner(load(make_model()), kv_tokens=3)

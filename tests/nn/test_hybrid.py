@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import dense_folder, family_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from squawq.backends.cpu import library
@@ -65,6 +66,19 @@ def test_logits_equal_transformers(changes: dict[str, Any], family: str, way: st
         found = in_chunks(tmp_path / "model", WAYS[way], size)
         assert (found - expected).abs().max() < FLOAT16_CACHE
         assert (found - expected).abs().mean() < 1e-3
+
+
+def test_the_text_model_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    """Other names, a config within a config, and tensors for speculation (MTP) and images, which are left alone."""
+    folder = tmp_path / "model"
+    family_model("qwen3_5_text", folder)
+    expected = in_chunks(folder, WAYS["torch"], TOKENS)
+    tensors, raw = load_file(folder / "model.safetensors"), read_config(folder)
+    renamed = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    others = ("mtp.layers.0.self_attn.q_proj.weight", "mtp.fc.weight", "model.visual.patch_embed.proj.weight")
+    save_file(renamed | {name: torch.ones(8, 8) for name in others}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": raw}))
+    assert torch.equal(in_chunks(folder, WAYS["torch"], TOKENS), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

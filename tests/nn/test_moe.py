@@ -40,6 +40,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 48}),
     "dots1": ("dots1", {**DEEPSEEK, "first_k_dense_replace": 1}),
+    "glm4_moe": ("glm4_moe", {**DEEPSEEK, "first_k_dense_replace": 1}),
+    "glm4_moe, norms": ("glm4_moe", {**DEEPSEEK, "use_qk_norm": True, "n_shared_experts": 1}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
+    ),
+    "minimax_m2": ("minimax_m2", {"num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 8}),
 }
 FLOAT16_CACHE = 3e-2  # see test_decoder.py
 WAYS = {"torch": Options(backend="reference"), "native": Options(exact=True)}
@@ -252,6 +260,11 @@ def test_damaged_quantized_experts(make_model: MakeModel, tmp_path: Path) -> Non
         (tmp_path / "awq" / "model.safetensors.index.json").unlink(missing_ok=True)
         with pytest.raises(CheckpointError, match=message):
             load(tmp_path / "awq")
+
+
+def test_clipped_queries(make_model: MakeModel) -> None:
+    with pytest.raises(ConfigError, match="clip_qkv is set"):
+        load(make_model("olmoe", num_experts=4, num_experts_per_tok=2, clip_qkv=8.0))
 
 
 def test_windows_that_the_family_has_otherwise(make_model: MakeModel) -> None:

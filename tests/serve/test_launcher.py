@@ -41,6 +41,7 @@ FLAGS = {
     "--device cuda:1": ("device", "cuda:1"),
     "--threads 3": ("threads", 3),
     "--exact": ("exact", True),
+    "--model-impl transformers": ("model_impl", "transformers"),
     "--head int4": ("head", "int4"),
     "--kv-cache-dtype float16": ("kv_cache_dtype", "float16"),
     "--kv-cache-dtype fp8": ("kv_cache_dtype", "fp8"),

@@ -60,7 +60,7 @@ class Batch:
     sequences: Tensor
     pages: Tensor  # int32 [entries]; all page tables (vLLM's block tables), one after another
     outputs: Tensor  # [outputs]; rows whose logits are needed
-    # [sequences], on the CPU: each sequence's place in States; empty for models without them
+    # [sequences], on the CPU: each sequence's place in States; may be empty for models without them
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 

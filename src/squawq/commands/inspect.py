@@ -66,8 +66,6 @@ def _print(found: dict[str, Any]) -> None:
     forms = [form for form in ("fp16", "int4") if found["devices"] is not None and found["devices"].get(form)]
     for table in (_model(found), _sizes(found), _memory(found), *(_devices(found, form) for form in forms)):
         console.print(table, soft_wrap=False)
-    if found["devices"] is not None and not forms:
-        console.print("squawq's decoder does not run this model, on GPUs or elsewhere")
     for gpu in found["gpus"]:
         console.print(f"{gpu['name']}: {size(gpu['free'])} of {size(gpu['total'])} are free")
     if found["kept_in_16_bits"]:

@@ -43,8 +43,8 @@ def run(model: str, quantize: bool | None, **options: Any) -> None:
       squawq run Qwen/Qwen3-8B
       squawq run Llama-3.1-8B-Instruct --quantize --system "You are a friendly storyteller."
     """
-    from squawq.compatibility import why_not_squawq
     from squawq.config import ModelConfig
+    from squawq.families import family_of
     from squawq.fitting import fitting
     from squawq.format.files import read_config
     from squawq.hub.download import resolve, resolve_small
@@ -53,8 +53,7 @@ def run(model: str, quantize: bool | None, **options: Any) -> None:
     with console.status(escape(printable(f"looking at {model}"))):
         small = resolve_small(model)
         config = ModelConfig.from_dict(read_config(small), model)
-        if reason := why_not_squawq(config):
-            raise ConfigError(f"{model} cannot be run: {reason}")
+        family_of(config.model_type)  # raises for one that cannot be run
         _check_text(model, small)
         place = small if Path(model).is_dir() else small / "config.json"  # of a Hub model the weights are not here yet
         gpus = options["tensor_parallel_size"]

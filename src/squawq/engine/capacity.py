@@ -71,6 +71,31 @@ def shared_kv_tokens(
     return min(room // token_bytes, contexts * config.max_positions) // PAGE * PAGE
 
 
+def free_gpu_tokens(
+    config: ModelConfig,
+    token_bytes: int,
+    device: torch.device,
+    working: int,
+    share: float,
+    rows: int,
+    room: int | None = None,
+) -> int:
+    """`shared_kv_tokens` of a GPU as it is now, for `rows` sequences. room: Bytes that are free on the other ranks."""
+    torch.cuda.empty_cache()  # what loading has freed
+    free, total = torch.cuda.mem_get_info(device)
+    free = free if room is None else min(free, room)
+    return shared_kv_tokens(config, token_bytes, working, share, free, total, max(rows, MAX_CONTEXTS))
+
+
+def pages_of(tokens: int, page_size: int) -> int:
+    """Pages of a KV cache of so many tokens. Raises ConfigError if there is none."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < page_size:
+        raise ConfigError(
+            f"kv_tokens is {tokens!r}; it must be a whole number, at least one page of {page_size} tokens"
+        )
+    return tokens // page_size
+
+
 def check_room(model: OpenModel, config: EngineConfig, free: int, total: int) -> None:
     """Raise ConfigError, with what would fit, if a model has no room on a GPU; before it is loaded.
 

@@ -16,6 +16,9 @@ Dtype = Annotated[Literal["auto", "float16", "bfloat16"], Field(description="cho
 KvCacheDtype = Annotated[
     Literal["auto", "float16", "fp8", "fp8_e4m3"], Field(description="choose one of auto, float16, fp8, fp8_e4m3")
 ]
+ModelImpl = Annotated[
+    Literal["auto", "squawq", "transformers"], Field(description="choose one of auto, squawq, transformers")
+]
 OptionalCount = Annotated[int | None, Field(ge=1, description="at least 1")]
 
 
@@ -27,7 +30,13 @@ def _none_or(value: Any, check: Any) -> Any:
 CountByDevice = Annotated[int, Field(ge=1, description="at least 1"), WrapValidator(_none_or)]
 # Values on a CPU, and on CUDA, where each step with prompt tokens dequantizes all weights, however few they are
 # Settings that only one of the engines has, and the values that mean nothing to the other
-OURS: dict[str, tuple[Any, ...]] = {"threads": (None,), "exact": (False,), "head": (None,), "kv_tokens": (None,)}
+OURS: dict[str, tuple[Any, ...]] = {
+    "model_impl": ("auto",),
+    "threads": (None,),
+    "exact": (False,),
+    "head": (None,),
+    "kv_tokens": (None,),
+}
 VLLMS: dict[str, tuple[Any, ...]] = {
     "pipeline_parallel_size": (1,),
     "distributed_executor_backend": (None, "mp", "uni"),
@@ -48,6 +57,8 @@ class EngineConfig:
     """
 
     engine: Literal["squawq", "vllm"] = "squawq"  # "vllm": vLLM's, which must be installed; see engine/vllm.py
+    # "squawq": our decoder; "transformers": its model class, which every family has; "auto": our decoder where it can
+    model_impl: ModelImpl = "auto"
     device: str = "auto"  # "cpu", "cuda", "cuda:N"; "auto": a GPU that the CUDA backend takes, else the CPU
     threads: OptionalCount = None  # of the CPU kernels, for the whole process; None keeps the current number
     exact: bool = False  # float32 activations in 4-bit matmuls: slower, for comparison

@@ -12,8 +12,10 @@ from squawq.engine.engine import Engine
 from squawq.engine.generation_config import GenerationConfig
 from squawq.engine.protocol import InferenceEngine
 from squawq.engine.request import SamplingParams
-from squawq.engine.runner import load_runner
+from squawq.engine.runner import DecoderRunner, load_runner
+from squawq.engine.transformers_runner import TransformersRunner, load_transformers
 from squawq.errors import ConfigError
+from squawq.families import decoder_declines
 from squawq.format.files import has_file, read_config, read_text
 from squawq.hub.download import resolve, resolve_small
 from squawq.nn.cache import Cache
@@ -56,7 +58,7 @@ class LoadedModel:
         template = None if chat_template is None else read_text(chat_template.resolve())
         with ThreadPoolExecutor(1) as pool:  # testing a large tokenizer takes seconds: meanwhile the weights are read
             pending = pool.submit(Tokenizer, source) if text else None
-            self._runner = runner = load_runner(self.folder, config) if config.engine == "squawq" else None
+            self._runner = runner = _load(self.folder, config) if config.engine == "squawq" else None
             self.config = runner.config if runner is not None else ModelConfig.from_dict(read_config(self.folder))
             try:
                 self._tokenizer = pending.result() if pending else None
@@ -122,3 +124,13 @@ class LoadedModel:
                 "give one, or auto or vllm"
             )
         return GenerationConfig(Path(source), self.config)
+
+
+def _load(folder: Path, config: EngineConfig) -> DecoderRunner | TransformersRunner:
+    """A folder on our decoder where it can, else on transformers' model class; or as `model_impl` says."""
+    if config.model_impl == "transformers":
+        return load_transformers(folder, config, "model_impl is transformers")
+    reason = decoder_declines(ModelConfig.from_dict(read_config(folder), str(folder / "config.json")))
+    if reason is None or config.model_impl == "squawq":
+        return load_runner(folder, config)
+    return load_transformers(folder, config, reason)

@@ -16,17 +16,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from squawq.backends.base import Batch
 from squawq.backends.sampling import Chunk, Sampling, StartedStep, StepOutput
 from squawq.config import ModelConfig
+from squawq.engine.batching import batch_of
 from squawq.engine.capacity import (
     GPU_SHARE,
     MAX_CONTEXTS,
     check_room,
     default_kv_tokens,
+    free_gpu_tokens,
     free_memory,
     free_on,
-    shared_kv_tokens,
+    pages_of,
     states_that_fit,
 )
 from squawq.engine.config import EngineConfig
@@ -85,17 +86,12 @@ class DecoderRunner:
         states = self.max_sequences * Cache.state_bytes(decoder.config)
         if tokens is None and device.type == "cuda":
             working = decoder.backend.working_bytes(decoder.config, rows or 0, step_tokens) + states
-            (free, total), contexts = torch.cuda.mem_get_info(device), max(rows or 0, MAX_CONTEXTS)
-            free = free if followers is None else min(free, followers.free)
-            tokens = shared_kv_tokens(self.config, self.token_bytes, working, gpu_share, free, total, contexts)
+            room = None if followers is None else followers.free
+            tokens = free_gpu_tokens(self.config, self.token_bytes, device, working, gpu_share, rows or 0, room)
         elif tokens is None:
             ranks = 1 if followers is None else followers.size
             tokens = default_kv_tokens(self.config, self.token_bytes, free_memory() // ranks - states)
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < self.page_size:
-            raise ConfigError(
-                f"kv_tokens is {tokens!r}; it must be a whole number, at least one page of {self.page_size} tokens"
-            )
-        self.num_pages = tokens // self.page_size
+        self.num_pages = pages_of(tokens, self.page_size)
         self._decoder, self._device = decoder, device
         self._thread = 0
         try:
@@ -179,35 +175,10 @@ class DecoderRunner:
             self._thread = threading.get_ident()
             if self._decoder.native(self._cache):
                 _one_torch_thread()
-        ids: list[int] = []
-        pages: list[int] = []
-        outputs: list[int] = []
-        sequences, positions, slots = [], [], []
-        for chunk in batch:
-            rows, first = len(chunk.ids), len(ids)
-            sequences.append((first, rows, chunk.start, len(pages)))
-            at = np.arange(chunk.start, chunk.start + rows)
-            table = np.asarray(chunk.pages[: -(-(chunk.start + rows) // self.page_size)])
-            positions.append(at)
-            slots.append(table[at // self.page_size] * self.page_size + at % self.page_size)
-            outputs.extend(range(first + rows - chunk.logits, first + rows))
-            ids.extend(chunk.ids)
-            pages.extend(table.tolist())
-        step = Batch(
-            ids=self._tensor(ids),
-            positions=self._tensor(np.concatenate(positions)),
-            slots=self._tensor(np.concatenate(slots)),
-            sequences=torch.as_tensor(sequences, dtype=torch.int64),
-            pages=self._tensor(pages).int(),
-            outputs=self._tensor(outputs),
-            places=torch.as_tensor([] if self.shares_prefixes else [chunk.slot for chunk in batch], dtype=torch.int64),
-        )
+        step = batch_of(batch, self.page_size, self._device)
         if self._followers is not None:
             self._followers.tell(step)
         return self._decoder(step, self._cache)
-
-    def _tensor(self, values: Sequence[object] | NDArray[np.int64]) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)
 
 
 def _one_torch_thread() -> None:
@@ -225,7 +196,7 @@ def _one_torch_thread() -> None:
 
 
 def load_runner(folder: Path, config: EngineConfig) -> DecoderRunner:
-    """Load a folder for the engine. Raises SquawqError for one that cannot be run."""
+    """Load a folder that our decoder runs. Raises SquawqError for one that cannot be run."""
     size = config.tensor_parallel_size
     dtypes = {"dtype": config.dtype, "kv_cache_dtype": config.kv_cache_dtype}
     options = Options(config.device, config.exact, config.head, shard=Shard(0, size), **dtypes)

@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from squawq.compatibility import may_fuse
 from squawq.errors import CheckpointError, ConfigError, OutputError
 from squawq.format.files import clear_temporary, has_file, locked, parse_json, read_bytes, read_json, write_text
 from squawq.format.reader import Checkpoint
@@ -117,7 +118,7 @@ def model_card(folder: str | Path, repo: str, origin: Origin | None = None, kept
         errors=errors(report) if report else [],
         method=_method(report) if report else "",
         drawn=has_file(folder / PAGE),
-        usage=usage(repo, has_template(folder), found["runs_in"]),
+        usage=usage(repo, has_template(folder), found["runs_in"], fused=may_fuse(Checkpoint(folder).config)),
     )
     text = f"{card}\n\n{_keeping(source, given)}"
     return text + _mark(text, repo, _fingerprint(folder))

@@ -137,6 +137,11 @@ TABLE: dict[str, list[Flag]] = {
     ],
     "Engine": [
         DEVICE,
+        Flag(
+            "model_impl",
+            "Which code runs the model: squawq's decoder, transformers' class (slower), or auto: squawq's where it can",
+            read=among(("auto", "squawq", "transformers")),
+        ),
         Flag("threads", "Of the CPU kernels; without it the machine's"),
         Flag("exact", "32-bit activations: slower, for comparison", switch=True),
         Flag(

@@ -31,7 +31,7 @@ from squawq.backends.base import (
     Steps,
     Tell,
 )
-from squawq.backends.layer_ops import Attention, GatedDeltaRule, Packed, RotateAndStore
+from squawq.backends.layer_ops import Attention, GatedDeltaRule, MixtureOfExperts, Packed, RotateAndStore
 from squawq.backends.reference import Reference, round_int8
 from squawq.backends.sampling import Sampling
 from squawq.config import ModelConfig
@@ -164,7 +164,11 @@ class CudaBackend(Reference):
         row += 8 * config.vocab_size  # logits after prompts, and a copy
         token = 4 * (hidden + mixed) + 2 * (2 * hidden + 2 * wide + narrow)
         dense = 2 * max(out * in_ for out, in_ in linears)
-        return rows * row + max(tokens, MIN_ROWS) * token + dense + OVERHEAD
+        moe, experts = config.moe, 0
+        if moe is not None:
+            experts = tiles.expert_bytes(moe, hidden, rows, split=True)
+            experts += tiles.expert_bytes(moe, hidden, min(tokens, tiles.PROMPT_ROWS), split=False)
+        return rows * row + max(tokens, MIN_ROWS) * token + dense + experts + OVERHEAD
 
     @property
     def residual_dtype(self) -> torch.dtype:
@@ -369,6 +373,28 @@ class CudaBackend(Reference):
         sums = launch.Sums(wide[None]), launch.Sums(gates[None])
         delta_rule.gated_delta_rule(*sums, rule, eps, self._owners[1], states, between, out)
         return out
+
+    def part(self, weight: Packed, first: int, out: int) -> Packed:
+        from squawq.backends.cuda.launch import DenseWeight
+
+        if isinstance(weight, DenseWeight) and weight.bias is None and weight.scales is None:
+            return DenseWeight(weight.weight[first : first + out])
+        return super().part(weight, first, out)
+
+    def experts(self, x: Tensor, layer: MixtureOfExperts, shared: Tensor | None) -> Tensor:
+        """INT4 experts by kernels that read each chosen one once, PROMPT_ROWS rows at a time."""
+        from squawq.backends.cuda import experts, launch, tiles
+
+        if experts.declines(layer):
+            return super().experts(x, layer, shared)
+        count = min(len(x), tiles.PROMPT_ROWS)
+        space = experts.expert_space([layer], count, self.activation_dtype, self.device, split=False)
+        found = []
+        for at in range(0, len(x), count):
+            rows = slice(at, at + count)
+            sums = None if shared is None else launch.Sums(shared[None, rows])
+            found.append(experts.run(x[rows], layer, sums, space, split=False).parts[0].to(x.dtype))
+        return torch.cat(found)
 
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         from squawq.backends.cuda import launch

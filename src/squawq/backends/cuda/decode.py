@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from squawq.backends.base import PAGE, LayerCache, Model, NextLogits
-from squawq.backends.cuda import delta_rule, int4, launch
+from squawq.backends.cuda import delta_rule, experts, int4, launch
 from squawq.backends.cuda.group import CudaGroup
 from squawq.backends.cuda.launch import Sums
 from squawq.backends.cuda.peers import Place, exchange_for
@@ -41,8 +41,8 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 def declines(model: Model) -> str | None:
     """Why a model has no graph: then its steps run one operation after another."""
     for operation in (*model.layers.operations, Matmul(model.head, Buffer.NORMED, Buffer.WIDE)):
-        if isinstance(operation, MixtureOfExperts):
-            return "it has experts"
+        if isinstance(operation, MixtureOfExperts) and (reason := experts.declines(operation)):
+            return reason
         if isinstance(operation, Matmul) and not isinstance(operation.weight, int4.Int4Weight | launch.DenseWeight):
             return f"{type(operation.weight).__name__} has no kernel for few rows"
     return None
@@ -98,6 +98,8 @@ class DecodeGraphs:
         self._queries = empty(rows * heads[0] * heads[2], kind=dtype)
         self._parts = {target: empty(rows * width) for target, width in widths.items()}
         self._delta = empty(rows, hidden, kind=dtype)
+        sparse = [op for op in operations if isinstance(op, MixtureOfExperts)]
+        self._experts = experts.expert_space(sparse, rows, dtype, device, split=True) if sparse else None
         columns = model.frequencies.shape[1]
         self._rotary = empty(rows, columns), empty(rows, columns)
         self._scales = empty(rows, 2)  # of norms of all heads together
@@ -229,6 +231,12 @@ class DecodeGraphs:
                     assert wide is not None
                     narrow = self._narrow[: size * (wide.parts.shape[2] // 2)].view(size, -1)
                     launch.activation_mul(wide, activation, narrow, dependent)
+                case MixtureOfExperts(shared=kind):
+                    shared = sums[Buffer.DELTA] if kind else None
+                    assert self._experts is not None
+                    sums[Buffer.DELTA] = experts.run(
+                        normed, operation, shared, self._experts, split=True, dependent=dependent
+                    )
                 case AllReduce():
                     delta, place = sums[Buffer.DELTA], Place.MLP if place == Place.ATTENTION else Place.ATTENTION
                     assert exchange is not None

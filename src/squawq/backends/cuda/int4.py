@@ -168,7 +168,7 @@ def _grid(grids, n, N, k, K, here, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _block(words, grids, n, N, block, K, here, GROUP: tl.constexpr):
+def load_block(words, grids, n, N, block, K, here, GROUP: tl.constexpr):
     """A block of outputs n as it lies in memory: words, and the grid of each quarter of the inputs."""
     i = tl.arange(0, 32)
     packed = tl.load(words + (block * N + n)[:, None] * 32 + i[None, :], mask=here[:, None], other=0)
@@ -192,7 +192,7 @@ def _wide(grid, dtype: tl.constexpr):
 
 
 @triton.jit
-def _multiply(packed, g0, g1, g2, g3, tokens, k, K, there, acc, PADDED: tl.constexpr, INTERPRETED: tl.constexpr):
+def multiply(packed, g0, g1, g2, g3, tokens, k, K, there, acc, PADDED: tl.constexpr, INTERPRETED: tl.constexpr):
     """Add the product of a block, whose first inputs are k, and the tokens."""
     if PADDED:
         x0 = tl.load(tokens + k[:, None], mask=there & (k < K)[:, None], other=0.0)
@@ -249,16 +249,16 @@ def matmul_kernel(
     i = tl.arange(0, 32)
     here, there = n < N, (m < M)[None, :]
     if DEPENDENT:  # a block that needs no x yet
-        packed, g0, g1, g2, g3 = _block(words, grids, n, N, first, K, here, GROUP)
+        packed, g0, g1, g2, g3 = load_block(words, grids, n, N, first, K, here, GROUP)
     await_inputs(DEPENDENT)
     acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     tokens = x + m[None, :] * K
     if DEPENDENT:
-        acc = _multiply(packed, g0, g1, g2, g3, tokens, first * 128 + i, K, there, acc, PADDED, INTERPRETED)
+        acc = multiply(packed, g0, g1, g2, g3, tokens, first * 128 + i, K, there, acc, PADDED, INTERPRETED)
         first += 1
     for block in tl.range(first, last, num_stages=STAGES):
-        packed, g0, g1, g2, g3 = _block(words, grids, n, N, block, K, here, GROUP)
-        acc = _multiply(packed, g0, g1, g2, g3, tokens, block * 128 + i, K, there, acc, PADDED, INTERPRETED)
+        packed, g0, g1, g2, g3 = load_block(words, grids, n, N, block, K, here, GROUP)
+        acc = multiply(packed, g0, g1, g2, g3, tokens, block * 128 + i, K, there, acc, PADDED, INTERPRETED)
     to = out + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
     tl.store(to, acc, mask=here[:, None] & there)
 

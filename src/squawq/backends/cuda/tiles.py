@@ -11,9 +11,12 @@ from functools import cache
 
 import torch
 
+from squawq.moe_config import MoeConfig
+
 CHUNKS = 32  # most parts of a sequence, in decode attention
 ENOUGH = 512  # programs that keep a large card busy
 MIN_BLOCKS = 2  # of a split
+PROMPT_ROWS = 1024  # tokens of a prompt that run through experts at a time
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ DEFAULT = {  # compiled for capabilities 8.0 to 8.9: at most 49 KiB of shared me
     64: (Tile(64, 128, 8), Tile(64, 128, 8)),
 }
 
+TOKENS = sorted({tokens for table in (DEFAULT, *TABLES.values()) for tokens in table})
+
 
 def tile(rows: int, out: int, device: torch.device) -> Tile:
     """For a product of so many rows and outputs."""
@@ -58,6 +63,22 @@ def split_count(out: int, blocks: int) -> int:
     while wanted < 16 and -(-out // 64) * wanted < ENOUGH and blocks // (2 * wanted) >= MIN_BLOCKS:
         wanted *= 2
     return -(-blocks // -(-blocks // wanted))
+
+
+def most_tiles(pairs: int, experts: int, tokens: int) -> int:
+    """Tiles of so many tokens that pairs of a token and one of its experts fill at most, however they are spread."""
+    return min(pairs, min(pairs, experts) + pairs // tokens)
+
+
+def expert_bytes(moe: MoeConfig, hidden: int, rows: int, *, split: bool) -> int:
+    """Bytes that a layer's experts keep of a step of so many rows. split: as in `experts.run`."""
+    shapes = (2 * moe.inner, hidden), (hidden, moe.inner)
+    parts = [split_count(out * moe.top_k, -(-in_ // 128)) if split else 1 for out, in_ in shapes]
+    pair = sum(4 * out * count for (out, _), count in zip(shapes, parts, strict=True)) + 2 * moe.inner + 8
+    outputs = moe.experts + 1
+    row = 4 * (outputs * split_count(outputs, -(-hidden // 64)) + hidden)
+    slots = max(4 * (tokens + 1) * most_tiles(rows * moe.top_k, moe.experts, tokens) for tokens in TOKENS)
+    return rows * (moe.top_k * pair + row) + slots
 
 
 @cache
