@@ -55,12 +55,12 @@ def test_a_shared_expert(shared: str) -> None:
 def test_a_row_depends_on_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of rows, and where they are cut into pieces; the interpreter's own products may round."""
     layer = packed(GPU, random_weights(), ROUTINGS["renormalized"], "int4")
-    x = rows_of(20).half().to(DEVICE)
+    x = rows_of(10).half().to(DEVICE)
     found = GPU.experts(x, layer, None)
     tolerance = 0.0 if DEVICE.type == "cuda" else 1e-3
-    for rows in (slice(0, 1), slice(3, 5), slice(11, 20)):
+    for rows in (slice(0, 1), slice(3, 5)):
         assert torch.allclose(GPU.experts(x[rows], layer, None), found[rows], rtol=0, atol=tolerance)
-    monkeypatch.setattr(tiles, "PROMPT_ROWS", 16)
+    monkeypatch.setattr(tiles, "PROMPT_ROWS", 8)
     assert torch.allclose(GPU.experts(x, layer, None), found, rtol=0, atol=tolerance)
 
 
