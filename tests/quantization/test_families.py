@@ -248,15 +248,32 @@ def test_the_room_asked_for_counts_experts(model_type: str, tmp_path: Path, monk
     assert asked == [report["bytes"]]
 
 
-def test_layers_that_transformers_leaves_aside_are_said(tmp_path: Path) -> None:
-    """DeepSeek-V3's checkpoint has a layer 61 that predicts further tokens, beside the model's own 61."""
-    family_model("deepseek_v3", tmp_path / "model")
+@pytest.mark.parametrize(
+    ("model_type", "part", "tensors"),
+    [
+        ("deepseek_v3", "model.layers.61", ("eh_proj.weight", "mlp.gate.e_score_correction_bias")),
+        ("qwen3_5_text", "mtp", ("fc.weight", "layers.0.mlp.up_proj.weight")),
+    ],
+)
+def test_multi_token_prediction_is_copied(model_type: str, part: str, tensors: tuple[str, ...], tmp_path: Path) -> None:
+    """Layers that transformers does not load, and other engines draft with."""
+    from transformers import AutoModelForCausalLM
+
+    import squawq.transformers
+
+    family_model(model_type, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
-    save_file({**load_file(file), "model.layers.61.eh_proj.weight": torch.zeros(64, 64)}, file, {"format": "pt"})
+    further = {f"{part}.{name}": torch.randn(64, 32 * place + 1) for place, name in enumerate(tensors)}
+    save_file({**load_file(file), **further}, file, {"format": "pt"})
     report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
-    said = "1 tensors that transformers does not load are not written, such as model.layers.61.eh_proj.weight"
-    assert report["notes"][-1] == said
-    assert "model.layers.61.eh_proj.weight" not in Checkpoint(tmp_path / "awq").tensors
+    assert {"name": part, "reason": "beside the text model"} in report["kept_in_16_bits"]
+    quantized = Checkpoint(tmp_path / "awq")
+    assert quantized.config.quant is not None
+    assert part in quantized.config.quant.modules_to_not_convert
+    for name, tensor in further.items():
+        exact = name.endswith("correction_bias")  # of a router: as it was
+        assert torch.equal(quantized.read(name), tensor if exact else tensor.half())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "awq")(ROWS[:1]).logits.isfinite().all()
 
 
 def test_an_expert_of_another_shape_is_named(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from squawq.layerwise.meta_model import MetaModel
 
 LANGUAGE_MODEL = re.compile(r"^(model\.language_model|language_model\.model)\.")
 LANGUAGE_HEAD = re.compile(r"^(model\.)?language_model\.(?=lm_head\.)")
+PART = re.compile(r"^((model|language_model)\.)*layers\.\d+|(?<=^model\.)\w+|^(?!model\.)\w+")  # beside the text model
 INTEGERS = ("qweight", "scales", "qzeros", "scaled_zeros")
 FUSED = ("gate_up_proj", "down_proj")  # parameters that stack all experts of a layer; gate before up
 
@@ -28,8 +29,8 @@ class TensorNames:
 
     Attributes:
         on_disk: Name in the checkpoint, by name in the model.
-        other_tensors: Tensors of parts beside the text model, such as a vision tower, by name in the checkpoint.
-        ignored: Tensors that transformers does not load, such as those of multi-token prediction layers.
+        other_tensors: Tensors of parts beside the text model, by name in the checkpoint: a vision tower, or layers for
+            multi-token prediction, which transformers does not load.
 
     Raises:
         CheckpointError: A tensor in the checkpoint does not belong to the model.
@@ -39,7 +40,6 @@ class TensorNames:
         self.checkpoint, self.family, self.transposed = checkpoint, meta_model.family, meta_model.transposed
         self.on_disk: dict[str, str] = {}
         self.other_tensors: list[str] = []
-        self.ignored: list[str] = []
         self._of_layer: dict[int, list[str]] = {}
         family, outer, rename = meta_model.family, meta_model.outer, meta_model.renaming()
         nested = "text_config" in checkpoint.config.raw
@@ -56,10 +56,8 @@ class TensorNames:
                 self.on_disk[name] = stored
             elif name in outer or owner == family.head or f"{owner}.weight" in outer:
                 self.on_disk[name] = stored
-            elif nested and text == stored:
+            elif (nested and text == stored) or any(re.search(pattern, name) for pattern in meta_model.ignored):
                 self.other_tensors.append(stored)
-            elif any(re.search(pattern, name) for pattern in meta_model.ignored):
-                self.ignored.append(stored)
             else:
                 raise CheckpointError(f"{info.file}: tensor {stored!r} does not belong to a {family.model_type} model")
 
@@ -89,8 +87,8 @@ class TensorNames:
 
     @property
     def other_parts(self) -> list[str]:
-        """Names of the parts beside the text model, such as vision_tower."""
-        return sorted({name.removeprefix("model.").partition(".")[0] for name in self.other_tensors})
+        """Names of the parts beside the text model, such as vision_tower, mtp, or a further layer (model.layers.61)."""
+        return sorted({found.group() for name in self.other_tensors if (found := PART.search(name))})
 
     def stored_module(self, name: str) -> str:
         """Name in the checkpoint of a module of the model."""
