@@ -30,6 +30,7 @@ TIED = (  # where config.json does not say
     *("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "granite_swa", "minicpm3"),
     *("smollm3", "starcoder2", "vaultgemma", "youtu"),
 )
+FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}  # multimodal model_type -> its text model's
 LEFT_OUT = {
     "gemma3_text": {
         "num_attention_heads": 8,
@@ -46,6 +47,15 @@ def without(config: Any, keys: Collection[str]) -> Any:
     if not isinstance(config, Mapping):
         return config
     return {key: without(value, keys) for key, value in config.items() if key not in keys}
+
+
+def with_text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A multimodal model's config.json with the text model's keys in `text_config`: early ones have them at the top."""
+    text_type = FLAT.get(str(raw.get("model_type")))
+    if text_type is None or "text_config" in raw:
+        return raw
+    text = {key: value for key, value in raw.items() if key not in ("vision_config", "quantization_config")}
+    return {**raw, "text_config": {**text, "model_type": text_type}}
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,7 @@ class ModelConfig:
 
 def _text_config(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The keys of the text model, with what its configs leave out because transformers has it as a default."""
+    raw = with_text_config(raw)
     text = raw.get("text_config")
     if text is None:
         return raw

@@ -41,7 +41,9 @@ SIZES: dict[str, Any] = {  # under every name that some config has for them
 
 def family_model(model_type: str, folder: Path, **changes: Any) -> Any:
     """Make a model with two small layers, save it as transformers does, and return it in float32."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
+
+    from squawq.layerwise.text_models import causal_lm
 
     kind = CONFIG_MAPPING[model_type]
     known = {*signature(kind).parameters, *getattr(kind, "attribute_map", {})}
@@ -50,8 +52,10 @@ def family_model(model_type: str, folder: Path, **changes: Any) -> Any:
         sizes["layer_types"] = ["linear_attention", "full_attention"]
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    if "_vl_" in model_type:
+        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**sizes), dtype=torch.float32).eval()
+    model = causal_lm(kind(**sizes)).eval()
     randomize(model, FAMILIES[model_type].norm_offset)
     model.save_pretrained(folder)
     return model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,6 +223,45 @@ def test_the_text_model_of_a_larger_one(tmp_path: Path) -> None:
     assert (found - wanted).abs().mean() < 0.3 * wanted.abs().mean()
     score = squawq.evaluate(tmp_path / "awq", tmp_path / "model", ids=ids[0].tolist(), window=32)
     assert 0 < score["kl_mean"] < 1
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_text_model_of_qwen_with_vision(flat: bool, tmp_path: Path) -> None:
+    """Early config.json have the text model's keys at the top, and early names are model.layers and visual."""
+    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    import squawq.transformers
+
+    known = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    text = {name: SIZES[name] for name in (*known, "vocab_size", "max_position_embeddings")}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    config = Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope},
+        vision_config={**vision, "patch_size": 14, "window_size": 28, "fullatt_block_indexes": [0]},
+        tie_word_embeddings=flat,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    randomize(model, 0.0)
+    folder, awq = tmp_path / "model", tmp_path / "awq"
+    model.save_pretrained(folder)
+    if flat:
+        raw = json.loads((folder / "config.json").read_text())
+        inner = raw.pop("text_config")
+        del inner["model_type"], inner["rope_parameters"]
+        rope = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "rope_theta": 10000.0}
+        (folder / "config.json").write_text(json.dumps({**inner, **raw, **rope}))
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {re.sub(r"^model\.(language_model|(?=visual))", r"", n): t for n, t in tensors.items()}
+        tensors = {re.sub(r"^\.(layers|embed_tokens|norm)", r"model.\1", n): t for n, t in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    report = squawq.quantize(folder, awq, SMALL, calibration=ROWS.tolist())
+    assert [row["name"] for row in report["kept_in_16_bits"]] == ["visual"]
+    with torch.no_grad():
+        wanted = model(ROWS[:1]).logits
+        found = AutoModelForImageTextToText.from_pretrained(awq)(ROWS[:1]).logits
+    assert (found - wanted).abs().mean() < 0.3 * wanted.abs().mean()
+    assert 0 < squawq.evaluate(awq, folder, ids=ROWS[0].tolist(), window=32)["kl_mean"] < 1
 
 
 def test_a_row_that_forgets_a_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

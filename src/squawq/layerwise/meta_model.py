@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squawq.config import MAX_LAYERS, MAX_REAL, MAX_SIZE
+from squawq.config import MAX_LAYERS, MAX_REAL, MAX_SIZE, with_text_config
 from squawq.errors import CheckpointError, ConfigError, SquawqError
 from squawq.families import Family, ScalingGroup
 from squawq.nn.experts import Expert, Experts, is_stacked, is_transposed, stacked_sizes
@@ -260,6 +260,7 @@ def transformers_config(raw: Mapping[str, Any], where: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     with refusing(where):
+        raw = with_text_config(raw)
         kind = raw.get("model_type")
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise CheckpointError(f"{where}: transformers has no model_type {kind!r:.100}")
@@ -271,7 +272,8 @@ def transformers_config(raw: Mapping[str, Any], where: str) -> Any:
             inner = _known_keys(found, text, where)
             settings["text_config"] = inner | ({"model_type": text["model_type"]} if "model_type" in text else {})
         config = CONFIG_MAPPING[kind].from_dict(settings).get_text_config()
-        config.tie_word_embeddings = bool(config.tie_word_embeddings)
+        tied = getattr(config, "tie_word_embeddings", raw.get("tie_word_embeddings"))  # some keep it outside
+        config.tie_word_embeddings = bool(tied)
         if getattr(config, "attn_logit_softcapping", None) is not None:
             config._attn_implementation = "eager"  # sdpa leaves the cap out
         return config
@@ -304,11 +306,11 @@ def _check_numbers(key: str, value: Any, where: str) -> None:
 
 
 def _build(raw: Mapping[str, Any], where: str) -> Any:
-    from transformers import AutoModelForCausalLM
+    from squawq.layerwise.text_models import causal_lm
 
     config = transformers_config(raw, where)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return causal_lm(config).eval()
 
 
 def _unstack(layer: nn.Module, family: Family) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from squawq.config import with_text_config
 from squawq.errors import CheckpointError
 from squawq.families import expert_of
 from squawq.format.reader import Checkpoint
@@ -42,7 +43,7 @@ class TensorNames:
         self.other_tensors: list[str] = []
         self._of_layer: dict[int, list[str]] = {}
         family, outer, rename = meta_model.family, meta_model.outer, meta_model.renaming()
-        nested = "text_config" in checkpoint.config.raw
+        nested = "text_config" in with_text_config(checkpoint.config.raw)
         layer = re.compile(re.escape(family.layers) + r"\.(\d+)\.")
         for stored, info in checkpoint.tensors.items():
             text = LANGUAGE_HEAD.sub("", LANGUAGE_MODEL.sub("model.", stored)) if nested else stored
