@@ -50,6 +50,7 @@ class Family:
     never_clip: tuple[str, ...] = ("q_proj", "k_proj", "q_a_proj", "q_b_proj")  # it hurts attention scores (llm-awq)
     norm_offset: float = 0.0  # norms multiply by their weight plus this
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # as checkpoints spell them
+    routers: tuple[str, ...] = ()  # linears in 16 bits whose input no group reads
     decoder: bool = False  # whether nn/ runs it
     qk_norm: bool = False
     # before attention, of its output, before the MLP, of its output ("": none); for families that nn/ runs
@@ -65,7 +66,8 @@ class Family:
     @property
     def linears(self) -> tuple[str, ...]:
         """Every linear that a layer may have, with * for an expert's number; those that are never converted, too."""
-        return tuple(name for group in self.groups for name in (*group.linears, *group.unquantized_consumers))
+        grouped = (name for group in self.groups for name in (*group.linears, *group.unquantized_consumers))
+        return (*grouped, *self.routers)
 
     def layer_groups(self, modules: Sequence[str]) -> tuple[ScalingGroup, ...]:
         """The groups of a layer that has these modules: stars written out, what the layer has not left out."""
@@ -108,7 +110,7 @@ def _matching(pattern: str, modules: Sequence[str]) -> list[str]:
 
 def expert_of(linear: str) -> str | None:
     """The expert that a linear is part of (mlp.experts.3), None for one that sees every token."""
-    found = re.match(r"(.*\.experts\.\d+)\.", linear)
+    found = re.match(r"((?:.*\.)?experts\.\d+)\.", linear)
     return found.group(1) if found else None
 
 
@@ -200,6 +202,13 @@ _LLAMA = _attention() + _gated()
 _MULTIPLIED = _attention(adds=False) + _gated(adds=False)  # what is added is multiplied or normalized first
 _UNSCALED = _attention("") + _gated("")  # norms come after attention and MLP, or have no weight
 _GEMMA = _attention(adds=False) + _gated("pre_feedforward_layernorm", adds=False)
+_GEMMA4 = (  # a norm without weights comes after v_proj; experts beside the MLP have a norm and a router of their own
+    *_attention(adds=False)[:1],
+    ScalingGroup("", ("self_attn.o_proj",)),
+    *_GEMMA[2:],
+    ScalingGroup("pre_feedforward_layernorm_2", ("experts.*.gate_proj", "experts.*.up_proj"), input="experts"),
+    ScalingGroup("experts.*.up_proj", ("experts.*.down_proj",)),
+)
 _DENSE_OR_MOE = _gated() + _moe("gate")  # the first layers of these have no experts
 _QWEN_MOE = _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert")
 _GRANITE_MOE = _moe("router", block="block_sparse_moe", names=_W123)
@@ -219,6 +228,7 @@ FAMILIES = {
     **_rows("granite granite_swa hyperclovax", _MULTIPLIED),
     **_rows("gemma", _LLAMA, norm_offset=1.0),
     **_rows("gemma2 gemma3_text vaultgemma", _GEMMA, norm_offset=1.0),
+    **_rows("gemma4_text", _GEMMA4, routers=("router.proj",)),
     **_rows("olmo olmo2 olmo3 exaone4", _UNSCALED),
     **_rows("cohere cohere2", _COHERE),
     **_rows("stablelm", _attention("") + _gated()),  # some have no second norm, and the MLP reads the first

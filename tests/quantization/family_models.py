@@ -52,6 +52,9 @@ def family_model(model_type: str, folder: Path, **changes: Any) -> Any:
         sizes["layer_types"] = ["linear_attention", "full_attention"]
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    if model_type == "gemma4_text":
+        sizes |= {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "top_k_experts": 2}
+        sizes |= {"attention_k_eq_v": True, "layer_types": ["sliding_attention", "full_attention"]}
     if "_vl_" in model_type:
         sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     torch.manual_seed(0)

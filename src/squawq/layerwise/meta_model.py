@@ -74,6 +74,7 @@ class MetaModel:
         modules = dict(self.layers[index].named_modules())
         groups = self.family.layer_groups(list(modules))
         known = {name for group in groups for name in (*group.linears, *group.unquantized_consumers)}
+        known.update(self.family.routers)
         for name, module in modules.items():
             if isinstance(module, nn.Linear) and name not in known:
                 raise ConfigError(
@@ -85,7 +86,8 @@ class MetaModel:
     def shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of a layer's linears and routers, as the architecture has them."""
         names = [name for group in self.groups(index) for name in (*group.linears, *group.unquantized_consumers)]
-        weights: dict[str, Any] = {name: self.layers[index].get_submodule(name).weight for name in names}
+        modules: dict[str, Any] = dict(self.layers[index].named_modules())
+        weights = {name: modules[name].weight for name in (*names, *self.family.routers) if name in modules}
         return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
     def fill_constants(self, parts: Iterable[nn.Module]) -> None:
@@ -117,7 +119,7 @@ class MetaModel:
         used, compact = torch.unique(ids, return_inverse=True)
         given: list[Tensor] = []
 
-        def first(hidden: Tensor, **_: Any) -> Tensor:
+        def first(hidden: Tensor, *_: object, **__: Any) -> Tensor:
             given.append(hidden)
             return hidden
 
@@ -131,7 +133,7 @@ class MetaModel:
             found = self._arguments[blocks, tokens, dtype] = [{} for _ in self.layers]
 
             def keep(index: int) -> Callable[..., Tensor]:
-                def layer(hidden: Tensor, **kwargs: Any) -> Tensor:
+                def layer(hidden: Tensor, *_: object, **kwargs: Any) -> Tensor:
                     found[index] = kwargs
                     return hidden
 

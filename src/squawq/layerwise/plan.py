@@ -42,7 +42,8 @@ class LayerPlan:
                 first = next(iter(reasons))
                 self.kept[name] = reasons.get(name, f"shares its input with {first}, which stays in 16 bits")
         self.converted = [name for group in groups for name in group.linears if name not in self.kept]
-        self.kept |= dict.fromkeys((name for group in groups for name in group.unquantized_consumers), GATE)
+        gates = [name for group in groups for name in group.unquantized_consumers]
+        self.kept |= dict.fromkeys((*gates, *(name for name in family.routers if name in shapes)), GATE)
 
     @property
     def dtype(self) -> torch.dtype:
