@@ -80,11 +80,12 @@ class FakeRunner(HostRunner):
         self.vocab_size = VOCAB
         self.max_positions = max_positions
         self.page_size = page_size
-        self.cache_outputs = True
+        self.cache_outputs = self.shares_prefixes = True
         self.num_pages = num_pages
         self.steps: list[list[Chunk]] = []
         self.fail: Callable[[Sequence[Chunk]], None] = lambda batch: None
         self._memory = np.zeros((num_pages, page_size), dtype=np.int64)
+        self._slots: dict[int, int] = {}  # what stands before the next token, of runners that do not share prefixes
 
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         self.fail(batch)
@@ -96,9 +97,14 @@ class FakeRunner(HostRunner):
                 slot = self._slot(chunk, position)
                 assert slot not in written, "two sequences write one place"
                 written.add(slot)
-                before = int(self._memory[self._slot(chunk, position - 1)]) if position else 0
-                self._memory[slot] = _state(before, token)
+                before = self._before(chunk, position) if position else 0
+                self._memory[slot] = self._slots[chunk.slot] = _state(before, token)
         return [self._logits(chunk) for chunk in batch]
+
+    def _before(self, chunk: Chunk, position: int) -> int:
+        if self.shares_prefixes:
+            return int(self._memory[self._slot(chunk, position - 1)])
+        return self._slots[chunk.slot]
 
     def _slot(self, chunk: Chunk, position: int) -> tuple[int, int]:
         return chunk.pages[position // self.page_size], position % self.page_size

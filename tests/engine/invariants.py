@@ -23,7 +23,9 @@ def check_pool(pool: PagePool, tables: Iterable[Sequence[int]]) -> None:
 
 
 def check_scheduler(scheduler: Scheduler) -> None:
-    """No page is leaked or shared wrongly."""
+    """No page or slot is leaked or shared wrongly."""
     check_pool(scheduler.pool, (sequence.pages for sequence in scheduler.running))
     assert not any(sequence.pages or sequence.computed for sequence in scheduler.waiting)
+    slots = [*(sequence.slot for sequence in scheduler.running), *scheduler._slots]
+    assert sorted(slots) == list(range(scheduler._max_sequences))
     assert all(len(s.pages) * scheduler.pool.page_size >= s.computed for s in scheduler.running)

@@ -341,7 +341,7 @@ class Letters(HostRunner):
     """A model of no sense over a real vocabulary."""
 
     vocab_size, max_positions, page_size, num_pages = 4100, 256, 16, 32
-    cache_outputs = True
+    cache_outputs = shares_prefixes = True
 
     def run(self, batch: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         rows = []

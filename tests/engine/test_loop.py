@@ -111,7 +111,7 @@ def test_every_request_gives_what_it_gives_alone(data: st.DataObject) -> None:
     runner = kind(num_pages=data.draw(st.integers(2, 24)), max_positions=60)
     sequences = data.draw(st.integers(1, 5))
     tokens = 2 * sequences + data.draw(st.sampled_from([0, 1, 7, 30]))
-    runner.cache_outputs = data.draw(st.booleans())
+    runner.cache_outputs, runner.shares_prefixes = data.draw(st.booleans()), data.draw(st.booleans())
     bench = Bench(runner, tokens, sequences, data.draw(st.booleans()))
     coming = data.draw(visits(bench.room))
     for step in range(26):
@@ -135,7 +135,8 @@ def test_every_request_gives_what_it_gives_alone(data: st.DataObject) -> None:
                 assert output == whole
     assert not found
     assert all(sum(len(chunk.ids) for chunk in step) <= tokens for step in runner.steps)
-    assert all(len(step) <= sequences for step in runner.steps)
+    slots = [[chunk.slot for chunk in step] for step in runner.steps]
+    assert all(len(set(step)) == len(step) and set(step) <= set(range(sequences)) for step in slots)
     if not runner.cache_outputs:
         assert not any(runs_outputs_as_a_prompt(chunk) for step in runner.steps for chunk in step)
 
@@ -175,6 +176,19 @@ def test_a_preempted_sequence_takes_its_own_tokens_from_no_cached_prompt() -> No
     assert found[first.id, 0] == expected(first, bench.room)[0]
     resumed = [chunk for step in runner.steps[count:] for chunk in step if chunk.again and chunk.start == 4]
     assert resumed
+
+
+def test_a_runner_whose_pages_hold_only_part_of_a_sequence_caches_no_prefix() -> None:
+    runner = FakeRunner(num_pages=8)
+    runner.shares_prefixes = False
+    bench = Bench(runner, sequences=4)
+    asked = [bench.visit(request([*PREFIX[:6], i], max_tokens=20, ignore_eos=True, seed=1)) for i in range(4)]
+    found = bench.finish()
+    scheduler = bench.loop.scheduler
+    assert scheduler.preemptions > 0
+    assert scheduler.prefix_queries == 0
+    for one in asked:
+        assert found[one.id, 0] == expected(one, bench.room)[0]
 
 
 @pytest.mark.parametrize("kind", [FakeRunner, AheadRunner])

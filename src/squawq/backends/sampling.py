@@ -66,6 +66,7 @@ class Chunk:
     again: Sampling | None = None  # the sequence, if the token in `ids` was generated before a preemption
     targets: Sequence[int] = ()  # compute log probabilities of these prompt tokens, which follow the first of `ids`
     top: int = 0  # alternatives for each target
+    slot: int = 0  # the sequence's number among those that run, below max_num_seqs; it keeps it while it has pages
 
 
 @dataclass(frozen=True)

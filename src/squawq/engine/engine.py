@@ -58,7 +58,7 @@ class Loop:
             self.pool,
             config.step_tokens,
             config.max_num_seqs,
-            config.prefix_caching,
+            config.prefix_caching and runner.shares_prefixes,
             cache_outputs=runner.cache_outputs,
         )
         self.requests: dict[str, RequestState] = {}

@@ -98,6 +98,9 @@ class Runner(Protocol):
     # Whether generated tokens have the same keys and values, to the bit, when they run as a prompt's; if not, the
     # engine does not cache them for prompts, and after a preemption runs them one by one as before.
     cache_outputs: bool
+    # Whether pages hold all that a sequence needs of its past. If not, the rest is kept by `Chunk.slot` and begins anew
+    # with a chunk at position 0; the engine then has no prefix cache.
+    shares_prefixes: bool
 
     @property
     def failure(self) -> str | None:

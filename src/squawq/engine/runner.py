@@ -50,6 +50,8 @@ class DecoderRunner:
         ConfigError: kv_tokens is less than a page, or there is no room for it.
     """
 
+    shares_prefixes = True
+
     def __init__(
         self,
         decoder: Decoder,

@@ -29,6 +29,7 @@ class Sequence:
     pending: int = 0  # tokens that started steps will sample
     registered: int = 0  # pages that are in the prefix cache
     pages: list[int] = field(default_factory=list)
+    slot: int = 0  # `Chunk.slot`, while it has pages
     digests: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`
     ended: bool = False
     prompt: int = field(init=False)  # tokens of the prompt
@@ -160,6 +161,7 @@ class Scheduler:
         self._turns = Turns(max_tokens)
         self._max_tokens, self._max_sequences, self._caching = max_tokens, max_sequences, prefix_caching
         self._cache_outputs = cache_outputs
+        self._slots = list(range(max_sequences - 1, -1, -1))  # the free ones
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose `limit` tokens fit into the pool."""
@@ -267,6 +269,7 @@ class Scheduler:
                 self._preempt(later.popitem()[0])
         self.pool.share(shared)
         sequence.pages = shared + [self.pool.take() for _ in range(fresh)]
+        sequence.slot = self._slots.pop()
         sequence.registered = len(shared)
         sequence.computed = len(shared) * self.pool.page_size
         if self._caching and not sequence.score:
@@ -311,6 +314,8 @@ class Scheduler:
         self.preemptions += 1
 
     def _drop(self, sequence: Sequence) -> None:
+        if sequence.pages:
+            self._slots.append(sequence.slot)
         self.pool.release(sequence.pages)
         sequence.pages = []
         sequence.computed = sequence.registered = 0

@@ -125,6 +125,7 @@ class SequenceState:
             again=self.sampling if again else None,
             targets=sequence.tokens[start + 1 : end + 1] if sequence.score else (),
             top=params.prompt_logprobs or 0,
+            slot=sequence.slot,
         )
 
     def score(self, start: int, found: abc.Sequence[TokenLogprob]) -> None:
