@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from squawq.config import ROPE_TYPES, ModelConfig
 from squawq.errors import ConfigError
@@ -42,6 +42,28 @@ class ScalingGroup:
 
 
 @dataclass(frozen=True)
+class Traits:
+    """How our decoder (`nn/`) computes a family's layers, beside what config.json says. The defaults are Llama's.
+
+    Attributes:
+        norms: Names of the norms before attention, of its output, before the MLP, of its output ("": none).
+        qk_norm: Norms of queries and keys: "" (none), "head" (of each head, weights [head_dim]) or "whole" (of all
+            heads together, weights [heads * head_dim]).
+        qk_names: Names of those norms.
+        rope_first: They come after RoPE, not before.
+        interleaved: RoPE turns neighbours (2i, 2i + 1) instead of a head's two halves.
+        wide: Activations exceed float16's range, so that "auto" means bfloat16 where a backend has it.
+    """
+
+    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
+    qk_norm: Literal["", "head", "whole"] = ""
+    qk_names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    rope_first: bool = False
+    interleaved: bool = False
+    wide: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """A model_type's row. Groups are relative to one decoder layer; layers lack what their kind has not."""
 
@@ -51,10 +73,7 @@ class Family:
     norm_offset: float = 0.0  # norms multiply by their weight plus this
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # as checkpoints spell them
     routers: tuple[str, ...] = ()  # linears in 16 bits whose input no group reads
-    decoder: bool = False  # whether nn/ runs it
-    qk_norm: bool = False
-    # before attention, of its output, before the MLP, of its output ("": none); for families that nn/ runs
-    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
+    decoder: Traits | None = None  # for nn/, if it runs the family
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -221,8 +240,8 @@ def _rows(model_types: str, groups: Groups, **settings: Any) -> dict[str, Family
 
 
 FAMILIES = {
-    **_rows("llama internlm3 iquestcoder ministral mistral qwen2 seed_oss", _LLAMA, decoder=True),
-    **_rows("qwen3", _LLAMA, decoder=True, qk_norm=True),
+    **_rows("llama internlm3 iquestcoder ministral mistral qwen2 seed_oss", _LLAMA, decoder=Traits()),
+    **_rows("qwen3", _LLAMA, decoder=Traits(qk_norm="head")),
     **_rows("cwm ernie4_5 exaone helium hunyuan_v1_dense ministral3 smollm3", _LLAMA),
     **_rows("qwen2_vl_text qwen2_5_vl_text qwen3_vl_text", _LLAMA),
     **_rows("granite granite_swa hyperclovax", _MULTIPLIED),
@@ -290,6 +309,14 @@ def family_of(model_type: str) -> Family:
             "squawq/families.py"
         )
     return FAMILIES[model_type]
+
+
+def traits_of(family: Family) -> Traits:
+    """How our decoder computes a family. Raises ConfigError for one that it does not run."""
+    if family.decoder is None:
+        known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.decoder))
+        raise ConfigError(f"model_type is {family.model_type!r}; our decoder and export take {known} so far")
+    return family.decoder
 
 
 def check_decoder(config: ModelConfig) -> None:

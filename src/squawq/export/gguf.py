@@ -21,7 +21,7 @@ from torch import Tensor
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError, DependencyError, OutputError
 from squawq.export.gguf_tokenizer import Vocabulary, read_vocabulary
-from squawq.families import family_of
+from squawq.families import family_of, traits_of
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
 from squawq.nn.loader import linear_shapes
@@ -108,7 +108,7 @@ def plan(checkpoint: Checkpoint) -> Iterator[Entry]:
     for index in range(config.num_layers):
         prefix = family.layer(index)
         for ours, theirs in NORMS.items():
-            if family.qk_norm or not ours.startswith("self_attn"):
+            if traits_of(family).qk_norm or not ours.startswith("self_attn"):
                 size = config.head_dim if ours.startswith("self_attn") else config.hidden_size
                 yield Entry(f"blk.{index}.{theirs}.weight", "F32", (size,), f"{prefix}.{ours}.weight")
         for ours, shape in linear_shapes(config).items():

@@ -19,17 +19,17 @@ from squawq.backends.layer_ops import (
     RotateAndStore,
 )
 from squawq.config import ModelConfig
-from squawq.families import Family
+from squawq.families import Family, traits_of
 
 QKV, OUT, GATE_UP, DOWN = "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"
-QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
 ACTIVATIONS = {"silu": "silu", "swish": "silu"}  # hidden_act of config.json -> a backend's name
 
 
 def norm_sizes(config: ModelConfig, family: Family) -> dict[str, int]:
     """Names of a layer's norms, and the number of weights of each."""
-    sizes = {name: config.hidden_size for name in family.norms if name}
-    return sizes | (dict.fromkeys((QUERY_NORM, KEY_NORM), config.head_dim) if family.qk_norm else {})
+    traits = traits_of(family)
+    sizes = {name: config.hidden_size for name in traits.norms if name}
+    return sizes | (dict.fromkeys(traits.qk_names, config.head_dim) if traits.qk_norm else {})
 
 
 def layer_operations(
@@ -48,11 +48,13 @@ def layer_operations(
         shared: Other ranks have the rest of the linears (tensor parallelism).
     """
     summed = [AllReduce()] if shared else []
-    before_attention, after_attention, before_mlp, after_mlp = family.norms
+    traits = traits_of(family)
+    before_attention, after_attention, before_mlp, after_mlp = traits.norms
+    query_norm, key_norm = map(norms.get, traits.qk_names)
     return [
         Norm(norms[before_attention], add=index > 0),
         Matmul(linears[QKV], Buffer.NORMED, Buffer.WIDE),
-        RotateAndStore(index, norms.get(QUERY_NORM), norms.get(KEY_NORM)),
+        RotateAndStore(index, query_norm, key_norm),
         Attention(index, config.window(index)),
         Matmul(linears[OUT], Buffer.NARROW, Buffer.DELTA),
         *summed,

@@ -19,7 +19,7 @@ from squawq.backends.base import Backend, Vocabulary
 from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
-from squawq.families import FAMILIES, Family, check_decoder, family_of
+from squawq.families import Family, check_decoder, family_of, traits_of
 from squawq.format.layouts import part_group
 from squawq.format.reader import WHOLE, Checkpoint, Part
 from squawq.format.shards import DeviceReader, read_tensor
@@ -58,9 +58,7 @@ class Options:
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every linear in a layer. Raises ConfigError for families unlike Llama."""
-    if not family_of(config.model_type).decoder:
-        known = ", ".join(sorted(name for name, family in FAMILIES.items() if family.decoder))
-        raise ConfigError(f"model_type is {config.model_type!r}; our decoder and export take {known} so far")
+    traits_of(family_of(config.model_type))
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
