@@ -144,6 +144,8 @@ class ModelConfig:
         quant = whole.get("quantization_config")
         if quant is not None and not isinstance(quant, Mapping):
             raise CheckpointError(f"{where}: quantization_config must be an object")
+        if quant is not None and quant.get("quant_method") == "mxfp4":
+            quant = None  # as trained: what gpt-oss has in place of 16 bits
         window = _sliding_window(raw, where)
         return cls(
             model_type=model_type,

@@ -286,6 +286,7 @@ FAMILIES = {
     **_rows("mixtral minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
     **_rows("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
     **_rows("flex_olmo", _attention("") + _moe("gate", norm="")),
+    **_rows("gpt_oss", (*_attention(), *_moe("router")[:1], ScalingGroup("", ("mlp.experts.*.down_proj",)))),
     **_rows("hunyuan_v1_moe", _attention() + _moe("gate.wg", shared="shared_mlp")),
     **_rows("granitemoe granitemoe_swa", _attention(adds=False) + _GRANITE_MOE, experts=_W123),
     **_rows(

@@ -101,7 +101,13 @@ def dense_folder(awq: Path, source: Path, out: Path) -> Path:
         gate, up, down = ("gate_proj", "up_proj", "down_proj") if (0, "up_proj") in found else ("w1", "w3", "w2")
         wanted = (down,) if re.search("down_proj|output", fused) else (gate, up)
         stack = torch.stack([torch.cat([found[e, part] for part in wanted]) for e in range(len(tensor))])
-        tensors[fused] = stack if stack.shape == tensor.shape and "llama4" not in str(source) else stack.transpose(1, 2)
+        if f"{fused}_bias" in load_file(source / "model.safetensors"):  # gpt-oss: gate and up alternate
+            bias = [[tensors[f"{parent}.experts.{e}.{part}.bias"] for part in wanted] for e in range(len(tensor))]
+            tensors[f"{fused}_bias"] = torch.stack([torch.stack(each, -1).flatten() for each in bias])
+            each = [torch.stack([found[e, part] for part in wanted], 1).flatten(0, 1) for e in range(len(tensor))]
+            stack = torch.stack(each)
+        turned = any(name in str(source) for name in ("llama4", "gpt_oss"))
+        tensors[fused] = stack if stack.shape == tensor.shape and not turned else stack.transpose(1, 2)
     for name in [n for n in tensors if re.search(r"experts\.\d+\.", n) and _fused(source)]:
         del tensors[name]
     out.mkdir()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from squawq.config import MAX_LAYERS, MAX_REAL, MAX_SIZE, with_text_config
 from squawq.errors import CheckpointError, ConfigError, SquawqError
 from squawq.families import Family, ScalingGroup
-from squawq.nn.experts import Expert, Experts, is_stacked, is_transposed, stacked_sizes
+from squawq.nn.experts import Expert, Experts, gating, is_interleaved, is_stacked, is_transposed, stacked_sizes
 
 Arguments = dict[str, Any]
 MAX_MODULES = 2**17
@@ -40,6 +40,7 @@ class MetaModel:
         outer: Shapes of the tensors outside the layers, by name in the text model.
         ignored: Patterns of checkpoint names that transformers does not load.
         transposed: Whether the architecture stacks its experts' weights as [in, out].
+        interleaved: Whether gate and up alternate in them.
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str, family: Family, device: str = "cpu") -> None:
@@ -59,7 +60,8 @@ class MetaModel:
             self.model = _build(raw, where)
             self.config = self.model.config
             self.layers: Any = self.model.get_submodule(family.layers)
-            self.transposed = any(_unstack(layer, family) for layer in self.layers)
+            stacks = [stack for layer in self.layers for stack in _unstack(layer, family)]
+        self.transposed, self.interleaved = any(map(is_transposed, stacks)), any(map(is_interleaved, stacks))
         self.ignored: list[str] = list(self.model._keys_to_ignore_on_load_unexpected or ())
         state = self.model.state_dict()
         self.outer = {n: tuple(t.shape) for n, t in state.items() if not n.startswith(f"{family.layers}.")}
@@ -275,7 +277,8 @@ def transformers_config(raw: Mapping[str, Any], where: str) -> Any:
             settings["text_config"] = inner | ({"model_type": text["model_type"]} if "model_type" in text else {})
         config = CONFIG_MAPPING[kind].from_dict(settings).get_text_config()
         tied = getattr(config, "tie_word_embeddings", raw.get("tie_word_embeddings"))  # some keep it outside
-        config.tie_word_embeddings = bool(tied)
+        if tied is not None:
+            config.tie_word_embeddings = bool(tied)
         if getattr(config, "attn_logit_softcapping", None) is not None:
             config._attn_implementation = "eager"  # sdpa leaves the cap out
         return config
@@ -315,18 +318,14 @@ def _build(raw: Mapping[str, Any], where: str) -> Any:
         return causal_lm(config).eval()
 
 
-def _unstack(layer: nn.Module, family: Family) -> bool:
-    """Split stacked experts into linears on the meta device. Returns whether the stack was transposed."""
-    transposed = False
-    for name, module in list(layer.named_modules()):
-        if is_stacked(module):
-            transposed = is_transposed(module)
-            count, hidden, inner = stacked_sizes(module)
-            shapes = dict(zip(family.experts, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True))
-            with torch.device("meta"):
-                experts = [
-                    Expert({n: nn.Linear(*shape, bias=False) for n, shape in shapes.items()}, module.act_fn)
-                    for _ in range(count)
-                ]
-            layer.set_submodule(name, Experts(experts))
-    return transposed
+def _unstack(layer: nn.Module, family: Family) -> list[nn.Module]:
+    """Split stacked experts into linears on the meta device. Returns what was replaced."""
+    stacks = {name: module for name, module in layer.named_modules() if is_stacked(module)}
+    for name, module in stacks.items():
+        count, hidden, inner = stacked_sizes(module)
+        shapes = dict(zip(family.experts, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True))
+        bias = is_interleaved(module)
+        with torch.device("meta"):
+            linears = [{n: nn.Linear(*shape, bias=bias) for n, shape in shapes.items()} for _ in range(count)]
+        layer.set_submodule(name, Experts([Expert(each, gating(module)) for each in linears]))
+    return list(stacks.values())

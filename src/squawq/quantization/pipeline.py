@@ -28,7 +28,7 @@ from squawq.errors import ConfigError
 from squawq.format.files import copy_file, read_json, write_json
 from squawq.format.shards import write_index
 from squawq.layerwise.plan import as_stored
-from squawq.layerwise.tensor_names import read_finite
+from squawq.layerwise.tensor_names import read_finite, weight_count
 from squawq.memory import measured
 from squawq.progress import LayerProgress, console
 from squawq.quant_config import QuantConfig
@@ -310,7 +310,7 @@ def _finish(work: Work, job: Job, checks: _Checks | None, observer: Observer) ->
         "method": config.method,
         "source_bytes": checkpoint.nbytes(),
         "bytes": size,
-        "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
+        "parameters": sum(weight_count(checkpoint, name) for name in checkpoint.tensors),
         "embedding_bytes": math.prod(blocks.meta_model.outer[f"{blocks.family.embedding}.weight"]) * 2,
         "calibration": work.calibration,
         "calibration_tokens": 0 if tokens is None else tokens.numel(),
