@@ -76,7 +76,7 @@ FLOORS: dict[str, float] = {
 }
 DOORS = {
     "safetensors": ("format.",),
-    "transformers": ("layerwise.meta_model", "layerwise.attention", "integrations."),
+    "transformers": ("layerwise.meta_model", "layerwise.text_models", "layerwise.attention", "integrations."),
     "typer": ("cli", "commands.", "serve.flags", "serve.launcher", "serve.tgi_launcher"),
     "yaml": ("serve.launcher",),
     "datasets": ("quantization.calibration",),

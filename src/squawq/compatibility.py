@@ -28,7 +28,8 @@ VLLM = (  # families of ours whose architecture is in vLLM's registry
     *("granitemoe", "hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "jais2", "llama", "llama4_text"),
     *("minicpm3", "minimax_m2", "mistral", "mixtral", "nemotron", "olmo", "olmo2"),
     *("olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe"),
-    *("qwen3", "qwen3_moe", "qwen3_next", "seed_oss", "stablelm", "starcoder2"),
+    *("qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl_text"),
+    *("seed_oss", "stablelm", "starcoder2"),
 )
 TGI = (  # those in TGI's list of supported models
     *("cohere", "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "granite"),

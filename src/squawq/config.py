@@ -28,8 +28,9 @@ WINDOWLESS = (  # that have none, whatever config.json says
     *("llama", "gemma", "granite", "olmo2", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "qwen3_vl_text"),
     *("arcee", "internlm3", "iquestcoder", "seed_oss", "ernie4_5_moe", "glm4_moe", "minimax_m2", "olmoe"),
 )
-# that have windows only where use_sliding_window is true
-SWITCHED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_5_vl_text", "smollm3")
+SWITCHED = (  # that have windows only where use_sliding_window is true
+    *("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_moe", "smollm3"),
+)
 WINDOWS = {"gemma2": 4096, "gemma3_text": 4096, "cwm": 8192}  # where config.json does not say
 PATTERNS = {  # one layer of so many is full
     "gemma2": 2,
@@ -39,7 +40,7 @@ PATTERNS = {  # one layer of so many is full
     "cohere2": 4,
     "cwm": 4,
 }
-TEXT_OF = {"qwen2_5_vl": "qwen2_5_vl_text"}  # multimodal models whose config.json may have all on one level
+FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}  # multimodal model_type -> its text model's
 LEFT_OUT = {
     "gemma3_text": {
         "num_attention_heads": 8,
@@ -56,6 +57,15 @@ def without(config: Any, keys: Collection[str]) -> Any:
     if not isinstance(config, Mapping):
         return config
     return {key: without(value, keys) for key, value in config.items() if key not in keys}
+
+
+def with_text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A multimodal model's config.json with the text model's keys in `text_config`: early ones have them at the top."""
+    text_type = FLAT.get(str(raw.get("model_type")))
+    if text_type is None or "text_config" in raw:
+        return raw
+    text = {key: value for key, value in raw.items() if key not in ("vision_config", "quantization_config")}
+    return {**raw, "text_config": {**text, "model_type": text_type}}
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,8 @@ class ModelConfig:
     @property
     def layout(self) -> str:
         """How the quantized linears lie on disk: a key of `format.layouts.LAYOUTS`."""
-        return read_quantization(self.raw.get("quantization_config") or {}, "config.json")[1]
+        stated = {} if self.quant is None else self.raw.get("quantization_config")
+        return read_quantization(stated or {}, "config.json")[1]
 
     @property
     def quant_method(self) -> str:
@@ -180,6 +191,8 @@ class ModelConfig:
         quant = file.get("quantization_config")
         if quant is not None and not isinstance(quant, Mapping):
             raise CheckpointError(f"{where}: quantization_config must be an object")
+        if quant is not None and quant.get("quant_method") == "mxfp4":
+            quant = None  # as trained: what gpt-oss has in place of 16 bits
         window = _sliding_window(raw, where)
         layer_types = _layer_types(raw, layers, window, where)
         return cls(
@@ -208,9 +221,10 @@ class ModelConfig:
 
 def _text_config(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The keys of the text model, with what its configs leave out because transformers has it as a default."""
+    raw = with_text_config(raw)
     text = raw.get("text_config")
     if text is None:
-        return {**raw, "model_type": TEXT_OF.get(str(raw.get("model_type")), raw.get("model_type"))}
+        return raw
     if not isinstance(text, Mapping):
         raise CheckpointError(f"{where}: text_config must be an object")
     outer = {key: value for key, value in raw.items() if key != "text_config"}

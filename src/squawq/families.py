@@ -80,6 +80,7 @@ class Family:
     never_clip: tuple[str, ...] = ("q_proj", "k_proj", "q_a_proj", "q_b_proj")  # it hurts attention scores (llm-awq)
     norm_offset: float = 0.0  # norms multiply by their weight plus this
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # as checkpoints spell them
+    routers: tuple[str, ...] = ()  # linears in 16 bits whose input no group reads
     decoder: Traits | None = None  # for nn/, if it runs the family
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -92,7 +93,8 @@ class Family:
     @property
     def linears(self) -> tuple[str, ...]:
         """Every linear that a layer may have, with * for an expert's number; those that are never converted, too."""
-        return tuple(name for group in self.groups for name in (*group.linears, *group.unquantized_consumers))
+        grouped = (name for group in self.groups for name in (*group.linears, *group.unquantized_consumers))
+        return (*grouped, *self.routers)
 
     def layer_groups(self, modules: Sequence[str]) -> tuple[ScalingGroup, ...]:
         """The groups of a layer that has these modules: stars written out, what the layer has not left out."""
@@ -135,7 +137,7 @@ def _matching(pattern: str, modules: Sequence[str]) -> list[str]:
 
 def expert_of(linear: str) -> str | None:
     """The expert that a linear is part of (mlp.experts.3), None for one that sees every token."""
-    found = re.match(r"(.*\.experts\.\d+)\.", linear)
+    found = re.match(r"((?:.*\.)?experts\.\d+)\.", linear)
     return found.group(1) if found else None
 
 
@@ -234,6 +236,13 @@ _LLAMA = _attention() + _gated()
 _MULTIPLIED = _attention(adds=False) + _gated(adds=False)  # what is added is multiplied or normalized first
 _UNSCALED = _attention("") + _gated("")  # norms come after attention and MLP, or have no weight
 _GEMMA = _attention(adds=False) + _gated("pre_feedforward_layernorm", adds=False)
+_GEMMA4 = (  # a norm without weights comes after v_proj; experts beside the MLP have a norm and a router of their own
+    *_attention(adds=False)[:1],
+    ScalingGroup("", ("self_attn.o_proj",)),
+    *_GEMMA[2:],
+    ScalingGroup("pre_feedforward_layernorm_2", ("experts.*.gate_proj", "experts.*.up_proj"), input="experts"),
+    ScalingGroup("experts.*.up_proj", ("experts.*.down_proj",)),
+)
 _DENSE_OR_MOE = _gated() + _moe("gate")  # the first layers of these have no experts
 _QWEN_MOE = _gated() + _moe("gate", "shared_expert_gate", shared="shared_expert")
 _GRANITE_MOE = _moe("router", block="block_sparse_moe", names=_W123)
@@ -254,7 +263,7 @@ def _rows(model_types: str, groups: Groups, **settings: Any) -> dict[str, Family
 
 FAMILIES = {
     **_rows("llama internlm3 iquestcoder ministral mistral qwen2 seed_oss", _LLAMA, decoder=Traits()),
-    **_rows("cwm ministral3 qwen2_5_vl_text smollm3", _LLAMA, decoder=Traits()),
+    **_rows("cwm ministral3 qwen2_vl_text qwen2_5_vl_text smollm3", _LLAMA, decoder=Traits()),
     **_rows("qwen3 qwen3_vl_text", _LLAMA, decoder=Traits(qk_norm="head")),
     **_rows("ernie4_5 helium", _LLAMA, decoder=Traits(interleaved=True)),
     **_rows("hunyuan_v1_dense", _LLAMA, decoder=Traits(qk_norm="head", qk_names=_HUNYUAN_NORMS, rope_first=True)),
@@ -265,6 +274,7 @@ FAMILIES = {
     **_rows("gemma2", _GEMMA, norm_offset=1.0, decoder=Traits(_FOUR_NORMS, wide=True)),
     **_rows("gemma3_text", _GEMMA, norm_offset=1.0, decoder=Traits(_FOUR_NORMS, "head", wide=True)),
     **_rows("vaultgemma", _GEMMA, norm_offset=1.0),
+    **_rows("gemma4_text", _GEMMA4, routers=("router.proj",)),
     **_rows("olmo", _UNSCALED),
     **_rows("olmo2 olmo3", _UNSCALED, decoder=Traits(_NORMS_AFTER, "whole")),
     **_rows("exaone4", _UNSCALED, decoder=Traits(_NORMS_AFTER, "head")),
@@ -300,7 +310,7 @@ FAMILIES = {
     **_rows("ernie4_5_moe", _attention() + _DENSE_OR_MOE, decoder=Traits(interleaved=True)),
     **_rows("glm4_moe", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head", qk_flag="use_qk_norm")),
     **_rows("olmoe", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="whole")),
-    **_rows("exaone_moe solar_open", _attention() + _DENSE_OR_MOE),
+    **_rows("exaone_moe qwen3_vl_moe_text solar_open", _attention() + _DENSE_OR_MOE),
     **_rows("qwen2_moe", _attention() + _QWEN_MOE, decoder=Traits()),
     **_rows(
         "qwen3_next",
@@ -314,6 +324,7 @@ FAMILIES = {
     **_rows("minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123, decoder=Traits(qk_norm="whole")),
     **_rows("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
     **_rows("flex_olmo", _attention("") + _moe("gate", norm="")),
+    **_rows("gpt_oss", (*_attention(), *_moe("router")[:1], ScalingGroup("", ("mlp.experts.*.down_proj",)))),
     **_rows("hunyuan_v1_moe", _attention() + _moe("gate.wg", shared="shared_mlp")),
     **_rows("granitemoe granitemoe_swa", _attention(adds=False) + _GRANITE_MOE, experts=_W123),
     **_rows(

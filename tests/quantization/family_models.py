@@ -43,7 +43,9 @@ SIZES: dict[str, Any] = {  # under every name that some config has for them
 
 def family_model(model_type: str, folder: Path, **changes: Any) -> Any:
     """Make a model with two small layers, save it as transformers does, and return it in float32."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
+
+    from squawq.layerwise.text_models import causal_lm
 
     kind = CONFIG_MAPPING[model_type]
     known = {*signature(kind).parameters, *getattr(kind, "attribute_map", {})}
@@ -52,8 +54,13 @@ def family_model(model_type: str, folder: Path, **changes: Any) -> Any:
         sizes["layer_types"] = ["linear_attention", "full_attention"]
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    if model_type == "gemma4_text":
+        sizes |= {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "top_k_experts": 2}
+        sizes |= {"attention_k_eq_v": True, "layer_types": ["sliding_attention", "full_attention"]}
+    if "_vl_" in model_type:
+        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**sizes), dtype=torch.float32).eval()
+    model = causal_lm(kind(**sizes)).eval()
     randomize(model, FAMILIES[model_type].norm_offset)
     model.save_pretrained(folder)
     return model
@@ -96,7 +103,13 @@ def dense_folder(awq: Path, source: Path, out: Path) -> Path:
         gate, up, down = ("gate_proj", "up_proj", "down_proj") if (0, "up_proj") in found else ("w1", "w3", "w2")
         wanted = (down,) if re.search("down_proj|output", fused) else (gate, up)
         stack = torch.stack([torch.cat([found[e, part] for part in wanted]) for e in range(len(tensor))])
-        tensors[fused] = stack if stack.shape == tensor.shape and "llama4" not in str(source) else stack.transpose(1, 2)
+        if f"{fused}_bias" in load_file(source / "model.safetensors"):  # gpt-oss: gate and up alternate
+            bias = [[tensors[f"{parent}.experts.{e}.{part}.bias"] for part in wanted] for e in range(len(tensor))]
+            tensors[f"{fused}_bias"] = torch.stack([torch.stack(each, -1).flatten() for each in bias])
+            each = [torch.stack([found[e, part] for part in wanted], 1).flatten(0, 1) for e in range(len(tensor))]
+            stack = torch.stack(each)
+        turned = any(name in str(source) for name in ("llama4", "gpt_oss"))
+        tensors[fused] = stack if stack.shape == tensor.shape and not turned else stack.transpose(1, 2)
     for name in [n for n in tensors if re.search(r"experts\.\d+\.", n) and _fused(source)]:
         del tensors[name]
     out.mkdir()

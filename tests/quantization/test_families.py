@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +59,7 @@ def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypa
             is_gate = row["out_features"] < 8  # as many as there are experts, or one
             assert row.get("kept_in_16_bits") == (GATE if is_gate else None)
             assert is_gate or math.isfinite(row["loss"])
-            assert ("tokens" in row) == (".experts." in name)
+            assert ("tokens" in row) == bool(re.search(r"(^|\.)experts\.", name))
     ids = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(6))
     dense = dense_folder(tmp_path / "awq", tmp_path / "model", tmp_path / "dense")
     with torch.no_grad():
@@ -223,6 +225,45 @@ def test_the_text_model_of_a_larger_one(tmp_path: Path) -> None:
     assert 0 < score["kl_mean"] < 1
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_text_model_of_qwen_with_vision(flat: bool, tmp_path: Path) -> None:
+    """Early config.json have the text model's keys at the top, and early names are model.layers and visual."""
+    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    import squawq.transformers
+
+    known = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    text = {name: SIZES[name] for name in (*known, "vocab_size", "max_position_embeddings")}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    config = Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope},
+        vision_config={**vision, "patch_size": 14, "window_size": 28, "fullatt_block_indexes": [0]},
+        tie_word_embeddings=flat,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    randomize(model, 0.0)
+    folder, awq = tmp_path / "model", tmp_path / "awq"
+    model.save_pretrained(folder)
+    if flat:
+        raw = json.loads((folder / "config.json").read_text())
+        inner = raw.pop("text_config")
+        del inner["model_type"], inner["rope_parameters"]
+        rope = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "rope_theta": 10000.0}
+        (folder / "config.json").write_text(json.dumps({**inner, **raw, **rope}))
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {re.sub(r"^model\.(language_model|(?=visual))", r"", n): t for n, t in tensors.items()}
+        tensors = {re.sub(r"^\.(layers|embed_tokens|norm)", r"model.\1", n): t for n, t in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    report = squawq.quantize(folder, awq, SMALL, calibration=ROWS.tolist())
+    assert [row["name"] for row in report["kept_in_16_bits"]] == ["visual"]
+    with torch.no_grad():
+        wanted = model(ROWS[:1]).logits
+        found = AutoModelForImageTextToText.from_pretrained(awq)(ROWS[:1]).logits
+    assert (found - wanted).abs().mean() < 0.3 * wanted.abs().mean()
+    assert 0 < squawq.evaluate(awq, folder, ids=ROWS[0].tolist(), window=32)["kl_mean"] < 1
+
+
 def test_a_row_that_forgets_a_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family_model("llama", tmp_path / "model")
     groups = tuple(group for group in FAMILIES["llama"].groups if "mlp.down_proj" not in group.linears)
@@ -248,15 +289,32 @@ def test_the_room_asked_for_counts_experts(model_type: str, tmp_path: Path, monk
     assert asked == [report["bytes"]]
 
 
-def test_layers_that_transformers_leaves_aside_are_said(tmp_path: Path) -> None:
-    """DeepSeek-V3's checkpoint has a layer 61 that predicts further tokens, beside the model's own 61."""
-    family_model("deepseek_v3", tmp_path / "model")
+@pytest.mark.parametrize(
+    ("model_type", "part", "tensors"),
+    [
+        ("deepseek_v3", "model.layers.61", ("eh_proj.weight", "mlp.gate.e_score_correction_bias")),
+        ("qwen3_5_text", "mtp", ("fc.weight", "layers.0.mlp.up_proj.weight")),
+    ],
+)
+def test_multi_token_prediction_is_copied(model_type: str, part: str, tensors: tuple[str, ...], tmp_path: Path) -> None:
+    """Layers that transformers does not load, and other engines draft with."""
+    from transformers import AutoModelForCausalLM
+
+    import squawq.transformers
+
+    family_model(model_type, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
-    save_file({**load_file(file), "model.layers.61.eh_proj.weight": torch.zeros(64, 64)}, file, {"format": "pt"})
+    further = {f"{part}.{name}": torch.randn(64, 32 * place + 1) for place, name in enumerate(tensors)}
+    save_file({**load_file(file), **further}, file, {"format": "pt"})
     report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
-    said = "1 tensors that transformers does not load are not written, such as model.layers.61.eh_proj.weight"
-    assert report["notes"][-1] == said
-    assert "model.layers.61.eh_proj.weight" not in Checkpoint(tmp_path / "awq").tensors
+    assert {"name": part, "reason": "beside the text model"} in report["kept_in_16_bits"]
+    quantized = Checkpoint(tmp_path / "awq")
+    assert quantized.config.quant is not None
+    assert part in quantized.config.quant.modules_to_not_convert
+    for name, tensor in further.items():
+        exact = name.endswith("correction_bias")  # of a router: as it was
+        assert torch.equal(quantized.read(name), tensor if exact else tensor.half())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "awq")(ROWS[:1]).logits.isfinite().all()
 
 
 def test_an_expert_of_another_shape_is_named(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
     ends = {stored for name, stored in names.on_disk.items() if name.rpartition(".")[0] in (family.norm, family.head)}
     head, placed = names.stored_module(family.head), ends | set(chain(*layers))
     dropped = {name for name in ends if config.tied_embeddings and name.rpartition(".")[0] == head}
-    first = [name for name in (*names.stored_names, *names.ignored) if name not in placed]
-    matrices = [name for name in chain(*layers, names.ignored) if _is_matrix(checkpoint, name)]
+    first = [name for name in names.stored_names if name not in placed]
+    matrices = [name for name in chain(*layers) if _is_matrix(checkpoint, name)]
     kept = [name.removesuffix(".weight") for name in matrices]
     targets = ["Linear", *([head] if head in shapes else [])]
     last = [name for name in names.on_disk.values() if name in ends - dropped]

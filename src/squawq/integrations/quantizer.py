@@ -28,7 +28,7 @@ from squawq.errors import CheckpointError, ConfigError
 from squawq.format.layouts import LAYOUTS
 from squawq.format.shards import TensorInfo, read_header
 from squawq.integrations.linear import AwqLinear
-from squawq.nn.experts import Expert, Experts, expert_names, is_stacked, stacked_sizes
+from squawq.nn.experts import Expert, Experts, expert_names, gating, is_stacked, stacked_sizes
 from squawq.quant_config import QuantConfig
 
 logger = logging.getLogger("squawq")
@@ -182,7 +182,7 @@ class SquawqQuantizer(HfQuantizer):  # type: ignore[misc]
         for index in range(count):
             places = {name: f"{path}.{index}.{name}" for name in names}
             linears = {n: self._layer(place, stored, *shapes[n]) for n, place in places.items()}
-            experts.append(Expert(linears, module.act_fn))
+            experts.append(Expert(linears, gating(module)))
         model.set_submodule(path, Experts(experts))
 
     def _layer(self, path: str, stored: Mapping[str, TensorInfo], in_features: int, out_features: int) -> nn.Module:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from squawq.config import with_text_config
 from squawq.config_values import MAX_LAYERS, MAX_REAL, MAX_SIZE
 from squawq.errors import CheckpointError, ConfigError, SquawqError
 from squawq.families import Family, ScalingGroup
-from squawq.nn.experts import Expert, Experts, is_stacked, is_transposed, stacked_sizes
+from squawq.nn.experts import Expert, Experts, gating, is_interleaved, is_stacked, is_transposed, stacked_sizes
 
 Arguments = dict[str, Any]
 MAX_MODULES = 2**17
@@ -40,6 +41,7 @@ class MetaModel:
         outer: Shapes of the tensors outside the layers, by name in the text model.
         ignored: Patterns of checkpoint names that transformers does not load.
         transposed: Whether the architecture stacks its experts' weights as [in, out].
+        interleaved: Whether gate and up alternate in them.
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str, family: Family, device: str = "cpu") -> None:
@@ -59,7 +61,8 @@ class MetaModel:
             self.model = _build(raw, where)
             self.config = self.model.config
             self.layers: Any = self.model.get_submodule(family.layers)
-            self.transposed = any(_unstack(layer, family) for layer in self.layers)
+            stacks = [stack for layer in self.layers for stack in _unstack(layer, family)]
+        self.transposed, self.interleaved = any(map(is_transposed, stacks)), any(map(is_interleaved, stacks))
         self.ignored: list[str] = list(self.model._keys_to_ignore_on_load_unexpected or ())
         state = self.model.state_dict()
         self.outer = {n: tuple(t.shape) for n, t in state.items() if not n.startswith(f"{family.layers}.")}
@@ -74,6 +77,7 @@ class MetaModel:
         modules = dict(self.layers[index].named_modules())
         groups = self.family.layer_groups(list(modules))
         known = {name for group in groups for name in (*group.linears, *group.unquantized_consumers)}
+        known.update(self.family.routers)
         for name, module in modules.items():
             if isinstance(module, nn.Linear) and name not in known:
                 raise ConfigError(
@@ -85,7 +89,8 @@ class MetaModel:
     def shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of a layer's linears and routers, as the architecture has them."""
         names = [name for group in self.groups(index) for name in (*group.linears, *group.unquantized_consumers)]
-        weights: dict[str, Any] = {name: self.layers[index].get_submodule(name).weight for name in names}
+        modules: dict[str, Any] = dict(self.layers[index].named_modules())
+        weights = {name: modules[name].weight for name in (*names, *self.family.routers) if name in modules}
         return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
     def fill_constants(self, parts: Iterable[nn.Module]) -> None:
@@ -117,7 +122,7 @@ class MetaModel:
         used, compact = torch.unique(ids, return_inverse=True)
         given: list[Tensor] = []
 
-        def first(hidden: Tensor, **_: Any) -> Tensor:
+        def first(hidden: Tensor, *_: object, **__: Any) -> Tensor:
             given.append(hidden)
             return hidden
 
@@ -131,7 +136,7 @@ class MetaModel:
             found = self._arguments[blocks, tokens, dtype] = [{} for _ in self.layers]
 
             def keep(index: int) -> Callable[..., Tensor]:
-                def layer(hidden: Tensor, **kwargs: Any) -> Tensor:
+                def layer(hidden: Tensor, *_: object, **kwargs: Any) -> Tensor:
                     found[index] = kwargs
                     return hidden
 
@@ -260,6 +265,7 @@ def transformers_config(raw: Mapping[str, Any], where: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     with refusing(where):
+        raw = with_text_config(raw)
         kind = raw.get("model_type")
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise CheckpointError(f"{where}: transformers has no model_type {kind!r:.100}")
@@ -271,7 +277,9 @@ def transformers_config(raw: Mapping[str, Any], where: str) -> Any:
             inner = _known_keys(found, text, where)
             settings["text_config"] = inner | ({"model_type": text["model_type"]} if "model_type" in text else {})
         config = CONFIG_MAPPING[kind].from_dict(settings).get_text_config()
-        config.tie_word_embeddings = bool(config.tie_word_embeddings)
+        tied = getattr(config, "tie_word_embeddings", raw.get("tie_word_embeddings"))  # some keep it outside
+        if tied is not None:
+            config.tie_word_embeddings = bool(tied)
         if getattr(config, "attn_logit_softcapping", None) is not None:
             config._attn_implementation = "eager"  # sdpa leaves the cap out
         return config
@@ -304,25 +312,21 @@ def _check_numbers(key: str, value: Any, where: str) -> None:
 
 
 def _build(raw: Mapping[str, Any], where: str) -> Any:
-    from transformers import AutoModelForCausalLM
+    from squawq.layerwise.text_models import causal_lm
 
     config = transformers_config(raw, where)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return causal_lm(config).eval()
 
 
-def _unstack(layer: nn.Module, family: Family) -> bool:
-    """Split stacked experts into linears on the meta device. Returns whether the stack was transposed."""
-    transposed = False
-    for name, module in list(layer.named_modules()):
-        if is_stacked(module):
-            transposed = is_transposed(module)
-            count, hidden, inner = stacked_sizes(module)
-            shapes = dict(zip(family.experts, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True))
-            with torch.device("meta"):
-                experts = [
-                    Expert({n: nn.Linear(*shape, bias=False) for n, shape in shapes.items()}, module.act_fn)
-                    for _ in range(count)
-                ]
-            layer.set_submodule(name, Experts(experts))
-    return transposed
+def _unstack(layer: nn.Module, family: Family) -> list[nn.Module]:
+    """Split stacked experts into linears on the meta device. Returns what was replaced."""
+    stacks = {name: module for name, module in layer.named_modules() if is_stacked(module)}
+    for name, module in stacks.items():
+        count, hidden, inner = stacked_sizes(module)
+        shapes = dict(zip(family.experts, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True))
+        bias = is_interleaved(module)
+        with torch.device("meta"):
+            linears = [{n: nn.Linear(*shape, bias=bias) for n, shape in shapes.items()} for _ in range(count)]
+        layer.set_submodule(name, Experts([Expert(each, gating(module)) for each in linears]))
+    return list(stacks.values())

@@ -42,7 +42,8 @@ class LayerPlan:
                 first = next(iter(reasons))
                 self.kept[name] = reasons.get(name, f"shares its input with {first}, which stays in 16 bits")
         self.converted = [name for group in groups for name in group.linears if name not in self.kept]
-        self.kept |= dict.fromkeys((name for group in groups for name in group.unquantized_consumers), GATE)
+        gates = [name for group in groups for name in group.unquantized_consumers]
+        self.kept |= dict.fromkeys((*gates, *(name for name in family.routers if name in shapes)), GATE)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,7 +52,7 @@ class LayerPlan:
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the layer that is not quantized, converted to its dtype on disk."""
-        return tensor if name.endswith(EXACT) else cast(tensor, self.dtype, f"{self.prefix}.{name}")
+        return as_stored(tensor, self.dtype, f"{self.prefix}.{name}")
 
     def _kept_reason(self, name: str, out_features: int, in_features: int) -> str | None:
         if self.config.skips(f"{self.prefix}.{name}"):
@@ -61,6 +62,11 @@ class LayerPlan:
         if out_features % PER_WORD:
             return f"out_features {out_features} is not a multiple of {PER_WORD}"
         return None
+
+
+def as_stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor that is not quantized, converted to its dtype on disk: routers' biases (EXACT) keep theirs."""
+    return tensor if name.endswith(EXACT) else cast(tensor, dtype, name)
 
 
 def _fused_with(group: int, linear: str) -> object:

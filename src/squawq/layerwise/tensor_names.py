@@ -1,25 +1,30 @@
 """Maps the model's tensor names to the checkpoint's, and reads a tensor however it is stored.
 
 Checkpoints often use older names than transformers. A weight is stored as it is, as 4-bit integers, or as a slice of
-one parameter that stacks all experts.
+one parameter that stacks all experts, in 16 bits or MXFP4.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
+from squawq.config import with_text_config
 from squawq.errors import CheckpointError
 from squawq.families import expert_of
+from squawq.format.mxfp4 import BLOCKS, SCALES, dequantize
 from squawq.format.reader import Checkpoint
 from squawq.layerwise.meta_model import MetaModel
 
 LANGUAGE_MODEL = re.compile(r"^(model\.language_model|language_model\.model)\.")
 LANGUAGE_HEAD = re.compile(r"^(model\.)?language_model\.(?=lm_head\.)")
+PART = re.compile(r"^((model|language_model)\.)*layers\.\d+|(?<=^model\.)\w+|^(?!model\.)\w+")  # beside the text model
 FUSED = ("gate_up_proj", "down_proj")  # parameters that stack all experts of a layer; gate before up
+STACKED = re.compile(rf"({'|'.join(FUSED)})(_bias|{BLOCKS}|{SCALES})?")
 
 
 class TensorNames:
@@ -27,22 +32,22 @@ class TensorNames:
 
     Attributes:
         on_disk: Name in the checkpoint, by name in the model.
-        other_tensors: Tensors of parts beside the text model, such as a vision tower, by name in the checkpoint.
-        ignored: Tensors that transformers does not load, such as those of multi-token prediction layers.
+        other_tensors: Tensors of parts beside the text model, by name in the checkpoint: a vision tower, or layers for
+            multi-token prediction, which transformers does not load.
 
     Raises:
         CheckpointError: A tensor in the checkpoint does not belong to the model.
     """
 
     def __init__(self, checkpoint: Checkpoint, meta_model: MetaModel) -> None:
-        self.checkpoint, self.family, self.transposed = checkpoint, meta_model.family, meta_model.transposed
+        self.checkpoint, self.family = checkpoint, meta_model.family
+        self.transposed, self.interleaved = meta_model.transposed, meta_model.interleaved
         self._integers = checkpoint.layout.integers
         self.on_disk: dict[str, str] = {}
         self.other_tensors: list[str] = []
-        self.ignored: list[str] = []
         self._of_layer: dict[int, list[str]] = {}
         family, outer, rename = meta_model.family, meta_model.outer, meta_model.renaming()
-        nested = "text_config" in checkpoint.config.raw
+        nested = "text_config" in with_text_config(checkpoint.config.raw)
         layer = re.compile(re.escape(family.layers) + r"\.(\d+)\.")
         for stored, info in checkpoint.tensors.items():
             text = LANGUAGE_HEAD.sub("", LANGUAGE_MODEL.sub("model.", stored)) if nested else stored
@@ -56,10 +61,8 @@ class TensorNames:
                 self.on_disk[name] = stored
             elif name in outer or owner == family.head or f"{owner}.weight" in outer:
                 self.on_disk[name] = stored
-            elif nested and text == stored:
+            elif (nested and text == stored) or any(re.search(pattern, name) for pattern in meta_model.ignored):
                 self.other_tensors.append(stored)
-            elif any(re.search(pattern, name) for pattern in meta_model.ignored):
-                self.ignored.append(stored)
             else:
                 raise CheckpointError(f"{info.file}: tensor {stored!r} does not belong to a {family.model_type} model")
 
@@ -71,16 +74,22 @@ class TensorNames:
         for own in ("weight", self._integers):
             if f"{owner}.{own}" in self.on_disk:
                 return self.on_disk[f"{owner}.{own}"].removesuffix(own) + kind
-        experts = _experts_of(name)
-        on_disk = self.on_disk.get(f"{experts}.{FUSED[0]}", "")
-        return on_disk.removesuffix(FUSED[0]) + name.removeprefix(f"{experts}.") if on_disk.endswith(FUSED[0]) else name
+        stack = self._stack(name, FUSED[0])
+        return stack.rpartition(FUSED[0])[0] + name.removeprefix(f"{_experts_of(name)}.") if stack else name
 
     def storage_name(self, name: str) -> str:
         """Name of the tensor in the checkpoint that stores a tensor of the model: its own, or the stacked experts."""
-        if name not in self.on_disk and (experts := _experts_of(name)) and f"{experts}.{FUSED[0]}" in self.on_disk:
-            part = self.family.experts.index(name.removesuffix(".weight").rpartition(".")[2])
-            return self.on_disk[f"{experts}.{FUSED[part // 2]}"]
-        return self.stored_name(name)
+        if name in self.on_disk or not self._stack(name, FUSED[0]):
+            return self.stored_name(name)
+        linear = name.rpartition(".")[0].rpartition(".")[2]
+        return self._stack(name, FUSED[self.family.experts.index(linear) // 2])
+
+    def _stack(self, name: str, fused: str) -> str:
+        """Name in the checkpoint of the parameter, or of its MXFP4 blocks, that has a tensor of all experts; or ""."""
+        place = f"{_experts_of(name)}.{fused}"
+        if name.endswith(".bias"):
+            return self.on_disk.get(f"{place}_bias", "")
+        return self.on_disk.get(place) or self.on_disk.get(place + BLOCKS, "")
 
     @property
     def stored_names(self) -> list[str]:
@@ -89,8 +98,8 @@ class TensorNames:
 
     @property
     def other_parts(self) -> list[str]:
-        """Names of the parts beside the text model, such as vision_tower."""
-        return sorted({name.removeprefix("model.").partition(".")[0] for name in self.other_tensors})
+        """Names of the parts beside the text model, such as vision_tower, mtp, or a further layer (model.layers.61)."""
+        return sorted({found.group() for name in self.other_tensors if (found := PART.search(name))})
 
     def stored_module(self, name: str) -> str:
         """Name in the checkpoint of a module of the model."""
@@ -103,7 +112,7 @@ class TensorNames:
     def has(self, name: str) -> bool:
         """Whether the checkpoint stores a tensor of the model, in whatever form."""
         owner = name.rpartition(".")[0]
-        return bool({name, f"{owner}.{self._integers}", f"{_experts_of(name)}.{FUSED[0]}"} & self.on_disk.keys())
+        return bool({name, f"{owner}.{self._integers}"} & self.on_disk.keys() or self._stack(name, FUSED[0]))
 
     def check(self, expected: Collection[str], index: int | None = None) -> None:
         """Raise CheckpointError for a missing tensor, and for one of layer `index` that is not expected."""
@@ -113,7 +122,7 @@ class TensorNames:
         for name in self._of_layer.get(index, ()) if index is not None else ():
             owner, _, kind = name.rpartition(".")
             whole = f"{owner}.weight" if kind in self.checkpoint.layout.tensors else name
-            if whole not in expected and not (kind in FUSED and owner.endswith(".experts")):
+            if whole not in expected and not (STACKED.fullmatch(kind) and owner.endswith("experts")):
                 stored = self.on_disk[name]
                 file = self.checkpoint.info(stored).file
                 raise CheckpointError(f"{file}: tensor {stored!r} does not belong to this architecture")
@@ -136,28 +145,43 @@ class TensorNames:
             out, inputs = shape
             stored = self.on_disk[f"{owner}.{self._integers}"].removesuffix(f".{self._integers}")
             return self.checkpoint.read_weight(stored, inputs, out)
-        fused = f"{_experts_of(name)}.{FUSED[0]}"
-        if name not in self.on_disk and fused in self.on_disk:
+        if name not in self.on_disk and self._stack(name, FUSED[0]):
             return self._slice(name, shape)
         return read_finite(self.checkpoint, self.stored_name(name), shape)
 
     def _slice(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One expert's weight [out, in] from the parameter that stacks all experts."""
-        expert, _, linear = name.removesuffix(".weight").rpartition(".")
+        """One expert's weight [out, in] or bias [out] from the parameter that stacks all experts."""
+        expert, _, linear = name.rpartition(".")[0].rpartition(".")
         number, part = int(expert.rpartition(".")[2]), self.family.experts.index(linear)
-        stored, (out, inputs) = self.storage_name(name), shape
-        rows = out * (1 if part == 2 else 2)
+        stored, rows = self.storage_name(name), shape[0] * (1 if part == 2 else 2)
         info = self.checkpoint.info(stored)
-        needed = [inputs, rows] if self.transposed else [rows, inputs]
-        if len(info.shape) != 3 or list(info.shape[1:]) != needed or number >= info.shape[0]:
-            raise CheckpointError(
-                f"{info.file}: tensor {stored!r} has shape {list(info.shape)}; [experts, {needed[0]}, "
-                f"{needed[1]}] is needed"
-            )
-        weight = self.checkpoint.read(stored, index=number)
-        weight = weight.T if self.transposed else weight
-        first = out if part == 1 else 0
-        return _finite(weight[first : first + out].contiguous(), self.checkpoint, stored)
+        if stored.endswith(BLOCKS):
+            whole = self._read_mxfp4(stored, number, rows, shape[1])
+        else:
+            turned = self.transposed and len(shape) == 2
+            needed = (shape[1], rows) if turned else (rows, *shape[1:])
+            if len(info.shape) != len(needed) + 1 or info.shape[1:] != needed or number >= info.shape[0]:
+                sizes = ", ".join(map(str, needed))
+                raise CheckpointError(
+                    f"{info.file}: tensor {stored!r} has shape {list(info.shape)}; [experts, {sizes}] is needed"
+                )
+            whole = self.checkpoint.read(stored, index=number)
+            whole = whole.T if turned else whole
+        halves = (whole[0::2], whole[1::2]) if self.interleaved else (whole[: shape[0]], whole[shape[0] :])
+        return _finite((*halves, whole)[part].contiguous(), self.checkpoint, stored)
+
+    def _read_mxfp4(self, blocks: str, number: int, rows: int, inputs: int) -> Tensor:
+        """One expert's weight, float32 [rows, inputs], from MXFP4 of all experts."""
+        scales = blocks.removesuffix(BLOCKS) + SCALES
+        for name, needed in ((blocks, (rows, inputs // 32, 16)), (scales, (rows, inputs // 32))):
+            info = self.checkpoint.info(name)
+            if info.dtype != torch.uint8 or info.shape[1:] != needed or number >= info.shape[0] or inputs % 32:
+                sizes = ", ".join(map(str, needed))
+                raise CheckpointError(
+                    f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}; torch.uint8 [experts, {sizes}] "
+                    "is needed"
+                )
+        return dequantize(*(self.checkpoint.read(name, index=number) for name in (blocks, scales)))
 
 
 def _experts_of(name: str) -> str:
@@ -182,10 +206,18 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return result
 
 
-def check_floating(checkpoint: Checkpoint, name: str) -> None:
-    """Raise CheckpointError for a tensor of integers or booleans."""
+def weight_count(checkpoint: Checkpoint, name: str) -> int:
+    """How many weights a tensor of a 16-bit or MXFP4 checkpoint holds."""
     info = checkpoint.info(name)
-    if not info.dtype.is_floating_point:
+    if info.dtype != torch.uint8:
+        return math.prod(info.shape)
+    return 2 * math.prod(info.shape) if name.endswith(BLOCKS) else 0
+
+
+def check_floating(checkpoint: Checkpoint, name: str) -> None:
+    """Raise CheckpointError for a tensor of integers or booleans, unless it is a part of MXFP4 weights."""
+    info = checkpoint.info(name)
+    if not info.dtype.is_floating_point and not (info.dtype == torch.uint8 and name.endswith((BLOCKS, SCALES))):
         raise CheckpointError(f"{info.file}: tensor {name!r} is {info.dtype}; floating point is needed")
 
 

@@ -39,7 +39,7 @@ class WholeModel:
         self._blocks, self._cache = blocks, None
         self.model = blocks.meta_model.model
         names, family, meta_model = blocks.names, blocks.family, blocks.meta_model
-        renamed = "cache" in signature(meta_model.model.forward).parameters  # in transformers 5.24
+        renamed = "cache" in signature(meta_model.model.base_model.forward).parameters  # in transformers 5.24
         self._cache_name = "cache" if renamed else "past_key_values"
         outer = {n: names.read(n, s).to(blocks.device, dtype) for n, s in meta_model.outer.items()}
         outer.setdefault(f"{family.head}.weight", outer[f"{family.embedding}.weight"])

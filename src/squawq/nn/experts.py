@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from squawq.errors import CheckpointError
 
+Gating = Callable[[Tensor, Tensor], Tensor]
 # gate, up and down projection, as Qwen's and Mixtral's checkpoints name them
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -35,19 +36,31 @@ def stacked_sizes(module: Any) -> tuple[int, int, int]:
     return (experts, inner, hidden) if is_transposed(module) else (experts, hidden, inner)
 
 
-class Expert(nn.Module):
-    """One expert: down(act(gate(x)) * up(x)). linears: gate, up and down by their names."""
+def is_interleaved(module: nn.Module) -> bool:
+    """Whether gate and up rows alternate in stacked weights that have biases, as in gpt-oss."""
+    return "gate_up_proj_bias" in module._parameters
 
-    def __init__(self, linears: Mapping[str, nn.Module], act: Callable[[Tensor], Tensor]) -> None:
+
+def gating(module: Any) -> Gating:
+    """What stacked experts compute of gate and up: act(gate) * up, or as the architecture's own function has it."""
+    if is_interleaved(module):
+        return lambda gate, up: module._apply_gate(torch.stack((gate, up), -1).flatten(-2))
+    return lambda gate, up: module.act_fn(gate) * up
+
+
+class Expert(nn.Module):
+    """One expert: down(gated(gate(x), up(x))). linears: gate, up and down by their names."""
+
+    def __init__(self, linears: Mapping[str, nn.Module], gated: Gating) -> None:
         super().__init__()
         self.names = tuple(linears)
         for name, linear in linears.items():
             self.add_module(name, linear)
-        self._act = [act]  # in a list, so that the shared activation is not registered as a submodule
+        self._gated = gated
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(name) for name in self.names)
-        y: Tensor = down(self._act[0](gate(x)) * up(x))
+        y: Tensor = down(self._gated(gate(x), up(x)))
         return y
 
 

@@ -234,8 +234,7 @@ class LayerQuantization:
             relative: `relative_error` of the same two outputs.
         """
         plan, linears = self.plan, []
-        for name in (name for group in self.block.groups for name in (*group.linears, *group.unquantized_consumers)):
-            out_features, in_features = self.block.weight(name).shape
+        for name, (out_features, in_features) in plan.shapes.items():
             rounded, loss = self.losses.get(name, (None, None))
             linears.append(
                 LinearRow(

@@ -27,7 +27,8 @@ from squawq.distributed import Ranks
 from squawq.errors import ConfigError
 from squawq.format.files import copy_file, read_json, write_json
 from squawq.format.shards import write_index
-from squawq.layerwise.tensor_names import cast, read_finite
+from squawq.layerwise.plan import as_stored
+from squawq.layerwise.tensor_names import read_finite, weight_count
 from squawq.memory import measured
 from squawq.progress import LayerProgress, console
 from squawq.quant_config import QuantConfig
@@ -206,7 +207,7 @@ def _write_outer(work: Work, job: Job) -> None:
     head = [names.stored_name(name) for name in blocks.meta_model.outer if name != embedding]
     for part, own in ((0, [names.stored_name(embedding)]), (job.layers + 1, [*head, *names.other_tensors])):
         if job.record(part) is None:
-            job.commit(part, {n: cast(read_finite(checkpoint, n), dtype, n) for n in own}, {})
+            job.commit(part, {n: as_stored(read_finite(checkpoint, n), dtype, n) for n in own}, {})
 
 
 def _quantize_layers(
@@ -294,10 +295,8 @@ def _finish(work: Work, job: Job, checks: _Checks | None, observer: Observer) ->
         for row in record["linears"]
         if "kept_in_16_bits" in row
     ]
-    kept += [{"name": name, "reason": "no part of the text model"} for name in blocks.names.other_parts]
+    kept += [{"name": name, "reason": "beside the text model"} for name in blocks.names.other_parts]
     notes = [f"{record['name']}: {note}" for record in records for note in record["notes"]]
-    if ignored := blocks.names.ignored:
-        notes.append(f"{len(ignored)} tensors that transformers does not load are not written, such as {ignored[0]}")
     raw: dict[str, Any] = without(checkpoint.config.raw, ("dtype", "torch_dtype", *CODE))
     raw["torch_dtype"] = config.dtype
     raw["quantization_config"] = config.to_quantization_config([row["name"] for row in kept])
@@ -311,7 +310,7 @@ def _finish(work: Work, job: Job, checks: _Checks | None, observer: Observer) ->
         "method": config.method,
         "source_bytes": checkpoint.nbytes(),
         "bytes": size,
-        "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
+        "parameters": sum(weight_count(checkpoint, name) for name in checkpoint.tensors),
         "embedding_bytes": math.prod(blocks.meta_model.outer[f"{blocks.family.embedding}.weight"]) * 2,
         "calibration": work.calibration,
         "calibration_tokens": 0 if tokens is None else tokens.numel(),

@@ -6,7 +6,6 @@ with that model, weights tokens by its gradients, and tunes scales at the end. E
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +17,14 @@ from torch import Tensor
 from squawq.backends.devices import check_device
 from squawq.config import ModelConfig
 from squawq.errors import CheckpointError, ConfigError
-from squawq.families import family_of
+from squawq.families import expert_of, family_of
 from squawq.format.files import has_file
 from squawq.format.reader import Checkpoint
 from squawq.hub.download import resolve
 from squawq.hub.stream import open_streamed
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import LayerPlan
+from squawq.layerwise.tensor_names import weight_count
 from squawq.nn.shard import refused, sizes, splits_groups
 from squawq.quant_config import GROUP_SIZES, QuantConfig
 from squawq.quantization.calibration import DEFAULT_SAMPLES, Calibration, token_blocks
@@ -155,7 +155,7 @@ def _settled(
     if config.token_weights is None:
         config = replace(config, token_weights=quick)
     if config.tune is None:
-        parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+        parameters = sum(weight_count(checkpoint, name) for name in checkpoint.tensors)
         config = replace(config, tune=quick and parameters <= MAX_TUNED)
     return config, calibration
 
@@ -197,6 +197,12 @@ def _plans(blocks: Blocks, config: QuantConfig) -> list[LayerPlan]:
     if not any(plan.converted for plan in plans):
         reason = next(iter(plans[0].kept.values()))
         raise ConfigError(f"no linear can be quantized with these settings: {reason}; try a smaller group_size")
+    kept = (f"{p.prefix}.{name}: {reason}" for p in plans for name, reason in p.kept.items() if expert_of(name))
+    if blocks.meta_model.interleaved and (found := next(kept, None)):
+        raise ConfigError(
+            f"{found}; nothing reads single experts of {blocks.family.model_type} in 16 bits. Choose a group_size that "
+            "fits all (64 for gpt-oss), and skip no expert"
+        )
     return plans
 
 
@@ -232,7 +238,7 @@ def _result_bytes(blocks: Blocks, plans: Sequence[LayerPlan], config: QuantConfi
     name_of, total = blocks.names.storage_name, 0
     in_features = {name_of(f"{p.prefix}.{n}.weight"): p.shapes[n][1] for p in plans for n in p.converted}
     for name in blocks.names.stored_names:
-        count = math.prod(blocks.checkpoint.tensors[name].shape)
+        count = weight_count(blocks.checkpoint, name)
         groups = count // config.group_of(in_features[name]) if name in in_features else 0
         total += count // 2 + 2 * groups + groups // 2 if groups else 2 * count  # integers, scales, zeros
     return total
