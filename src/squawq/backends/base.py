@@ -302,20 +302,19 @@ class Backend(ABC):
         sequences, tables: `Batch.sequences` and `Batch.pages`.
         """
 
-    @abstractmethod
     def output_gate(self, x: Tensor, gates: Tensor) -> Tensor:
         """x * sigmoid(gates), both [rows, n]."""
+        return x * gates.sigmoid()
 
-    @abstractmethod
     def gated_delta_rule(
         self,
-        wide: Tensor,
-        gates: Tensor,
-        rule: GatedDeltaRule,
-        eps: float,
-        sequences: Tensor,
-        places: Tensor,
-        states: States,
+        wide: Tensor,  # noqa: ARG002
+        gates: Tensor,  # noqa: ARG002
+        rule: GatedDeltaRule,  # noqa: ARG002
+        eps: float,  # noqa: ARG002
+        sequences: Tensor,  # noqa: ARG002
+        places: Tensor,  # noqa: ARG002
+        states: States,  # noqa: ARG002
     ) -> Tensor:
         """See `GatedDeltaRule` -> [rows, value_heads * value_dim]; updates the states of the sequences.
 
@@ -325,6 +324,7 @@ class Backend(ABC):
             eps: Of the norm.
             sequences, places: `Batch.sequences` and `Batch.places`.
         """
+        raise KernelError(f"the {self.name} backend has no linear attention")
 
     @abstractmethod
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:

@@ -211,9 +211,6 @@ class Reference(Backend):
             out[first : first + rows] = y[0].transpose(0, 1).reshape(rows, -1)
         return out
 
-    def output_gate(self, x: Tensor, gates: Tensor) -> Tensor:
-        return x * gates.sigmoid()
-
     def gated_delta_rule(
         self,
         wide: Tensor,
