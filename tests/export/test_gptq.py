@@ -1,8 +1,9 @@
-"""GPTQ and AWQ: words by plain shifts, the settings of GPTQModel, zeros of 0, and a text model within a larger one."""
+"""GPTQ and AWQ: words by plain shifts, the settings of GPTQModel, and a text model within a larger one."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ from conftest import MakeModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from squawq.errors import CheckpointError
 from squawq.export.gptq import Gptq
 from squawq.export.run import export
 from squawq.format.files import read_json
 from squawq.format.groupwise import GroupwiseTensor
-from squawq.format.reader import Checkpoint
-from squawq.format.shards import write_shard
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
@@ -33,15 +33,19 @@ def same(one: Path, other: Path) -> None:
 
 
 def test_golden_words() -> None:
-    """Inputs 0 to 7 of an output in a word, outputs 0 to 7 in a word of zeros, which are stored less one."""
+    """Inputs 0 to 7 of an output in a word, outputs 0 to 7 in a word of zeros; the first version stores zeros less one."""
     q = (torch.arange(64).view(8, 8) % 16).to(torch.uint8)
-    zeros = torch.arange(1, 9, dtype=torch.uint8).view(8, 1)
-    tensor = GroupwiseTensor(q, torch.ones(8, 1).half(), zeros)
+    tensor = GroupwiseTensor(q, torch.ones(8, 1).half(), torch.arange(8, dtype=torch.uint8).view(8, 1))
     made = Gptq(QuantConfig()).linear("x", tensor)
     assert made["qweight"].tolist() == [[0x76543210, 0xFEDCBA98 - 2**32] * 4]
     assert made["qzeros"].tolist() == [[0x76543210]]
     assert made["g_idx"].tolist() == [0] * 8
-    assert Gptq(QuantConfig(), first=False).linear("x", tensor)["qzeros"].tolist() == [[0x87654321 - 2**32]]
+    symmetric = Gptq(QuantConfig(zero_point=False))
+    assert symmetric.linear("x", replace(tensor, zeros=torch.full_like(tensor.zeros, 8)))["qzeros"].tolist() == [
+        [0x77777777]
+    ]
+    with pytest.raises(CheckpointError, match="x: has zeros other than 8"):
+        symmetric.linear("x", tensor)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,7 @@ def test_there_and_back(settings: dict[str, Any], make_model: MakeModel, tmp_pat
         False,
         False,
     )
+    assert written["checkpoint_format"] == ("gptq" if written["sym"] else "gptq_v2")
     assert written["group_size"] == settings.get("group_size", 32)
     patterns = [pattern.removeprefix("-:") for pattern in written.get("dynamic", {})]
     linears = ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj", "lm_head")
@@ -70,20 +75,6 @@ def test_there_and_back(settings: dict[str, Any], make_model: MakeModel, tmp_pat
     back = read_json(tmp_path / "back" / "config.json")["quantization_config"]
     assert back["zero_point"] is True
     assert "lm_head" in back["modules_to_not_convert"]
-
-
-def test_a_zero_of_0_takes_the_second_version(make_model: MakeModel, tmp_path: Path) -> None:
-    quantize(make_model(), tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
-    shard = next((tmp_path / "awq").glob("*-00003-*"))
-    held = load_file(shard)
-    name = "model.layers.1.mlp.up_proj.qzeros"
-    held[name][0, 0] &= ~15
-    write_shard(shard, held)
-    export(tmp_path / "awq", tmp_path / "gptq", "gptq")
-    assert read_json(tmp_path / "gptq" / "config.json")["quantization_config"]["checkpoint_format"] == "gptq_v2"
-    assert (Checkpoint(tmp_path / "gptq").read_quantized("model.layers.1.mlp.up_proj", 64, 96).zeros == 0).any()
-    export(tmp_path / "gptq", tmp_path / "back", "awq")
-    same(tmp_path / "awq", tmp_path / "back")
 
 
 def test_the_text_model_of_a_larger_one(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ REFUSED = {
     "--config /nowhere.yaml": "the configuration file /nowhere.yaml cannot be read",
     "--dtype float32": "--dtype is 'float32'; choose one of auto, half, float16, bfloat16",
     "--dtype float": "choose one of auto, half",
-    "--quantization gptq": "--quantization is 'gptq'; choose one of awq, auto_awq, awq_marlin",
+    "--quantization fp8": "--quantization is 'fp8'; choose one of awq, auto_awq, awq_marlin, gptq",
     "--kv-cache-dtype fp8_e5m2": "choose one of auto, float16, fp8",
     "--dialect openapi": "choose one of openai, tgi",
     "--tool-call-parser mistral": "choose one of auto, llama3_json",
@@ -241,6 +241,7 @@ TGI = {
     "MODEL_ID=x": ("model", "x"),
     "REVISION=r": ("revision", "r"),
     "QUANTIZE=awq": ("quantization", "awq"),
+    "QUANTIZE=gptq": ("quantization", "gptq"),
     "DTYPE=bfloat16": ("dtype", "bfloat16"),
     "HOSTNAME=10.0.0.1": ("host", "10.0.0.1"),
     "PORT=80": ("port", 80),
@@ -282,7 +283,7 @@ TGI_ACCEPTED = [
 ]
 TGI_REFUSED = {
     "NUM_SHARD=0": "is '0'; it must be a whole number",
-    "QUANTIZE=gptq": "is 'gptq'; choose one of awq",
+    "QUANTIZE=eetq": "is 'eetq'; choose one of awq, gptq, compressed-tensors",
     "DTYPE=float32": "choose one of float16, bfloat16",
     "KV_CACHE_DTYPE=fp8_e5m2": "choose one of fp8_e4m3fn",
     "SPECULATE=2": "no speculative decoding",

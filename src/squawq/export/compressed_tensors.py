@@ -25,6 +25,15 @@ def pack_rows(values: Tensor) -> Tensor:
     return pack(F.pad(values, (0, -values.shape[1] % PER_WORD)), tuple(range(PER_WORD)))
 
 
+def check_symmetric(name: str, tensor: GroupwiseTensor) -> None:
+    """Raise CheckpointError for a zero that the configuration denies."""
+    if (tensor.zeros != SYMMETRIC_ZERO).any():
+        raise CheckpointError(
+            f"{name}: has zeros other than {SYMMETRIC_ZERO}, but quantization_config says it is symmetric "
+            "(zero_point false, sym true); change that in config.json and export again"
+        )
+
+
 @dataclass(frozen=True)
 class CompressedTensors:
     """Converts linears of a checkpoint quantized with `quant`."""
@@ -45,11 +54,8 @@ class CompressedTensors:
         }
         if self.quant.zero_point:
             tensors["weight_zero_point"] = pack_rows(tensor.zeros.T).T
-        elif (tensor.zeros != SYMMETRIC_ZERO).any():
-            raise CheckpointError(
-                f"{name}: has zeros other than {SYMMETRIC_ZERO}, but quantization_config says it is symmetric "
-                "(zero_point false, sym true); change that in config.json and export again"
-            )
+        else:
+            check_symmetric(name, tensor)
         return tensors
 
     def config(self, raw: dict[str, Any], plan: Plan) -> dict[str, Any]:

@@ -6,11 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from squawq import __version__
-from squawq.export.compressed_tensors import pack_rows
+from squawq.export.compressed_tensors import check_symmetric, pack_rows
 from squawq.export.plan import Plan
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.quant_config import QuantConfig
@@ -18,21 +17,28 @@ from squawq.quant_config import QuantConfig
 
 @dataclass(frozen=True)
 class Gptq:
-    """Converts linears of a checkpoint quantized with `quant`.
+    """Converts linears of a checkpoint quantized with `quant`. ordered: some have their groups in activation order.
 
-    first: In the first version (checkpoint_format gptq), which stores zeros minus one and so has none of 0; the second
-    stores them as they are. ordered: some linear has its groups in activation order.
+    Symmetric ones are in the first version (checkpoint_format gptq), which stores zeros minus one. Others are in the
+    second, which stores them as they are: the first has no zero of 0, and GPTQModel reads none of another tool.
     """
 
     quant: QuantConfig
-    first: bool = True
     ordered: bool = False
     settings_file: str = "quantize_config.json"
 
-    def linear(self, name: str, tensor: GroupwiseTensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """qweight int32 [in/8, out], qzeros int32 [groups, out/8], scales [groups, out] as stored, g_idx int32 [in]."""
-        zeros = tensor.zeros.to(torch.int32) - int(self.first)
-        assert zeros.min() >= 0, "the caller has looked"
+    @property
+    def version(self) -> str:
+        return "gptq_v2" if self.quant.zero_point else "gptq"
+
+    def linear(self, name: str, tensor: GroupwiseTensor) -> dict[str, Tensor]:
+        """qweight int32 [in/8, out], qzeros int32 [groups, out/8], scales [groups, out] as stored, g_idx int32 [in].
+
+        Raises CheckpointError where the configuration says symmetric and a zero says otherwise.
+        """
+        if not self.quant.zero_point:
+            check_symmetric(name, tensor)
+        zeros = tensor.zeros if self.quant.zero_point else tensor.zeros - 1
         q, groups = tensor.in_own_order()
         return {
             "qweight": pack_rows(q).T.contiguous(),
@@ -48,10 +54,10 @@ class Gptq:
         dense += [f"-:.*{re.escape(part)}.*" for part in plan.beside]
         written: dict[str, Any] = {
             "bits": self.quant.bits,
-            "checkpoint_format": "gptq" if self.first else "gptq_v2",
+            "checkpoint_format": self.version,
             "desc_act": self.ordered,
             **({"dynamic": {pattern: {} for pattern in dense}} if dense else {}),
-            "format": "gptq" if self.first else "gptq_v2",
+            "format": self.version,
             "group_size": self.quant.group_size,
             "lm_head": bool(plan.targets[1:]),
             "meta": {"quantizer": [f"squawq:{__version__}"]},

@@ -111,11 +111,9 @@ def _writer(checkpoint: Checkpoint, plan: Plan, quant: QuantConfig, format: str)
             f"{checkpoint.folder}: {ordered[0]} has its groups in activation order (desc_act), which {format} does not "
             "have; export the model as gptq, or as dense and quantize that"
         )
-    if format != "gptq":
-        return Awq(quant) if format == "awq" else CompressedTensors(quant)
-    linears = (checkpoint.read_quantized(name, in_, out, ordered=True) for name, (out, in_) in plan.shapes.items())
-    without = quant.zero_point and any((linear.zeros == 0).any() for linear in linears)
-    return Gptq(quant, first=not without, ordered=bool(ordered))
+    if format == "gptq":
+        return Gptq(quant, bool(ordered))
+    return Awq(quant) if format == "awq" else CompressedTensors(quant)
 
 
 def _write_parts(checkpoint: Checkpoint, plan: Plan, writer: Writer, job: Job, progress: Progress | None) -> None:
