@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -63,7 +63,8 @@ def packed(backend: Backend, weights: Weights, routing: Routing, kind: str, shar
             stacks.append(backend.pack_dense([part.dequantize() for part in parts]))
     router = [weights.router, weights.shared_gate] if shared == "gated" else [weights.router]
     gate_up, down = stacks
-    return MixtureOfExperts(backend.pack_dense(router), gate_up, down, routing, shared)
+    bias = None if routing.bias is None else routing.bias.to(backend.device)
+    return MixtureOfExperts(backend.pack_dense(router), gate_up, down, replace(routing, bias=bias), shared)
 
 
 def chosen(scores: list[float], routing: Routing) -> list[int]:

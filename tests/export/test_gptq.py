@@ -33,7 +33,7 @@ def same(one: Path, other: Path) -> None:
 
 
 def test_golden_words() -> None:
-    """A word has inputs 0 to 7 of an output, or the zeros of outputs 0 to 7; the first version stores zeros less one."""
+    """A word has inputs 0 to 7 of an output, or zeros of outputs 0 to 7; the first version stores zeros less one."""
     q = (torch.arange(64).view(8, 8) % 16).to(torch.uint8)
     tensor = GroupwiseTensor(q, torch.ones(8, 1).half(), torch.arange(8, dtype=torch.uint8).view(8, 1))
     made = Gptq(QuantConfig()).linear("x", tensor)

@@ -201,7 +201,7 @@ def _backend(model: ModelConfig, config: EngineConfig) -> Backend:
 
 
 def _steps(model: PackedModel, config: ModelConfig, backend: Backend) -> Steps:
-    known = signature(model.model.forward).parameters
+    known = signature(model.model.base_model.forward).parameters
     cache_name = "cache" if "cache" in known else "past_key_values"  # transformers 5.24 has renamed it
     try:
         if "position_ids" not in known:

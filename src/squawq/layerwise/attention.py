@@ -152,19 +152,19 @@ class _Probe:
         self.layers[layer] = AttentionLayer(
             heads=(query.shape[1], key.shape[1]),
             dims=(query.shape[3], value.shape[3]),
-            window=_window(function, self._positions),
+            window=_window(function, self._positions, query.device),
             sinks=kwargs.get("s_aux") is not None,
         )
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
 
-def _window(mask: Callable[..., Tensor], positions: int) -> int | None:
+def _window(mask: Callable[..., Tensor], positions: int, device: torch.device) -> int | None:
     """The window of a causal mask, a function of batch, head, query and key index; None where all is seen."""
 
     def first(at: int) -> int:
         """The first token that the one at this position sees."""
-        keys = torch.arange(at + 1)
-        seen = mask(torch.tensor(0), torch.tensor(0), torch.full_like(keys, at), keys)
+        keys, zero = torch.arange(at + 1, device=device), torch.zeros((), dtype=torch.int64, device=device)
+        seen = mask(zero, zero, torch.full_like(keys, at), keys)
         start = int(seen.int().argmax())
         if not seen[start:].all():
             raise Unpaged("its attention mask has gaps")
