@@ -36,13 +36,13 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, 
     [
         (config(), ALL),
         (config("qwen3"), ["squawq", "transformers", "vllm"]),
-        (config("gemma3_text"), ["transformers", "vllm", "tgi"]),
-        (config("gemma3_text", torch_dtype="bfloat16"), ["transformers", "vllm"]),  # TGI runs AWQ in float16
+        (config("gemma3_text"), ALL),
+        (config("gemma3_text", torch_dtype="bfloat16"), ["squawq", "transformers", "vllm"]),  # TGI runs AWQ in float16
         (config(dtype="bfloat16"), ["squawq", "transformers", "vllm"]),
         (config(dtype="bfloat16", quantization_config=AWQ), ["squawq", "transformers", "vllm"]),
         (config(dtype="float16", quantization_config=AWQ), ALL),
         (config("vaultgemma"), ["transformers"]),
-        (config(hidden_act="gelu"), ["transformers", "vllm", "tgi"]),
+        (config(hidden_act="relu2"), ["transformers", "vllm", "tgi"]),
         (config(quantization_config={**AWQ, "version": "gemv"}), ["squawq"]),
         (config(quantization_config={**AWQ, "group_size": 16}), ["squawq", "transformers"]),
         (config(quantization_config={**AWQ, "zero_point": False}), ["squawq", "transformers", "vllm"]),
@@ -99,7 +99,7 @@ def test_usage_has_what_was_asked_for(chat: bool) -> None:
 
 def test_a_family_without_a_decoder_of_ours(make_model: MakeModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    squawq.quantize(make_model("gemma2"), out, QuantConfig(method="rtn", group_size=32), progress=False)
+    squawq.quantize(make_model("cohere"), out, QuantConfig(method="rtn", group_size=32), progress=False)
     with pytest.raises(ConfigError, match="does not run this model"):
         load(out)
     assert inspect(out)["runs_in"] == ["transformers", "vllm", "tgi"]

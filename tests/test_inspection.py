@@ -87,7 +87,7 @@ def test_how_many_processes_can_share(tmp_path: Path) -> None:
         file = write(tmp_path, {**qwen, "vocab_size": 152064, "quantization_config": stated})
         found = inspect(file)["tensor_parallel"]
         assert found == {"squawq": [1, 2, 4, 8, 16, 32, 64], "whole_groups": whole}
-    assert inspect(write(tmp_path, tiny_config("gemma3_text")))["tensor_parallel"] == {}
+    assert inspect(write(tmp_path, tiny_config("olmo")))["tensor_parallel"] == {}
 
 
 def test_llama_8b(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_server_would_say_the_same(awq_demo: Path) -> None:
 def test_gpus_for_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(demo_model())["devices"] is None
     assert fewest(inspect(demo_model(), device_memory=2**30)) == 1
-    config = write(tmp_path, tiny_config("gemma3_text"))
+    config = write(tmp_path, tiny_config("olmo"))
     assert inspect(config, device_memory=2**30)["devices"]["int4"] == []
     inspect_command(str(config), device_memory="1G")
     assert "squawq's decoder does not run this model" in capsys.readouterr().out

@@ -46,7 +46,7 @@ def test_what_runs_a_model(awq_demo: Path) -> None:
         ({"quantization_config": GPTQ}, "model.safetensors", "GPTQ INT4 g128", (), "quant_method is 'gptq'"),
         ({"quantization_config": PACKED}, "model.safetensors", "compressed-tensors pack-quantized", (), "quant_method"),
         (
-            {"model_type": "gemma3_text"},
+            {"model_type": "olmo"},
             "model.safetensors",
             "float32",
             ("transformers",),
