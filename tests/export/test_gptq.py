@@ -33,7 +33,7 @@ def same(one: Path, other: Path) -> None:
 
 
 def test_golden_words() -> None:
-    """Inputs 0 to 7 of an output in a word, outputs 0 to 7 in a word of zeros; the first version stores zeros less one."""
+    """Inputs 0 to 7 of an output in a word, outputs 0 to 7 in one of zeros; the first version stores these less one."""
     q = (torch.arange(64).view(8, 8) % 16).to(torch.uint8)
     tensor = GroupwiseTensor(q, torch.ones(8, 1).half(), torch.arange(8, dtype=torch.uint8).view(8, 1))
     made = Gptq(QuantConfig()).linear("x", tensor)
@@ -41,9 +41,8 @@ def test_golden_words() -> None:
     assert made["qzeros"].tolist() == [[0x76543210]]
     assert made["g_idx"].tolist() == [0] * 8
     symmetric = Gptq(QuantConfig(zero_point=False))
-    assert symmetric.linear("x", replace(tensor, zeros=torch.full_like(tensor.zeros, 8)))["qzeros"].tolist() == [
-        [0x77777777]
-    ]
+    eights = replace(tensor, zeros=torch.full_like(tensor.zeros, 8))
+    assert symmetric.linear("x", eights)["qzeros"].tolist() == [[0x77777777]]
     with pytest.raises(CheckpointError, match="x: has zeros other than 8"):
         symmetric.linear("x", tensor)
 
