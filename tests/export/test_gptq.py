@@ -41,9 +41,8 @@ def test_golden_words() -> None:
     assert made["qzeros"].tolist() == [[0x76543210]]
     assert made["g_idx"].tolist() == [0] * 8
     symmetric = Gptq(QuantConfig(zero_point=False))
-    assert symmetric.linear("x", replace(tensor, zeros=torch.full_like(tensor.zeros, 8)))["qzeros"].tolist() == [
-        [0x77777777]
-    ]
+    eights = replace(tensor, zeros=torch.full_like(tensor.zeros, 8))
+    assert symmetric.linear("x", eights)["qzeros"].tolist() == [[0x77777777]]
     with pytest.raises(CheckpointError, match="x: has zeros other than 8"):
         symmetric.linear("x", tensor)
 
