@@ -21,7 +21,7 @@ from squawq.config import ModelConfig
 from squawq.format.files import write_json
 from squawq.format.groupwise import PER_WORD
 from squawq.format.shards import shard_name, write_index, write_shard
-from squawq.nn.loader import linear_shapes
+from squawq.nn.loader import layer_shapes
 from squawq.quant_config import QuantConfig
 
 STD = 0.02
@@ -31,7 +31,10 @@ QUANT = QuantConfig()
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's sizes; `head_dim` is always hidden / heads."""
+    """A Llama's sizes, or with `experts` a Qwen3-MoE's, of whose experts `inner` is the inner size.
+
+    head_dim: By default hidden / heads.
+    """
 
     layers: int
     hidden: int
@@ -40,17 +43,29 @@ class Shape:
     kv_heads: int
     vocab: int = 128256
     tied: bool = False
+    head_dim: int = 0
+    experts: int = 0
+    top_k: int = 0
 
     def config(self, layers: int) -> dict[str, Any]:
         """config.json with this many layers."""
+        family = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        if self.experts:
+            family = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+        experts = {
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.top_k,
+            "moe_intermediate_size": self.inner,
+            "norm_topk_prob": True,
+        }
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            **family,
+            **(experts if self.experts else {}),
             "hidden_size": self.hidden,
             "intermediate_size": self.inner,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
-            "head_dim": self.hidden // self.heads,
+            "head_dim": self.head_dim or self.hidden // self.heads,
             "num_hidden_layers": layers,
             "vocab_size": self.vocab,
             "max_position_embeddings": 131072,
@@ -62,11 +77,16 @@ class Shape:
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of every linear in a layer."""
-        return linear_shapes(ModelConfig.from_dict(self.config(self.layers)))
+        return layer_shapes(ModelConfig.from_dict(self.config(self.layers)), 0)
+
+    def norms(self) -> dict[str, int]:
+        """Weights of every norm in a layer."""
+        sizes = {"input_layernorm": self.hidden, "post_attention_layernorm": self.hidden}
+        return sizes | ({"self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim} if self.experts else {})
 
     def nbytes(self) -> int:
         """Bytes of the whole model in 16 bits."""
-        layer = sum(rows * columns for rows, columns in self.linears().values()) + 2 * self.hidden
+        layer = sum(rows * columns for rows, columns in self.linears().values()) + sum(self.norms().values())
         table = self.vocab * self.hidden
         return 2 * (self.layers * layer + table + self.hidden + (0 if self.tied else table))
 
@@ -76,6 +96,9 @@ SHAPES = {
     "llama-3.2-1b": Shape(layers=16, hidden=2048, inner=8192, heads=32, kv_heads=8, tied=True),
     "llama-3.1-8b": Shape(layers=32, hidden=4096, inner=14336, heads=32, kv_heads=8),
     "llama-3.1-70b": Shape(layers=80, hidden=8192, inner=28672, heads=64, kv_heads=8),
+    "tiny-moe": Shape(2, 256, 256, 4, 2, 1024, tied=True, head_dim=64, experts=8, top_k=2),
+    # 4 of Qwen3-30B-A3B's 48 layers, with a twelfth of its vocabulary
+    "qwen3-30b-a3b-4": Shape(4, 2048, 768, 32, 4, 12672, tied=True, head_dim=128, experts=128, top_k=8),
     "llama-3.1-405b": Shape(layers=126, hidden=16384, inner=53248, heads=128, kv_heads=8),
 }
 
@@ -123,15 +146,18 @@ def write_checkpoint(folder: Path, shape: Shape, layers: int, *, quantized: bool
         tensors = {f"{name}.{part}": tensor for name, parts in modules.items() for part, tensor in parts.items()}
         write_shard(folder / shard_name(shard, layers + 2), tensors)
 
-    def norm() -> dict[str, Tensor]:
-        return {"weight": torch.ones(shape.hidden, dtype=noise.dtype)}
+    def norm(size: int = shape.hidden) -> dict[str, Tensor]:
+        return {"weight": torch.ones(size, dtype=noise.dtype)}
+
+    def linear(name: str, out_features: int, in_features: int) -> dict[str, Tensor]:
+        made = noise.quantized if quantized and name != "mlp.gate" else noise.matrix
+        return made(out_features, in_features)
 
     write(1, {"model.embed_tokens": noise.matrix(shape.vocab, shape.hidden)})
-    linear = noise.quantized if quantized else noise.matrix
     for index in range(layers):
         prefix = f"model.layers.{index}"
-        modules = {f"{prefix}.{name}": linear(*size) for name, size in shape.linears().items()}
-        modules |= {f"{prefix}.{name}": norm() for name in ("input_layernorm", "post_attention_layernorm")}
+        modules = {f"{prefix}.{name}": linear(name, *size) for name, size in shape.linears().items()}
+        modules |= {f"{prefix}.{name}": norm(size) for name, size in shape.norms().items()}
         write(index + 2, modules)
         del modules  # before the next layer is made
     head = {} if shape.tied else {"lm_head": noise.matrix(shape.vocab, shape.hidden, head_std)}

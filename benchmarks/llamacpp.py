@@ -54,18 +54,19 @@ class Load:
 
 @dataclass(frozen=True)
 class Case:
-    """A figure of a run, and its target as a multiple of llama.cpp's."""
+    """A figure of a run, and its target as a multiple of llama.cpp's, with one MLP a layer and with experts."""
 
     title: str
     load: Load
     key: str
     target: float
+    moe_target: float
 
 
 CASES = {
-    "decode": Case("decode, 1 stream, tok/s", Load(512, 128, 1), "decode_tok_s", 1.4),
-    "prefill": Case("prefill of 512, tok/s", Load(512, 128, 1), "prefill_tok_s", 1.7),
-    "streams": Case("decode, 8 streams, tok/s", Load(128, 128, 8), "decode_tok_s", 2.5),
+    "decode": Case("decode, 1 stream, tok/s", Load(512, 128, 1), "decode_tok_s", 1.4, 1.3),
+    "prefill": Case("prefill of 512, tok/s", Load(512, 128, 1), "prefill_tok_s", 1.7, 1.0),
+    "streams": Case("decode, 8 streams, tok/s", Load(128, 128, 8), "decode_tok_s", 2.5, 2.0),
 }
 
 
@@ -102,27 +103,47 @@ def read_bandwidth(threads: int) -> float:
     return READ_BYTES / min(seconds)
 
 
-def weight_bytes(shape: Shape, head: str) -> int:
+def weight_bytes(shape: Shape, head: str, streams: int) -> float:
     """Bytes that squawq reads in a step: nibbles, scales and zeros of every linear, and the head.
 
-    The head has 8 bits and a scale per row, or 4 bits with a scale and a zero per 32.
+    The head has 8 bits and a scale per row, or 4 bits with a scale and a zero per 32; a router has 16 bits. Of the
+    experts, as many are read as `streams` tokens take on average, each at random.
     """
-    total = shape.vocab * (shape.hidden + 4 if head == "int8" else shape.hidden // 2 + shape.hidden // 32 * 3)
-    for out_features, in_features in shape.linears().values():
+    total = float(shape.vocab * (shape.hidden + 4 if head == "int8" else shape.hidden // 2 + shape.hidden // 32 * 3))
+    for name, (out_features, in_features) in shape.linears().items():
         groups = in_features // QUANT.group_of(in_features)
-        total += shape.layers * (out_features * in_features // 2 + out_features * groups * 3)
+        size = out_features * in_features // 2 + out_features * groups * 3
+        if name == "mlp.gate":
+            size = 2 * out_features * in_features
+        read = read_experts(shape, streams) / shape.experts if ".experts." in name else 1.0
+        total += shape.layers * size * read
     return total
+
+
+def read_experts(shape: Shape, streams: int) -> float:
+    """Experts of a layer that a step reads, on average."""
+    return shape.experts * (1 - (1 - shape.top_k / shape.experts) ** streams)
 
 
 def parameters(shape: Shape) -> int:
     """Number of weights, tied embeddings counted once."""
-    layer = sum(prod(size) for size in shape.linears().values()) + 2 * shape.hidden
+    layer = sum(prod(size) for size in shape.linears().values()) + sum(shape.norms().values())
     return shape.layers * layer + shape.vocab * shape.hidden * (1 if shape.tied else 2) + shape.hidden
 
 
-def limit(weights: int, shape: Shape, load: Load, bandwidth: float) -> float:
+def peer_bytes(shape: Shape, whole: int, streams: int) -> float:
+    """Bytes that llama.cpp reads in a step, if all its linears have as many bits on average."""
+    if not shape.experts:
+        return whole
+    sizes = {name: prod(size) for name, size in shape.linears().items()}
+    experts = shape.layers * sum(size for name, size in sizes.items() if ".experts." in name)
+    unread = experts * (1 - read_experts(shape, streams) / shape.experts)
+    return whole * (1 - unread / parameters(shape))
+
+
+def limit(weights: float, shape: Shape, load: Load, bandwidth: float) -> float:
     """Tokens per second of all streams if a decode step took as long as reading its weights and 16-bit KV cache."""
-    position = shape.layers * 2 * shape.kv_heads * (shape.hidden // shape.heads) * 2
+    position = shape.layers * 2 * shape.kv_heads * (shape.head_dim or shape.hidden // shape.heads) * 2
     cache = load.streams * position * (load.prompt_tokens + load.new_tokens / 2)
     return load.streams * bandwidth / (weights + cache)
 
@@ -145,9 +166,11 @@ def table(
         peer, ours = pair(case.load, case.key)
         shares = ""
         if case.key == "decode_tok_s":
-            sides = ((peer, int(found[case.load, "peer"][0]["weight_bytes"])), (ours, weight_bytes(shape, head)))
+            streams, stored = case.load.streams, int(found[case.load, "peer"][0]["weight_bytes"])
+            sides = (peer, peer_bytes(shape, stored, streams)), (ours, weight_bytes(shape, head, streams))
             shares = " / ".join(f"{speed / limit(size, shape, case.load, bandwidth):.0%}" for speed, size in sides)
-        rows.append([case.title, f"{peer:.1f}", f"{ours:.1f}", f"{ours / peer:.2f}", f">= {case.target}", shares])
+        target = f">= {case.moe_target if shape.experts else case.target}"
+        rows.append([case.title, f"{peer:.1f}", f"{ours:.1f}", f"{ours / peer:.2f}", target, shares])
     extras = (("time to first token, ms", "ttft_ms", 1.0), ("peak memory, GiB", "peak_rss_bytes", 2.0**30))
     for load in dict.fromkeys(case.load for case in cases):
         for title, key, unit in (*extras, ("load, s", "load_s", 1.0)):
@@ -160,7 +183,9 @@ def table(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="python of the environment with llama-cpp-python")
-    parser.add_argument("--shape", choices=("llama-3.2-1b", "tiny"), default="llama-3.2-1b")
+    parser.add_argument(
+        "--shape", choices=("llama-3.2-1b", "qwen3-30b-a3b-4", "tiny", "tiny-moe"), default="llama-3.2-1b"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))

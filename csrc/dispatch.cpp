@@ -28,6 +28,7 @@ struct Ops {
     decltype(&scalar::int4_matmul) int4_matmul, int4_matmul_exact;
     decltype(&scalar::int8_matmul) int8_matmul;
     decltype(&scalar::dense_matmul) dense_matmul;
+    decltype(&scalar::int4_experts) int4_experts;
     decltype(&scalar::rms_norm) rms_norm;
     decltype(&scalar::activation_mul) activation_mul;
     decltype(&scalar::soft_cap) soft_cap;
@@ -37,8 +38,8 @@ struct Ops {
 };
 
 #define TABLE(ISA)                                                                                              \
-    {#ISA, ISA::int4_matmul, ISA::int4_matmul_exact, ISA::int8_matmul, ISA::dense_matmul, ISA::rms_norm,         \
-     ISA::activation_mul, ISA::soft_cap, ISA::rotate_and_store, ISA::attention, ISA::round_columns}
+    {#ISA, ISA::int4_matmul, ISA::int4_matmul_exact, ISA::int8_matmul, ISA::dense_matmul, ISA::int4_experts,     \
+     ISA::rms_norm, ISA::activation_mul, ISA::soft_cap, ISA::rotate_and_store, ISA::attention, ISA::round_columns}
 
 // Best first.
 const Ops TABLES[] = {
@@ -90,61 +91,81 @@ void matmul(const Ops& ops, const float* x, int64_t m, const Matrix& matrix, flo
     }
 }
 
-// Router logits of one row to the shares of its chosen experts, -1 for the others. Of equal ones the first is taken.
-void choose(float* row, const Experts& experts) {
-    const int64_t n = experts.count;
-    float most = row[0], sum = 0.f, kept = 0.f;
-    for (int64_t e = 0; e < n; ++e) most = std::max(most, row[e]);
-    for (int64_t e = 0; e < n; ++e) sum += row[e] = std::exp(row[e] - most);
-    for (int64_t k = 0; k < experts.chosen; ++k) {  // the chosen are marked by their sign
-        int64_t best = -1;
-        for (int64_t e = 0; e < n; ++e)
-            if (!std::signbit(row[e]) && (best < 0 || row[e] > row[best])) best = e;
-        if (best < 0) break;  // all NaN
-        kept += row[best];
-        row[best] = -row[best];
+// Outputs [first, first + out) of a weight; first is a multiple of 16.
+struct Part {
+    Int4 int4;
+    DenseWeight dense;
+
+    Matrix of(const Matrix& whole, int64_t first, int64_t out) {
+        const int64_t block = first / LANES;
+        if (whole.kind == Kind::dense) {
+            dense = *static_cast<const DenseWeight*>(whole.weight);
+            const int64_t item = dense.type == Dense::f32 ? 4 : 2;
+            dense.weight = static_cast<const char*>(dense.weight) + block * dense.in * LANES * item;
+            dense.out = out;
+            return {whole.kind, &dense};
+        }
+        int4 = *static_cast<const Int4*>(whole.weight);
+        const int64_t scales = block * (int4.in / int4.group) * LANES;
+        int4.weight += block * int4.in * (LANES / 2);
+        int4.scales += scales, int4.zeros += scales;
+        int4.out = out;
+        return {whole.kind, &int4};
     }
-    const float whole = experts.normalize ? kept : sum;
-    for (int64_t e = 0; e < n; ++e) row[e] = std::signbit(row[e]) ? -row[e] / whole : -1.f;
+};
+
+// Experts of other kinds than int4, one after another.
+void run_each_expert(const Ops& ops, const Experts& experts, const Routed& routed, int64_t rows, int64_t hidden, const float* x,
+                     float* room, float* y) {
+    float *taken = room, *found = taken + rows * hidden, *wide = found + rows * hidden, *narrow = wide + 2 * rows * experts.inner;
+    Part gate_up, down;
+    for (int64_t u = 0; u < routed.used; ++u) {
+        const int64_t start = routed.starts[u], count = routed.starts[u + 1] - start, e = routed.experts[u];
+        for (int64_t i = 0; i < count; ++i)
+            std::memcpy(taken + i * hidden, x + routed.rows[start + i] * hidden, sizeof(float) * size_t(hidden));
+        matmul(ops, taken, count, gate_up.of(experts.gate_up, e * 2 * experts.inner, 2 * experts.inner), wide);
+        ops.activation_mul(wide, count, experts.inner, experts.activation, narrow);
+        matmul(ops, narrow, count, down.of(experts.down, e * hidden, hidden), found);
+        for (int64_t i = 0; i < count; ++i) {
+            float* to = y + routed.rows[start + i] * hidden;
+            for (int64_t j = 0; j < hidden; ++j) to[j] += routed.shares[start + i] * found[i * hidden + j];
+        }
+    }
 }
 
-// x [rows][hidden] through each row's experts: y = sum of share * down(activation(gate) * up), expert after expert, so that a
-// row's sum does not depend on the others. `room`: rows * (count + 2 * hidden) floats.
-void run_experts(const Ops& ops, const Experts& experts, int64_t rows, int64_t hidden, const float* x, float* wide, float* narrow,
-                 float* room, float* y) {
-    float *shares = room, *taken = shares + rows * experts.count, *found = taken + rows * hidden;
-    matmul(ops, x, rows, experts.router, shares);
-    for (int64_t i = 0; i < rows; ++i) choose(shares + i * experts.count, experts);
-    std::memset(y, 0, sizeof(float) * size_t(rows * hidden));
-    const auto chosen = [=, &experts](int64_t i, int64_t e) { return !(shares[i * experts.count + e] < 0.f); };  // NaN is
-    for (int64_t e = 0; e < experts.count; ++e) {
-        int64_t count = 0;
-        for (int64_t i = 0; i < rows; ++i) {
-            if (chosen(i, e)) std::memcpy(taken + count++ * hidden, x + i * hidden, sizeof(float) * size_t(hidden));
-        }
-        if (count == 0) continue;
-        matmul(ops, taken, count, experts.gate_up[e], wide);
-        ops.activation_mul(wide, count, experts.inner, experts.activation, narrow);
-        matmul(ops, narrow, count, experts.down[e], found);
-        const float* from = found;
-        for (int64_t i = 0; i < rows; ++i) {
-            if (!chosen(i, e)) continue;
-            const float share = shares[i * experts.count + e];
-            for (int64_t j = 0; j < hidden; ++j) y[i * hidden + j] += share * from[j];
-            from += hidden;
-        }
+// Floats that run_experts needs.
+int64_t experts_room(const Experts& experts, int64_t rows, int64_t hidden) {
+    return rows * (experts.routing.experts + 1 + 2 * hidden + 3 * experts.inner);
+}
+
+// x [rows][hidden] through each row's experts: y = sum of share * down(activation(gate) * up), and the shared expert's output
+// where y has it.
+void run_experts(const Ops& ops, const Experts& experts, int64_t rows, int64_t hidden, const float* x, float* room, float* y) {
+    const int64_t count = experts.routing.experts, outputs = count + (experts.shared == Shared::gated);
+    matmul(ops, x, rows, experts.router, room);
+    if (experts.shared == Shared::none) std::memset(y, 0, sizeof(float) * size_t(rows * hidden));
+    for (int64_t i = 0; experts.shared == Shared::gated && i < rows; ++i) {
+        const float gate = 1.f / (1.f + std::exp(-room[i * outputs + count]));
+        for (int64_t j = 0; j < hidden; ++j) y[i * hidden + j] *= gate;
+    }
+    const Routed routed = route(room, rows, outputs, experts.routing);
+    if (experts.gate_up.kind == Kind::int4 && experts.down.kind == Kind::int4) {
+        const auto weight = [](const Matrix& matrix) { return static_cast<const Int4*>(matrix.weight); };
+        const ExpertWeights weights{weight(experts.gate_up), weight(experts.down), experts.inner, experts.activation};
+        ops.int4_experts(x, rows, routed, weights, y);
+    } else {
+        run_each_expert(ops, experts, routed, rows, hidden, x, room + rows * outputs, y);
     }
 }
 
 // hidden [rows][widths[HIDDEN]] goes through the operations in place; the same as Backend.prepare in backends/base.py.
 void run_layers(const Ops& ops, const Operation* list, int64_t number, const Step& step, float* hidden) {
     const int64_t rows = step.rows, width = step.widths[HIDDEN];
-    int64_t floats = 0, most_experts = 0;
+    int64_t floats = 0, room = 0;
     for (int64_t b = NORMED; b < BUFFERS; ++b) floats += rows * step.widths[b];
     for (const Operation* o = list; o != list + number; ++o)
-        if (o->code == Code::experts) most_experts = std::max(most_experts, static_cast<const Experts*>(o->weight)->count);
-    if (most_experts > 0) floats += rows * (most_experts + 2 * width);
-    float* buffers[BUFFERS + 1] = {hidden, static_cast<float*>(scratch(3, sizeof(float) * size_t(floats)))};
+        if (o->code == Code::experts) room = std::max(room, experts_room(*static_cast<const Experts*>(o->weight), rows, width));
+    float* buffers[BUFFERS + 1] = {hidden, static_cast<float*>(scratch(3, sizeof(float) * size_t(floats + room)))};
     for (int64_t b = NORMED; b < BUFFERS; ++b) buffers[b + 1] = buffers[b] + rows * step.widths[b];
     for (const Operation* o = list; o != list + number; ++o) {
         const float* weight = static_cast<const float*>(o->weight);
@@ -168,8 +189,8 @@ void run_layers(const Ops& ops, const Operation* list, int64_t number, const Ste
                 ops.activation_mul(buffers[WIDE], rows, o->width, Activation(o->option), buffers[NARROW]);
                 break;
             case Code::experts:
-                run_experts(ops, *static_cast<const Experts*>(o->weight), rows, width, buffers[NORMED], buffers[WIDE],
-                            buffers[NARROW], buffers[BUFFERS], buffers[DELTA]);
+                run_experts(ops, *static_cast<const Experts*>(o->weight), rows, width, buffers[NORMED], buffers[BUFFERS],
+                            buffers[DELTA]);
                 break;
             case Code::add_residual:
                 for (int64_t i = 0; i < rows * width; ++i) hidden[i] += buffers[DELTA][i];
@@ -252,6 +273,14 @@ EXPORT int squawq_matmul(const float* x, int64_t m, int64_t kind, const void* we
 
 EXPORT int squawq_rms_norm(float* x, const float* delta, const float* weight, float eps, int64_t m, int64_t n, float* y) {
     return locked([=] { current->rms_norm(x, delta, weight, eps, m, n, y); });
+}
+
+// x, y [rows][hidden]; y may have the shared expert's output.
+EXPORT int squawq_experts(const Experts* experts, const float* x, int64_t rows, int64_t hidden, float* y) {
+    return locked([=] {
+        float* room = static_cast<float*>(scratch(3, sizeof(float) * size_t(experts_room(*experts, rows, hidden))));
+        run_experts(*current, *experts, rows, hidden, x, room, y);
+    });
 }
 
 EXPORT int squawq_activation_mul(const float* gate_up, int64_t m, int64_t n, int64_t activation, float* y) {

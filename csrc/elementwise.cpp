@@ -38,17 +38,6 @@ void rms_norm(float* x, const float* delta, const float* weight, float eps, int6
 namespace {
 
 template <Activation A>
-SIMD F activated(F x) {
-    const F one = set1(1.f);
-    if constexpr (A == Activation::silu) {
-        return div(x, add(one, exp(sub(set1(0.f), x))));
-    } else {  // 0.5 x (1 + tanh(u)) is x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-        const F u = mul(x, fma(mul(x, x), set1(0.044715f), one));
-        return div(x, add(one, exp(mul(u, set1(-1.5957691216f)))));
-    }
-}
-
-template <Activation A>
 void activate(const float* gate_up, int64_t m, int64_t n, float* y) {
     for_rows(m, n, [=](int64_t i) {
         const float* gate = gate_up + i * 2 * n;

@@ -17,12 +17,17 @@ struct Matrix {
 enum class Code : int64_t { norm, matmul, rotate_and_store, attention, activation_mul, experts, add_residual, all_reduce };
 enum Buffer : int64_t { HIDDEN = 0, NORMED = 1, DELTA = 2, WIDE = 3, NARROW = 4, BUFFERS = 5 };
 
-// softmax(router(x)), of which each row takes its `chosen` largest; gate_up and down: [count].
+// What DELTA holds before: nothing, the shared expert's output, or that, to be multiplied by sigmoid of the router's last
+// logit.
+enum class Shared : int64_t { none = 0, added = 1, gated = 2 };
+
+// The weights hold all experts, one after another along the outputs, as in ExpertWeights.
 struct Experts {
-    int64_t count, chosen, normalize, inner;
+    Routing routing;
+    int64_t inner;
     Activation activation;
-    Matrix router;
-    const Matrix *gate_up, *down;
+    Shared shared;
+    Matrix router, gate_up, down;
 };
 
 struct Operation {

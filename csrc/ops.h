@@ -14,6 +14,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "routing.h"
+
 namespace squawq {
 
 constexpr int LANES = 16;  // rows of a block, tokens of a page
@@ -49,6 +51,14 @@ struct Sequence {
 };
 
 enum class Activation : int64_t { silu = 0, gelu_tanh = 1 };
+
+// All experts of a layer, one after another along the outputs: gate_up [experts * 2 * inner][hidden], an expert's gate before
+// its up; down [experts * hidden][inner]. Without biases.
+struct ExpertWeights {
+    const Int4 *gate_up, *down;
+    int64_t inner;  // multiple of 16
+    Activation activation;
+};
 
 struct Heads {
     int64_t query, kv, dim;
@@ -94,6 +104,7 @@ struct Columns {
     void int4_matmul_exact(const float* x, int64_t m, const Int4& w, float* y);                                        \
     void int8_matmul(const float* x, int64_t m, const Int8& w, float* y);                                              \
     void dense_matmul(const float* x, int64_t m, const DenseWeight& w, float* y);                                      \
+    void int4_experts(const float* x, int64_t rows, const Routed& routed, const ExpertWeights& w, float* y);           \
     void rms_norm(float* x, const float* delta, const float* weight, float eps, int64_t m, int64_t n, float* y);       \
     void activation_mul(const float* gate_up, int64_t m, int64_t n, Activation activation, float* y);                  \
     void soft_cap(float* x, int64_t n, float cap);                                                                     \

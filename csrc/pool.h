@@ -35,7 +35,7 @@ bool use_openmp(int threads);
 int threads();
 
 // Grow-only, aligned to 64 bytes; the contents are undefined. Throws std::bad_alloc.
-constexpr int SLOTS = 4;
+constexpr int SLOTS = 5;
 void* scratch(int slot, size_t bytes);
 
 }  // namespace squawq

@@ -54,6 +54,17 @@ SIMD F capped(F x, F twice, F cap) {
     return fma(y, cap, mul(finite, set1(0.f)));
 }
 
+template <Activation A>
+SIMD F activated(F x) {
+    const F one = set1(1.f);
+    if constexpr (A == Activation::silu) {
+        return div(x, add(one, exp(sub(set1(0.f), x))));
+    } else {  // 0.5 x (1 + tanh(u)) is x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        const F u = mul(x, fma(mul(x, x), set1(0.044715f), one));
+        return div(x, add(one, exp(mul(u, set1(-1.5957691216f)))));
+    }
+}
+
 // x, with `other` in the lanes outside [from, to).
 SIMD F keep(F x, F other, int64_t from, int64_t to) {
     if (from <= 0 && to >= LANES) return x;

@@ -35,7 +35,7 @@ Slot = tuple[int, int, int, bool]  # token, position, sequence, whether its logi
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama with tied embeddings."""
+    """A Llama, or with experts a Qwen3-MoE, with tied embeddings. inner: of an expert, where there are any."""
 
     layers: int
     hidden: int
@@ -44,6 +44,12 @@ class Shape:
     kv_heads: int
     vocab: int
     head_dim: int = 64
+    experts: int = 0
+    top_k: int = 0
+
+    @property
+    def architecture(self) -> str:
+        return "qwen3moe" if self.experts else "llama"
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """[out, in] of every matrix and [size] of every norm, by llama.cpp's names."""
@@ -57,29 +63,42 @@ class Shape:
                 "attn_v": (key, self.hidden),
                 "attn_output": (self.hidden, query),
                 "ffn_norm": (self.hidden,),
-                "ffn_gate": (self.inner, self.hidden),
-                "ffn_up": (self.inner, self.hidden),
-                "ffn_down": (self.hidden, self.inner),
-            }
+            } | (self._experts() if self.experts else self._mlp())
             shapes |= {f"blk.{index}.{name}": shape for name, shape in layer.items()}
         return shapes | {"output_norm": (self.hidden,)}
+
+    def _mlp(self) -> dict[str, tuple[int, ...]]:
+        gate, down = (self.inner, self.hidden), (self.hidden, self.inner)
+        return {"ffn_gate": gate, "ffn_up": gate, "ffn_down": down}
+
+    def _experts(self) -> dict[str, tuple[int, ...]]:
+        gate, down = (self.experts, self.inner, self.hidden), (self.experts, self.hidden, self.inner)
+        norms = {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)}
+        router = {"ffn_gate_inp": (self.experts, self.hidden)}
+        return {**norms, **router, "ffn_gate_exps": gate, "ffn_up_exps": gate, "ffn_down_exps": down}
 
 
 SHAPES = {
     "tiny": Shape(layers=2, hidden=256, inner=512, heads=4, kv_heads=2, vocab=1024),
+    "tiny-moe": Shape(2, 256, 256, 4, 2, 1024, experts=8, top_k=2),
+    "qwen3-30b-a3b-4": Shape(4, 2048, 768, 32, 4, 12672, head_dim=128, experts=128, top_k=8),
     "llama-3.2-1b": Shape(layers=16, hidden=2048, inner=8192, heads=32, kv_heads=8, vocab=128256),
 }
 
 
 def write_f16(shape: Shape, name: str, path: Path) -> None:
     """Weights from N(0, 0.02), norms of ones; one tensor in memory at a time."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, shape.architecture)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_block_count(shape.layers)
     writer.add_context_length(131072)
     writer.add_embedding_length(shape.hidden)
     writer.add_feed_forward_length(shape.inner)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.top_k)
+        writer.add_expert_feed_forward_length(shape.inner)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_key_length(shape.head_dim)
@@ -91,20 +110,24 @@ def write_f16(shape: Shape, name: str, path: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
     tensors = shape.tensors()
     for tensor, size in tensors.items():
-        dtype = np.dtype(np.float16 if len(size) == 2 else np.float32)
+        dtype = np.dtype(np.float32 if in_float32(tensor) else np.float16)
         writer.add_tensor_info(f"{tensor}.weight", size, dtype, int(np.prod(size)) * dtype.itemsize)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     generator = np.random.default_rng(0)
-    for size in tensors.values():
-        if len(size) == 1:
-            writer.write_tensor_data(np.ones(size, np.float32))
-        else:
+    for tensor, size in tensors.items():
+        weights = np.ones(size, np.float32)
+        if len(size) > 1:
             weights = generator.standard_normal(size, np.float32)
             weights *= 0.02
-            writer.write_tensor_data(weights.astype(np.float16))
+        writer.write_tensor_data(weights if in_float32(tensor) else weights.astype(np.float16))
     writer.close()
+
+
+def in_float32(tensor: str) -> bool:
+    """Norms and routers, as in llama.cpp's own files."""
+    return tensor.endswith(("norm", "ffn_gate_inp"))
 
 
 def make(name: str, out: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from squawq.config_values import MAX_LAYERS, number, optional, whole
 from squawq.errors import CheckpointError
+from squawq.moe_config import MoeConfig, read_moe
 from squawq.quant_config import LAYOUTS, QuantConfig, stated_layout
 from squawq.rope_config import RopeConfig, layer_ropes
 
@@ -25,16 +26,17 @@ WINDOWLESS = (  # that have none, whatever config.json says
     *("llama", "gemma", "granite", "olmo2", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "qwen3_vl_text"),
     *("arcee", "internlm3", "iquestcoder", "seed_oss"),
 )
-SWITCHED = ("qwen2", "qwen3", "qwen2_5_vl_text", "smollm3")  # that have one only where use_sliding_window is true
+# that have windows only where use_sliding_window is true
+SWITCHED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_5_vl_text", "smollm3")
 WINDOWS = {"gemma2": 4096, "gemma3_text": 4096, "cwm": 8192}  # where config.json does not say
-PATTERNS = {
+PATTERNS = {  # one layer of so many is full
     "gemma2": 2,
     "gemma3_text": 6,
     "olmo3": 4,
     "exaone4": 4,
     "cohere2": 4,
     "cwm": 4,
-}  # one layer of so many is full
+}
 TEXT_OF = {"qwen2_5_vl": "qwen2_5_vl_text"}  # multimodal models whose config.json may have all on one level
 LEFT_OUT = {
     "gemma3_text": {
@@ -76,7 +78,8 @@ class ModelConfig:
     """A decoder's config.json, or the `text_config` in a multimodal model's.
 
     `raw` is the whole file; `quant` is None for a 16-bit checkpoint. Families that our decoder does not run are refused
-    by `nn/loader.py`, not here. `ropes`: of each layer, None for a layer without RoPE.
+    by `nn/loader.py`, not here. `ropes`: of each layer, None for a layer without RoPE. `moe`: the experts of a family
+    whose router that decoder computes.
     """
 
     model_type: str
@@ -95,6 +98,7 @@ class ModelConfig:
     sliding_window: int | None
     layer_types: tuple[str, ...]
     activation: str
+    moe: MoeConfig | None
     quant: QuantConfig | None
     raw: Mapping[str, Any]
 
@@ -182,6 +186,7 @@ class ModelConfig:
             sliding_window=window,
             layer_types=layer_types,
             activation=_activation(raw),
+            moe=read_moe(raw, layers, where),
             quant=None if quant is None else QuantConfig.from_quantization_config(quant, where, LAYOUTS),
             raw=file,
         )

@@ -287,12 +287,15 @@ FAMILIES = {
     **_rows("minicpm3", _latent_attention() + _gated(adds=False)),
     **_rows("youtu", _latent_attention() + _gated()),
     **_rows("deepseek_v2 deepseek_v3 glm4_moe_lite", _latent_attention() + _DENSE_OR_MOE),
-    **_rows("dots1 ernie4_5_moe exaone_moe glm4_moe olmoe qwen3_moe solar_open", _attention() + _DENSE_OR_MOE),
-    **_rows("qwen2_moe", _attention() + _QWEN_MOE),
+    **_rows("qwen3_moe", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head")),
+    **_rows("dots1", _attention() + _DENSE_OR_MOE, decoder=Traits(qk_norm="head")),
+    **_rows("ernie4_5_moe exaone_moe glm4_moe olmoe solar_open", _attention() + _DENSE_OR_MOE),
+    **_rows("qwen2_moe", _attention() + _QWEN_MOE, decoder=Traits()),
     **_rows("qwen3_next", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
     **_rows("qwen3_5_text", _delta_or_attention() + _gated(), norm_offset=1.0),
     **_rows("qwen3_5_moe_text", _delta_or_attention() + _QWEN_MOE, norm_offset=1.0),
-    **_rows("mixtral minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
+    **_rows("mixtral", _attention() + _moe("gate", names=_W123), experts=_W123, decoder=Traits()),
+    **_rows("minimax_m2", _attention() + _moe("gate", names=_W123), experts=_W123),
     **_rows("phimoe", _attention() + _moe("router", names=_W123), experts=_W123),
     **_rows("flex_olmo", _attention("") + _moe("gate", norm="")),
     **_rows("hunyuan_v1_moe", _attention() + _moe("gate.wg", shared="shared_mlp")),
@@ -340,6 +343,8 @@ def decoder_declines(config: ModelConfig) -> str | None:
         unlike.append("use_bidirectional_attention is set, and its attention is causal")
     if others := set(config.layer_types) - {"full_attention", "sliding_attention"}:
         unlike.append(f"a layer's attention is {sorted(others)[0]!r}")
+    if config.model_type in ("qwen2_moe", "qwen3_moe") and config.sliding_window is not None:
+        unlike.append("use_sliding_window is true, and it has no windows of this family")
     if not family_of(config.model_type).decoder:
         unlike = [f"model_type is {config.model_type!r}"]
     return unlike[0] if unlike else None

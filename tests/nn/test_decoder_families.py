@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import DECODED, MakeModel, logits
+from conftest import DECODED, MakeModel, logits, tiny_config
 from decoder_cases import CASES
 from family_models import dense_folder
+from safetensors.torch import load_file, save_file
 
 from squawq.backends.cpu import library
 from squawq.backends.sampling import Chunk
@@ -85,3 +88,44 @@ def test_all_layers_run_in_one_native_call(case: str, make_model: MakeModel) -> 
         other = Chunk(ids[at - 20 : at], 0, [20, 21], 1)
         pieces.append(runner.run([other, Chunk([ids[at]], at, [1, 7, 4], 1), other])[1])
     assert (np.concatenate(pieces) == whole).all()
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {  # as transformers 4 and 5 name the text model of a multimodal one
+    "language_model first": (lambda name: f"language_model.{name}"),
+    "model first": (lambda name: name.replace("model.", "model.language_model.", 1)),
+}
+
+
+@pytest.mark.parametrize("names", WRAPPED)
+@pytest.mark.parametrize("case", ["gemma3", "ministral3"])
+def test_the_text_model_of_a_multimodal_one(case: str, names: str, make_model: MakeModel) -> None:
+    model_type, changes = CASES[case]
+    folder = make_model(model_type, **changes)
+    options = Options(exact=True)
+    expected = logits(folder, some_ids(), options)
+    tensors = {WRAPPED[names](name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["vision_tower.patch.weight"] = torch.ones(3, 3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    text = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "outer", "text_config": text}))
+    assert torch.equal(logits(folder, some_ids(), options), expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_qwens_text_towers(kind: str, tmp_path: Path) -> None:
+    """Text has equal positions on all three axes of multimodal RoPE."""
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    half = {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e4}
+    text = {**tiny_config(), "model_type": f"{kind}_text", "rope_parameters": half}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
+    config = CONFIG_MAPPING[kind](text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]})
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2 if parameter.dim() == 2 else 0.1)
+        expected = model(some_ids()).logits
+    model.save_pretrained(tmp_path)
+    for options in WAYS.values():
+        assert (logits(tmp_path, some_ids(), options) - expected).abs().max() < LIMIT

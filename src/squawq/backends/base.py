@@ -26,6 +26,7 @@ from squawq.backends.layer_ops import (
     Operation,
     Packed,
     RotateAndStore,
+    Routing,
 )
 from squawq.backends.sampling import Chunk, Sampling, StartedStep, StepOutput, sample, sampler
 from squawq.config import ModelConfig
@@ -298,17 +299,32 @@ class Backend(ABC):
     def activation_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         """gate_up [rows, 2n], gate first -> activation(gate) * up [rows, n]. See `reference.ACTIVATIONS`."""
 
-    def experts(self, x: Tensor, layer: MixtureOfExperts) -> Tensor:
-        """A mixture-of-experts MLP, [rows, hidden] -> [rows, hidden]; sums in float32, in the order of the experts."""
-        topk_weights, topk_ids = self.matmul(x, layer.router).float().softmax(-1).topk(layer.top_k)
-        if layer.renormalize:
-            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
-        total = torch.zeros_like(x, dtype=torch.float32)
+    def experts_declines(self, layer: MixtureOfExperts) -> str | None:  # noqa: ARG002
+        """Why `experts` does not run a layer."""
+        return None
+
+    def part(self, weight: Packed, first: int, out: int) -> Packed:  # noqa: ARG002
+        """Outputs [first, first + out) of a packed weight. Raises KernelError where the layout cannot be cut so."""
+        raise KernelError(f"the {self.name} backend has no experts")
+
+    def experts(self, x: Tensor, layer: MixtureOfExperts, shared: Tensor | None) -> Tensor:
+        """A mixture-of-experts MLP, [rows, hidden] -> [rows, hidden]; sums in float32, in the order of the experts.
+
+        shared: The shared expert's output, if `layer` has one.
+        """
+        routing, hidden = layer.routing, x.shape[1]
+        inner = layer.down.shape[1]
+        logits = self.layer_matmul(x, layer.router).float()
+        topk_weights, topk_ids = route(logits[:, : routing.experts], routing)
+        total = torch.zeros_like(x, dtype=torch.float32) if shared is None else shared.float()
+        if layer.shared == "gated":
+            total = total * logits[:, -1:].sigmoid()
         for index in sorted(set(topk_ids.flatten().tolist())):
             row, rank = torch.where(topk_ids == index)
-            inner = self.activation_mul(self.matmul(x[row], layer.gate_up[index]), layer.activation)
-            y = self.matmul(inner, layer.down[index])
-            total.index_add_(0, row, y.float() * topk_weights[row, rank, None])
+            gate_up = self.part(layer.gate_up, 2 * inner * index, 2 * inner)
+            y = self.activation_mul(self.layer_matmul(x[row], gate_up), layer.activation)
+            y = self.layer_matmul(y, self.part(layer.down, hidden * index, hidden))
+            total = total.index_add(0, row, y.float() * topk_weights[row, rank, None])
         return total.to(x.dtype)
 
     def round_columns(
@@ -462,9 +478,29 @@ class Backend(ABC):
             case ActivationMul(activation):
                 buffers[Buffer.NARROW] = self.activation_mul(buffers[Buffer.WIDE], activation)
             case MixtureOfExperts():
-                buffers[Buffer.DELTA] = self.experts(buffers[Buffer.NORMED], operation)
+                shared = buffers[Buffer.DELTA] if operation.shared else None
+                buffers[Buffer.DELTA] = self.experts(buffers[Buffer.NORMED], operation, shared)
             case AddResidual():
                 buffers[Buffer.HIDDEN] += buffers[Buffer.DELTA]
             case AllReduce():
                 assert self.group is not None
                 self.group.all_reduce(buffers[Buffer.DELTA])
+
+
+def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Weights, float32 [rows, top_k], and numbers, int64 [rows, top_k], of the experts of each row.
+
+    logits: float32 [rows, experts].
+    """
+    scores = logits.sigmoid() if routing.scoring == "sigmoid" else logits.softmax(-1)
+    keys = scores if routing.bias is None else scores + routing.bias
+    if routing.groups > 1:
+        grouped = keys.view(len(keys), routing.groups, -1)
+        sums = grouped.topk(min(2, grouped.shape[2])).values.sum(-1)
+        kept = torch.zeros_like(sums, dtype=torch.bool).scatter(1, sums.topk(routing.top_groups).indices, True)
+        keys = grouped.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
+    topk_ids = keys.topk(routing.top_k).indices
+    topk_weights = scores.gather(1, topk_ids)
+    if routing.renormalize:
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
+    return topk_weights * routing.scale, topk_ids

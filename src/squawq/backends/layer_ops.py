@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
 
 from torch import Tensor
 
@@ -105,18 +106,45 @@ class ActivationMul:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How a row chooses experts by the router's logits, in float32.
+
+    Attributes:
+        experts: Number of experts.
+        top_k: Experts of a row: those with the largest scores, or scores + bias.
+        scoring: Scores are the softmax of the logits, or each logit's sigmoid.
+        renormalize: Divide the top_k weights by their sum.
+        bias: float32 [experts], added to the scores to choose, not to weigh (DeepSeek-V3's e_score_correction_bias).
+        groups: Equal groups of neighbouring experts; only those of the `top_groups` groups with the largest sums of two
+            scores are chosen (DeepSeek-V3, arXiv 2412.19437).
+        scale: Factor of the weights.
+    """
+
+    experts: int
+    top_k: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = False
+    bias: Tensor | None = None
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class MixtureOfExperts:
     """DELTA = for each row of NORMED, the sum over its top_k experts of topk_weight * down(activation(gate) * up).
 
-    topk_weight: softmax of the router's logits [rows, experts] in float32; renormalize: the top_k then sum to 1.
-    gate_up, down: one packed weight per expert.
+    The experts are stacked along the outputs: gate_up [experts * 2 * inner, hidden], an expert's gate before its up,
+    and down [experts * hidden, inner], both without bias. shared: "added", DELTA already holds the output of the shared
+    expert, to which the sum is added; "gated", it is first multiplied by the sigmoid of the router's last output, which
+    belongs to no expert.
     """
 
     router: Packed
-    gate_up: tuple[Packed, ...]
-    down: tuple[Packed, ...]
-    top_k: int
-    renormalize: bool
+    gate_up: Packed
+    down: Packed
+    routing: Routing
+    shared: Literal["", "added", "gated"] = ""
     activation: str = "silu"
 
 

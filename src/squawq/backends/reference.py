@@ -116,6 +116,16 @@ class Reference(Backend):
         weights = [part.to(self.device, torch.float32) for part in parts]
         return DenseWeight(torch.cat(weights), None if bias is None else bias.to(self.device))
 
+    def part(self, weight: Packed, first: int, out: int) -> Packed:
+        rows = slice(first, first + out)
+        match weight:
+            case Int4Weight(qweight, scales, qzeros, None):
+                words = slice(first // PER_WORD, (first + out) // PER_WORD)
+                return Int4Weight(qweight[:, words], scales[:, rows], None if qzeros is None else qzeros[:, words])
+            case DenseWeight(dense, None):
+                return DenseWeight(dense[rows])
+        return super().part(weight, first, out)
+
     def page_shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Keys [kv_heads, head_dim, 16], values [kv_heads, 16, head_dim]."""
         return (kv_heads, head_dim, self.page_size), (kv_heads, self.page_size, head_dim)
@@ -246,7 +256,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     if not half:
         return x
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    first, second = turned.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
+    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
     cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
     both = first * cos - second * sin, second * cos + first * sin
     return torch.cat((torch.stack(both, -1).flatten(-2) if interleaved else torch.cat(both, -1), rest), -1)

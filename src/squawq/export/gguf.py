@@ -220,6 +220,8 @@ def _check(config: ModelConfig, out: Path) -> None:
         raise _taken(out)
     if config.model_type not in ARCHITECTURES:
         raise ConfigError(f"model_type is {config.model_type!r}; GGUF takes {', '.join(ARCHITECTURES)}")
+    if config.rope.type not in ("default", "linear", "llama3"):
+        raise ConfigError(f"rope type is {config.rope.type!r}; GGUF takes default, linear and llama3")
     if config.rope.type == "llama3" and ARCHITECTURES[config.model_type].name != "llama":
         raise ConfigError(f"rope type llama3 is not supported by llama.cpp's {config.model_type}")
 

@@ -18,7 +18,8 @@ from squawq.errors import ConfigError
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import EXACT
 from squawq.memory import give_memory_back
-from squawq.nn.loader import HEAD_GROUP, Linear, load_linear
+from squawq.nn.linears import Linear, load_linear
+from squawq.nn.loader import HEAD_GROUP
 
 
 class PackedLinear(nn.Module):

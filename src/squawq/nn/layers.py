@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -41,6 +41,7 @@ def layer_operations(
     index: int,
     linears: Mapping[str, Packed],
     norms: Mapping[str, Tensor],
+    mlp: Sequence[Operation] | None = None,
     shared: bool = False,
 ) -> list[Operation]:
     """The operations of one layer. Every residual addition but the model's last is part of the norm that follows it.
@@ -48,6 +49,7 @@ def layer_operations(
     Args:
         linears: Packed weights, by the names QKV, OUT, GATE_UP and DOWN.
         norms: float32 weights, by the names of `norm_sizes`.
+        mlp: From NORMED to DELTA, in place of GATE_UP and DOWN.
         shared: Other ranks have the rest of the linears (tensor parallelism).
     """
     traits = traits_of(family)
@@ -64,9 +66,7 @@ def layer_operations(
         *summed,
         *_after(after_attention, norms),
         *multiplied,
-        Matmul(linears[GATE_UP], mlp_source, Buffer.WIDE),
-        ActivationMul(ACTIVATIONS[config.activation]),
-        Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
+        *(_gated(config, linears, mlp_source) if mlp is None else mlp),
         *summed,
         *_after(after_mlp, norms),
         *([AddResidual()] if index == config.num_layers - 1 else []),
@@ -104,6 +104,15 @@ def _before(name: str, norms: Mapping[str, Tensor], pending: bool = True) -> tup
     if name:
         return [Norm(norms[name], add=pending)], Buffer.NORMED
     return [AddResidual()] if pending else [], Buffer.HIDDEN
+
+
+def _gated(config: ModelConfig, linears: Mapping[str, Packed], source: Buffer) -> list[Operation]:
+    """down(activation(gate) * up)."""
+    return [
+        Matmul(linears[GATE_UP], source, Buffer.WIDE),
+        ActivationMul(ACTIVATIONS[config.activation]),
+        Matmul(linears[DOWN], Buffer.NARROW, Buffer.DELTA),
+    ]
 
 
 def _after(name: str, norms: Mapping[str, Tensor]) -> list[Operation]:

@@ -6,7 +6,7 @@ memory (DeviceReader). Nothing stays mapped from the files, which may change whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,12 +20,13 @@ from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
 from squawq.errors import ConfigError
 from squawq.families import Family, check_decoder, family_of, traits_of
-from squawq.format.layouts import part_group
-from squawq.format.reader import WHOLE, Checkpoint, Part
+from squawq.format.reader import WHOLE, Checkpoint
 from squawq.format.shards import DeviceReader, read_tensor
 from squawq.memory import give_memory_back
 from squawq.nn.decoder import Decoder
 from squawq.nn.layers import DOWN, GATE_UP, OUT, QKV, layer_operations, norm_sizes
+from squawq.nn.linears import Linear, load_linear
+from squawq.nn.moe import block_of, load_experts, moe_shapes
 from squawq.nn.shard import ALONE, Shard
 
 BODIES = ("model.language_model", "language_model.model")  # where multimodal models have the text model
@@ -61,9 +62,14 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every linear in a layer. Raises ConfigError for families unlike Llama."""
     family = family_of(config.model_type)
     traits_of(family)
+    return {name: shape for name, shape in _every_shape(config).items() if name in family.linears}
+
+
+def _every_shape(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """With separate linears, and with those that some families have in their place."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {
+    return {
         QKV: (query + 2 * key, hidden),
         "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (key, hidden),
@@ -74,7 +80,15 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    return {name: shape for name, shape in shapes.items() if name in family.linears}
+
+
+def layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear in this layer, router and experts included."""
+    shapes = linear_shapes(config)
+    if config.moe is None or not config.moe.layers[index]:
+        return shapes
+    attention = {name: shape for name, shape in shapes.items() if not name.startswith("mlp.")}
+    return attention | moe_shapes(config.moe, config.hidden_size, family_of(config.model_type).experts)
 
 
 FUSED = {
@@ -83,11 +97,7 @@ FUSED = {
     GATE_UP: ("mlp.gate_proj", "mlp.up_proj"),
     DOWN: ("mlp.down_proj",),
 }
-
-
-def parts_of(family: Family, packed: str) -> tuple[str, ...]:
-    """The checkpoint's linears that make up one of FUSED: several, or one that is stored so."""
-    return (packed,) if packed in family.linears else FUSED[packed]
+MLP = (GATE_UP, DOWN)
 
 
 def stored_family(checkpoint: Checkpoint) -> Family:
@@ -108,59 +118,6 @@ def stored_family(checkpoint: Checkpoint) -> Family:
     return replace(family, **names, head=next(filter(stored, heads), family.head))
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A linear in a checkpoint, by its full name, and which (outputs, inputs) of it are loaded."""
-
-    name: str
-    out: int
-    in_: int
-    part: Part = WHOLE
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of the part."""
-        (first, last, _), (start, stop, _) = self.part[0].indices(self.out), self.part[1].indices(self.in_)
-        return last - first, stop - start
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the part adds the bias: of parts with other inputs, only the first does."""
-        return self.part[1].indices(self.in_)[0] == 0
-
-
-def load_linear(checkpoint: Checkpoint, linears: Sequence[Linear], backend: Backend) -> Packed:
-    """Linears with the same input, stacked to one weight."""
-    quantized = [checkpoint.is_quantized(linear.name) for linear in linears]
-    bias = _bias(checkpoint, linears, backend.device)
-    if all(quantized):
-        gemms = (checkpoint.read_gemm(linear.name, linear.in_, linear.out, linear.part) for linear in linears)
-        first, inputs = linears[0], linears[0].shape[1]
-        group = part_group(first.part[1], first.in_, checkpoint.group_of(first.in_))
-        return backend.pack_int4(sum(linear.shape[0] for linear in linears), inputs, group, gemms, bias)
-    weights = [_dense(checkpoint, linear) for linear in linears]
-    if any(quantized):  # a checkpoint with some of them quantized
-        weights = [weight.float() for weight in weights]
-    return backend.pack_dense(weights, bias)
-
-
-def _dense(checkpoint: Checkpoint, linear: Linear) -> Tensor:
-    if checkpoint.is_quantized(linear.name):
-        return checkpoint.read_quantized(linear.name, linear.in_, linear.out, linear.part).dequantize()
-    return checkpoint.read_part(f"{linear.name}.weight", (linear.out, linear.in_), *linear.part)
-
-
-def _bias(checkpoint: Checkpoint, linears: Sequence[Linear], device: torch.device) -> Tensor | None:
-    if not any(f"{linear.name}.bias" in checkpoint.tensors and linear.has_bias for linear in linears):
-        return None
-    biases = []
-    for linear in linears:
-        known, outputs = f"{linear.name}.bias" in checkpoint.tensors, linear.part[0]
-        bias = checkpoint.read_part(f"{linear.name}.bias", (linear.out,), outputs) if known else None
-        biases.append(torch.zeros(linear.shape[0]) if bias is None else bias.to(device, torch.float32))
-    return torch.cat([bias.to(device) for bias in biases])
-
-
 def _norm(checkpoint: Checkpoint, name: str, size: int, family: Family, device: torch.device) -> Tensor:
     return checkpoint.read(f"{name}.weight", (size,)).to(device, torch.float32) + family.norm_offset
 
@@ -169,17 +126,29 @@ def load_layer(checkpoint: Checkpoint, index: int, backend: Backend, shard: Shar
     """One decoder layer, or a rank's part of it."""
     config = checkpoint.config
     family = stored_family(checkpoint)
-    prefix, shapes = family.layer(index), linear_shapes(config)
+    prefix, shapes = family.layer(index), _every_shape(config)
 
-    def linear(name: str) -> Linear:
-        return Linear(f"{prefix}.{name}", *shapes[name], shard.part(name, config) if shard.size > 1 else WHOLE)
+    def parts(packed: str) -> list[Linear]:
+        """Linears that make up one of FUSED: several, or as many parts of one."""
+        found, first = [], 0
+        for name in FUSED[packed]:
+            outputs, inputs = shard.part(name, config) if shard.size > 1 else WHOLE
+            if packed not in family.linears:
+                found.append(Linear(f"{prefix}.{name}", *shapes[name], (outputs, inputs)))
+                continue
+            start, stop, _ = outputs.indices(shapes[name][0])
+            found.append(Linear(f"{prefix}.{packed}", *shapes[packed], (slice(first + start, first + stop), inputs)))
+            first += shapes[name][0]
+        return found
 
-    linears = {name: load_linear(checkpoint, list(map(linear, parts_of(family, name))), backend) for name in FUSED}
+    sparse = config.moe is not None and config.moe.layers[index]
+    linears = {name: load_linear(checkpoint, parts(name), backend) for name in FUSED if not (sparse and name in MLP)}
+    mlp = load_experts(checkpoint, prefix, backend, shard) if sparse else None
     norms = {
         name: _norm(checkpoint, f"{prefix}.{name}", size, family, backend.device)
         for name, size in norm_sizes(config, family).items()
     }
-    return layer_operations(config, family, index, linears, norms, shared=shard.size > 1)
+    return layer_operations(config, family, index, linears, norms, mlp, shared=shard.size > 1)
 
 
 def load_embedding(checkpoint: Checkpoint, family: Family, shard: Shard = ALONE) -> Tensor:
@@ -275,8 +244,8 @@ def rank_bytes(
         total += count * whole.hidden_size + 4 * count
     elif not (whole.tied_embeddings and same_dtype):
         total += linear(family.embedding if whole.tied_embeddings else family.head, count, whole.hidden_size)
-    shapes = linear_shapes(config)
     for index in range(config.num_layers):
+        shapes = layer_shapes(config, index)
         total += sum(linear(f"{family.layer(index)}.{name}", *shape) for name, shape in shapes.items())
     return total
 
@@ -315,10 +284,12 @@ class OpenModel:
         head: Instead of `self.head`.
         """
         checkpoint, dtype = self.checkpoint, self.backend.activation_dtype
-        embedding = checkpoint.info(f"{self.family.embedding}.weight")
+        family, block = self.family, block_of(checkpoint, self.family)
+        embedding = checkpoint.info(f"{family.embedding}.weight")
 
         def group_of(name: str, in_: int) -> int | None:
-            return checkpoint.group_of(in_) if checkpoint.is_quantized(name) else None
+            stored = name.replace(".mlp.experts.", f".{block}.experts.")
+            return checkpoint.group_of(in_) if checkpoint.is_quantized(stored) else None
 
         sizes = embedding.nbytes, embedding.dtype == dtype, dtype.itemsize
         return rank_bytes(checkpoint.config, self.shard, head or self.head, group_of, *sizes)

@@ -1,8 +1,9 @@
 """Tensor parallelism: which part of each weight a rank has (Megatron-LM, Shoeybi et al., arXiv 1909.08053).
 
-Query and key-value heads, and the MLP's inner features, are split over the ranks: q_proj, k_proj, v_proj, gate_proj and
-up_proj by their outputs, o_proj and down_proj by their inputs, whose products the ranks then add up. With more ranks
-than key-value heads, a head is on several ranks. Embedding and output head are split by tokens. Norms are on all ranks.
+Query and key-value heads, and the inner features of the MLP, or of every expert, are split over the ranks: q_proj,
+k_proj, v_proj, gate_proj and up_proj by their outputs, o_proj and down_proj by their inputs, whose products the ranks
+then add up. With more ranks than key-value heads, a head is on several ranks. Embedding and output head are split by
+tokens. Norms and routers are on all ranks.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ class Shard:
         if reason := refused(whole, self.size):
             fitting = ", ".join(str(size) for size in sizes(whole))
             raise ConfigError(f"tensor_parallel_size is {self.size}, but {reason}; this model can take {fitting}")
-        inner = self.inner(whole)
+        moe = whole.moe
+        if moe is not None:
+            moe = replace(moe, inner=self._inner(whole, moe.inner), shared_inner=self._inner(whole, moe.shared_inner))
         return replace(
             whole,
             num_heads=whole.num_heads // self.size,
             num_kv_heads=max(1, whole.num_kv_heads // self.size),
-            intermediate_size=inner.stop - inner.start,
+            intermediate_size=self._inner(whole, whole.intermediate_size),
+            moe=moe,
         )
 
     def vocabulary(self, whole: ModelConfig) -> slice:
@@ -48,9 +52,12 @@ class Shard:
         parts = [Shard(rank, self.size).vocabulary(whole) for rank in range(self.size)]
         return [part.stop - part.start for part in parts]
 
-    def inner(self, whole: ModelConfig) -> slice:
-        """This rank's inner features of the MLP: whole groups, if there are enough of them."""
-        return self._part(whole.intermediate_size, _unit(whole, self.size))
+    def inner(self, whole: ModelConfig, features: int) -> slice:
+        """This rank's part of an MLP's inner features: whole groups, if there are enough of them."""
+        return self._part(features, _unit(whole, features, self.size))
+
+    def _inner(self, whole: ModelConfig, features: int) -> int:
+        return len(range(features)[self.inner(whole, features)])
 
     def part(self, linear: str, whole: ModelConfig) -> tuple[slice, slice]:
         """This rank's (outputs, inputs) of a linear, by its name in the layer."""
@@ -65,10 +72,10 @@ class Shard:
                 return slice(kv.start * dim, kv.stop * dim), every
             case "o_proj":
                 return every, slice(heads.start * dim, heads.stop * dim)
-            case "gate_proj" | "up_proj":
-                return self.inner(whole), every
-            case "down_proj":
-                return every, self.inner(whole)
+            case "gate_proj" | "up_proj" | "w1" | "w3":
+                return self.inner(whole, _features(linear, whole)), every
+            case "down_proj" | "w2":
+                return every, self.inner(whole, _features(linear, whole))
         raise AssertionError(linear)
 
     def _part(self, count: int, unit: int) -> slice:
@@ -95,7 +102,7 @@ def refused(whole: ModelConfig, size: int) -> str | None:
         return f"its {kv} key-value heads can neither be split nor repeated so"
     if size > 1 and whole.head_dim % UNIT:
         return f"its head_dim of {whole.head_dim} is no multiple of {UNIT}"
-    if whole.intermediate_size // UNIT < size or whole.vocab_size // UNIT < size:
+    if min(_inner_sizes(whole)) // UNIT < size or whole.vocab_size // UNIT < size:
         return "it is too small"
     return None
 
@@ -111,13 +118,29 @@ def splits_groups(whole: ModelConfig, size: int, group: int) -> bool:
     Args:
         group: Inputs that share a scale; -1: a whole row.
     """
-    rows = whole.num_heads * whole.head_dim, whole.intermediate_size
+    rows = whole.num_heads * whole.head_dim, *_inner_sizes(whole)
     return size > 1 and any(row % (size * (row if group == -1 else group)) for row in rows)
 
 
-def _unit(whole: ModelConfig, size: int) -> int:
+def _inner_sizes(whole: ModelConfig) -> list[int]:
+    """Inner features of each kind of MLP that the model has."""
+    moe = whole.moe
+    if moe is None:
+        return [whole.intermediate_size]
+    dense = [] if all(moe.layers) else [whole.intermediate_size]
+    return [*dense, moe.inner, *([moe.shared_inner] if moe.shared else [])]
+
+
+def _features(linear: str, whole: ModelConfig) -> int:
+    """Inner features of the MLP that a linear belongs to, by its name in the layer."""
+    if whole.moe is None or "expert" not in linear:
+        return whole.intermediate_size
+    return whole.moe.shared_inner if "shared_expert" in linear else whole.moe.inner
+
+
+def _unit(whole: ModelConfig, features: int, size: int) -> int:
     """What inner features are split in: a quantization group, or a part of one where there are too few groups."""
     group = whole.quant.group_size if whole.quant is not None and whole.quant.group_size > 0 else 128
-    while group > UNIT and (whole.intermediate_size % group or whole.intermediate_size // group < size):
+    while group > UNIT and (features % group or features // group < size):
         group //= 2
     return group

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from squawq.backends.base import Batch, Gemm, Group, Heads, Layers, Pages, Rotary, RunLayers
 from squawq.backends.cpu import library
+from squawq.backends.cpu.experts import ACTIVATIONS, matrix, native_experts
+from squawq.backends.cpu.experts import activation as activation_code
 from squawq.backends.cpu.group import SharedGroup, new_shared_memory
 from squawq.backends.cpu.library import FLOAT, LANES, POINTER, SIZE, address, check, required
 from squawq.backends.cpu.packed import DENSE_TYPES, NativePacked, PackedDense, PackedInt4, PackedInt8, kernel_group
@@ -34,7 +36,6 @@ from squawq.errors import KernelError
 
 MAX_COLUMNS = 128  # that round_columns rounds in one native call
 MAX_SHARED_HEADS = 16  # query heads per key-value head
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # `Activation` in csrc/ops.h
 # `Code` in csrc/layers.h
 NORM, MATMUL, ROTATE_AND_STORE, ATTENTION, ACTIVATION_MUL, EXPERTS, ADD_RESIDUAL, ALL_REDUCE = range(8)
 
@@ -108,6 +109,21 @@ class CpuBackend(Reference):
     def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
         check(required().squawq_soft_cap(logits.data_ptr(), logits.numel(), cap))
         return logits
+
+    def experts_declines(self, layer: MixtureOfExperts) -> str | None:
+        try:
+            native_experts(layer)
+        except KernelError as error:
+            return str(error)
+        return None
+
+    def experts(self, x: Tensor, layer: MixtureOfExperts, shared: Tensor | None) -> Tensor:
+        struct, rows = native_experts(layer), x.float().contiguous()
+        y = torch.empty_like(rows) if shared is None else shared.to(torch.float32, copy=True)
+        if rows.shape != (len(rows), layer.router.shape[1]) or y.shape != rows.shape:
+            raise KernelError(f"activations {list(x.shape)} do not fit experts of {layer.router.shape[1]} inputs")
+        check(required().squawq_experts(ctypes.addressof(struct), rows.data_ptr(), *rows.shape, y.data_ptr()))
+        return y.to(x.dtype)
 
     def rotary(self, positions: Tensor, frequencies: Tensor) -> Rotary:
         rows, columns = positions.shape[0], frequencies.shape[1]
@@ -229,19 +245,7 @@ def _scoring(operation: Attention, dim: int) -> _Scoring:
     return _Scoring(operation.window or 0, *numbers, operation.original)
 
 
-class _Matrix(ctypes.Structure):  # these three are structs of csrc/layers.h
-    _fields_ = (("kind", SIZE), ("weight", POINTER))
-
-
-class _Experts(ctypes.Structure):
-    _fields_ = (
-        *((name, SIZE) for name in ("count", "chosen", "normalize", "inner", "activation")),
-        ("router", _Matrix),
-        *((name, POINTER) for name in ("gate_up", "down")),
-    )
-
-
-class _Operation(ctypes.Structure):
+class _Operation(ctypes.Structure):  # of csrc/layers.h
     _fields_ = (
         *((name, SIZE) for name in ("code", "source", "target", "option", "width")),
         *((name, POINTER) for name in ("weight", "keys", "values")),
@@ -296,11 +300,11 @@ class LayerStack:
                 self._set_width(target, len(weight))
                 return _Operation(NORM, source, target, add, len(weight), address(weight))
             case Matmul(weight, source, target):
-                matrix = self._matrix(weight)
+                found = matrix(weight)
                 self._first_width(source, weight.shape[1])
                 self._check_width(source, weight.shape[1])
                 self._set_width(target, weight.shape[0])
-                return _Operation(MATMUL, source, target, matrix.kind, 0, matrix.weight)
+                return _Operation(MATMUL, source, target, found.kind, 0, found.weight)
             case RotateAndStore(layer):
                 self._check_width(Buffer.WIDE, (query + 2 * kv) * dim)
                 rotation = self._keep(_rotation(operation, self._heads))
@@ -314,7 +318,7 @@ class LayerStack:
                 inner = self._width[Buffer.WIDE] // 2
                 self._check_width(Buffer.WIDE, 2 * inner, 2 * LANES)
                 self._set_width(Buffer.NARROW, inner)
-                return _Operation(ACTIVATION_MUL, 0, 0, _activation(activation), inner)
+                return _Operation(ACTIVATION_MUL, 0, 0, activation_code(activation), inner)
             case MixtureOfExperts():
                 return _Operation(EXPERTS, 0, 0, 0, 0, self._experts(operation))
             case AddResidual():
@@ -327,32 +331,14 @@ class LayerStack:
                 return _Operation(ALL_REDUCE, Buffer.DELTA, 0, 0, width, self._group.pointer)
 
     def _experts(self, layer: MixtureOfExperts) -> int:
-        hidden, inner, count = layer.router.shape[1], layer.down[0].shape[1], len(layer.down)
-        shapes = {*(w.shape for w in layer.gate_up), *(w.shape for w in layer.down), layer.router.shape}
-        if shapes != {(2 * inner, hidden), (hidden, inner), (count, hidden)} or inner % LANES:
-            raise KernelError(f"no native experts of {inner} columns")
+        struct, hidden = native_experts(layer), layer.router.shape[1]
         self._check_width(Buffer.NORMED, hidden, LANES)
-        for buffer, width in ((Buffer.WIDE, 2 * inner), (Buffer.NARROW, inner), (Buffer.DELTA, hidden)):
-            self._set_width(buffer, width)
-        lists = [(_Matrix * count)(*map(self._matrix, weights)) for weights in (layer.gate_up, layer.down)]
-        sizes = (count, layer.top_k, layer.renormalize, inner, _activation(layer.activation))
-        struct = _Experts(*sizes, self._matrix(layer.router), *map(ctypes.addressof, lists))
-        self._kept += lists
+        if layer.shared:
+            self._check_width(Buffer.DELTA, hidden)
+        self._set_width(Buffer.DELTA, hidden)
         return self._keep(struct)
 
     def _keep(self, struct: ctypes.Structure) -> int:
         """Its address, which stays valid."""
         self._kept.append(struct)
         return ctypes.addressof(struct)
-
-    @staticmethod
-    def _matrix(weight: Packed) -> _Matrix:
-        if not isinstance(weight, NativePacked):
-            raise KernelError(f"a weight {list(weight.shape)} is not packed for the library")
-        return _Matrix(weight.kind, weight.pointer)
-
-
-def _activation(name: str) -> int:
-    if name not in ACTIVATIONS:
-        raise KernelError(f"no native {name}")
-    return ACTIVATIONS[name]

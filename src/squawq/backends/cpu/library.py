@@ -36,6 +36,7 @@ _SIGNATURES = {
     "squawq_pack_int8": (POINTER, INT, SIZE, SIZE, POINTER, POINTER),
     "squawq_matmul": (POINTER, SIZE, SIZE, POINTER, POINTER),
     "squawq_rms_norm": (POINTER, POINTER, POINTER, FLOAT, SIZE, SIZE, POINTER),
+    "squawq_experts": (POINTER, POINTER, SIZE, SIZE, POINTER),
     "squawq_activation_mul": (POINTER, SIZE, SIZE, SIZE, POINTER),
     "squawq_soft_cap": (POINTER, SIZE, FLOAT),
     "squawq_rotary": (POINTER, SIZE, POINTER, SIZE, POINTER, POINTER),
