@@ -37,8 +37,12 @@ if TYPE_CHECKING:
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 EXACT = Options(exact=True)
-# Families that our decoder runs, and for whose text alone transformers has a class
-DECODED = sorted(name for name, row in FAMILIES.items() if row.decoder and not name.endswith("_vl_text"))
+# Families without experts that our decoder runs, and for whose text alone transformers has a class
+DECODED = sorted(
+    name
+    for name, row in FAMILIES.items()
+    if row.decoder and not name.endswith("_vl_text") and not any("experts" in linear for linear in row.linears)
+)
 MakeModel = Callable[..., Path]
 
 

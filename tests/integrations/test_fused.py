@@ -21,6 +21,7 @@ from torch import Tensor
 import squawq.transformers
 from squawq.backends.base import PAGE
 from squawq.backends.cpu import library
+from squawq.backends.threads import one_thread
 from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Engine
 from squawq.engine.request import Request, SamplingParams
@@ -29,7 +30,6 @@ from squawq.errors import CheckpointError, ConfigError, FusionError
 from squawq.format.reader import Checkpoint
 from squawq.integrations.fused import fuse
 from squawq.integrations.fused_cache import FusedCache
-from squawq.integrations.fused_threads import one_thread
 from squawq.nn.loader import Options
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from squawq.backends.cpu import library
 from squawq.backends.sampling import Chunk
 from squawq.engine.runner import DecoderRunner
-from squawq.families import FAMILIES
 from squawq.nn.cache import Cache
 from squawq.nn.loader import Options, load
 from squawq.quant_config import QuantConfig
@@ -91,7 +91,7 @@ def test_all_layers_run_in_one_native_call(case: str, make_model: MakeModel) -> 
     assert (np.concatenate(pieces) == whole).all()
 
 
-WRAPPED = {  # as transformers 4 and 5 name the text model of a multimodal one
+WRAPPED: dict[str, Callable[[str], str]] = {  # as transformers 4 and 5 name the text model of a multimodal one
     "language_model first": (lambda name: f"language_model.{name}"),
     "model first": (lambda name: name.replace("model.", "model.language_model.", 1)),
 }

@@ -17,6 +17,8 @@ from squawq.families import FAMILIES
 from squawq.format.groupwise import from_gemm
 
 VOCABULARY = 160
+# Families for whose text alone transformers has a class
+ALONE = sorted(name for name in FAMILIES if not name.endswith("_vl_text"))
 SIZES: dict[str, Any] = {  # under every name that some config has for them
     **dict.fromkeys(("hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 64),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp"), 96),

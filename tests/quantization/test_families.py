@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import SIZES, VOCABULARY, dense_folder, family_model, linear_names, randomize
+from family_models import ALONE, SIZES, VOCABULARY, dense_folder, family_model, linear_names, randomize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def blocks_of(folder: Path, model_type: str) -> Blocks:
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", ALONE)
 def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AwqConfig
 
@@ -79,7 +79,7 @@ def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypa
     assert math.isfinite(score["perplexity"])
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", ALONE)
 def test_token_by_token_as_all_at_once(model_type: str, tmp_path: Path) -> None:
     """With all layers in memory, and with one at a time, which gives the same bits."""
     model = family_model(model_type, tmp_path / "model")
@@ -95,7 +95,7 @@ def test_token_by_token_as_all_at_once(model_type: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", ALONE)
 def test_scales_leave_the_function_as_it_was(model_type: str, tmp_path: Path) -> None:
     """Any scales, folded where the row says, change no output: whatever reads a scaled input is in the row."""
     family_model(model_type, tmp_path / "model")
@@ -119,7 +119,7 @@ def test_scales_leave_the_function_as_it_was(model_type: str, tmp_path: Path) ->
             states = expected
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", ALONE)
 def test_residuals_are_what_outputs_are_added_to(model_type: str, tmp_path: Path) -> None:
     """A row's residual plus the linear's output is what comes next: a norm's input, or the layer's output."""
     family_model(model_type, tmp_path / "model")

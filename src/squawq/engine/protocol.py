@@ -89,7 +89,10 @@ class InferenceEngine(Protocol):
 
 
 class Runner(Protocol):
-    """A model with a paged KV cache. A sequence's outputs depend on that sequence only, never on the batch."""
+    """A model with a paged KV cache. A sequence's outputs depend on that sequence only, never on the batch.
+
+    Of transformers' models (transformers_runner.py) that holds up to rounding.
+    """
 
     vocab_size: int
     max_positions: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from torch import Tensor
 from squawq.backends import backend_for
 from squawq.backends.base import Backend
 from squawq.backends.sampling import Chunk, Sampling, StartedStep
+from squawq.backends.threads import one_thread
 from squawq.config import ModelConfig
 from squawq.engine.batching import batch_of
 from squawq.engine.capacity import (
@@ -44,6 +46,7 @@ from squawq.nn.cache import Cache
 
 logger = logging.getLogger("squawq")
 BY_LENGTH = ("dynamic", "longrope")  # types of rotary embedding
+FEW_TOKENS = 64  # in a step, whose operations between the linears are too small for torch's threads
 TRIAL = 4  # tokens by which `Caches` tells whether a prompt can be cut
 
 
@@ -180,7 +183,8 @@ class TransformersRunner:
         self._backend.prepare_sampling(sampling)
 
     def start(self, batch: Sequence[Chunk]) -> StartedStep:
-        with torch.inference_mode():
+        few = sum(len(chunk.ids) for chunk in batch) <= FEW_TOKENS
+        with torch.inference_mode(), one_thread() if few else nullcontext():
             found = self._backend.sample(self._steps.logits(batch), batch)
         return StartedStep(lambda: found)
 

@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import cached_file
 
 from squawq.backends.sampling import Chunk
+from squawq.backends.threads import one_thread
 from squawq.config import ModelConfig
 from squawq.delta_config import DELTA_RULE
 from squawq.errors import CheckpointError, ConfigError, FusionError
@@ -37,7 +38,6 @@ from squawq.integrations.fused_inputs import (
     new_columns,
     used_tokens,
 )
-from squawq.integrations.fused_threads import one_thread
 from squawq.integrations.linear import AwqLinear
 from squawq.nn.loader import Options, load
 

@@ -1,4 +1,4 @@
-"""Keeps torch on one thread while fused models generate, also from several threads at once."""
+"""Keeps torch on one thread while the kernels' threads compute, also from several threads at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 _lock = threading.Lock()
-_generating: list[int] = []  # ids of threads in generate, one entry per nested call
+_inside: list[int] = []  # ids of threads in `one_thread`, one entry per nested call
 _usual = 1  # torch's number of threads before
 
 
@@ -23,15 +23,15 @@ def one_thread() -> Iterator[None]:
     global _usual
     me = threading.get_ident()
     with _lock:
-        if not _generating:
+        if not _inside:
             _usual = torch.get_num_threads()
-        outermost = me not in _generating
-        _generating.append(me)
+        outermost = me not in _inside
+        _inside.append(me)
         torch.set_num_threads(1)
     try:
         yield
     finally:
         with _lock:
-            _generating.remove(me)
+            _inside.remove(me)
             if outermost:
                 torch.set_num_threads(_usual)
