@@ -2,12 +2,16 @@
 
     python benchmarks/llamacpp.py --peer-python PYTHON [--shape llama-3.2-1b] [--threads 2] [--rounds 3]
         [--cases decode prefill streams] [--head int8] [--folder DIR]
+    python benchmarks/llamacpp.py --peer-python PYTHON --model FOLDER --gguf FILE ...
 
 PYTHON is the interpreter of an environment with llama-cpp-python, gguf and numpy. Each round measures memory bandwidth,
 llama.cpp and squawq, one after the other; figures are medians over the rounds. Models are made in --folder and reused
 if they exist (2 GB for the 1B shape, 4.5 GB while making them). "of limit" is the share of the speed that memory
 bandwidth allows, on either side: bandwidth divided by the bytes of weights and KV cache that a step reads. Everything
 that takes much memory runs in its own process, because a child's ru_maxrss starts at its parent's.
+
+--model and --gguf name a folder of any family that squawq runs, and the same model as a GGUF file: then no model is
+made, and no limit computed.
 """
 
 from __future__ import annotations
@@ -149,7 +153,7 @@ def limit(weights: float, shape: Shape, load: Load, bandwidth: float) -> float:
 
 
 def table(
-    shape: Shape,
+    shape: Shape | None,
     head: str,
     cases: Sequence[Case],
     found: dict[tuple[Load, str], list[dict[str, Any]]],
@@ -165,11 +169,11 @@ def table(
     for case in cases:
         peer, ours = pair(case.load, case.key)
         shares = ""
-        if case.key == "decode_tok_s":
+        if shape is not None and case.key == "decode_tok_s":
             streams, stored = case.load.streams, int(found[case.load, "peer"][0]["weight_bytes"])
             sides = (peer, peer_bytes(shape, stored, streams)), (ours, weight_bytes(shape, head, streams))
             shares = " / ".join(f"{speed / limit(size, shape, case.load, bandwidth):.0%}" for speed, size in sides)
-        target = f">= {case.moe_target if shape.experts else case.target}"
+        target = f">= {case.moe_target if shape is not None and shape.experts else case.target}"
         rows.append([case.title, f"{peer:.1f}", f"{ours:.1f}", f"{ours / peer:.2f}", target, shares])
     extras = (("time to first token, ms", "ttft_ms", 1.0), ("peak memory, GiB", "peak_rss_bytes", 2.0**30))
     for load in dict.fromkeys(case.load for case in cases):
@@ -191,15 +195,22 @@ def main() -> None:
     parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--head", choices=("int8", "int4"), default="int8", help="squawq's; llama.cpp's has 6 bits")
     parser.add_argument("--folder", type=Path, help="keeps the models; default: a temporary one")
+    parser.add_argument("--model", type=Path, help="a folder that squawq runs, instead of --shape")
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     args = parser.parse_args()
+    if (args.model is None) != (args.gguf is None):
+        parser.error("--model and --gguf go together")
 
-    shape, cases = SHAPES[args.shape], [CASES[name] for name in args.cases]
+    shape = None if args.model else SHAPES[args.shape]
+    cases = [CASES[name] for name in args.cases]
     found: dict[tuple[Load, str], list[dict[str, Any]]] = {}
     bandwidths = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint, gguf = prepare(args.shape, folder, args.peer_python)
+        checkpoint, gguf = args.model, args.gguf
+        if shape is not None:
+            checkpoint, gguf = prepare(args.shape, folder, args.peer_python)
         commands = {
             "peer": [args.peer_python, str(PEER), "measure", str(gguf)],
             "squawq": [sys.executable, "-m", "squawq", "bench", str(checkpoint), "--json", "--head", args.head],
@@ -214,11 +225,13 @@ def main() -> None:
                     speeds = f"prefill {one['prefill_tok_s']:.1f}, decode {one['decode_tok_s']:.1f} tok/s"
                     print(f"round {turn + 1}, {side}: {speeds}", file=sys.stderr, flush=True)
     peer, ours = (found[cases[0].load, side][0] for side in commands)
-    if peer["parameters"] != parameters(shape):
+    if shape is not None and peer["parameters"] != parameters(shape):
         sys.exit(f"llama.cpp ran {peer['parameters']:,} parameters, squawq {parameters(shape):,}: not the same shape")
     bandwidth = statistics.median(bandwidths)
     settings = f"{args.threads} threads, median of {args.rounds}, plain reading {bandwidth / 1e9:.1f} GB/s"
     title = f"{args.shape} shape, Q4_K_M and AWQ INT4 with {args.head} head, {settings}"
+    if shape is None:
+        title = f"{args.gguf.name} and {args.model.name} with {args.head} head, {settings}"
     headings = ["", "llama.cpp", "squawq", "ratio", "target", "of limit"]
     print_table(title, headings, table(shape, args.head, cases, found, bandwidth))
     print(f"llama-cpp-python {peer['version']}: {peer['system']}\nsquawq: {ours['isa']}")
