@@ -12,15 +12,21 @@ from conftest import MakeModel, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from squawq.backends import backend_for
+from squawq.backends.base import Batch, Layers
 from squawq.backends.cpu import library
+from squawq.backends.layer_ops import ActivationMul, Buffer, Matmul, MixtureOfExperts, Norm
 from squawq.backends.sampling import Chunk
 from squawq.config import ModelConfig
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import FAMILIES
 from squawq.format.groupwise import from_gemm
+from squawq.format.reader import Checkpoint
+from squawq.inspection import inspect
 from squawq.moe_config import EXPERTS, MOE_FAMILIES
-from squawq.nn.loader import Options, load
+from squawq.nn.loader import OpenModel, Options, load, load_layer
+from squawq.nn.shard import Shard
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 
@@ -271,3 +277,47 @@ def test_windows_that_the_family_has_otherwise(make_model: MakeModel) -> None:
     folder = make_model("qwen3_moe", **QWEN, use_sliding_window=True, sliding_window=8)
     with pytest.raises(ConfigError, match="use_sliding_window is true"):
         load(folder)
+
+
+def mlp_output(checkpoint: Checkpoint, x: Tensor, shard: Shard) -> Tensor:
+    """What the last layer's MLP, or a rank's part of it, adds for x."""
+    backend = backend_for("cpu", "reference", exact=True)
+    operations = load_layer(checkpoint, checkpoint.config.num_layers - 1, backend, shard)
+    first = max(place for place, operation in enumerate(operations) if isinstance(operation, Norm)) + 1
+    buffers = {Buffer.NORMED: x}
+    empty = torch.empty(0)
+    batch = Batch(*(empty for _ in range(6)))
+    for operation in operations[first:]:
+        if isinstance(operation, Matmul | ActivationMul | MixtureOfExperts):
+            backend._apply(operation, Layers((), (4, 2, 16), 1e-5), buffers, (empty, empty), batch, [])
+    return buffers[Buffer.DELTA]
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_ranks_add_up(case: str, quantized: bool, make_model: MakeModel, tmp_path: Path) -> None:
+    """Tensor parallelism: each rank has a part of every expert's inner features, and all of the router."""
+    folder = model_of(case, make_model)
+    if quantized:
+        quantize(folder, tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
+        folder = tmp_path / "awq"
+    checkpoint = Checkpoint(folder)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(4))
+    whole = mlp_output(checkpoint, x, Shard())
+    parts = sum(mlp_output(checkpoint, x, Shard(rank, 2)) for rank in range(2))
+    assert whole.abs().max() > 0.1
+    assert (whole - parts).abs().max() < 1e-3 * whole.abs().max()
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "glm4_moe"])
+def test_inspect_counts_what_is_loaded(case: str, make_model: MakeModel, tmp_path: Path) -> None:
+    """Bytes of each GPU, from headers under the model's names, against those under the checkpoint's."""
+    quantize(model_of(case, make_model), tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
+    found = inspect(tmp_path / "awq", device_memory=2**34)["devices"]["int4"]
+    checkpoint = Checkpoint(tmp_path / "awq")
+    for row in found:
+        backend = backend_for("cpu", "reference")
+        backend.activation_dtype = torch.float16
+        ranks = [OpenModel(checkpoint, backend, "16-bit", Shard(rank, row["size"])) for rank in range(row["size"])]
+        assert row["weights"] == max(rank.weight_bytes() for rank in ranks)
+    assert [row["size"] for row in found][:2] == [1, 2]
