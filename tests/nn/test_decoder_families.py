@@ -103,7 +103,7 @@ def test_the_text_model_of_a_multimodal_one(case: str, names: str, make_model: M
     folder = make_model(model_type, **changes)
     options = Options(exact=True)
     expected = logits(folder, some_ids(), options)
-    tensors = {WRAPPED[names](name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}  # type: ignore[no-untyped-call]
+    tensors = {WRAPPED[names](name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     tensors["vision_tower.patch.weight"] = torch.ones(3, 3)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     text = json.loads((folder / "config.json").read_text())
