@@ -168,7 +168,7 @@ class Forgetful:
 
 
 def test_a_model_that_forgets_runs_later_chunks_token_by_token() -> None:
-    config = SimpleNamespace(num_layers=1, cached_heads=(1, 1))
+    config = SimpleNamespace(num_layers=1, kv_layers=1, cached_heads=(1, 1))
     model: Any = Forgetful()
     steps = Caches(model, "cache", config, backend_for("cpu"))  # type: ignore[arg-type]
     assert not steps._cuts
