@@ -43,7 +43,6 @@ def test_what_runs_a_model(awq_demo: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "file", "form", "runs_in", "note"),
     [
-<<<<<<< HEAD
         ({"quantization_config": GPTQ}, "model.safetensors", "GPTQ INT4 g128", ("squawq", "transformers", "vLLM"), ""),
         (
             {"quantization_config": PACKED},
@@ -52,10 +51,6 @@ def test_what_runs_a_model(awq_demo: Path) -> None:
             (),
             "no config_groups",
         ),
-=======
-        ({"quantization_config": GPTQ}, "model.safetensors", "GPTQ INT4 g128", (), "quant_method is 'gptq'"),
-        ({"quantization_config": PACKED}, "model.safetensors", "compressed-tensors pack-quantized", (), "quant_method"),
->>>>>>> 444d2b3e1599b97b960fe878bbeb4e206c66bfc2
         ({"model_type": "gemma3_text"}, "model.safetensors", "float32", ("squawq", "transformers"), ""),
         ({"model_type": "bert"}, "model.safetensors", "float32", (), "does not know the family bert"),
         ({}, "pytorch_model.bin", "float32", (), "weights are .bin, not safetensors"),

@@ -46,14 +46,9 @@ def test_every_family_has_a_case() -> None:
     from test_hybrid import FAMILIES as HYBRIDS
     from test_moe import CASES as EXPERTS
 
-<<<<<<< HEAD
     tested = {model_type for cases in (CASES, LIKE_LLAMA, EXPERTS) for model_type, _ in cases.values()}
     text_alone = {name for name, row in FAMILIES.items() if row.decoder and not name.endswith("_vl_text")}
     assert text_alone == tested | set(HYBRIDS)
-=======
-    tested = {model_type for model_type, _ in (*CASES.values(), *LIKE_LLAMA.values())}
-    assert set(DECODED) - {"qwen3_5_text"} == tested  # test_hybrid.py
->>>>>>> 444d2b3e1599b97b960fe878bbeb4e206c66bfc2
 
 
 @pytest.mark.parametrize("case", CASES)
