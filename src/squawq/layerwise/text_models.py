@@ -44,8 +44,9 @@ class TextCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 
 @cache
-def register() -> None:
-    """Make `AutoModelForCausalLM` find TEXT_MODELS, as far as this transformers has them."""
+def own_classes() -> dict[type[PretrainedConfig], type[TextCausalLM]]:
+    """Our classes by config, as far as this transformers has TEXT_MODELS; `AutoModelForCausalLM` finds them, too."""
+    found = {}
     for name in TEXT_MODELS:
         if name not in CONFIG_MAPPING:
             continue
@@ -53,9 +54,13 @@ def register() -> None:
         if kind not in AutoModelForCausalLM._model_mapping:
             own = type(f"{kind.__name__.removesuffix('Config')}CausalLM", (TextCausalLM,), {"config_class": kind})
             AutoModelForCausalLM.register(kind, own, exist_ok=True)  # transformers has the config
+            found[kind] = own
+    return found
 
 
 def causal_lm(config: PretrainedConfig) -> Any:
     """The model of a text config, in float32, on torch's default device."""
-    register()
+    own = own_classes().get(type(config))
+    if own is not None:
+        return own._from_config(config, dtype=torch.float32)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

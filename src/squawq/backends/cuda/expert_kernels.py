@@ -167,7 +167,7 @@ def grouped_matmul_kernel(
         tl.store(to, acc, mask=here[:, None] & there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def combine_kernel(
     partial,  # float32 [splits, rows * TOP_K, N]
     shares,  # float32 [rows, TOP_K]
