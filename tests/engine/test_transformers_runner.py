@@ -93,12 +93,9 @@ def check(output: Output, prompt: Sequence[int], model: Any) -> None:
     assert (torch.tensor(found) - expected).abs().max() < TOLERANCE * spread
 
 
-@pytest.mark.parametrize("model_type", sorted(name for name in FAMILIES if not name.endswith("_vl_text")))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_every_family(model_type: str, tmp_path: Path) -> None:
-    """Two sequences at once, the longer beyond every sliding window, and its prompt in several steps.
-
-    transformers has the class of a *_vl_text model only as a part of another.
-    """
+    """Two sequences at once, the longer beyond every sliding window, and its prompt in several steps."""
     model = family_model(model_type, tmp_path, **CHANGES.get(model_type, {}))
     with opened(tmp_path) as engine:
         assert isinstance(runner_of(engine)._steps, Caches if model_type in STATEFUL else Paged)

@@ -74,8 +74,8 @@ class TensorNames:
         for own in ("weight", self._integers):
             if f"{owner}.{own}" in self.on_disk:
                 return self.on_disk[f"{owner}.{own}"].removesuffix(own) + kind
-        stack = self._stack(name, FUSED[0])
-        return stack.rpartition(FUSED[0])[0] + name.removeprefix(f"{_experts_of(name)}.") if stack else name
+        place, found, _ = self._stack(name, FUSED[0]).rpartition(FUSED[0])
+        return place + name.removeprefix(f"{_experts_of(name)}.") if found else name  # stacks may have another name
 
     def storage_name(self, name: str) -> str:
         """Name of the tensor in the checkpoint that stores a tensor of the model: its own, or the stacked experts."""
