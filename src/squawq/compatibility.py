@@ -66,7 +66,8 @@ def _dtype(config: ModelConfig, quant: QuantConfig) -> str:
 
 def may_fuse(config: ModelConfig) -> bool:
     """Whether a fused model in transformers (do_fuse) runs on our decoder."""
-    return config.model_type in FAMILIES and decoder_declines(config) is None and "text_config" not in config.raw
+    ours = config.model_type in FAMILIES and decoder_declines(config) is None
+    return ours and config.delta_rule is None and "text_config" not in config.raw
 
 
 def tgi_command(model: str, options: str = "") -> str:
