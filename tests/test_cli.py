@@ -136,7 +136,7 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     ),
     "bad method": (["quantize", DEMO, "OUT", "--method", "gptq"], "'gptq' is not one of 'squawq', 'awq', 'rtn'"),
     "bad head": (["chat", DEMO, "--head", "int2"], r"'int2' is not one of 'int8', .* \(see squawq chat --help\)"),
-    "bad format": (["export", DEMO, "OUT", "--format", "exl2"], "'exl2' is not one of 'compressed-tensors', 'gguf'"),
+    "bad format": (["export", DEMO, "OUT", "--format", "exl2"], "'exl2' is not one of 'awq', 'gptq'"),
     "bad device": (["quantize", DEMO, "OUT", "--device", "gpu"], "device 'gpu' is not there; choose one of cpu"),
     "no such model": (["quantize", "nowhere", "OUT"], "neither a model folder nor a Hub id"),
     "hub out of reach": (["quantize", "nobody/nothing", "OUT"], "the Hub could not be asked"),

@@ -24,6 +24,7 @@ from running import process
 from typer.testing import CliRunner
 
 from squawq.cli import app
+from squawq.export.run import export
 from squawq.quant_config import QuantConfig
 from squawq.quantization.pipeline import quantize
 from squawq.serve.tgi_launcher import app as launcher
@@ -69,6 +70,8 @@ def test_command(command: str, small: Path, awq_small: Path, tmp_path: Path, req
     shutil.copytree(small, tmp_path / "MODEL")
     if not makes(words, "OUT"):
         shutil.copytree(awq_small, tmp_path / "OUT")
+    if words[:3] == ["squawq", "export", "OUT-gptq"]:
+        export(tmp_path / "OUT", tmp_path / "OUT-gptq", "gptq")
     (tmp_path / "my.txt").write_text(
         "One document about dogs and cats.\n=====\nAnother one about cats and dogs.\n" * 40
     )

@@ -105,7 +105,7 @@ def test_an_awq_model_runs_as_it_is(awq_demo: Path, tmp_path: Path) -> None:
     ("change", "arguments", "free", "message"),
     [
         ({"model_type": "bert"}, [], 0, "model_type is 'bert'; squawq knows "),
-        ({"quantization_config": {"quant_method": "gptq"}}, [], 0, "quant_method is 'gptq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, [], 0, "quant_method is 'hqq'"),
         ({}, [], 1000, f"me/demo in INT4 needs {INT4} with 4,096 tokens, and 0.0 MB are free (cpu)"),
         ({}, ["--no-quantize"], NEEDED.dense.needed - 1, f"me/demo in 16 bits needs {DENSE} with"),
         ({}, ["--device", "gpu"], 0, "device 'gpu' is not there"),

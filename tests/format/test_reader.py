@@ -87,7 +87,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     "layers as text": ({"num_hidden_layers": "two"}, "num_hidden_layers"),
     "no type": ({"model_type": None}, "model_type"),
-    "other quantization": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    "other quantization": ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "'hqq'; squawq reads awq"),
     "eight bits": ({"quantization_config": {"quant_method": "awq", "bits": 8}}, "bits is 8"),
     "other layout": ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "marlin"}}, "'gemv_fast'"),
 }
@@ -217,8 +217,9 @@ def test_gptqs_own_legacy_config(make_model: MakeModel) -> None:
     """AutoGPTQ's files name no method."""
     folder = make_model()
     (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128, "desc_act": False}))
-    with pytest.raises(CheckpointError, match="quant_method is 'gptq'"):
-        Checkpoint(folder)
+    config = Checkpoint(folder).config
+    assert config.quant is not None
+    assert (config.quant_method, config.layout, config.quant.group_size) == ("gptq", "gptq", 128)
 
 
 def test_read_through_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: MakeModel) -> None:

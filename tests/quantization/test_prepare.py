@@ -104,7 +104,7 @@ def test_what_cannot_be_shared(make_model: MakeModel, tmp_path: Path) -> None:
     for model, size, message in (
         (make_model(name="a"), 3, "4 attention heads do not divide by that; this model can be shared by 1, 2, 4"),
         (make_model(name="b", head_dim=16, intermediate_size=88), 2, "would be on two GPUs"),
-        (make_model("gemma3_text", name="c"), 2, "how gemma3_text is split is not known"),
+        (make_model("cohere", name="c"), 2, "how cohere is split is not known"),
     ):
         with pytest.raises(ConfigError, match=rf"for_tensor_parallel is {size}, .*{message}"):
             prepare.prepare(model, tmp_path / "out", QuantConfig(for_tensor_parallel=size), None, "cpu", False)

@@ -167,8 +167,8 @@ def test_draw_is_the_inverse_of_the_distribution() -> None:
 
 
 def test_a_family_without_our_decoder(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 3 runs in transformers: all layers in memory, one at a time, or refused, by the free memory."""
-    folder = with_tokenizer(make_model("gemma3_text", vocab_size=VOCABULARY, sliding_window=8))
+    """VaultGemma runs in transformers: all layers in memory, one at a time, or refused, by the free memory."""
+    folder = with_tokenizer(make_model("vaultgemma", vocab_size=VOCABULARY, sliding_window=8))
     said: list[str] = []
     plan = plan_of(folder, rows=40)
     whole = plan.tokens(Checkpoint(folder), "cpu", lambda *given: said.append(given[0]))
