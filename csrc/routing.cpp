@@ -1,6 +1,7 @@
 #include "routing.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -53,7 +54,10 @@ void limit_groups(float* keys, float* sums, const Routing& r) {
 // The chosen experts of a row and their shares. keys: room for 2 * experts floats.
 void choose(float* row, const Routing& r, float* keys, int32_t* ids, float* shares) {
     score(row, r);
-    for (int64_t e = 0; e < r.experts; ++e) keys[e] = row[e] + (r.bias == nullptr ? 0.f : r.bias[e]);
+    for (int64_t e = 0; e < r.experts; ++e) {
+        keys[e] = row[e] + (r.bias == nullptr ? 0.f : r.bias[e]);
+        if (!(keys[e] >= -FLT_MAX)) keys[e] = -FLT_MAX;  // NaN: still no expert is chosen twice; its share stays NaN
+    }
     if (r.groups > 1) limit_groups(keys, keys + r.experts, r);
     float sum = LEAST_SUM;
     for (int64_t k = 0; k < r.chosen; ++k) {

@@ -10,13 +10,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from squawq.export.dense import STACKED_ALONE
 from squawq.export.gguf import ARCHITECTURES
 from squawq.families import FAMILIES
 
 HEAD = """# Models
 
-A family is a value of `model_type` in config.json, or in the `text_config` of a multimodal model's: its text model is
-quantized and run, the other parts are copied. **Quantize**: `squawq quantize` and `squawq eval`. **Our decoder**:
+A family is a `model_type` in config.json. A multimodal model's is in its `text_config`: its text model is quantized and
+run, its other parts are copied. **Quantize**: `squawq quantize` and `squawq eval`. **Our decoder**:
 squawq's own kernels, batch-invariant, on CPUs and on NVIDIA GPUs. **On transformers**: where our decoder does not run a
 model, or with `--model-impl transformers`, transformers' model class runs it in the same engine, slower
 ([inference](explanation/inference.md#families-without-a-decoder)). **Export**: the formats of
@@ -36,7 +37,9 @@ def page() -> str:
     lines = []
     for name, family in sorted(FAMILIES.items()):
         decoder = "CPU, CUDA" if family.decoder else ""
-        formats = ["awq", "gptq", "compressed-tensors", "dense", *(["gguf"] if name in ARCHITECTURES else [])]
+        formats = ["awq", "gptq", "compressed-tensors"]
+        formats += [] if name in STACKED_ALONE else ["dense"]
+        formats += ["gguf"] if name in ARCHITECTURES else []
         lines.append(f"| `{name}` | yes | {decoder} | yes | {', '.join(formats)} |")
     runs = sum(family.decoder is not None for family in FAMILIES.values())
     return f"{HEAD}{chr(10).join(lines)}\n\n{len(FAMILIES)} families, {runs} of them on our decoder.\n"

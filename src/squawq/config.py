@@ -116,9 +116,14 @@ class ModelConfig:
     raw: Mapping[str, Any]
 
     @property
+    def text(self) -> Mapping[str, Any]:
+        """config.json with the keys of `text_config` in place of the outer ones."""
+        return {**self.raw, **(self.raw.get("text_config") or {})}
+
+    @property
     def bos_id(self) -> int | None:
         """The BOS token's id, if config.json has one that the model knows."""
-        found = {**self.raw, **(self.raw.get("text_config") or {})}.get("bos_token_id")
+        found = self.text.get("bos_token_id")
         return found if isinstance(found, int) and 0 <= found < self.vocab_size else None
 
     @property
@@ -141,7 +146,7 @@ class ModelConfig:
 
         Of DeepSeek's latent attention (MLA) that is every head's keys, to which its values are padded.
         """
-        text = {**self.raw, **(self.raw.get("text_config") or {})}
+        text = self.text
         dims = [text.get(name, size) for name, size in (("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64))]
         if not text.get("kv_lora_rank") or not all(isinstance(dim, int) and 0 <= dim <= MAX_LATENT for dim in dims):
             return self.num_kv_heads, self.head_dim

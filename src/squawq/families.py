@@ -354,7 +354,7 @@ def traits_of(family: Family) -> Traits:
     """How our decoder computes a family. Raises ConfigError for one that it does not run."""
     if family.decoder is None:
         known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.decoder))
-        raise ConfigError(f"model_type is {family.model_type!r}; our decoder and export take {known} so far")
+        raise ConfigError(f"model_type is {family.model_type!r}; our decoder takes {known}")
     return family.decoder
 
 
@@ -366,7 +366,7 @@ def decoder_declines(config: ModelConfig) -> str | None:
     for rope in config.ropes:
         if rope is not None and rope.type not in ROPE_TYPES:
             unlike.append(f"rope type is {rope.type!r}, and it has {', '.join(ROPE_TYPES)}")
-    if {**config.raw, **(config.raw.get("text_config") or {})}.get("use_bidirectional_attention"):
+    if config.text.get("use_bidirectional_attention"):
         unlike.append("use_bidirectional_attention is set, and its attention is causal")
     known = {"full_attention", "sliding_attention", *([LINEAR] if config.delta_rule else [])}
     if others := set(config.layer_types) - known:

@@ -99,6 +99,8 @@ def read_moe(raw: Mapping[str, Any], layers: int, where: str) -> MoeConfig | Non
     if top_k > experts:
         raise CheckpointError(f"{where}: a token cannot take {top_k} of {experts} experts")
     groups, top_groups = (size((key,), 1) if kind.deepseek else 1 for key in ("n_group", "topk_group"))
+    if groups > 1 and experts // groups < 2:
+        raise CheckpointError(f"{where}: {groups} groups of {experts} experts have fewer than two each")
     if experts % groups or top_groups > groups or top_k > experts // groups * top_groups:
         raise CheckpointError(
             f"{where}: a token cannot take {top_k} experts from {top_groups} of {groups} groups of {experts} experts"

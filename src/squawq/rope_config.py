@@ -157,6 +157,11 @@ def _stretched(
         found = tuple(number({name: factor}, name, 1, where) for factor in factors)
         spread = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
         return replace(rope, factors=found, magnitude=optional(values, "attention_factor", spread, where))
+    if rope.theta <= 1:
+        raise CheckpointError(f"{where}: rope_theta is {rope.theta:g}; YaRN needs more than 1")
+    for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        if not 1e-6 <= optional(values, name, default, where) <= 1e6:
+            raise CheckpointError(f"{where}: {name} is {values[name]!r:.100}; it must be from 1e-6 to 1e6")
     scales = [optional(values, name, 0.0, where) for name in ("mscale", "mscale_all_dim")]
     over, under = scales if all(scales) else (1.0, 0.0)
     spread = _mscale(factor, over) / _mscale(factor, under)

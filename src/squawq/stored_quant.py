@@ -22,7 +22,6 @@ NAMES = {  # of methods, for people
     "awq": "AWQ",
     "gptq": "GPTQ",
     "auto-round": "AutoRound",
-    "intel/auto-round": "AutoRound",
     "compressed-tensors": "compressed-tensors",
 }
 
@@ -45,7 +44,7 @@ def read_quantization(values: Mapping[str, Any], where: str) -> tuple[QuantConfi
 
 def method_of(values: Mapping[str, Any]) -> str:
     """The method that a `quantization_config` names; where it names none, AWQ is meant."""
-    return str(values.get("quant_method", "awq"))
+    return str(values.get("quant_method", "awq")).removeprefix("intel/")
 
 
 def _settings(bits: object, group: object, symmetric: object) -> QuantConfig:
@@ -74,9 +73,16 @@ def _auto_round(values: Mapping[str, Any]) -> tuple[QuantConfig, str]:
         what = f"packing_format {stated!r:.100} with data_type {values.get('data_type', 'int')!r:.100}"
         raise ConfigError(f"{what} is not read; of AutoRound's, squawq reads int in auto_round, auto_gptq and auto_awq")
     quant = _settings(values.get("bits"), values.get("group_size", 128), values.get("sym", True))
+    _check_activations(values)
     for name, changes in _entries(values, "extra_config"):
+        _check_activations(changes)
         _check_override("extra_config", name, changes, quant)
     return quant, layout
+
+
+def _check_activations(values: Mapping[str, Any]) -> None:
+    if (bits := values.get("act_bits")) not in (None, 16, 32):
+        raise ConfigError(f"act_bits is {bits!r:.20}; squawq reads 4-bit weights with 16-bit activations (W4A16)")
 
 
 def _entries(values: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -147,5 +153,4 @@ _READERS = {
     "gptq": _gptq,
     "compressed-tensors": _compressed_tensors,
     "auto-round": _auto_round,
-    "intel/auto-round": _auto_round,
 }

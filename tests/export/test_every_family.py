@@ -9,6 +9,8 @@ import torch
 from family_models import family_model
 from safetensors.torch import load_file
 
+from squawq.errors import CheckpointError
+from squawq.export.dense import STACKED_ALONE
 from squawq.export.run import export
 from squawq.families import FAMILIES
 from squawq.quant_config import QuantConfig
@@ -31,5 +33,9 @@ def test_there_and_back(model_type: str, tmp_path: Path) -> None:
         found = tensors_of(tmp_path / f"{format_}-awq")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    if model_type in STACKED_ALONE:
+        with pytest.raises(CheckpointError, match="nothing reads single experts"):
+            export(tmp_path / "awq", tmp_path / "dense", "dense")
+        return
     export(tmp_path / "awq", tmp_path / "dense", "dense")
     assert not any(name.endswith("qweight") for name in tensors_of(tmp_path / "dense"))

@@ -18,7 +18,7 @@ def export(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A 4-bit folder (AWQ, GPTQ, compressed-tensors), or a Hub id",
+            help="A 4-bit folder (AWQ, GPTQ, AutoRound, compressed-tensors), or a Hub id",
             autocompletion=complete_model,
         ),
     ],

@@ -26,7 +26,6 @@ from squawq.engine.capacity import (
     default_kv_tokens,
     free_gpu_tokens,
     free_memory,
-    free_on,
     pages_of,
     states_that_fit,
 )
@@ -81,7 +80,7 @@ class DecoderRunner:
         device, tokens = decoder.backend.device, kv_tokens
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what loading has freed
-        self.max_sequences = self._places(decoder, rows, step_tokens)
+        self.max_sequences = self._places(decoder, rows, step_tokens, gpu_share)
         rows = rows and self.max_sequences
         states = self.max_sequences * Cache.state_bytes(decoder.config)
         if tokens is None and device.type == "cuda":
@@ -109,11 +108,14 @@ class DecoderRunner:
         self.cache_outputs = self._steps is None
 
     @staticmethod
-    def _places(decoder: Decoder, rows: int | None, step_tokens: int) -> int:
+    def _places(decoder: Decoder, rows: int | None, step_tokens: int, gpu_share: float) -> int:
         """`max_sequences`, with a warning where it is less than `rows`."""
         device, wanted = decoder.backend.device, rows or MAX_CONTEXTS
         working = decoder.backend.working_bytes(decoder.config, wanted, step_tokens)
-        free = free_on(device) - working if device.type == "cuda" else free_memory()
+        free = free_memory()
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            free = min(free, int(gpu_share * total) - (total - free)) - working
         found = states_that_fit(decoder.config, wanted, free)
         if found < wanted:
             each = Cache.state_bytes(decoder.config) / 2**20

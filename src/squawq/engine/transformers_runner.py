@@ -167,17 +167,18 @@ class TransformersRunner:
     def _kv_tokens(self, config: EngineConfig) -> int:
         if config.kv_tokens is not None:
             return config.kv_tokens
+        states = self.max_sequences * Cache.state_bytes(self.config)
         if self._backend.device.type != "cuda":
-            return default_kv_tokens(self.config, self.token_bytes, free_memory())
-        working = self._backend.working_bytes(self.config, config.max_num_seqs, config.step_tokens)
+            return default_kv_tokens(self.config, self.token_bytes, free_memory() - states)
+        working = states + self._backend.working_bytes(self.config, config.max_num_seqs, config.step_tokens)
         share = config.gpu_memory_utilization or GPU_SHARE
         sizes = self._backend.device, working, share, config.max_num_seqs
         return free_gpu_tokens(self.config, self.token_bytes, *sizes)
 
     @property
     def cache_bytes(self) -> int:
-        """Of the whole KV cache."""
-        return self.num_pages * self.page_size * self.token_bytes
+        """Of the whole KV cache and all states."""
+        return self.num_pages * self.page_size * self.token_bytes + self.max_sequences * Cache.state_bytes(self.config)
 
     def prepare(self, sampling: Sampling) -> None:
         self._backend.prepare_sampling(sampling)
@@ -194,7 +195,7 @@ class TransformersRunner:
 
 def _backend(model: ModelConfig, config: EngineConfig) -> Backend:
     """On a GPU, activations are by default in the dtype that the checkpoint names, as transformers has them."""
-    dtype, stated = config.dtype, {**model.raw, **(model.raw.get("text_config") or {})}
+    dtype, stated = config.dtype, model.text
     if dtype == "auto" and "bfloat16" in (stated.get("dtype"), stated.get("torch_dtype")):
         dtype = "bfloat16" if config.device.startswith("cuda") else dtype
     return backend_for(config.device, exact=config.exact, dtype=dtype, kv_cache_dtype=config.kv_cache_dtype)

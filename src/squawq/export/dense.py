@@ -17,6 +17,8 @@ from squawq.format.groupwise import GroupwiseTensor
 
 SIXTEEN_BITS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
+STACKED_ALONE = ("gpt_oss",)  # families whose experts transformers reads as one stack alone
+
 
 @dataclass(frozen=True)
 class Dense:

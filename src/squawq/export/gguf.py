@@ -125,6 +125,11 @@ def _linear(checkpoint: Checkpoint, source: str, name: str, shape: tuple[int, in
     paired = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}
     heads = paired.get(ours, 0) if architecture.neighbours else 0
     if checkpoint.is_quantized(source):
+        if checkpoint.input_order(source, shape[1]) is not None:
+            raise ConfigError(
+                f"{source} has its groups in activation order (desc_act), which GGUF does not have; export the model "
+                "as dense"
+            )
         group = checkpoint.group_of(shape[1])
         if group not in GROUP_SIZES:
             raise ConfigError(f"{source} has groups of {group}; GGUF's Q4_1 takes groups of 32, 64 or 128")

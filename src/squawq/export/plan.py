@@ -57,6 +57,8 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
     first = [name for name in names.stored_names if name not in placed]
     matrices = [name for name in chain(*layers) if _is_matrix(checkpoint, name)]
     kept = [name.removesuffix(".weight") for name in matrices]
+    if config.tied_embeddings:
+        shapes.pop(head, None)  # a head beside a tied embedding
     targets = ["Linear", *([head] if head in shapes else [])]
     last = [name for name in names.on_disk.values() if name in ends - dropped]
     kept += [] if head in shapes else [head]

@@ -2,7 +2,7 @@
 
 How a linear is stored is up to the format (awq.py, gptq.py, compressed_tensors.py, dense.py). gguf.py writes its single
 file itself.
-Peak memory: one decoder layer in the new format.
+Peak memory: one decoder layer in the new format, or all that is beside the text model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from squawq import __version__
 from squawq.errors import CheckpointError, ConfigError
 from squawq.export.awq import Awq
 from squawq.export.compressed_tensors import CompressedTensors
-from squawq.export.dense import Dense
+from squawq.export.dense import STACKED_ALONE, Dense
 from squawq.export.gptq import Gptq
 from squawq.export.plan import Plan, make_plan
 from squawq.format.files import copy_file, has_file, read_json, write_json
@@ -104,6 +104,11 @@ def _quant_of(checkpoint: Checkpoint, format: str) -> QuantConfig:  # noqa: A002
 def _writer(checkpoint: Checkpoint, plan: Plan, quant: QuantConfig, format: str) -> Writer:  # noqa: A002
     """Raises CheckpointError for what the format cannot store."""
     if format == "dense":
+        if checkpoint.config.model_type in STACKED_ALONE:
+            raise CheckpointError(
+                f"{checkpoint.folder}: nothing reads single experts of {checkpoint.config.model_type} in 16 bits; take "
+                "the original model"
+            )
         return Dense.like(checkpoint.info(plan.embedding).dtype)
     ordered = [name for name, (_, in_) in plan.shapes.items() if checkpoint.input_order(name, in_) is not None]
     if format != "gptq" and ordered:  # compressed-tensors 0.19 has dropped it

@@ -27,7 +27,7 @@ from squawq.format.layouts import LAYOUTS, Gemm, Layout, Shapes, gemm_cuts, inpu
 from squawq.format.shards import INDEX, FolderShards, ReadTensor, Shards, TensorInfo, read_tensor
 
 COMPANIONS = re.compile(
-    r"tokenizer\.(json|model)|(tokenizer|generation|preprocessor|processor)_config\.json|special_tokens_map\.json"
+    r"tokenizer\.(json|model)|(tokenizer|generation|(video_)?preprocessor|processor)_config\.json|special_tokens_map\.json"
     r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(jinja|json)"
     r"|(LICEN[SC]E(-[A-Z]+)?|NOTICE|USE_POLICY)(\.(txt|md))?"
 )

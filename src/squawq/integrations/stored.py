@@ -80,7 +80,9 @@ class StoredQuantizer(SquawqQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
-            raise ConfigError("squawq does not make GPTQ or compressed-tensors; quantize with `squawq quantize`")
+            raise ConfigError(
+                "transformers cannot quantize to it here; quantize with `squawq quantize`, then `squawq export`"
+            )
         super(SquawqQuantizer, self).__init__(quantization_config, **kwargs)
         self.settings, layout = read_quantization(quantization_config.source, "quantization_config")
         self.layout, self.backend, self._folder = LAYOUTS[layout], None, None
@@ -123,7 +125,10 @@ class StoredQuantizer(SquawqQuantizer):
             raise ConfigError("only AWQ models are shared among processes here; export this one with --format awq")
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for path, module in list(model.named_modules()):
-            if isinstance(module, StoredLinear):
-                model.set_submodule(path, module.finished())
+        paths = [path for path, module in model.named_modules() if isinstance(module, StoredLinear)]
+        for path in paths:  # without a list of the modules, each is freed once it is replaced
+            try:
+                model.set_submodule(path, model.get_submodule(path).finished())
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from error
         return model

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from squawq.backends import REFERENCE, backend_for
 from squawq.backends.base import PAGE, Backend, Batch, Heads, Pages, Rotary
 from squawq.backends.layer_ops import Attention, RotateAndStore
+from squawq.errors import ConfigError
 from squawq.layerwise.packed_model import PackedModel
 from squawq.nn.cache import zeros
 
@@ -163,8 +164,11 @@ def _window(mask: Callable[..., Tensor], positions: int, device: torch.device) -
 
     def first(at: int) -> int:
         """The first token that the one at this position sees."""
-        keys, zero = torch.arange(at + 1, device=device), torch.zeros((), dtype=torch.int64, device=device)
+        keys, zero = torch.arange(at + 2, device=device), torch.zeros((), dtype=torch.int64, device=device)
         seen = mask(zero, zero, torch.full_like(keys, at), keys)
+        if seen[-1]:
+            raise ConfigError("its attention sees later tokens, so it cannot generate text")
+        seen = seen[:-1]
         start = int(seen.int().argmax())
         if not seen[start:].all():
             raise Unpaged("its attention mask has gaps")
@@ -196,7 +200,8 @@ class PagedAttention:
     @staticmethod
     def token_bytes(layers: Sequence[AttentionLayer], backend: Backend) -> int:
         """Bytes of one token's keys and values in all layers."""
-        return sum(layer.values for layer in layers) * backend.cache_dtype.itemsize
+        plain = backend_for(backend.device, REFERENCE).cache_dtype
+        return sum(layer.values * (plain if layer.sinks else backend.cache_dtype).itemsize for layer in layers)
 
     def begin(self, batch: Batch) -> None:
         """Set the tokens of the next step."""

@@ -40,7 +40,7 @@ def norm_sizes(config: ModelConfig, family: Family, index: int) -> dict[str, int
     traits = traits_of(family)
     sizes = {name: config.hidden_size for name in traits.norms if name}
     heads = (config.num_heads, config.num_kv_heads) if traits.qk_norm == "whole" else (1, 1)
-    if traits.qk_norm and (not traits.qk_flag or config.raw.get(traits.qk_flag)) and not is_linear(config, index):
+    if traits.qk_norm and (not traits.qk_flag or config.text.get(traits.qk_flag)) and not is_linear(config, index):
         sizes |= {name: count * config.head_dim for name, count in zip(traits.qk_names, heads, strict=True)}
     return sizes
 

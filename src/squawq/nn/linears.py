@@ -54,7 +54,8 @@ def load_linear(
     """
     quantized = [checkpoint.is_quantized(linear.name) for linear in linears]
     bias = _bias(checkpoint, linears, backend.device)
-    if all(quantized) and (order := _common_order(checkpoint, linears, ordered)) is not False:
+    whole = all(_in_words(linear.order) for linear in linears)
+    if all(quantized) and whole and (order := _common_order(checkpoint, linears, ordered)) is not False:
         gemms = (_gemm(checkpoint, linear) for linear in linears)
         first, inputs = linears[0], linears[0].shape[1]
         group = part_group(first.part[1], first.in_, checkpoint.group_of(first.in_))
@@ -77,6 +78,16 @@ def _common_order(checkpoint: Checkpoint, linears: Sequence[Linear], ordered: bo
     names = ", ".join(linear.name for linear in linears)
     logger.warning("%s: dequantized, since activation orders (g_idx) differ or cannot be applied here", names)
     return False
+
+
+def _in_words(order: Tensor | None) -> bool:
+    """Whether these outputs are eights of neighbours, which are whole words of a quantized weight."""
+    if order is None:
+        return True
+    if len(order) % PER_WORD:
+        return False
+    first = order[::PER_WORD, None] // PER_WORD * PER_WORD
+    return bool((order.view(-1, PER_WORD) == first + torch.arange(PER_WORD)).all())
 
 
 def _gemm(checkpoint: Checkpoint, linear: Linear) -> Gemm:

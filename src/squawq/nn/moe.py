@@ -7,7 +7,7 @@ one linear if they are quantized, else all gate and up projections of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -98,6 +98,7 @@ class _Loader:
             ]
         if moe.shared == "gated":
             router.append(self._linear("shared_expert_gate", 1, self._config.hidden_size))
+        self._refuse_biases(router)
         gate_up, down = self._experts()
         experts = MixtureOfExperts(
             load_linear(self._checkpoint, router, self._backend), gate_up, down, self._routing(), moe.shared, activation
@@ -126,9 +127,15 @@ class _Loader:
         names = [f"{self._block}.{name}" for name in SHARED]
         name = next((n for n in names if self._has(f"{n}.down_proj")), names[self._moe.shared == "gated"])
         gate, up, down = self._gated(name.removeprefix(f"{self._block}."), self._moe.shared_inner, SPELLINGS[0])
+        self._refuse_biases([gate, up, down])
         return load_linear(self._checkpoint, [gate, up], self._backend), load_linear(
             self._checkpoint, [down], self._backend
         )
+
+    def _refuse_biases(self, linears: Iterable[Linear]) -> None:
+        for linear in linears:
+            if f"{linear.name}.bias" in self._checkpoint.tensors:
+                raise CheckpointError(f"{self._checkpoint.folder}: {linear.name} has a bias; experts have none")
 
     def _experts(self) -> tuple[Packed, Packed]:
         """Gate and up projections of all experts, and down projections, each as one weight."""
@@ -140,8 +147,7 @@ class _Loader:
         for linear in (linear for expert in experts for linear in expert):
             if not self._has(linear.name):
                 raise CheckpointError(f"{self._checkpoint.folder}: tensor {linear.name + '.weight'!r} is missing")
-            if f"{linear.name}.bias" in self._checkpoint.tensors:
-                raise CheckpointError(f"{self._checkpoint.folder}: {linear.name} has a bias; experts have none")
+        self._refuse_biases(linear for expert in experts for linear in expert)
         halves = [linear for gate, up, _ in experts for linear in (gate, up)]
         downs = [down for _, _, down in experts]
         return load_linear(self._checkpoint, halves, self._backend), load_linear(self._checkpoint, downs, self._backend)

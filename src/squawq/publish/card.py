@@ -73,8 +73,8 @@ def check_gemm(folder: Path, method: str, layout: str) -> None:
     """Raise ConfigError for another method or layout than AWQ's GEMM, the one that all engines run."""
     if (method, layout) != ("awq", "gemm"):
         raise ConfigError(
-            f"{folder}: is {method} in the layout {layout!r}; squawq publishes AWQ folders in 'gemm' alone, "
-            "which squawq export --format awq makes"
+            f"{folder}: holds {method} ({layout}); squawq publishes AWQ in the GEMM layout alone. Convert it first: "
+            f"squawq export {folder} OUT --format awq"
         )
 
 

@@ -184,6 +184,7 @@ class SelfCalibration:
         with _torch_threads_kept():
             kv_tokens = rows * _paged(self.seqlen, opened)
             runner = DecoderRunner(opened.load(), kv_tokens, rows=rows, step_tokens=2 * rows)
+            rows = min(rows, runner.max_sequences)
             found: list[list[int]] = []
             for first in range(0, self.generated, rows):
                 before = len(found) * self.seqlen
@@ -248,6 +249,7 @@ class _Row:
     choice: random.Random
     sampling: Sampling
     pages: list[int]
+    slot: int  # of its state, in models that keep one
     computed: int = 0  # tokens in the KV cache
 
 
@@ -264,7 +266,10 @@ class _Decoding:
         rows = [self._row(place, number) for place, number in enumerate(self.numbers)]
         self.tokens = [row.tokens for row in rows]
         while left := [row for row in rows if len(row.tokens) < self.plan.seqlen]:
-            chunks = [Chunk(row.tokens[row.computed :], row.computed, row.pages, 1, row.sampling) for row in left]
+            chunks = [
+                Chunk(row.tokens[row.computed :], row.computed, row.pages, 1, row.sampling, slot=row.slot)
+                for row in left
+            ]
             for row, output in zip(left, self.runner.start(chunks).outputs(), strict=True):
                 if output.error is not None or output.token is None:
                     raise CheckpointError(f"the 16-bit model cannot generate calibration text: {output.error}")
@@ -280,7 +285,7 @@ class _Decoding:
         tokens = [start]
         sampling = Sampling(PARAMS, [start], (), self.plan.seed, number, tokens=tokens)
         self.runner.prepare(sampling)
-        return _Row(tokens, choice, sampling, list(range(place * size, (place + 1) * size)))
+        return _Row(tokens, choice, sampling, list(range(place * size, (place + 1) * size)), place)
 
     def _append(self, row: _Row, token: int) -> None:
         row.tokens.append(token)
@@ -304,7 +309,7 @@ def _fits(model: OpenModel, rows: int, seqlen: int) -> bool:
     config: ModelConfig = model.checkpoint.config
     kv_tokens = rows * _paged(seqlen, model)
     if model.backend.device.type != "cuda":
-        cache = kv_tokens * Cache.token_bytes(config, model.backend.cache_dtype)
+        cache = kv_tokens * Cache.token_bytes(config, model.backend.cache_dtype) + rows * Cache.state_bytes(config)
         needed = model.checkpoint.nbytes() + cache + rows * LOGIT_BYTES * config.vocab_size
         return needed <= free_memory()
     device = model.backend.device

@@ -176,7 +176,7 @@ class CpuBackend(Reference):
         return y
 
     def output_gate(self, x: Tensor, gates: Tensor) -> Tensor:
-        if not _native(x, x.shape[-1]) or not _native(gates, x.shape[-1]):
+        if not _native(x, x.shape[-1]) or not _native(gates, x.shape[-1]) or gates.shape != x.shape:
             return super().output_gate(x, gates)
         y = x.clone()
         check(required().squawq_output_gate(y.data_ptr(), gates.data_ptr(), y.numel()))
@@ -193,8 +193,12 @@ class CpuBackend(Reference):
         states: States,
     ) -> Tensor:
         struct = _delta_rule(rule, states)
-        if struct is None or not _native(wide, LANES):
+        if struct is None or not _native(wide, LANES) or not _native(gates, LANES):
             return super().gated_delta_rule(wide, gates, rule, eps, sequences, places, states)
+        sizes = rule.sizes
+        widths = wide.shape[1] == sizes.channels + sizes.values and gates.shape == (len(wide), 2 * sizes.value_heads)
+        if not widths or len(places) != len(sequences) or int(places.max()) >= len(states[0]):
+            raise KernelError(f"inputs {list(wide.shape)} and {list(gates.shape)} do not fit a delta rule of {sizes}")
         y = wide.new_empty(wide.shape[0], rule.sizes.values)
         inputs = wide.clone(), gates.clone()
         batch = sequences.data_ptr(), places.data_ptr(), len(sequences)

@@ -36,7 +36,7 @@ from squawq.backends.reference import Reference, round_int8
 from squawq.backends.sampling import Sampling
 from squawq.config import ModelConfig
 from squawq.errors import KernelError
-from squawq.format.groupwise import check_gemm
+from squawq.format.groupwise import PER_WORD, check_gemm
 
 if TYPE_CHECKING:
     from squawq.backends.cuda.decode import DecodeGraphs
@@ -380,6 +380,18 @@ class CudaBackend(Reference):
         if isinstance(weight, DenseWeight) and weight.bias is None and weight.scales is None:
             return DenseWeight(weight.weight[first : first + out])
         return super().part(weight, first, out)
+
+    def experts_declines(self, layer: MixtureOfExperts) -> str | None:
+        from squawq.backends.cuda import experts
+
+        if experts.declines(layer) is None:
+            return None
+        try:
+            for weight in (layer.gate_up, layer.down):
+                self.part(weight, 0, PER_WORD)
+        except KernelError:
+            return "they are INT4 in part"
+        return None
 
     def experts(self, x: Tensor, layer: MixtureOfExperts, shared: Tensor | None) -> Tensor:
         """INT4 experts by kernels that read each chosen one once, PROMPT_ROWS rows at a time."""
