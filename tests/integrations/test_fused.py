@@ -499,6 +499,6 @@ def test_what_cannot_be_fused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no folder of one"):
         fuse(model, LIMIT)
     model.config.model_type = "gpt2"
-    with pytest.raises(ConfigError, match="llama, ministral, mistral"):
+    with pytest.raises(ConfigError, match="llama, minimax_m2, ministral"):
         fuse(model, LIMIT)
     assert type(model).forward is type(load(folder)).forward

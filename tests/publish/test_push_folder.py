@@ -80,7 +80,7 @@ def inside(folder: Path) -> None:
         (environment, OutputError, "not part of the model: vocab.env"),
         (linked_licence, CheckpointError, "LICENSE: is a link out of its folder"),
         (linked_shard, CheckpointError, "00002-of-00010.safetensors: is a link out of its folder"),
-        (another_layout, ConfigError, "the layout 'gemv'"),
+        (another_layout, ConfigError, r"holds awq \(gemv\)"),
         (unfinished, CheckpointError, "not finished"),
         (tensor_lost, CheckpointError, "is incomplete: 9 tensors are missing, such as model.layers.0.self_attn.q_proj"),
         (cut, CheckpointError, "damaged"),
