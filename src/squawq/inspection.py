@@ -22,13 +22,15 @@ from squawq.errors import CheckpointError, ConfigError
 from squawq.families import decoder_declines, expert_of, family_of
 from squawq.format.files import has_file, read_json
 from squawq.format.layouts import Layout
+from squawq.format.mxfp4 import BLOCKS, SCALES
 from squawq.format.reader import Checkpoint
 from squawq.format.shards import INDEX, TensorInfo
 from squawq.hub.download import hub_file
 from squawq.layerwise.meta_model import MetaModel
 from squawq.layerwise.plan import LayerPlan
-from squawq.layerwise.tensor_names import FUSED, TensorNames
+from squawq.layerwise.tensor_names import OF_STACK, TensorNames
 from squawq.nn.cache import Cache
+from squawq.nn.experts import STACKED
 from squawq.nn.loader import rank_bytes
 from squawq.nn.shard import Shard, sizes, splits_groups
 from squawq.quant_config import QuantConfig
@@ -239,6 +241,8 @@ def _in_gemm(name: str, layout: Layout) -> str:
 
 def _from_header(name: str, info: TensorInfo) -> Stored:
     part, dtype = name.rpartition(".")[2], str(info.dtype).removeprefix("torch.")
+    if part.endswith((BLOCKS, SCALES)):
+        return Stored(info.nbytes, 2 * info.nbytes if part.endswith(BLOCKS) else 0, "mxfp4")
     weights = 2 * info.nbytes if part == "qweight" else 0 if part in INTEGERS else info.nbytes // info.dtype.itemsize
     return Stored(info.nbytes, weights, "int4" if part in ("qweight", "qzeros") else dtype)
 
@@ -300,7 +304,8 @@ def _form(tensors: Mapping[str, Stored], linear: str) -> str:
     if f"{linear}.qweight" in tensors:
         return "int4"
     experts = (expert_of(linear) or "").rpartition(".")[0]
-    weight = tensors.get(f"{linear}.weight") or tensors.get(f"{experts}.{FUSED[0]}")
+    names = f"{linear}.weight", f"{experts}.{STACKED[0]}", f"{experts}.{STACKED[0]}{BLOCKS}"
+    weight = next((tensors[name] for name in names if name in tensors), None)
     return "missing" if weight is None else weight.dtype
 
 
@@ -323,7 +328,7 @@ def _by_kind(meta_model: MetaModel, tensors: Mapping[str, Stored]) -> dict[str, 
             kind = "embedding" if base == family.embedding else "head"
         elif part in INTEGERS:
             kind = "quantized_linears"
-        elif name in linears or (part in FUSED and base.endswith(".experts")):
+        elif name in linears or (OF_STACK.fullmatch(part) and base.endswith(".experts")):
             kind = "dense_linears"
         else:
             kind = "small" if base.startswith(family.layers) or name in meta_model.outer else "beside"

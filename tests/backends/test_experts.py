@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -107,8 +108,8 @@ def test_threads_change_no_bit() -> None:
 @needs_library
 def test_numbers_that_are_not_finite_reach_only_their_row() -> None:
     backend, weights = backend_for("cpu", "cpu"), random_weights()
-    for name in ("renormalized", "groups"):
-        layer = packed(backend, weights, ROUTINGS[name], "int4")
+    for name, kind in product(("renormalized", "groups"), ("int4", "16-bit")):
+        layer = packed(backend, weights, ROUTINGS[name], kind)
         x = rows_of(6)
         clean = backend.experts(x, layer, None)
         x[2] = float("nan")

@@ -12,6 +12,9 @@ from other_layouts import dequantized, folder_of, integers, stated
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from squawq.engine.config import EngineConfig
+from squawq.engine.loaded_model import LoadedModel
+from squawq.engine.request import Request, SamplingParams
 from squawq.errors import CheckpointError
 from squawq.export.run import export
 from squawq.format.reader import Checkpoint
@@ -135,3 +138,16 @@ def test_an_order_that_is_none(value: int, tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     assert Checkpoint(folder).input_order(DOWN, 128) is None
     assert torch.equal(Checkpoint(folder).read_quantized(DOWN, 128, 64).q, linears[DOWN].q)
+
+
+def test_in_transformers_model_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same tokens as by our decoder; nothing is dequantized."""
+    folder, found = ordered(tmp_path / "m", "gptq"), []
+    for impl in ("squawq", "transformers"):
+        loaded = LoadedModel(folder, EngineConfig(exact=True, kv_tokens=256, model_impl=impl), text=False)
+        request = Request("0", IDS[0].tolist(), SamplingParams(max_tokens=8, ignore_eos=True))
+        found.append([token for output in loaded.engine.generate([request]) for token in output.ids])
+        loaded.close()
+    assert found[0] == found[1]
+    assert len(found[0]) == 8
+    assert "dequantized" not in caplog.text

@@ -13,6 +13,7 @@ from family_models import dense_folder, family_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from squawq.backends import REFERENCE, backend_for
 from squawq.backends.cpu import library
 from squawq.backends.sampling import Chunk
 from squawq.config import ModelConfig
@@ -24,6 +25,7 @@ from squawq.families import check_decoder
 from squawq.format.files import read_config
 from squawq.format.reader import Checkpoint
 from squawq.nn.cache import Cache
+from squawq.nn.linears import Linear, load_linear
 from squawq.nn.loader import Options, load, rank_bytes
 from squawq.nn.shard import ALONE, Shard
 from squawq.quant_config import QuantConfig
@@ -213,3 +215,14 @@ def test_fewer_sequences_where_memory_is_short(
     assert "max_num_seqs is 64, and memory has room for the states of 3 sequences" in caplog.text
     with pytest.raises(ConfigError, match=r"a sequence's state takes 0\.0 GiB, and 0\.0 GiB of memory are free"):
         states_that_fit(decoder.config, 64, each)
+
+
+def test_rows_that_are_no_words_of_a_quantized_weight(tmp_path: Path) -> None:
+    """As `in_proj_ba` of Qwen3-Next would have, if somebody quantized it: dequantized, and the rows wanted."""
+    family_model("llama", tmp_path / "model")
+    quantize(tmp_path / "model", tmp_path / "awq", QuantConfig(method="rtn", group_size=32), progress=False)
+    checkpoint, name = Checkpoint(tmp_path / "awq"), "model.layers.0.self_attn.q_proj"
+    rows, backend = torch.tensor([3, 2, 9, 40, 41, 0, 1, 63]), backend_for("cpu", REFERENCE)
+    packed = load_linear(checkpoint, [Linear(name, 64, 64, rows=rows)], backend)
+    found = backend.matmul(torch.eye(64), packed).T
+    assert torch.equal(found, checkpoint.read_weight(name, 64, 64)[rows])

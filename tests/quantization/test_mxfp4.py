@@ -15,6 +15,7 @@ from torch import Tensor
 import squawq
 from squawq.errors import CheckpointError, ConfigError
 from squawq.format.mxfp4 import dequantize
+from squawq.inspection import inspect
 from squawq.quant_config import QuantConfig
 
 SMALL = QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=3)
@@ -58,7 +59,9 @@ def test_the_same_integers_as_of_the_dequantized_model(tmp_path: Path) -> None:
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "model.layers.0.mlp.experts.3.gate_proj.qweight" in first
-    assert reports[0]["parameters"] == reports[1]["parameters"]
+    inspected = [inspect(tmp_path / name) for name in ("mxfp4", "dense")]
+    assert len({found["parameters"] for found in (*reports, *inspected)}) == 1
+    assert {"mxfp4", "float32"} == {form for linear in inspected[0]["linears"] for form in linear["layers"]}
     config = json.loads((tmp_path / "mxfp4-awq" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "awq"
 

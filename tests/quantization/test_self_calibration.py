@@ -14,6 +14,7 @@ import programs
 import pytest
 import torch
 from conftest import MakeModel, logits
+from family_models import family_model
 from results import contents, settled
 
 import squawq
@@ -110,7 +111,10 @@ def test_rows_are_full_and_reproducible(way: Way, model: Path, monkeypatch: pyte
     assert torch.get_num_threads() == threads
 
 
-def test_the_batch_does_not_matter_to_the_decoder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])  # the second keeps a state of each row
+def test_the_batch_does_not_matter_to_the_decoder(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family_model(family, tmp_path, vocab_size=VOCABULARY)
+    model = with_tokenizer(tmp_path)
     found = tokens(model)
     assert torch.equal(tokens(model, rows=2), found[:2])
     monkeypatch.setattr(self_calibration, "_fits", lambda _, rows, __: rows <= 4)

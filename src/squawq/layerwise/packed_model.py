@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
         self._backend, self._weight = backend, weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._backend.matmul(x, self._weight)
+        return self._backend.matmul(self._weight.ordered(x), self._weight)
 
 
 class PackedHead(nn.Module):
@@ -130,7 +130,7 @@ class PackedModel:
         names, checkpoint = self._blocks.names, self._blocks.checkpoint
         stored, shape = names.stored_module(name), (linear.out_features, linear.in_features)
         if checkpoint.is_quantized(stored):
-            return load_linear(checkpoint, [Linear(stored, *shape)], self._backend)
+            return load_linear(checkpoint, [Linear(stored, *shape)], self._backend, ordered=True)
         bias = None if linear.bias is None else names.read(f"{name}.bias", shape[:1]).float()
         return self._backend.pack_dense([names.read(f"{name}.weight", shape)], bias)
 

@@ -19,12 +19,12 @@ from squawq.families import expert_of
 from squawq.format.mxfp4 import BLOCKS, SCALES, dequantize
 from squawq.format.reader import Checkpoint
 from squawq.layerwise.meta_model import MetaModel
+from squawq.nn.experts import STACKED
 
 LANGUAGE_MODEL = re.compile(r"^(model\.language_model|language_model\.model)\.")
 LANGUAGE_HEAD = re.compile(r"^(model\.)?language_model\.(?=lm_head\.)")
 PART = re.compile(r"^((model|language_model)\.)*layers\.\d+|(?<=^model\.)\w+|^(?!model\.)\w+")  # beside the text model
-FUSED = ("gate_up_proj", "down_proj")  # parameters that stack all experts of a layer; gate before up
-STACKED = re.compile(rf"({'|'.join(FUSED)})(_bias|{BLOCKS}|{SCALES})?")
+OF_STACK = re.compile(rf"({'|'.join(STACKED)})(_bias|{BLOCKS}|{SCALES})?")
 
 
 class TensorNames:
@@ -74,15 +74,15 @@ class TensorNames:
         for own in ("weight", self._integers):
             if f"{owner}.{own}" in self.on_disk:
                 return self.on_disk[f"{owner}.{own}"].removesuffix(own) + kind
-        place, found, _ = self._stack(name, FUSED[0]).rpartition(FUSED[0])
+        place, found, _ = self._stack(name, STACKED[0]).rpartition(STACKED[0])
         return place + name.removeprefix(f"{_experts_of(name)}.") if found else name  # stacks may have another name
 
     def storage_name(self, name: str) -> str:
         """Name of the tensor in the checkpoint that stores a tensor of the model: its own, or the stacked experts."""
-        if name in self.on_disk or not self._stack(name, FUSED[0]):
+        if name in self.on_disk or not self._stack(name, STACKED[0]):
             return self.stored_name(name)
         linear = name.rpartition(".")[0].rpartition(".")[2]
-        return self._stack(name, FUSED[self.family.experts.index(linear) // 2])
+        return self._stack(name, STACKED[self.family.experts.index(linear) // 2])
 
     def _stack(self, name: str, fused: str) -> str:
         """Name in the checkpoint of the parameter, or of its MXFP4 blocks, that has a tensor of all experts; or ""."""
@@ -112,7 +112,7 @@ class TensorNames:
     def has(self, name: str) -> bool:
         """Whether the checkpoint stores a tensor of the model, in whatever form."""
         owner = name.rpartition(".")[0]
-        return bool({name, f"{owner}.{self._integers}"} & self.on_disk.keys() or self._stack(name, FUSED[0]))
+        return bool({name, f"{owner}.{self._integers}"} & self.on_disk.keys() or self._stack(name, STACKED[0]))
 
     def check(self, expected: Collection[str], index: int | None = None) -> None:
         """Raise CheckpointError for a missing tensor, and for one of layer `index` that is not expected."""
@@ -122,7 +122,7 @@ class TensorNames:
         for name in self._of_layer.get(index, ()) if index is not None else ():
             owner, _, kind = name.rpartition(".")
             whole = f"{owner}.weight" if kind in self.checkpoint.layout.tensors else name
-            if whole not in expected and not (STACKED.fullmatch(kind) and owner.endswith("experts")):
+            if whole not in expected and not (OF_STACK.fullmatch(kind) and owner.endswith("experts")):
                 stored = self.on_disk[name]
                 file = self.checkpoint.info(stored).file
                 raise CheckpointError(f"{file}: tensor {stored!r} does not belong to this architecture")
@@ -145,7 +145,7 @@ class TensorNames:
             out, inputs = shape
             stored = self.on_disk[f"{owner}.{self._integers}"].removesuffix(f".{self._integers}")
             return self.checkpoint.read_weight(stored, inputs, out)
-        if name not in self.on_disk and self._stack(name, FUSED[0]):
+        if name not in self.on_disk and self._stack(name, STACKED[0]):
             return self._slice(name, shape)
         return read_finite(self.checkpoint, self.stored_name(name), shape)
 

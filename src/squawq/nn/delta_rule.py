@@ -39,8 +39,8 @@ def delta_linears(config: ModelConfig, layer: str, interleaved: bool) -> dict[st
     """The linears that make up each packed weight of linear attention in `layer`, a full name."""
     shapes = delta_shapes(config, interleaved)
 
-    def linear(name: str, order: Tensor | None = None) -> Linear:
-        return Linear(f"{layer}.{name}", *shapes[name], order=order)
+    def linear(name: str, rows: Tensor | None = None) -> Linear:
+        return Linear(f"{layer}.{name}", *shapes[name], rows=rows)
 
     def inputs(*names: str) -> list[Linear]:
         return [linear(f"linear_attn.in_proj_{name}") for name in names]
@@ -63,7 +63,7 @@ def without_gates(config: ModelConfig, linears: Sequence[Linear]) -> tuple[list[
     """The queries of q_proj beside the other linears of attention, and its gates."""
     query, *others = linears
     queries, gates = by_heads(config.num_heads, (config.head_dim, config.head_dim))
-    return [replace(query, order=queries), *others], [replace(query, order=gates)]
+    return [replace(query, rows=queries), *others], [replace(query, rows=gates)]
 
 
 def by_heads(heads: int, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -16,12 +16,13 @@ from squawq.errors import CheckpointError
 
 Gating = Callable[[Tensor, Tensor], Tensor]
 # gate, up and down projection, as Qwen's and Mixtral's checkpoints name them
+STACKED = ("gate_up_proj", "down_proj")  # parameters that stack all experts of a layer; gate before up
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 def is_stacked(module: nn.Module) -> bool:
     """Whether all experts of the layer are stacked in two parameters, as in transformers."""
-    parts = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    parts = [module._parameters.get(name) for name in STACKED]
     return all(part is not None and part.dim() == 3 for part in parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from squawq.backends.base import Backend
 from squawq.backends.layer_ops import Packed
-from squawq.format.groupwise import PER_WORD, from_gemm
+from squawq.format.groupwise import PER_WORD
 from squawq.format.layouts import Gemm, part_group
 from squawq.format.reader import WHOLE, Checkpoint, Part
 
@@ -23,20 +23,20 @@ logger = logging.getLogger("squawq")
 class Linear:
     """A linear in a checkpoint, by its full name, and which (outputs, inputs) of it are loaded.
 
-    order: int64; outputs of the part, in eights that are neighbours, in the order in which they are wanted. None: all.
+    rows: int64; outputs of the part that are wanted, in their order. None: all as they are.
     """
 
     name: str
     out: int
     in_: int
     part: Part = WHOLE
-    order: Tensor | None = None
+    rows: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features) of the part."""
         (first, last, _), (start, stop, _) = self.part[0].indices(self.out), self.part[1].indices(self.in_)
-        return last - first if self.order is None else len(self.order), stop - start
+        return last - first if self.rows is None else len(self.rows), stop - start
 
     @property
     def has_bias(self) -> bool:
@@ -54,7 +54,7 @@ def load_linear(
     """
     quantized = [checkpoint.is_quantized(linear.name) for linear in linears]
     bias = _bias(checkpoint, linears, backend.device)
-    whole = all(_in_words(linear.order) for linear in linears)
+    whole = all(_in_words(linear.rows) for linear in linears)
     if all(quantized) and whole and (order := _common_order(checkpoint, linears, ordered)) is not False:
         gemms = (_gemm(checkpoint, linear) for linear in linears)
         first, inputs = linears[0], linears[0].shape[1]
@@ -80,32 +80,32 @@ def _common_order(checkpoint: Checkpoint, linears: Sequence[Linear], ordered: bo
     return False
 
 
-def _in_words(order: Tensor | None) -> bool:
-    """Whether these outputs are eights of neighbours, which are whole words of a quantized weight."""
-    if order is None:
+def _in_words(rows: Tensor | None) -> bool:
+    """Whether these outputs are whole words of a quantized weight: eights of neighbours."""
+    if rows is None:
         return True
-    if len(order) % PER_WORD:
+    if len(rows) % PER_WORD:
         return False
-    first = order[::PER_WORD, None] // PER_WORD * PER_WORD
-    return bool((order.view(-1, PER_WORD) == first + torch.arange(PER_WORD)).all())
+    first = rows[::PER_WORD, None] // PER_WORD * PER_WORD
+    return bool((rows.view(-1, PER_WORD) == first + torch.arange(PER_WORD)).all())
 
 
 def _gemm(checkpoint: Checkpoint, linear: Linear) -> Gemm:
-    """With inputs in `Checkpoint.input_order`."""
+    """With inputs in `Checkpoint.input_order`; `linear.rows` are whole words."""
     qweight, scales, qzeros = checkpoint.read_gemm(linear.name, linear.in_, linear.out, linear.part, ordered=True)
-    if linear.order is None:
+    if linear.rows is None:
         return qweight, scales, qzeros
-    order = linear.order.to(scales.device)
-    words = order[::PER_WORD] // PER_WORD
-    return qweight[:, words], scales[:, order], None if qzeros is None else qzeros[:, words]
+    rows = linear.rows.to(scales.device)
+    words = rows[::PER_WORD] // PER_WORD
+    return qweight[:, words], scales[:, rows], None if qzeros is None else qzeros[:, words]
 
 
 def _dense(checkpoint: Checkpoint, linear: Linear) -> Tensor:
     if checkpoint.is_quantized(linear.name):
-        order = checkpoint.input_order(linear.name, linear.in_)
-        return replace(from_gemm(*_gemm(checkpoint, linear)), order=order).dequantize()
-    weight = checkpoint.read_part(f"{linear.name}.weight", (linear.out, linear.in_), *linear.part)
-    return weight if linear.order is None else weight[linear.order.to(weight.device)]
+        weight = checkpoint.read_weight(linear.name, linear.in_, linear.out, linear.part)
+    else:
+        weight = checkpoint.read_part(f"{linear.name}.weight", (linear.out, linear.in_), *linear.part)
+    return weight if linear.rows is None else weight[linear.rows.to(weight.device)]
 
 
 def _bias(checkpoint: Checkpoint, linears: Sequence[Linear], device: torch.device) -> Tensor | None:
@@ -115,6 +115,6 @@ def _bias(checkpoint: Checkpoint, linears: Sequence[Linear], device: torch.devic
     for linear in linears:
         known, outputs = f"{linear.name}.bias" in checkpoint.tensors, linear.part[0]
         bias = checkpoint.read_part(f"{linear.name}.bias", (linear.out,), outputs) if known else None
-        bias = bias if bias is None or linear.order is None else bias[linear.order.to(bias.device)]
+        bias = bias if bias is None or linear.rows is None else bias[linear.rows.to(bias.device)]
         biases.append(torch.zeros(linear.shape[0]) if bias is None else bias.to(device, torch.float32))
     return torch.cat([bias.to(device) for bias in biases])

@@ -27,7 +27,7 @@ from squawq.errors import CheckpointError, ConfigError
 from squawq.families import ACTIVATIONS, Family
 from squawq.format.reader import WHOLE, Checkpoint
 from squawq.moe_config import MoeConfig
-from squawq.nn.experts import SPELLINGS
+from squawq.nn.experts import SPELLINGS, STACKED
 from squawq.nn.linears import Linear, load_linear
 from squawq.nn.shard import ALONE, Shard
 
@@ -37,7 +37,6 @@ BIASES = (  # of the scores that experts are chosen by
     *("gate.e_score_correction_bias", "e_score_correction_bias"),
     *("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"),
 )
-STACKED = ("gate_up_proj", "down_proj")  # [experts, 2 * inner, hidden] and [experts, hidden, inner]
 
 
 def moe_shapes(moe: MoeConfig, hidden: int, names: tuple[str, str, str]) -> dict[str, tuple[int, int]]:
