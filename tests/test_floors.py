@@ -87,7 +87,7 @@ DOORS = {
     "tokenizers": ("text.tokenizer",),
     "jinja2": ("text.chat_template", "report.page", "publish.usage"),
     "llguidance": ("engine.grammar",),
-    "gguf": ("export.gguf",),
+    "gguf": ("export.gguf", "export.gguf_metadata", "export.gguf_tensors"),
     "prompt_toolkit": ("commands.chatting.editor",),
     "markdown_it": ("commands.chatting.markdown",),
     "triton": ("backends.cuda.",),

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from squawq.export.dense import STACKED_ALONE
-from squawq.export.gguf import ARCHITECTURES
+from squawq.export.gguf_architectures import ARCHITECTURES
 from squawq.families import FAMILIES
 
 HEAD = """# Models

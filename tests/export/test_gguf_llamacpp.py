@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from conftest import logits
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from squawq import LLM, QuantConfig, SamplingParams
+from squawq import LLM, SamplingParams
 from squawq.config import ModelConfig
 from squawq.demo import demo_model
 from squawq.errors import ConfigError
 from squawq.export.gguf import export_gguf
 from squawq.export.gguf_tokenizer import GPT2, PRE_TYPES, read_vocabulary
-from squawq.quantization.pipeline import quantize
 
 if TYPE_CHECKING:
     from conftest import MakeModel
@@ -117,49 +114,9 @@ def test_sentencepiece_like_text_to_tokens(make_model: MakeModel, prefix: bool) 
     check_tokens(make_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=2), tokenizer)
 
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True, "mlp_bias": True},
-    "llama-3.1": {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-        "tie_word_embeddings": True,
-    },
-    "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "mistral": {"sliding_window": 128},
-    "qwen2": {},
-    "qwen3": {"head_dim": 32},
-}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("bits", [16, 4])
-def test_logits(make_model: MakeModel, tmp_path: Path, name: str, bits: int) -> None:
-    """llama.cpp rounds activations, to float16 beside 16-bit matrices and to int8 beside 4-bit ones."""
-    tokenizer = byte_level((GPT2,), skip_merges=False, size=300)
-    size = tokenizer.get_vocab_size()
-    source = make_model(name.partition("-")[0], vocab_size=size, eos_token_id=2, **FAMILIES[name])
-    folder = source
-    if bits == 4:
-        folder = tmp_path / "awq"
-        quantize(source, folder, QuantConfig(method="rtn", group_size=32))
-    export_gguf(in_folder(tokenizer, folder), tmp_path / "model.gguf")
-    ids = torch.randint(3, size, (1, 60), generator=torch.Generator().manual_seed(1))
-    ours = logits(folder, ids)[0]
-    with opened(tmp_path / "model.gguf", logits_all=True) as llama:
-        llama.eval(ids[0].tolist())
-        theirs = torch.from_numpy(llama.scores[: ids.shape[1]].copy())
-    difference = (theirs - ours).norm() / ours.norm()
-    assert difference < (0.01 if bits == 16 else 0.05)
-
-
 @pytest.mark.parametrize(
     "prompt",
-    ["Once upon a time", "The little dog", "Tom and Lily went to the park.", "One day, a girl named Sue"],
+    ["Once upon a time", "The little dog", "A big red ball", "One day, a girl named Sue"],
 )
 def test_greedy_text_of_the_demo_model(awq_demo: Path, tmp_path: Path, prompt: str) -> None:
     export_gguf(awq_demo, tmp_path / "demo.gguf")

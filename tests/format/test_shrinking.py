@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from squawq.errors import CheckpointError
 from squawq.evaluation.run import evaluate
-from squawq.export.gguf import plan, read_entry
+from squawq.export.gguf_architectures import architecture_of
+from squawq.export.gguf_tensors import plan, read_entry
 from squawq.export.run import export
 from squawq.format.reader import Checkpoint
 from squawq.format.shards import read_shard
@@ -34,7 +35,7 @@ def folder(make_model: MakeModel, tmp_path: Path) -> Path:
 
 def read_all(folder: Path, out: Path) -> None:
     checkpoint = Checkpoint(folder)
-    for entry in plan(checkpoint):
+    for entry in plan(checkpoint, architecture_of(checkpoint.config)):
         read_entry(checkpoint, entry)
 
 

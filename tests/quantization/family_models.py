@@ -56,7 +56,7 @@ def family_model(model_type: str, folder: Path, **changes: Any) -> Any:
         sizes |= {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "top_k_experts": 2}
         sizes |= {"attention_k_eq_v": True, "layer_types": ["sliding_attention", "full_attention"]}
     if "_vl_" in model_type:
-        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
     torch.manual_seed(0)
     model = causal_lm(kind(**sizes)).eval()
     randomize(model, FAMILIES[model_type].norm_offset)
