@@ -1,12 +1,13 @@
 """Converts tokenizer.json and chat templates to GGUF's `tokenizer.*` keys: byte-level BPE and SentencePiece-like BPE.
 
 GGUF names a pre-tokenizer instead of storing it. A tokenizer that none of the known names fits is refused: llama.cpp
-would read the same text as other tokens.
+would read the same text as other tokens. Where it does so only for rare words (`MARKS`), a warning says so.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,38 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (  # words cut before capitals
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+)
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_SLASHED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
 GPT2 = "GPT-2's own"
 # (pre-tokenizer patterns, ignore_merges) -> llama.cpp's name of the pre-tokenizer.
 PRE_TYPES = {
     ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
     ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
     ((_WORDS + r"\p{N}" + _REST,), False): "qwen2",
+    (
+        (_WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + r"\p{N}" + _REST.replace(r"\p{L}\p{N}", r"\p{L}\p{M}\p{N}"),),
+        False,
+    ): "qwen35",
+    ((_CASED % ("", "") + r"\p{N}" + _SLASHED,), True): "tekken",
+    ((_CASED % (_SHORT, _SHORT) + r"\p{N}{1,3}" + _SLASHED,), False): "gpt-4o",
+    (_DEEPSEEK, False): "deepseek-v3",
     ((r"\p{N}", GPT2), False): "smollm",
     ((GPT2,), False): "gpt-2",
 }
+
+
+MARKS = ("tekken", "gpt-4o")  # in which llama.cpp cuts words at combining marks, and the tokenizer does not
+logger = logging.getLogger("squawq")
 
 
 @dataclass(frozen=True)
@@ -164,7 +188,14 @@ def _pre_type(state: Mapping[str, Any], where: str) -> str:
     if pre is None or [s for s in _steps(state, "normalizer", "normalizers") if s["type"] != "NFC"]:
         raise ConfigError(
             f"{where}: none of llama.cpp's pre-tokenizers that squawq knows matches this tokenizer "
-            f"({', '.join(PRE_TYPES.values())}); llama.cpp would tokenize text differently"
+            f"({', '.join(PRE_TYPES.values())}); llama.cpp would tokenize text differently. "
+            "Other engines take the model as compressed-tensors or gptq"
+        )
+    if pre in MARKS:
+        logger.warning(
+            "llama.cpp's pre-tokenizer %s cuts words at combining marks (as in Hindi or Thai) and this tokenizer does "
+            "not: such words become other tokens there",
+            pre,
         )
     return pre
 
@@ -173,6 +204,8 @@ def _space_prefix(state: Mapping[str, Any], where: str) -> bool:
     """Whether a SentencePiece-like tokenizer prepends a space to a text."""
     normalizers = _steps(state, "normalizer", "normalizers")
     kinds, cuts = [step["type"] for step in normalizers], _steps(state, "pre_tokenizer", "pretokenizers")
+    if kinds and [(step["type"], step.get("pattern")) for step in cuts] == [("Split", {"String": " "})]:
+        cuts = []  # Gemma's: the normalizer leaves no space
     if kinds in (["Prepend", "Replace"], ["Replace"]) and not cuts:
         return kinds == ["Prepend", "Replace"]
     if not kinds and [step["type"] for step in cuts] == ["Metaspace"] and cuts[0].get("split") is False:
