@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from squawq import LLM, SamplingParams
 from squawq.config import ModelConfig
@@ -125,6 +125,18 @@ def test_sentencepiece_like_text_to_tokens(make_model: MakeModel, kind: str) -> 
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
         tokenizer.add_tokens(["\n", "\n\n", "<table>"])
     check_tokens(make_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=2), tokenizer)
+
+
+def test_tokens_that_swallow_white_space(make_model: MakeModel, tmp_path: Path) -> None:
+    """As Phi 3's, whose chat template has line breaks after them."""
+    tokenizer = sentencepiece_like(prefix=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens([AddedToken("<|user|>", rstrip=True), AddedToken("<|end|>", rstrip=True)])
+    folder = in_folder(tokenizer, make_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=2))
+    export_gguf(folder, tmp_path / "model.gguf")
+    text = "<|user|>\nOnce upon a time<|end|>\n<|user|> There"
+    with opened(tmp_path / "model.gguf", vocab_only=True) as theirs:
+        assert theirs.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text).ids
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ _DEEPSEEK = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
+PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # tokens that llama.cpp looks for in models named phi-3
 GPT2 = "GPT-2's own"
 # (pre-tokenizer patterns, ignore_merges) -> llama.cpp's name of the pre-tokenizer.
 PRE_TYPES = {
@@ -59,7 +60,10 @@ logger = logging.getLogger("squawq")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer in GGUF's terms. pre and merges: of "gpt2" only; scores and space_prefix: of "llama" only."""
+    """A tokenizer in GGUF's terms. pre and merges: of "gpt2" only; scores and space_prefix: of "llama" only.
+
+    strips: Special tokens swallow white space after them, which llama.cpp does in models with phi-3 in their names.
+    """
 
     model: str
     tokens: Sequence[str]
@@ -72,6 +76,7 @@ class Vocabulary:
     merges: Sequence[str] = ()
     scores: Sequence[float] = ()
     space_prefix: bool | None = None
+    strips: bool = False
 
     def write(self, writer: Any) -> None:
         """Write the keys to a GGUFWriter."""
@@ -109,7 +114,8 @@ def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     if model.get("byte_fallback"):
         scores = _scores(tokens, types, merges, where)
-        return Vocabulary("llama", *shared, scores=scores, space_prefix=_space_prefix(state, where))
+        strips = set(PHI3) <= set(tokens) and any(token["rstrip"] for token in state["added_tokens"])
+        return Vocabulary("llama", *shared, scores=scores, space_prefix=_space_prefix(state, where), strips=strips)
     return Vocabulary("gpt2", *shared, pre=_pre_type(state, where), merges=[" ".join(pair) for pair in merges])
 
 
