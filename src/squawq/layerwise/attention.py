@@ -116,14 +116,12 @@ def attention_layers(model: PackedModel, cache_name: str, positions: int) -> lis
     if found is not made:
         raise Unpaged(f"its cache is a {type(found).__name__}")
     for index, layer in enumerate(found.layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        shares = index in probe.layers and probe.layers[index].source != index
+        if not shares and type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise Unpaged(f"the state of layer {index} is more than keys and values")
         if index not in probe.layers:
             raise Unpaged(f"the attention of layer {index} has an implementation of its own")
-    layers = [probe.layers[index] for index in sorted(probe.layers)]
-    if any(layer.source >= len(found.layers) for layer in layers) or sorted(probe.layers) != [*range(len(layers))]:
-        raise Unpaged("the keys and values of a layer are not in its cache")
-    return layers
+    return [layer for _, layer in sorted(probe.layers.items())]
 
 
 class _Probe:
