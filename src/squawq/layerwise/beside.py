@@ -65,7 +65,7 @@ class Beside:
 
 
 class PerLayerInputs:
-    """Per-layer inputs of all token ids that were added, float32; those of ids that were not are an error.
+    """Per-layer inputs of the token ids that were added, or asked for, in float32.
 
     Peak memory: layers x size x 4 bytes for each id. Of the embeddings only the rows of these ids are read.
     """
@@ -99,10 +99,9 @@ class PerLayerInputs:
 
     def of(self, index: int, ids: Tensor) -> Tensor:
         """A layer's inputs, float32 [blocks, tokens, size], for ids int64 [blocks, tokens]."""
-        places = self._place[ids.cpu()]
+        self.add(ids)
         assert self._rows is not None
-        assert (places >= 0).all()
-        return self._rows[places.to(self._rows.device), index]
+        return self._rows[self._place[ids.cpu()].to(self._rows.device), index]
 
 
 def keep_as_stored(embedding: nn.Embedding, table: Tensor, dtype: torch.dtype) -> None:

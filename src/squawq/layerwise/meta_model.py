@@ -75,8 +75,8 @@ class MetaModel:
         if self.config.tie_word_embeddings:
             self.outer.pop(f"{family.head}.weight", None)
         inside = set(self.layers.modules())
-        linears = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and m not in inside]
-        self.outer_linears = [name for name in linears if name != family.head]
+        outer = {name: part for name, part in self.model.named_modules() if part not in inside and name != family.head}
+        self.outer_linears = [name for name, part in outer.items() if isinstance(part, nn.Linear)]
         self._text: Any = self.model.get_submodule(family.layers.rpartition(".")[0])
         self.per_layer = sorted((name for name in self.outer if "per_layer" in name), key=lambda n: PER_LAYER not in n)
         self.shares = getattr(self.config, "num_kv_shared_layers", 0) > 0

@@ -59,11 +59,13 @@ class DtypeCheck:
     def head(self) -> float:
         """Relative error of the median token's centred logits."""
         names, meta_model, family = self.blocks.names, self.blocks.meta_model, self.blocks.family
-        found = {**self.job.tensors(0), **self.job.tensors(self.job.layers + 1)}
         embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
         before = {embedding, *meta_model.per_layer}
-        outer = {name: found[names.stored_name(name)] for name in meta_model.outer if name not in before}
-        outer.setdefault(head, found[names.stored_name(embedding)])
+        stored = {name: names.stored_name(name) for name in meta_model.outer if name not in before}
+        found = self.job.tensors(self.job.layers + 1, stored.values())
+        outer = {name: found[own] for name, own in stored.items()}
+        if head not in outer:
+            outer[head] = self.job.tensors(0)[names.stored_name(embedding)]
         evenly_spread = slice(None, None, -(-len(outer[head]) // VOCABULARY))
         logits = []
         for states in (self.wide, self.narrow):

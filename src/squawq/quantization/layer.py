@@ -88,7 +88,7 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     # Correct, clip, round: linears calibrated on the quantized model's hidden states, in order of execution.
     on_gpu = torch.device(block.device).type == "cuda"  # computes the last module again at once, which saves memory
     replayed = {name for stage in (stages[:-1] if on_gpu else stages) for name in stage.linears}
-    replay = Replay(block, replayed, streams.folder, streams.states_memory / 4, streams.quantized_beside)
+    replay = Replay(block, replayed, streams.folder, streams.states_memory / 4, beside)
     for index, stage in enumerate(stages):
         assert streams.quantized is not None
         weights = streams.token_weights(weights_key(block.index, stage.capture_module))
