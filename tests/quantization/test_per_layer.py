@@ -18,8 +18,8 @@ from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
 from squawq.inspection import inspect
 from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
-from squawq.quantization.layer import LayerPlan
 from squawq.quantization.token_weights import token_weights, weights_key
 from squawq.quantization.tuning import Tuning
 
@@ -126,9 +126,6 @@ def test_exported_in_16_bits_it_is_what_its_integers_stand_for(tmp_path: Path) -
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     """Layers before have kept keys and values for those after."""
 
-    class Stop(Exception):
-        pass
-
     class Stopping:
         def __init__(self, layers: int) -> None:
             self.left = layers
@@ -136,7 +133,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
         def layer(self, record: Any) -> None:
             self.left -= 1
             if not self.left:
-                raise Stop
+                raise KeyboardInterrupt
 
         def __getattr__(self, _: str) -> Any:
             return lambda *_: None
@@ -144,7 +141,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     family_model(CASE, folder)
     squawq.quantize(folder, tmp_path / "whole", SMALL, calibration=ROWS.tolist())
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         squawq.quantize(folder, tmp_path / "cut", SMALL, calibration=ROWS.tolist(), observer=Stopping(3))
     squawq.quantize(folder, tmp_path / "cut", SMALL, calibration=ROWS.tolist())
     for file in (tmp_path / "whole").glob("*.safetensors"):
@@ -175,13 +172,10 @@ def test_tuning_lowers_the_loss(tmp_path: Path) -> None:
         return {name: quantized.read(name) for name in written.names.of_layer(index)}
 
     tuning = Tuning(blocks, ROWS, blocks.last_states(ROWS), 2, stored)
-    before = {
-        name: linear.change.detach().clone() for layer in tuning._layers for name, linear in layer.linears.items()
-    }
     row = tuning.run(8)
     assert row.loss < row.loss_before
     shared = tuning._layers[0].linears["self_attn.k_proj.weight"].change  # read by the third layer, too
-    assert not torch.equal(shared.detach(), before["self_attn.k_proj.weight"])
+    assert shared.detach().any()
 
 
 def test_its_bytes_by_kind(tmp_path: Path) -> None:

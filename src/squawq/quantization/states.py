@@ -217,8 +217,8 @@ class Streams:
         def make(_: Tensor, shape: tuple[int, ...]) -> Tensor:
             return hidden_states(shape, folder, blocks.device, states_memory)
 
-        besides = (replace(blocks.beside(own), make=make) for _ in range(2))
-        return cls(states, quantized, *besides, Sample.spread(count, length, share), folder, states_memory)
+        one, other = (replace(blocks.beside(own), make=make) for _ in range(2))
+        return cls(states, quantized, one, other, Sample.spread(count, length, share), folder, states_memory)
 
     def token_weights(self, key: str) -> Tensor | None:
         """Weights of this rank's tokens by `token_weights.weights_key`, [calibration blocks, tokens]; None: ones."""
