@@ -18,9 +18,7 @@ from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
 from squawq.inspection import inspect
 from squawq.layerwise.blocks import Blocks
-from squawq.layerwise.plan import LayerPlan
 from squawq.quant_config import QuantConfig
-from squawq.quantization.token_weights import token_weights, weights_key
 from squawq.quantization.tuning import Tuning
 
 CASE = "gemma4_text per layer"
@@ -146,20 +144,6 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     squawq.quantize(folder, tmp_path / "cut", SMALL, calibration=ROWS.tolist())
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
-
-
-def test_tokens_have_weights(tmp_path: Path) -> None:
-    """Gradients also flow through the keys and values that later layers share."""
-    family_model(CASE, tmp_path)
-    blocks = blocks_of(tmp_path)
-    prefix = FAMILIES["gemma4_text"].layer
-    plans = [
-        LayerPlan(blocks.meta_model.shapes(index), blocks.family, SMALL, prefix(index))
-        for index in range(len(blocks.layers))
-    ]
-    found = token_weights(Checkpoint(tmp_path), "cpu", plans, ROWS, seed=0)
-    assert weights_key(3, "self_attn.q_proj") in found
-    assert all(weights.isfinite().all() and weights.std() > 0 for weights in found.values())
 
 
 def test_tuning_lowers_the_loss(tmp_path: Path) -> None:
