@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class MetaModel:
         self._arguments: dict[tuple[int, int, torch.dtype], list[Arguments]] = {}
 
     def _check_per_layer(self) -> None:
+        if self.shares and SHARED not in signature(self.layers[0].forward).parameters:
+            raise CheckpointError(f"{self.where}: layers share keys and values, which takes a newer transformers")
         for name in self.per_layer[:1]:
             tokens, needed = self.outer[name][0], self.outer[f"{self.family.embedding}.weight"][0]
             if tokens < needed:
