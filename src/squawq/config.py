@@ -165,8 +165,10 @@ class ModelConfig:
 
     @property
     def kv_layers(self) -> int:
-        """Layers that have keys and values, not a state; 1 if none has any."""
-        return max(1, sum(kind != LINEAR for kind in self.layer_types))
+        """Layers that have keys and values of their own, not a state or those of another layer; 1 if none has any."""
+        shared = self.text.get("num_kv_shared_layers")
+        shared = shared if isinstance(shared, int) and 0 <= shared <= self.num_layers else 0
+        return max(1, sum(kind != LINEAR for kind in self.layer_types) - shared)
 
     def window(self, layer: int) -> int | None:
         """The layer's sliding window in tokens; None for full attention."""

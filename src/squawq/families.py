@@ -80,7 +80,7 @@ class Family:
     never_clip: tuple[str, ...] = ("q_proj", "k_proj", "q_a_proj", "q_b_proj")  # it hurts attention scores (llm-awq)
     norm_offset: float = 0.0  # norms multiply by their weight plus this
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # as checkpoints spell them
-    routers: tuple[str, ...] = ()  # linears in 16 bits whose input no group reads
+    routers: tuple[str, ...] = ()  # linears in 16 bits whose input no group reads; also those of per-layer inputs
     decoder: Traits | None = None  # for nn/, if it runs the family
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -274,7 +274,7 @@ FAMILIES = {
     **_rows("gemma2", _GEMMA, norm_offset=1.0, decoder=Traits(_FOUR_NORMS, wide=True)),
     **_rows("gemma3_text", _GEMMA, norm_offset=1.0, decoder=Traits(_FOUR_NORMS, "head", wide=True)),
     **_rows("vaultgemma", _GEMMA, norm_offset=1.0),
-    **_rows("gemma4_text", _GEMMA4, routers=("router.proj",)),
+    **_rows("gemma4_text", _GEMMA4, routers=("router.proj", "per_layer_input_gate", "per_layer_projection")),
     **_rows("olmo", _UNSCALED),
     **_rows("olmo2 olmo3", _UNSCALED, decoder=Traits(_NORMS_AFTER, "whole")),
     **_rows("exaone4", _UNSCALED, decoder=Traits(_NORMS_AFTER, "head")),

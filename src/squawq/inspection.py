@@ -41,7 +41,7 @@ INTEGERS = ("qweight", "scales", "qzeros", "g_idx", "sizes")  # in place of a li
 KINDS = {
     "quantized_linears": "linears in INT4, with scales and zeros",
     "dense_linears": "linears that are not quantized",
-    "embedding": "embedding",
+    "embedding": "embedding, also of per-layer inputs",
     "head": "head",
     "small": "norms and biases",
     "beside": "parts that are no text model",
@@ -314,18 +314,20 @@ def _kept(config: ModelConfig, meta_model: MetaModel, tensors: Mapping[str, Stor
     if config.quant is None:
         return []
     layers = range(len(meta_model.layers))
-    names = (f"{meta_model.family.layer(index)}.{name}" for index in layers for name in meta_model.shapes(index))
-    return [name for name in names if f"{name}.weight" in tensors]
+    names = [f"{meta_model.family.layer(index)}.{name}" for index in layers for name in meta_model.shapes(index)]
+    return [name for name in (*names, *meta_model.outer_linears) if f"{name}.weight" in tensors]
 
 
 def _by_kind(meta_model: MetaModel, tensors: Mapping[str, Stored]) -> dict[str, int]:
     sizes, family = dict.fromkeys(KINDS, 0), meta_model.family
     layers = range(len(meta_model.layers))
     linears = {f"{family.layer(index)}.{name}.weight" for index in layers for name in meta_model.shapes(index)}
+    linears |= {f"{name}.weight" for name in meta_model.outer_linears}
+    embeddings = f"{family.embedding}.weight", *meta_model.per_layer[:1]
     for name, tensor in tensors.items():
         base, _, part = name.rpartition(".")
-        if base in (family.embedding, family.head):
-            kind = "embedding" if base == family.embedding else "head"
+        if name in embeddings or base == family.head:
+            kind = "embedding" if name in embeddings else "head"
         elif part in INTEGERS:
             kind = "quantized_linears"
         elif name in linears or (OF_STACK.fullmatch(part) and base.endswith(".experts")):

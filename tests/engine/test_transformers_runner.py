@@ -33,12 +33,11 @@ from squawq.engine.loaded_model import LoadedModel
 from squawq.engine.request import FinishReason, Output
 from squawq.engine.transformers_runner import Caches, Paged, TransformersRunner
 from squawq.errors import ConfigError
-from squawq.families import FAMILIES
 from squawq.nn.cache import Cache
 from squawq.quant_config import QuantConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "quantization"))
-from family_models import VOCABULARY, dense_folder, family_model
+from family_models import CASES, VOCABULARY, dense_folder, family_model
 
 SMALL = QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=3)
 TOLERANCE = 0.1  # of the logits' standard deviation
@@ -48,6 +47,7 @@ PROMPTS = [
 CHANGES: dict[str, dict[str, Any]] = {  # chunks, and layers that take positions from transformers' cache
     "llama4_text": {"attention_chunk_size": 16, "no_rope_layer_interval": 2, "floor_scale": 4}
 }
+QUANTIZED = ("deepseek_v3", "gemma2", "gemma4_text per layer", "llama4_text", "mixtral", "phi3", "qwen3_next")
 STATEFUL = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "llama4_text")
 
 
@@ -93,7 +93,7 @@ def check(output: Output, prompt: Sequence[int], model: Any) -> None:
     assert (torch.tensor(found) - expected).abs().max() < TOLERANCE * spread
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", CASES)
 def test_every_family(model_type: str, tmp_path: Path) -> None:
     """Two sequences at once, the longer beyond every sliding window, and its prompt in several steps."""
     model = family_model(model_type, tmp_path, **CHANGES.get(model_type, {}))
@@ -105,7 +105,7 @@ def test_every_family(model_type: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma2", "llama4_text", "mixtral", "phi3", "qwen3_next"])
+@pytest.mark.parametrize("model_type", QUANTIZED)
 def test_quantized(model_type: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -279,7 +279,7 @@ def test_the_memory_of_a_token_is_known_from_the_config(model_type: str, tmp_pat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma2", "llama4_text", "mixtral", "phi3", "qwen3_next"])
+@pytest.mark.parametrize("model_type", QUANTIZED)
 def test_on_a_gpu(model_type: str, tmp_path: Path) -> None:
     """In float16, which random weights of these sizes suit badly: only the likeliest tokens are compared."""
     model = family_model(model_type, tmp_path)

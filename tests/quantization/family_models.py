@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from squawq.families import FAMILIES
+from squawq.families import FAMILIES, Family
 from squawq.format.groupwise import from_gemm
 
 VOCABULARY = 160
@@ -37,14 +37,32 @@ SIZES: dict[str, Any] = {  # under every name that some config has for them
     "max_position_embeddings": 128,
     "pad_token_id": None,
 }
+PER_LAYER: dict[str, Any] = {  # Gemma 4 E2B and E4B: per-layer inputs, shared keys and values, wide MLPs there
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "enable_moe_block": False,
+    "attention_k_eq_v": False,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+VARIANTS = {"gemma4_text per layer": PER_LAYER}  # of a row, after its name
+CASES = sorted([*FAMILIES, *VARIANTS])
 
 
-def family_model(model_type: str, folder: Path, **changes: Any) -> Any:
-    """Make a model with two small layers, save it as transformers does, and return it in float32."""
+def row_of(case: str) -> Family:
+    """The row of a case."""
+    return FAMILIES[case.split()[0]]
+
+
+def family_model(case: str, folder: Path, **changes: Any) -> Any:
+    """Make a model with small layers, mostly two, save it as transformers does, and return it in float32."""
     from transformers import CONFIG_MAPPING
 
     from squawq.layerwise.text_models import causal_lm
 
+    model_type, changes = row_of(case).model_type, {**VARIANTS.get(case, {}), **changes}
     kind = CONFIG_MAPPING[model_type]
     known = {*signature(kind).parameters, *getattr(kind, "attribute_map", {})}
     sizes = {name: value for name, value in {**SIZES, **changes}.items() if name in known}
@@ -54,7 +72,7 @@ def family_model(model_type: str, folder: Path, **changes: Any) -> Any:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     if model_type == "gemma4_text":
         sizes |= {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "top_k_experts": 2}
-        sizes |= {"attention_k_eq_v": True, "layer_types": ["sliding_attention", "full_attention"]}
+        sizes |= {"attention_k_eq_v": True, "layer_types": ["sliding_attention", "full_attention"], **changes}
     if "_vl_" in model_type:
         sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
     torch.manual_seed(0)
@@ -71,6 +89,8 @@ def randomize(model: Any, norm_offset: float) -> None:
             is_norm = "norm" in name and name.endswith(".weight")
             spread = 0.1 if parameter.dim() == 1 else 0.2
             parameter.normal_(1 - norm_offset if is_norm else 0, spread)
+            if "per_layer" in name or "embed_tokens" in name:  # as it is stored: layers read what it gives
+                parameter.copy_(parameter.half())
 
 
 def linear_names(model: Any, layer: int) -> set[str]:

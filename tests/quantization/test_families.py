@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import SIZES, VOCABULARY, dense_folder, family_model, linear_names, randomize
+from family_models import CASES, SIZES, VOCABULARY, dense_folder, family_model, linear_names, randomize, row_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,8 +18,9 @@ import squawq
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
+from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Blocks
-from squawq.layerwise.plan import GATE, Folding, LayerPlan
+from squawq.layerwise.plan import GATE, PER_LAYER, Folding, LayerPlan
 from squawq.layerwise.whole_model import WholeModel
 from squawq.nn.loader import load
 from squawq.quant_config import QuantConfig
@@ -31,34 +32,34 @@ SMALL = QuantConfig(group_size=32, seqlen=32, samples=8, n_grid=3)
 ROWS = torch.randint(2, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(5))
 
 
-def blocks_of(folder: Path, model_type: str) -> Blocks:
-    return Blocks(Checkpoint(folder), FAMILIES[model_type], "cpu")
+def blocks_of(folder: Path, case: str) -> Blocks:
+    return Blocks(Checkpoint(folder), row_of(case), "cpu")
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_quantized_loaded_and_measured(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AwqConfig
 
     import squawq.transformers
 
     monkeypatch.setattr("squawq.quantization.statistics.MIN_TOKENS", 130)  # some experts see more, some fewer
-    seen: list[torch.Tensor] = []  # what each layer is given in the quantized run
+    seen: list[tuple[Tensor, Beside]] = []  # what each layer is given in the quantized run
 
-    def watch(chosen: LayerQuantization, before: Tensor, wanted: Tensor) -> LayerResult:
-        seen.append(before.clone())
-        return verify(chosen, before, wanted)
+    def watch(chosen: LayerQuantization, before: Tensor, beside: Beside, wanted: Tensor) -> LayerResult:
+        seen.append((before.clone(), beside.each(Tensor.clone)))
+        return verify(chosen, before, beside, wanted)
 
     monkeypatch.setattr("squawq.quantization.layer.verify", watch)
-    model = family_model(model_type, tmp_path / "model")
+    model = family_model(case, tmp_path / "model")
     report = squawq.quantize(tmp_path / "model", tmp_path / "awq", SMALL, calibration=ROWS.tolist())
     for index, layer in enumerate(report["layers"]):
         rows = {row["name"]: row for row in layer["linears"]}
         assert linear_names(model, index) <= set(rows)
         for name, row in rows.items():
-            is_gate = row["out_features"] < 8  # as many as there are experts, or one
-            assert row.get("kept_in_16_bits") == (GATE if is_gate else None)
-            assert is_gate or math.isfinite(row["loss"])
+            reason = GATE if row["out_features"] < 8 else PER_LAYER if name.startswith("per_layer") else None
+            assert row.get("kept_in_16_bits") == reason  # gates have as many outputs as there are experts, or one
+            assert reason or math.isfinite(row["loss"])
             assert ("tokens" in row) == bool(re.search(r"(^|\.)experts\.", name))
     ids = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(6))
     dense = dense_folder(tmp_path / "awq", tmp_path / "model", tmp_path / "dense")
@@ -68,28 +69,31 @@ def test_quantized_loaded_and_measured(model_type: str, tmp_path: Path, monkeypa
             tmp_path / "awq", dtype=torch.float32, quantization_config=AwqConfig(backend="torch_awq")
         )
         assert (awq(ids).logits - expected).abs().max() < 1e-3
-    blocks = blocks_of(tmp_path / "awq", model_type)
-    states = blocks.embed(ids)
-    for index in range(2):
+    blocks = blocks_of(tmp_path / "awq", case)
+    states, beside = blocks.embed(ids), blocks.beside(ids)
+    blocks.beside(ROWS)  # also of these tokens
+    for index in range(len(blocks.layers)):
         with blocks.open(index) as block:
-            states = block.run(states)
-            if index == 0:
-                assert torch.equal(block.run(seen[0]), seen[1])  # as the folder on disk has it, to the last bit
+            if index + 1 < len(blocks.layers):
+                given, beside_given = seen[index]
+                out = block.run(given, beside=beside_given)
+                assert torch.equal(out, seen[index + 1][0])  # as the folder on disk has it, to the last bit
+            block.run(states, in_place=True, beside=beside)
     assert (blocks.logits()(states) - expected).abs().max() < 1e-3
     score = squawq.evaluate(tmp_path / "awq", tmp_path / "model", ids=ids.flatten().tolist(), window=24)
     assert 0 < score["kl_mean"] < 1
     assert math.isfinite(score["perplexity"])
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_token_by_token_as_all_at_once(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_token_by_token_as_all_at_once(case: str, tmp_path: Path) -> None:
     """With all layers in memory, and with one at a time, which gives the same bits."""
-    model = family_model(model_type, tmp_path / "model")
+    model = family_model(case, tmp_path / "model")
     with torch.no_grad():
         expected = model(ROWS[:3, :24]).logits
     found = []
     for resident in (True, False):
-        whole = WholeModel(blocks_of(tmp_path / "model", model_type), torch.float32, resident=resident)
+        whole = WholeModel(blocks_of(tmp_path / "model", case), torch.float32, resident=resident)
         for _ in range(2):
             whole.reset()
             found.append(torch.stack([whole.next_logits(ROWS[:3, place]) for place in range(24)], 1))
@@ -97,43 +101,42 @@ def test_token_by_token_as_all_at_once(model_type: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_scales_leave_the_function_as_it_was(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_scales_leave_the_function_as_it_was(case: str, tmp_path: Path) -> None:
     """Any scales, folded where the row says, change no output: whatever reads a scaled input is in the row."""
-    family_model(model_type, tmp_path / "model")
-    blocks = blocks_of(tmp_path / "model", model_type)
-    states = blocks.embed(ROWS[:2])
+    family_model(case, tmp_path / "model")
+    blocks = blocks_of(tmp_path / "model", case)
+    states, beside = blocks.embed(ROWS[:2]), blocks.beside(ROWS[:2])
     generator = torch.Generator().manual_seed(7)
-    for index in range(2):
+    for index in range(len(blocks.layers)):
         with blocks.open(index) as block:
-            expected = block.run(states)
+            own = beside.each(Tensor.clone)
+            expected = block.run(states.clone(), in_place=True, beside=beside)
             nothing = QuantConfig(group_size=32, modules_to_not_convert=("layers",), dtype="bfloat16")
-            plan = LayerPlan(
-                blocks.meta_model.shapes(index), FAMILIES[model_type], nothing, FAMILIES[model_type].layer(index)
-            )
+            plan = LayerPlan(blocks.meta_model.shapes(index), row_of(case), nothing, row_of(case).layer(index))
             folding = Folding()
             for group in block.groups:
                 if takes_scales(block, group):
                     scales = torch.rand(block.weight(group.linears[0]).shape[1], generator=generator) + 0.5
                     fold_group(block, plan, group, scales, folding)
             block.fold(folding)
-            assert (block.run(states) - expected).abs().max() < 1e-4 * expected.abs().max()
+            assert (block.run(states, beside=own) - expected).abs().max() < 1e-4 * expected.abs().max()
             states = expected
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_residuals_are_what_outputs_are_added_to(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_residuals_are_what_outputs_are_added_to(case: str, tmp_path: Path) -> None:
     """A row's residual plus the linear's output is what comes next: a norm's input, or the layer's output."""
-    family_model(model_type, tmp_path / "model")
-    blocks = blocks_of(tmp_path / "model", model_type)
-    states = blocks.embed(ROWS[:2])
-    for index in range(2):
+    family_model(case, tmp_path / "model")
+    blocks = blocks_of(tmp_path / "model", case)
+    states, beside = blocks.embed(ROWS[:2]), blocks.beside(ROWS[:2])
+    for index in range(len(blocks.layers)):
         with blocks.open(index) as block:
             groups = [group for group in block.groups if group.residual]
             inputs: dict[str, list[torch.Tensor]] = {g.previous: [] for g in block.groups if "norm" in g.previous}
             inputs |= {name: [] for g in groups for name in (g.residual, *g.linears)}
             with block.input_hooks({name: seen.append for name, seen in inputs.items()}):
-                result = block.run(states)
+                result = block.run(states, beside=beside)
             for group in groups:
                 assert len(group.linears) == 1
                 linear = block.module.get_submodule(group.linears[0])
@@ -141,7 +144,7 @@ def test_residuals_are_what_outputs_are_added_to(model_type: str, tmp_path: Path
                     added = torch.cat(inputs[group.residual]) + linear(torch.cat(inputs[group.linears[0]]))
                 after = [result, *(torch.cat(seen) for seen in inputs.values() if seen)]
                 assert any(a.shape == added.shape and torch.allclose(a, added, atol=1e-4) for a in after)
-            states = result
+            block.run(states, in_place=True, beside=beside)
 
 
 def test_experts_that_see_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

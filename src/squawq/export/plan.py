@@ -57,6 +57,7 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
     first = [name for name in names.stored_names if name not in placed]
     matrices = [name for name in chain(*layers) if _is_matrix(checkpoint, name)]
     kept = [name.removesuffix(".weight") for name in matrices]
+    kept += [names.stored_module(name) for name in meta_model.outer_linears]
     if config.tied_embeddings:
         shapes.pop(head, None)  # a head beside a tied embedding
     targets = ["Linear", *([head] if head in shapes else [])]

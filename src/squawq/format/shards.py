@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -120,12 +120,13 @@ class FolderShards:
         return 0
 
 
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file. Raises CheckpointError for one that is damaged."""
+def read_shard(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """All tensors of a file, or those of some names. Raises CheckpointError for a file that is damaged."""
     known = stamp(path)
     header = read_header(path)
     with open_unchanged(path, known) as file:
-        return {name: read_tensor(file, info) for name, info in header.items()}
+        wanted = header if names is None else [name for name in header if name in names]
+        return {name: read_tensor(file, header[name]) for name in wanted}
 
 
 def stamp(path: Path) -> Stamp:

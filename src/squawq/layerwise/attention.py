@@ -40,16 +40,18 @@ class AttentionLayer:
         dims: Of queries and keys, of values.
         window: Sliding window in tokens; None for full attention.
         sinks: Each head has a further score in its softmax, without a value (gpt-oss).
+        source: The layer whose keys and values it attends over: itself, or an earlier one that it shares them with.
     """
 
     heads: tuple[int, int]
     dims: tuple[int, int]
     window: int | None
     sinks: bool
+    source: int
 
     @property
     def values(self) -> int:
-        """Numbers that the cache holds for a token: keys, and values as wide as they are."""
+        """Numbers of a token in the cache of `source`: keys, and values as wide as they are."""
         return 2 * self.heads[1] * max(self.dims)
 
 
@@ -114,11 +116,12 @@ def attention_layers(model: PackedModel, cache_name: str, positions: int) -> lis
     if found is not made:
         raise Unpaged(f"its cache is a {type(found).__name__}")
     for index, layer in enumerate(found.layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        shares = index in probe.layers and probe.layers[index].source != index
+        if not shares and type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise Unpaged(f"the state of layer {index} is more than keys and values")
         if index not in probe.layers:
             raise Unpaged(f"the attention of layer {index} has an implementation of its own")
-    return [probe.layers[index] for index in range(len(found.layers))]
+    return [layer for _, layer in sorted(probe.layers.items())]
 
 
 class _Probe:
@@ -129,6 +132,7 @@ class _Probe:
         self.inside = False
         self._positions = positions
         self._masks: list[tuple[Tensor, Callable[..., Tensor]]] = []
+        self._keys: list[tuple[Tensor, int]] = []
 
     def around(self, layer: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         def enter(*_: object) -> None:
@@ -155,7 +159,9 @@ class _Probe:
             dims=(query.shape[3], value.shape[3]),
             window=_window(function, self._positions, query.device),
             sinks=kwargs.get("s_aux") is not None,
+            source=next((source for made, source in self._keys if made is key), layer),
         )
+        self._keys.append((key, layer))
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
 
@@ -191,7 +197,11 @@ class PagedAttention:
         plain = backend_for(backend.device, REFERENCE)  # whose pages `_attend_with_sinks` reads
         self._layers = layers
         self._backends = [plain if layer.sinks else backend for layer in layers]
-        self._caches = [_pages(layer, pages, own) for layer, own in zip(layers, self._backends, strict=True)]
+        self._caches = {
+            index: _pages(layer, pages, own)
+            for index, (layer, own) in enumerate(zip(layers, self._backends, strict=True))
+            if layer.source == index
+        }
         self._batch: Batch
         self._rotary: Rotary
         model.config._attn_implementation = ATTENTION
@@ -201,7 +211,8 @@ class PagedAttention:
     def token_bytes(layers: Sequence[AttentionLayer], backend: Backend) -> int:
         """Bytes of one token's keys and values in all layers."""
         plain = backend_for(backend.device, REFERENCE).cache_dtype
-        return sum(layer.values * (plain if layer.sinks else backend.cache_dtype).itemsize for layer in layers)
+        own = [layer for index, layer in enumerate(layers) if layer.source == index]
+        return sum(layer.values * (plain if layer.sinks else backend.cache_dtype).itemsize for layer in own)
 
     def begin(self, batch: Batch) -> None:
         """Set the tokens of the next step."""
@@ -235,7 +246,8 @@ class PagedAttention:
         Returns:
             [1, tokens, query heads, value dim].
         """
-        layer, backend, cached, batch = self._layers[index], self._backends[index], self._caches[index], self._batch
+        layer, backend, batch = self._layers[index], self._backends[index], self._batch
+        cached = self._caches[layer.source]  # where a layer shares keys and values, the same are written again
         dim, scale = max(layer.dims), layer.dims[0] ** -0.5 if scaling is None else scaling
         parts = (F.pad(part[0].transpose(0, 1), (0, dim - part.shape[-1])) for part in (query, key, value))
         qkv, heads = torch.cat(list(parts), 1).flatten(1), (*layer.heads, dim)

@@ -18,7 +18,8 @@ from torch.func import functional_call
 from squawq.families import Family
 from squawq.format.groupwise import PACKED, from_gemm
 from squawq.format.reader import Checkpoint
-from squawq.layerwise.meta_model import MetaModel, refusing
+from squawq.layerwise.beside import Beside, PerLayerInputs
+from squawq.layerwise.meta_model import SHARED, Arguments, MetaModel, refusing
 from squawq.layerwise.plan import EXACT, Folding
 from squawq.layerwise.tensor_names import TensorNames, check_floating
 from squawq.memory import give_memory_back
@@ -52,6 +53,7 @@ class Blocks:
         self.meta_model = MetaModel(checkpoint.config.raw, str(checkpoint.folder / "config.json"), family, device)
         self.layers = self.meta_model.layers
         self.names = TensorNames(checkpoint, self.meta_model)
+        self._per_layer = PerLayerInputs(self.names, self.meta_model) if self.meta_model.per_layer else None
 
     def fast_dtype(self) -> torch.dtype:
         """What the whole model computes in: as stored on a GPU; float32 elsewhere, which a CPU multiplies fastest."""
@@ -82,6 +84,13 @@ class Blocks:
             states[start : start + step] = self.meta_model.embed(ids[start : start + step], table)
         return states
 
+    def beside(self, ids: Tensor) -> Beside:
+        """What layers read beside hidden states, before the first one, for ids int64 [blocks, tokens]."""
+        if self._per_layer is None:
+            return Beside(None)
+        self._per_layer.add(ids)
+        return Beside(ids)
+
     def last_states(self, ids: Tensor, step: Callable[[int], object] = lambda _: None) -> Tensor:
         """Run ids int64 [blocks, tokens] through the model with one layer in memory at a time.
 
@@ -92,10 +101,10 @@ class Blocks:
         Returns:
             Output of the last layer, float32 [blocks, tokens, hidden].
         """
-        states = self.embed(ids)
+        states, beside = self.embed(ids), self.beside(ids)
         for index in range(len(self.layers)):
             with self.open(index) as block:
-                block.run(states, in_place=True)
+                block.run(states, in_place=True, beside=beside)
             step(index + 1)
         return states
 
@@ -118,13 +127,19 @@ class Blocks:
         """The tensors that `MetaModel.put` takes, each converted when it has been read."""
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
         shapes = self.meta_model.outer
-        outer = {name: convert(self.names.read(name, shape)) for name, shape in shapes.items() if name != embedding}
+        wanted = shapes.keys() - {embedding, *self.meta_model.per_layer}
+        outer = {name: convert(self.names.read(name, shapes[name])) for name in sorted(wanted)}
         if head not in outer:
             outer[head] = convert(self.names.read(embedding, shapes[embedding]))
         return outer
 
     def call(
-        self, index: int, module: nn.Module, states: Tensor, tensors: Mapping[str, Tensor] | None = None
+        self,
+        index: int,
+        module: nn.Module,
+        states: Tensor,
+        tensors: Mapping[str, Tensor] | None = None,
+        beside: Beside | None = None,
     ) -> Tensor:
         """Output of a layer, or of a module in it, for hidden states [blocks, tokens, hidden] of its dtype.
 
@@ -133,19 +148,34 @@ class Blocks:
             module: The layer or the module.
             states: Hidden states, on any device.
             tensors: Instead of the module's parameters, by name in the module; None: its own.
+            beside: What the layer reads beside the hidden states of these blocks; receives what it has for later ones.
+                None for a model whose layers read nothing else.
         """
         part = states.to(self.device)
         accepted = signature(module.forward).parameters
         blocks, tokens = part.shape[:2]
         given = self.meta_model.arguments(blocks, tokens, part.dtype)[index]
+        given = given | self._beside(index, Beside(None) if beside is None else beside, part.dtype)
         arguments = {name: value for name, value in given.items() if name in accepted}
+        known = dict(arguments.get(SHARED, {}))
         if tensors is None:
             with refusing(self.meta_model.where):
                 result = module(part, **arguments)
         else:  # autograd may call this again, and end it by an exception of its own
             result = functional_call(module, dict(tensors), (part,), arguments)
+        if beside is not None and self.meta_model.shares:
+            beside.found = {name: t for name, t in arguments.get(SHARED, {}).items() if t is not known.get(name)}
+            beside.shared |= beside.found
         result = result[0] if isinstance(result, tuple) else result
         return result.view(part.shape)  # type: ignore[no-any-return]
+
+    def _beside(self, index: int, beside: Beside, dtype: torch.dtype) -> Arguments:
+        """The arguments that a layer gets of it."""
+        shared = {name: tuple(t.to(self.device) for t in tensors) for name, tensors in beside.shared.items()}
+        if self._per_layer is None:
+            return {SHARED: shared}
+        assert beside.ids is not None
+        return {SHARED: shared, "per_layer_input": self._per_layer.of(index, beside.ids).to(dtype)}
 
     @contextmanager
     def open(self, index: int, stored: Mapping[str, Tensor] | None = None) -> Iterator[Block]:
@@ -246,17 +276,20 @@ class Block:
         return parameter.data
 
     @torch.no_grad()
-    def run(self, states: Tensor, in_place: bool = False) -> Tensor:
-        """Output of the layer for hidden states [blocks, tokens, hidden], both in its dtype; a few blocks at a time."""
-        return self._run(self.module, states, states if in_place else torch.empty_like(states))
+    def run(self, states: Tensor, in_place: bool = False, beside: Beside | None = None) -> Tensor:
+        """Output of the layer for hidden states [blocks, tokens, hidden], both in its dtype; a few blocks at a time.
+
+        in_place: The states are replaced, and what later layers read is added to `beside`.
+        """
+        return self._run(self.module, states, states if in_place else torch.empty_like(states), beside)
 
     @torch.no_grad()
-    def inspect(self, name: str, inputs: Tensor) -> Tensor:
+    def inspect(self, name: str, inputs: Tensor, beside: Beside | None = None) -> Tensor:
         """Output of a module (attention, MLP; "": the layer) for inputs float32 [blocks, tokens, hidden]."""
-        return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs))
+        return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs), beside)
 
     @torch.no_grad()
-    def run_until_captured(self, states: Tensor, hooks: Mapping[str, InputHook]) -> None:
+    def run_until_captured(self, states: Tensor, hooks: Mapping[str, InputHook], beside: Beside | None = None) -> None:
         """Run hidden states only for the hooks: each batch stops once every hook has been called."""
         waiting: set[str] = set()
 
@@ -273,11 +306,14 @@ class Block:
             for part in self._batches(states):
                 waiting.update(hooks)
                 with suppress(_AllCaptured):
-                    self._call(self.module, states[part])
+                    self._call(self.module, states[part], None if beside is None else beside.part(part))
 
-    def _run(self, module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
+    def _run(self, module: nn.Module, states: Tensor, out: Tensor, beside: Beside | None) -> Tensor:
         for part in self._batches(states):
-            out[part] = self._call(module, states[part])
+            some = None if beside is None else beside.part(part)
+            out[part] = self._call(module, states[part], some)
+            if out is states and beside is not None and some is not None:
+                beside.keep(part, len(states), some.found)
         return out
 
     def _batches(self, states: Tensor) -> Iterator[slice]:
@@ -285,8 +321,8 @@ class Block:
         step = max(1, min(BATCH_TOKENS, BATCH_VALUES // self._widest) // tokens)
         yield from (slice(start, start + step) for start in range(0, blocks, step))
 
-    def _call(self, module: nn.Module, states: Tensor) -> Tensor:
-        return self._blocks.call(self.index, module, states)
+    def _call(self, module: nn.Module, states: Tensor, beside: Beside | None) -> Tensor:
+        return self._blocks.call(self.index, module, states, beside=beside)
 
     @contextmanager
     def input_hooks(self, hooks: Mapping[str, InputHook]) -> Iterator[None]:
@@ -309,8 +345,11 @@ class Block:
                 handle.remove()
 
     @torch.no_grad()
-    def output_modules(self, linears: Iterable[str]) -> dict[str, OutputModule]:
-        """By linear, the module that returns its output, if one does; found by running a single token."""
+    def output_modules(self, linears: Iterable[str], beside: Beside | None = None) -> dict[str, OutputModule]:
+        """By linear, the module that returns its output and does nothing else, if one does.
+
+        Found by running a single token; `beside`: what the layer reads beside hidden states, of some blocks.
+        """
         seen: dict[str, list[Any]] = {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -321,12 +360,15 @@ class Block:
             self.module.get_submodule(name).register_forward_hook(keep(name)) for name in {*around, *around.values()}
         ]
         try:
-            self._call(self.module, torch.zeros(1, 1, self._blocks.meta_model.config.hidden_size))
+            one = Beside(None) if beside is None else beside.first_token()
+            self._call(self.module, torch.zeros(1, 1, self._blocks.meta_model.config.hidden_size), one)
         finally:
             for handle in handles:
                 handle.remove()
         found = {}
         for name, module in around.items():
+            if one.found and SHARED in signature(self.module.get_submodule(module).forward).parameters:
+                continue  # it also computes keys and values for later layers
             outputs, results = seen.get(name, []), seen.get(module, [])
             if len(outputs) == len(results) == 1:
                 result, nones = results[0], None

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from squawq.families import Family, ScalingGroup
 from squawq.nn.experts import Expert, Experts, gating, is_interleaved, is_stacked, is_transposed, stacked_sizes
 
 Arguments = dict[str, Any]
+PER_LAYER = "embed_tokens_per_layer"  # transformers' name of the embedding that layers have inputs of their own from
+SHARED = "shared_kv_states"  # transformers' name of the argument that has keys and values of earlier layers
 MAX_MODULES = 2**17
 MAX_CONSTANTS = 2**28  # bytes
 MAX_COUNTS = {"layers": MAX_LAYERS, "experts": 4096}  # by a part of the key; MAX_SIZE for others
@@ -39,6 +42,10 @@ class MetaModel:
         layers: transformers' decoder layers on the meta device. Stacked experts are split into linears, named as in
             checkpoints.
         outer: Shapes of the tensors outside the layers, by name in the text model.
+        outer_linears: Names of linears outside the layers, without the head.
+        per_layer: Names in `outer` of what per-layer inputs are computed from (Gemma 4 E2B, E4B), their embedding
+            first; none where layers have no inputs of their own.
+        shares: Whether some layers read keys and values of earlier ones instead of their own.
         ignored: Patterns of checkpoint names that transformers does not load.
         transposed: Whether the architecture stacks its experts' weights as [in, out].
         interleaved: Whether gate and up alternate in them.
@@ -69,8 +76,22 @@ class MetaModel:
         if self.config.tie_word_embeddings:
             self.outer.pop(f"{family.head}.weight", None)
         inside = set(self.layers.modules())
+        outer = {name: part for name, part in self.model.named_modules() if part not in inside and name != family.head}
+        self.outer_linears = [name for name, part in outer.items() if isinstance(part, nn.Linear)]
+        self._text: Any = self.model.get_submodule(family.layers.rpartition(".")[0])
+        self.per_layer = sorted((name for name in self.outer if "per_layer" in name), key=lambda n: PER_LAYER not in n)
+        self.shares = getattr(self.config, "num_kv_shared_layers", 0) > 0
+        self._check_per_layer()
         self.fill_constants(part for part in self.model.modules() if part not in inside)
         self._arguments: dict[tuple[int, int, torch.dtype], list[Arguments]] = {}
+
+    def _check_per_layer(self) -> None:
+        if self.shares and SHARED not in signature(self.layers[0].forward).parameters:
+            raise CheckpointError(f"{self.where}: layers share keys and values, which takes a newer transformers")
+        for name in self.per_layer[:1]:
+            tokens, needed = self.outer[name][0], self.outer[f"{self.family.embedding}.weight"][0]
+            if tokens < needed:
+                raise CheckpointError(f"{self.where}: {needed} tokens have an embedding, and {tokens} per-layer inputs")
 
     def groups(self, index: int) -> tuple[ScalingGroup, ...]:
         """A layer's scaling groups. Raises ConfigError for a linear that the family's row does not know."""
@@ -130,6 +151,24 @@ class MetaModel:
         return given[0].to(dtype)
 
     @torch.no_grad()
+    def per_layer_inputs(self, rows: Tensor, own: Tensor) -> Tensor:
+        """What each layer is given beside hidden states; `put` has loaded the rest of `per_layer`.
+
+        Args:
+            rows: Rows of the embedding [tokens, hidden], float32.
+            own: Rows of the per-layer embedding [tokens, layers * size], float32.
+
+        Returns:
+            float32 [tokens, layers, size].
+        """
+        ids, text = torch.arange(len(rows), device=self.device)[None], self._text
+        embedding = self.model.get_submodule(self.family.embedding)
+        with self._rows(embedding, rows), self._rows(getattr(text, PER_LAYER), own), refusing(self.where):
+            states = embedding(ids)
+            found: Tensor = text.project_per_layer_inputs(states, text.get_per_layer_inputs(ids, states))[0]
+            return found
+
+    @torch.no_grad()
     def arguments(self, blocks: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[Arguments]:
         """Keyword arguments of each layer (masks, rotary embeddings) for hidden states of this shape and dtype."""
         if (found := self._arguments.get((blocks, tokens, dtype))) is None:
@@ -148,7 +187,7 @@ class MetaModel:
     def put(
         self, outer: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, vocabulary: slice = slice(None)
     ) -> None:
-        """Load what `logits` needs: all tensors outside the layers but the embedding, and a head even if tied.
+        """Load what `logits` needs: tensors outside the layers that come after them, and a head even if tied.
 
         Args:
             outer: The tensors by name in the model, in any dtype on any device.
@@ -184,25 +223,35 @@ class MetaModel:
         return rename
 
     def _base(self, ids: Tensor, use_cache: bool) -> None:
-        base, norm = self.model.get_submodule(self.family.layers.rpartition(".")[0]), self.family.norm
-        with _acting(self.model.get_submodule(norm), lambda hidden: hidden):
-            base(ids, use_cache=use_cache)
+        with _acting(self.model.get_submodule(self.family.norm), lambda hidden: hidden):
+            self._text(ids, use_cache=use_cache)
 
     def _run(
         self, model: Callable[..., Any], ids: Tensor, rows: Tensor, layer: Callable[[int], Callable[..., Tensor]]
     ) -> Any:
         """Run `model` on ids that index `rows` of an embedding, each layer replaced by layer(index)."""
         embedding = self.model.get_submodule(self.family.embedding)
+        with self._rows(embedding, rows), ExitStack() as stack:
+            for index, module in enumerate(self.layers):
+                stack.enter_context(_acting(module, layer(index)))
+            if self.per_layer:  # no layer runs that would read them
+                stack.enter_context(_acting(self._text, lambda *_: None, "get_per_layer_inputs"))
+                stack.enter_context(_acting(self._text, self._no_inputs, "project_per_layer_inputs"))
+            stack.enter_context(refusing(self.where))
+            return model(ids, use_cache=False)
+
+    @contextmanager
+    def _rows(self, embedding: Any, rows: Tensor) -> Iterator[None]:
+        """Give an embedding these rows while open."""
         kept, padding = embedding.weight, embedding.padding_idx
         embedding.weight, embedding.padding_idx = nn.Parameter(rows.to(self.device), requires_grad=False), None
         try:
-            with ExitStack() as stack:
-                for index, module in enumerate(self.layers):
-                    stack.enter_context(_acting(module, layer(index)))
-                stack.enter_context(refusing(self.where))
-                return model(ids, use_cache=False)
+            yield
         finally:
             embedding.weight, embedding.padding_idx = kept, padding
+
+    def _no_inputs(self, states: Tensor, _: None) -> Tensor:
+        return states.new_empty(*states.shape[:2], len(self.layers), 0)
 
     def _no_ids(self, blocks: int, tokens: int) -> Tensor:
         return torch.zeros(blocks, tokens, dtype=torch.int64, device=self.device)
@@ -212,13 +261,13 @@ class MetaModel:
 
 
 @contextmanager
-def _acting(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's forward while open."""
-    module.forward = forward
+def _acting(module: nn.Module, instead: Callable[..., Any], method: str = "forward") -> Iterator[None]:
+    """Replace a module's method while open."""
+    setattr(module, method, instead)
     try:
         yield
     finally:
-        del module.forward
+        delattr(module, method)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ weights, the embedding as stored, and one linear as stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from squawq.backends.base import Backend
 from squawq.backends.layer_ops import Packed
 from squawq.errors import ConfigError
+from squawq.layerwise.beside import keep_as_stored
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import EXACT
 from squawq.memory import give_memory_back
@@ -90,7 +90,9 @@ class PackedModel:
         for name, shape in outer.items():
             owner = self.model.get_submodule(name.rpartition(".")[0])
             if isinstance(owner, nn.Embedding) and name.endswith(".weight"):
-                _keep_as_stored(owner, names.read(name, shape).to(self._backend.device), self._backend.activation_dtype)
+                keep_as_stored(owner, names.read(name, shape).to(self._backend.device), self._backend.activation_dtype)
+            elif name.rpartition(".")[0] in self._blocks.meta_model.outer_linears and name.endswith(".weight"):
+                self._pack(self.model, name.removesuffix(".weight"), name.removesuffix(".weight"))
             elif name != weight_of_head:
                 self._set(self.model, name, names.read(name, shape))
         bias = self.model.get_submodule(family.head)._parameters.get("bias")
@@ -121,12 +123,17 @@ class PackedModel:
         kept = {name for group in groups for name in group.unquantized_consumers}  # small, and looked into by some
         for name, module in list(layer.named_modules()):
             if type(module) is nn.Linear and name not in kept:  # not of a class that computes something else
-                layer.set_submodule(name, PackedLinear(self._backend, self._packed(f"{prefix}.{name}", module)))
+                self._pack(layer, name, f"{prefix}.{name}")
         for name, tensor in layer.state_dict().items():
             self._set(layer, name, blocks.names.read(f"{prefix}.{name}", tuple(tensor.shape)))
         blocks.meta_model.fill_constants(layer.modules())
 
-    def _packed(self, name: str, linear: nn.Linear) -> Packed:
+    def _pack(self, module: nn.Module, linear: str, name: str) -> None:
+        """Replace a linear of the module, whose name in the model is `name`."""
+        packed = self._packed(name, module.get_submodule(linear))
+        module.set_submodule(linear, PackedLinear(self._backend, packed))
+
+    def _packed(self, name: str, linear: Any) -> Packed:
         names, checkpoint = self._blocks.names, self._blocks.checkpoint
         stored, shape = names.stored_module(name), (linear.out_features, linear.in_features)
         if checkpoint.is_quantized(stored):
@@ -141,19 +148,3 @@ class PackedModel:
         tensor = tensor.to(self._backend.device, dtype)
         is_parameter = kind in part._parameters
         setattr(part, kind, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-
-
-def _keep_as_stored(embedding: nn.Embedding, table: Tensor, dtype: torch.dtype) -> None:
-    """Keep an embedding's table [vocab, hidden] in its stored dtype: only rows that are looked up become `dtype`.
-
-    The module's own forward runs on them, which may scale them.
-    """
-    own: Callable[[Tensor], Tensor] = embedding.forward
-    embedding.padding_idx = None
-
-    def forward(ids: Tensor) -> Tensor:
-        flat = ids.flatten()
-        embedding._parameters["weight"] = table[flat].to(dtype)  # type: ignore[assignment]
-        return own(torch.arange(len(flat), device=flat.device).view(ids.shape))
-
-    vars(embedding)["forward"] = forward

@@ -18,7 +18,7 @@ from squawq.layerwise.tensor_names import cast
 from squawq.quant_config import QuantConfig
 
 EXACT = ("correction_bias", "expert_bias")  # of routers: rounding could change the choice of experts
-GATE = "a router or gate"
+GATE, PER_LAYER = "a router or gate", "part of per-layer inputs"
 
 
 class LayerPlan:
@@ -43,7 +43,8 @@ class LayerPlan:
                 self.kept[name] = reasons.get(name, f"shares its input with {first}, which stays in 16 bits")
         self.converted = [name for group in groups for name in group.linears if name not in self.kept]
         gates = [name for group in groups for name in group.unquantized_consumers]
-        self.kept |= dict.fromkeys((*gates, *(name for name in family.routers if name in shapes)), GATE)
+        for name in (*gates, *(name for name in family.routers if name in shapes)):
+            self.kept[name] = PER_LAYER if name.startswith("per_layer") else GATE
 
     @property
     def dtype(self) -> torch.dtype:

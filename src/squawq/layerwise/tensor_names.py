@@ -56,12 +56,15 @@ class TensorNames:
             if "rotary_emb" in name:
                 continue
             found = layer.match(name)
+            ignored = any(re.search(pattern, name) for pattern in meta_model.ignored)
             if found and int(found.group(1)) < checkpoint.config.num_layers:
+                if ignored:  # keys and values of a layer that shares those of another one
+                    continue
                 self._of_layer.setdefault(int(found.group(1)), []).append(name)
                 self.on_disk[name] = stored
             elif name in outer or owner == family.head or f"{owner}.weight" in outer:
                 self.on_disk[name] = stored
-            elif (nested and text == stored) or any(re.search(pattern, name) for pattern in meta_model.ignored):
+            elif (nested and text == stored) or ignored:
                 self.other_tensors.append(stored)
             else:
                 raise CheckpointError(f"{info.file}: tensor {stored!r} does not belong to a {family.model_type} model")

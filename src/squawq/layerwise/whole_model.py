@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from squawq.errors import CheckpointError
+from squawq.layerwise.beside import keep_as_stored
 from squawq.layerwise.blocks import Block, Blocks
 from squawq.layerwise.meta_model import refusing
 
@@ -41,7 +42,11 @@ class WholeModel:
         names, family, meta_model = blocks.names, blocks.family, blocks.meta_model
         renamed = "cache" in signature(meta_model.model.base_model.forward).parameters  # in transformers 5.24
         self._cache_name = "cache" if renamed else "past_key_values"
-        outer = {n: names.read(n, s).to(blocks.device, dtype) for n, s in meta_model.outer.items()}
+        shapes, own = meta_model.outer, meta_model.per_layer[:1]  # far larger than the other embedding
+        outer = {n: names.read(n, s).to(blocks.device, dtype) for n, s in shapes.items() if n not in own}
+        for name in own:
+            embedding = self.model.get_submodule(name.removesuffix(".weight"))
+            keep_as_stored(embedding, names.read(name, shapes[name]).to(blocks.device), dtype)
         outer.setdefault(f"{family.head}.weight", outer[f"{family.embedding}.weight"])
         meta_model.put(outer, dtype)
         for index, layer in enumerate(blocks.layers):
@@ -84,9 +89,11 @@ class WholeModel:
     @staticmethod
     def memory(blocks: Blocks, dtype: torch.dtype, *, resident: bool) -> int:
         """Bytes of the weights that are in memory at the same time, from the headers."""
-        outer: int = sum(math.prod(shape) for shape in blocks.meta_model.outer.values())
+        meta_model = blocks.meta_model
+        own: int = sum(math.prod(meta_model.outer[name]) for name in meta_model.per_layer[:1])  # in 16 bits
+        outer: int = sum(math.prod(shape) for shape in meta_model.outer.values()) - own
         layers: list[int] = [sum(t.numel() for t in layer.state_dict().values()) for layer in blocks.layers]
-        return dtype.itemsize * (outer + (sum(layers) if resident else max(layers)))
+        return 2 * own + dtype.itemsize * (outer + (sum(layers) if resident else max(layers)))
 
 
 def collect_garbage(device: str) -> None:

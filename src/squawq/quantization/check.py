@@ -43,26 +43,29 @@ class DtypeCheck:
         meta_model, family = self.blocks.meta_model, self.blocks.family
         embedding = f"{family.embedding}.weight"
         table = job.tensors(0)[self.blocks.names.stored_name(embedding)]
-        self.wide = meta_model.embed(ids, table)
-        self.narrow = meta_model.embed(ids, table, self.dtype)
+        self.wide, self.wide_beside = meta_model.embed(ids, table), self.blocks.beside(ids)
+        self.narrow, self.narrow_beside = meta_model.embed(ids, table, self.dtype), self.blocks.beside(ids)
         self._compare(family.embedding, self.wide, self.narrow)
 
     @torch.no_grad()
     def layer(self, index: int) -> None:
         with self.blocks.open(index, self.job.tensors(index + 1)) as block:
-            self.wide = block.run(self.wide)
+            block.run(self.wide, in_place=True, beside=self.wide_beside)
             block.cast(self.dtype)
-            self.narrow = block.run(self.narrow)
+            block.run(self.narrow, in_place=True, beside=self.narrow_beside)
         self._compare(self.blocks.family.layer(index), self.wide, self.narrow)
 
     @torch.no_grad()
     def head(self) -> float:
         """Relative error of the median token's centred logits."""
         names, meta_model, family = self.blocks.names, self.blocks.meta_model, self.blocks.family
-        found = {**self.job.tensors(0), **self.job.tensors(self.job.layers + 1)}
         embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
-        outer = {name: found[names.stored_name(name)] for name in meta_model.outer if name != embedding}
-        outer.setdefault(head, found[names.stored_name(embedding)])
+        before = {embedding, *meta_model.per_layer}
+        stored = {name: names.stored_name(name) for name in meta_model.outer if name not in before}
+        found = self.job.tensors(self.job.layers + 1, stored.values())
+        outer = {name: found[own] for name, own in stored.items()}
+        if head not in outer:
+            outer[head] = self.job.tensors(0)[names.stored_name(embedding)]
         evenly_spread = slice(None, None, -(-len(outer[head]) // VOCABULARY))
         logits = []
         for states in (self.wide, self.narrow):
@@ -102,10 +105,11 @@ class ReadBack:
     def __init__(self, work: Work, job: Job, text: Rows) -> None:
         self.blocks, self.job, self.text = work.blocks, job, text
         self.states = self.blocks.embed(text.ids)  # of the 16-bit model, float32 [rows, tokens, hidden]
+        self.beside = self.blocks.beside(text.ids)
 
     def layer(self, block: Block) -> None:
         """Run the rows through a 16-bit layer; called for each in turn."""
-        block.run(self.states, in_place=True)
+        block.run(self.states, in_place=True, beside=self.beside)
 
     @torch.no_grad()
     def compare(self, step: Callable[[int], object]) -> ReadBackRow:

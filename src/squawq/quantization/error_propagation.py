@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from squawq.families import expert_of
+from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Block, InputHook
 from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.states import Spool
@@ -120,12 +121,17 @@ class ErrorStatistics:
         return [*self.inputs.sums, *self.cross]
 
     def collect(
-        self, states: Tensor, record: ActivationRecord, hooks: Mapping[str, InputHook] = MappingProxyType({})
+        self,
+        states: Tensor,
+        beside: Beside,
+        record: ActivationRecord,
+        hooks: Mapping[str, InputHook] = MappingProxyType({}),
     ) -> None:
         """Run the quantized model's hidden states up to the stage's input, and add to `inputs` and `cross`.
 
         Args:
             states: float32 [calibration blocks, tokens, hidden], the same tokens as in `record`.
+            beside: What the layer reads beside them.
             record: Inputs of the 16-bit run.
             hooks: Further input hooks.
         """
@@ -135,7 +141,7 @@ class ErrorStatistics:
             stream = record.replay(residual)
             own = {residual: lambda x: self._set_residual(*_pair(x, stream))} | own
         with self._block.input_hooks(hooks):
-            self._block.run_until_captured(states, own)
+            self._block.run_until_captured(states, own, beside)
 
     def _set_residual(self, x: Tensor, wanted: Tensor) -> None:
         self._residual = wanted.sub_(x)

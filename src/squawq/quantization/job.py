@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -239,11 +239,14 @@ class Job:
         if found != read_json(self._record_path(part)).get("sha256"):
             raise CheckpointError(f"{path}: read back, its tensors are not what was written; {again}")
 
-    def tensors(self, part: int) -> dict[str, Tensor]:
-        """The stored tensors of a part, by name in the checkpoint; from memory while the part is being written."""
+    def tensors(self, part: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The stored tensors of a part, by name in the checkpoint; from memory while the part is being written.
+
+        names: Only these are read.
+        """
         if self._pending is not None and self._pending[0] == part:
             return dict(self._pending[1])
-        return read_shard(self.shard_path(part))
+        return read_shard(self.shard_path(part), names)
 
     def commit(
         self, part: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any], *, behind: bool = False

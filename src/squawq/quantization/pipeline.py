@@ -295,6 +295,8 @@ def _finish(work: Work, job: Job, checks: _Checks | None, observer: Observer) ->
         for row in record["linears"]
         if "kept_in_16_bits" in row
     ]
+    outer = [blocks.names.stored_module(name) for name in blocks.meta_model.outer_linears]
+    kept += [{"name": name, "reason": "outside the layers"} for name in outer]
     kept += [{"name": name, "reason": "beside the text model"} for name in blocks.names.other_parts]
     notes = [f"{record['name']}: {note}" for record in records for note in record["notes"]]
     raw: dict[str, Any] = without(checkpoint.config.raw, ("dtype", "torch_dtype", *CODE))

@@ -13,7 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from squawq.errors import OutputError
+from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Block, Blocks, InputHook
 
 IN_MEMORY = 1.0  # GiB, without a GPU
@@ -36,8 +37,8 @@ def default_states_memory(device: str) -> float:
     return torch.cuda.mem_get_info(device)[0] / 2**32
 
 
-def hidden_states(shape: tuple[int, int, int], folder: Path, device: str, in_memory: float = IN_MEMORY) -> Tensor:
-    """Allocate float32 [calibration blocks, tokens, hidden]: on `device` up to `in_memory` GiB, else in a file.
+def hidden_states(shape: tuple[int, ...], folder: Path, device: str, in_memory: float = IN_MEMORY) -> Tensor:
+    """Allocate float32 [calibration blocks, ...]: on `device` up to `in_memory` GiB, else in a file.
 
     The file's disk space is taken at once: a mapped file that finds none later kills the process (SIGBUS).
 
@@ -135,9 +136,9 @@ class Sample:
         return cls(torch.linspace(0, blocks - 1, count).round().long(), share, blocks * tokens)
 
     def of(self, states: Tensor) -> Tensor:
-        """The sampled states, float32 [sampled blocks, tokens, hidden]; zero where another rank has the block."""
+        """The sampled states [sampled blocks, tokens, ...]; zero where another rank has the block."""
         here = (self.blocks >= self.share.start) & (self.blocks < self.share.stop)
-        found = torch.zeros(len(self.blocks), *states.shape[1:], device=states.device)
+        found = torch.zeros(len(self.blocks), *states.shape[1:], dtype=states.dtype, device=states.device)
         found[here] = states[self.blocks[here] - self.share.start]
         return found
 
@@ -151,9 +152,11 @@ class Replay:
     linear and each module's output, in float32; at most `in_memory` GiB of each, the rest is in files.
     """
 
-    def __init__(self, block: Block, linears: Iterable[str], folder: Path, in_memory: float) -> None:
+    def __init__(
+        self, block: Block, linears: Iterable[str], folder: Path, in_memory: float, beside: Beside | None = None
+    ) -> None:
         self._block, self._folder, self._in_memory = block, folder, in_memory
-        self._endings = block.output_modules(linears)
+        self._endings = block.output_modules(linears, beside)
         self._inputs: dict[str, Spool] = {}
         self._outputs: dict[str, Spool] = {}
 
@@ -186,6 +189,8 @@ class Streams:
 
     reference: Tensor  # of the 16-bit model
     quantized: Tensor | None  # of the quantized model, the same tokens; None if calibration is not sequential
+    reference_beside: Beside  # what layers read beside them
+    quantized_beside: Beside
     sample: Sample  # calibration blocks that losses are measured on
     folder: Path  # for what exceeds `states_memory`
     states_memory: float  # GiB for each stream, and for the record of one layer's inputs
@@ -208,7 +213,12 @@ class Streams:
         states = hidden_states(shape, folder, blocks.device, states_memory)
         blocks.embed(own, states)
         quantized = hidden_states(shape, folder, blocks.device, states_memory).copy_(states) if sequential else None
-        return cls(states, quantized, Sample.spread(count, length, share), folder, states_memory)
+
+        def make(_: Tensor, shape: tuple[int, ...]) -> Tensor:
+            return hidden_states(shape, folder, blocks.device, states_memory)
+
+        one, other = (replace(blocks.beside(own), make=make) for _ in range(2))
+        return cls(states, quantized, one, other, Sample.spread(count, length, share), folder, states_memory)
 
     def token_weights(self, key: str) -> Tensor | None:
         """Weights of this rank's tokens by `token_weights.weights_key`, [calibration blocks, tokens]; None: ones."""
@@ -218,9 +228,13 @@ class Streams:
         """The states that a quantized layer is judged on, float32 [sampled blocks, tokens, hidden]."""
         return self.sample.of(self.reference if self.quantized is None else self.quantized)
 
+    def sampled_beside(self) -> Beside:
+        """What the layer reads beside those."""
+        return (self.reference_beside if self.quantized is None else self.quantized_beside).each(self.sample.of)
+
     def skip(self, block: Block, stored: Mapping[str, Tensor]) -> None:
         """Run both streams through a layer that an earlier process quantized: `block` in 16 bits, then `stored`."""
-        block.run(self.reference, in_place=True)
+        block.run(self.reference, in_place=True, beside=self.reference_beside)
         self.advance(block, stored)
 
     def advance(self, block: Block, stored: Mapping[str, Tensor], replay: Replay | None = None) -> None:
@@ -228,4 +242,4 @@ class Streams:
         if self.quantized is not None:
             with nullcontext() if replay is None else replay.playing():
                 block.load_stored(stored)
-                block.run(self.quantized, in_place=True)
+                block.run(self.quantized, in_place=True, beside=self.quantized_beside)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from squawq.engine.capacity import free_on, gib
 from squawq.errors import ConfigError
 from squawq.format.groupwise import PACKED, from_gemm
+from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import LayerPlan
 from squawq.quantization.precision import float32_products
@@ -83,10 +84,10 @@ class TunedLayer:
                 tensor = stored[blocks.names.stored_name(prefix + name)]
                 self._tensors[name] = tensor.to(blocks.device, torch.float32)
 
-    def __call__(self, states: Tensor) -> Tensor:
-        """[blocks, tokens, hidden] -> the same."""
+    def __call__(self, states: Tensor, beside: Beside) -> Tensor:
+        """[blocks, tokens, hidden] -> the same; see `Blocks.call`."""
         weights = {name: linear.weight() for name, linear in self.linears.items()}
-        return self._blocks.call(self._index, self._module, states, self._tensors | weights)
+        return self._blocks.call(self._index, self._module, states, self._tensors | weights, beside)
 
 
 class Tuning:
@@ -105,6 +106,7 @@ class Tuning:
     ) -> None:
         self._blocks, self._first, self._wanted = blocks, blocks.embed(tokens), wanted
         self._layers = [TunedLayer(blocks, index, stored(index)) for index in range(len(blocks.layers))]
+        self._beside = blocks.beside(tokens)
         self._logits = blocks.logits()
         self._rows = max(1, BATCH // tokens.shape[1])
         self._used = range(len(tokens) - held_back)
@@ -180,9 +182,10 @@ class Tuning:
 
     def _last(self, rows: Sequence[int]) -> Tensor:
         """The quantized model's last hidden states for these rows, float32 [rows, tokens, hidden]."""
-        states = self._first[list(rows)]
+        states, beside = self._first[list(rows)], self._beside.each(lambda tensor: tensor[list(rows)])
         for layer in self._layers:
-            states = checkpoint(layer, states, use_reentrant=False) if torch.is_grad_enabled() else layer(states)
+            given = states, beside
+            states = checkpoint(layer, *given, use_reentrant=False) if torch.is_grad_enabled() else layer(*given)
         return states
 
     def _divergence(self, row: int, states: Tensor) -> Tensor:
