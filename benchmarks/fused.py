@@ -71,7 +71,7 @@ def resident() -> float:
 
 
 def arguments(description: str | None, new_tokens: int) -> argparse.Namespace:
-    """Of a comparison with generate(); ends the process if there are no native kernels."""
+    """Parse the arguments of a comparison with generate(); ends the process if there are no native kernels."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--folder", type=Path, help="keeps the random model; default: a temporary one")

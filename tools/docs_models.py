@@ -24,8 +24,8 @@ model, or with `--model-impl transformers`, transformers' model class runs it in
 [`squawq export`](how-to/export.md).
 
 A config.json may ask for what our decoder does not compute, such as another activation: a warning says so, and the
-model runs on transformers' class. gpt-oss takes groups of 64 or 32. In models of Gemma 4 with per-layer inputs (E2B,
-E4B), what computes these and takes them in stays in 16 bits. Another family takes
+model runs on transformers' class. gpt-oss takes groups of 64 or 32. In Gemma 4 with per-layer inputs (E2B, E4B), the
+per-layer embedding and its projections stay in 16 bits. Another family takes
 [one entry](contributing/adding-a-family.md).
 
 | family | quantize | our decoder | on transformers | export |

@@ -61,9 +61,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rope in windows": (
         "exaone4",
         {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-        "other layers have no RoPE",
+        "applies RoPE to other layers",
     ),
-    "no rope": ("smollm3", {"no_rope_layers": [1, 0]}, "other layers have no RoPE"),
+    "no rope": ("smollm3", {"no_rope_layers": [1, 0]}, "applies RoPE to other layers"),
     "head size": ("qwen2", {"head_dim": 32}, "head_dim is 32"),
     "heads": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, "num_key_value_heads and num_attention_heads"),
     "weights": (

@@ -13,8 +13,8 @@ from torch import Tensor
 import squawq
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
-from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.extra_inputs import ExtraInputs
 from squawq.quant_config import QuantConfig
 from squawq.quantization import rounding, statistics
 from squawq.quantization.error_propagation import ActivationRecord, ErrorStatistics, Stage, sequential_stages
@@ -70,10 +70,10 @@ def test_sums_are_those_of_both_runs(
             whole[run] = {name: torch.cat(pieces).flatten(0, 1) for name, pieces in seen.items()}
         features = {name: whole["found"][name].shape[1] for name in names}
         record = ActivationRecord(features, tmp_path, states_memory)
-        inputs.collect(states.clone(), Beside(None), Sample.spread(5, 32, slice(0, 5)), record.hooks)
+        inputs.collect(states.clone(), ExtraInputs(None), Sample.spread(5, 32, slice(0, 5)), record.hooks)
         weights = torch.rand(5, 32, generator=torch.Generator().manual_seed(3)) + 0.1 if weighted else None
         error = ErrorStatistics(block, stage, scales, weights)
-        error.collect(other, Beside(None), record)
+        error.collect(other, ExtraInputs(None), record)
         x = whole["found"][stage.capture_module]
         each = torch.ones(160, 1) if weights is None else weights.view(160, 1)
         lack = whole["wanted"][stage.capture_module] / scales - x
@@ -96,10 +96,10 @@ def test_what_is_lacking_is_made_up_for(make_model: MakeModel, tmp_path: Path) -
         inputs = LayerInputs(block)
         stage = Stage("self_attn.o_proj", ("self_attn.o_proj",), "")
         record = ActivationRecord({"self_attn.o_proj": 64}, tmp_path, 1.0)
-        inputs.collect(states.clone(), Beside(None), Sample.spread(8, 32, slice(0, 8)), record.hooks)
+        inputs.collect(states.clone(), ExtraInputs(None), Sample.spread(8, 32, slice(0, 8)), record.hooks)
         block.weight("self_attn.v_proj").mul_(0.5)
         error = ErrorStatistics(block, stage, None)
-        error.collect(states, Beside(None), record)
+        error.collect(states, ExtraInputs(None), record)
         weight = block.weight("self_attn.o_proj").clone()
         quantizer = LinearQuantizer(error.inputs, QuantConfig(group_size=32, damping=1e-3), error)
         quantizer.quantize(block.weight("self_attn.o_proj"), clip=False)
@@ -121,10 +121,10 @@ def test_wide_inputs_make_up_part_by_part(
         block.weight("post_attention_layernorm").fill_(1)
         inputs, stage = LayerInputs(block), Stage("mlp.gate_proj", linears, "")
         record = ActivationRecord({"mlp.gate_proj": 64}, tmp_path, 1.0)
-        inputs.collect(states.clone(), Beside(None), Sample.spread(64, 32, slice(0, 64)), record.hooks)
+        inputs.collect(states.clone(), ExtraInputs(None), Sample.spread(64, 32, slice(0, 64)), record.hooks)
         block.weight("post_attention_layernorm").fill_(0.5)
         error = ErrorStatistics(block, stage, None)
-        error.collect(states, Beside(None), record)
+        error.collect(states, ExtraInputs(None), record)
         assert len(error.cross) == 2
         quantizer = LinearQuantizer(error.inputs, QuantConfig(group_size=32, damping=1e-3), error)
         for name in linears:
@@ -149,9 +149,9 @@ def test_inputs_that_are_not_finite_are_left_out(make_model: MakeModel, tmp_path
     with blocks_of(make_model()).open(0) as block:
         inputs, stage = LayerInputs(block), Stage("self_attn.q_proj", QKV, "")
         record = ActivationRecord({"self_attn.q_proj": 64}, tmp_path, 1.0)
-        inputs.collect(states.clone(), Beside(None), Sample.spread(4, 32, slice(0, 4)), record.hooks)
+        inputs.collect(states.clone(), ExtraInputs(None), Sample.spread(4, 32, slice(0, 4)), record.hooks)
         error = ErrorStatistics(block, stage, None)
-        error.collect(broken, Beside(None), record)
+        error.collect(broken, ExtraInputs(None), record)
         assert (error.inputs.rows, error.inputs.dropped) == (127, 1)
         assert error.cross[0].isfinite().all()
 
@@ -162,9 +162,9 @@ def test_the_next_layer_sees_the_quantized_one(
     """The states that the second layer is judged on are those that the folder on disk hands over, to the last bit."""
     seen: list[Tensor] = []
 
-    def watch(chosen: LayerQuantization, before: Tensor, beside: Beside, wanted: Tensor) -> LayerResult:
+    def watch(chosen: LayerQuantization, before: Tensor, extra: ExtraInputs, wanted: Tensor) -> LayerResult:
         seen.append(before.clone())
-        return verify(chosen, before, beside, wanted)
+        return verify(chosen, before, extra, wanted)
 
     monkeypatch.setattr("squawq.quantization.layer.verify", watch)
     folder = make_model()

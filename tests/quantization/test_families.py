@@ -18,8 +18,8 @@ import squawq
 from squawq.errors import CheckpointError, ConfigError
 from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
-from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.extra_inputs import ExtraInputs
 from squawq.layerwise.plan import GATE, PER_LAYER, Folding, LayerPlan
 from squawq.layerwise.whole_model import WholeModel
 from squawq.nn.loader import load
@@ -44,11 +44,11 @@ def test_quantized_loaded_and_measured(case: str, tmp_path: Path, monkeypatch: p
     import squawq.transformers
 
     monkeypatch.setattr("squawq.quantization.statistics.MIN_TOKENS", 130)  # some experts see more, some fewer
-    seen: list[tuple[Tensor, Beside]] = []  # what each layer is given in the quantized run
+    seen: list[tuple[Tensor, ExtraInputs]] = []  # what each layer is given in the quantized run
 
-    def watch(chosen: LayerQuantization, before: Tensor, beside: Beside, wanted: Tensor) -> LayerResult:
-        seen.append((before.clone(), beside.each(Tensor.clone)))
-        return verify(chosen, before, beside, wanted)
+    def watch(chosen: LayerQuantization, before: Tensor, extra: ExtraInputs, wanted: Tensor) -> LayerResult:
+        seen.append((before.clone(), extra.each(Tensor.clone)))
+        return verify(chosen, before, extra, wanted)
 
     monkeypatch.setattr("squawq.quantization.layer.verify", watch)
     model = family_model(case, tmp_path / "model")
@@ -70,15 +70,15 @@ def test_quantized_loaded_and_measured(case: str, tmp_path: Path, monkeypatch: p
         )
         assert (awq(ids).logits - expected).abs().max() < 1e-3
     blocks = blocks_of(tmp_path / "awq", case)
-    states, beside = blocks.embed(ids), blocks.beside(ids)
-    blocks.beside(ROWS)  # also of these tokens
+    states, extra = blocks.embed(ids), blocks.extra_inputs(ids)
+    blocks.extra_inputs(ROWS)  # also of these tokens
     for index in range(len(blocks.layers)):
         with blocks.open(index) as block:
             if index + 1 < len(blocks.layers):
                 given, beside_given = seen[index]
-                out = block.run(given, beside=beside_given)
+                out = block.run(given, extra=beside_given)
                 assert torch.equal(out, seen[index + 1][0])  # as the folder on disk has it, to the last bit
-            block.run(states, in_place=True, beside=beside)
+            block.run(states, in_place=True, extra=extra)
     assert (blocks.logits()(states) - expected).abs().max() < 1e-3
     score = squawq.evaluate(tmp_path / "awq", tmp_path / "model", ids=ids.flatten().tolist(), window=24)
     assert 0 < score["kl_mean"] < 1
@@ -106,12 +106,12 @@ def test_scales_leave_the_function_as_it_was(case: str, tmp_path: Path) -> None:
     """Any scales, folded where the row says, change no output: whatever reads a scaled input is in the row."""
     family_model(case, tmp_path / "model")
     blocks = blocks_of(tmp_path / "model", case)
-    states, beside = blocks.embed(ROWS[:2]), blocks.beside(ROWS[:2])
+    states, extra = blocks.embed(ROWS[:2]), blocks.extra_inputs(ROWS[:2])
     generator = torch.Generator().manual_seed(7)
     for index in range(len(blocks.layers)):
         with blocks.open(index) as block:
-            own = beside.each(Tensor.clone)
-            expected = block.run(states.clone(), in_place=True, beside=beside)
+            own = extra.each(Tensor.clone)
+            expected = block.run(states.clone(), in_place=True, extra=extra)
             nothing = QuantConfig(group_size=32, modules_to_not_convert=("layers",), dtype="bfloat16")
             plan = LayerPlan(blocks.meta_model.shapes(index), row_of(case), nothing, row_of(case).layer(index))
             folding = Folding()
@@ -120,7 +120,7 @@ def test_scales_leave_the_function_as_it_was(case: str, tmp_path: Path) -> None:
                     scales = torch.rand(block.weight(group.linears[0]).shape[1], generator=generator) + 0.5
                     fold_group(block, plan, group, scales, folding)
             block.fold(folding)
-            assert (block.run(states, beside=own) - expected).abs().max() < 1e-4 * expected.abs().max()
+            assert (block.run(states, extra=own) - expected).abs().max() < 1e-4 * expected.abs().max()
             states = expected
 
 
@@ -129,14 +129,14 @@ def test_residuals_are_what_outputs_are_added_to(case: str, tmp_path: Path) -> N
     """A row's residual plus the linear's output is what comes next: a norm's input, or the layer's output."""
     family_model(case, tmp_path / "model")
     blocks = blocks_of(tmp_path / "model", case)
-    states, beside = blocks.embed(ROWS[:2]), blocks.beside(ROWS[:2])
+    states, extra = blocks.embed(ROWS[:2]), blocks.extra_inputs(ROWS[:2])
     for index in range(len(blocks.layers)):
         with blocks.open(index) as block:
             groups = [group for group in block.groups if group.residual]
             inputs: dict[str, list[torch.Tensor]] = {g.previous: [] for g in block.groups if "norm" in g.previous}
             inputs |= {name: [] for g in groups for name in (g.residual, *g.linears)}
             with block.input_hooks({name: seen.append for name, seen in inputs.items()}):
-                result = block.run(states, beside=beside)
+                result = block.run(states, extra=extra)
             for group in groups:
                 assert len(group.linears) == 1
                 linear = block.module.get_submodule(group.linears[0])
@@ -144,7 +144,7 @@ def test_residuals_are_what_outputs_are_added_to(case: str, tmp_path: Path) -> N
                     added = torch.cat(inputs[group.residual]) + linear(torch.cat(inputs[group.linears[0]]))
                 after = [result, *(torch.cat(seen) for seen in inputs.values() if seen)]
                 assert any(a.shape == added.shape and torch.allclose(a, added, atol=1e-4) for a in after)
-            block.run(states, in_place=True, beside=beside)
+            block.run(states, in_place=True, extra=extra)
 
 
 def test_experts_that_see_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_layers_one_by_one_as_the_whole_model(tmp_path: Path) -> None:
     model = family_model(CASE, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("squawq.layerwise.blocks.BATCH_TOKENS", 64)
-        patch.setattr("squawq.layerwise.beside.AT_ONCE", 7)
+        patch.setattr("squawq.layerwise.extra_inputs.AT_ONCE", 7)
         blocks = blocks_of(tmp_path)
         states = blocks.last_states(ROWS)
         with torch.no_grad():
@@ -171,5 +171,5 @@ def test_its_bytes_by_kind(tmp_path: Path) -> None:
 
 def test_a_token_without_inputs_is_refused(tmp_path: Path) -> None:
     family_model(CASE, tmp_path, vocab_size_per_layer_input=VOCABULARY - 1)
-    with pytest.raises(CheckpointError, match="160 tokens have an embedding, and 159 per-layer inputs"):
+    with pytest.raises(CheckpointError, match="per-layer embedding has 159 rows, the token embedding 160"):
         blocks_of(tmp_path)

@@ -120,8 +120,7 @@ class Runner(Protocol):
         """Start a step. Steps run in the order in which they are started."""
 
     def release(self, slot: int) -> None:
-        """Free what it keeps by `Chunk.slot` of a sequence that has ended or was preempted, if that is memory of its
-        own; the slot's next chunk starts at position 0."""
+        """Free the state of a slot whose sequence ended or was preempted; its next chunk starts at position 0."""
 
     def close(self) -> None:
-        """Free what it holds beside memory. Idempotent."""
+        """Free resources other than memory. Idempotent."""

@@ -1,7 +1,7 @@
 """What llama.cpp computes for each model_type: its name there, the parameters that it reads, and what it declines.
 
-A parameter that llama.cpp would not read must have the value that it takes for granted; otherwise its answers would
-differ without a word. Facts are llama.cpp's own loaders and graphs. Knows nothing of tensors.
+A parameter that llama.cpp would not read must have the value that it assumes; otherwise its output would be silently
+wrong. Taken from llama.cpp's loaders and graphs. Knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from squawq.rope_config import RopeConfig
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUT = ("self_attn.o_proj",)
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B, whose scores are divided by sqrt(hidden / heads)
+LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose attention scale is 1 / sqrt(hidden / heads)
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Architecture:
         neighbours: RoPE turns neighbours (2i, 2i + 1) instead of a head's two halves.
         biases: Linears that may have a bias.
         activation: Of the MLP, by a backend's name.
-        free_heads: Heads may have another size than hidden / heads.
-        grouped: Query heads may share keys and values.
+        free_heads: head_dim may differ from hidden / heads.
+        grouped: Grouped-query attention is supported.
         head: Whether the output head is always the embedding ("tied"), may be ("either"), or is a tensor ("own").
-        windows: Sliding windows are applied; else the context ends where they would begin.
-        window_rope: RoPE in windows: as elsewhere (""), with a "base" of its own and no scaling, or "plain", without
-            the scaling.
-        scaled_rope: How RoPE is scaled: by "keys" (linear and YaRN with the usual beta), one divisor for each
-            "frequency" besides, "two" lists for long and short contexts (LongRoPE), or "linear" alone.
-        partial: A part of each head may be rotated.
-        window_layers: Windows only in a model of so many layers, whose full attention then has no RoPE (EXAONE 4).
-        unrotated: One layer of so many, the last of them, has no RoPE; 0: all have it.
+        windows: Sliding windows are applied; otherwise the context length is limited to the window.
+        window_rope: RoPE of layers with sliding windows: as elsewhere (""), with a "base" of its own and no scaling, or
+            "plain", without the scaling.
+        scaled_rope: How RoPE is scaled: by "keys" (linear, and YaRN with the usual beta), by one divisor for each
+            "frequency" (all but linear), "two" lists for long and short contexts (LongRoPE), or "linear" alone.
+        partial: Partial rotary embedding is supported.
+        window_layers: Number of layers of the one size with sliding windows; its full attention has no RoPE (EXAONE 4).
+        unrotated: Every n-th layer has no RoPE (NoPE); 0: all have it.
         factors: Granite's factors of embedding, scores, residuals and logits are read.
-        sections: Positions have several axes, equal ones for text.
+        sections: Multi-axis RoPE (M-RoPE); text has equal positions on all axes.
         renormalizes: The weights of a token's experts sum to 1; None: as a key says.
         leading: The first layers may have one MLP instead of experts.
     """
@@ -131,8 +131,8 @@ def _declines(config: ModelConfig, row: Architecture) -> str | None:
     if not row.grouped and config.num_kv_heads != config.num_heads:
         return "num_key_value_heads and num_attention_heads differ"
     if not row.factors and not math.isclose(config.scales.attention, _implied_scale(config, row), rel_tol=1e-5):
-        return "scores have a factor of their own (query_pre_attn_scalar)"
-    return _declines_rope(config, row) or _declines_experts(config, row) or _declines_mixing(config)
+        return "the attention scale differs from 1 / sqrt(head_dim) (query_pre_attn_scalar)"
+    return _declines_rope(config, row) or _declines_experts(config, row) or _declines_linear_attention(config)
 
 
 def _implied_scale(config: ModelConfig, row: Architecture) -> float:
@@ -145,7 +145,7 @@ def _implied_scale(config: ModelConfig, row: Architecture) -> float:
 def _declines_rope(config: ModelConfig, row: Architecture) -> str | None:
     rope, types = config.rope, _rope_types(row)
     if rope.type not in types:
-        return f"rope type is {rope.type!r}, and it has {', '.join(types)}"
+        return f"rope type is {rope.type!r}, supported: {', '.join(types)}"
     usual = rope.truncate and (rope.beta_fast, rope.beta_slow) == (32.0, 1.0)
     if rope.type == "yarn" and row.scaled_rope == "keys" and not usual:
         return "YaRN has a beta_fast, beta_slow or truncate of its own"
@@ -155,10 +155,10 @@ def _declines_rope(config: ModelConfig, row: Architecture) -> str | None:
         return "llama_4_scaling_beta is set"
     rotated = _rotated(config, row)
     if [found is not None for found in config.ropes] != rotated:
-        return "other layers have no RoPE"
+        return "it applies RoPE to other layers than config.json says"
     for layer, found in enumerate(config.ropes):
         if found is not None and found != _expected_rope(config, row, layer):
-            return f"layer {layer} has a RoPE of its own"
+            return f"the RoPE parameters of layer {layer} differ from those that it would use"
     return None
 
 
@@ -172,7 +172,7 @@ def _rope_types(row: Architecture) -> tuple[str, ...]:
 
 
 def _rotated(config: ModelConfig, row: Architecture) -> list[bool]:
-    """Which layers have RoPE in llama.cpp; linear attention counts as if it had."""
+    """Which layers have RoPE in llama.cpp; layers of linear attention count as rotated."""
     if row.windows and row.window_layers and config.sliding_window is not None:
         return [config.window(layer) is not None for layer in range(config.num_layers)]
     every = row.unrotated or config.num_layers + 1
@@ -198,8 +198,8 @@ def _declines_experts(config: ModelConfig, row: Architecture) -> str | None:
     return None
 
 
-def _declines_mixing(config: ModelConfig) -> str | None:
-    """Linear attention: every layer but each last of some number."""
+def _declines_linear_attention(config: ModelConfig) -> str | None:
+    """Every n-th layer must have full attention."""
     if config.delta_rule is None:
         return None
     if config.delta_rule.key_dim != config.delta_rule.value_dim:
@@ -207,12 +207,12 @@ def _declines_mixing(config: ModelConfig) -> str | None:
     linear = [kind == LINEAR for kind in config.layer_types]
     every = interval(config)
     if linear != [(layer + 1) % every != 0 for layer in range(config.num_layers)]:
-        return "layers of linear attention are not all but one of some number"
+        return "full attention is not every n-th layer"
     return None
 
 
 def interval(config: ModelConfig) -> int:
-    """One layer of so many has full attention, the last of them."""
+    """Every n-th layer has full attention."""
     return next((layer + 1 for layer, kind in enumerate(config.layer_types) if kind != LINEAR), config.num_layers + 1)
 
 

@@ -31,10 +31,10 @@ def q4_1(tensor: GroupwiseTensor) -> Tensor:
 
 
 def by_columns(tensor: GroupwiseTensor, columns: Tensor) -> GroupwiseTensor:
-    """With the inputs in another order. Raises CheckpointError where that tears a group apart."""
+    """Permute the input columns. Raises CheckpointError if a group is split."""
     group = tensor.q.shape[1] // tensor.scales.shape[1]
     groups = columns.view(-1, group)
     if not bool((groups // group == groups[:, :1] // group).all()):
-        raise CheckpointError(f"groups of {group} inputs span several heads")
+        raise CheckpointError(f"a group of {group} inputs spans several heads; export the model as dense")
     order = groups[:, 0] // group
     return GroupwiseTensor(tensor.q[:, columns], tensor.scales[:, order], tensor.zeros[:, order])

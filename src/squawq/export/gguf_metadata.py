@@ -16,7 +16,7 @@ from squawq.nn.rope import inverse_frequencies
 
 
 def rope_tensors(config: ModelConfig, row: Architecture) -> dict[str, Tensor]:
-    """Divisors of the rotary frequencies by tensor, float32 [rotated pairs]; empty where keys say all."""
+    """Divisors of the rotary frequencies by tensor, float32 [rotated pairs]; empty if metadata suffices."""
     rope = config.rope
     if rope.type in ("default", "linear") or row.scaled_rope == "keys":
         return {}
@@ -27,7 +27,7 @@ def rope_tensors(config: ModelConfig, row: Architecture) -> dict[str, Tensor]:
 
 
 def _factors(config: ModelConfig, name: str) -> Tensor:
-    """One of LongRoPE's two lists. Raises CheckpointError if it is not as long as the one that is used."""
+    """One of LongRoPE's two lists. Raises CheckpointError if its length differs from the active list's."""
     values = {**(config.text.get("rope_scaling") or {}), **(config.text.get("rope_parameters") or {})}.get(name)
     if not isinstance(values, list) or len(values) != len(config.rope.factors):
         raise CheckpointError(f"{name} must be a list of {len(config.rope.factors)} numbers")
@@ -75,7 +75,7 @@ def _describe_rope(writer: Any, config: ModelConfig, row: Architecture) -> None:
     elif rope.type == "yarn" and row.scaled_rope == "keys":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope.factor)
-        magnitude /= 1 + 0.1 * math.log(max(rope.factor, 1.0))  # by which llama.cpp multiplies
+        magnitude /= 1 + 0.1 * math.log(max(rope.factor, 1.0))  # llama.cpp multiplies by this itself
     elif row.scaled_rope == "two" and rope.type == "longrope":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
     if rope.type in ("yarn", "longrope") or row.name == "phi3":

@@ -74,7 +74,8 @@ def neighbour_order(heads: int, head_dim: int, rotated: int) -> Tensor:
 
 
 def value_head_order(sizes: DeltaRuleConfig, width: int) -> Tensor:
-    """Indices of value heads' parts of `width`: llama.cpp repeats key heads as a whole, checkpoints one by one."""
+    """Indices of value heads' parts of `width`: llama.cpp tiles key heads over value heads (0 1 0 1), checkpoints
+    repeat each (0 0 1 1)."""
     rows = torch.arange(sizes.value_heads * width).view(sizes.key_heads, -1, width)
     return rows.transpose(0, 1).reshape(-1)
 
@@ -133,7 +134,7 @@ class _Plan:
         return str(found)
 
     def _stored(self, prefix: str, name: str) -> str:
-        """The full name of a linear in this checkpoint, which may call the MLP or its shared expert otherwise."""
+        """The full name of a linear in this checkpoint, which may name the MLP or its shared expert differently."""
         if not name.startswith("mlp."):
             return f"{prefix}.{name}"
         found = f"{prefix}.{self._block}.{name.removeprefix('mlp.')}"
@@ -212,7 +213,7 @@ class _Plan:
         return torch.cat([torch.arange(keys), keys + value_head_order(sizes, sizes.value_dim)])
 
     def _inputs_of_delta_rule(self, source: str, shape: tuple[int, int], index: int) -> Iterator[Entry]:
-        """Qwen3-Next has queries, keys, values and gates of a key head side by side; llama.cpp those of all heads."""
+        """Qwen3-Next stores q, k, v and z per key head; llama.cpp stores each for all heads."""
         sizes = self._config.delta_rule
         assert sizes is not None
         values = sizes.values // sizes.key_heads

@@ -54,7 +54,7 @@ PRE_TYPES = {
 }
 
 
-MARKS = ("tekken", "gpt-4o")  # in which llama.cpp cuts words at combining marks, and the tokenizer does not
+MARKS = ("tekken", "gpt-4o")  # that split words at combining marks in llama.cpp only
 logger = logging.getLogger("squawq")
 
 
@@ -62,7 +62,7 @@ logger = logging.getLogger("squawq")
 class Vocabulary:
     """A tokenizer in GGUF's terms. pre and merges: of "gpt2" only; scores and space_prefix: of "llama" only.
 
-    strips: Special tokens swallow white space after them, which llama.cpp does in models with phi-3 in their names.
+    strips: Special tokens strip white space to their right (`rstrip`), as llama.cpp does if the name contains phi-3.
     """
 
     model: str

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from squawq.families import Family
 from squawq.format.groupwise import PACKED, from_gemm
 from squawq.format.reader import Checkpoint
-from squawq.layerwise.beside import Beside, PerLayerInputs
+from squawq.layerwise.extra_inputs import ExtraInputs, PerLayerInputs
 from squawq.layerwise.meta_model import SHARED, Arguments, MetaModel, refusing
 from squawq.layerwise.plan import EXACT, Folding
 from squawq.layerwise.tensor_names import TensorNames, check_floating
@@ -84,12 +84,12 @@ class Blocks:
             states[start : start + step] = self.meta_model.embed(ids[start : start + step], table)
         return states
 
-    def beside(self, ids: Tensor) -> Beside:
+    def extra_inputs(self, ids: Tensor) -> ExtraInputs:
         """What layers read beside hidden states, before the first one, for ids int64 [blocks, tokens]."""
         if self._per_layer is None:
-            return Beside(None)
+            return ExtraInputs(None)
         self._per_layer.add(ids)
-        return Beside(ids)
+        return ExtraInputs(ids)
 
     def last_states(self, ids: Tensor, step: Callable[[int], object] = lambda _: None) -> Tensor:
         """Run ids int64 [blocks, tokens] through the model with one layer in memory at a time.
@@ -101,10 +101,10 @@ class Blocks:
         Returns:
             Output of the last layer, float32 [blocks, tokens, hidden].
         """
-        states, beside = self.embed(ids), self.beside(ids)
+        states, extra = self.embed(ids), self.extra_inputs(ids)
         for index in range(len(self.layers)):
             with self.open(index) as block:
-                block.run(states, in_place=True, beside=beside)
+                block.run(states, in_place=True, extra=extra)
             step(index + 1)
         return states
 
@@ -139,7 +139,7 @@ class Blocks:
         module: nn.Module,
         states: Tensor,
         tensors: Mapping[str, Tensor] | None = None,
-        beside: Beside | None = None,
+        extra: ExtraInputs | None = None,
     ) -> Tensor:
         """Output of a layer, or of a module in it, for hidden states [blocks, tokens, hidden] of its dtype.
 
@@ -148,14 +148,14 @@ class Blocks:
             module: The layer or the module.
             states: Hidden states, on any device.
             tensors: Instead of the module's parameters, by name in the module; None: its own.
-            beside: What the layer reads beside the hidden states of these blocks; receives what it has for later ones.
+            extra: What the layer reads beside the hidden states of these blocks; receives what it has for later ones.
                 None for a model whose layers read nothing else.
         """
         part = states.to(self.device)
         accepted = signature(module.forward).parameters
         blocks, tokens = part.shape[:2]
         given = self.meta_model.arguments(blocks, tokens, part.dtype)[index]
-        given = given | self._beside(index, Beside(None) if beside is None else beside, part.dtype)
+        given = given | self._extra(index, ExtraInputs(None) if extra is None else extra, part.dtype)
         arguments = {name: value for name, value in given.items() if name in accepted}
         known = dict(arguments.get(SHARED, {}))
         if tensors is None:
@@ -163,19 +163,19 @@ class Blocks:
                 result = module(part, **arguments)
         else:  # autograd may call this again, and end it by an exception of its own
             result = functional_call(module, dict(tensors), (part,), arguments)
-        if beside is not None and self.meta_model.shares:
-            beside.found = {name: t for name, t in arguments.get(SHARED, {}).items() if t is not known.get(name)}
-            beside.shared |= beside.found
+        if extra is not None and self.meta_model.shares:
+            extra.found = {name: t for name, t in arguments.get(SHARED, {}).items() if t is not known.get(name)}
+            extra.shared |= extra.found
         result = result[0] if isinstance(result, tuple) else result
         return result.view(part.shape)  # type: ignore[no-any-return]
 
-    def _beside(self, index: int, beside: Beside, dtype: torch.dtype) -> Arguments:
-        """The arguments that a layer gets of it."""
-        shared = {name: tuple(t.to(self.device) for t in tensors) for name, tensors in beside.shared.items()}
+    def _extra(self, index: int, extra: ExtraInputs, dtype: torch.dtype) -> Arguments:
+        """A layer's further keyword arguments."""
+        shared = {name: tuple(t.to(self.device) for t in tensors) for name, tensors in extra.shared.items()}
         if self._per_layer is None:
             return {SHARED: shared}
-        assert beside.ids is not None
-        return {SHARED: shared, "per_layer_input": self._per_layer.of(index, beside.ids).to(dtype)}
+        assert extra.ids is not None
+        return {SHARED: shared, "per_layer_input": self._per_layer.of(index, extra.ids).to(dtype)}
 
     @contextmanager
     def open(self, index: int, stored: Mapping[str, Tensor] | None = None) -> Iterator[Block]:
@@ -276,20 +276,22 @@ class Block:
         return parameter.data
 
     @torch.no_grad()
-    def run(self, states: Tensor, in_place: bool = False, beside: Beside | None = None) -> Tensor:
+    def run(self, states: Tensor, in_place: bool = False, extra: ExtraInputs | None = None) -> Tensor:
         """Output of the layer for hidden states [blocks, tokens, hidden], both in its dtype; a few blocks at a time.
 
-        in_place: The states are replaced, and what later layers read is added to `beside`.
+        in_place: The states are replaced, and what later layers read is added to `extra`.
         """
-        return self._run(self.module, states, states if in_place else torch.empty_like(states), beside)
+        return self._run(self.module, states, states if in_place else torch.empty_like(states), extra)
 
     @torch.no_grad()
-    def inspect(self, name: str, inputs: Tensor, beside: Beside | None = None) -> Tensor:
+    def inspect(self, name: str, inputs: Tensor, extra: ExtraInputs | None = None) -> Tensor:
         """Output of a module (attention, MLP; "": the layer) for inputs float32 [blocks, tokens, hidden]."""
-        return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs), beside)
+        return self._run(self.module.get_submodule(name), inputs, torch.empty_like(inputs), extra)
 
     @torch.no_grad()
-    def run_until_captured(self, states: Tensor, hooks: Mapping[str, InputHook], beside: Beside | None = None) -> None:
+    def run_until_captured(
+        self, states: Tensor, hooks: Mapping[str, InputHook], extra: ExtraInputs | None = None
+    ) -> None:
         """Run hidden states only for the hooks: each batch stops once every hook has been called."""
         waiting: set[str] = set()
 
@@ -306,14 +308,14 @@ class Block:
             for part in self._batches(states):
                 waiting.update(hooks)
                 with suppress(_AllCaptured):
-                    self._call(self.module, states[part], None if beside is None else beside.part(part))
+                    self._call(self.module, states[part], None if extra is None else extra.part(part))
 
-    def _run(self, module: nn.Module, states: Tensor, out: Tensor, beside: Beside | None) -> Tensor:
+    def _run(self, module: nn.Module, states: Tensor, out: Tensor, extra: ExtraInputs | None) -> Tensor:
         for part in self._batches(states):
-            some = None if beside is None else beside.part(part)
+            some = None if extra is None else extra.part(part)
             out[part] = self._call(module, states[part], some)
-            if out is states and beside is not None and some is not None:
-                beside.keep(part, len(states), some.found)
+            if out is states and extra is not None and some is not None:
+                extra.keep(part, len(states), some.found)
         return out
 
     def _batches(self, states: Tensor) -> Iterator[slice]:
@@ -321,8 +323,8 @@ class Block:
         step = max(1, min(BATCH_TOKENS, BATCH_VALUES // self._widest) // tokens)
         yield from (slice(start, start + step) for start in range(0, blocks, step))
 
-    def _call(self, module: nn.Module, states: Tensor, beside: Beside | None) -> Tensor:
-        return self._blocks.call(self.index, module, states, beside=beside)
+    def _call(self, module: nn.Module, states: Tensor, extra: ExtraInputs | None) -> Tensor:
+        return self._blocks.call(self.index, module, states, extra=extra)
 
     @contextmanager
     def input_hooks(self, hooks: Mapping[str, InputHook]) -> Iterator[None]:
@@ -345,10 +347,10 @@ class Block:
                 handle.remove()
 
     @torch.no_grad()
-    def output_modules(self, linears: Iterable[str], beside: Beside | None = None) -> dict[str, OutputModule]:
+    def output_modules(self, linears: Iterable[str], extra: ExtraInputs | None = None) -> dict[str, OutputModule]:
         """By linear, the module that returns its output and does nothing else, if one does.
 
-        Found by running a single token; `beside`: what the layer reads beside hidden states, of some blocks.
+        Found by running a single token; `extra`: what the layer reads besides hidden states, of some blocks.
         """
         seen: dict[str, list[Any]] = {}
 
@@ -360,7 +362,7 @@ class Block:
             self.module.get_submodule(name).register_forward_hook(keep(name)) for name in {*around, *around.values()}
         ]
         try:
-            one = Beside(None) if beside is None else beside.first_token()
+            one = ExtraInputs(None) if extra is None else extra.first_token()
             self._call(self.module, torch.zeros(1, 1, self._blocks.meta_model.config.hidden_size), one)
         finally:
             for handle in handles:

@@ -24,7 +24,7 @@ from squawq.families import Family, ScalingGroup
 from squawq.nn.experts import Expert, Experts, gating, is_interleaved, is_stacked, is_transposed, stacked_sizes
 
 Arguments = dict[str, Any]
-PER_LAYER = "embed_tokens_per_layer"  # transformers' name of the embedding that layers have inputs of their own from
+PER_LAYER = "embed_tokens_per_layer"  # transformers' name of the per-layer embedding
 SHARED = "shared_kv_states"  # transformers' name of the argument that has keys and values of earlier layers
 MAX_MODULES = 2**17
 MAX_CONSTANTS = 2**28  # bytes
@@ -87,11 +87,13 @@ class MetaModel:
 
     def _check_per_layer(self) -> None:
         if self.shares and SHARED not in signature(self.layers[0].forward).parameters:
-            raise CheckpointError(f"{self.where}: layers share keys and values, which takes a newer transformers")
+            raise CheckpointError(f"{self.where}: sharing keys and values between layers needs a newer transformers")
         for name in self.per_layer[:1]:
             tokens, needed = self.outer[name][0], self.outer[f"{self.family.embedding}.weight"][0]
             if tokens < needed:
-                raise CheckpointError(f"{self.where}: {needed} tokens have an embedding, and {tokens} per-layer inputs")
+                raise CheckpointError(
+                    f"{self.where}: the per-layer embedding has {tokens} rows, the token embedding {needed}"
+                )
 
     def groups(self, index: int) -> tuple[ScalingGroup, ...]:
         """A layer's scaling groups. Raises ConfigError for a linear that the family's row does not know."""

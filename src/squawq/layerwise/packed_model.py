@@ -1,7 +1,7 @@
 """transformers' whole model of a checkpoint on a backend: its linears multiply weights that the backend has packed.
 
 Everything else is transformers' own module, in the backend's activation dtype. Peak memory of `load`: the packed
-weights, the embedding as stored, and one linear as stored.
+weights, embeddings as stored, and one linear as stored.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from squawq.backends.base import Backend
 from squawq.backends.layer_ops import Packed
-from squawq.layerwise.beside import keep_as_stored
 from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.extra_inputs import keep_as_stored
 from squawq.layerwise.plan import EXACT
 from squawq.memory import give_memory_back
 from squawq.nn.linears import Linear, load_linear

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from squawq.errors import CheckpointError
-from squawq.layerwise.beside import keep_as_stored
 from squawq.layerwise.blocks import Block, Blocks
+from squawq.layerwise.extra_inputs import keep_as_stored
 from squawq.layerwise.meta_model import refusing
 
 

@@ -43,16 +43,16 @@ class DtypeCheck:
         meta_model, family = self.blocks.meta_model, self.blocks.family
         embedding = f"{family.embedding}.weight"
         table = job.tensors(0)[self.blocks.names.stored_name(embedding)]
-        self.wide, self.wide_beside = meta_model.embed(ids, table), self.blocks.beside(ids)
-        self.narrow, self.narrow_beside = meta_model.embed(ids, table, self.dtype), self.blocks.beside(ids)
+        self.wide, self.wide_extra = meta_model.embed(ids, table), self.blocks.extra_inputs(ids)
+        self.narrow, self.narrow_extra = meta_model.embed(ids, table, self.dtype), self.blocks.extra_inputs(ids)
         self._compare(family.embedding, self.wide, self.narrow)
 
     @torch.no_grad()
     def layer(self, index: int) -> None:
         with self.blocks.open(index, self.job.tensors(index + 1)) as block:
-            block.run(self.wide, in_place=True, beside=self.wide_beside)
+            block.run(self.wide, in_place=True, extra=self.wide_extra)
             block.cast(self.dtype)
-            block.run(self.narrow, in_place=True, beside=self.narrow_beside)
+            block.run(self.narrow, in_place=True, extra=self.narrow_extra)
         self._compare(self.blocks.family.layer(index), self.wide, self.narrow)
 
     @torch.no_grad()
@@ -105,11 +105,11 @@ class ReadBack:
     def __init__(self, work: Work, job: Job, text: Rows) -> None:
         self.blocks, self.job, self.text = work.blocks, job, text
         self.states = self.blocks.embed(text.ids)  # of the 16-bit model, float32 [rows, tokens, hidden]
-        self.beside = self.blocks.beside(text.ids)
+        self.extra = self.blocks.extra_inputs(text.ids)
 
     def layer(self, block: Block) -> None:
         """Run the rows through a 16-bit layer; called for each in turn."""
-        block.run(self.states, in_place=True, beside=self.beside)
+        block.run(self.states, in_place=True, extra=self.extra)
 
     @torch.no_grad()
     def compare(self, step: Callable[[int], object]) -> ReadBackRow:

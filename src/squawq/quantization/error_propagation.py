@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from squawq.families import expert_of
-from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Block, InputHook
+from squawq.layerwise.extra_inputs import ExtraInputs
 from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.states import Spool
 from squawq.quantization.statistics import InputStatistics, capture_modules
@@ -123,7 +123,7 @@ class ErrorStatistics:
     def collect(
         self,
         states: Tensor,
-        beside: Beside,
+        extra: ExtraInputs,
         record: ActivationRecord,
         hooks: Mapping[str, InputHook] = MappingProxyType({}),
     ) -> None:
@@ -131,7 +131,7 @@ class ErrorStatistics:
 
         Args:
             states: float32 [calibration blocks, tokens, hidden], the same tokens as in `record`.
-            beside: What the layer reads beside them.
+            extra: What the layer reads beside them.
             record: Inputs of the 16-bit run.
             hooks: Further input hooks.
         """
@@ -141,7 +141,7 @@ class ErrorStatistics:
             stream = record.replay(residual)
             own = {residual: lambda x: self._set_residual(*_pair(x, stream))} | own
         with self._block.input_hooks(hooks):
-            self._block.run_until_captured(states, own, beside)
+            self._block.run_until_captured(states, own, extra)
 
     def _set_residual(self, x: Tensor, wanted: Tensor) -> None:
         self._residual = wanted.sub_(x)

@@ -18,8 +18,8 @@ from squawq.distributed import Ranks
 from squawq.errors import CheckpointError
 from squawq.families import expert_of
 from squawq.format.groupwise import GroupwiseTensor, fake_quantize, quantize, to_gemm
-from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Block
+from squawq.layerwise.extra_inputs import ExtraInputs
 from squawq.layerwise.plan import Folding, LayerPlan
 from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.error_propagation import ActivationRecord, ErrorStatistics, sequential_stages
@@ -74,11 +74,11 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
             others.setdefault(capture[name], []).append(name)
 
     # Collect: mean |x| and Hessian of every linear's input in the 16-bit model.
-    before, beside = streams.sampled(), streams.sampled_beside()
+    before, extra = streams.sampled(), streams.sampled_extra()
     record = ActivationRecord.of(block, stages, before.shape[-1], streams.folder, streams.states_memory / 2)
     inputs = LayerInputs(block)
-    inputs.collect(streams.reference, streams.reference_beside, streams.sample, record.hooks, others.keys())
-    ranks.all_reduce([*inputs.sums, before, *beside.tensors])
+    inputs.collect(streams.reference, streams.reference_extra, streams.sample, record.hooks, others.keys())
+    ranks.all_reduce([*inputs.sums, before, *extra.tensors])
 
     # Scale: AWQ's search, before anything is rounded.
     folding = chosen.folding = ranks.broadcast(partial(chosen.scale, inputs, others.keys())).to(block.device)
@@ -88,13 +88,13 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
     # Correct, clip, round: linears calibrated on the quantized model's hidden states, in order of execution.
     on_gpu = torch.device(block.device).type == "cuda"  # computes the last module again at once, which saves memory
     replayed = {name for stage in (stages[:-1] if on_gpu else stages) for name in stage.linears}
-    replay = Replay(block, replayed, streams.folder, streams.states_memory / 4, beside)
+    replay = Replay(block, replayed, streams.folder, streams.states_memory / 4, extra)
     for index, stage in enumerate(stages):
         assert streams.quantized is not None
         weights = streams.token_weights(weights_key(block.index, stage.capture_module))
         error = ErrorStatistics(block, stage, folding.columns.get(stage.linears[0]), weights)
         with replay.playing():
-            error.collect(streams.quantized, streams.quantized_beside, record, replay.hooks(stage.linears))
+            error.collect(streams.quantized, streams.quantized_extra, record, replay.hooks(stage.linears))
         ranks.all_reduce(error.sums)
         record.keep(stages[index + 1 :])
         quantizer = LinearQuantizer(error.inputs, config, error)
@@ -115,7 +115,7 @@ def quantize_layer(block: Block, plan: LayerPlan, streams: Streams, ranks: Ranks
 
     # Verify and commit; run the quantized model's hidden states through the layer as stored.
     def verified() -> tuple[bool, dict[str, Any], Mapping[str, Tensor]]:
-        result = verify(chosen, before, beside, inputs.after)
+        result = verify(chosen, before, extra, inputs.after)
         return result.kept, *commit(result)
 
     kept, row, tensors = ranks.broadcast(verified)
@@ -264,23 +264,23 @@ class LayerQuantization:
 
 
 @torch.no_grad()
-def verify(chosen: LayerQuantization, before: Tensor, beside: Beside, wanted: Tensor) -> LayerResult:
+def verify(chosen: LayerQuantization, before: Tensor, extra: ExtraInputs, wanted: Tensor) -> LayerResult:
     """Keep the quantized layer if the mean squared error of its output is at most that of plain rounding.
 
     Args:
         chosen: The quantized layer. Overwrites its block's weights.
         before: Hidden states before the layer (`Streams.sampled`), float32 [sampled blocks, tokens, hidden].
-        beside: What the layer reads beside them.
+        extra: What the layer reads beside them.
         wanted: The layer's output in the 16-bit model for the same tokens, of the same shape.
     """
     block, plan = chosen.block, chosen.plan
-    output = block.run(before, beside=beside)
+    output = block.run(before, extra=extra)
     loss, error = mean_square(output, wanted), relative_error(output, wanted)
     tensors = chosen.tensors()
     block.reload()
     for name in plan.converted:
         round_in_place(block, plan, name)
-    output = block.run(before, beside=beside)
+    output = block.run(before, extra=extra)
     plain, plain_error = mean_square(output, wanted), relative_error(output, wanted)
     if loss <= plain:  # also false when `loss` is not a number
         return LayerResult(tensors, chosen.record(True, (plain, loss), (plain_error, error)))

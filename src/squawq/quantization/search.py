@@ -14,8 +14,8 @@ from torch import Tensor
 
 from squawq.families import ScalingGroup
 from squawq.format.groupwise import fake_quantize, round_to_grid, scale_and_zero
-from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Block
+from squawq.layerwise.extra_inputs import ExtraInputs
 from squawq.layerwise.plan import Folding, LayerPlan
 from squawq.quantization.statistics import InputStatistics, LayerInputs, mean_square, quantiles
 from squawq.report.schema import ScaleRow
@@ -199,7 +199,7 @@ def choose_scales(
         stats, names = inputs.statistics[group.capture_module], [n for n in group.linears if n in plan.converted]
         if names and stats.has_signal and takes_scales(block, group):
             sampled = names[:: -(-len(names) // SAMPLED_LINEARS)]
-            best = _best_scales(block, plan, group, sampled, stats, samples, inputs.beside)
+            best = _best_scales(block, plan, group, sampled, stats, samples, inputs.extra)
             spread, linears = quantiles(best.scales), list(group.linears)
             rows.append(ScaleRow(linears=linears, formula=best.formula, ratio=best.ratio, quantiles=spread))
             if best.formula != "identity":
@@ -216,7 +216,7 @@ def _best_scales(
     names: Sequence[str],
     stats: InputStatistics,
     samples: Mapping[str, Tensor],
-    beside: Beside,
+    extra: ExtraInputs,
 ) -> ScaleCandidate:
     config, weights = plan.config, [block.weight(name) for name in names]
     size, zero_point = config.group_of(weights[0].shape[1]), config.zero_point
@@ -226,12 +226,12 @@ def _best_scales(
     if group.inspect is None or config.error_feedback:  # inspecting would judge rounding to nearest
         return best_scales(candidates, weights, stats.loss, size, zero_point)
     module, given = group.inspect, samples[group.inspect]
-    wanted = block.inspect(module, given, beside)
+    wanted = block.inspect(module, given, extra)
 
     def inspect(candidate: ScaleCandidate) -> float:
         for name in names:
             round_in_place(block, plan, name, candidate.scales)
-        loss = mean_square(block.inspect(module, given, beside), wanted)
+        loss = mean_square(block.inspect(module, given, extra), wanted)
         for name in names:
             block.restore(f"{name}.weight")  # from disk: a second copy of the weights would be large
         return loss

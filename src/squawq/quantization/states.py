@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from squawq.errors import OutputError
-from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Block, Blocks, InputHook
+from squawq.layerwise.extra_inputs import ExtraInputs
 
 IN_MEMORY = 1.0  # GiB, without a GPU
 SAMPLED_TOKENS = 1024  # tokens that losses of modules and of the whole layer are measured on
@@ -153,10 +153,10 @@ class Replay:
     """
 
     def __init__(
-        self, block: Block, linears: Iterable[str], folder: Path, in_memory: float, beside: Beside | None = None
+        self, block: Block, linears: Iterable[str], folder: Path, in_memory: float, extra: ExtraInputs | None = None
     ) -> None:
         self._block, self._folder, self._in_memory = block, folder, in_memory
-        self._endings = block.output_modules(linears, beside)
+        self._endings = block.output_modules(linears, extra)
         self._inputs: dict[str, Spool] = {}
         self._outputs: dict[str, Spool] = {}
 
@@ -189,8 +189,8 @@ class Streams:
 
     reference: Tensor  # of the 16-bit model
     quantized: Tensor | None  # of the quantized model, the same tokens; None if calibration is not sequential
-    reference_beside: Beside  # what layers read beside them
-    quantized_beside: Beside
+    reference_extra: ExtraInputs  # what layers read beside them
+    quantized_extra: ExtraInputs
     sample: Sample  # calibration blocks that losses are measured on
     folder: Path  # for what exceeds `states_memory`
     states_memory: float  # GiB for each stream, and for the record of one layer's inputs
@@ -217,7 +217,7 @@ class Streams:
         def make(_: Tensor, shape: tuple[int, ...]) -> Tensor:
             return hidden_states(shape, folder, blocks.device, states_memory)
 
-        one, other = (replace(blocks.beside(own), make=make) for _ in range(2))
+        one, other = (replace(blocks.extra_inputs(own), make=make) for _ in range(2))
         return cls(states, quantized, one, other, Sample.spread(count, length, share), folder, states_memory)
 
     def token_weights(self, key: str) -> Tensor | None:
@@ -228,13 +228,13 @@ class Streams:
         """The states that a quantized layer is judged on, float32 [sampled blocks, tokens, hidden]."""
         return self.sample.of(self.reference if self.quantized is None else self.quantized)
 
-    def sampled_beside(self) -> Beside:
+    def sampled_extra(self) -> ExtraInputs:
         """What the layer reads beside those."""
-        return (self.reference_beside if self.quantized is None else self.quantized_beside).each(self.sample.of)
+        return (self.reference_extra if self.quantized is None else self.quantized_extra).each(self.sample.of)
 
     def skip(self, block: Block, stored: Mapping[str, Tensor]) -> None:
         """Run both streams through a layer that an earlier process quantized: `block` in 16 bits, then `stored`."""
-        block.run(self.reference, in_place=True, beside=self.reference_beside)
+        block.run(self.reference, in_place=True, extra=self.reference_extra)
         self.advance(block, stored)
 
     def advance(self, block: Block, stored: Mapping[str, Tensor], replay: Replay | None = None) -> None:
@@ -242,4 +242,4 @@ class Streams:
         if self.quantized is not None:
             with nullcontext() if replay is None else replay.playing():
                 block.load_stored(stored)
-                block.run(self.quantized, in_place=True, beside=self.quantized_beside)
+                block.run(self.quantized, in_place=True, extra=self.quantized_extra)

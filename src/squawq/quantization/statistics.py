@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from squawq.families import ScalingGroup, expert_of
-from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Block, InputHook
+from squawq.layerwise.extra_inputs import ExtraInputs
 from squawq.layerwise.tensor_names import all_finite
 from squawq.quantization.states import Sample
 
@@ -212,7 +212,7 @@ class LayerInputs:
     Attributes:
         statistics: By the module whose hook captures the input.
         before: Hidden states before the layer, float32 [sampled blocks, tokens, hidden].
-        beside: What the layer reads beside those.
+        extra: What the layer reads beside those.
         after: Hidden states after the layer.
         tokens: How many tokens were routed to each expert, by its name.
     """
@@ -227,7 +227,7 @@ class LayerInputs:
     def collect(
         self,
         states: Tensor,
-        beside: Beside,
+        extra: ExtraInputs,
         sample: Sample,
         hooks: Mapping[str, InputHook] = MappingProxyType({}),
         whole: Collection[str] | None = None,
@@ -236,13 +236,13 @@ class LayerInputs:
 
         Args:
             states: float32 [blocks, tokens, hidden], replaced with the layer's output.
-            beside: What the layer reads beside them; receives what later layers read.
+            extra: What the layer reads beside them; receives what later layers read.
             sample: Blocks that losses are measured on.
             hooks: Further input hooks.
             whole: Capture modules whose statistics cover all tokens, None: all modules. Those of others are for scales
                 alone and cover about SCALING_TOKENS.
         """
-        self.before, self.beside = sample.of(states), beside.each(sample.of)
+        self.before, self.extra = sample.of(states), extra.each(sample.of)
         modules = dict.fromkeys(
             module for g in self.groups for module in (g.capture_module, *(self._capture[n] for n in g.linears))
         )
@@ -251,13 +251,13 @@ class LayerInputs:
         full = self.statistics if whole is None else whole
         own = {n: s.update if n in full else _thinned(s, step) for n, s in self.statistics.items()}
         with self.block.input_hooks(own), self.block.input_hooks(hooks):
-            self.block.run(states, in_place=True, beside=beside)
+            self.block.run(states, in_place=True, extra=extra)
         self.after = sample.of(states)
 
     @property
     def sums(self) -> list[Tensor]:
         """All that was collected; an all-reduce of these gives the statistics of all ranks' tokens."""
-        return [self.before, self.after, *self.beside.tensors, *(t for s in self.statistics.values() for t in s.sums)]
+        return [self.before, self.after, *self.extra.tensors, *(t for s in self.statistics.values() for t in s.sums)]
 
     def sample_modules(self, inspected: bool) -> dict[str, Tensor]:
         """Inputs of modules that hold experts and, if `inspected`, of those that scales are judged by.
@@ -269,7 +269,7 @@ class LayerInputs:
         seen: dict[str, list[Tensor]] = {name: [] for name in names}
         if seen:
             with self.block.input_hooks({name: pieces.append for name, pieces in seen.items()}):
-                self.block.run(self.before, beside=self.beside)
+                self.block.run(self.before, extra=self.extra)
         return {"": self.before} | {name: torch.cat(pieces) for name, pieces in seen.items()}
 
     def route_to_rare(self, samples: Mapping[str, Tensor]) -> None:

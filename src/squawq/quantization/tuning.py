@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from squawq.engine.capacity import free_on, gib
 from squawq.errors import ConfigError
 from squawq.format.groupwise import PACKED, from_gemm
-from squawq.layerwise.beside import Beside
 from squawq.layerwise.blocks import Blocks
+from squawq.layerwise.extra_inputs import ExtraInputs
 from squawq.layerwise.plan import LayerPlan
 from squawq.quantization.precision import float32_products
 from squawq.report.schema import TuningRow
@@ -84,10 +84,10 @@ class TunedLayer:
                 tensor = stored[blocks.names.stored_name(prefix + name)]
                 self._tensors[name] = tensor.to(blocks.device, torch.float32)
 
-    def __call__(self, states: Tensor, beside: Beside) -> Tensor:
+    def __call__(self, states: Tensor, extra: ExtraInputs) -> Tensor:
         """[blocks, tokens, hidden] -> the same; see `Blocks.call`."""
         weights = {name: linear.weight() for name, linear in self.linears.items()}
-        return self._blocks.call(self._index, self._module, states, self._tensors | weights, beside)
+        return self._blocks.call(self._index, self._module, states, self._tensors | weights, extra)
 
 
 class Tuning:
@@ -106,7 +106,7 @@ class Tuning:
     ) -> None:
         self._blocks, self._first, self._wanted = blocks, blocks.embed(tokens), wanted
         self._layers = [TunedLayer(blocks, index, stored(index)) for index in range(len(blocks.layers))]
-        self._beside = blocks.beside(tokens)
+        self._extra = blocks.extra_inputs(tokens)
         self._logits = blocks.logits()
         self._rows = max(1, BATCH // tokens.shape[1])
         self._used = range(len(tokens) - held_back)
@@ -182,9 +182,9 @@ class Tuning:
 
     def _last(self, rows: Sequence[int]) -> Tensor:
         """The quantized model's last hidden states for these rows, float32 [rows, tokens, hidden]."""
-        states, beside = self._first[list(rows)], self._beside.each(lambda tensor: tensor[list(rows)])
+        states, extra = self._first[list(rows)], self._extra.each(lambda tensor: tensor[list(rows)])
         for layer in self._layers:
-            given = states, beside
+            given = states, extra
             states = checkpoint(layer, *given, use_reentrant=False) if torch.is_grad_enabled() else layer(*given)
         return states
 

@@ -1,4 +1,4 @@
-"""What decoder layers read beside hidden states: inputs of their own, and keys and values of earlier layers.
+"""What decoder layers read besides hidden states: per-layer inputs, and keys and values of earlier layers.
 
 Gemma 4 E2B and E4B have both. A per-layer input depends on the token alone, so it is computed once for each token id of
 the text. Keys and values are kept from the layer that computes them for the later ones that share them.
@@ -20,8 +20,8 @@ Make = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
 @dataclass
-class Beside:
-    """What layers read beside hidden states [blocks, tokens, hidden] of the same blocks.
+class ExtraInputs:
+    """What layers read besides hidden states [blocks, tokens, hidden], for the same blocks.
 
     Attributes:
         ids: Token ids, int64 [blocks, tokens]; None for a model without per-layer inputs.
@@ -37,23 +37,23 @@ class Beside:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All there are."""
+        """Ids, and shared keys and values, in a fixed order."""
         found = [tensor for name in sorted(self.shared) for tensor in self.shared[name]]
         return found if self.ids is None else [self.ids, *found]
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Beside:
-        """The same of other blocks: `change` is called on every tensor, whose first dimension is the blocks."""
+    def each(self, change: Callable[[Tensor], Tensor]) -> ExtraInputs:
+        """Apply `change` to every tensor, whose first dimension is the blocks."""
         shared = {name: tuple(map(change, tensors)) for name, tensors in self.shared.items()}
-        return Beside(None if self.ids is None else change(self.ids), shared)
+        return ExtraInputs(None if self.ids is None else change(self.ids), shared)
 
-    def part(self, blocks: slice) -> Beside:
-        """The same of some of the blocks."""
+    def part(self, blocks: slice) -> ExtraInputs:
+        """A slice of the blocks."""
         return self.each(lambda tensor: tensor[blocks])
 
-    def first_token(self) -> Beside:
-        """The same of the first token alone."""
+    def first_token(self) -> ExtraInputs:
+        """The first token of the first block."""
         ids = None if self.ids is None else self.ids[:1, :1]
-        return Beside(ids, {name: tuple(t[:1, :, :1] for t in tensors) for name, tensors in self.shared.items()})
+        return ExtraInputs(ids, {name: tuple(t[:1, :, :1] for t in tensors) for name, tensors in self.shared.items()})
 
     def keep(self, part: slice, blocks: int, found: dict[str, tuple[Tensor, ...]]) -> None:
         """Keep keys and values that a layer has computed for some of so many blocks."""
