@@ -26,17 +26,8 @@ TIED = (  # where config.json does not say
 )
 WINDOWLESS = (  # that have none, whatever config.json says
     *("llama", "gemma", "granite", "olmo2", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "qwen3_vl_text"),
-    *(
-        "arcee",
-        "internlm3",
-        "iquestcoder",
-        "seed_oss",
-        "ernie4_5_moe",
-        "glm4_moe",
-        "minimax_m2",
-        "olmoe",
-        "qwen3_vl_moe_text",
-    ),
+    *("arcee", "internlm3", "iquestcoder", "seed_oss", "ernie4_5_moe", "glm4_moe", "minimax_m2", "olmoe"),
+    "qwen3_vl_moe_text",
 )
 SWITCHED = (  # that have windows only where use_sliding_window is true
     *("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_moe", "smollm3"),
