@@ -70,16 +70,22 @@ def resident() -> float:
     return int(found[1]) / 2**20 if found else float("nan")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, new_tokens: int) -> argparse.Namespace:
+    """Of a comparison with generate(); ends the process if there are no native kernels."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--folder", type=Path, help="keeps the random model; default: a temporary one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--new-tokens", type=int, default=new_tokens)
     args = parser.parse_args()
     if library.load() is None:
         sys.exit("the native kernels are not built here, or SQUAWQ_ISA=torch is set")
+    return args
+
+
+def main() -> None:
+    args = arguments(__doc__, new_tokens=96)
     from transformers import AutoModelForCausalLM, AwqConfig, GenerationConfig
 
     import squawq.transformers  # noqa: F401

@@ -11,7 +11,6 @@ of the rounds' ratios. Where our decoder runs the model, its speed is measured i
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 from common import print_table
-from fused import SHAPE, generate
+from fused import SHAPE, arguments, generate
 from llamacpp import run
 
 from squawq.backends.cpu import library
@@ -32,15 +31,7 @@ GREEDY = {"do_sample": False}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--folder", type=Path, help="keeps the random model; default: a temporary one")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    args = parser.parse_args()
-    if library.load() is None:
-        sys.exit("the native kernels are not built here, or SQUAWQ_ISA=torch is set")
+    args = arguments(__doc__, new_tokens=48)
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     import squawq.transformers  # noqa: F401

@@ -69,6 +69,9 @@ class HostRunner(ABC):
         found = sample(np.concatenate(self.run(batch)), batch)
         return StartedStep(lambda: found)
 
+    def release(self, slot: int) -> None:  # noqa: B027 (nothing is kept)
+        pass
+
     def close(self) -> None:  # noqa: B027 (nothing is held)
         pass
 
@@ -101,6 +104,9 @@ class FakeRunner(HostRunner):
                 before = self._before(chunk, position) if position else 0
                 self._memory[slot] = self._slots[chunk.slot] = _state(before, token)
         return [self._logits(chunk) for chunk in batch]
+
+    def release(self, slot: int) -> None:
+        self._slots.pop(slot, None)
 
     def _before(self, chunk: Chunk, position: int) -> int:
         if self.shares_prefixes:

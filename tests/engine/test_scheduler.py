@@ -64,6 +64,21 @@ def test_the_last_gives_way_and_comes_back_in_its_place() -> None:
     assert len(young.tokens) == 9
 
 
+def test_slots_are_released_at_a_preemption_and_at_the_end() -> None:
+    released: list[int] = []
+    planner = Scheduler(PagePool(4, 4), 8, 2, False, release=released.append)
+    first, second, waiting = (Named([name] * 4, 12, name=name) for name in range(3))
+    for sequence in (first, second, waiting):
+        planner.add(sequence)
+    while not planner.preemptions:
+        finish(planner, planner.plan())
+    assert released == [second.slot]
+    planner.end(waiting)  # it never ran
+    assert released == [second.slot]
+    planner.end(first)
+    assert released == [second.slot, first.slot]
+
+
 def test_a_prompt_that_another_sequence_is_computing_is_waited_for() -> None:
     planner = scheduler()
     planner.add(Named([1] * 12, 20, name=0))

@@ -130,6 +130,25 @@ def test_preempted_sequences_end_as_alone(model_type: str, tmp_path: Path) -> No
         assert engine.stats().preemptions > 0
 
 
+def test_caches_go_with_their_sequences(tmp_path: Path) -> None:
+    """After the last token and after an abort, before another sequence takes the slot."""
+    family_model("qwen3_next", tmp_path)
+    with opened(tmp_path) as engine:
+        steps = runner_of(engine)._steps
+        assert isinstance(steps, Caches)
+        held: list[int] = []
+        long = request(PROMPTS[1], ignore_eos=True)
+
+        def leave(output: Output) -> None:
+            held.append(len(steps._slots))
+            engine.abort(long.id)
+
+        engine.submit(long, leave)
+        outputs(engine, [PROMPTS[0]], max_tokens=4)
+        assert max(held) > 0
+        assert not steps._slots
+
+
 @pytest.mark.parametrize(("model_type", "hits"), [("phi3", 32), ("qwen3_5_text", 0)])
 def test_prefixes_are_shared_where_pages_hold_the_past(model_type: str, hits: int, tmp_path: Path) -> None:
     model = family_model(model_type, tmp_path)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from squawq import LLM, SamplingParams
 from squawq.config import ModelConfig
 from squawq.demo import demo_model
 from squawq.errors import ConfigError
 from squawq.export.gguf import export_gguf
-from squawq.export.gguf_tokenizer import GPT2, PRE_TYPES, read_vocabulary
+from squawq.export.gguf_tokenizer import GPT2, MARKS, PRE_TYPES, read_vocabulary
 
 if TYPE_CHECKING:
     from conftest import MakeModel
@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 pytest.importorskip("gguf", reason="needs the package gguf")
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs the package llama-cpp-python")
 
+MARKED = "e\u0301te\u0301, n\u0303andu\u0301; नमस्ते ไทย"
 TEXTS = (
     "Hello, world! I'LL say: don't, we'Re 12345 years old; 3.14",
     "  two\n\n three \t\t tabs\r\n\r\nand   spaces   ",
     "Grüße, naïve 你好 мир 👍🏽 …—“quotes”",
     "Once upon a time there was a little girl named Lily.",
     "x=1;y+=22//z\n",
+    "camelCase HTMLParser ABCdef iPhone's DON'T a/b//\n\n(c) [d]/ /e",
+    MARKED,
+    "日本語のテキスト、12,345円です。カタカナ123456",
+    "!important #tag $x @you_and_me <b>bold</b> €5 ±2 …\t\n  indented",
     " ",
 )
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -45,7 +50,7 @@ def corpus() -> list[str]:
     return (demo_model() / "held_back.txt").read_text().splitlines()[:400]
 
 
-def byte_level(cuts: tuple[str, ...], skip_merges: bool, size: int = 600) -> Tokenizer:
+def byte_level(cuts: tuple[str, ...], skip_merges: bool, size: int = 900) -> Tokenizer:
     """A byte-level BPE that cuts text in this way."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=skip_merges))
     steps: list[Any] = []
@@ -61,7 +66,7 @@ def byte_level(cuts: tuple[str, ...], skip_merges: bool, size: int = 600) -> Tok
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([*corpus(), *TEXTS], trainer)
+    tokenizer.train_from_iterator([*corpus(), *TEXTS * 50], trainer)  # so that TEXTS have whole words
     return tokenizer
 
 
@@ -93,25 +98,45 @@ def in_folder(tokenizer: Tokenizer, folder: Path) -> Path:
     return folder
 
 
-def check_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+def check_tokens(folder: Path, tokenizer: Tokenizer, marks: bool = True) -> None:
+    """marks: llama.cpp leaves combining marks in their words."""
     path = folder / "model.gguf"
     export_gguf(in_folder(tokenizer, folder), path)
     with opened(path, vocab_only=True) as theirs:
         for text in (*TEXTS, *corpus()[:100]):
             found = theirs.tokenize(text.encode(), add_bos=True, special=False)
-            assert found == tokenizer.encode(text).ids, text
+            assert (found == tokenizer.encode(text).ids) == (marks or text != MARKED), text
 
 
 @pytest.mark.parametrize(("key", "name"), PRE_TYPES.items(), ids=PRE_TYPES.values())
-def test_byte_level_text_to_tokens(make_model: MakeModel, key: tuple[tuple[str, ...], bool], name: str) -> None:
+def test_byte_level_text_to_tokens(
+    make_model: MakeModel, key: tuple[tuple[str, ...], bool], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer = byte_level(*key)
-    check_tokens(make_model(vocab_size=tokenizer.get_vocab_size() + 3, eos_token_id=2), tokenizer)
+    folder = make_model(vocab_size=tokenizer.get_vocab_size() + 3, eos_token_id=2)
+    check_tokens(folder, tokenizer, marks=name not in MARKS)
+    assert ("cuts words at combining marks" in caplog.text) == (name in MARKS)
 
 
-@pytest.mark.parametrize("prefix", [False, True])
-def test_sentencepiece_like_text_to_tokens(make_model: MakeModel, prefix: bool) -> None:
-    tokenizer = sentencepiece_like(prefix)
+@pytest.mark.parametrize("kind", ["llama", "plain", "gemma"])
+def test_sentencepiece_like_text_to_tokens(make_model: MakeModel, kind: str) -> None:
+    tokenizer = sentencepiece_like(kind == "llama")
+    if kind == "gemma":  # whose normalizer leaves its pre-tokenizer nothing to cut
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.add_tokens(["\n", "\n\n", "<table>"])
     check_tokens(make_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=2), tokenizer)
+
+
+def test_tokens_that_swallow_white_space(make_model: MakeModel, tmp_path: Path) -> None:
+    """As Phi 3's, whose chat template has line breaks after them."""
+    tokenizer = sentencepiece_like(prefix=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens([AddedToken("<|user|>", rstrip=True), AddedToken("<|end|>", rstrip=True)])
+    folder = in_folder(tokenizer, make_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=2))
+    export_gguf(folder, tmp_path / "model.gguf")
+    text = "<|user|>\nOnce upon a time<|end|>\n<|user|> There"
+    with opened(tmp_path / "model.gguf", vocab_only=True) as theirs:
+        assert theirs.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text).ids
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ class Loop:
             min(config.max_num_seqs, runner.max_sequences or config.max_num_seqs),
             config.prefix_caching and runner.shares_prefixes,
             cache_outputs=runner.cache_outputs,
+            release=runner.release,
         )
         self.requests: dict[str, RequestState] = {}
         self.steps = self.tokens_generated = self.prompt_tokens_computed = 0

@@ -119,5 +119,9 @@ class Runner(Protocol):
     def start(self, batch: Sequence[Chunk]) -> StartedStep:
         """Start a step. Steps run in the order in which they are started."""
 
+    def release(self, slot: int) -> None:
+        """Free what it keeps by `Chunk.slot` of a sequence that has ended or was preempted, if that is memory of its
+        own; the slot's next chunk starts at position 0."""
+
     def close(self) -> None:
         """Free what it holds beside memory. Idempotent."""

@@ -137,6 +137,9 @@ class DecoderRunner:
     def failure(self) -> str | None:
         return None if self._followers is None else self._followers.failure
 
+    def release(self, slot: int) -> None:
+        """States of all slots are allocated at once and stay."""
+
     def close(self) -> None:
         """End the processes that have other parts of the model. Idempotent."""
         backend = self._decoder.backend

@@ -134,6 +134,8 @@ class Scheduler:
     cache_outputs: whether pages with generated tokens enter the prefix cache, too. If not, a preempted sequence
     runs those tokens again one at a step, as it did before.
 
+    release: called with the slot of a running sequence that ends or is preempted.
+
     Prefix caching: a sequence waits while an earlier one computes the next page of the same prompt, and then uses it.
 
     Budget: decodes are planned first and take at most half of a step, since max_tokens >= 2 * max_sequences, so neither
@@ -152,6 +154,7 @@ class Scheduler:
         prefix_caching: bool,
         *,
         cache_outputs: bool = True,
+        release: Callable[[int], object] = lambda _: None,
     ) -> None:
         assert max_tokens >= 2 * max_sequences
         self.pool = pool
@@ -160,7 +163,7 @@ class Scheduler:
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self._turns = Turns(max_tokens)
         self._max_tokens, self._max_sequences, self._caching = max_tokens, max_sequences, prefix_caching
-        self._cache_outputs = cache_outputs
+        self._cache_outputs, self._release = cache_outputs, release
         self._slots = list(range(max_sequences - 1, -1, -1))  # the free ones
 
     def add(self, sequence: Sequence) -> None:
@@ -316,6 +319,7 @@ class Scheduler:
     def _drop(self, sequence: Sequence) -> None:
         if sequence.pages:
             self._slots.append(sequence.slot)
+            self._release(sequence.slot)
         self.pool.release(sequence.pages)
         sequence.pages = []
         sequence.computed = sequence.registered = 0

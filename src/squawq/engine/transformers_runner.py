@@ -67,6 +67,9 @@ class Steps(Protocol):
     def logits(self, batch: Sequence[Chunk]) -> Tensor:
         """float32 [rows, vocab], `chunk.logits` rows of each chunk in order."""
 
+    def release(self, slot: int) -> None:
+        """`Runner.release`."""
+
 
 class Paged:
     """All sequences of a step as one row of tokens, on a paged cache."""
@@ -87,6 +90,9 @@ class Paged:
         found = self._model(step.ids[None], step.outputs, position_ids=step.positions[None], use_cache=False)
         return found.logits[0].float()  # type: ignore[no-any-return]
 
+    def release(self, slot: int) -> None:
+        """Pages hold all of a sequence's past."""
+
 
 class Caches:
     """One sequence after another, each with a cache of transformers' own by its slot."""
@@ -105,12 +111,15 @@ class Caches:
     def logits(self, batch: Sequence[Chunk]) -> Tensor:
         return torch.cat([self._run(chunk.slot, chunk.ids, chunk.start, chunk.logits) for chunk in batch])
 
+    def release(self, slot: int) -> None:
+        self._slots.pop(slot, None)
+
     def _run(self, slot: int, ids: Sequence[int], start: int, logits: int) -> Tensor:
         if start and not self._cuts and len(ids) > 1:
             first = len(ids) - logits
             return torch.cat([self._run(slot, [token], start + i, int(i >= first)) for i, token in enumerate(ids)])
         if not start:
-            self._slots.pop(slot, None)
+            self.release(slot)
         tokens = torch.tensor([ids], dtype=torch.int64, device=self._device)
         rows = torch.arange(len(ids) - logits, len(ids), device=self._device)
         found = self._model(tokens, rows, use_cache=True, **{self._name: self._slots.get(slot)})
@@ -188,6 +197,9 @@ class TransformersRunner:
         with torch.inference_mode(), one_thread() if few else nullcontext():
             found = self._backend.sample(self._steps.logits(batch), batch)
         return StartedStep(lambda: found)
+
+    def release(self, slot: int) -> None:
+        self._steps.release(slot)
 
     def close(self) -> None:
         """Nothing is held beside memory."""

@@ -76,11 +76,14 @@ def export_gguf(folder: Path, out: Path, *, progress: Progress | None = None) ->
         if entry.kind != "Q4_1":
             entry.check(checkpoint)  # before anything is as large as config.json says
     vocabulary = read_vocabulary(folder, checkpoint.config)
+    name = folder.resolve().name
+    if vocabulary.strips and "phi-3" not in name.lower():
+        name += " (phi-3)"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:  # nobody else's, and on its disk
             partial = Path(temporary, out.name)
-            with closing(_writer(partial, folder.resolve().name, checkpoint.config, row, entries)) as writer:
+            with closing(_writer(partial, name, checkpoint.config, row, entries)) as writer:
                 _write(writer, checkpoint, entries, divisors, vocabulary, progress)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())

@@ -1,12 +1,13 @@
 """Converts tokenizer.json and chat templates to GGUF's `tokenizer.*` keys: byte-level BPE and SentencePiece-like BPE.
 
 GGUF names a pre-tokenizer instead of storing it. A tokenizer that none of the known names fits is refused: llama.cpp
-would read the same text as other tokens.
+would read the same text as other tokens. Where it does so only for rare words (`MARKS`), a warning says so.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +23,47 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (  # words cut before capitals
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+)
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_SLASHED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # tokens that llama.cpp looks for in models named phi-3
 GPT2 = "GPT-2's own"
 # (pre-tokenizer patterns, ignore_merges) -> llama.cpp's name of the pre-tokenizer.
 PRE_TYPES = {
     ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
     ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
     ((_WORDS + r"\p{N}" + _REST,), False): "qwen2",
+    (
+        (_WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + r"\p{N}" + _REST.replace(r"\p{L}\p{N}", r"\p{L}\p{M}\p{N}"),),
+        False,
+    ): "qwen35",
+    ((_CASED % ("", "") + r"\p{N}" + _SLASHED,), True): "tekken",
+    ((_CASED % (_SHORT, _SHORT) + r"\p{N}{1,3}" + _SLASHED,), False): "gpt-4o",
+    (_DEEPSEEK, False): "deepseek-v3",
     ((r"\p{N}", GPT2), False): "smollm",
     ((GPT2,), False): "gpt-2",
 }
 
 
+MARKS = ("tekken", "gpt-4o")  # in which llama.cpp cuts words at combining marks, and the tokenizer does not
+logger = logging.getLogger("squawq")
+
+
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer in GGUF's terms. pre and merges: of "gpt2" only; scores and space_prefix: of "llama" only."""
+    """A tokenizer in GGUF's terms. pre and merges: of "gpt2" only; scores and space_prefix: of "llama" only.
+
+    strips: Special tokens swallow white space after them, which llama.cpp does in models with phi-3 in their names.
+    """
 
     model: str
     tokens: Sequence[str]
@@ -48,6 +76,7 @@ class Vocabulary:
     merges: Sequence[str] = ()
     scores: Sequence[float] = ()
     space_prefix: bool | None = None
+    strips: bool = False
 
     def write(self, writer: Any) -> None:
         """Write the keys to a GGUFWriter."""
@@ -85,7 +114,8 @@ def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     if model.get("byte_fallback"):
         scores = _scores(tokens, types, merges, where)
-        return Vocabulary("llama", *shared, scores=scores, space_prefix=_space_prefix(state, where))
+        strips = set(PHI3) <= set(tokens) and any(token["rstrip"] for token in state["added_tokens"])
+        return Vocabulary("llama", *shared, scores=scores, space_prefix=_space_prefix(state, where), strips=strips)
     return Vocabulary("gpt2", *shared, pre=_pre_type(state, where), merges=[" ".join(pair) for pair in merges])
 
 
@@ -164,7 +194,14 @@ def _pre_type(state: Mapping[str, Any], where: str) -> str:
     if pre is None or [s for s in _steps(state, "normalizer", "normalizers") if s["type"] != "NFC"]:
         raise ConfigError(
             f"{where}: none of llama.cpp's pre-tokenizers that squawq knows matches this tokenizer "
-            f"({', '.join(PRE_TYPES.values())}); llama.cpp would tokenize text differently"
+            f"({', '.join(PRE_TYPES.values())}); llama.cpp would tokenize text differently. "
+            "Other engines take the model as compressed-tensors or gptq"
+        )
+    if pre in MARKS:
+        logger.warning(
+            "llama.cpp's pre-tokenizer %s cuts words at combining marks (as in Hindi or Thai) and this tokenizer does "
+            "not: such words become other tokens there",
+            pre,
         )
     return pre
 
@@ -173,6 +210,8 @@ def _space_prefix(state: Mapping[str, Any], where: str) -> bool:
     """Whether a SentencePiece-like tokenizer prepends a space to a text."""
     normalizers = _steps(state, "normalizer", "normalizers")
     kinds, cuts = [step["type"] for step in normalizers], _steps(state, "pre_tokenizer", "pretokenizers")
+    if kinds and [(step["type"], step.get("pattern")) for step in cuts] == [("Split", {"String": " "})]:
+        cuts = []  # Gemma's: the normalizer leaves no space
     if kinds in (["Prepend", "Replace"], ["Replace"]) and not cuts:
         return kinds == ["Prepend", "Replace"]
     if not kinds and [step["type"] for step in cuts] == ["Metaspace"] and cuts[0].get("split") is False:

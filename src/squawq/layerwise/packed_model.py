@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from squawq.backends.base import Backend
 from squawq.backends.layer_ops import Packed
-from squawq.errors import ConfigError
 from squawq.layerwise.beside import keep_as_stored
 from squawq.layerwise.blocks import Blocks
 from squawq.layerwise.plan import EXACT
 from squawq.memory import give_memory_back
 from squawq.nn.linears import Linear, load_linear
-from squawq.nn.loader import HEAD_GROUP
+from squawq.nn.loader import HEAD_GROUP, choose_head
 
 
 class PackedLinear(nn.Module):
@@ -102,16 +101,15 @@ class PackedModel:
 
     def _packed_head(self, asked: str | None, name: str) -> Packed:
         backend, weight = self._backend, self._blocks.names.read(name, self._blocks.meta_model.outer[name])
-        kind, (out, in_), reason = asked or backend.head, weight.shape, None
-        if kind == "int8":
-            reason = backend.int8_declines(out, in_, weight.dtype)
-        elif kind == "int4":
-            reason = backend.int4_declines(out, in_, HEAD_GROUP)
-        if reason and asked:
-            raise ConfigError(
-                f"head is {asked!r}, which its head cannot be here: {reason}; leave it out or choose 16-bit"
-            )
-        if reason or kind == "16-bit":
+        out, in_ = weight.shape
+
+        def declines(kind: str) -> str | None:
+            if kind == "int4":
+                return backend.int4_declines(out, in_, HEAD_GROUP)
+            return backend.int8_declines(out, in_, weight.dtype)
+
+        kind = choose_head(asked, backend.head, declines, self._blocks.meta_model.where)
+        if kind == "16-bit":
             return backend.pack_dense([weight])
         return backend.pack_int8(weight) if kind == "int8" else backend.round_int4(weight, HEAD_GROUP)
 

@@ -176,17 +176,33 @@ def load_embedding(checkpoint: Checkpoint, family: Family, shard: Shard = ALONE)
 
 def head_kind(checkpoint: Checkpoint, family: Family, options: Options, backend: Backend) -> str:
     """Format of the output head, one of HEADS. Raises ConfigError if the one asked for is not possible."""
-    kind = options.head or backend.head
-    if kind == "16-bit":
-        return kind
-    reason = head_declines(checkpoint, family, backend, kind)
+
+    def declines(kind: str) -> str | None:
+        return head_declines(checkpoint, family, backend, kind)
+
+    return choose_head(options.head, backend.head, declines, str(checkpoint.folder))
+
+
+def choose_head(asked: str | None, default: str, declines: Callable[[str], str | None], model: str) -> str:
+    """The format asked for; if none is, the default where it is possible, else "16-bit".
+
+    Args:
+        asked: One of HEADS or None.
+        default: The backend's.
+        declines: Why the head cannot be rounded to "int8" or "int4".
+        model: For the message.
+
+    Raises:
+        ConfigError: The one asked for is not possible.
+    """
+    kind = asked or default
+    reason = None if kind == "16-bit" else declines(kind)
     if reason is None:
         return kind
-    if options.head is None:
+    if asked is None:
         return "16-bit"
     raise ConfigError(
-        f"head is {kind!r}, which the head of {checkpoint.folder} cannot be here: {reason}; leave it out or choose "
-        "16-bit"
+        f"head is {kind!r}, which the head of {model} cannot be here: {reason}; leave it out or choose 16-bit"
     )
 
 
