@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from squawq.export.dense import STACKED_ALONE
 from squawq.export.gguf_architectures import ARCHITECTURES
 from squawq.families import FAMILIES
 
@@ -38,8 +37,7 @@ def page() -> str:
     lines = []
     for name, family in sorted(FAMILIES.items()):
         decoder = "CPU, CUDA" if family.decoder else ""
-        formats = ["awq", "gptq", "compressed-tensors"]
-        formats += [] if name in STACKED_ALONE else ["dense"]
+        formats = ["awq", "gptq", "compressed-tensors", "dense"]
         formats += ["gguf"] if name in ARCHITECTURES else []
         lines.append(f"| `{name}` | yes | {decoder} | yes | {', '.join(formats)} |")
     runs = sum(family.decoder is not None for family in FAMILIES.values())

@@ -27,6 +27,7 @@ TIED = (  # where config.json does not say
 WINDOWLESS = (  # that have none, whatever config.json says
     *("llama", "gemma", "granite", "olmo2", "helium", "ernie4_5", "hunyuan_v1_dense", "glm", "glm4", "qwen3_vl_text"),
     *("arcee", "internlm3", "iquestcoder", "seed_oss", "ernie4_5_moe", "glm4_moe", "minimax_m2", "olmoe"),
+    "qwen3_vl_moe_text",
 )
 SWITCHED = (  # that have windows only where use_sliding_window is true
     *("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_moe", "smollm3"),
@@ -41,6 +42,7 @@ PATTERNS = {  # one layer of so many is full
     "cwm": 4,
 }
 FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}  # multimodal model_type -> its text model's
+TIED_OUTSIDE = ("qwen3_vl_moe",)  # multimodal ones whose text_config says that it is tied, in files by transformers
 LEFT_OUT = {
     "gemma3_text": {
         "num_attention_heads": 8,
@@ -61,7 +63,9 @@ def without(config: Any, keys: Collection[str]) -> Any:
 
 def with_text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """A multimodal model's config.json with the text model's keys in `text_config`: early ones have them at the top."""
-    text_type = FLAT.get(str(raw.get("model_type")))
+    text, text_type = raw.get("text_config"), FLAT.get(str(raw.get("model_type")))
+    if raw.get("model_type") in TIED_OUTSIDE and isinstance(text, Mapping):
+        return {**raw, "text_config": {**text, "tie_word_embeddings": raw.get("tie_word_embeddings", False)}}
     if text_type is None or "text_config" in raw:
         return raw
     text = {key: value for key, value in raw.items() if key not in ("vision_config", "quantization_config")}

@@ -46,6 +46,7 @@ MOE_FAMILIES = {
     "olmoe": _Kind(64, 8),
     "minimax_m2": _Kind(256, 8, sigmoid=True, biased=True, always=True),
     "qwen3_moe": _Kind(128, 8, 768),
+    "qwen3_vl_moe_text": _Kind(60, 4, 1408, always=True),
     "qwen2_moe": _Kind(60, 4, 1408, gated=True, shared=5632),
     "qwen3_next": _Kind(512, 10, 512, renormalize=True, gated=True, shared=512),
     "qwen3_5_moe_text": _Kind(256, 8, 512, always=True, gated=True, shared=512),

@@ -17,7 +17,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")  # their parame
 STRETCHED = ("yarn", "longrope")
 THETA = {  # where config.json does not say
     **dict.fromkeys(("gemma3_text", "cwm", "qwen2_vl_text", "qwen2_5_vl_text", "ministral3", "mixtral"), 1e6),
-    **dict.fromkeys(("cohere", "ernie4_5", "ernie4_5_moe", "olmo3", "qwen3_vl_text"), 5e5),
+    **dict.fromkeys(("cohere", "ernie4_5", "ernie4_5_moe", "olmo3", "qwen3_vl_text", "qwen3_vl_moe_text"), 5e5),
     "minimax_m2": 5e6,
     "helium": 1e5,
     "smollm3": 2e6,

@@ -112,6 +112,7 @@ NESTED: dict[str, Case] = {  # by transformers' own class
     "qwen2_vl_text": ("qwen2_vl_text", {}),
     "qwen2_5_vl_text": ("qwen2_5_vl_text", {}),
     "qwen3_vl_text": ("qwen3_vl_text", {}),
+    "qwen3_vl_moe_text": ("qwen3_vl_moe_text", {}),
     "qwen3_5_text": ("qwen3_5_text", {**SHARED_HEADS, "linear_key_head_dim": 32}),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", {**SHARED_HEADS, "linear_key_head_dim": 32}),
     "qwen3_next": ("qwen3_next", {**SHARED_HEADS, "linear_key_head_dim": 32, "norm_topk_prob": True}),

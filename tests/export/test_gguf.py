@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import sys
 import weakref
 from pathlib import Path
@@ -14,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from family_models import family_model
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from squawq.demo import demo_model
 from squawq.errors import CheckpointError, ConfigError, DependencyError, OutputError
 from squawq.export.gguf import export_gguf
+from squawq.export.gguf_architectures import architecture_of
 from squawq.export.gguf_blocks import q4_1
-from squawq.export.gguf_tensors import Entry, read_entry
+from squawq.export.gguf_tensors import Entry, plan, read_entry
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
 from squawq.nn.loader import linear_shapes
@@ -245,6 +249,23 @@ def test_sixteen_bit_and_untied(make_model: MakeModel, tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.token_type"][160:] == [5] * 10
     assert torch.equal(matrix(tensors["output.weight"]), Checkpoint(folder).read("lm_head.weight").half())
     assert "rope_freqs.weight" not in tensors
+
+
+def test_stacked_experts_of_either_layout(tmp_path: Path) -> None:
+    family_model("qwen3_vl_moe_text", tmp_path / "saved", moe_intermediate_size=96)
+    shutil.copytree(tmp_path / "saved", tmp_path / "published")
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    turned = {name: tensor.mT.contiguous() if tensor.dim() == 3 else tensor for name, tensor in tensors.items()}
+    save_file(turned, tmp_path / "published" / "model.safetensors", {"format": "pt"})
+    files = []
+    for name in ("saved", "published"):
+        checkpoint = Checkpoint(tmp_path / name)
+        entries = plan(checkpoint, architecture_of(checkpoint.config))
+        files.append({entry.name: read_entry(checkpoint, entry) for entry in entries})
+    stack = tensors["model.layers.1.mlp.experts.gate_up_proj"]
+    assert torch.equal(files[1]["blk.1.ffn_up_exps.weight"], stack[:, 96:].half())
+    for name, tensor in files[0].items():
+        assert torch.equal(files[1][name], tensor)
 
 
 def test_a_window_bounds_the_context(make_model: MakeModel, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from conftest import MakeModel, logits, tiny_config
 from decoder_cases import CASES
 from family_models import dense_folder
 from safetensors.torch import load_file, save_file
+from test_moe import QWEN
 
 from squawq.backends.cpu import library
 from squawq.backends.sampling import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.families import FAMILIES
+from squawq.format.reader import Checkpoint
 from squawq.nn.cache import Cache
 from squawq.nn.loader import Options, load
 from squawq.quant_config import QuantConfig
@@ -47,7 +49,7 @@ def test_every_family_has_a_case() -> None:
     from test_moe import CASES as EXPERTS
 
     tested = {model_type for cases in (CASES, LIKE_LLAMA, EXPERTS) for model_type, _ in cases.values()}
-    text_alone = {name for name, row in FAMILIES.items() if row.decoder and not name.endswith("_vl_text")}
+    text_alone = {name for name, row in FAMILIES.items() if row.decoder and "_vl_" not in name}
     assert text_alone == tested | set(HYBRIDS)
 
 
@@ -115,21 +117,24 @@ def test_the_text_model_of_a_multimodal_one(case: str, names: str, make_model: M
     assert torch.equal(logits(folder, some_ids(), options), expected)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_qwens_text_towers(kind: str, tmp_path: Path) -> None:
-    """Text has equal positions on all three axes of multimodal RoPE."""
+    """Text has equal positions on all three axes of multimodal RoPE; whether the head is tied is the outer config's."""
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
     half = {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e4}
-    text = {**tiny_config(), "model_type": f"{kind}_text", "rope_parameters": half}
+    text = {**tiny_config(), **QWEN, "model_type": f"{kind}_text", "rope_parameters": half}
+    del text["tie_word_embeddings"]
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
     config = CONFIG_MAPPING[kind](text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]})
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2 if parameter.dim() == 2 else 0.1)
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1 if parameter.dim() == 1 else 0.2)
         expected = model(some_ids()).logits
     model.save_pretrained(tmp_path)
     for options in WAYS.values():
         assert (logits(tmp_path, some_ids(), options) - expected).abs().max() < LIMIT
+    quantize(tmp_path, tmp_path / "awq", QuantConfig(group_size=32, method="rtn"))
+    assert "lm_head.weight" in Checkpoint(tmp_path / "awq").tensors

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, logits
+from family_models import dense_folder, family_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -266,6 +267,50 @@ def test_damaged_quantized_experts(make_model: MakeModel, tmp_path: Path) -> Non
         (tmp_path / "awq" / "model.safetensors.index.json").unlink(missing_ok=True)
         with pytest.raises(CheckpointError, match=message):
             load(tmp_path / "awq")
+
+
+STACKS = {"as transformers saves them": False, "as published": True}
+
+
+def vision_model(folder: Path, published: bool) -> Tensor:
+    """Qwen3-VL-MoE's text model, whose published checkpoints stack weights as [experts, in, out]; its logits."""
+    model = family_model("qwen3_vl_moe_text", folder, moe_intermediate_size=96)
+    if published:
+        stacks = {n: t.mT.contiguous() for n, t in load_file(folder / "model.safetensors").items() if t.dim() == 3}
+        rewritten(folder, "", **stacks)
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("stacks", STACKS)
+def test_stacks_of_either_layout(stacks: str, tmp_path: Path) -> None:
+    expected = vision_model(tmp_path / "model", STACKS[stacks])
+    for way in WAYS.values():
+        assert close(logits(tmp_path / "model", IDS, way), expected)
+    checkpoint, x = Checkpoint(tmp_path / "model"), torch.randn(7, 64, generator=torch.Generator().manual_seed(4))
+    whole = mlp_output(checkpoint, x, Shard())
+    parts = sum(mlp_output(checkpoint, x, Shard(rank, 2)) for rank in range(2))
+    assert (whole - parts).abs().max() < 1e-3 * whole.abs().max()
+
+
+def test_quantized_from_stacks_of_either_layout(tmp_path: Path) -> None:
+    for name, published in (("a", False), ("b", True)):
+        vision_model(tmp_path / name, published)
+        quantize(tmp_path / name, tmp_path / f"{name}-awq", QuantConfig(group_size=32, method="rtn"))
+    for file in (tmp_path / "a-awq").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "b-awq" / file.name).read_bytes()
+    expected = transformers_logits(dense_folder(tmp_path / "a-awq", tmp_path / "a", tmp_path / "dense"), IDS)
+    for way in WAYS.values():
+        assert close(logits(tmp_path / "b-awq", IDS, way), expected)
+
+
+def test_stacks_of_another_shape(tmp_path: Path) -> None:
+    vision_model(tmp_path, published=True)
+    for shape in ((4, 64, 190), (3, 64, 192)):
+        rewritten(tmp_path, "", **{"model.layers.1.mlp.experts.gate_up_proj": torch.zeros(shape)})
+        with pytest.raises(CheckpointError, match=r"gate_up_proj' .* is needed"):
+            load(tmp_path)
 
 
 def test_clipped_queries(make_model: MakeModel) -> None:

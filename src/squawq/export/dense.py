@@ -1,10 +1,12 @@
 """Dequantizes to dense 16-bit weights: (q - zero) * scale, rounded once to the checkpoint's dtype.
 
-Knows one linear at a time, no files.
+Knows one linear at a time, and the experts of a layer where transformers reads them as one stack alone; no files.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,49 @@ from squawq.format.groupwise import GroupwiseTensor
 
 SIXTEEN_BITS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
-STACKED_ALONE = ("gpt_oss",)  # families whose experts transformers reads as one stack alone
+EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """How transformers reads the experts of a layer, of which it does not read single ones.
+
+    Attributes:
+        names: Of the tensors beside the router: gate and up projections of all experts, and down projections.
+        turned: Weights are [experts, in, out], not [experts, out, in].
+        alternating: Gate and up take turns, row by row; else all of gate comes first.
+    """
+
+    names: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
+    turned: bool = False
+    alternating: bool = False
+
+
+STACKS = {
+    **dict.fromkeys(("gemma4_text", "granitemoe_swa", "qwen3_vl_moe_text"), Stacks()),
+    "granitemoe": Stacks(("input_linear.weight", "output_linear.weight")),
+    "llama4_text": Stacks(turned=True),
+    "gpt_oss": Stacks(turned=True, alternating=True),
+}
+
+
+def stacked(tensors: Mapping[str, Tensor], spelling: tuple[str, str, str], stacks: Stacks) -> dict[str, Tensor]:
+    """Tensors of a layer, single experts stacked: weights [out, in] and biases [out], by names of gate, up and down."""
+    found: dict[tuple[str, str], dict[str, dict[int, Tensor]]] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        if (match := EXPERT.fullmatch(name)) is None:
+            result[name] = tensor
+            continue
+        block, number, linear, kind = match.groups()
+        found.setdefault((block, kind), {}).setdefault(linear, {})[int(number)] = tensor
+    for (block, kind), linears in found.items():
+        gate, up, down = (torch.stack([linears[name][i] for i in sorted(linears[name])]) for name in spelling)
+        both = torch.stack((gate, up), 2).flatten(1, 2) if stacks.alternating else torch.cat((gate, up), 1)
+        for name, stack in zip(stacks.names, (both, down), strict=True):
+            turned = stack.mT if stacks.turned and kind == "weight" else stack
+            result[f"{block}.{name}{'_bias' if kind == 'bias' else ''}"] = turned.contiguous()
+    return result
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ ARCHITECTURES = {
     "hunyuan_v1_dense": Architecture("hunyuan-dense"),
     "ernie4_5": Architecture("ernie4_5", True, QKV + OUT),
     "qwen3_moe": Architecture("qwen3moe", renormalizes=True),
+    "qwen3_vl_moe_text": Architecture("qwen3vlmoe", sections=True, renormalizes=True),
     "qwen2_moe": Architecture("qwen2moe", free_heads=False, head="own", renormalizes=False),
     "olmoe": Architecture("olmoe", free_heads=False, grouped=False, head="own", renormalizes=False),
     "minimax_m2": Architecture("minimax-m2", head="own", renormalizes=True),

@@ -20,7 +20,7 @@ from squawq.families import traits_of
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
 from squawq.nn.delta_rule import by_heads
-from squawq.nn.experts import SPELLINGS, STACKED
+from squawq.nn.experts import SPELLINGS, STACKED, is_turned
 from squawq.nn.layers import is_linear, norm_sizes
 from squawq.nn.loader import layer_shapes, stored_family
 from squawq.nn.moe import BIASES, SHARED, block_of
@@ -40,6 +40,7 @@ class Entry:
         experts: How many sources or, if the source stacks them, parts of it; 0: one source.
         rows, columns: Which outputs and inputs of the source, in order; None: all.
         change: Applied to the values.
+        turned: The source is [in, out].
     """
 
     name: str
@@ -51,6 +52,7 @@ class Entry:
     rows: Tensor | None = None
     columns: Tensor | None = None
     change: Callable[[Tensor], Tensor] | None = None
+    turned: bool = False
 
     @property
     def sources(self) -> list[tuple[str, int | None]]:
@@ -257,16 +259,22 @@ class _Plan:
         theirs = [f"blk.{index}.ffn_{name}_exps" for name in ("gate", "up", "down")]
         if f"{block}.experts.{STACKED[0]}" in tensors:
             both, down = (f"{block}.experts.{name}" for name in STACKED)
-            halves = torch.arange(2 * inner).view(2, inner)
-            for name, rows in zip(theirs, halves, strict=False):
-                shape = (moe.experts, inner, hidden)
-                yield Entry(f"{name}.weight", "F16", shape, both, (2 * inner, hidden), moe.experts, rows)
-            yield Entry(f"{theirs[2]}.weight", "F16", (moe.experts, hidden, inner), down, (hidden, inner), moe.experts)
+            shape = (moe.experts, inner, hidden)
+            for name, rows in zip(theirs, torch.arange(2 * inner).view(2, inner), strict=False):
+                yield self._stack(f"{name}.weight", shape, both, (2 * inner, hidden), rows)
+            yield self._stack(f"{theirs[2]}.weight", (moe.experts, hidden, inner), down, (hidden, inner))
             return
         first = f"{block}.experts.0"
         names = next((names for names in SPELLINGS if self._has(f"{first}.{names[0]}")), SPELLINGS[0])
         for name, ours, each in zip(theirs, names, shapes, strict=True):
             yield self._matrix(name, f"{block}.experts.*.{ours}", each, (moe.experts, *each), experts=moe.experts)
+
+    def _stack(
+        self, name: str, shape: tuple[int, ...], source: str, stored: tuple[int, int], rows: Tensor | None = None
+    ) -> Entry:
+        turned = is_turned(self._checkpoint, source, stored)
+        stored = stored[::-1] if turned else stored
+        return Entry(name, "F16", shape, source, stored, shape[0], rows, turned=turned)
 
     def _has(self, linear: str) -> bool:
         return self._checkpoint.is_quantized(linear) or f"{linear}.weight" in self._checkpoint.tensors
@@ -289,7 +297,8 @@ def _read(checkpoint: Checkpoint, entry: Entry, name: str, index: int | None) ->
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.folder}: {name}: {error}") from error
     shape = entry.stored if index is None else (entry.experts, *entry.stored)
-    values = checkpoint.read(name, shape, index)[rows]
+    values = checkpoint.read(name, shape, index)
+    values = (values.T if entry.turned else values)[rows]
     if entry.columns is not None:
         values = values[:, entry.columns]
     if entry.change is not None:

@@ -2,7 +2,7 @@
 
 How a linear is stored is up to the format (awq.py, gptq.py, compressed_tensors.py, dense.py). gguf.py writes its single
 file itself.
-Peak memory: one decoder layer in the new format, or all that is beside the text model.
+Peak memory: one decoder layer in the new format (two where dense stacks experts), or all that is beside the text model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from squawq import __version__
 from squawq.errors import CheckpointError, ConfigError
 from squawq.export.awq import Awq
 from squawq.export.compressed_tensors import CompressedTensors
-from squawq.export.dense import STACKED_ALONE, Dense
+from squawq.export.dense import STACKS, Dense, stacked
 from squawq.export.gptq import Gptq
 from squawq.export.plan import Plan, make_plan
+from squawq.families import family_of
 from squawq.format.files import copy_file, has_file, read_json, write_json
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
@@ -104,11 +105,6 @@ def _quant_of(checkpoint: Checkpoint, format: str) -> QuantConfig:  # noqa: A002
 def _writer(checkpoint: Checkpoint, plan: Plan, quant: QuantConfig, format: str) -> Writer:  # noqa: A002
     """Raises CheckpointError for what the format cannot store."""
     if format == "dense":
-        if checkpoint.config.model_type in STACKED_ALONE:
-            raise CheckpointError(
-                f"{checkpoint.folder}: nothing reads single experts of {checkpoint.config.model_type} in 16 bits; take "
-                "the original model"
-            )
         return Dense.like(checkpoint.info(plan.embedding).dtype)
     ordered = [name for name, (_, in_) in plan.shapes.items() if checkpoint.input_order(name, in_) is not None]
     if format != "gptq" and ordered:  # compressed-tensors 0.19 has dropped it
@@ -142,6 +138,9 @@ def _convert(checkpoint: Checkpoint, plan: Plan, writer: Writer, names: list[str
             tensors |= {f"{linear}.{own}": tensor for own, tensor in made.items()}
         elif kind not in checkpoint.layout.tensors:
             raise CheckpointError(f"{checkpoint.info(name).file}: tensor {name!r} does not belong to a 4-bit linear")
+    model_type = checkpoint.config.model_type
+    if isinstance(writer, Dense) and model_type in STACKS:
+        return stacked(tensors, family_of(model_type).experts, STACKS[model_type])
     return tensors
 
 

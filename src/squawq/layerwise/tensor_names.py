@@ -19,7 +19,7 @@ from squawq.families import expert_of
 from squawq.format.mxfp4 import BLOCKS, SCALES, dequantize
 from squawq.format.reader import Checkpoint
 from squawq.layerwise.meta_model import MetaModel
-from squawq.nn.experts import STACKED
+from squawq.nn.experts import STACKED, is_turned
 
 LANGUAGE_MODEL = re.compile(r"^(model\.language_model|language_model\.model)\.")
 LANGUAGE_HEAD = re.compile(r"^(model\.)?language_model\.(?=lm_head\.)")
@@ -161,7 +161,7 @@ class TensorNames:
         if stored.endswith(BLOCKS):
             whole = self._read_mxfp4(stored, number, rows, shape[1])
         else:
-            turned = self.transposed and len(shape) == 2
+            turned = len(shape) == 2 and (self.transposed or is_turned(self.checkpoint, stored, (rows, shape[1])))
             needed = (shape[1], rows) if turned else (rows, *shape[1:])
             if len(info.shape) != len(needed) + 1 or info.shape[1:] != needed or number >= info.shape[0]:
                 sizes = ", ".join(map(str, needed))

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from squawq.errors import CheckpointError
+from squawq.format.reader import Checkpoint
 
 Gating = Callable[[Tensor, Tensor], Tensor]
 # gate, up and down projection, as Qwen's and Mixtral's checkpoints name them
 STACKED = ("gate_up_proj", "down_proj")  # parameters that stack all experts of a layer; gate before up
+EITHER_WAY = ("qwen3_vl_moe_text",)  # families whose checkpoints stack weights as [in, out] or as [out, in]
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
@@ -29,6 +31,15 @@ def is_stacked(module: nn.Module) -> bool:
 def is_transposed(module: Any) -> bool:
     """Whether stacked weights are [experts, in, out], as Llama 4 has them, instead of [experts, out, in]."""
     return bool(module.gate_up_proj.shape[1] == module.down_proj.shape[2])
+
+
+def is_turned(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> bool:
+    """Whether the checkpoint stacks weights of `shape` [out, in] as [experts, in, out].
+
+    Qwen3-VL-MoE's published checkpoints do, those that transformers 5 saves do not; it tells them by the shape.
+    """
+    stored = checkpoint.info(name).shape[1:]
+    return checkpoint.config.model_type in EITHER_WAY and stored == shape[::-1] != shape
 
 
 def stacked_sizes(module: Any) -> tuple[int, int, int]:

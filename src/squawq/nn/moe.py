@@ -27,7 +27,7 @@ from squawq.errors import CheckpointError, ConfigError
 from squawq.families import ACTIVATIONS, Family
 from squawq.format.reader import WHOLE, Checkpoint
 from squawq.moe_config import MoeConfig
-from squawq.nn.experts import SPELLINGS, STACKED
+from squawq.nn.experts import SPELLINGS, STACKED, is_turned
 from squawq.nn.linears import Linear, load_linear
 from squawq.nn.shard import ALONE, Shard
 
@@ -154,17 +154,21 @@ class _Loader:
     def _stacked(self) -> tuple[Packed, Packed]:
         moe, hidden = self._moe, self._config.hidden_size
         gate, up, down = (linear.part for linear in self._gated("experts.0", moe.inner, SPELLINGS[0]))
-        shapes = (moe.experts, 2 * moe.inner, hidden), (moe.experts, hidden, moe.inner)
+        shapes = (2 * moe.inner, hidden), (hidden, moe.inner)
         halves: list[Tensor] = []
         downs: list[Tensor] = []
         for expert in range(moe.experts):
-            both, last = (
-                self._checkpoint.read(f"{self._block}.experts.{name}", shape, expert)
-                for name, shape in zip(STACKED, shapes, strict=True)
-            )
+            both, last = (self._of_stack(name, shape, expert) for name, shape in zip(STACKED, shapes, strict=True))
             halves += [both[: moe.inner][gate], both[moe.inner :][up]]
             downs.append(last[down])
         return self._backend.pack_dense(halves), self._backend.pack_dense(downs)
+
+    def _of_stack(self, name: str, shape: tuple[int, int], expert: int) -> Tensor:
+        """One expert's weight of `shape` [out, in]."""
+        stored = f"{self._block}.experts.{name}"
+        if is_turned(self._checkpoint, stored, shape):
+            return self._checkpoint.read(stored, (self._moe.experts, *shape[::-1]), expert).T
+        return self._checkpoint.read(stored, (self._moe.experts, *shape), expert)
 
     def _gated(self, prefix: str, inner: int, names: Sequence[str]) -> tuple[Linear, Linear, Linear]:
         hidden = self._config.hidden_size
