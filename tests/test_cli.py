@@ -126,6 +126,19 @@ def test_bench_measures_a_folder_without_a_tokenizer(make_model: MakeModel) -> N
     assert "tokens/s" in table
 
 
+@pytest.mark.parametrize("command", ["generate -p Once", "chat", "bench --prompt-tokens 4 --new-tokens 2"])
+def test_model_impl_chooses_what_runs_a_model(command: str) -> None:
+    for impl in ("squawq", "transformers"):
+        name, *options = command.split()
+        if name != "bench":
+            options += ["--max-tokens", "4"]
+        done = run(name, DEMO, *options, "--model-impl", impl, stdin="Hello\n")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        reason = "runs on transformers' model class, which is slower than our decoder: model_impl is transformers"
+        assert (reason in done.stderr) == (impl == "transformers")
+
+
 MISUSES: dict[str, tuple[list[str], str]] = {
     "unknown command": (["quantise"], r"No such command 'quantise'.* \(see squawq --help\)"),
     "missing argument": (["quantize", DEMO], r"Missing argument 'OUT' \(see squawq quantize --help\)"),
@@ -136,6 +149,11 @@ MISUSES: dict[str, tuple[list[str], str]] = {
     ),
     "bad method": (["quantize", DEMO, "OUT", "--method", "gptq"], "'gptq' is not one of 'squawq', 'awq', 'rtn'"),
     "bad head": (["chat", DEMO, "--head", "int2"], r"'int2' is not one of 'int8', .* \(see squawq chat --help\)"),
+    "bad class": (["bench", DEMO, "--model-impl", "vllm"], "'vllm' is not one of 'auto', 'squawq', 'transformers'"),
+    "shared class": (
+        ["generate", DEMO, "-p", "x", "--model-impl", "transformers", "-tp", "2"],
+        "tensor_parallel_size is 2, but transformers' model runs this one",
+    ),
     "bad format": (["export", DEMO, "OUT", "--format", "exl2"], "'exl2' is not one of 'awq', 'gptq'"),
     "bad device": (["quantize", DEMO, "OUT", "--device", "gpu"], "device 'gpu' is not there; choose one of cpu"),
     "no such model": (["quantize", "nowhere", "OUT"], "neither a model folder nor a Hub id"),
@@ -243,6 +261,7 @@ def test_choices_stand_in_the_help_and_are_the_librarys() -> None:
     for choices in (
         "--dtype auto|half|float16|bfloat16",
         "--dialect openai|tgi",
+        "--model-impl auto|squawq|transformers",
         "--tool-call-parser auto|llama3_json",
     ):
         assert choices in shown

@@ -101,6 +101,13 @@ def test_an_awq_model_runs_as_it_is(awq_demo: Path, tmp_path: Path) -> None:
     assert "is quantized already; leave out --quantize" in done.stderr
 
 
+def test_transformers_class_runs_it_if_asked(tmp_path: Path) -> None:
+    done = run(demo_model(), "--model-impl", "transformers", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "runs on transformers' model class, which is slower than our decoder: model_impl is" in done.stderr
+    assert len(done.stdout.split()) > 4
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "free", "message"),
     [
@@ -109,6 +116,8 @@ def test_an_awq_model_runs_as_it_is(awq_demo: Path, tmp_path: Path) -> None:
         ({}, [], 1000, f"me/demo in INT4 needs {INT4} with 4,096 tokens, and 0.0 MB are free (cpu)"),
         ({}, ["--no-quantize"], NEEDED.dense.needed - 1, f"me/demo in 16 bits needs {DENSE} with"),
         ({}, ["--device", "gpu"], 0, "device 'gpu' is not there"),
+        ({"model_type": "exaone"}, ["--model-impl", "squawq"], 0, "our decoder does not run this model"),
+        ({}, ["--model-impl", "transformers", "-tp", "2"], 0, "tensor_parallel_size is 2, but transformers' model"),
         ({}, ["--top-p", "2"], 1, "top_p is 2"),
         ({"tokenizer": None}, [], 0, "has no tokenizer.json"),
         ({"chat_template": None}, [], 0, "has no chat template"),

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from squawq.backends.base import Backend, Layers, Pages, RunLayers
 from squawq.backends.cpu import library
-from squawq.backends.cpu.backend import CpuBackend, LayerStack
+from squawq.backends.cpu.backend import CpuBackend
+from squawq.backends.cpu.layer_stack import LayerStack
 from squawq.backends.sampling import Chunk
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from squawq.commands.options import Device, Dtype, Exact, Head, KvCacheDtype, Model, TensorParallelSize, Threads
+from squawq.commands.options import (
+    Device,
+    Dtype,
+    Exact,
+    Head,
+    KvCacheDtype,
+    Model,
+    ModelImpl,
+    TensorParallelSize,
+    Threads,
+)
 from squawq.commands.output import results
 from squawq.progress import console, output
 
@@ -19,6 +29,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate after it")] = 128,
     streams: Annotated[int, typer.Option(help="Requests at once")] = 1,
     device: Device = "auto",
+    model_impl: ModelImpl = "auto",
     threads: Threads = None,
     exact: Exact = False,
     head: Head = None,
@@ -35,6 +46,7 @@ def bench(
       squawq bench OUT --prompt-tokens 128 --new-tokens 128 --streams 8 --json
       squawq bench OUT --device cpu --threads 4
       squawq bench OUT --device cpu --threads 2 --tensor-parallel-size 2
+      squawq bench OUT --model-impl transformers
     """
     from squawq.bench import bench as run
 
@@ -45,6 +57,7 @@ def bench(
             new_tokens=new_tokens,
             streams=streams,
             device=device,
+            model_impl=model_impl,
             threads=threads,
             exact=exact,
             head=head,

@@ -19,6 +19,7 @@ from squawq.commands.options import (
     KvCacheDtype,
     MaxTokens,
     Model,
+    ModelImpl,
     Seed,
     Temperature,
     TensorParallelSize,
@@ -38,6 +39,7 @@ def chat(
     plain: Annotated[bool, typer.Option("--plain", help="Print answers as text, not as markdown")] = False,
     history: Annotated[bool, typer.Option(help="Keep what is typed for the next time, for this user alone")] = True,
     device: Device = "auto",
+    model_impl: ModelImpl = "auto",
     threads: Threads = None,
     tensor_parallel_size: TensorParallelSize = 1,
     exact: Exact = False,
@@ -52,11 +54,12 @@ def chat(
       squawq chat OUT
       squawq chat OUT --system "You are a friendly storyteller." --temperature 0.7
       squawq chat OUT --plain --no-history
+      squawq chat OUT --model-impl transformers
     """
     from squawq.commands.chatting.conversation import Conversation
     from squawq.commands.chatting.talk import greet, talk
 
-    knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "head": head}
+    knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "head": head, "model_impl": model_impl}
     llm = load(model, threads=threads, tensor_parallel_size=tensor_parallel_size, exact=exact, **knobs)
     conversation = Conversation(sampling(llm, max_tokens, temperature, top_p, seed))
     conversation.system = system

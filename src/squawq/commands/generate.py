@@ -18,6 +18,7 @@ from squawq.commands.options import (
     KvCacheDtype,
     MaxTokens,
     Model,
+    ModelImpl,
     Seed,
     Temperature,
     TensorParallelSize,
@@ -36,6 +37,7 @@ def generate(
     top_p: TopP = None,
     seed: Seed = None,
     device: Device = "auto",
+    model_impl: ModelImpl = "auto",
     threads: Threads = None,
     tensor_parallel_size: TensorParallelSize = 1,
     exact: Exact = False,
@@ -49,8 +51,9 @@ def generate(
     Examples:
       squawq generate OUT -p "Once upon a time" --max-tokens 100 --temperature 0
       squawq generate OUT -p "Once upon a time" --device cpu
+      squawq generate OUT -p "Once upon a time" --model-impl transformers
     """
-    knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "head": head}
+    knobs = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "head": head, "model_impl": model_impl}
     llm = load(model, threads=threads, tensor_parallel_size=tensor_parallel_size, exact=exact, **knobs)
     write(llm.stream(prompt, sampling(llm, max_tokens, temperature, top_p, seed)))
 

@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from squawq.engine import config
 from squawq.serve.flags import complete_model, completed_by
+from squawq.serve.launcher import MODEL_IMPL
 
 Model = Annotated[
     str,
@@ -31,6 +33,7 @@ Temperature = Annotated[
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 to 1")]
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of new tokens")]
 Seed = Annotated[int | None, typer.Option(help="Random seed of sampling")]
+ModelImpl = Annotated[config.ModelImpl, typer.Option(help=MODEL_IMPL.help)]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels; default: all available cores", min=1)]
 TensorParallelSize = Annotated[
     int,

@@ -18,6 +18,7 @@ from squawq.progress import console
 from squawq.quant_config import QuantConfig
 
 if TYPE_CHECKING:
+    from squawq.engine.config import EngineConfig
     from squawq.fitting import Fitting
 
 SETTINGS = QuantConfig()
@@ -42,18 +43,21 @@ def run(model: str, quantize: bool | None, **options: Any) -> None:
     Examples:
       squawq run Qwen/Qwen3-8B
       squawq run Llama-3.1-8B-Instruct --quantize --system "You are a friendly storyteller."
+      squawq run Qwen/Qwen3-8B --model-impl transformers
     """
     from squawq.config import ModelConfig
+    from squawq.engine.loaded_model import why_transformers
     from squawq.families import family_of
     from squawq.fitting import fitting
     from squawq.format.files import read_config
     from squawq.hub.download import resolve, resolve_small
 
-    _check_options(options)
+    settings = _checked(options)
     with console.status(escape(printable(f"looking at {model}"))):
         small = resolve_small(model)
         config = ModelConfig.from_dict(read_config(small), model)
-        family_of(config.model_type)  # raises for one that cannot be run
+        family_of(config.model_type)  # these raise for a model that cannot be run
+        why_transformers(config, settings)
         _check_text(model, small)
         place = small if Path(model).is_dir() else small / "config.json"  # of a Hub model the weights are not here yet
         gpus = options["tensor_parallel_size"]
@@ -83,8 +87,8 @@ def _signature() -> inspect.Signature:
 run.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Raise ConfigError for options of the chat that cannot be, before anything is fetched."""
+def _checked(options: dict[str, Any]) -> EngineConfig:
+    """The engine's settings. Raises ConfigError for options of the chat that cannot be, before anything is fetched."""
     from squawq.engine.config import EngineConfig
     from squawq.engine.request import SamplingParams
 
@@ -92,7 +96,8 @@ def _check_options(options: dict[str, Any]) -> None:
         return {name: options[name] for name in names if options[name] is not None}
 
     SamplingParams(**given("max_tokens", "temperature", "top_p", "seed"))
-    EngineConfig(**given("device", "threads", "tensor_parallel_size", "exact", "head", "dtype", "kv_cache_dtype"))
+    numbers = given("threads", "tensor_parallel_size")
+    return EngineConfig(**numbers, **given("device", "model_impl", "exact", "head", "dtype", "kv_cache_dtype"))
 
 
 def _check_text(model: str, folder: Path) -> None:

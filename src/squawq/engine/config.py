@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, WrapValidator
 
@@ -16,9 +16,7 @@ Dtype = Annotated[Literal["auto", "float16", "bfloat16"], Field(description="cho
 KvCacheDtype = Annotated[
     Literal["auto", "float16", "fp8", "fp8_e4m3"], Field(description="choose one of auto, float16, fp8, fp8_e4m3")
 ]
-ModelImpl = Annotated[
-    Literal["auto", "squawq", "transformers"], Field(description="choose one of auto, squawq, transformers")
-]
+ModelImpl = Literal["auto", "squawq", "transformers"]
 OptionalCount = Annotated[int | None, Field(ge=1, description="at least 1")]
 
 
@@ -58,7 +56,7 @@ class EngineConfig:
 
     engine: Literal["squawq", "vllm"] = "squawq"  # "vllm": vLLM's, which must be installed; see engine/vllm.py
     # "squawq": our decoder; "transformers": its model class, which every family has; "auto": our decoder where it can
-    model_impl: ModelImpl = "auto"
+    model_impl: Annotated[ModelImpl, Field(description=f"choose one of {', '.join(get_args(ModelImpl))}")] = "auto"
     device: str = "auto"  # "cpu", "cuda", "cuda:N"; "auto": a GPU that the CUDA backend takes, else the CPU
     threads: OptionalCount = None  # of the CPU kernels, for the whole process; None keeps the current number
     exact: bool = False  # float32 activations in 4-bit matmuls: slower, for comparison

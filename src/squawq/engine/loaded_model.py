@@ -15,7 +15,7 @@ from squawq.engine.request import SamplingParams
 from squawq.engine.runner import DecoderRunner, load_runner
 from squawq.engine.transformers_runner import TransformersRunner, load_transformers
 from squawq.errors import ConfigError
-from squawq.families import decoder_declines
+from squawq.families import check_decoder, decoder_declines
 from squawq.format.files import has_file, read_config, read_text
 from squawq.hub.download import resolve, resolve_small
 from squawq.nn.cache import Cache
@@ -126,11 +126,25 @@ class LoadedModel:
         return GenerationConfig(Path(source), self.config)
 
 
+def why_transformers(model: ModelConfig, config: EngineConfig) -> str | None:
+    """Why a model runs on transformers' model class, by `model_impl`; None where it runs on our decoder.
+
+    Raises:
+        ConfigError: `model_impl` is "squawq", and our decoder does not run the model; or processes should share a model
+            of transformers' class.
+    """
+    if config.model_impl == "squawq":
+        check_decoder(model)
+        return None
+    reason = "model_impl is transformers" if config.model_impl == "transformers" else decoder_declines(model)
+    if reason is not None and config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, but transformers' model runs this one "
+            f"({reason}), which one process has all of; leave it out"
+        )
+    return reason
+
+
 def _load(folder: Path, config: EngineConfig) -> DecoderRunner | TransformersRunner:
-    """A folder on our decoder where it can, else on transformers' model class; or as `model_impl` says."""
-    if config.model_impl == "transformers":
-        return load_transformers(folder, config, "model_impl is transformers")
-    reason = decoder_declines(ModelConfig.from_dict(read_config(folder), str(folder / "config.json")))
-    if reason is None or config.model_impl == "squawq":
-        return load_runner(folder, config)
-    return load_transformers(folder, config, reason)
+    reason = why_transformers(ModelConfig.from_dict(read_config(folder), str(folder / "config.json")), config)
+    return load_runner(folder, config) if reason is None else load_transformers(folder, config, reason)

@@ -232,17 +232,12 @@ def load_transformers(folder: Path, config: EngineConfig, reason: str) -> Transf
 
     Args:
         folder: The model.
-        config: Settings of the engine.
+        config: Settings of the engine, for one process.
         reason: Why our decoder does not run it, for the log.
 
     Raises:
         SquawqError: It cannot be run.
     """
-    if config.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, but transformers' model runs this one "
-            f"({reason}), which one process has all of; leave it out"
-        )
     device = torch.device(config.device)
     checkpoint = Checkpoint(folder, read_data=DeviceReader(device) if device.type == "cuda" else read_tensor)
     if device.type == "cuda" and (needed := checkpoint.nbytes()) > (free := torch.cuda.mem_get_info(device)[0]):

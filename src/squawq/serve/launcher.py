@@ -11,11 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 import yaml
 
+from squawq.engine.config import ModelImpl
 from squawq.errors import ConfigError
 from squawq.serve.flags import (
     Choice,
@@ -47,6 +48,11 @@ ONE = Only(1, whole(1), "it must be 1: only tensor parallelism is supported")
 NO_CODE = "no code of a model is ever run"
 STEPS = "every step takes prompts in chunks and running answers together"
 CACHE = among(("auto", "float16", "fp8", "fp8_e4m3"))
+MODEL_IMPL = Flag(
+    "model_impl",
+    "Which code runs the model: squawq's decoder, transformers' class (slower), or auto: squawq's where it can",
+    read=among(get_args(ModelImpl)),
+)
 DEVICE = Flag("device", "Where to run; auto: an NVIDIA GPU that can, else the CPU", metavar="auto|cpu|cuda|cuda:N")
 SWITCHES = {
     NO_CODE: ("trust_remote_code",),
@@ -137,11 +143,7 @@ TABLE: dict[str, list[Flag]] = {
     ],
     "Engine": [
         DEVICE,
-        Flag(
-            "model_impl",
-            "Which code runs the model: squawq's decoder, transformers' class (slower), or auto: squawq's where it can",
-            read=among(("auto", "squawq", "transformers")),
-        ),
+        MODEL_IMPL,
         Flag("threads", "Of the CPU kernels; without it the machine's"),
         Flag("exact", "32-bit activations: slower, for comparison", switch=True),
         Flag(
