@@ -13,7 +13,7 @@ from gguf_cases import CASES, NESTED
 from squawq import QuantConfig
 from squawq.export.gguf import export_gguf
 from squawq.export.gguf_architectures import ARCHITECTURES
-from squawq.export.gguf_tokenizer import GPT2
+from squawq.export.gguf_pre_tokenizers import GPT2
 from squawq.quantization.pipeline import quantize
 
 llama = pytest.importorskip("test_gguf_llamacpp", reason="needs the packages gguf and llama-cpp-python")

@@ -15,7 +15,8 @@ from squawq.config import ModelConfig
 from squawq.demo import demo_model
 from squawq.errors import ConfigError
 from squawq.export.gguf import export_gguf
-from squawq.export.gguf_tokenizer import GPT2, MARKS, PRE_TYPES, read_vocabulary
+from squawq.export.gguf_pre_tokenizers import ASCII_CAPITALS, GPT2, PRE_TYPES
+from squawq.export.gguf_tokenizer import read_vocabulary
 
 if TYPE_CHECKING:
     from conftest import MakeModel
@@ -114,8 +115,8 @@ def test_byte_level_text_to_tokens(
 ) -> None:
     tokenizer = byte_level(*key)
     folder = make_model(vocab_size=tokenizer.get_vocab_size() + 3, eos_token_id=2)
-    check_tokens(folder, tokenizer, marks=name not in MARKS)
-    assert ("cuts words at combining marks" in caplog.text) == (name in MARKS)
+    check_tokens(folder, tokenizer, marks=name not in ASCII_CAPITALS)
+    assert ("splits words at combining marks" in caplog.text) == (name in ASCII_CAPITALS)
 
 
 @pytest.mark.parametrize("kind", ["llama", "plain", "gemma"])

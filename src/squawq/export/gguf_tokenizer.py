@@ -1,14 +1,14 @@
 """Converts tokenizer.json and chat templates to GGUF's `tokenizer.*` keys: byte-level BPE and SentencePiece-like BPE.
 
 GGUF names a pre-tokenizer instead of storing it. A tokenizer that none of the known names fits is refused: llama.cpp
-would read the same text as other tokens. Where it does so only for rare words (`MARKS`), a warning says so.
+would read the same text as other tokens. If it differs in few texts only, a warning is logged.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,45 +16,13 @@ from typing import Any
 from squawq.config import ModelConfig
 from squawq.engine.generation_config import GenerationConfig
 from squawq.errors import CheckpointError, ConfigError
+from squawq.export.gguf_pre_tokenizers import pre_tokenizer_name, steps
 from squawq.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # GGUF's token types
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CASED = (  # words cut before capitals
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
-)
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_SLASHED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_DEEPSEEK = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-)
 PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # tokens that llama.cpp looks for in models named phi-3
-GPT2 = "GPT-2's own"
-# (pre-tokenizer patterns, ignore_merges) -> llama.cpp's name of the pre-tokenizer.
-PRE_TYPES = {
-    ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
-    ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
-    ((_WORDS + r"\p{N}" + _REST,), False): "qwen2",
-    (
-        (_WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + r"\p{N}" + _REST.replace(r"\p{L}\p{N}", r"\p{L}\p{M}\p{N}"),),
-        False,
-    ): "qwen35",
-    ((_CASED % ("", "") + r"\p{N}" + _SLASHED,), True): "tekken",
-    ((_CASED % (_SHORT, _SHORT) + r"\p{N}{1,3}" + _SLASHED,), False): "gpt-4o",
-    (_DEEPSEEK, False): "deepseek-v3",
-    ((r"\p{N}", GPT2), False): "smollm",
-    ((GPT2,), False): "gpt-2",
-}
-
-
-MARKS = ("tekken", "gpt-4o")  # that split words at combining marks in llama.cpp only
 logger = logging.getLogger("squawq")
 
 
@@ -114,9 +82,11 @@ def read_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     if model.get("byte_fallback"):
         scores = _scores(tokens, types, merges, where)
-        strips = set(PHI3) <= set(tokens) and any(token["rstrip"] for token in state["added_tokens"])
-        return Vocabulary("llama", *shared, scores=scores, space_prefix=_space_prefix(state, where), strips=strips)
-    return Vocabulary("gpt2", *shared, pre=_pre_type(state, where), merges=[" ".join(pair) for pair in merges])
+        prefix, strips = _space_prefix(state, where), _strips(state, tokens)
+        return Vocabulary("llama", *shared, scores=scores, space_prefix=prefix, strips=strips)
+    _warn_of_stripping(state, ())
+    pre = pre_tokenizer_name(tokenizer, state, where)
+    return Vocabulary("gpt2", *shared, pre=pre, merges=[" ".join(pair) for pair in merges])
 
 
 def _tokens(state: Mapping[str, Any], size: int, where: str) -> tuple[list[str], list[int]]:
@@ -159,62 +129,58 @@ def _special_ids(tokenizer: Tokenizer, tokens: Sequence[str], config: ModelConfi
 
 
 def _added_around(tokenizer: Tokenizer, ids: Mapping[str, int], where: str) -> tuple[bool, bool]:
-    """Whether the tokenizer adds a begin token before a text and an end token after it."""
+    """Whether the tokenizer adds a begin token before a text and an end token after it.
+
+    Other tokens before a text (GLM's [gMASK]<sop>) are left to the chat template, if it writes them.
+    """
     plain, whole = tokenizer.encode("a", special=False), tokenizer.encode("a")
     for add_bos in (False, True):
         for add_eos in (False, True):
             before = [ids.get("bos")] if add_bos else []
             if whole == [*before, *plain, *([ids.get("eos")] if add_eos else [])]:
                 return add_bos, add_eos
+    texts = [tokenizer.token_text(token) for token in whole[: -len(plain)]]
+    if whole[len(texts) :] == plain and all(text in (tokenizer.chat_template or "") for text in texts):
+        logger.warning("llama.cpp does not add %s to a text without the chat template", "".join(texts))
+        return False, False
     raise ConfigError(f"{where}: adds other special tokens to a text than GGUF's BOS and EOS")
 
 
-def _steps(state: Mapping[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, whether it is a sequence or a single one."""
-    value = state.get(name)
-    if value is None:
-        return []
-    steps: list[dict[str, Any]] = value[inner] if value["type"] == "Sequence" else [value]
-    return steps
+def _strips(state: Mapping[str, Any], tokens: Sequence[str]) -> bool:
+    """Whether special tokens strip white space to their right, and llama.cpp can do so: it has a rule for Phi 3."""
+    added = {token["content"] for token in state["added_tokens"]}
+    strips = set(PHI3) <= set(tokens) and any(token["rstrip"] for token in state["added_tokens"])
+    _warn_of_stripping(state, added - {"<unk>", "<s>", "<|endoftext|>"} if strips else ())
+    return strips
 
 
-def _pre_type(state: Mapping[str, Any], where: str) -> str:
-    """llama.cpp's name of a byte-level BPE's pre-tokenizer. An NFC normalizer (Qwen) is ignored, as llama.cpp does."""
-    parts = []
-    for step in _steps(state, "pre_tokenizer", "pretokenizers"):
-        if step["type"] == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
-            parts.append(step["pattern"].get("Regex"))
-        elif step["type"] == "Digits" and step["individual_digits"]:
-            parts.append(r"\p{N}")
-        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-            parts += [GPT2] if step.get("use_regex", True) else []
-        else:
-            parts.append(json.dumps(step))
-    pre = PRE_TYPES.get((tuple(parts), bool(state["model"].get("ignore_merges"))))
-    if pre is None or [s for s in _steps(state, "normalizer", "normalizers") if s["type"] != "NFC"]:
-        raise ConfigError(
-            f"{where}: none of llama.cpp's pre-tokenizers that squawq knows matches this tokenizer "
-            f"({', '.join(PRE_TYPES.values())}); llama.cpp would tokenize text differently. "
-            "Other engines take the model as compressed-tensors or gptq"
-        )
-    if pre in MARKS:
+def _warn_of_stripping(state: Mapping[str, Any], right: Collection[str]) -> None:
+    """Warn of tokens that strip white space and not in llama.cpp, where those in `right` strip it to their right."""
+    added = state["added_tokens"]
+    others = [t["content"] for t in added if t["lstrip"] or t["rstrip"] != (t["content"] in right)]
+    if others:
         logger.warning(
-            "llama.cpp's pre-tokenizer %s cuts words at combining marks (as in Hindi or Thai) and this tokenizer does "
-            "not: such words become other tokens there",
-            pre,
+            "llama.cpp tokenizes white space beside %s differently: GGUF cannot store which tokens strip it (lstrip, "
+            "rstrip)",
+            ", ".join(others[:5]) + (", ..." if len(others) > 5 else ""),
         )
-    return pre
 
 
 def _space_prefix(state: Mapping[str, Any], where: str) -> bool:
     """Whether a SentencePiece-like tokenizer prepends a space to a text."""
-    normalizers = _steps(state, "normalizer", "normalizers")
-    kinds, cuts = [step["type"] for step in normalizers], _steps(state, "pre_tokenizer", "pretokenizers")
+    normalizers = steps(state, "normalizer", "normalizers")
+    kinds, cuts = [step["type"] for step in normalizers], steps(state, "pre_tokenizer", "pretokenizers")
     if kinds and [(step["type"], step.get("pattern")) for step in cuts] == [("Split", {"String": " "})]:
         cuts = []  # Gemma's: the normalizer leaves no space
     if kinds in (["Prepend", "Replace"], ["Replace"]) and not cuts:
         return kinds == ["Prepend", "Replace"]
     if not kinds and [step["type"] for step in cuts] == ["Metaspace"] and cuts[0].get("split") is False:
+        if cuts[0]["prepend_scheme"] != "never":
+            logger.warning(
+                "llama.cpp prepends a space after each special token and before a text that begins with a space; this "
+                "tokenizer (Metaspace, %s) does not, so that llama.cpp tokenizes such texts differently",
+                cuts[0]["prepend_scheme"],
+            )
         return bool(cuts[0]["prepend_scheme"] != "never")
     raise ConfigError(f"{where}: normalizes text differently from GGUF's 'llama' tokenizer")
 
