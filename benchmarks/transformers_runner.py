@@ -23,7 +23,7 @@ from llamacpp import run
 
 from squawq.backends.cpu import library
 from squawq.bench import bench
-from squawq.families import decoder_declines
+from squawq.decoder_support import decoder_declines
 from squawq.format.reader import Checkpoint
 
 STREAMS = (1, 8)

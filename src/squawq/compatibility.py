@@ -9,7 +9,8 @@ import shlex
 from pathlib import Path
 
 from squawq.config import ModelConfig
-from squawq.families import FAMILIES, decoder_declines
+from squawq.decoder_support import decoder_declines
+from squawq.families import FAMILIES
 from squawq.quant_config import QuantConfig
 
 ENGINES = {

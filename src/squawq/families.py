@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from squawq.config import ModelConfig
-from squawq.delta_config import LINEAR
+from squawq.decoder_traits import Traits
 from squawq.errors import ConfigError
-from squawq.rope_config import ROPE_TYPES
 
 
 @dataclass(frozen=True)
@@ -41,34 +39,6 @@ class ScalingGroup:
     def capture_module(self) -> str:
         """Module whose hook captures the input of the linears."""
         return self.input or self.linears[0]
-
-
-@dataclass(frozen=True)
-class Traits:
-    """How our decoder (`nn/`) computes a family's layers, beside what config.json says. The defaults are Llama's.
-
-    Attributes:
-        norms: Names of the norms before attention, of its output, before the MLP, of its output ("": none).
-        qk_norm: Norms of queries and keys: "" (none), "head" (of each head, weights [head_dim]) or "whole" (of all
-            heads together, weights [heads * head_dim]).
-        qk_names: Names of those norms.
-        qk_flag: Key of config.json that is true where a model has them; "": all have.
-        rope_first: They come after RoPE, not before.
-        interleaved: RoPE turns neighbours (2i, 2i + 1) instead of a head's two halves.
-        wide: Activations exceed float16's range, so that "auto" means bfloat16 where a backend has it.
-        gated: Each head of q_proj has a query and a gate of the head's output.
-        by_key_heads: The inputs of a delta rule are two linears, whose outputs are ordered by key heads.
-    """
-
-    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
-    qk_norm: Literal["", "head", "whole"] = ""
-    qk_names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
-    qk_flag: str = ""
-    rope_first: bool = False
-    interleaved: bool = False
-    wide: bool = False
-    gated: bool = False
-    by_key_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,13 +111,6 @@ def expert_of(linear: str) -> str | None:
     return found.group(1) if found else None
 
 
-ACTIVATIONS = {  # hidden_act of config.json, where our decoder has it -> a backend's name
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
 Groups = tuple[ScalingGroup, ...]
 _ATTENTION, _MLP = "input_layernorm", "post_attention_layernorm"  # Llama's names for the norms before both
 _W123 = ("w1", "w3", "w2")  # Mixtral's names for gate, up, down
@@ -348,44 +311,3 @@ def family_of(model_type: str) -> Family:
             "squawq/families.py"
         )
     return FAMILIES[model_type]
-
-
-def traits_of(family: Family) -> Traits:
-    """How our decoder computes a family. Raises ConfigError for one that it does not run."""
-    if family.decoder is None:
-        known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.decoder))
-        raise ConfigError(f"model_type is {family.model_type!r}; our decoder takes {known}")
-    return family.decoder
-
-
-def decoder_declines(config: ModelConfig) -> str | None:
-    """Why our decoder does not run a model; None if it does. Raises ConfigError for a model_type without a row."""
-    unlike = []
-    if config.activation not in ACTIVATIONS:
-        unlike.append(f"hidden_act is {config.activation!r}, and it has {', '.join(ACTIVATIONS)}")
-    for rope in config.ropes:
-        if rope is not None and rope.type not in ROPE_TYPES:
-            unlike.append(f"rope type is {rope.type!r}, and it has {', '.join(ROPE_TYPES)}")
-    if config.text.get("use_bidirectional_attention"):
-        unlike.append("use_bidirectional_attention is set, and its attention is causal")
-    known = {"full_attention", "sliding_attention", *([LINEAR] if config.delta_rule else [])}
-    if others := set(config.layer_types) - known:
-        unlike.append(f"a layer's attention is {sorted(others)[0]!r}")
-    if config.delta_rule and (odd := [dim for dim in (config.head_dim, *config.delta_rule.dims) if dim % 8]):
-        unlike.append(f"a head has {odd[0]} dimensions, which is no multiple of 8")
-    if config.raw.get("clip_qkv") is not None:
-        unlike.append("clip_qkv is set, and it does not clip queries, keys and values")
-    if config.model_type in ("qwen2_moe", "qwen3_moe") and config.sliding_window is not None:
-        unlike.append("use_sliding_window is true, and it has no windows of this family")
-    if not family_of(config.model_type).decoder:
-        unlike = [f"model_type is {config.model_type!r}"]
-    return unlike[0] if unlike else None
-
-
-def check_decoder(config: ModelConfig) -> None:
-    """Raise ConfigError for a model that our decoder does not run."""
-    if reason := decoder_declines(config):
-        raise ConfigError(
-            f"our decoder does not run this model ({reason}); squawq serve, generate, chat and LLM run it on "
-            "transformers' model class"
-        )

@@ -17,9 +17,10 @@ from squawq.backends.base import PAGE
 from squawq.backends.devices import gpus
 from squawq.compatibility import compatible_engines
 from squawq.config import ModelConfig
+from squawq.decoder_support import decoder_declines
 from squawq.engine.capacity import GPU_SHARE, gpu_share
 from squawq.errors import CheckpointError, ConfigError
-from squawq.families import decoder_declines, expert_of, family_of
+from squawq.families import expert_of, family_of
 from squawq.format.files import has_file, read_json
 from squawq.format.layouts import Layout
 from squawq.format.mxfp4 import BLOCKS, SCALES

@@ -24,13 +24,14 @@ from squawq import LLM, QuantConfig
 from squawq.backends.base import Batch, NextTokens
 from squawq.backends.cpu import library
 from squawq.backends.sampling import Chunk
+from squawq.decoder_support import traits_of
 from squawq.delta_config import DELTA_RULE
 from squawq.demo import demo_model
 from squawq.engine.config import EngineConfig
 from squawq.engine.followers import Followers, decode, encode
 from squawq.engine.runner import DecoderRunner, load_runner
 from squawq.errors import CheckpointError, ConfigError, GenerationError, RankError
-from squawq.families import FAMILIES, traits_of
+from squawq.families import FAMILIES
 from squawq.nn.loader import Options, open_model
 from squawq.nn.shard import Shard
 

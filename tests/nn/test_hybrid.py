@@ -17,11 +17,11 @@ from squawq.backends import REFERENCE, backend_for
 from squawq.backends.cpu import library
 from squawq.backends.sampling import Chunk
 from squawq.config import ModelConfig
+from squawq.decoder_support import check_decoder
 from squawq.delta_config import LINEAR
 from squawq.engine.capacity import states_that_fit
 from squawq.engine.runner import DecoderRunner
 from squawq.errors import CheckpointError, ConfigError
-from squawq.families import check_decoder
 from squawq.format.files import read_config
 from squawq.format.reader import Checkpoint
 from squawq.nn.cache import Cache

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from squawq.backends.devices import check_device
 from squawq.config import ModelConfig
+from squawq.decoder_support import check_decoder, decoder_declines
 from squawq.engine.config import EngineConfig
 from squawq.engine.engine import Engine
 from squawq.engine.generation_config import GenerationConfig
@@ -15,7 +16,6 @@ from squawq.engine.request import SamplingParams
 from squawq.engine.runner import DecoderRunner, load_runner
 from squawq.engine.transformers_runner import TransformersRunner, load_transformers
 from squawq.errors import ConfigError
-from squawq.families import check_decoder, decoder_declines
 from squawq.format.files import has_file, read_config, read_text
 from squawq.hub.download import resolve, resolve_small
 from squawq.nn.cache import Cache

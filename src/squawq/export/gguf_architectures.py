@@ -12,9 +12,9 @@ from itertools import pairwise
 from typing import Literal
 
 from squawq.config import ModelConfig
+from squawq.decoder_support import ACTIVATIONS
 from squawq.delta_config import LINEAR
 from squawq.errors import ConfigError
-from squawq.families import ACTIVATIONS
 from squawq.rope_config import RopeConfig
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from squawq.decoder_support import traits_of
 from squawq.delta_config import DeltaRuleConfig
 from squawq.errors import CheckpointError, ConfigError, DependencyError
 from squawq.export.gguf_architectures import Architecture
 from squawq.export.gguf_blocks import BLOCK, by_columns, q4_1
-from squawq.families import traits_of
 from squawq.format.groupwise import GroupwiseTensor
 from squawq.format.reader import Checkpoint
 from squawq.nn.delta_rule import by_heads

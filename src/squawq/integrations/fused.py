@@ -24,9 +24,10 @@ from transformers.utils.hub import cached_file
 from squawq.backends.sampling import Chunk
 from squawq.backends.threads import one_thread
 from squawq.config import ModelConfig
+from squawq.decoder_support import check_decoder
 from squawq.delta_config import DELTA_RULE
 from squawq.errors import CheckpointError, ConfigError, FusionError
-from squawq.families import FAMILIES, check_decoder
+from squawq.families import FAMILIES
 from squawq.format.reader import Checkpoint
 from squawq.integrations.fused_cache import FusedCache, Runners, check_length
 from squawq.integrations.fused_inputs import (

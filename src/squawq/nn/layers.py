@@ -21,8 +21,10 @@ from squawq.backends.layer_ops import (
     RotateAndStore,
 )
 from squawq.config import ModelConfig
+from squawq.decoder_support import ACTIVATIONS, traits_of
+from squawq.decoder_traits import Traits
 from squawq.delta_config import LINEAR
-from squawq.families import ACTIVATIONS, Family, Traits, traits_of
+from squawq.families import Family
 from squawq.nn import delta_rule
 from squawq.nn.rope import RotaryTable
 

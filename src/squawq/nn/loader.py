@@ -18,8 +18,9 @@ from squawq.backends import backend_for
 from squawq.backends.base import Backend, Vocabulary
 from squawq.backends.layer_ops import Operation, Packed
 from squawq.config import ModelConfig
+from squawq.decoder_support import check_decoder, traits_of
 from squawq.errors import ConfigError
-from squawq.families import Family, check_decoder, family_of, traits_of
+from squawq.families import Family, family_of
 from squawq.format.reader import WHOLE, Checkpoint
 from squawq.format.shards import DeviceReader, read_tensor
 from squawq.memory import give_memory_back

@@ -23,8 +23,9 @@ from squawq.backends.layer_ops import (
     Routing,
 )
 from squawq.config import ModelConfig
+from squawq.decoder_support import ACTIVATIONS
 from squawq.errors import CheckpointError, ConfigError
-from squawq.families import ACTIVATIONS, Family
+from squawq.families import Family
 from squawq.format.reader import WHOLE, Checkpoint
 from squawq.moe_config import MoeConfig
 from squawq.nn.experts import SPELLINGS, STACKED, is_turned
