@@ -9,116 +9,36 @@
 // aarch64: -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ on the first
 // line, that compiler on the second, then `qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu max build/check/check neon`.
 // A sanitizer: -DCMAKE_CXX_FLAGS=-fsanitize=... on the first line, -fsanitize=... on the second.
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <functional>
-#include <random>
-#include <string>
-#include <thread>
-#include <vector>
-
-#include "../csrc/layers.h"
-
-using Int = int64_t;
-using In = const float*;
-using squawq::Kind;
-extern "C" {
-const char* squawq_isa();
-int squawq_set_isa(const char*);
-int squawq_set_threads(int);
-int squawq_matmul(In, Int, Kind, const void*, float*);
-int squawq_rms_norm(float*, In, In, float, Int, Int, float*);
-int squawq_activation_mul(In, Int, Int, Int, float*);
-int squawq_soft_cap(float*, Int, float);
-int squawq_rotate_and_store(float*, Int, Int, Int, Int, In, In, Int, const squawq::Rotation*, float, const Int*, uint16_t*,
-                            uint16_t*);
-int squawq_attention(In, Int, Int, Int, const Int*, Int, const int32_t*, const squawq::Scoring*, const uint16_t*,
-                     const uint16_t*, float*);
-}
+#include "check_kernels.h"
 
 namespace {
-using Floats = std::vector<float>;
-using Integers = std::uniform_int_distribution<int>;
-std::mt19937 engine(0);
-std::string isa;
-int jobs = 70, failures = 0;
-
-template <class T, class Draw>
-std::vector<T> random(Int count, Draw draw) {
-    std::vector<T> values(count);
-    for (T& v : values) v = T(draw(engine));
-    return values;
-}
-Floats normal(Int count, float scale = 1) { return random<float>(count, std::normal_distribution<float>(0, scale)); }
-// As float16 from 1/16 to almost 1, of both signs; numbers as bfloat16, too.
-std::vector<uint16_t> halves(Int count) {
-    return random<uint16_t>(count, [](std::mt19937& from) { return (0x2c00 + from() % 0x1000) | (from() & 0x8000); });
-}
-
-void say(bool good, const std::string& what, double error, const char* rows_alone) {
-    std::printf("%-4s %-30s differs by %.1e, rows alone: %s\n", good ? "ok" : "BAD", what.c_str(), error, rows_alone);
-    failures += !good;
-}
-
-// run(first, count, y): `count` rows from `first` on give y [count][width].
-void check(const std::string& what, double tolerance, Int rows, Int width, const std::function<void(Int, Int, float*)>& run) {
-    Floats results[2] = {Floats(rows * width), Floats(rows * width)};
-    std::atomic<bool> same = true;
-    for (int i : {0, 1}) {
-        squawq_set_isa(i == 0 ? "scalar" : isa.c_str());
-        Floats& alone = results[i];
-        for (Int row = 0; row < rows; ++row) run(row, 1, &alone[row * width]);
-        const auto caller = [&](int number) {
-            for (int job = 0; job < jobs; ++job) {
-                if (number == 0 && job % 10 == 0) squawq_set_threads(4 - job / 10 % 4);
-                const Int count = 1 + job % rows, first = rows - count;
-                Floats y(count * width);
-                run(first, count, y.data());
-                if (std::memcmp(y.data(), &alone[first * width], y.size() * sizeof(float)) != 0) same = false;
-            }
-        };
-        std::thread other(caller, 1);
-        caller(0);
-        other.join();
-    }
-    double error = 0;  // relative to the largest value of its row
-    for (Int row = 0; row < rows; ++row) {
-        double largest = 1e-30, difference = 0;
-        for (Int i = row * width; i < (row + 1) * width; ++i) {
-            const double d = std::fabs(double(results[0][i]) - results[1][i]);
-            difference = d <= difference ? difference : d;  // NaN stays
-            largest = std::fmax(largest, std::fabs(results[0][i]));
-        }
-        error = difference / largest <= error ? error : difference / largest;
-    }
-    say(error <= tolerance && same, what, error, same ? "the same" : "NOT the same");
-}
-
 void product(const std::string& what, Int in, Int out, Kind kind, const void* weight) {
-    const auto multiply = [=](In x, Int m, float* y) { squawq_matmul(x, m, kind, weight, y); };
-    Floats x = normal(17 * in), before(17 * out), after(17 * out);
-    check(what, 1e-5, 17, out, [&](Int first, Int count, float* y) { multiply(&x[first * in], count, y); });
-    multiply(x.data(), 17, before.data());
-    x[4 * in + 5] = NAN;  // must show in all of row 4 and only there
-    multiply(x.data(), 17, after.data());
-    for (Int i = 0; i < 17 * out; ++i)
-        if (i / out == 4 ? !std::isnan(after[i]) : after[i] != before[i]) return say(false, what + ", NaN", NAN, "NOT the same");
+    check_product(what, 1e-5, in, out, [=](In x, Int m, float* y) { squawq_matmul(x, m, kind, weight, y); });
 }
+
+// An int4 weight with random contents.
+struct RandomInt4 {
+    std::vector<uint8_t> weight, zeros;
+    std::vector<uint16_t> steps;
+    squawq::Int4 w;
+
+    RandomInt4(Int out, Int in, Int group, const float* bias = nullptr) {
+        const Int rows = squawq::ceil_div(out, 16) * 16, scaled = rows * in / group;
+        weight = random<uint8_t>(rows * in / 2, Integers(0, 255)), zeros = random<uint8_t>(scaled, Integers(0, 15));
+        steps = random<uint16_t>(scaled, Integers(0x2000, 0x2fff));
+        w = {weight.data(), steps.data(), zeros.data(), bias, out, in, group};
+    }
+};
 
 void linears() {
     const Int out = 200, blocks = 13;
     const Floats bias = normal(out), scales = normal(blocks * 16), full = normal(blocks * 256 * 16);
     for (Int group : {16, 32, 64, 128}) {
-        const Int in = group == 128 ? 2048 : 256, scaled = blocks * in / group * 16;  // 17 * 2048: quantized in parallel
-        const auto weight = random<uint8_t>(blocks * in * 8, Integers(0, 255)), zeros = random<uint8_t>(scaled, Integers(0, 15));
-        const auto steps = random<uint16_t>(scaled, Integers(0x2000, 0x2fff));
-        const squawq::Int4 w{weight.data(), steps.data(), zeros.data(), bias.data(), out, in, group};
+        const Int in = group == 128 ? 2048 : 256;  // 17 * 2048: quantized in parallel
+        const RandomInt4 weight(out, in, group, bias.data());
         for (int exact : {0, 1})
             product("int4, group " + std::to_string(group) + (exact ? ", exact" : ", int8 input"), in, out,
-                    exact ? Kind::int4_exact : Kind::int4, &w);
+                    exact ? Kind::int4_exact : Kind::int4, &weight.w);
     }
     const auto bytes = random<int8_t>(blocks * 256 * 16, Integers(-127, 127));
     const squawq::Int8 w{bytes.data(), scales.data(), nullptr, out, 256, 128};
@@ -128,6 +48,45 @@ void linears() {
     for (int type : {0, 1, 2}) {
         const squawq::DenseWeight d{data[type], nullptr, out, 256, squawq::Dense(type)};
         product(std::vector{"dense f32", "dense f16", "dense bf16"}[type], 256, out, Kind::dense, &d);
+    }
+}
+
+// Three of six experts for each row, whose outputs are as many as its inputs.
+void mixture(const std::string& what, double tolerance, Int hidden, Int inner, squawq::Matrix gate_up, squawq::Matrix down) {
+    using squawq::Activation, squawq::Scores, squawq::Shared;
+    const Int count = 6;
+    const Floats bias = normal(count), router = normal(16 * hidden, 1 / std::sqrt(float(hidden)));
+    const squawq::Routing routings[] = {{count, 3, 1, 1, 1, Scores::softmax, 1, nullptr},
+                                        {count, 3, 0, 1, 1, Scores::softmax, 1, nullptr},
+                                        {count, 3, 1, 3, 2, Scores::sigmoid, 2.5f, bias.data()}};
+    const char* names[] = {"", ", shared gated", ", shared, grouped"};
+    for (int kind : {0, 1, 2}) {
+        const Shared shared = std::vector{Shared::none, Shared::gated, Shared::added}[kind];
+        const squawq::DenseWeight logits{router.data(), nullptr, count + (shared == Shared::gated), hidden, squawq::Dense::f32};
+        const squawq::Experts layer{routings[kind], inner, kind == 1 ? Activation::gelu_tanh : Activation::silu,
+                                    shared, {Kind::dense, &logits}, gate_up, down};
+        check_product("experts " + what + names[kind], tolerance, hidden, hidden, [&](In x, Int m, float* y) {
+            std::copy_n(x, m * hidden, y);  // the shared expert's output, which is overwritten where there is none
+            squawq_experts(&layer, x, m, hidden, y);
+        });
+    }
+}
+
+void experts() {
+    for (Int group : {16, 32, 64, 128}) {
+        const Int hidden = group == 128 ? 2048 : 128, inner = group == 128 ? 128 : 192;  // 17 * 2048: gathered in parallel
+        const RandomInt4 gate_up(6 * 2 * inner, hidden, group), down(6 * hidden, inner, group);
+        // Where exp differs in its last bit, an inner feature can be rounded to the next integer.
+        const std::string what = "int4, group " + std::to_string(group);
+        mixture(what, 1e-2, hidden, inner, {Kind::int4, &gate_up.w}, {Kind::int4, &down.w});
+        if (group == 64) mixture(what + ", exact", 1e-5, hidden, inner, {Kind::int4_exact, &gate_up.w}, {Kind::int4_exact, &down.w});
+    }
+    const Int hidden = 128, inner = 80;
+    const auto half = halves(6 * 2 * inner * hidden);
+    for (int type : {1, 2}) {
+        const squawq::DenseWeight gate_up{half.data(), nullptr, 6 * 2 * inner, hidden, squawq::Dense(type)};
+        const squawq::DenseWeight down{half.data(), nullptr, 6 * hidden, inner, squawq::Dense(type)};
+        mixture(type == 1 ? "f16" : "bf16", 1e-5, hidden, inner, {Kind::dense, &gate_up}, {Kind::dense, &down});
     }
 }
 
@@ -142,6 +101,10 @@ void norms_and_silu() {
     check("soft_cap", 1e-5, 17, n, [&](Int first, Int count, float* y) {
         std::copy_n(&x[first * n], count * n, y);
         squawq_soft_cap(y, count * n, 3.f);
+    });
+    check("output_gate", 1e-5, 17, n, [&](Int first, Int count, float* y) {
+        std::copy_n(&delta[first * n], count * n, y);
+        squawq_output_gate(y, &x[first * n], count * n);
     });
     for (Int kind : {0, 1}) {
         check(kind ? "gelu_tanh_mul" : "silu_mul", 1e-5, 17, n,
@@ -198,6 +161,37 @@ void attention(const std::string& name, Int query, Int kv, Int dim) {
         });
     }
 }
+
+// The sequences above; all but the second, which is at its start, continue from a random state.
+void delta_rule(const std::string& name, Int key_heads, Int heads, Int key_dim, Int value_dim, Int kernel) {
+    const Int values = heads * value_dim, channels = 2 * key_heads * key_dim + values;
+    const Int width = channels + values, sequences = std::size(SEQUENCES);
+    const Floats convolution = normal(kernel * channels, 0.5f), norm = normal(value_dim), bias = normal(heads);
+    const Floats rate = random<float>(heads, std::uniform_real_distribution<float>(-2, 0));
+    const Floats wide = normal(ROWS * width), gates = normal(ROWS * 2 * heads, 2);
+    const Floats inputs = normal(sequences * (kernel - 1) * channels);
+    const Floats memory = normal(sequences * heads * key_dim * value_dim);
+    check("delta_rule " + name, 1e-4, ROWS, values, [&](Int first, Int count, float* y) {
+        Floats before = inputs, remembered = memory;
+        const squawq::DeltaRule rule{key_heads,   heads,       key_dim,     value_dim,     kernel, convolution.data(),
+                                     rate.data(), bias.data(), norm.data(), before.data(), remembered.data()};
+        const auto run = [&](Int from, Int rows, const std::vector<Int>& parts, const std::vector<Int>& places, float* to) {
+            Floats x(&wide[from * width], &wide[from * width] + rows * width);
+            Floats opened(&gates[from * 2 * heads], &gates[from * 2 * heads] + rows * 2 * heads);
+            squawq_gated_delta_rule(x.data(), opened.data(), &rule, parts.data(), places.data(), Int(places.size()), 1e-6f, to);
+        };
+        std::vector<Int> parts, places;
+        for (Int i = 0; i < sequences; ++i) {
+            const auto& s = SEQUENCES[i];
+            const Int from = std::max(s[0], first), to = std::min(s[0] + s[1], first + count), place = sequences - 1 - i;
+            if (from >= to) continue;
+            parts.insert(parts.end(), {from - first, to - from, s[2] + from - s[0], 0}), places.push_back(place);
+            Floats unused((from - s[0]) * values);  // of the rows before, which lead to the state at hand
+            if (from > s[0]) run(s[0], from - s[0], {0, from - s[0], s[2], 0}, {place}, unused.data());
+        }
+        run(first, count, parts, places, y);
+    });
+}
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -207,9 +201,13 @@ int main(int argc, char** argv) {
     std::printf("%s %s\n", isa.c_str(), here ? "against scalar" : "is not built in or not on this machine");
     if (!here) return 2;
     linears();
+    experts();
     norms_and_silu();
     attention("4/2/32", 4, 2, 32);
     attention("8/1/64", 8, 1, 64);
     attention("3/3/48", 3, 3, 48);
+    delta_rule("2/4/32/48", 2, 4, 32, 48, 4);
+    delta_rule("1/3/64/32", 1, 3, 64, 32, 2);
+    delta_rule("3/3/48/16", 3, 3, 48, 16, 16);
     return failures != 0;
 }
