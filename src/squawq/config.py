@@ -170,7 +170,7 @@ class ModelConfig:
     @property
     def kv_layers(self) -> int:
         """Layers that have keys and values of their own, not a state or those of another layer; 1 if none has any."""
-        shared = self.text.get("num_kv_shared_layers")
+        shared = self.text.get("num_kv_shared_layers") if self.model_type == "gemma4_text" else 0
         shared = shared if isinstance(shared, int) and 0 <= shared <= self.num_layers else 0
         return max(1, sum(kind != LINEAR for kind in self.layer_types) - shared)
 

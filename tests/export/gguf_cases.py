@@ -65,6 +65,17 @@ LLAMA_LIKE: dict[str, Case] = {
         "ministral3",
         {"rope_parameters": {**YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.5, "mscale": 1.0}},
     ),
+    "ministral3, beta alone": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "llama_4_scaling_beta": 0.5,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
     "phi3": ("phi3", {"sliding_window": None}),
     "phi3, long": (
         "phi3",

@@ -58,6 +58,21 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "partial": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "untied": ("gemma", {"hidden_act": "gelu"}, "tie_word_embeddings is false"),
     "scores": ("gemma2", {"query_pre_attn_scalar": 24, "tie_word_embeddings": True}, "query_pre_attn_scalar"),
+    "cap of scores": (
+        "gemma2",
+        {"query_pre_attn_scalar": 16, "tie_word_embeddings": True, "attn_logit_softcapping": None},
+        "softcapping must be set",
+    ),
+    "cap of logits": (
+        "gemma2",
+        {"query_pre_attn_scalar": 16, "tie_word_embeddings": True, "final_logit_softcapping": None},
+        "softcapping must be set",
+    ),
+    "windows of one size": (
+        "exaone4",
+        {"num_hidden_layers": 64, "sliding_window": None, "layer_types": ["full_attention"] * 64},
+        "always has sliding windows",
+    ),
     "rope in windows": (
         "exaone4",
         {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},

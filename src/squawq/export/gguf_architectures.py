@@ -133,6 +133,10 @@ def _declines(config: ModelConfig, row: Architecture) -> str | None:
         return "num_key_value_heads and num_attention_heads differ"
     if not row.factors and not math.isclose(config.scales.attention, _implied_scale(config, row), rel_tol=1e-5):
         return "the attention scale differs from 1 / sqrt(head_dim) (query_pre_attn_scalar)"
+    if row.name == "gemma2" and not (config.scales.attention_cap and config.scales.logits_cap):
+        return "attn_logit_softcapping and final_logit_softcapping must be set"
+    if row.window_layers == config.num_layers and config.sliding_window is None:
+        return f"with {config.num_layers} layers it always has sliding windows, and sliding_window is null"
     return _declines_rope(config, row) or _declines_experts(config, row) or _declines_linear_attention(config)
 
 

@@ -17,7 +17,8 @@ def q4_1(tensor: GroupwiseTensor) -> Tensor:
 
     d is the scale and m is -zero * scale, both float16. Integers and scales stay as they are. m is rounded once, by at
     most zero * scale * 2**-11, so that no weight moves by more than 15 / 2048 (0.74 %) of its scale; for the zeros 0,
-    1, 2, 4 and 8 not at all. Raises CheckpointError where float16 cannot hold a scale or minimum.
+    1, 2, 4 and 8 not at all. Scales below 6e-5, float16's smallest normal number, lose digits. Raises CheckpointError
+    where float16 cannot hold a scale or minimum.
     """
     out, groups = tensor.scales.shape
     scale = tensor.scales.to(torch.float16)

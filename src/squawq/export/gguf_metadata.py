@@ -78,7 +78,7 @@ def _describe_rope(writer: Any, config: ModelConfig, row: Architecture) -> None:
         magnitude /= 1 + 0.1 * math.log(max(rope.factor, 1.0))  # llama.cpp multiplies by this itself
     elif row.scaled_rope == "two" and rope.type == "longrope":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
-    if rope.type in ("yarn", "longrope") or row.name == "phi3":
+    if rope.type in ("yarn", "longrope") or rope.query_beta or row.name == "phi3":
         writer.add_rope_scaling_orig_ctx_len(min(rope.original_max_position_embeddings, config.max_positions))
     if magnitude != 1:
         writer.add_rope_scaling_attn_factors(magnitude)

@@ -83,13 +83,14 @@ def pre_tokenizer_name(tokenizer: Tokenizer, state: Mapping[str, Any], where: st
         ConfigError: llama.cpp would tokenize text differently.
     """
     skips = bool(state["model"].get("ignore_merges"))  # a word that is a token becomes that token
-    patterns = map(_pattern, steps(state, "pre_tokenizer", "pretokenizers"))
-    cuts = tuple(pattern for pattern in patterns if pattern)
+    found = steps(state, "pre_tokenizer", "pretokenizers")
+    cuts = tuple(pattern for pattern in map(_pattern, found) if pattern)
+    last = [step["type"] == "ByteLevel" for step in found] == [*[False] * (len(found) - 1), True]
     name = PRE_TYPES.get((cuts, skips))
     if name is None and (cuts, not skips) in PRE_TYPES and _reaches_words(tokenizer):
         name = PRE_TYPES[cuts, not skips]
     digits = name == "deepseek-llm" and any(sum(map(str.isdigit, token)) > 1 for token in state["model"]["vocab"])
-    if name is None or digits or any(s["type"] != "NFC" for s in steps(state, "normalizer", "normalizers")):
+    if name is None or digits or not last or any(s["type"] != "NFC" for s in steps(state, "normalizer", "normalizers")):
         raise ConfigError(
             f"{where}: none of llama.cpp's pre-tokenizers that squawq knows matches this tokenizer "
             f"({', '.join(PRE_TYPES.values())}); llama.cpp would tokenize text differently. "

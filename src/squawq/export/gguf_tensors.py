@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,19 @@ def plan(checkpoint: Checkpoint, row: Architecture) -> Iterator[Entry]:
 
     Raises CheckpointError or ConfigError for what GGUF cannot store, DependencyError without the package gguf.
     """
-    return _Plan(checkpoint, row).entries()
+    used = set()
+    for entry in _Plan(checkpoint, row).entries():
+        if entry.kind != "Q4_1":
+            entry.check(checkpoint)
+        used |= {name for name, _ in entry.sources}
+        yield entry
+    family = stored_family(checkpoint)
+    layers = tuple(f"{family.layer(index)}." for index in range(checkpoint.config.num_layers))
+    for name in checkpoint.tensors:
+        parent, _, last = name.rpartition(".")
+        known = name in used or (parent in used and last != "bias") or last == "inv_freq"
+        if name.startswith(layers) and not known:
+            raise CheckpointError(f"{checkpoint.folder}: tensor {name!r} has no place in llama.cpp's {row.name}")
 
 
 class _Plan:
@@ -99,6 +112,8 @@ class _Plan:
         self._checkpoint, self._config, self._row = checkpoint, checkpoint.config, row
         self._family = stored_family(checkpoint)
         self._traits = traits_of(self._family)
+        self._shapes = checkpoint.quantized_linears()
+        self._orders: dict[str, Tensor | None] = {}
         self._block = block_of(checkpoint, self._family)
         found = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == row.name)
         self._names = gguf.get_tensor_name_map(found, self._config.num_layers)
@@ -150,6 +165,7 @@ class _Plan:
 
     def _linear(self, source: str, name: str, shape: tuple[int, int], index: int | None = None) -> Iterator[Entry]:
         """A linear and its bias; name: in the layer, or llama.cpp's outside of one."""
+        self._check(source, shape)  # before anything is as large as config.json says
         if name == "linear_attn.in_proj_qkvz" and index is not None:
             yield from self._inputs_of_delta_rule(source, shape, index)
             return
@@ -187,7 +203,20 @@ class _Plan:
             raise ConfigError(f"{first} has groups of {group}; GGUF's Q4_1 takes groups of a multiple of {BLOCK}")
         return Entry(f"{name}.weight", "Q4_1", shape, source, stored, experts, rows, columns)
 
+    def _check(self, linear: str, shape: tuple[int, int]) -> None:
+        """Raise CheckpointError for a linear that is missing or has another shape."""
+        if not self._checkpoint.is_quantized(linear):
+            self._checkpoint.check_shape(f"{linear}.weight", shape)
+        elif self._shapes.get(linear) != shape:
+            found = list(self._shapes.get(linear, ()))
+            raise CheckpointError(f"{self._checkpoint.folder}: {linear} has shape {found}; {list(shape)} is needed")
+
     def _rows(self, name: str) -> Tensor | None:
+        if name not in self._orders:
+            self._orders[name] = self._order(name)
+        return self._orders[name]
+
+    def _order(self, name: str) -> Tensor | None:
         config, sizes = self._config, self._config.delta_rule
         heads = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}.get(name)
         if heads is not None and self._row.neighbours and not self._traits.interleaved:
@@ -251,23 +280,31 @@ class _Plan:
             bias = next((name for name in (f"{block}.{bias}" for bias in BIASES) if name in tensors), None)
             if bias is None:
                 raise CheckpointError(f"{self._checkpoint.folder}: tensor {f'{block}.{BIASES[0]}'!r} is missing")
-            yield Entry(
-                f"blk.{index}.exp_probs_b.bias", "F32", (moe.experts,), bias, tuple(self._checkpoint.info(bias).shape)
-            )
+            shape = tuple(self._checkpoint.info(bias).shape)
+            if math.prod(shape) != moe.experts:
+                raise CheckpointError(
+                    f"{self._checkpoint.folder}: {bias} has shape {list(shape)}; {moe.experts} numbers are needed"
+                )
+            yield Entry(f"blk.{index}.exp_probs_b.bias", "F32", (moe.experts,), bias, shape)
         hidden, inner = self._config.hidden_size, moe.inner
         shapes = (inner, hidden), (inner, hidden), (hidden, inner)
         theirs = [f"blk.{index}.ffn_{name}_exps" for name in ("gate", "up", "down")]
         if f"{block}.experts.{STACKED[0]}" in tensors:
             both, down = (f"{block}.experts.{name}" for name in STACKED)
-            shape = (moe.experts, inner, hidden)
+            each = (moe.experts, inner, hidden)
             for name, rows in zip(theirs, torch.arange(2 * inner).view(2, inner), strict=False):
-                yield self._stack(f"{name}.weight", shape, both, (2 * inner, hidden), rows)
+                yield self._stack(f"{name}.weight", each, both, (2 * inner, hidden), rows)
             yield self._stack(f"{theirs[2]}.weight", (moe.experts, hidden, inner), down, (hidden, inner))
             return
         first = f"{block}.experts.0"
         names = next((names for names in SPELLINGS if self._has(f"{first}.{names[0]}")), SPELLINGS[0])
-        for name, ours, each in zip(theirs, names, shapes, strict=True):
-            yield self._matrix(name, f"{block}.experts.*.{ours}", each, (moe.experts, *each), experts=moe.experts)
+        for name, ours, size in zip(theirs, names, shapes, strict=True):
+            linears = [f"{block}.experts.{expert}.{ours}" for expert in range(moe.experts)]
+            for linear in linears:
+                self._check(linear, size)
+            if len(set(map(self._checkpoint.is_quantized, linears))) > 1:
+                raise ConfigError(f"{block}: some experts are quantized and others are not; GGUF stores all alike")
+            yield self._matrix(name, f"{block}.experts.*.{ours}", size, (moe.experts, *size), experts=moe.experts)
 
     def _stack(
         self, name: str, shape: tuple[int, ...], source: str, stored: tuple[int, int], rows: Tensor | None = None

@@ -20,6 +20,7 @@ from squawq.export.gguf_pre_tokenizers import pre_tokenizer_name, steps
 from squawq.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # GGUF's token types
+LONGEST = 2**12  # characters of a token
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # tokens that llama.cpp looks for in models named phi-3
@@ -98,6 +99,12 @@ def _tokens(state: Mapping[str, Any], size: int, where: str) -> tuple[list[str],
         if not 0 <= index < size:
             raise CheckpointError(f"{where}: token {token!r} has id {index}; the model has {size} tokens")
         tokens[index], types[index] = token, kind
+    known = {token for token, _, _ in found}
+    for index, kind in enumerate(types):
+        while kind == UNUSED and tokens[index] in known:
+            tokens[index] += "_"
+    if len(set(tokens)) != size:
+        raise CheckpointError(f"{where}: a token has two ids")
     unknown, fallback = state["model"].get("unk_token"), state["model"].get("byte_fallback")
     for index, token in enumerate(tokens):
         if token == unknown:
@@ -125,6 +132,8 @@ def _special_ids(tokenizer: Tokenizer, tokens: Sequence[str], config: ModelConfi
         ids["eot"] = turns[0]
     if rest := [number for number in others if number not in turns[:1]]:
         ids["eom"] = rest[0]
+    if rest[1:]:
+        logger.warning("GGUF names three end tokens: llama.cpp stops at %s only if it knows their texts", rest[1:])
     return ids
 
 
@@ -196,6 +205,8 @@ def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[tuple[
     for token, kind in zip(tokens, types, strict=True):
         if kind != NORMAL:
             continue
+        if len(token) > LONGEST:
+            raise ConfigError(f"{where}: a token has {len(token)} characters; GGUF takes up to {LONGEST}")
         splits = sum(token[:cut] in known and token[cut:] in known for cut in range(1, len(token)))
         found = ranks.get(token, [])
         if len(found) != splits or (found and found[-1] - found[0] + 1 != splits):

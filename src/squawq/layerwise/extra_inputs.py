@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from squawq.errors import CheckpointError
 from squawq.layerwise.meta_model import MetaModel
 from squawq.layerwise.tensor_names import TensorNames
 
@@ -86,16 +87,26 @@ class PerLayerInputs:
         self._meta_model.put({name: names.read(name, outer[name]) for name in others})
         known = 0 if self._rows is None else len(self._rows)
         self._place[new] = torch.arange(known, known + len(new))
-        found = [] if self._rows is None else [self._rows]
+        first = known
         for some in torch.split(new, AT_ONCE):
-            rows = [self._read(name, some.tolist()) for name in (self._embedding, own)]
-            found.append(self._meta_model.per_layer_inputs(*rows))
-        self._rows = torch.cat(found)
+            found = self._meta_model.per_layer_inputs(
+                *(self._read(name, some.tolist()) for name in (self._embedding, own))
+            )
+            if first == known:
+                grown = found.new_empty(known + len(new), *found.shape[1:])
+                if self._rows is not None:
+                    grown[:known] = self._rows
+                self._rows = grown
+            grown[first : first + len(some)] = found
+            first += len(some)
 
     def _read(self, name: str, ids: Sequence[int]) -> Tensor:
         checkpoint, stored = self._names.checkpoint, self._names.stored_name(name)
         checkpoint.check_shape(stored, self._meta_model.outer[name])
-        return torch.stack([checkpoint.read(stored, index=token).float() for token in ids]).to(self._meta_model.device)
+        found = torch.stack([checkpoint.read(stored, index=token).float() for token in ids])
+        if not bool(found.isfinite().all()):
+            raise CheckpointError(f"{checkpoint.info(stored).file}: tensor {stored!r} has values that are not finite")
+        return found.to(self._meta_model.device)
 
     def of(self, index: int, ids: Tensor) -> Tensor:
         """A layer's inputs, float32 [blocks, tokens, size], for ids int64 [blocks, tokens]."""
