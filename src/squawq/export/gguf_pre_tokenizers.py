@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,7 @@ PRE_TYPES = {
     ((r"\p{N}{1,3}", _WORDS + r"\p{N}+" + _REST), True): "minicpm5",
     (_DEEPSEEK_V3, False): "deepseek-v3",
     (_DEEPSEEK_CODER, False): "deepseek-coder",
-    (_DEEPSEEK_LLM, False): "deepseek-llm",
+    (_DEEPSEEK_LLM, False): "deepseek-llm",  # which keeps digits together in llama.cpp
     ((r"\p{N}", GPT2), False): "smollm",
     ((GPT2,), False): "gpt-2",
 }
@@ -89,7 +90,8 @@ def pre_tokenizer_name(tokenizer: Tokenizer, state: Mapping[str, Any], where: st
     name = PRE_TYPES.get((cuts, skips))
     if name is None and (cuts, not skips) in PRE_TYPES and _reaches_words(tokenizer):
         name = PRE_TYPES[cuts, not skips]
-    digits = name == "deepseek-llm" and any(sum(map(str.isdigit, token)) > 1 for token in state["model"]["vocab"])
+    merged = ("".join(pair).replace(" ", "") for pair in state["model"]["merges"])
+    digits = name == "deepseek-llm" and any(re.search("[0-9]{2}", token) for token in merged)
     if name is None or digits or not last or any(s["type"] != "NFC" for s in steps(state, "normalizer", "normalizers")):
         raise ConfigError(
             f"{where}: none of llama.cpp's pre-tokenizers that squawq knows matches this tokenizer "
